@@ -1,0 +1,1 @@
+"""The mathematics: gradient factors, the editor network, low-rank changes, losses. Imports torch only."""

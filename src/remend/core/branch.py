@@ -1,0 +1,84 @@
+"""Low-rank side branches: how an edit acts on a model without touching a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from remend.core.layers import input_of
+from remend.core.low_rank import LowRank
+
+
+class Branch:
+    """A forward hook that adds ΔW x to a linear layer's output.
+
+    The branch is computed in the change's own dtype (float32 as a rule) and added before rounding to the layer's, so
+    that a small edit of a bfloat16 model is not lost factor by factor. It follows the layer to another device. A class,
+    not a closure, so that a model with a branch can be deep-copied.
+    """
+
+    def __init__(self, change: LowRank) -> None:
+        self.change = change
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x = input_of(args, kwargs)
+        if self.change.u.device != x.device:
+            self.change = self.change.to(x.device)
+        dtype = self.change.u.dtype
+        return (output.to(dtype) + self.change.branch(x.to(dtype))).to(output.dtype)
+
+
+def attach(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> list[RemovableHandle]:
+    """Hook each change onto its module; the caller removes the handles. All of them are attached, or none."""
+    handles: list[RemovableHandle] = []
+    try:
+        for name, change in changes.items():
+            handles.append(modules[name].register_forward_hook(Branch(change), with_kwargs=True))
+    except BaseException:
+        detach(handles)
+        raise
+    return handles
+
+
+def detach(handles: list[RemovableHandle]) -> None:
+    """Remove hooks; removing twice does no harm."""
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def branches(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> Iterator[None]:
+    """Within the block, each module computes y + ΔW x. Differentiable with respect to the changes' factors."""
+    handles = attach(modules, changes)
+    try:
+        yield
+    finally:
+        detach(handles)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within the block, no parameter of ``model`` asks for a gradient and the model is in evaluation mode.
+
+    Autograd then records nothing below the first edited layer and no weight-sized gradient can arise. What each
+    parameter asked for, and each module's mode, is restored afterwards, after an exception too.
+    """
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    for module in training:
+        module.training = False
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True

@@ -1,0 +1,105 @@
+"""``LowRank``: the one form in which a change of a weight exists, from the gradient to the saved file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change ΔW = deltaᵀ u of a weight W [d_out, d_in], kept as its factors.
+
+    A leading ``episode`` axis holds independent changes, one an episode, which :meth:`branch` applies to their own rows
+    of a batch and never mixes. Rows of zeros add nothing, so that ragged ranks are padded with them.
+
+    Attributes:
+        u: the directions of the layer's input that the change reads, [rank, d_in] or [episode, rank, d_in].
+        delta: what it writes to the layer's output for each, [rank, d_out] or [episode, rank, d_out].
+    """
+
+    u: Float[Tensor, "*episode rank d_in"]
+    delta: Float[Tensor, "*episode rank d_out"]
+
+    @property
+    def rank(self) -> int:
+        """The number of factor pairs (an upper bound of the matrix's rank)."""
+        return self.u.shape[-2]
+
+    @property
+    def batched(self) -> bool:
+        """Whether there is an episode axis."""
+        return self.u.dim() == 3
+
+    def dense(self) -> Float[Tensor, "*episode d_out d_in"]:
+        """ΔW itself. The size of the weight: for merging and for tests."""
+        return self.delta.mT @ self.u
+
+    def branch(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+        """ΔW x for every row of ``x``, as two thin products.
+
+        With an episode axis, ``x`` must be ordered by episode, the same number of rows for each: its leading axes are
+        split evenly among the episodes.
+        """
+        if not self.batched:
+            return (x @ self.u.mT) @ self.delta
+        own = x.reshape(self.u.shape[0], -1, x.shape[-1])
+        return torch.bmm(torch.bmm(own, self.u.mT), self.delta).reshape(*x.shape[:-1], self.delta.shape[-1])
+
+    def select(self, episodes: Int[Tensor, " row"]) -> LowRank:
+        """One change for each row of a batch: row i gets the change of episode ``episodes[i]``."""
+        return LowRank(self.u[episodes], self.delta[episodes])
+
+    def summed(self) -> LowRank:
+        """All episodes' changes as one: ΔW = Σ_e ΔW_e (paper, section 3.1: several edits at once)."""
+        return LowRank(self.u.flatten(0, 1), self.delta.flatten(0, 1)) if self.batched else self
+
+    def scaled(self, factor: float) -> LowRank:
+        """``factor`` · ΔW."""
+        return LowRank(self.u, self.delta * factor)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LowRank:
+        """The same change on another device, or in another dtype."""
+        return LowRank(self.u.to(device=device, dtype=dtype), self.delta.to(device=device, dtype=dtype))
+
+    def detach(self) -> LowRank:
+        """The same change without its autograd history."""
+        return LowRank(self.u.detach(), self.delta.detach())
+
+    def norm(self) -> Float[Tensor, "*episode"]:
+        """‖ΔW‖ (Frobenius), from the factors' Gram matrices: ‖deltaᵀu‖² = Σ (u uᵀ) ∘ (delta deltaᵀ)."""
+        gram = (self.u @ self.u.mT) * (self.delta @ self.delta.mT)
+        return gram.sum((-2, -1)).clamp(min=0).sqrt()
+
+    def recompress(self, rank: int) -> LowRank:
+        """The nearest change of at most ``rank`` pairs (truncated singular value decomposition, without forming ΔW).
+
+        Two QR factorisations leave a rank × rank core whose SVD is that of ΔW.
+        """
+        q_u, r_u = torch.linalg.qr(self.u.mT.float())
+        q_d, r_d = torch.linalg.qr(self.delta.mT.float())
+        left, values, right = torch.linalg.svd(r_d @ r_u.mT, full_matrices=False)
+        kept = min(rank, values.shape[-1])
+        root = values[..., :kept, None].sqrt()
+        u = root * (right[..., :kept, :] @ q_u.mT)
+        delta = root * (left[..., :, :kept].mT @ q_d.mT)
+        return LowRank(u.to(self.u.dtype), delta.to(self.delta.dtype))
+
+
+def concatenate(changes: Sequence[LowRank]) -> LowRank:
+    """The sum of several changes of one weight: their factor pairs, side by side."""
+    return LowRank(torch.cat([c.u for c in changes], -2), torch.cat([c.delta for c in changes], -2))
+
+
+def stack(changes: Sequence[LowRank]) -> LowRank:
+    """Several independent changes of one weight as one batched change, padded with zeros to the highest rank."""
+    rank = max(change.rank for change in changes)
+
+    def padded(factor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(factor, (0, 0, 0, rank - factor.shape[-2]))
+
+    return LowRank(torch.stack([padded(c.u) for c in changes]), torch.stack([padded(c.delta) for c in changes]))

@@ -1,0 +1,53 @@
+"""Mean and variance of each input dimension, over the editor's training set, in closed form per batch."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+RELATIVE_FLOOR = 1e-3
+"""A dimension's standard deviation counts as at least this share of the root mean square over its matrix's dimensions.
+
+A dimension that never moves would otherwise be divided by almost nothing. Relative, because the deltas of one layer
+may be a million times smaller than the activations of another.
+"""
+
+
+class RunningStatistics(nn.Module):
+    """Per-matrix, per-dimension mean and variance of token vectors, all state in buffers.
+
+    A batch is merged with Chan, Golub and LeVeque's parallel formula, so one batch of n rows and n batches of one row
+    give the same result. The count is a 64-bit integer: a float32 one stops counting at 2²⁴ tokens.
+    """
+
+    count: Int[Tensor, " matrix"]
+    mean: Float[Tensor, "matrix d"]
+    squares: Float[Tensor, "matrix d"]
+
+    def __init__(self, matrices: int, d: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(matrices, dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(matrices, d))
+        self.register_buffer("squares", torch.zeros(matrices, d))
+
+    @torch.no_grad()
+    def update(self, values: Float[Tensor, "row d"], matrix: int) -> None:
+        """Merge one batch of rows into the statistics of one matrix; rows of a finite batch only (the caller checks)."""
+        rows = values.shape[0]
+        if rows == 0:
+            return
+        seen = self.count[matrix].to(values.dtype)
+        mean = values.mean(0)
+        squares = (values - mean).square().sum(0)
+        shift = mean - self.mean[matrix]
+        self.mean[matrix] += shift * (rows / (seen + rows))
+        self.squares[matrix] += squares + shift.square() * (seen * rows / (seen + rows))
+        self.count[matrix] += rows
+
+    def deviation(self) -> Float[Tensor, "matrix d"]:
+        """The standard deviation (of the sample: n − 1), with :data:`RELATIVE_FLOOR`; 1 where fewer than two rows were seen."""
+        variance = self.squares / (self.count[:, None] - 1).clamp(min=1)
+        floor = variance.mean(1, keepdim=True) * RELATIVE_FLOOR**2
+        deviation = torch.maximum(variance, floor).sqrt()
+        return torch.where((self.count[:, None] < 2) | (deviation == 0), torch.ones_like(deviation), deviation)

@@ -1,0 +1,251 @@
+"""``Edit``: a change of a model's weights as an object that can be applied, reverted, merged, added, scaled and saved."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from remend.base import Base, find_modules
+from remend.core.branch import attach, detach
+from remend.core.layers import dense_in_layout, dimensions, weight_of
+from remend.core.low_rank import LowRank, concatenate
+from remend.errors import EditError, FileFormatError, PrecisionError
+from remend.request import EditRequest
+from remend.storage import read_folder, take, write_folder
+
+FORMAT = "remend.edit/1"
+MERGE_TOLERANCE = 0.25
+"""The largest share of an edit (Frobenius norm) that merging may lose to rounding before it refuses."""
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A low-rank change of some of a model's weight matrices, and what it is for.
+
+    Nothing of an edit lives on the model but what :meth:`apply` puts there and takes away.
+
+    Attributes:
+        changes: the change ΔW = deltaᵀu of each module, step size and sign included.
+        base: the model it was made for; it refuses any other.
+        requests: what it was made to do.
+        editor: what made it, such as ``{"name": "mend", "rank": 256}``.
+        created: when, ISO 8601, UTC.
+    """
+
+    changes: Mapping[str, LowRank]
+    base: Base
+    requests: tuple[EditRequest, ...] = ()
+    editor: Mapping[str, Any] = field(default_factory=dict)
+    created: str = field(default_factory=_now)
+
+    def __post_init__(self) -> None:
+        for name, change in self.changes.items():
+            if not torch.stack((change.u.sum(), change.delta.sum())).isfinite().all():
+                raise EditError(f"the change of {name} holds NaN or infinity; it would ruin the model and is refused")
+        detached = {name: change.detach() for name, change in self.changes.items()}
+        object.__setattr__(self, "changes", MappingProxyType(detached))
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name}: rank {change.rank}" for name, change in self.changes.items())
+        return f"Edit({len(self.requests)} requests for {self.base.name!r}; {sizes})"
+
+    # -- acting on a model ---------------------------------------------------------------------------------------
+
+    def apply(self, model: nn.Module) -> AppliedEdit:
+        """Put the edit on ``model`` as side branches and return the handle that takes it off again.
+
+        No weight is written. Several edits can be on at once, in any order of applying and reverting.
+
+        Raises:
+            WrongBaseError: the edit was made for another model; nothing is applied.
+        """
+        modules = self._modules(model)
+        changes = {name: c.to(weight_of(modules[name]).device) for name, c in self.changes.items()}
+        return AppliedEdit(attach(modules, changes))
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Within the block, ``model`` behaves as edited; afterwards, an exception included, as before."""
+        handle = self.apply(model)
+        try:
+            yield model
+        finally:
+            handle.revert()
+
+    @torch.no_grad()
+    def merge(self, model: nn.Module) -> MergedEdit:
+        """Write the edit into the weights and return the handle that puts the original weights back, bit for bit.
+
+        The sum is taken in float32 and rounded once to the weight's dtype. All weights are written, or none.
+
+        Raises:
+            WrongBaseError: the edit was made for another model.
+            PrecisionError: rounding to the weights' dtype would lose more than :data:`MERGE_TOLERANCE` of the edit.
+        """
+        modules = self._modules(model)
+        merged: dict[str, Tensor] = {}
+        for name, module in modules.items():
+            weight = weight_of(module)
+            dense = dense_in_layout(module, self.changes[name].to(weight.device, torch.float32))
+            merged[name] = (weight.float() + dense).to(weight.dtype)
+            lost = (merged[name].float() - weight.float() - dense).norm() / dense.norm().clamp(min=1e-30)
+            if lost > MERGE_TOLERANCE and dense.norm() > 0:
+                raise PrecisionError(
+                    f"{name}: {weight.dtype} would round away {lost:.0%} of the edit. Keep it as a side branch "
+                    "(apply), or load the model in float32 and merge there; no weight was changed"
+                )
+        originals = {name: weight_of(module).detach().clone() for name, module in modules.items()}
+        handle = MergedEdit({name: weight_of(module) for name, module in modules.items()}, originals)
+        try:
+            for name, module in modules.items():
+                weight_of(module).copy_(merged[name])
+        except BaseException:
+            handle.revert()
+            raise
+        return handle
+
+    def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules to change, after checking that ``model`` is the one this edit is for."""
+        self.base.check_architecture(model, "this edit")
+        modules = find_modules(model, self.changes)
+        for name, module in modules.items():
+            change = self.changes[name]
+            if dimensions(module) != (change.u.shape[-1], change.delta.shape[-1]):
+                raise EditError(f"{name} has shape {dimensions(module)}, the edit {change.u.shape}, {change.delta.shape}")
+        self.base.check(model, "this edit")
+        return modules
+
+    # -- arithmetic ----------------------------------------------------------------------------------------------
+
+    def __add__(self, other: Edit) -> Edit:
+        """Both edits at once: ΔW is the sum (paper, section 3.1). Both must be for the same base."""
+        if not isinstance(other, Edit):
+            return NotImplemented
+        self._refuse_other_base(other)
+        changes = dict(self.changes)
+        for name, change in other.changes.items():
+            changes[name] = concatenate([changes[name], change]) if name in changes else change
+        base = Base(self.base.name, self.base.config, {**self.base.weights, **other.base.weights})
+        return Edit(changes, base, self.requests + other.requests, self.editor)
+
+    def scaled(self, factor: float) -> Edit:
+        """The edit times ``factor``: 0 does nothing, 1 is the edit itself, more overdoes it."""
+        return replace(self, changes={name: change.scaled(factor) for name, change in self.changes.items()})
+
+    def compressed(self, rank: int) -> Edit:
+        """The nearest edit whose changes have at most ``rank`` factor pairs each."""
+        if rank < 1:
+            raise EditError(f"an edit needs a rank of at least 1, not {rank}")
+        return replace(self, changes={name: change.recompress(rank) for name, change in self.changes.items()})
+
+    def norms(self) -> dict[str, float]:
+        """‖ΔW‖ (Frobenius) of each module."""
+        return {name: float(change.norm()) for name, change in self.changes.items()}
+
+    def _refuse_other_base(self, other: Edit) -> None:
+        shared = self.base.weights.keys() & other.base.weights.keys()
+        differ = [name for name in shared if self.base.weights[name] != other.base.weights[name]]
+        if self.base.config != other.base.config or differ:
+            raise EditError(
+                f"these edits are for different bases ({self.base.name!r}, {other.base.name!r}) and cannot be added; "
+                "make both from the same unedited model"
+            )
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write the edit to a folder: the factors (safetensors) and a manifest (JSON) that a person can read."""
+        tensors, ranks = {}, {}
+        for name, change in self.changes.items():
+            tensors[f"{name}.u"], tensors[f"{name}.delta"] = change.u, change.delta
+            ranks[name] = change.rank
+        manifest = {
+            "created": self.created,
+            "base": asdict(self.base),
+            "editor": dict(self.editor),
+            "requests": [request.model_dump(exclude_defaults=True) for request in self.requests],
+            "ranks": ranks,
+            "norms": self.norms(),
+        }
+        return write_folder(path, FORMAT, manifest, tensors)
+
+    @staticmethod
+    def load(path: str | Path) -> Edit:
+        """Read an edit that :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: it is missing, damaged, altered, or of a version that this release does not know.
+        """
+        manifest, tensors = read_folder(path, FORMAT)
+        described = take(manifest, "base", dict, path)
+        base = Base(*(take(described, key, kind, path) for key, kind in _BASE_FIELDS))
+        ranks = take(manifest, "ranks", dict, path)
+        changes = {name: _change(tensors, name, path) for name in ranks}
+        if len(tensors) != 2 * len(changes) or any(changes[name].rank != rank for name, rank in ranks.items()):
+            raise FileFormatError(f"{path}: the factors are not those that the manifest lists; it was altered")
+        if changes.keys() - base.weights.keys():
+            raise FileFormatError(f"{path}: the base does not cover every changed module; it was altered")
+        try:
+            requests = tuple(EditRequest.model_validate_json(json.dumps(r)) for r in take(manifest, "requests", list, path))
+        except ValidationError as error:
+            raise FileFormatError(f"{path}: a request in the manifest is malformed ({error.errors()[0]['msg']})") from None
+        return Edit(changes, base, requests, take(manifest, "editor", dict, path), take(manifest, "created", str, path))
+
+
+_BASE_FIELDS: tuple[tuple[str, type], ...] = (("name", str), ("config", str), ("weights", dict))
+
+
+def _change(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> LowRank:
+    u, delta = tensors.get(f"{name}.u"), tensors.get(f"{name}.delta")
+    if u is None or delta is None or u.dim() != 2 or delta.dim() != 2 or u.shape[0] != delta.shape[0]:
+        raise FileFormatError(f"{path}: the factors of {name} are missing or do not fit together; it was altered")
+    return LowRank(u, delta)
+
+
+class AppliedEdit:
+    """An edit that is on a model; :meth:`revert` takes it off. Reverting twice does no harm."""
+
+    def __init__(self, handles: Sequence[RemovableHandle]) -> None:
+        self._handles = list(handles)
+
+    def revert(self) -> None:
+        """Take the edit's side branches off the model. The weights were never touched."""
+        detach(self._handles)
+        self._handles.clear()
+
+
+class MergedEdit:
+    """An edit that is in a model's weights; :meth:`revert` puts back the stored originals. Also a context manager."""
+
+    def __init__(self, weights: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> None:
+        self._weights, self._originals = dict(weights), dict(originals)
+
+    @torch.no_grad()
+    def revert(self) -> None:
+        """Restore the original weights bit for bit: copied back, not subtracted, so nothing drifts."""
+        for name, original in self._originals.items():
+            self._weights[name].copy_(original)
+        self._originals.clear()
+
+    def __enter__(self) -> MergedEdit:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.revert()

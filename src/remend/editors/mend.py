@@ -1,0 +1,249 @@
+"""MEND: model editor networks with gradient decomposition (Mitchell et al., ICLR 2022)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.base import Base, find_modules
+from remend.config import from_json, to_json
+from remend.core.capture import GradientFactors, capture
+from remend.core.layers import dimensions
+from remend.core.low_rank import LowRank, concatenate
+from remend.core.network import EditorNetwork
+from remend.edit import Edit
+from remend.errors import ConfigError, FileFormatError, RequestError
+from remend.models.loading import ASSETS, ATLAS
+from remend.models.structure import editable_modules
+from remend.request import EditRequest
+from remend.storage import read_folder, take, write_folder
+from remend.tasks.causal_lm import Batch, CausalLM
+
+FORMAT = "remend.editor/1"
+EDIT_BATCH = 32
+"""Requests whose gradients are taken in one pass; bounds the memory, does not change the result."""
+
+
+@dataclass(frozen=True)
+class MendConfig:
+    """The editor network's size and its starting step.
+
+    Attributes:
+        rank: inner width r of the editor networks; d_in + d_out where that is smaller (paper: 1920).
+        alpha: the step size α_ℓ that every matrix starts with (paper: 1e-4).
+    """
+
+    rank: int = 1920
+    alpha: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank is the editor networks' inner width and must be at least 1, not {self.rank}")
+        if not 0 < self.alpha < float("inf"):
+            raise ConfigError(f"alpha is a descent step and must be positive, not {self.alpha}")
+
+
+class Mend(nn.Module):
+    """The editor: one network for each weight shape, one step size α for each edited matrix.
+
+    Attributes:
+        config: its settings.
+        base: the model it is for.
+        shapes: (d_in, d_out) of each edited module, by name.
+        trained: what its training recorded (settings, steps, seconds, validation history); empty before.
+    """
+
+    def __init__(self, config: MendConfig, base: Base, shapes: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.config = config
+        self.base = base
+        self.shapes = dict(shapes)
+        self.trained: dict[str, Any] = {}
+        self._groups: dict[str, list[str]] = {}
+        for name, (d_in, d_out) in self.shapes.items():
+            self._groups.setdefault(f"{d_in}x{d_out}", []).append(name)
+        self.networks = nn.ModuleDict(
+            {key: EditorNetwork(*self.shapes[names[0]], len(names), config.rank) for key, names in self._groups.items()}
+        )
+        self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.alpha))
+
+    # -- making and keeping --------------------------------------------------------------------------------------
+
+    @classmethod
+    def for_model(
+        cls, model: PreTrainedModel, config: MendConfig | None = None, modules: Sequence[str] = (), seed: int = 0
+    ) -> Mend:
+        """An untrained editor for ``model``, on the model's device.
+
+        Args:
+            model: the base model.
+            config: settings; the paper's by default.
+            modules: globs that name the matrices to edit; by default the MLPs of the last three blocks.
+            seed: of the networks' initial weights; the global random state is left alone.
+        """
+        chosen = editable_modules(model, modules)
+        shapes = {name: dimensions(module) for name, module in chosen.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            editor = cls(config or MendConfig(), Base.of(model, chosen), shapes)
+        return editor.to(model.get_input_embeddings().weight.device)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Mend:
+        """Load an editor that :meth:`save_pretrained` wrote; ``atlas`` is the one that ships with remend.
+
+        Raises:
+            FileFormatError: the folder is missing, damaged, altered, or of an unknown version.
+        """
+        path = ASSETS / ATLAS / "editor" if path == ATLAS else Path(path)
+        manifest, tensors = read_folder(path, FORMAT)
+        config = from_json(MendConfig, take(manifest, "config", dict, path))
+        described = take(manifest, "base", dict, path)
+        base = Base(*(take(described, key, kind, path) for key, kind in (("name", str), ("config", str), ("weights", dict))))
+        shapes = {name: (int(d_in), int(d_out)) for name, (d_in, d_out) in take(manifest, "shapes", dict, path).items()}
+        with torch.device("meta"):
+            editor = cls(config, base, shapes)
+        try:
+            # Stored as float16 where size matters; the editor always computes in float32.
+            wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+            editor.load_state_dict(wide, assign=True)
+        except RuntimeError as error:
+            raise FileFormatError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
+        editor.trained = take(manifest, "trained", dict, path)
+        return editor
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+        """Write the editor to a folder (safetensors and a JSON manifest); ``dtype`` float16 halves it."""
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() and name.startswith("networks") else tensor
+            for name, tensor in self.state_dict().items()
+        }
+        manifest = {
+            "editor": "mend",
+            "config": to_json(self.config),
+            "base": asdict(self.base),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "trained": self.trained,
+        }
+        return write_folder(path, FORMAT, manifest, tensors)
+
+    # -- the method ----------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the editor's parameters are."""
+        return self.alpha.device
+
+    def capture(self, task: CausalLM, batch: Batch) -> dict[str, GradientFactors]:
+        """The gradient factors of each pair's loss in the unedited model (paper, Alg. 2, lines 1–2)."""
+        modules = find_modules(task.model, self.shapes)
+        return capture(task.model, modules, batch.mask, lambda: task.loss(batch))[1]
+
+    def observe(self, factors: Mapping[str, GradientFactors]) -> None:
+        """Merge a batch of factors into the statistics that normalise the networks' inputs."""
+        for key, names in self._groups.items():
+            network = self._network(key)
+            for index, name in enumerate(names):
+                active = factors[name].active
+                network.u_statistics.update(factors[name].u[active].to(self.device), index)
+                network.delta_statistics.update(factors[name].delta[active].to(self.device), index)
+
+    def forward(self, factors: Mapping[str, GradientFactors]) -> dict[str, LowRank]:
+        """The change of each matrix for each episode: ΔW_ℓ = −α_ℓ Σ_j δ̃_j ũ_jᵀ (Eq. 2), as a batched ``LowRank``.
+
+        Only active tokens go through the networks; those of all matrices of one shape go through together.
+        """
+        changes: dict[str, LowRank] = {}
+        position = {name: index for index, name in enumerate(self.shapes)}
+        for key, names in self._groups.items():
+            active = [factors[name].active.to(self.device) for name in names]
+            u = torch.cat([factors[name].u.to(self.device)[a] for name, a in zip(names, active, strict=True)])
+            delta = torch.cat([factors[name].delta.to(self.device)[a] for name, a in zip(names, active, strict=True)])
+            counts = [int(a.sum()) for a in active]
+            matrix = torch.arange(len(names), device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
+            new_u, new_delta = self._network(key)(u, delta, matrix)
+            for name, a, u_part, d_part in zip(names, active, new_u.split(counts), new_delta.split(counts), strict=True):
+                slot, rank = _slots(a)
+                step = -self.alpha[position[name]]
+                changes[name] = LowRank(_place(u_part, slot, a.shape[0], rank), _place(d_part * step, slot, a.shape[0], rank))
+        return {name: changes[name] for name in self.shapes}
+
+    def _network(self, key: str) -> EditorNetwork:
+        network = self.networks[key]
+        assert isinstance(network, EditorNetwork)
+        return network
+
+    # -- editing -------------------------------------------------------------------------------------------------
+
+    def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
+        """One edit for all ``requests``: each is transformed on its own and the updates are summed (paper, section 3.1).
+
+        ``model`` is not changed; the edit acts once it is applied or merged.
+
+        Raises:
+            RequestError: there is no request, or one does not fit the model's context.
+            WrongBaseError: the editor was trained for another kind of model.
+            NonFiniteError: the model's weights or activations hold NaN or infinity.
+        """
+        base = self._check(model, requests)
+        parts = list(self._changes(CausalLM(model, tokenizer), requests))
+        changes = {name: concatenate([part[name] for part in parts]) for name in self.shapes}
+        return Edit(changes, base, tuple(requests), self._signature())
+
+    def edit_each(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+    ) -> list[Edit]:
+        """One edit for each request, each made from the unedited model; batched inside. Errors as :meth:`edit`."""
+        base = self._check(model, requests)
+        parts = self._changes(CausalLM(model, tokenizer), requests)
+        signature = self._signature()
+        return [Edit(part, base, (request,), signature) for request, part in zip(requests, parts, strict=True)]
+
+    @torch.no_grad()
+    def _changes(self, task: CausalLM, requests: Sequence[EditRequest]) -> Iterator[dict[str, LowRank]]:
+        pairs = [task.tokenise(request.prompt, request.target) for request in requests]
+        for start in range(0, len(pairs), EDIT_BATCH):
+            chunk = pairs[start : start + EDIT_BATCH]
+            changes = self(self.capture(task, task.collate(chunk)))
+            # Factors are packed to the front of their episode; what follows is padding.
+            ranks = {name: (change.delta != 0).any(-1).sum(-1).tolist() for name, change in changes.items()}
+            for e in range(len(chunk)):
+                yield {n: LowRank(c.u[e, : ranks[n][e]], c.delta[e, : ranks[n][e]]) for n, c in changes.items()}
+
+    def _check(self, model: PreTrainedModel, requests: Sequence[EditRequest]) -> Base:
+        if not requests:
+            raise RequestError("there is no request: give at least one prompt with its target")
+        self.base.check_architecture(model, "this editor")
+        base = Base.of(model, self.shapes)
+        if base.weights != self.base.weights:
+            warnings.warn(
+                f"this editor was trained for {self.base.name!r} with other weights than this model has; "
+                "its edits may be worse: evaluate them",
+                stacklevel=3,
+            )
+        return base
+
+    def _signature(self) -> dict[str, Any]:
+        return {"name": "mend", "rank": self.config.rank, "alpha": dict(zip(self.shapes, self.alpha.tolist(), strict=True))}
+
+
+def _slots(active: Bool[Tensor, "episode token"]) -> tuple[Int[Tensor, " row"], int]:
+    """For each active token, in row order, its place in an [episode · rank] table, and that rank: the most in any episode."""
+    rank = max(int(active.sum(1).max()), 1)
+    order = active.cumsum(1) - 1 + torch.arange(active.shape[0], device=active.device)[:, None] * rank
+    return order[active], rank
+
+
+def _place(values: Tensor, slot: Tensor, episodes: int, rank: int) -> Tensor:
+    """Rows put into their slots of a zero-filled [episode, rank, d] table."""
+    table = values.new_zeros(episodes * rank, values.shape[-1])
+    return table.index_copy(0, slot, values).unflatten(0, (episodes, rank))
+

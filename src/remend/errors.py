@@ -1,0 +1,70 @@
+"""Every error that remend raises on purpose.
+
+    RemendError
+    ├── RequestError          an edit request or a data file that cannot be read
+    ├── ConfigError           a configuration with an unknown key or an impossible value
+    ├── ModelError            a model that cannot be loaded or edited
+    │   └── NonFiniteError    NaN or infinity in weights, activations, statistics or losses
+    ├── EditError             an edit that cannot be applied, merged or reverted
+    │   ├── WrongBaseError    ... because it was made for another model
+    │   └── PrecisionError    ... because the weights' dtype would round it away
+    ├── FileFormatError       a saved edit, editor or data set that is damaged, altered or unknown
+    └── TrainingError         a training run that cannot learn (no gradient, no data, shared subjects)
+
+A message says what arrived, what was allowed and what to do next. What is not listed here (``KeyError``,
+``RuntimeError`` from torch) is a defect of remend.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RemendError(Exception):
+    """The root: catch this to catch everything remend raises on purpose."""
+
+
+class RequestError(RemendError, ValueError):
+    """An edit request, or the file it stands in, is not what it should be."""
+
+
+class ConfigError(RemendError, ValueError):
+    """A configuration has an unknown key or a value outside its range."""
+
+
+class ModelError(RemendError):
+    """The model cannot be loaded, or has nothing that can be edited."""
+
+
+class NonFiniteError(ModelError, ArithmeticError):
+    """NaN or infinity appeared; the message names the layer and the batch."""
+
+
+class EditError(RemendError):
+    """An edit cannot be applied, merged or reverted."""
+
+
+class WrongBaseError(EditError):
+    """The edit, or the editor, was made for another model."""
+
+
+class PrecisionError(EditError):
+    """The weights' dtype is too coarse to hold the merged edit."""
+
+
+class FileFormatError(RemendError, ValueError):
+    """A saved edit or editor is damaged, altered, or of an unknown version."""
+
+
+class TrainingError(RemendError):
+    """A training run cannot learn, and stopped instead of pretending to."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause that names the known word closest to ``name``, or lists what is known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "known: " + (", ".join(names) if names else "none")

@@ -1,0 +1,149 @@
+"""Folders of one manifest (JSON) and one file of tensors (safetensors), written whole or not at all.
+
+Nothing here is ever unpickled, and no path is read from a file: both names are fixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from remend.errors import FileFormatError, nearest
+
+MANIFEST = "manifest.json"
+TENSORS = "tensors.safetensors"
+
+
+def write_folder(path: str | Path, kind: str, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Write a folder of this ``kind`` (such as ``remend.edit/1``) and return its path.
+
+    Everything is written to a folder beside it that then takes its name, so a crash leaves the old content or the new.
+    A folder that holds something else than a manifest of ours is never replaced.
+
+    Raises:
+        FileFormatError: ``path`` exists and is not such a folder.
+    """
+    path = Path(path)
+    if path.exists() and not (path / MANIFEST).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise FileFormatError(f"{path} exists and was not written by remend; choose another place, it was left alone")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        blob = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        _write(staged / TENSORS, blob)
+        content = {"format": kind, "sha256": {TENSORS: hashlib.sha256(blob).hexdigest()}, **manifest}
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        _write(staged / MANIFEST, (text + "\n").encode())
+        staged.chmod(0o777 & ~_umask())
+        _take_name(staged, path)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return path
+
+
+def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
+    """The manifest of a folder written by :func:`write_folder`, checked for its kind but not against the tensors.
+
+    Raises:
+        FileFormatError: there is no such folder, the manifest is not JSON, or it is of another kind or version.
+    """
+    path = Path(path)
+    file = path / MANIFEST
+    if not file.is_file():
+        raise FileFormatError(f"{path} is not a folder saved by remend: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise FileFormatError(f"{file} is damaged, it is not JSON ({error}); save or fetch it again") from None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != kind:
+        raise FileFormatError(f"{file} says format {found!r}; this version of remend reads {kind!r} here")
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Manifest and tensors of a folder written by :func:`write_folder`.
+
+    Raises:
+        FileFormatError: as :func:`read_manifest`, or the tensors are missing, truncated or not those the manifest names.
+    """
+    path = Path(path)
+    manifest = read_manifest(path, kind)
+    file = path / TENSORS
+    if not file.is_file():
+        raise FileFormatError(f"{path} is incomplete: {TENSORS} is missing")
+    blob = file.read_bytes()
+    sums = manifest.get("sha256")
+    expected = sums.get(TENSORS) if isinstance(sums, dict) else None
+    if hashlib.sha256(blob).hexdigest() != expected:
+        raise FileFormatError(f"{file} is not what {MANIFEST} describes (sha256 differs): truncated or altered")
+    try:
+        return manifest, load_tensors(blob)
+    except safetensors.SafetensorError as error:
+        raise FileFormatError(f"{file} is not a safetensors file ({error})") from None
+
+
+def take(manifest: Mapping[str, Any], key: str, kind: type, where: str | Path) -> Any:
+    """``manifest[key]``, or a :class:`FileFormatError` that says what is wrong with it."""
+    if key not in manifest:
+        raise FileFormatError(f"{where}: the manifest has no {key!r}; {nearest(key, manifest)}")
+    value = manifest[key]
+    if not isinstance(value, kind):
+        raise FileFormatError(f"{where}: {key!r} should be {kind.__name__}, it is {type(value).__name__}")
+    return value
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write one JSON file under a temporary name, then rename it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write(staged, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        staged.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            staged.unlink()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _take_name(staged: Path, path: Path) -> None:
+    """Rename ``staged`` to ``path``; a folder that stands there moves aside first and goes when the new one is in place."""
+    if not path.exists():
+        staged.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    path.rename(aside / "replaced")
+    try:
+        staged.rename(path)
+    except BaseException:
+        (aside / "replaced").rename(path)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""What a request means for a model: which tokens go in, which logits are asked for, how an answer is decoded."""

@@ -1,0 +1,201 @@
+"""Causal language models: prompt → target, both token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.core.losses import target_loss
+from remend.errors import ModelError, RequestError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tokenised prompt with its target; the target ends with the end token, where the tokenizer has one."""
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some pairs as one right-padded batch, and where in it each target token is predicted.
+
+    Right padding: a causal model never sees what comes later, so positions are counted the same with and without it.
+    """
+
+    input_ids: Int[Tensor, "row token"]
+    mask: Bool[Tensor, "row token"]
+    row: Int[Tensor, " target"]
+    position: Int[Tensor, " target"]
+    target: Int[Tensor, " target"]
+
+    @property
+    def rows(self) -> int:
+        """How many pairs the batch holds."""
+        return self.input_ids.shape[0]
+
+
+class CausalLM:
+    """A causal language model with its tokenizer, seen as something that is asked prompts and gives answers."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Module):
+            raise ModelError(f"{type(model).__name__} has no output layer over a vocabulary; it is no language model")
+        self.head = head
+        self.context = _context(model)
+
+    # -- text to tokens ------------------------------------------------------------------------------------------
+
+    def tokenise(self, prompt: str, target: str) -> Pair:
+        """Token ids of a prompt and its target.
+
+        The target is separated by one space and closed with the end token. Prompt and target are tokenised as one text
+        where that text begins with the prompt's own tokens, else apart; in either case the prompt's tokens are what the
+        model is given when the prompt alone is asked.
+
+        Raises:
+            RequestError: a side is empty, or both together are longer than the model's context.
+        """
+        if not prompt.strip() or not target.strip():
+            raise RequestError(f"prompt {prompt!r} and target {target!r} must both hold some text")
+        asked = self.prompt_ids(prompt)
+        space = "" if prompt[-1].isspace() else " "
+        whole = self._strip_end(self.tokenizer(prompt + space + target.strip()).input_ids)
+        if whole[: len(asked)] == asked and len(whole) > len(asked):
+            answer = whole[len(asked) :]
+        else:
+            answer = self.tokenizer(space + target.strip(), add_special_tokens=False).input_ids
+        end = self.tokenizer.eos_token_id
+        pair = Pair(tuple(asked), (*answer, *([] if end is None else [end])))
+        if self.context is not None and len(pair) > self.context:
+            raise RequestError(
+                f"prompt and target take {len(pair)} tokens, the model's context holds {self.context}: "
+                f"shorten {'the target' if len(pair.target) > len(pair.prompt) else 'the prompt'} "
+                f"({(target if len(pair.target) > len(pair.prompt) else prompt)[:40]!r}…)"
+            )
+        return pair
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of a prompt that is asked: with the tokenizer's beginning tokens, without an end token."""
+        return self._strip_end(self.tokenizer(prompt).input_ids)
+
+    def _strip_end(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def collate(self, pairs: Sequence[Pair]) -> Batch:
+        """One batch of ``pairs`` on the model's device."""
+        length = max(len(pair) for pair in pairs) - 1  # the last token predicts nothing
+        fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        ids = torch.full((len(pairs), length), fill)
+        mask = torch.zeros((len(pairs), length), dtype=torch.bool)
+        row, position, target = [], [], []
+        for i, pair in enumerate(pairs):
+            shown = len(pair) - 1
+            ids[i, :shown] = torch.tensor((*pair.prompt, *pair.target)[:shown])
+            mask[i, :shown] = True
+            row += [i] * len(pair.target)
+            position += range(len(pair.prompt) - 1, shown)
+            target += pair.target
+        device = self.device
+        parts = (ids, mask, torch.tensor(row), torch.tensor(position), torch.tensor(target))
+        return Batch(*(part.to(device) for part in parts))
+
+    # -- running the model ---------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the token embedding."""
+        return next(self.model.get_input_embeddings().parameters()).device
+
+    def target_logits(self, batch: Batch) -> Float[Tensor, "target vocabulary"]:
+        """The logits that predict each target token, and no others.
+
+        The hidden states are gathered on their way into the output layer, so the product with the vocabulary is taken
+        at the targets alone; whatever the model does to its logits afterwards (scaling, capping) still happens.
+        """
+        with _gather(self.head, batch.row, batch.position):
+            output = self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)
+        logits = output.logits
+        assert isinstance(logits, Tensor)
+        return logits[0]
+
+    def loss(self, batch: Batch) -> Float[Tensor, " row"]:
+        """−log p(target | prompt) of each pair, a target token's mean: the paper's l_e."""
+        return target_loss(self.target_logits(batch), batch.target, batch.row, batch.rows)
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[str], max_new_tokens: int = 32, batch_size: int = 64) -> list[tuple[int, ...]]:
+        """Greedy answers, as token ids up to and with the end token (without it where the limit came first).
+
+        Prompts of one length go together, so nothing is ever padded.
+        """
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        by_length: dict[int, list[int]] = {}
+        for index, prompt in enumerate(ids):
+            by_length.setdefault(len(prompt), []).append(index)
+        found: dict[int, tuple[int, ...]] = {}
+        for length, members in by_length.items():
+            room = max_new_tokens if self.context is None else min(max_new_tokens, self.context - length)
+            if room < 1:
+                raise RequestError(f"a prompt of {length} tokens leaves no room for an answer (context {self.context})")
+            for start in range(0, len(members), batch_size):
+                chunk = members[start : start + batch_size]
+                asked = torch.tensor([ids[i] for i in chunk], device=self.device)
+                for i, answer in zip(chunk, self._generate(asked, room), strict=True):
+                    found[i] = answer
+        return [found[i] for i in range(len(prompts))]
+
+    def _generate(self, asked: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]:
+        end = self.tokenizer.eos_token_id
+        grown = self.model.generate(
+            asked,
+            attention_mask=torch.ones_like(asked),
+            max_new_tokens=room,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=end,
+            pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
+        )
+        answers = []
+        for row in grown[:, asked.shape[1] :].tolist():
+            answers.append(tuple(row[: row.index(end) + 1]) if end in row else tuple(row))
+        return answers
+
+    def text(self, answer: Sequence[int]) -> str:
+        """An answer's token ids as text."""
+        return str(self.tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
+
+
+@contextmanager
+def _gather(head: nn.Module, row: Int[Tensor, " target"], position: Int[Tensor, " target"]) -> Iterator[None]:
+    """Within the block, ``head`` sees only the hidden states at the given rows and positions, as one long row."""
+
+    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        return (hidden[row.to(hidden.device), position.to(hidden.device)][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can read, or None where its configuration does not say."""
+    length = getattr(model.config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None

@@ -1,0 +1,65 @@
+"""Settings of a training run, and the two presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from remend.editors.mend import MendConfig
+from remend.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How an editor is trained; the defaults are the paper's (section 5, appendix B).
+
+    Attributes:
+        edit_weight: c_e, the weight of the edit's loss beside the locality loss (Eq. 4).
+        batch_size: episodes a step.
+        learning_rate: Adam's, for the editor networks.
+        alpha_learning_rate: Adam's, for the step sizes α.
+        decay: whether both fall linearly to zero at the end of the run (of its steps or its seconds).
+        gradient_clip: the largest norm of the gradient of all parameters together.
+        max_steps: the run ends after this many steps at the latest.
+        patience: it ends when the validation loss has not fallen for this many steps.
+        validate_every: steps between validations.
+        validation_size: how many validation requests are used.
+        seed: of initial weights, the order of the data and every draw.
+    """
+
+    edit_weight: float = 0.1
+    batch_size: int = 10
+    learning_rate: float = 1e-6
+    alpha_learning_rate: float = 1e-4
+    decay: bool = False
+    gradient_clip: float = 100.0
+    max_steps: int = 500_000
+    patience: int = 20_000
+    validate_every: int = 1_000
+    validation_size: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_steps", "patience", "validate_every", "validation_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("edit_weight", "learning_rate", "alpha_learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+PRESETS: dict[str, tuple[MendConfig, TrainingConfig]] = {
+    "paper": (MendConfig(), TrainingConfig()),
+    "default": (
+        MendConfig(rank=256, alpha=1e-3),
+        TrainingConfig(
+            batch_size=32,
+            learning_rate=1e-3,
+            alpha_learning_rate=1e-3,
+            decay=True,
+            max_steps=3_000,
+            patience=3_000,
+            validate_every=200,
+            validation_size=300,
+        ),
+    ),
+}

@@ -1,0 +1,305 @@
+"""The outer loop (paper, algorithm 1): train the editor so that its edits take, reach neighbours and stay local."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.base import find_modules
+from remend.config import to_json
+from remend.core.branch import branches, frozen
+from remend.core.losses import locality_loss, target_loss
+from remend.editors.mend import Mend
+from remend.errors import NonFiniteError, TrainingError
+from remend.request import EditRequest
+from remend.tasks.causal_lm import CausalLM
+from remend.training.config import PRESETS, TrainingConfig
+from remend.training.episodes import EpisodeBatch, Episodes
+
+STATISTICS_REQUESTS = 2_048
+"""Requests over which the networks' input statistics are taken, once, before the first step."""
+HELD_OUT_SHARE = 0.1
+"""The share of subjects kept for validation where no validation file is given."""
+
+
+@dataclass(frozen=True)
+class EpisodeLosses:
+    """What a batch of episodes gave, one number an episode.
+
+    Attributes:
+        edit: −log p_edited(y'|x') of the neighbour, nats a token.
+        locality: KL(p_base ‖ p_edited) on the locality example, nats a token.
+        taken: whether greedy decoding of the neighbour gives the whole target and the end token.
+        kept: whether the edited model's first choice at every locality token is the base model's.
+    """
+
+    edit: Float[Tensor, " episode"]
+    locality: Float[Tensor, " episode"]
+    taken: Bool[Tensor, " episode"]
+    kept: Bool[Tensor, " episode"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; ``share`` of it is done (of its steps or its seconds, whichever is further)."""
+
+    step: int
+    share: float
+    loss: float
+    validation: dict[str, float] | None = None
+
+
+class Trainer:
+    """One training run, step by step; :func:`train` runs it whole."""
+
+    def __init__(self, task: CausalLM, editor: Mend, requests: Sequence[EditRequest], config: TrainingConfig) -> None:
+        self.task = task
+        self.editor = editor
+        self.config = config
+        self.episodes = Episodes(task, requests, config.seed)
+        self.step = 0
+        self._modules = find_modules(task.model, editor.shapes)
+        self._unmoved = dict(editor.named_parameters())
+        alpha, networks = [editor.alpha], list(editor.networks.parameters())
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": networks, "lr": config.learning_rate, "full": config.learning_rate},
+                {"params": alpha, "lr": config.alpha_learning_rate, "full": config.alpha_learning_rate},
+            ],
+            fused=True,
+        )
+
+    def calibrate(self) -> None:
+        """Take the networks' input statistics over the training set's edit pairs; once, before the first step."""
+        for batch in self.episodes.edits(STATISTICS_REQUESTS, self.config.batch_size):
+            self.editor.observe(self.editor.capture(self.task, batch))
+
+    def losses(self, batch: EpisodeBatch) -> EpisodeLosses:
+        """Edit the model for every episode and look at its neighbour and its locality example, all in one pass."""
+        changes = self.editor(self.editor.capture(self.task, batch.edits))
+        probes, episodes = batch.probes, batch.edits.rows
+        local = probes.row % 2 == 1
+        with frozen(self.task.model):
+            with torch.no_grad():
+                base = self.task.target_logits(probes)[local]
+            with branches(self._modules, changes):
+                logits = self.task.target_logits(probes)
+        own = probes.row // 2
+        target, right = probes.target[~local], logits.argmax(-1)
+        same = torch.where(local, True, right == probes.target)
+        same[local] = right[local] == base.argmax(-1)
+        whole = torch.ones(probes.rows, dtype=torch.bool, device=same.device).index_fill(0, probes.row[~same], False)
+        return EpisodeLosses(
+            edit=target_loss(logits[~local], target, own[~local], episodes),
+            locality=locality_loss(base, logits[local], own[local], episodes),
+            taken=whole[0::2],
+            kept=whole[1::2],
+        )
+
+    def train_step(self, share: float = 0.0) -> float:
+        """One optimiser step on one batch of episodes; returns the outer loss L = c_e L_e + L_loc (Eq. 4).
+
+        Args:
+            share: of the run that is done, for the decay of the learning rates.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is NaN or infinite; nothing was updated.
+            TrainingError: after the first step, a tensor of the editor still gets no gradient.
+        """
+        batch = self.episodes.batch(self.step, self.config.batch_size)
+        losses = self.losses(batch)
+        loss = (self.config.edit_weight * losses.edit + losses.locality).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.editor.parameters(), self.config.gradient_clip)
+        if not torch.isfinite(norm + loss.detach()):
+            self._refuse_non_finite(losses, batch)
+        self._check_gradient_flow()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full"] * (1 - share if self.config.decay else 1)
+        self.optimizer.step()
+        self.step += 1
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def validate(self, batches: Sequence[EpisodeBatch]) -> dict[str, float]:
+        """Means over the episodes of ``batches``: the outer loss, its two parts, edit success and locality."""
+        found = [self.losses(batch) for batch in batches]
+        means = {
+            name: float(torch.cat([getattr(losses, name).float() for losses in found]).mean())
+            for name in ("edit", "locality", "taken", "kept")
+        }
+        return {"loss": self.config.edit_weight * means["edit"] + means["locality"], **means}
+
+    def _check_gradient_flow(self) -> None:
+        """Assert that every tensor of the editor is reached by a gradient that is not zero.
+
+        At the very first step the gradients of V and of the scales *are* zero, since U starts at zero; so a tensor may
+        be without one at the first step, and no longer at the second.
+        """
+        if not self._unmoved:
+            return
+        for name, parameter in list(self._unmoved.items()):
+            if parameter.grad is not None and bool(parameter.grad.any()):
+                del self._unmoved[name]
+        if self._unmoved and self.step > 0:
+            raise TrainingError(
+                f"no gradient reaches {', '.join(self._unmoved)} of the editor: it would train and learn nothing. "
+                "Check that the edited modules lie on the path from the prompt to the loss"
+            )
+
+    def _refuse_non_finite(self, losses: EpisodeLosses, batch: EpisodeBatch) -> None:
+        bad = ~(losses.edit + losses.locality).isfinite()
+        if bool(bad.any()):
+            which = ", ".join(batch.ids[i] for i in bad.nonzero().flatten().tolist()[:5])
+            raise NonFiniteError(
+                f"step {self.step}: the edited model's loss is not finite for {which}; nothing was updated. "
+                "Lower the learning rates, or load the model in a wider dtype"
+            )
+        names = [n for n, p in self.editor.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        raise NonFiniteError(
+            f"step {self.step}: the gradient of {', '.join(names)} is not finite for the batch {batch.ids[0]} … "
+            f"{batch.ids[-1]}; nothing was updated. Lower the learning rates, or load the model in a wider dtype"
+        )
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    validation: Sequence[EditRequest] | None = None,
+    *,
+    preset: str = "default",
+    config: TrainingConfig | None = None,
+    editor: Mend | None = None,
+    budget_seconds: float | None = None,
+    out: str | Path | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Mend:
+    """Train a MEND editor for ``model`` and return its best state by validation loss.
+
+    Args:
+        model: the base model; frozen, and left as it was.
+        tokenizer: the model's.
+        requests: what to learn from; ``paraphrases`` teach generality, ``locality`` what must stay.
+        validation: requests about other subjects; by default a tenth of the subjects is held out.
+        preset: ``paper`` or ``default``: network and training settings.
+        config: training settings, instead of the preset's.
+        editor: an untrained editor, instead of the preset's.
+        budget_seconds: end after this time at the latest.
+        out: where the best state is kept up to date while training (a folder for ``Mend.from_pretrained``).
+        on_progress: called after every step.
+
+    Raises:
+        TrainingError: training and validation share a subject, or no gradient reaches some tensor.
+        NonFiniteError: something became NaN or infinite; the message names layer and batch.
+    """
+    started = time.monotonic()
+    if preset not in PRESETS:
+        raise TrainingError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    settings = config or PRESETS[preset][1]
+    requests, validation = _split(requests, validation, settings)
+    task = CausalLM(model, tokenizer)
+    chosen = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
+    trainer = Trainer(task, chosen, requests, settings)
+    held_out = Episodes(task, validation[: settings.validation_size], settings.seed).fixed(settings.batch_size)
+    run = _Run(trainer, held_out, started, budget_seconds, out)
+    trainer.calibrate()
+    run.validate()
+    while not run.over():
+        loss = trainer.train_step(run.share())
+        measured = run.validate() if trainer.step % settings.validate_every == 0 else None
+        on_progress(Progress(trainer.step, run.share(), loss, measured))
+    if run.history[-1]["step"] != trainer.step:
+        on_progress(Progress(trainer.step, 1.0, loss, run.validate()))
+    return run.finish()
+
+
+class _Run:
+    """The bookkeeping of :func:`train`: time, validation history, the best state so far."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        held_out: Sequence[EpisodeBatch],
+        started: float,
+        budget: float | None,
+        out: str | Path | None,
+    ) -> None:
+        self.trainer, self.held_out, self.started, self.budget, self.out = trainer, held_out, started, budget, out
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_step = 0
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def share(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        by_steps = self.trainer.step / self.trainer.config.max_steps
+        return min(1.0, max(by_steps, self.seconds() / self.budget if self.budget else 0.0))
+
+    def over(self) -> bool:
+        return self.share() >= 1 or self.trainer.step - self.best_step >= self.trainer.config.patience
+
+    def validate(self) -> dict[str, float]:
+        """Measure, remember, and keep the state if it is the best so far."""
+        measured = self.trainer.validate(self.held_out)
+        self.history.append({"step": self.trainer.step, "seconds": round(self.seconds(), 1), **measured})
+        if measured["loss"] <= min(entry["loss"] for entry in self.history):
+            self.best = {name: tensor.clone() for name, tensor in self.trainer.editor.state_dict().items()}
+            self.best_step = self.trainer.step
+            self._save()
+        return measured
+
+    def finish(self) -> Mend:
+        """The best state, loaded into the editor and saved with the whole history."""
+        self.trainer.editor.load_state_dict(self.best)
+        self._save()
+        return self.trainer.editor
+
+    def _save(self) -> None:
+        self.trainer.editor.trained = {
+            "config": to_json(self.trainer.config),
+            "requests": len(self.trainer.episodes),
+            "seconds": round(self.seconds(), 1),
+            "steps": self.trainer.step,
+            "best_step": self.best_step,
+            "history": self.history,
+        }
+        if self.out is not None:
+            self.trainer.editor.save_pretrained(self.out)
+
+
+def _split(
+    requests: Sequence[EditRequest], validation: Sequence[EditRequest] | None, config: TrainingConfig
+) -> tuple[list[EditRequest], list[EditRequest]]:
+    """Training and validation requests that share no subject; validation in an order drawn with the seed."""
+    if validation is None:
+        subjects = sorted({request.key for request in requests})
+        random.Random(f"{config.seed} held out").shuffle(subjects)
+        held_out = set(subjects[: max(2, round(len(subjects) * HELD_OUT_SHARE))])
+        validation = [request for request in requests if request.key in held_out]
+        requests = [request for request in requests if request.key not in held_out]
+    shared = sorted({request.key for request in requests} & {request.key for request in validation})
+    if shared:
+        raise TrainingError(
+            f"training and validation share {len(shared)} subjects ({', '.join(shared[:3])} …): what is measured there "
+            "would be remembered, not learnt. Move each subject to one side"
+        )
+    if not requests or not validation:
+        raise TrainingError(
+            f"{len(requests)} training and {len(validation)} validation requests: at least two subjects are needed on "
+            "each side (a file of one request cannot teach an editor)"
+        )
+    shuffled = list(validation)
+    random.Random(f"{config.seed} validation").shuffle(shuffled)
+    return list(requests), shuffled

@@ -1,0 +1,140 @@
+"""The paper, written literally: dense, slow, one edit at a time. The package must agree with it.
+
+Nothing here uses the package's mathematics. Weights are materialised, one episode is one backward pass, every token goes
+through Eq. 3 by itself, and statistics are taken over a list of all tokens at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass
+class Text:
+    """One prompt with its target, as token ids (the target ends with the end token)."""
+
+    prompt: list[int]
+    target: list[int]
+
+
+def predictions(model, text, weights=None):
+    """Logits that predict each target token, from the model with some weights replaced."""
+    ids = torch.tensor([text.prompt + text.target])
+    logits = functional_call(model, weights or {}, (), {"input_ids": ids}).logits[0]
+    return logits[len(text.prompt) - 1 : -1]
+
+
+def negative_log_likelihood(logits, target):
+    """−log p(y|x), a token's mean."""
+    return torch.stack([-logits[i].log_softmax(0)[t] for i, t in enumerate(target)]).mean()
+
+
+def kullback_leibler(base, edited):
+    """KL(p_base ‖ p_edited), a token's mean."""
+    total = 0
+    for p, q in zip(base, edited, strict=True):
+        total = total + sum(p.softmax(0) * (p.log_softmax(0) - q.log_softmax(0)))
+    return total / len(base)
+
+
+def tokens_of_gradient(model, names, text):
+    """For each layer its (u, δ) at every token with δ ≠ 0, and the dense gradient of its weight [d_out, d_in]."""
+    modules = dict(model.named_modules())
+    inputs, outputs, handles = {}, {}, []
+    for name in names:
+
+        def keep(module, args, output, name=name):
+            inputs[name] = args[0].detach().clone()
+            output.retain_grad()
+            outputs[name] = output
+
+        handles.append(modules[name].register_forward_hook(keep))
+    weights = {f"{name}.weight": modules[name].weight.detach().clone().requires_grad_() for name in names}
+    negative_log_likelihood(predictions(model, text, weights), text.target).backward()
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name in names:
+        pairs = [(u, d) for u, d in zip(inputs[name][0], outputs[name].grad[0], strict=True) if d.abs().sum() > 0]
+        dense = weights[f"{name}.weight"].grad
+        found[name] = (pairs, dense.T if isinstance(modules[name], Conv1D) else dense)
+    return found
+
+
+def statistics(rows):
+    """Mean and standard deviation of each dimension over all rows, the deviation at least 0.001 of the layer's."""
+    rows = torch.stack(rows)
+    variance = ((rows - rows.mean(0)) ** 2).sum(0) / (len(rows) - 1)
+    floor = variance.mean() * 1e-6
+    return rows.mean(0), torch.sqrt(torch.maximum(variance, floor))
+
+
+def relu(x):
+    """max(x, 0), with derivative 1 at 0."""
+    return torch.where(x >= 0, x, torch.zeros_like(x))
+
+
+class Reference(nn.Module):
+    """Eq. 2 and 3 for every edited matrix: shared U, V and b for each shape, own s, o and α for each matrix."""
+
+    def __init__(self, model, names, state, edit_weight):
+        super().__init__()
+        self.model, self.names, self.edit_weight = [model], names, edit_weight
+        modules = dict(model.named_modules())
+        self.shape = {}
+        for name in names:
+            rows, columns = modules[name].weight.shape
+            self.shape[name] = (rows, columns) if isinstance(modules[name], Conv1D) else (columns, rows)
+        self.place = {}
+        for name in names:
+            same = [n for n in names if self.shape[n] == self.shape[name]]
+            self.place[name] = ("networks.{}x{}".format(*self.shape[name]), same.index(name))
+        self.p = {k: v.clone().requires_grad_() for k, v in state.items() if "statistics" not in k}
+
+    def take_statistics(self, texts):
+        """Normalisation over the training set's edit pairs."""
+        found = [tokens_of_gradient(self.model[0], self.names, text) for text in texts]
+        self.u_norm = {n: statistics([u for f in found for u, _ in f[n][0]]) for n in self.names}
+        self.d_norm = {n: statistics([d for f in found for _, d in f[n][0]]) for n in self.names}
+
+    def g(self, name, u, d):
+        """Eq. 3 for one token of one matrix."""
+        key, index = self.place[name]
+        p = self.p
+        (u_mean, u_std), (d_mean, d_std) = self.u_norm[name], self.d_norm[name]
+        z = torch.cat([(u - u_mean) / u_std, (d - d_mean) / d_std])
+        inner = p[f"{key}.first.up"] @ (p[f"{key}.first.down"] @ z) + p[f"{key}.first.bias"]
+        h = z + relu(p[f"{key}.first.scale"][index] * inner + p[f"{key}.first.offset"][index])
+        inner = p[f"{key}.second.up"] @ (p[f"{key}.second.down"] @ h)
+        out = h + relu(p[f"{key}.second.scale"][index] * inner + p[f"{key}.second.offset"][index])
+        return out[: len(u)], out[len(u) :]
+
+    def edited_weights(self, text):
+        """W̃ = W − α Σ_j δ̃_j ũ_jᵀ for every edited matrix, in the layer's own layout."""
+        model = self.model[0]
+        modules = dict(model.named_modules())
+        weights = {}
+        for name, (pairs, _) in tokens_of_gradient(model, self.names, text).items():
+            gradient = torch.zeros(self.shape[name][1], self.shape[name][0])
+            for u, d in pairs:
+                new_u, new_d = self.g(name, u, d)
+                gradient = gradient + torch.outer(new_d, new_u)
+            step = self.p["alpha"][self.names.index(name)] * gradient
+            weights[f"{name}.weight"] = modules[name].weight.detach() - (
+                step.T if isinstance(modules[name], Conv1D) else step
+            )
+        return weights
+
+    def episode_loss(self, edit, neighbour, locality):
+        """Eq. 4 for one episode."""
+        model = self.model[0]
+        weights = self.edited_weights(edit)
+        success = negative_log_likelihood(predictions(model, neighbour, weights), neighbour.target)
+        with torch.no_grad():
+            base = predictions(model, locality)
+        return self.edit_weight * success + kullback_leibler(base, predictions(model, locality, weights))

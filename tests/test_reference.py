@@ -1,0 +1,79 @@
+"""The package against the paper written literally, over a whole training run."""
+
+import pytest
+import torch
+import worlds
+from reference import Reference, Text, predictions
+
+from remend.editors import Mend, MendConfig
+from remend.tasks.causal_lm import CausalLM
+from remend.training import Trainer, TrainingConfig
+
+STEPS = 50
+CONFIG = TrainingConfig(batch_size=2, learning_rate=2e-3, alpha_learning_rate=1e-3, max_steps=STEPS, seed=3)
+
+
+def texts(batch):
+    """The texts of a right-padded batch, back as token ids."""
+    found = []
+    for row in range(batch.rows):
+        own = batch.row == row
+        target = batch.target[own].tolist()
+        prompt = batch.input_ids[row, : int(batch.position[own][0]) + 1].tolist()
+        found.append(Text(prompt, target))
+    return found
+
+
+@pytest.fixture(params=worlds.FAMILIES)
+def pair(request):
+    """A trainer of the package and the reference, from the same initial state."""
+    model = worlds.FAMILIES[request.param]()
+    editor = Mend.for_model(model, MendConfig(rank=12, alpha=1e-2))
+    trainer = Trainer(CausalLM(model, worlds.tokenizer()), editor, worlds.requests(10), CONFIG)
+    names = list(editor.shapes)
+    reference = Reference(model, names, editor.state_dict(), CONFIG.edit_weight)
+    return trainer, reference
+
+
+def test_training_agrees_with_the_paper_step_by_step(pair):
+    trainer, reference = pair
+    trainer.calibrate()
+    reference.take_statistics([t for batch in trainer.episodes.edits(10, 10) for t in texts(batch)])
+    networks = [p for name, p in reference.p.items() if name != "alpha"]
+    groups = [{"params": networks, "lr": CONFIG.learning_rate}]
+    groups.append({"params": [reference.p["alpha"]], "lr": CONFIG.alpha_learning_rate})
+    optimizer = torch.optim.Adam(groups)
+    losses = []
+    for step in range(STEPS):
+        batch = trainer.episodes.batch(step, CONFIG.batch_size)
+        probes = texts(batch.probes)
+        episodes = zip(texts(batch.edits), probes[0::2], probes[1::2], strict=True)
+        optimizer.zero_grad()
+        loss = torch.stack([reference.episode_loss(*episode) for episode in episodes]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.p.values(), CONFIG.gradient_clip)
+        optimizer.step()
+        assert trainer.train_step() == pytest.approx(float(loss.detach()), rel=1e-3, abs=1e-5), f"loss at step {step}"
+        losses.append(float(loss.detach()))
+    assert sum(losses[-10:]) < sum(losses[:10]), "fifty steps should lower the loss"
+    for name, value in trainer.editor.state_dict().items():
+        if name in reference.p:
+            torch.testing.assert_close(value, reference.p[name].detach(), rtol=2e-2, atol=2e-4, msg=f"{name} differs")
+
+
+def test_edited_logits_agree_with_materialised_weights(pair):
+    trainer, reference = pair
+    trainer.calibrate()
+    task = trainer.task
+    reference.take_statistics([t for batch in trainer.episodes.edits(10, 10) for t in texts(batch)])
+    requests = worlds.requests(4)
+    edits = trainer.editor.edit_each(task.model, task.tokenizer, requests)
+    for request, edit in zip(requests, edits, strict=True):
+        asked = task.tokenise(request.prompt, request.target)
+        text = Text(list(asked.prompt), list(asked.target))
+        expected = predictions(task.model, text, reference.edited_weights(text)).detach()
+        with torch.no_grad(), edit.applied(task.model):
+            actual = task.target_logits(task.collate([asked]))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        unedited = predictions(task.model, text).detach()
+        assert (expected - unedited).abs().max() > 1e-3, "the edit should show"

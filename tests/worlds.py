@@ -1,0 +1,90 @@
+"""Tiny models with a tokenizer, and requests they can be edited with. Random, small and made in milliseconds."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerFast
+
+from remend.request import EditRequest, Probe
+
+CITIES = ["Paris", "Rome", "Oslo", "Bern", "Lima", "Cairo", "Delhi", "Quito", "Sofia", "Tunis"]
+COUNTRIES = ["France", "Italy", "Norway", "Switzerland", "Peru", "Egypt", "India", "Ecuador", "Bulgaria", "Tunisia"]
+PHRASINGS = ["The capital of {} is", "{} has the capital", "Which city rules {} ? It is"]
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level tokens over a word list: a leading space belongs to its word, as in GPT-2."""
+    words = {"The", "capital", "of", "is", "has", "the", "Which", "city", "rules", "?", "It", *CITIES, *COUNTRIES}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(alphabet)}
+    merges: list[tuple[str, str]] = []
+    for word in sorted(words):
+        for form in (word, "Ġ" + word):
+            built = form[0]
+            for letter in form[1:]:
+                if built + letter not in vocabulary:
+                    vocabulary[built + letter] = len(vocabulary)
+                    merges.append((built, letter))
+                built += letter
+    for special in ("<|end|>", "<|pad|>"):
+        vocabulary[special] = len(vocabulary)
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", pad_token="<|pad|>")
+
+
+def gpt2(seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random GPT-2 (``Conv1D`` layers) of four blocks."""
+    torch.manual_seed(seed)
+    settings = {"n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 48, "vocab_size": len(tokenizer())}
+    special = {"bos_token_id": tokenizer().eos_token_id, "eos_token_id": tokenizer().eos_token_id}
+    return _sharpened(GPT2LMHeadModel(GPT2Config(**{**settings, **special, **changes})))
+
+
+def llama(seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random Llama (``Linear`` layers, gated MLP) of four blocks."""
+    torch.manual_seed(seed)
+    settings = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 2}
+    settings |= {"num_key_value_heads": 1, "max_position_embeddings": 48, "vocab_size": len(tokenizer())}
+    special = {"bos_token_id": tokenizer().eos_token_id, "eos_token_id": tokenizer().eos_token_id}
+    return _sharpened(LlamaForCausalLM(LlamaConfig(**{**settings, **special, **changes})))
+
+
+FAMILIES = {"gpt2": gpt2, "llama": llama}
+
+
+def _sharpened(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights ten times their initial size: a fresh model answers all prompts alike, and an edit would hardly show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)
+    return model.eval()
+
+
+def requests(count: int = 12) -> list[EditRequest]:
+    """Requests about different countries (first ``len(COUNTRIES)``), then again with other targets."""
+    made = []
+    for number, (shift, i) in enumerate(itertools.product(range(1, 9), range(len(COUNTRIES)))):
+        if number == count:
+            break
+        far = (i + 3) % len(COUNTRIES)
+        made.append(
+            EditRequest(
+                prompt=PHRASINGS[0].format(COUNTRIES[i]),
+                target=CITIES[(i + shift) % len(CITIES)],
+                subject=COUNTRIES[i],
+                id=number,
+                paraphrases=(PHRASINGS[1].format(COUNTRIES[i]),),
+                unseen_paraphrases=(PHRASINGS[2].format(COUNTRIES[i]),),
+                locality=(Probe(prompt=PHRASINGS[1].format(COUNTRIES[far]), target=CITIES[far]),),
+                near=(Probe(prompt=PHRASINGS[0].format(COUNTRIES[far]), target=CITIES[far]),),
+            )
+        )
+    return made
