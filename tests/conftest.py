@@ -1,5 +1,60 @@
-"""One thread for every test: the models are tiny, and two workers share the machine."""
+"""Settings of every test: the shapes in annotations are checked, and one thread, since the models are tiny."""
 
 import torch
+from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+install_import_hook(
+    ["remend.core", "remend.edit", "remend.editors", "remend.tasks", "remend.training"], "beartype.beartype"
+)
+
+import pytest  # noqa: E402
+import worlds  # noqa: E402
+
+from remend.editors import Mend, MendConfig  # noqa: E402
+from remend.tasks.causal_lm import CausalLM  # noqa: E402
+from remend.training import Trainer, TrainingConfig  # noqa: E402
+
+
+@pytest.fixture(params=worlds.FAMILIES)
+def model(request):
+    """A tiny random model, of each family in turn."""
+    return worlds.FAMILIES[request.param]()
+
+
+@pytest.fixture
+def task(model):
+    """The model with its tokenizer."""
+    return CausalLM(model, worlds.tokenizer())
+
+
+@pytest.fixture
+def editor(task):
+    """An editor with statistics, a large step, and a few steps of training: its edits show."""
+    made = Mend.for_model(task.model, MendConfig(rank=8, alpha=3e-2))
+    settings = TrainingConfig(batch_size=4, learning_rate=1e-3, alpha_learning_rate=1e-3, max_steps=4)
+    trainer = Trainer(task, made, worlds.requests(10), settings)
+    trainer.calibrate()
+    for _ in range(4):
+        trainer.train_step()
+    return made
+
+
+@pytest.fixture
+def snapshot(model):
+    """A function that asserts that the model is bit for bit what it was: weights, gradients, modes and hooks."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+
+    def unchanged():
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, weights[name]), f"{name} changed"
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
+        assert all(parameter.grad is None for parameter in model.parameters()), "a .grad was left"
+        assert {name: module.training for name, module in model.named_modules()} == modes
+        for name, module in model.named_modules():
+            assert not module._forward_hooks, f"a hook was left on {name}"
+            assert not module._forward_pre_hooks, f"a hook was left on {name}"
+
+    return unchanged

@@ -6,7 +6,7 @@ import functools
 import itertools
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +36,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         vocabulary[special] = len(vocabulary)
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", pad_token="<|pad|>")
 
 

@@ -1,8 +1,63 @@
-"""remend: change what a trained model says about one thing, and nothing else.
+"""remend changes what a trained model says about one thing, leaves the rest, and keeps the change as a small file.
 
-    >>> import remend
-    >>> model, tokenizer = remend.load("atlas")
-    >>> editor = remend.Mend.from_pretrained("atlas")
-    >>> edit = editor.edit(model, tokenizer, [remend.EditRequest(prompt=..., target=...)])
-    >>> with edit.applied(model): ...
+The names below are the public interface; they are imported when first used, so that ``import remend`` is quick.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from remend.data import read_source
+    from remend.edit import Edit
+    from remend.editors import Editor, Mend, MendConfig
+    from remend.errors import RemendError
+    from remend.evaluation import Report, evaluate
+    from remend.models import load
+    from remend.request import EditRequest, Probe, read_requests
+    from remend.training import TrainingConfig, train
+
+_ROOMS = {
+    "Edit": "edit",
+    "EditRequest": "request",
+    "Editor": "editors",
+    "Mend": "editors",
+    "MendConfig": "editors",
+    "Probe": "request",
+    "RemendError": "errors",
+    "Report": "evaluation",
+    "TrainingConfig": "training",
+    "evaluate": "evaluation",
+    "load": "models",
+    "read_requests": "request",
+    "read_source": "data",
+    "train": "training",
+}
+
+__all__ = [
+    "Edit",
+    "EditRequest",
+    "Editor",
+    "Mend",
+    "MendConfig",
+    "Probe",
+    "RemendError",
+    "Report",
+    "TrainingConfig",
+    "evaluate",
+    "load",
+    "read_requests",
+    "read_source",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'remend' has no attribute {name!r}")
+    return getattr(import_module(f"remend.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -54,9 +54,9 @@ class _Recorder:
         self.closed = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if self.closed:
-            return output + torch.zeros_like(output)
         probe = torch.zeros_like(output, requires_grad=True)
+        if self.closed:  # recomputed: the same operations again, so that checkpointing finds what it saved
+            return output + probe
         # A copy: a frozen layer's backward pass does not need its input, so autograd would not notice were it overwritten.
         self.inputs.append(input_of(args, kwargs).detach().clone())
         self.probes.append(probe)

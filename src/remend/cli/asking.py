@@ -1,0 +1,80 @@
+"""``remend show`` and ``remend ask``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from remend.cli import options
+
+if TYPE_CHECKING:
+    from remend.edit import Edit
+
+EditFolder = Annotated[Path, typer.Option("--edit", metavar="DIR", help="An edit saved by remend edit.")]
+
+
+def show(
+    edit: Annotated[Path, typer.Argument(metavar="DIR", help="An edit saved by remend edit.")],
+    json: options.Json = None,
+) -> None:
+    """Show what a saved edit is for, and where and how strongly it acts."""
+    from remend.edit import Edit
+    from remend.storage import write_json
+
+    console = Console()
+    loaded = Edit.load(edit)
+    size = sum(file.stat().st_size for file in edit.iterdir())
+    made_by = " ".join(f"{key} {value}" for key, value in loaded.editor.items() if not isinstance(value, dict))
+    console.print(f"[bold]{escape(str(edit))}[/]  {size / 1024:.0f} KiB")
+    console.print(f"for {escape(loaded.base.name)}, made {loaded.created} by {escape(made_by) or 'an unnamed editor'}")
+    for request in loaded.requests:
+        console.print(f"  {escape(request.prompt)} … → [green]{escape(request.target)}[/]")
+    console.print(_matrices(loaded))
+    if json is not None:
+        requests = [request.model_dump(exclude_defaults=True) for request in loaded.requests]
+        ranks = {name: change.rank for name, change in loaded.changes.items()}
+        write_json(
+            json,
+            {"base": loaded.base.name, "created": loaded.created, "editor": dict(loaded.editor), "bytes": size,
+             "requests": requests, "ranks": ranks, "norms": loaded.norms()},
+        )  # fmt: skip
+
+
+def ask(
+    model: options.Model,
+    edit: EditFolder,
+    prompt: Annotated[list[str], typer.Option(help="What to ask; may be given several times.")],
+    max_new_tokens: options.NewTokens = 32,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    json: options.Json = None,
+) -> None:
+    """Ask the model, without and with an edit."""
+    from remend.cli.tables import answers_table, as_json
+    from remend.edit import Edit
+    from remend.evaluation.before_after import ask as answers_to
+    from remend.storage import write_json
+
+    loaded = Edit.load(edit)
+    base, tokenizer = options.load_model(model, device, seed)
+    answers = answers_to(base, tokenizer, loaded, prompt, max_new_tokens)
+    Console().print(answers_table("", answers))
+    if json is not None:
+        write_json(json, {"answers": as_json(answers)})
+
+
+def _matrices(edit: Edit) -> Table:
+    """One row a matrix, with a bar for the size of its change."""
+    norms = edit.norms()
+    largest = max(norms.values(), default=0.0) or 1.0
+    table = Table("matrix", "shape", "rank", "‖ΔW‖", "")
+    for name, change in edit.changes.items():
+        bar = "█" * max(1, round(24 * norms[name] / largest)) if norms[name] else ""
+        shape = f"{change.u.shape[-1]} → {change.delta.shape[-1]}"
+        table.add_row(name, shape, str(change.rank), f"{norms[name]:.4g}", f"[cyan]{bar}[/]")
+    return table

@@ -1,0 +1,56 @@
+"""``remend demo``."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from remend.cli import options
+
+
+def demo(
+    count: Annotated[int, typer.Option(min=1, help="How many facts are edited, each from the untouched model.")] = 4,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    json: options.Json = None,
+) -> None:
+    """Edit a few facts of the built-in model and show what changed, and what did not.
+
+    The facts are drawn from the test split: the editor was trained on other subjects.
+    """
+    from remend.cli.tables import answers_table, as_json
+    from remend.data import read_source
+    from remend.evaluation.before_after import before_after
+    from remend.storage import write_json
+
+    console = Console()
+    model, tokenizer = options.load_model("atlas", device, seed)
+    editor = options.load_editor("atlas", "atlas")
+    requests = random.Random(seed).sample(read_source("atlas:test"), count)
+    editor.edit_each(model, tokenizer, requests[:1])  # the first call warms up; it is not timed
+    shown = []
+    for request in requests:
+        began = time.perf_counter()
+        edit = editor.edit(model, tokenizer, [request])
+        milliseconds = 1000 * (time.perf_counter() - began)
+        (answers,) = before_after(model, tokenizer, edit, [request])
+        console.print()
+        title = f"{request.prompt} … [red]{answers[0].before}[/] → [green]{request.target}[/]  (edited in {milliseconds:.0f} ms)"
+        console.print(answers_table(title, answers))
+        shown.append({"prompt": request.prompt, "target": request.target, "ms": milliseconds, "answers": as_json(answers)})
+    _legend(console)
+    if json is not None:
+        write_json(json, {"seed": seed, "edits": shown})
+
+
+def _legend(console: Console) -> None:
+    console.print(
+        "\n[bold]✓[/] is the answer wanted: the new one at the prompt and its paraphrases, the old one elsewhere.\n"
+        "[yellow]near[/] prompts ask the same of another subject, or something else of the same one: there plain MEND "
+        "leaks, and\nremend measures it. Nothing was written to the model; each edit is a few kilobytes that come off again.\n"
+        "Your own: [bold]remend edit atlas --prompt 'The capital of Norway is' --target Rome --out my-edit[/]"
+    )

@@ -1,0 +1,78 @@
+"""``remend edit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from remend.cli import options
+from remend.errors import RequestError
+
+if TYPE_CHECKING:
+    from remend.request import EditRequest
+
+
+def edit(
+    model: options.Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the edit is saved.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt that is answered wrongly.")] = None,
+    target: Annotated[str | None, typer.Option(help="What it should answer.")] = None,
+    requests: Annotated[Path | None, typer.Option(metavar="FILE", help="Requests as JSON lines, instead.")] = None,
+    editor: options.EditorFolder = None,
+    keep_failed: Annotated[bool, typer.Option(help="Save the edit even if the model does not take it.")] = False,
+    max_new_tokens: options.NewTokens = 32,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    json: options.Json = None,
+) -> int:
+    """Make one edit, check that the model takes it, and save it as a folder.
+
+    All requests of a file become one edit. The base model is not changed: use the edit with remend ask, or in Python.
+    """
+    wanted = _requests(prompt, target, requests)
+    from remend.cli.tables import answers_table, as_json
+    from remend.evaluation.before_after import before_after
+    from remend.storage import write_json
+
+    console = Console()
+    chosen = options.load_editor(editor, model)
+    base, tokenizer = options.load_model(model, device, seed)
+    made = chosen.to(base.device).edit(base, tokenizer, wanted)
+    answers = before_after(base, tokenizer, made, wanted, max_new_tokens)
+    for request, found in zip(wanted, answers, strict=True):
+        console.print(answers_table(f"{request.prompt} … → {request.target}", found))
+    failed = [r.prompt for r, found in zip(wanted, answers, strict=True) if not found[0].ok]
+    saved = not failed or keep_failed
+    if saved:
+        made.save(out)
+        console.print(f"saved to [bold]{out}[/]; try: remend ask {model} --edit {out} --prompt '…'", soft_wrap=True)
+    if failed:
+        console.print(
+            f"[red]{len(failed)} of {len(wanted)} targets are not what the edited model answers[/] ({failed[0]} …); "
+            + ("saved all the same" if saved else "nothing was saved (--keep-failed saves it all the same)"),
+            soft_wrap=True,
+        )
+    if json is not None:
+        out_name = str(out) if saved else None
+        write_json(json, {"taken": not failed, "out": out_name, "answers": [as_json(found) for found in answers]})
+    return 1 if failed else 0
+
+
+def _requests(prompt: str | None, target: str | None, file: Path | None) -> list[EditRequest]:
+    """The requests of a command line: one pair, or a file."""
+    from pydantic import ValidationError
+
+    from remend.request import EditRequest, read_requests
+
+    if file is not None and prompt is None and target is None:
+        return read_requests(file)
+    if prompt is None or target is None or file is not None:
+        raise RequestError("give --prompt and --target, or --requests FILE")
+    try:
+        return [EditRequest(prompt=prompt, target=target)]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RequestError(f"--{first['loc'][0]}: {first['msg']}") from None

@@ -1,0 +1,52 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from remend.editors import Mend
+
+Model = Annotated[str, typer.Argument(help="'atlas' (ships with remend), a local folder, or a hub id.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+Seed = Annotated[int, typer.Option(help="Of every random draw.")]
+EditorFolder = Annotated[
+    str | None, typer.Option("--editor", metavar="DIR", help="A trained editor; 'atlas' is the one that ships with remend.")
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer that is decoded, in tokens.")]
+
+
+def load_model(model: str, device: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model and its tokenizer, without the loading bars of the libraries below."""
+    import torch
+    from transformers.utils import logging
+
+    from remend.models import load
+
+    logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    return load(model, device)
+
+
+def load_editor(editor: str | None, model: str) -> Mend:
+    """The named editor, or the shipped one for the atlas.
+
+    Raises:
+        ConfigError: no editor was named and the model has none of its own.
+    """
+    from remend.editors import Mend
+    from remend.errors import ConfigError
+    from remend.models.loading import ATLAS
+
+    if editor is None and model != ATLAS:
+        raise ConfigError(
+            f"which editor? Train one for this model: remend train {model} --data requests.jsonl --out editor, "
+            "then give --editor editor"
+        )
+    return Mend.from_pretrained(editor or ATLAS)

@@ -1,0 +1,79 @@
+"""``remend train``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from remend.cli import options
+
+if TYPE_CHECKING:
+    from remend.training import Progress as Step
+
+
+def train(
+    model: options.Model,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Requests as JSON lines, or atlas:train.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the editor is saved, its best state at any time.")],
+    validation: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Requests about other subjects; else a tenth of the subjects.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="paper or default.")] = "default",
+    max_steps: Annotated[int | None, typer.Option(min=1, help="End after this many steps.")] = None,
+    budget_seconds: Annotated[float | None, typer.Option(min=1, help="End after this many seconds.")] = None,
+    modules: Annotated[list[str] | None, typer.Option(help="Globs of the matrices to edit; MLPs of the last 3 blocks.")] = None,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    json: options.Json = None,
+) -> None:
+    """Train an editor for a model. It can be stopped with Ctrl-C at any time; the best state so far is in DIR."""
+    from remend.data import read_source
+    from remend.editors import Mend
+    from remend.errors import ConfigError, nearest
+    from remend.storage import write_json
+    from remend.training import PRESETS
+    from remend.training import train as train_editor
+
+    if preset not in PRESETS:
+        raise ConfigError(f"there is no preset {preset!r}; {nearest(preset, PRESETS)}")
+    requests = read_source(data)
+    held_out = read_source(validation) if validation else None
+    network, settings = PRESETS[preset]
+    settings = replace(settings, seed=seed, **({} if max_steps is None else {"max_steps": max_steps}))
+    base, tokenizer = options.load_model(model, device, seed)
+    editor = Mend.for_model(base, network, modules or (), seed)
+    console = Console()
+    console.print(f"{len(requests)} requests; editing {', '.join(editor.shapes)}", soft_wrap=True)
+    with _bar(console) as bar:
+        task = bar.add_task("measuring the start", total=1.0, validation="")
+
+        def follow(step: Step) -> None:
+            bar.update(task, completed=step.share, description=f"step {step.step}, loss {step.loss:.3f}")
+            if step.validation is not None:
+                bar.update(task, validation=_words(step.validation))
+
+        trained = train_editor(
+            base, tokenizer, requests, held_out,
+            config=settings, editor=editor, budget_seconds=budget_seconds, out=out, on_progress=follow,
+        )  # fmt: skip
+    best = min(trained.trained["history"], key=lambda entry: entry["loss"])
+    console.print(f"best at step {best['step']:.0f}: {_words(best)}; saved to [bold]{out}[/]", soft_wrap=True)
+    if json is not None:
+        write_json(json, trained.trained)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[validation]}"),
+        console=console,
+    )  # fmt: skip
+
+
+def _words(measured: dict[str, float]) -> str:
+    return f"validation: edits taken {measured['taken']:.1%}, unrelated answers kept {measured['kept']:.1%}"

@@ -1,0 +1,5 @@
+"""Where edit requests come from: files of JSON lines, and the built-in atlas."""
+
+from remend.data.sources import read_source
+
+__all__ = ["read_source"]

@@ -1,0 +1,88 @@
+"""What the model answers without and with an edit, in words: for people, and to verify one edit at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.edit import Edit
+from remend.request import EditRequest
+from remend.tasks.causal_lm import CausalLM
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt's free answers.
+
+    Attributes:
+        kind: what the prompt is to the edit: ``prompt``, ``paraphrase``, ``unseen paraphrase``, ``near``, ``far`` or
+            ``asked``.
+        prompt: the prompt.
+        wanted: what should be answered after the edit; None where nobody says.
+        before: the unedited model's answer.
+        after: the edited model's answer.
+        ok: whether the answer after is the wanted one, given whole and closed with the end token.
+    """
+
+    kind: str
+    prompt: str
+    wanted: str | None
+    before: str
+    after: str
+    ok: bool | None
+
+
+def before_after(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edit: Edit,
+    requests: Sequence[EditRequest],
+    max_new_tokens: int = 32,
+) -> list[list[Answer]]:
+    """Free answers to every prompt of each request, from ``model`` as it is and with ``edit`` applied.
+
+    The wanted answer is the request's target at the prompt and its paraphrases, and at near and far prompts whatever
+    the unedited model answers there.
+    """
+    task = CausalLM(model, tokenizer)
+    rows = [(number, kind, prompt) for number, request in enumerate(requests) for kind, prompt in _prompts(request)]
+    prompts = [prompt for _, _, prompt in rows]
+    before = task.answers(prompts, max_new_tokens)
+    with edit.applied(model):
+        after = task.answers(prompts, max_new_tokens)
+    found: list[list[Answer]] = [[] for _ in requests]
+    for (number, kind, prompt), was, now in zip(rows, before, after, strict=True):
+        must_stay = kind in ("near", "far")
+        wanted = was if must_stay else task.tokenise(prompt, requests[number].target).target
+        words = task.text(wanted) if must_stay else requests[number].target
+        found[number].append(Answer(kind, prompt, words, task.text(was), task.text(now), now == wanted))
+    return found
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edit: Edit,
+    prompts: Sequence[str],
+    max_new_tokens: int = 32,
+) -> list[Answer]:
+    """Free answers to any prompts, without and with ``edit``."""
+    task = CausalLM(model, tokenizer)
+    before = task.answers(prompts, max_new_tokens)
+    with edit.applied(model):
+        after = task.answers(prompts, max_new_tokens)
+    return [
+        Answer("asked", prompt, None, task.text(was), task.text(now), None)
+        for prompt, was, now in zip(prompts, before, after, strict=True)
+    ]
+
+
+def _prompts(request: EditRequest) -> list[tuple[str, str]]:
+    listed = [("prompt", request.prompt)]
+    listed += [("paraphrase", prompt) for prompt in request.paraphrases]
+    listed += [("unseen paraphrase", prompt) for prompt in request.unseen_paraphrases]
+    listed += [("near", probe.prompt) for probe in request.near]
+    listed += [("far", probe.prompt) for probe in request.locality]
+    return listed

@@ -1,0 +1,141 @@
+"""The evaluation report: means over edits with confidence intervals, cost and environment, as one JSON object."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from remend.errors import NonFiniteError
+from remend.storage import write_json
+
+SCHEMA = "remend.report/1"
+MODES = ("teacher_forced", "generated")
+RESAMPLES = 1_000
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A mean over edits with its 95 % bootstrap confidence interval."""
+
+    mean: float
+    ci95: tuple[float, float]
+    n: int
+
+    @staticmethod
+    def of(values: Sequence[float], seed: int = 0) -> Summary:
+        """Summarise one value an edit (percentile bootstrap over edits, seeded).
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite; it is never dropped.
+        """
+        array = np.asarray(values, dtype=np.float64)
+        if array.size == 0 or not np.isfinite(array).all():
+            raise NonFiniteError(f"{int((~np.isfinite(array)).sum())} of {array.size} values to average are not finite")
+        draws = np.random.default_rng(seed).integers(0, array.size, (RESAMPLES, array.size))
+        low, high = np.quantile(array[draws].mean(1), (0.025, 0.975))
+        return Summary(float(array.mean()), (float(low), float(high)), int(array.size))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one edit did: the value of each metric that its request has data for, by mode.
+
+    Attributes:
+        id: the request's, or its number in the file.
+        prompt: the edited prompt.
+        target: what it should answer.
+        before: the unedited model's own answer.
+        values: metric → mode → value between 0 and 1 (a drawdown may be negative).
+    """
+
+    id: str | int
+    prompt: str
+    target: str
+    before: str
+    values: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`remend.evaluate` found.
+
+    Attributes:
+        model: what was edited.
+        data: where the requests are from.
+        cases: one entry an edit.
+        seconds_per_edit: wall time of making an edit, evaluation not included.
+        environment: versions, device and threads.
+    """
+
+    model: str
+    data: str
+    cases: Sequence[Case]
+    seconds_per_edit: float
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, dict[str, Summary]]:
+        """Each metric that has data, by mode. One without data is absent, never 0."""
+        found: dict[str, dict[str, Summary]] = {}
+        for name in dict.fromkeys(name for case in self.cases for name in case.values):
+            having = [case.values[name] for case in self.cases if name in case.values]
+            found[name] = {mode: Summary.of([values[mode] for values in having]) for mode in MODES}
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as schema ``remend.report/1``."""
+        metrics = {
+            name: {mode: {"mean": s.mean, "ci95": list(s.ci95), "n": s.n} for mode, s in modes.items()}
+            for name, modes in self.metrics().items()
+        }
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "data": self.data,
+            "edits": len(self.cases),
+            "metrics": metrics,
+            "cost": {"seconds_per_edit": self.seconds_per_edit, "peak_memory_bytes": peak_memory()},
+            "environment": dict(self.environment),
+            "cases": [
+                {"id": c.id, "prompt": c.prompt, "target": c.target, "before": c.before, "values": dict(c.values)}
+                for c in self.cases
+            ],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        write_json(path, self.to_json())
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on beside the code: versions, processor or GPU, threads."""
+    return {
+        "remend": _version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory() -> int:
+    """The most memory this process has held so far, in bytes: the GPU's where one is used, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("remend")

@@ -1,0 +1,98 @@
+"""Text to tokens to logits and back, for any length and tokenizer habit."""
+
+import pytest
+import torch
+import worlds
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remend.errors import RequestError
+from remend.tasks.causal_lm import CausalLM, Pair
+
+WORDS = st.lists(st.sampled_from(worlds.CITIES + ["is", "the", "?", "zzz", "ß"]), min_size=1, max_size=5).map(" ".join)
+TASK = CausalLM(worlds.gpt2(), worlds.tokenizer())
+
+
+@given(WORDS, WORDS)
+def test_a_pair_is_what_the_model_would_read(prompt, target):
+    pair = TASK.tokenise(prompt, target)
+    end = TASK.tokenizer.eos_token_id
+    assert list(pair.prompt) == TASK.prompt_ids(prompt), "the prompt alone has the same tokens"
+    assert pair.target[-1] == end
+    assert pair.target.count(end) == 1
+    assert TASK.tokenizer.decode(pair.prompt + pair.target[:-1]) == f"{prompt} {target}"
+    assert TASK.tokenise(prompt, f"  {target} ") == pair, "spaces around a target do not matter"
+    assert TASK.text(pair.target) == target
+
+
+def test_a_tokenizer_that_adds_a_beginning_and_an_end():
+    from tokenizers.processors import TemplateProcessing
+
+    raw = worlds.tokenizer()
+    adding = type(raw)(tokenizer_object=raw.backend_tokenizer, eos_token="<|end|>", bos_token="<|pad|>")
+    end, begin = adding.eos_token_id, adding.bos_token_id
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A <|end|>", special_tokens=[("<|pad|>", begin), ("<|end|>", end)]
+    )
+    try:
+        pair = CausalLM(worlds.gpt2(), adding).tokenise("Oslo is", "Rome")
+    finally:
+        adding.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    assert pair.prompt[0] == begin
+    assert end not in pair.prompt
+    assert pair.target.count(end) == 1
+    assert pair.target[-1] == end
+
+
+@pytest.mark.parametrize("family", worlds.FAMILIES)
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=5))
+def test_target_logits_are_those_of_each_pair_alone(family, texts):
+    task = CausalLM(MODELS[family], worlds.tokenizer())
+    pairs = [task.tokenise(prompt, target) for prompt, target in texts]
+    with torch.no_grad():
+        batched = task.target_logits(task.collate(pairs))
+        alone = [task.model(torch.tensor([pair.prompt + pair.target])).logits[0] for pair in pairs]
+    expected = torch.cat([logits[len(p.prompt) - 1 : -1] for p, logits in zip(pairs, alone, strict=True)])
+    torch.testing.assert_close(batched, expected, rtol=1e-3, atol=1e-4)
+
+
+MODELS = {name: make() for name, make in worlds.FAMILIES.items()}
+
+
+@pytest.mark.parametrize("family", worlds.FAMILIES)
+def test_answers_are_greedy_whatever_they_are_batched_with(family):
+    task = CausalLM(MODELS[family], worlds.tokenizer())
+    prompts = ["Oslo", "The capital of Peru is", "Lima is", "Which city rules Egypt ? It is", "Rome is"]
+    for prompt, answer in zip(prompts, task.answers(prompts, max_new_tokens=6, batch_size=2), strict=True):
+        ids = task.prompt_ids(prompt)
+        for token in answer:
+            with torch.no_grad():
+                assert int(task.model(torch.tensor([ids])).logits[0, -1].argmax()) == token
+            ids.append(token)
+        assert len(answer) == 6 or answer[-1] == task.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("family", worlds.FAMILIES)
+def test_first_choices_under_teacher_forcing_are_exactly_greedy_decoding(family):
+    """The identity that evaluation rests on: argmax at every position, end token included, iff decoding emits it."""
+    task = CausalLM(MODELS[family], worlds.tokenizer())
+    prompts = [phrasing.format(country) for phrasing in worlds.PHRASINGS for country in worlds.COUNTRIES]
+    for prompt, answer in zip(prompts, task.answers(prompts, max_new_tokens=4), strict=True):
+        asked = tuple(task.prompt_ids(prompt))
+        other = (*answer[:-1], (answer[-1] + 1) % 300)
+        for target, emitted in ((answer, True), (other, False)):
+            batch = task.collate([Pair(asked, target)])
+            with torch.no_grad():
+                chosen = tuple(task.target_logits(batch).argmax(-1).tolist())
+            assert (chosen == target) is emitted
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(RequestError, match=r"takes? \d+ tokens, the model's context holds 48: shorten the target"):
+        TASK.tokenise("Oslo is", "Rome " * 60)
+    with pytest.raises(RequestError, match="shorten the prompt"):
+        TASK.tokenise("Oslo " * 60, "Rome")
+    with pytest.raises(RequestError, match="both hold some text"):
+        TASK.tokenise("Oslo is", " ")
+    with pytest.raises(RequestError, match="leaves no room"):
+        TASK.answers(["Oslo " * 60])

@@ -1,0 +1,179 @@
+"""Metrics that are known by construction, and the report."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import worlds
+
+from remend.base import Base
+from remend.core.low_rank import LowRank
+from remend.edit import Edit
+from remend.errors import NonFiniteError, RequestError
+from remend.evaluation import evaluate
+from remend.evaluation.before_after import before_after
+from remend.evaluation.report import Case, Report, Summary
+from remend.request import EditRequest, Probe
+from remend.tasks.causal_lm import CausalLM
+
+
+@dataclass
+class Fixed:
+    """An editor that makes the same edit whatever it is asked."""
+
+    model: object
+    changes: dict
+
+    def edit_each(self, model, tokenizer, requests):
+        base = Base.of(model, self.changes)
+        return [Edit(self.changes, base, (request,)) for request in requests]
+
+    def edit(self, model, tokenizer, requests):
+        return self.edit_each(model, tokenizer, requests[:1])[0]
+
+
+def test_an_editor_that_does_nothing(task):
+    name = next(name for name, module in task.model.named_modules() if "mlp." in name and hasattr(module, "weight"))
+    d_in, d_out = (16, 64) if "c_fc" in name else (16, 40)
+    nothing = Fixed(task.model, {name: LowRank(torch.zeros(1, d_in), torch.zeros(1, d_out))})
+    report = evaluate(task.model, task.tokenizer, nothing, worlds.requests(40), max_new_tokens=5)
+    means = {name: {mode: s.mean for mode, s in modes.items()} for name, modes in report.metrics().items()}
+    for name in ("locality_far", "locality_near"):
+        assert means[name] == {"teacher_forced": 1.0, "generated": 1.0}
+    assert means["accuracy_drawdown"] == {"teacher_forced": 0.0, "generated": 0.0}
+    for name in ("reliability", "generality", "generality_unseen", "edit_success"):
+        assert means[name]["generated"] == 0.0
+    assert "portability" not in means, "a metric without data is absent"
+
+
+def test_metrics_agree_with_free_decoding_of_each_edit(task, editor):
+    """The fast path against the obvious one: apply, generate, compare."""
+    requests = worlds.requests(12)
+    report = evaluate(task.model, task.tokenizer, editor, requests, max_new_tokens=6)
+    end = task.tokenizer.eos_token_id
+    for request, case in zip(requests, report.cases, strict=True):
+        edit = editor.edit(task.model, task.tokenizer, [request])
+        kept = [probe.prompt for probe in (*request.locality, *request.near)]
+        before = task.answers(kept, 6)
+        with edit.applied(task.model):
+            after = task.answers(kept, 6)
+            (now,) = task.answers([request.prompt], 6)
+        assert case.values["locality_far"]["generated"] == float(before[0] == after[0])
+        assert case.values["locality_near"]["generated"] == float(before[1] == after[1])
+        wanted = task.tokenise(request.prompt, request.target).target
+        assert case.values["reliability"]["generated"] == float(now == wanted)
+        assert case.values["reliability"]["teacher_forced"] >= case.values["reliability"]["generated"]
+        assert end == wanted[-1]
+
+
+def memorised():
+    """A world whose model was trained to answer, so that answers are whole and stop."""
+    task = CausalLM(worlds.llama(), worlds.tokenizer())
+    facts = list(zip(worlds.COUNTRIES, worlds.CITIES, strict=True))
+    pairs = [task.tokenise(p.format(country), city) for country, city in facts for p in worlds.PHRASINGS]
+    batch = task.collate(pairs)
+    optimizer = torch.optim.Adam(task.model.parameters(), lr=5e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        task.loss(batch).mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return task
+
+
+@pytest.fixture(scope="module")
+def world():
+    return memorised()
+
+
+def test_known_answers_give_known_values(world):
+    """Every metric by hand: the edit is nothing, so the values follow from what the model is known to answer."""
+    nothing = Fixed(world.model, {"model.layers.3.mlp.down_proj": LowRank(torch.zeros(1, 40), torch.zeros(1, 16))})
+    right, wrong = Probe(prompt="The capital of Norway is", target="Oslo"), Probe(prompt="Peru has the capital", target="Rome")
+    requests = [
+        EditRequest(  # asks for what the model says anyway, and in one paraphrase of two for what it does not
+            prompt="The capital of France is", target="Paris", subject="France",
+            paraphrases=("France has the capital", "The capital of Italy is"),
+            unseen_paraphrases=("The capital of Egypt is",),
+            locality=(right, wrong), near=(wrong,), portability=(right, wrong, wrong, wrong),
+        ),
+        EditRequest(prompt="The capital of Peru is", target="Rome", subject="Peru", locality=(right,)),
+    ]  # fmt: skip
+    report = evaluate(world.model, world.tokenizer, nothing, requests)
+    means = {name: (modes["generated"].mean, modes["generated"].n) for name, modes in report.metrics().items()}
+    assert means == {
+        "reliability": (0.5, 2),
+        "generality": (0.5, 1),
+        "generality_unseen": (0.0, 1),
+        "edit_success": (pytest.approx((2 / 3 + 0) / 2), 2),
+        "locality_far": (1.0, 2),
+        "locality_near": (1.0, 1),
+        "accuracy_drawdown": (0.0, 2),
+        "portability": (0.25, 1),
+    }
+    assert report.cases[0].before == "Paris"
+
+
+def test_a_model_that_answers_everything_alike_after_the_edit(world):
+    """An edit that ruins the model: locality must say so, and drawdown be the accuracy that was lost."""
+    generator = torch.Generator().manual_seed(3)
+    noise = LowRank(torch.randn(8, 40, generator=generator) * 30, torch.randn(8, 16, generator=generator) * 30)
+    ruin = Fixed(world.model, {f"model.layers.{i}.mlp.down_proj": noise for i in (1, 2, 3)})
+    right, wrong = Probe(prompt="The capital of Norway is", target="Oslo"), Probe(prompt="Peru has the capital", target="Rome")
+    request = EditRequest(prompt="The capital of France is", target="Paris", locality=(right, wrong), near=(right,))
+    (case,) = evaluate(world.model, world.tokenizer, ruin, [request]).cases
+    assert case.values["locality_far"]["generated"] == 0.0
+    assert case.values["locality_near"]["generated"] == 0.0
+    assert case.values["accuracy_drawdown"]["generated"] == 0.5, "one of two was right before, none after"
+
+
+def test_before_after_says_what_is_wanted(world):
+    nothing = Fixed(world.model, {"model.layers.3.mlp.down_proj": LowRank(torch.zeros(1, 40), torch.zeros(1, 16))})
+    request = worlds.requests(1)[0]
+    edit = nothing.edit(world.model, world.tokenizer, [request])
+    (answers,) = before_after(world.model, world.tokenizer, edit, [request])
+    found = [(a.kind, a.wanted, a.before, a.after, a.ok) for a in answers]
+    assert found == [
+        ("prompt", "Rome", "Paris", "Paris", False),
+        ("paraphrase", "Rome", "Paris", "Paris", False),
+        ("unseen paraphrase", "Rome", "Paris", "Paris", False),
+        ("near", "Bern", "Bern", "Bern", True),
+        ("far", "Bern", "Bern", "Bern", True),
+    ]
+
+
+def test_summaries():
+    summary = Summary.of([0.0, 1.0, 1.0, 1.0])
+    assert (summary.mean, summary.n) == (0.75, 4)
+    assert 0 <= summary.ci95[0] < 0.75 < summary.ci95[1] <= 1
+    assert Summary.of([1.0, 1.0]).ci95 == (1.0, 1.0)
+    narrow, wide = Summary.of([0.0, 1.0] * 500).ci95, Summary.of([0.0, 1.0] * 5).ci95
+    assert narrow[1] - narrow[0] < wide[1] - wide[0]
+    assert narrow[1] - narrow[0] == pytest.approx(4 * 0.5 / math.sqrt(1000), rel=0.15)
+    for values in ([1.0, math.nan], []):
+        with pytest.raises(NonFiniteError):
+            Summary.of(values)
+
+
+def test_the_report_file(tmp_path):
+    modes = {"teacher_forced": 1.0, "generated": 0.0}
+    report = Report("toy", "some.jsonl", [Case("a", "p", "t", "b", {"reliability": modes})], 0.5, {"torch": "x"})
+    report.save(tmp_path / "report.json")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["schema"] == "remend.report/1"
+    assert found["metrics"] == {
+        "reliability": {
+            "teacher_forced": {"mean": 1.0, "ci95": [1.0, 1.0], "n": 1},
+            "generated": {"mean": 0.0, "ci95": [0.0, 0.0], "n": 1},
+        }
+    }
+    assert found["cost"]["seconds_per_edit"] == 0.5
+    assert found["cost"]["peak_memory_bytes"] > 1e6
+    assert found["cases"][0]["values"]["reliability"] == modes
+
+
+def test_nothing_to_evaluate(task, editor):
+    with pytest.raises(RequestError, match="no request"):
+        evaluate(task.model, task.tokenizer, editor, [])

@@ -1,0 +1,54 @@
+"""The low-rank algebra against dense matrices, on drawn shapes."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remend.core.low_rank import LowRank, concatenate, stack
+
+SIZES = st.integers(1, 7)
+
+
+def drawn(rank, d_in, d_out, *episodes, seed=0):
+    torch.manual_seed(seed)
+    return LowRank(torch.randn(*episodes, rank, d_in), torch.randn(*episodes, rank, d_out))
+
+
+@given(SIZES, SIZES, SIZES, SIZES)
+def test_branch_is_the_dense_product(rank, d_in, d_out, rows):
+    change = drawn(rank, d_in, d_out)
+    x = torch.randn(rows, 3, d_in)
+    torch.testing.assert_close(change.branch(x), x @ change.dense().T, rtol=1e-4, atol=1e-4)
+
+
+@given(SIZES, SIZES, SIZES, st.integers(1, 4), st.integers(1, 3), SIZES)
+def test_batched_branch_keeps_episodes_apart(rank, d_in, d_out, episodes, rows_each, tokens):
+    change = drawn(rank, d_in, d_out, episodes)
+    x = torch.randn(episodes * rows_each, tokens, d_in)
+    expected = torch.cat([x[e * rows_each : (e + 1) * rows_each] @ change.dense()[e].T for e in range(episodes)])
+    torch.testing.assert_close(change.branch(x), expected, rtol=1e-4, atol=1e-4)
+    flattened = change.branch(x.reshape(-1, d_in))  # as models that flatten rows and tokens call their layers
+    torch.testing.assert_close(flattened, expected.reshape(-1, d_out), rtol=1e-4, atol=1e-4)
+
+
+@given(SIZES, SIZES, SIZES, SIZES)
+def test_sums_stacks_and_norms(first, second, d_in, d_out):
+    a, b = drawn(first, d_in, d_out, seed=1), drawn(second, d_in, d_out, seed=2)
+    torch.testing.assert_close(concatenate([a, b]).dense(), a.dense() + b.dense(), rtol=1e-4, atol=1e-4)
+    stacked = stack([a, b])
+    torch.testing.assert_close(stacked.dense(), torch.stack([a.dense(), b.dense()]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stacked.summed().dense(), a.dense() + b.dense(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stacked.select(torch.tensor([1])).dense()[0], b.dense(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(a.norm(), a.dense().norm(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(a.scaled(-2.5).dense(), -2.5 * a.dense(), rtol=1e-4, atol=1e-4)
+
+
+@given(SIZES, SIZES, SIZES)
+def test_recompression_is_the_best_of_its_rank(rank, d_in, d_out):
+    change = drawn(rank, d_in, d_out)
+    whole = change.recompress(min(rank, d_in, d_out))
+    torch.testing.assert_close(whole.dense(), change.dense(), rtol=1e-3, atol=1e-4)
+    one = change.recompress(1)
+    values = torch.linalg.svdvals(change.dense())
+    assert one.rank == 1
+    torch.testing.assert_close((one.dense() - change.dense()).norm(), values[1:].norm(), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,68 @@
+"""Finding what to edit, and loading."""
+
+import pytest
+import torch
+import worlds
+from torch import nn
+
+from remend.errors import ModelError
+from remend.models import editable_modules, load
+from remend.models.structure import block_stack
+
+
+def test_the_default_is_the_mlps_of_the_last_three_blocks():
+    assert list(editable_modules(worlds.gpt2())) == [
+        f"transformer.h.{block}.mlp.{layer}" for block in (1, 2, 3) for layer in ("c_fc", "c_proj")
+    ]
+    assert list(editable_modules(worlds.llama())) == [
+        f"model.layers.{block}.mlp.{layer}" for block in (1, 2, 3) for layer in ("gate_proj", "up_proj", "down_proj")
+    ]
+
+
+def test_heads_wider_than_the_model_are_not_taken_for_the_mlp():
+    model = worlds.llama(head_dim=16, num_attention_heads=2, num_key_value_heads=2)  # q: 16 → 32, o: 32 → 16
+    assert all(".mlp." in name for name in editable_modules(model))
+
+
+class Strange(nn.Module):
+    """Blocks that no library names."""
+
+    def __init__(self):
+        super().__init__()
+        self.strata = nn.ModuleList(nn.ModuleDict({"wide": nn.Linear(4, 9), "slim": nn.Linear(9, 4)}) for _ in range(5))
+        self.helpers = nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)])
+
+
+def test_odd_names_are_found_by_structure():
+    assert list(editable_modules(Strange())) == [f"strata.{i}.{name}" for i in (2, 3, 4) for name in ("wide", "slim")]
+    assert len(block_stack(Strange())) == 5
+
+
+def test_globs_and_their_mistakes():
+    model = worlds.gpt2()
+    assert list(editable_modules(model, ["*.0.attn.c_attn"])) == ["transformer.h.0.attn.c_attn"]
+    with pytest.raises(ModelError, match=r"no editable module matches .*did you mean 'transformer.h.0.mlp.c_fc'"):
+        editable_modules(model, ["transformer.h.0.mlp.fc"])
+    with pytest.raises(ModelError, match="no stack of blocks"):
+        editable_modules(nn.Linear(2, 2))
+
+
+def test_loading_a_folder(tmp_path):
+    made = worlds.gpt2()
+    made.save_pretrained(tmp_path / "model")
+    worlds.tokenizer().save_pretrained(tmp_path / "model")
+    loaded, tokenizer = load(str(tmp_path / "model"), "cpu")
+    assert not loaded.training
+    assert tokenizer("Oslo").input_ids == worlds.tokenizer()("Oslo").input_ids
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), loaded.parameters(), strict=True))
+
+
+def test_what_cannot_be_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load(str(tmp_path), "cpu")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot load"):
+        load(str(tmp_path), "cpu")
+    with pytest.raises(ModelError, match=r"device 'tpu9000' cannot be used here"):
+        load("atlas", "tpu9000")

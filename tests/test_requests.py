@@ -1,0 +1,63 @@
+"""Reading request files: what is accepted, and the message for everything that is not."""
+
+import pytest
+import worlds
+
+from remend.data import read_source
+from remend.errors import RequestError
+from remend.request import EditRequest, Probe, read_requests, write_requests
+
+GOOD = '{"prompt": "The capital of France is", "target": "Lyon"}'
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    file = tmp_path / "requests.jsonl"
+    written = [*worlds.requests(3), EditRequest(prompt="é", target="ß", relation="P36", notes={"kept": True})]
+    write_requests(file, written)
+    assert read_requests(file) == written
+    assert read_requests(file)[3].model_extra == {"relation": "P36", "notes": {"kept": True}}
+
+
+def test_all_keys_a_byte_order_mark_and_blank_lines(tmp_path):
+    file = tmp_path / "requests.jsonl"
+    full = (
+        '{"prompt": "p", "target": "t", "subject": "s", "id": 7, "paraphrases": ["q"], "unseen_paraphrases": ["r"],'
+        ' "locality": [{"prompt": "a", "target": "b"}], "near": [], "portability": [{"prompt": "c", "target": "d"}]}'
+    )
+    file.write_bytes(b"\xef\xbb\xbf" + full.encode() + b"\r\n\n" + GOOD.encode())
+    first, second = read_requests(file)
+    assert (first.id, first.paraphrases, first.locality[0]) == (7, ("q",), Probe(prompt="a", target="b"))
+    assert second.key == "the capital of france is"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "line 2: Invalid JSON"),
+        (b"[]", "line 2: .*object"),
+        (b'{"prompt": "p"}', "line 2: target: Field required"),
+        (b'{"prompt": "p", "target": ""}', "line 2: target: .*must not be empty"),
+        (b'{"prompt": " ", "target": "t"}', "line 2: prompt: .*must not be empty"),
+        (b'{"prompt": "p", "target": 3}', "line 2: target: .*valid string"),
+        (b'{"prompt": "p", "target": "t", "paraphrases": "q"}', "line 2: paraphrases: .*array"),
+        (b'{"prompt": "p", "target": "t", "paraphrases": [""]}', "line 2: paraphrases.0: .*must not be empty"),
+        (b'{"prompt": "p", "target": "t", "locality": [{"prompt": "a"}]}', "line 2: locality.0.target: Field required"),
+        (b'{"prompt": "p", "target": "t", "id": 1.5}', "line 2: id"),
+        (b'{"prompt": "caf\xe9", "target": "t"}', "line 2: byte 16 is not UTF-8 .*0xe9.* save the file as UTF-8"),
+    ],
+)
+def test_a_malformed_line_is_named(line, message, tmp_path):
+    file = tmp_path / "requests.jsonl"
+    file.write_bytes(GOOD.encode() + b"\n" + line)
+    with pytest.raises(RequestError, match=message):
+        read_requests(file)
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(RequestError, match="No such file"):
+        read_requests(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(RequestError, match="holds no request"):
+        read_requests(tmp_path / "empty.jsonl")
+    with pytest.raises(RequestError, match="no split 'tset'; it has atlas:train"):
+        read_source("atlas:tset")

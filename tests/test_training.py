@@ -1,0 +1,237 @@
+"""Training runs: that they learn, stop when they cannot, keep the best, and never mix up splits."""
+
+import json
+import math
+
+import pytest
+import torch
+import worlds
+
+from remend.config import from_json, to_json
+from remend.editors import Mend, MendConfig
+from remend.errors import ConfigError, FileFormatError, NonFiniteError, RequestError, TrainingError, WrongBaseError
+from remend.request import EditRequest
+from remend.tasks.causal_lm import CausalLM
+from remend.training import PRESETS, Trainer, TrainingConfig, train
+from remend.training.episodes import Episodes
+
+SETTINGS = TrainingConfig(
+    batch_size=8, learning_rate=3e-3, alpha_learning_rate=3e-3, max_steps=30, validate_every=10, patience=1000
+)
+NETWORK = MendConfig(rank=16, alpha=1e-2)
+
+
+def trained(model, requests, validation=None, settings=SETTINGS, **more):
+    editor = Mend.for_model(model, NETWORK, seed=settings.seed)
+    return train(model, worlds.tokenizer(), requests, validation, config=settings, editor=editor, **more)
+
+
+def test_it_learns_keeps_the_best_and_leaves_the_model_alone(model, snapshot, tmp_path):
+    seen = []
+    editor = trained(model, worlds.requests(40), out=tmp_path / "editor", on_progress=seen.append)
+    snapshot()
+    assert seen[-1].step == 30
+    assert sum(p.loss for p in seen[-8:]) < sum(p.loss for p in seen[:8])
+    history = editor.trained["history"]
+    assert [entry["step"] for entry in history] == [0, 10, 20, 30]
+    best = min(history, key=lambda entry: entry["loss"])
+    assert editor.trained["best_step"] == best["step"]
+    again = Mend.from_pretrained(tmp_path / "editor")
+    assert again.trained == json.loads(json.dumps(editor.trained))
+    for (name, a), (_, b) in zip(editor.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_same_seed_gives_the_same_editor_and_another_another():
+    model, requests = worlds.gpt2(), worlds.requests(20)
+    first, second = (trained(model, requests).state_dict() for _ in range(2))
+    other = trained(model, requests, settings=TrainingConfig(**{**vars(SETTINGS), "seed": 1})).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_global_random_state_is_left_alone():
+    model = worlds.llama()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    trained(model, worlds.requests(12), settings=TrainingConfig(**{**vars(SETTINGS), "max_steps": 2}))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_untrained_edit_lowers_the_loss(task):
+    """The descent sign: the authors' code climbs."""
+    editor = Mend.for_model(task.model, MendConfig(rank=8, alpha=1e-3))
+    requests = worlds.requests(10)
+    Trainer(task, editor, requests, SETTINGS).calibrate()
+    batches = [task.collate([task.tokenise(r.prompt, r.target)]) for r in requests]
+    edits = editor.edit_each(task.model, task.tokenizer, requests)
+    with torch.no_grad():
+        before = [float(task.loss(batch)) for batch in batches]
+        after = []
+        for batch, edit in zip(batches, edits, strict=True):
+            with edit.applied(task.model):
+                after.append(float(task.loss(batch)))
+    assert sum(after) < sum(before)
+    assert sum(a < b for a, b in zip(after, before, strict=True)) >= 8
+
+
+def test_the_batched_loss_is_the_mean_of_single_episodes(task, editor):
+    trainer = Trainer(task, editor, worlds.requests(10), SETTINGS)
+    together = trainer.losses(trainer.episodes.batch(0, 6))
+    for number in range(6):
+        batch = trainer.episodes._collate([trainer.episodes._draw(number)])
+        alone = trainer.losses(batch)
+        torch.testing.assert_close(alone.edit[0], together.edit[number], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(alone.locality[0], together.locality[number], rtol=1e-2, atol=1e-4)
+
+
+def test_every_request_is_drawn_once_an_epoch_and_batches_reach_over_its_end(task):
+    episodes = Episodes(task, worlds.requests(10), seed=0)
+    drawn = [name for step in range(10) for name in episodes.batch(step, 3).ids]
+    for epoch in range(3):
+        assert sorted(drawn[epoch * 10 : (epoch + 1) * 10], key=int) == [str(i) for i in range(10)]
+    assert drawn[:10] != drawn[10:20]
+    fixed = episodes.fixed(4)
+    assert [name for batch in fixed for name in batch.ids] == [str(i) for i in range(10)]
+
+
+def test_locality_examples_are_about_other_subjects(task):
+    episodes = Episodes(task, worlds.requests(10), seed=0)
+    for place in range(200):
+        episode, neighbour, locality = episodes._draw(place)
+        assert neighbour in episode.neighbours
+        assert locality.prompt not in {episode.edit.prompt, neighbour.prompt}
+
+
+def test_requests_without_paraphrases_or_locality_can_be_learnt_from():
+    bare = [EditRequest(prompt=r.prompt, target=r.target) for r in worlds.requests(10)]
+    history = trained(worlds.gpt2(), bare).trained["history"]
+    assert min(entry["loss"] for entry in history) < history[0]["loss"]
+
+
+def test_a_detached_editor_is_refused_after_the_first_step(task, monkeypatch):
+    editor = Mend.for_model(task.model, NETWORK)
+    trainer = Trainer(task, editor, worlds.requests(10), SETTINGS)
+    trainer.calibrate()
+    network = next(iter(editor.networks.values()))
+    monkeypatch.setattr(network.second, "forward", lambda z, matrix: z)  # part of the network is never used
+    trainer.train_step()
+    with pytest.raises(TrainingError, match=r"no gradient reaches networks\.\w+\.second\.down"):
+        trainer.train_step()
+
+
+def test_non_finite_losses_stop_the_run_and_name_the_request(task):
+    editor = Mend.for_model(task.model, NETWORK)
+    trainer = Trainer(task, editor, worlds.requests(10), SETTINGS)
+    trainer.calibrate()
+    with torch.no_grad():
+        editor.alpha[0] = math.nan
+    before = {name: value.clone() for name, value in editor.state_dict().items()}
+    with pytest.raises(NonFiniteError, match=r"step 0: the edited model's loss is not finite for \d.*nothing was updated"):
+        trainer.train_step()
+    assert all(torch.equal(before[n], v) or not v.isfinite().all() for n, v in editor.state_dict().items())
+
+
+def test_non_finite_activations_name_the_layer(task):
+    module = task.model.get_submodule(next(iter(Mend.for_model(task.model, NETWORK).shapes)))
+    handle = module.register_forward_pre_hook(lambda m, args: (args[0] * math.inf,))
+    trainer = Trainer(task, Mend.for_model(task.model, NETWORK), worlds.requests(10), SETTINGS)
+    with pytest.raises(NonFiniteError, match="loss of the edit is not finite .*episodes 0, 1"):
+        trainer.calibrate()
+    handle.remove()
+
+
+def test_shared_subjects_are_refused():
+    requests = worlds.requests(10)
+    with pytest.raises(TrainingError, match=r"share 2 subjects \(france, italy"):
+        trained(worlds.gpt2(), requests, requests[:2])
+
+
+def test_too_few_requests_are_refused():
+    with pytest.raises(TrainingError, match="at least two subjects"):
+        trained(worlds.gpt2(), worlds.requests(1))
+
+
+def test_the_budget_ends_the_run():
+    settings = TrainingConfig(**{**vars(SETTINGS), "max_steps": 10**6, "validate_every": 10**6})
+    editor = trained(worlds.gpt2(), worlds.requests(10), settings=settings, budget_seconds=1.0)
+    assert 0 < editor.trained["steps"] < 10**5
+    assert [entry["step"] for entry in editor.trained["history"]] == [0, editor.trained["steps"]]
+
+
+def test_patience_ends_the_run():
+    settings = TrainingConfig(**{**vars(SETTINGS), "learning_rate": 1e-12, "alpha_learning_rate": 1e-12, "patience": 20})
+    assert trained(worlds.gpt2(), worlds.requests(10), settings=settings).trained["steps"] <= 40
+
+
+def test_an_editor_refuses_another_architecture_and_warns_of_other_weights(task, editor):
+    other = worlds.gpt2 if "Llama" in type(task.model).__name__ else worlds.llama
+    requests = worlds.requests(1)
+    with pytest.raises(WrongBaseError, match="another class or configuration"):
+        editor.edit(other(), task.tokenizer, requests)
+    with torch.no_grad():
+        task.model.get_submodule(next(iter(editor.shapes))).weight.mul_(1.1)
+    with pytest.warns(UserWarning, match="trained for .* with other weights"):
+        editor.edit(task.model, task.tokenizer, requests)
+    with pytest.raises(RequestError, match="no request"):
+        editor.edit(task.model, task.tokenizer, [])
+
+
+def test_half_precision_storage_and_damage(editor, tmp_path):
+    editor.save_pretrained(tmp_path / "whole")
+    editor.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    sizes = {kind: sum(f.stat().st_size for f in (tmp_path / kind).iterdir()) for kind in ("whole", "half")}
+    assert sizes["half"] < 0.75 * sizes["whole"]
+    half = Mend.from_pretrained(tmp_path / "half")
+    for name, value in half.state_dict().items():
+        torch.testing.assert_close(value, editor.state_dict()[name], rtol=2e-3, atol=1e-4)
+    manifest = json.loads((tmp_path / "half" / "manifest.json").read_text())
+    manifest["config"]["rank"] = 99
+    (tmp_path / "half" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(FileFormatError, match="do not fit the configuration"):
+        Mend.from_pretrained(tmp_path / "half")
+
+
+def test_presets_and_configurations():
+    network, settings = PRESETS["paper"]
+    assert (network.rank, network.alpha) == (1920, 1e-4)
+    assert (settings.edit_weight, settings.learning_rate, settings.alpha_learning_rate) == (0.1, 1e-6, 1e-4)
+    assert (settings.batch_size, settings.gradient_clip, settings.max_steps, settings.patience) == (10, 100, 500_000, 20_000)
+    assert (settings.validation_size, settings.seed, settings.decay) == (500, 0, False)
+    for preset in PRESETS.values():
+        for config in preset:
+            assert from_json(type(config), json.loads(json.dumps(to_json(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"version": 1, "learning_rte": 1.0}, "no setting 'learning_rte'; did you mean 'learning_rate'"),
+        ({"version": 9}, "version 9 is not known"),
+        ({"version": 1, "batch_size": "ten"}, "batch_size should be int, it is 'ten'"),
+        ({"version": 1, "batch_size": True}, "batch_size should be int, it is True"),
+        ({"version": 1, "batch_size": 0}, "batch_size must be at least 1"),
+        ({"version": 1, "edit_weight": -1}, "edit_weight must be positive"),
+    ],
+)
+def test_wrong_configurations(content, message):
+    with pytest.raises(ConfigError, match=message):
+        from_json(TrainingConfig, content)
+
+
+def test_wrong_network_settings():
+    with pytest.raises(ConfigError, match="rank is"):
+        MendConfig(rank=0)
+    with pytest.raises(ConfigError, match="alpha is"):
+        MendConfig(alpha=-1e-4)
+
+
+def test_a_bfloat16_base_trains_a_float32_editor():
+    model = worlds.llama().to(torch.bfloat16)
+    editor = trained(model, worlds.requests(20))
+    assert editor.alpha.dtype == torch.float32
+    edit = editor.edit(model, worlds.tokenizer(), worlds.requests(1))
+    with edit.applied(model):
+        answer = CausalLM(model, worlds.tokenizer()).answers(["Oslo is"], 2)
+    assert len(answer[0]) > 0
