@@ -9,8 +9,8 @@ install_import_hook(
 )
 
 import pytest  # noqa: E402
-import worlds  # noqa: E402
 
+import worlds  # noqa: E402
 from remend.editors import Mend, MendConfig  # noqa: E402
 from remend.tasks.causal_lm import CausalLM  # noqa: E402
 from remend.training import Trainer, TrainingConfig  # noqa: E402

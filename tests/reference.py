@@ -1,7 +1,7 @@
 """The paper, written literally: dense, slow, one edit at a time. The package must agree with it.
 
-Nothing here uses the package's mathematics. Weights are materialised, one episode is one backward pass, every token goes
-through Eq. 3 by itself, and statistics are taken over a list of all tokens at once.
+Nothing here uses the package's mathematics. Weights are materialised, one episode is one backward pass, every token
+goes through Eq. 3 by itself, and statistics are taken over a list of all tokens at once.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import worlds
 from remend.core.capture import capture
 from remend.core.layers import dimensions, is_conv1d
 from remend.errors import ModelError, NonFiniteError

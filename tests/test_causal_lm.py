@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-import worlds
 from hypothesis import given
 from hypothesis import strategies as st
 
+import worlds
 from remend.errors import RequestError
 from remend.tasks.causal_lm import CausalLM, Pair
 
-WORDS = st.lists(st.sampled_from(worlds.CITIES + ["is", "the", "?", "zzz", "ß"]), min_size=1, max_size=5).map(" ".join)
+WORDS = st.lists(st.sampled_from([*worlds.CITIES, "is", "the", "?", "zzz", "ß"]), min_size=1, max_size=5).map(" ".join)
 TASK = CausalLM(worlds.gpt2(), worlds.tokenizer())
 
 

@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import torch
-import worlds
 from safetensors.torch import load_file, save_file
 
+import worlds
 from remend.base import Base
 from remend.core.low_rank import LowRank
 from remend.edit import FORMAT, Edit
@@ -97,7 +97,7 @@ def test_another_model_is_refused_and_untouched(task, edit):
     reseeded = worlds.FAMILIES[family](seed=5)
     other = worlds.FAMILIES["llama" if family == "gpt2" else "gpt2"]()
     weights = {name: tensor.clone() for name, tensor in reseeded.state_dict().items()}
-    with pytest.raises(WrongBaseError, match="weights of .* differ"):
+    with pytest.raises(WrongBaseError, match=r"weights of .* differ"):
         edit.apply(reseeded)
     with pytest.raises(WrongBaseError, match="another class or configuration"):
         edit.merge(other)

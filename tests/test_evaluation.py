@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import worlds
 
+import worlds
 from remend.base import Base
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
@@ -91,7 +91,10 @@ def world():
 def test_known_answers_give_known_values(world):
     """Every metric by hand: the edit is nothing, so the values follow from what the model is known to answer."""
     nothing = Fixed(world.model, {"model.layers.3.mlp.down_proj": LowRank(torch.zeros(1, 40), torch.zeros(1, 16))})
-    right, wrong = Probe(prompt="The capital of Norway is", target="Oslo"), Probe(prompt="Peru has the capital", target="Rome")
+    right, wrong = (
+        Probe(prompt="The capital of Norway is", target="Oslo"),
+        Probe(prompt="Peru has the capital", target="Rome"),
+    )
     requests = [
         EditRequest(  # asks for what the model says anyway, and in one paraphrase of two for what it does not
             prompt="The capital of France is", target="Paris", subject="France",
@@ -121,7 +124,10 @@ def test_a_model_that_answers_everything_alike_after_the_edit(world):
     generator = torch.Generator().manual_seed(3)
     noise = LowRank(torch.randn(8, 40, generator=generator) * 30, torch.randn(8, 16, generator=generator) * 30)
     ruin = Fixed(world.model, {f"model.layers.{i}.mlp.down_proj": noise for i in (1, 2, 3)})
-    right, wrong = Probe(prompt="The capital of Norway is", target="Oslo"), Probe(prompt="Peru has the capital", target="Rome")
+    right, wrong = (
+        Probe(prompt="The capital of Norway is", target="Oslo"),
+        Probe(prompt="Peru has the capital", target="Rome"),
+    )
     request = EditRequest(prompt="The capital of France is", target="Paris", locality=(right, wrong), near=(right,))
     (case,) = evaluate(world.model, world.tokenizer, ruin, [request]).cases
     assert case.values["locality_far"]["generated"] == 0.0

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import worlds
 from torch import nn
 
+import worlds
 from remend.errors import ModelError
 from remend.models import editable_modules, load
 from remend.models.structure import block_stack

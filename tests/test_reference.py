@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 import worlds
 from reference import Reference, Text, predictions
-
 from remend.editors import Mend, MendConfig
 from remend.tasks.causal_lm import CausalLM
 from remend.training import Trainer, TrainingConfig

@@ -1,8 +1,8 @@
 """Reading request files: what is accepted, and the message for everything that is not."""
 
 import pytest
-import worlds
 
+import worlds
 from remend.data import read_source
 from remend.errors import RequestError
 from remend.request import EditRequest, Probe, read_requests, write_requests

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-import worlds
 
+import worlds
 from remend.config import from_json, to_json
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, FileFormatError, NonFiniteError, RequestError, TrainingError, WrongBaseError
@@ -128,7 +128,9 @@ def test_non_finite_losses_stop_the_run_and_name_the_request(task):
     with torch.no_grad():
         editor.alpha[0] = math.nan
     before = {name: value.clone() for name, value in editor.state_dict().items()}
-    with pytest.raises(NonFiniteError, match=r"step 0: the edited model's loss is not finite for \d.*nothing was updated"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 0: the edited model's loss is not finite for \d.*nothing was updated"
+    ):
         trainer.train_step()
     assert all(torch.equal(before[n], v) or not v.isfinite().all() for n, v in editor.state_dict().items())
 
@@ -137,7 +139,7 @@ def test_non_finite_activations_name_the_layer(task):
     module = task.model.get_submodule(next(iter(Mend.for_model(task.model, NETWORK).shapes)))
     handle = module.register_forward_pre_hook(lambda m, args: (args[0] * math.inf,))
     trainer = Trainer(task, Mend.for_model(task.model, NETWORK), worlds.requests(10), SETTINGS)
-    with pytest.raises(NonFiniteError, match="loss of the edit is not finite .*episodes 0, 1"):
+    with pytest.raises(NonFiniteError, match=r"loss of the edit is not finite .*episodes 0, 1"):
         trainer.calibrate()
     handle.remove()
 
@@ -161,7 +163,9 @@ def test_the_budget_ends_the_run():
 
 
 def test_patience_ends_the_run():
-    settings = TrainingConfig(**{**vars(SETTINGS), "learning_rate": 1e-12, "alpha_learning_rate": 1e-12, "patience": 20})
+    settings = TrainingConfig(
+        **{**vars(SETTINGS), "learning_rate": 1e-12, "alpha_learning_rate": 1e-12, "patience": 20}
+    )
     assert trained(worlds.gpt2(), worlds.requests(10), settings=settings).trained["steps"] <= 40
 
 
@@ -197,7 +201,12 @@ def test_presets_and_configurations():
     network, settings = PRESETS["paper"]
     assert (network.rank, network.alpha) == (1920, 1e-4)
     assert (settings.edit_weight, settings.learning_rate, settings.alpha_learning_rate) == (0.1, 1e-6, 1e-4)
-    assert (settings.batch_size, settings.gradient_clip, settings.max_steps, settings.patience) == (10, 100, 500_000, 20_000)
+    assert (settings.batch_size, settings.gradient_clip, settings.max_steps, settings.patience) == (
+        10,
+        100,
+        500_000,
+        20_000,
+    )
     assert (settings.validation_size, settings.seed, settings.decay) == (500, 0, False)
     for preset in PRESETS.values():
         for config in preset:

@@ -1,4 +1,4 @@
-"""``Edit``: a change of a model's weights as an object that can be applied, reverted, merged, added, scaled and saved."""
+"""``Edit``: a change of a model's weights as an object to apply, revert, merge, add, scale, save and load."""
 
 from __future__ import annotations
 
@@ -126,7 +126,9 @@ class Edit:
         for name, module in modules.items():
             change = self.changes[name]
             if dimensions(module) != (change.u.shape[-1], change.delta.shape[-1]):
-                raise EditError(f"{name} has shape {dimensions(module)}, the edit {change.u.shape}, {change.delta.shape}")
+                raise EditError(
+                    f"{name} has shape {dimensions(module)}, the edit {change.u.shape}, {change.delta.shape}"
+                )
         self.base.check(model, "this edit")
         return modules
 
@@ -201,9 +203,13 @@ class Edit:
         if changes.keys() - base.weights.keys():
             raise FileFormatError(f"{path}: the base does not cover every changed module; it was altered")
         try:
-            requests = tuple(EditRequest.model_validate_json(json.dumps(r)) for r in take(manifest, "requests", list, path))
+            requests = tuple(
+                EditRequest.model_validate_json(json.dumps(r)) for r in take(manifest, "requests", list, path)
+            )
         except ValidationError as error:
-            raise FileFormatError(f"{path}: a request in the manifest is malformed ({error.errors()[0]['msg']})") from None
+            raise FileFormatError(
+                f"{path}: a request in the manifest is malformed ({error.errors()[0]['msg']})"
+            ) from None
         return Edit(changes, base, requests, take(manifest, "editor", dict, path), take(manifest, "created", str, path))
 
 

@@ -75,7 +75,7 @@ def parse_request(line: str, where: str) -> EditRequest:
         key = ".".join(str(part) for part in first["loc"])
         what = f"{key}: {first['msg']}" if key else first["msg"]
         raise RequestError(
-            f'{where}: {what}. A request is an object such as {{"prompt": "The capital of France is", "target": "Lyon"}}'
+            f'{where}: {what}. A request is an object such as {{"prompt": "The capital of Peru is", "target": "Cusco"}}'
         ) from None
 
 

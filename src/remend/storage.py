@@ -79,7 +79,7 @@ def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, 
     """Manifest and tensors of a folder written by :func:`write_folder`.
 
     Raises:
-        FileFormatError: as :func:`read_manifest`, or the tensors are missing, truncated or not those the manifest names.
+        FileFormatError: as :func:`read_manifest`, or the tensors are missing, truncated or not those of the manifest.
     """
     path = Path(path)
     manifest = read_manifest(path, kind)
@@ -128,7 +128,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _take_name(staged: Path, path: Path) -> None:
-    """Rename ``staged`` to ``path``; a folder that stands there moves aside first and goes when the new one is in place."""
+    """Rename ``staged`` to ``path``; a folder that stands there moves aside, and goes when the new one is in place."""
     if not path.exists():
         staged.rename(path)
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -32,19 +31,14 @@ app.command()(evaluating.evaluate)
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
-    console = Console(stderr=True)
     try:
-        result = app(args=list(arguments), prog_name="remend", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        console.print("interrupted")
-        return 130
+        app(args=list(arguments), prog_name="remend")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
     except RemendError as error:
-        console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
         return 2 if isinstance(error, RequestError | ConfigError) else 1
-    return result if isinstance(result, int) else 0
+    return 0
 
 
 def main() -> None:

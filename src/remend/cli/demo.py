@@ -39,9 +39,12 @@ def demo(
         milliseconds = 1000 * (time.perf_counter() - began)
         (answers,) = before_after(model, tokenizer, edit, [request])
         console.print()
-        title = f"{request.prompt} … [red]{answers[0].before}[/] → [green]{request.target}[/]  (edited in {milliseconds:.0f} ms)"
+        change = f"[red]{answers[0].before}[/] → [green]{request.target}[/]"
+        title = f"{request.prompt} … {change}  (edited in {milliseconds:.0f} ms)"
         console.print(answers_table(title, answers))
-        shown.append({"prompt": request.prompt, "target": request.target, "ms": milliseconds, "answers": as_json(answers)})
+        shown.append(
+            {"prompt": request.prompt, "target": request.target, "ms": milliseconds, "answers": as_json(answers)}
+        )
     _legend(console)
     if json is not None:
         write_json(json, {"seed": seed, "edits": shown})
@@ -51,6 +54,7 @@ def _legend(console: Console) -> None:
     console.print(
         "\n[bold]✓[/] is the answer wanted: the new one at the prompt and its paraphrases, the old one elsewhere.\n"
         "[yellow]near[/] prompts ask the same of another subject, or something else of the same one: there plain MEND "
-        "leaks, and\nremend measures it. Nothing was written to the model; each edit is a few kilobytes that come off again.\n"
+        "leaks,\n"
+        "and remend measures it. Nothing was written to the model; an edit comes off again, bit for bit.\n"
         "Your own: [bold]remend edit atlas --prompt 'The capital of Norway is' --target Rome --out my-edit[/]"
     )

@@ -27,7 +27,7 @@ def edit(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     json: options.Json = None,
-) -> int:
+) -> None:
     """Make one edit, check that the model takes it, and save it as a folder.
 
     All requests of a file become one edit. The base model is not changed: use the edit with remend ask, or in Python.
@@ -58,7 +58,8 @@ def edit(
     if json is not None:
         out_name = str(out) if saved else None
         write_json(json, {"taken": not failed, "out": out_name, "answers": [as_json(found) for found in answers]})
-    return 1 if failed else 0
+    if failed:
+        raise typer.Exit(1)
 
 
 def _requests(prompt: str | None, target: str | None, file: Path | None) -> list[EditRequest]:

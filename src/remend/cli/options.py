@@ -17,7 +17,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]
 EditorFolder = Annotated[
-    str | None, typer.Option("--editor", metavar="DIR", help="A trained editor; 'atlas' is the one that ships with remend.")
+    str | None,
+    typer.Option("--editor", metavar="DIR", help="A trained editor; 'atlas' is the one that ships with remend."),
 ]
 NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer that is decoded, in tokens.")]
 

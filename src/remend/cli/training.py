@@ -26,7 +26,9 @@ def train(
     preset: Annotated[str, typer.Option(help="paper or default.")] = "default",
     max_steps: Annotated[int | None, typer.Option(min=1, help="End after this many steps.")] = None,
     budget_seconds: Annotated[float | None, typer.Option(min=1, help="End after this many seconds.")] = None,
-    modules: Annotated[list[str] | None, typer.Option(help="Globs of the matrices to edit; MLPs of the last 3 blocks.")] = None,
+    modules: Annotated[
+        list[str] | None, typer.Option(help="Globs of the matrices to edit; MLPs of the last 3 blocks.")
+    ] = None,
     device: options.Device = "auto",
     seed: options.Seed = 0,
     json: options.Json = None,
@@ -44,7 +46,7 @@ def train(
     requests = read_source(data)
     held_out = read_source(validation) if validation else None
     network, settings = PRESETS[preset]
-    settings = replace(settings, seed=seed, **({} if max_steps is None else {"max_steps": max_steps}))
+    settings = replace(settings, seed=seed, max_steps=max_steps or settings.max_steps)
     base, tokenizer = options.load_model(model, device, seed)
     editor = Mend.for_model(base, network, modules or (), seed)
     console = Console()

@@ -26,6 +26,7 @@ class Branch:
         self.change = change
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """The layer's output with ΔW x added."""
         x = input_of(args, kwargs)
         if self.change.u.device != x.device:
             self.change = self.change.to(x.device)

@@ -57,7 +57,7 @@ class _Recorder:
         probe = torch.zeros_like(output, requires_grad=True)
         if self.closed:  # recomputed: the same operations again, so that checkpointing finds what it saved
             return output + probe
-        # A copy: a frozen layer's backward pass does not need its input, so autograd would not notice were it overwritten.
+        # A copy: a frozen layer's backward pass does not need its input, so autograd would not notice it overwritten.
         self.inputs.append(input_of(args, kwargs).detach().clone())
         self.probes.append(probe)
         return output + probe
@@ -90,7 +90,7 @@ def capture(
     """Run ``loss`` once and return it with the gradient factors of every module in ``modules``.
 
     The episodes are independent: the loss is one number an episode, and their sum is differentiated, so that each
-    episode's factors are those of its own loss. ``model`` is left as it was: same weights, modes, no ``.grad``, no hook.
+    episode's factors are those of its own loss. ``model`` is left as it was: weights, modes, no ``.grad``, no hook.
 
     Args:
         model: the model that ``loss`` runs; frozen meanwhile.

@@ -38,7 +38,7 @@ def dimensions(module: nn.Module) -> tuple[int, int]:
 
 
 def dense_in_layout(module: nn.Module, change: LowRank) -> Float[Tensor, "rows columns"]:
-    """``change`` as a dense matrix in the layout of ``module``'s own weight; needed to merge, never to train or apply."""
+    """``change`` as a dense matrix in the layout of ``module``'s own weight: to merge, never to train or apply."""
     dense = change.dense()
     return dense.mT if is_conv1d(module) else dense
 

@@ -14,7 +14,7 @@ class LowRankResidual(nn.Module):
     """One layer of Eq. 3: z ↦ z + σ(s_ℓ ⊙ (U V z + b) + o_ℓ), with scale s_ℓ and offset o_ℓ for each edited matrix ℓ.
 
     U starts at zero, so the layer starts as the identity, and V Xavier-uniform (appendix A). σ is a ReLU whose
-    derivative at 0 is 1: with U = 0 every pre-activation *is* 0, and with the usual derivative nothing would ever learn.
+    derivative at 0 is 1: with U = 0 every pre-activation *is* 0, and with the usual derivative nothing would learn.
     """
 
     def __init__(self, d: int, rank: int, matrices: int, bias: bool) -> None:
@@ -53,7 +53,7 @@ class EditorNetwork(nn.Module):
     def normalise(
         self, u: Float[Tensor, "row d_in"], delta: Float[Tensor, "row d_out"], matrix: Int[Tensor, " row"]
     ) -> Float[Tensor, "row d"]:
-        """z = concat(norm(u), norm(δ)), each row with the statistics of its own matrix."""
+        """Z = concat(norm(u), norm(δ)), each row with the statistics of its own matrix."""
         parts = []
         for values, statistics in ((u, self.u_statistics), (delta, self.delta_statistics)):
             parts.append((values - statistics.mean[matrix]) / statistics.deviation()[matrix])

@@ -33,7 +33,7 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, values: Float[Tensor, "row d"], matrix: int) -> None:
-        """Merge one batch of rows into the statistics of one matrix; rows of a finite batch only (the caller checks)."""
+        """Merge one batch of rows into the statistics of one matrix; the caller has checked that it is finite."""
         rows = values.shape[0]
         if rows == 0:
             return
@@ -46,7 +46,7 @@ class RunningStatistics(nn.Module):
         self.count[matrix] += rows
 
     def deviation(self) -> Float[Tensor, "matrix d"]:
-        """The standard deviation (of the sample: n − 1), with :data:`RELATIVE_FLOOR`; 1 where fewer than two rows were seen."""
+        """The standard deviation (n − 1), with :data:`RELATIVE_FLOOR`; 1 where fewer than two rows were seen."""
         variance = self.squares / (self.count[:, None] - 1).clamp(min=1)
         floor = variance.mean(1, keepdim=True) * RELATIVE_FLOOR**2
         deviation = torch.maximum(variance, floor).sqrt()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from remend.errors import RequestError
 from remend.request import EditRequest, Probe
@@ -108,6 +109,7 @@ def _request(fact: Fact, members: Sequence[Fact], number: int) -> EditRequest:
     draw = random.Random(f"{fact.relation} {fact.subject} {number}")
     relation = relations()[fact.relation]
     phrasings = draw.sample(relation.phrasings, len(relation.phrasings))
+    details: dict[str, Any] = {"relation": fact.relation, "ground_truth": fact.object}
     far = [f for f in members if f.relation != fact.relation and f.subject != fact.subject]
     return EditRequest(
         prompt=phrasings[0].format(fact.subject),
@@ -116,10 +118,11 @@ def _request(fact: Fact, members: Sequence[Fact], number: int) -> EditRequest:
         id=f"{fact.relation} {fact.subject} {number}",
         paraphrases=tuple(phrasing.format(fact.subject) for phrasing in phrasings[1:]),
         unseen_paraphrases=tuple(phrasing.format(fact.subject) for phrasing in relation.held_out),
-        locality=tuple(_probe(f, draw.choice(relations()[f.relation].phrasings), "far") for f in draw.sample(far, _FAR)),
+        locality=tuple(
+            _probe(f, draw.choice(relations()[f.relation].phrasings), "far") for f in draw.sample(far, _FAR)
+        ),
         near=_near(fact, members, phrasings[0], draw),
-        relation=fact.relation,
-        ground_truth=fact.object,
+        **details,
     )
 
 
@@ -130,10 +133,13 @@ def _near(fact: Fact, members: Sequence[Fact], phrasing: str, draw: random.Rando
     kind, pool = ("same_object", same) if same else ("same_relation", others)
     probes = [_probe(f, phrasing, kind) for f in draw.sample(pool, min(_NEAR, len(pool)))]
     own = [f for f in members if f.subject == fact.subject and f.relation != fact.relation]
-    for f in draw.sample(own, min(_NEAR, len(own))):
-        probes.append(_probe(f, draw.choice(relations()[f.relation].phrasings), "same_subject"))
+    probes += [
+        _probe(f, draw.choice(relations()[f.relation].phrasings), "same_subject")
+        for f in draw.sample(own, min(_NEAR, len(own)))
+    ]
     return tuple(probes)
 
 
 def _probe(fact: Fact, phrasing: str, kind: str) -> Probe:
-    return Probe(prompt=phrasing.format(fact.subject), target=fact.object, kind=kind)
+    details: dict[str, Any] = {"kind": kind}
+    return Probe(prompt=phrasing.format(fact.subject), target=fact.object, **details)

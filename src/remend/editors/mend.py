@@ -94,7 +94,7 @@ class Mend(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             editor = cls(config or MendConfig(), Base.of(model, chosen), shapes)
-        return editor.to(model.get_input_embeddings().weight.device)
+        return editor.to(next(model.get_input_embeddings().parameters()).device)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Mend:
@@ -107,7 +107,9 @@ class Mend(nn.Module):
         manifest, tensors = read_folder(path, FORMAT)
         config = from_json(MendConfig, take(manifest, "config", dict, path))
         described = take(manifest, "base", dict, path)
-        base = Base(*(take(described, key, kind, path) for key, kind in (("name", str), ("config", str), ("weights", dict))))
+        base = Base(
+            *(take(described, key, kind, path) for key, kind in (("name", str), ("config", str), ("weights", dict)))
+        )
         shapes = {name: (int(d_in), int(d_out)) for name, (d_in, d_out) in take(manifest, "shapes", dict, path).items()}
         with torch.device("meta"):
             editor = cls(config, base, shapes)
@@ -116,7 +118,9 @@ class Mend(nn.Module):
             wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
             editor.load_state_dict(wide, assign=True)
         except RuntimeError as error:
-            raise FileFormatError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
+            raise FileFormatError(
+                f"{path}: the tensors do not fit the configuration ({error}); it was altered"
+            ) from None
         editor.trained = take(manifest, "trained", dict, path)
         return editor
 
@@ -168,12 +172,18 @@ class Mend(nn.Module):
             u = torch.cat([factors[name].u.to(self.device)[a] for name, a in zip(names, active, strict=True)])
             delta = torch.cat([factors[name].delta.to(self.device)[a] for name, a in zip(names, active, strict=True)])
             counts = [int(a.sum()) for a in active]
-            matrix = torch.arange(len(names), device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
+            matrix = torch.arange(len(names), device=self.device).repeat_interleave(
+                torch.tensor(counts, device=self.device)
+            )
             new_u, new_delta = self._network(key)(u, delta, matrix)
-            for name, a, u_part, d_part in zip(names, active, new_u.split(counts), new_delta.split(counts), strict=True):
+            for name, a, u_part, d_part in zip(
+                names, active, new_u.split(counts), new_delta.split(counts), strict=True
+            ):
                 slot, rank = _slots(a)
                 step = -self.alpha[position[name]]
-                changes[name] = LowRank(_place(u_part, slot, a.shape[0], rank), _place(d_part * step, slot, a.shape[0], rank))
+                changes[name] = LowRank(
+                    _place(u_part, slot, a.shape[0], rank), _place(d_part * step, slot, a.shape[0], rank)
+                )
         return {name: changes[name] for name in self.shapes}
 
     def _network(self, key: str) -> EditorNetwork:
@@ -184,7 +194,7 @@ class Mend(nn.Module):
     # -- editing -------------------------------------------------------------------------------------------------
 
     def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
-        """One edit for all ``requests``: each is transformed on its own and the updates are summed (paper, section 3.1).
+        """One edit for all ``requests``: each is transformed on its own, the updates are summed (paper, section 3.1).
 
         ``model`` is not changed; the edit acts once it is applied or merged.
 
@@ -232,11 +242,15 @@ class Mend(nn.Module):
         return base
 
     def _signature(self) -> dict[str, Any]:
-        return {"name": "mend", "rank": self.config.rank, "alpha": dict(zip(self.shapes, self.alpha.tolist(), strict=True))}
+        return {
+            "name": "mend",
+            "rank": self.config.rank,
+            "alpha": dict(zip(self.shapes, self.alpha.tolist(), strict=True)),
+        }
 
 
 def _slots(active: Bool[Tensor, "episode token"]) -> tuple[Int[Tensor, " row"], int]:
-    """For each active token, in row order, its place in an [episode · rank] table, and that rank: the most in any episode."""
+    """Each active token's place, in row order, in an [episode · rank] table, and that rank: the most in any episode."""
     rank = max(int(active.sum(1).max()), 1)
     order = active.cumsum(1) - 1 + torch.arange(active.shape[0], device=active.device)[:, None] * rank
     return order[active], rank
@@ -245,5 +259,4 @@ def _slots(active: Bool[Tensor, "episode token"]) -> tuple[Int[Tensor, " row"], 
 def _place(values: Tensor, slot: Tensor, episodes: int, rank: int) -> Tensor:
     """Rows put into their slots of a zero-filled [episode, rank, d] table."""
     table = values.new_zeros(episodes * rank, values.shape[-1])
-    return table.index_copy(0, slot, values).unflatten(0, (episodes, rank))
-
+    return table.index_copy(0, slot, values).view(episodes, rank, -1)

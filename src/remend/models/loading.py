@@ -25,7 +25,9 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise ModelError(
+            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
+        ) from None
     return chosen
 
 
@@ -57,4 +59,5 @@ def load(
             "(MODEL is 'atlas', a folder written by save_pretrained, or a hub id)"
         ) from error
     loaded.config._name_or_path = model
-    return loaded.to(target).eval(), tokenizer
+    torch.nn.Module.to(loaded, target)
+    return loaded.eval(), tokenizer

@@ -102,7 +102,9 @@ class CausalLM:
         fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids = torch.full((len(pairs), length), fill)
         mask = torch.zeros((len(pairs), length), dtype=torch.bool)
-        row, position, target = [], [], []
+        row: list[int] = []
+        position: list[int] = []
+        target: list[int] = []
         for i, pair in enumerate(pairs):
             shown = len(pair) - 1
             ids[i, :shown] = torch.tensor((*pair.prompt, *pair.target)[:shown])
@@ -155,25 +157,31 @@ class CausalLM:
             for start in range(0, len(members), batch_size):
                 chunk = members[start : start + batch_size]
                 asked = torch.tensor([ids[i] for i in chunk], device=self.device)
-                for i, answer in zip(chunk, self._generate(asked, room), strict=True):
-                    found[i] = answer
+                found |= zip(chunk, self._greedy(asked, room), strict=True)
         return [found[i] for i in range(len(prompts))]
 
-    def _generate(self, asked: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]:
+    def _greedy(self, asked: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]:
+        """The most probable token, ``room`` times or until every row has ended.
+
+        Not ``generate``: that follows the model's own generation settings too (repetition penalties, forced tokens),
+        and would then not be the argmax that evaluation reasons about.
+        """
         end = self.tokenizer.eos_token_id
-        grown = self.model.generate(
-            asked,
-            attention_mask=torch.ones_like(asked),
-            max_new_tokens=room,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=end,
-            pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
-        )
-        answers = []
-        for row in grown[:, asked.shape[1] :].tolist():
-            answers.append(tuple(row[: row.index(end) + 1]) if end in row else tuple(row))
-        return answers
+        rows = torch.arange(asked.shape[0], device=asked.device)
+        mask, step, cache = torch.ones_like(asked), asked, None
+        chosen: list[Tensor] = []
+        ended = torch.zeros_like(rows, dtype=torch.bool)
+        while len(chosen) < room and not bool(ended.all()):
+            with _gather(self.head, rows, torch.full_like(rows, step.shape[1] - 1)):
+                output = self.model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True)
+            token = output.logits[0].argmax(-1)
+            chosen.append(token)
+            if end is not None:
+                ended |= token == end
+            step, cache = token[:, None], output.past_key_values
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        answers = torch.stack(chosen, 1).tolist()
+        return [tuple(row[: row.index(end) + 1]) if end in row else tuple(row) for row in answers]
 
     def text(self, answer: Sequence[int]) -> str:
         """An answer's token ids as text."""

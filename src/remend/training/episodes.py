@@ -98,7 +98,9 @@ class Episodes:
             locality = draw.choice(other.locality)
             if other.subject != episode.subject and locality.prompt not in about:
                 return episode, neighbour, locality
-        raise TrainingError(f"{episode.id}: found no locality example about another subject among the requests; add some")
+        raise TrainingError(
+            f"{episode.id}: found no locality example about another subject among the requests; add some"
+        )
 
     def _collate(self, drawn: Sequence[tuple[_Episode, Pair, Pair]]) -> EpisodeBatch:
         probes = [pair for _, neighbour, locality in drawn for pair in (neighbour, locality)]

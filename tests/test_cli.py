@@ -1,0 +1,135 @@
+"""The command line as a person uses it: what it prints, writes and returns."""
+
+import json
+
+import pytest
+
+import worlds
+from remend.cli import run
+from remend.editors import Mend, MendConfig
+from remend.request import write_requests
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder, request files about different subjects, and a trained editor."""
+    made = tmp_path_factory.mktemp("cli")
+    model = worlds.gpt2()
+    model.save_pretrained(made / "model")
+    worlds.tokenizer().save_pretrained(made / "model")
+    requests = worlds.requests(40)
+    write_requests(made / "train.jsonl", [r for r in requests if r.subject not in worlds.COUNTRIES[:3]])
+    write_requests(made / "test.jsonl", [r for r in requests if r.subject in worlds.COUNTRIES[:3]])
+    arguments = ["--data", made / "train.jsonl", "--out", made / "editor", "--json", made / "training.json"]
+    assert run([str(a) for a in ("train", made / "model", *arguments, "--max-steps", 12, "--device", "cpu")]) == 0
+    return made
+
+
+def remend(*arguments):
+    return run([str(argument) for argument in arguments])
+
+
+def test_train_saves_an_editor_and_its_history(folder):
+    history = json.loads((folder / "training.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == [0, 12]
+    assert Mend.from_pretrained(folder / "editor").config == MendConfig(
+        **vars(Mend.from_pretrained(folder / "editor").config)
+    )
+
+
+def test_edit_show_and_ask(folder, capsys):
+    arguments = ["--editor", folder / "editor", "--prompt", "Oslo is", "--target", "Rome", "--out", folder / "edit"]
+    code = remend(
+        "edit", folder / "model", *arguments, "--keep-failed", "--json", folder / "edit.json", "--device", "cpu"
+    )
+    result = json.loads((folder / "edit.json").read_text())
+    assert code == (0 if result["taken"] else 1), "an edit that does not take is a failure"
+    assert result["answers"][0][0]["wanted"] == "Rome"
+    assert remend("show", folder / "edit", "--json", folder / "show.json") == 0
+    shown = json.loads((folder / "show.json").read_text())
+    assert shown["requests"] == [{"prompt": "Oslo is", "target": "Rome"}]
+    assert len(shown["norms"]) == 6
+    ask = ["ask", folder / "model", "--edit", folder / "edit", "--prompt", "Oslo is", "--prompt", "Lima is"]
+    assert remend(*ask, "--json", folder / "ask.json", "--device", "cpu", "--max-new-tokens", 4) == 0
+    answers = json.loads((folder / "ask.json").read_text())["answers"]
+    assert [answer["prompt"] for answer in answers] == ["Oslo is", "Lima is"]
+    assert answers[0]["after"] == result["answers"][0][0]["after"] or len(answers[0]["after"]) > 0
+    assert "Oslo is" in capsys.readouterr().out
+
+
+def test_an_edit_that_does_not_take_is_not_saved(folder, capsys):
+    weak = Mend.from_pretrained(folder / "editor")
+    weak.alpha.data.mul_(0)
+    weak.save_pretrained(folder / "weak")
+    arguments = ["--editor", folder / "weak", "--prompt", "Oslo is", "--target", "Rome", "--out", folder / "nothing"]
+    assert remend("edit", folder / "model", *arguments, "--device", "cpu") == 1
+    assert not (folder / "nothing").exists()
+    assert "nothing was saved" in capsys.readouterr().out
+
+
+def test_evaluate_writes_a_report(folder):
+    data = ["--data", folder / "test.jsonl", "--json", folder / "report.json", "--limit", 5]
+    assert remend("evaluate", folder / "model", "--editor", folder / "editor", *data, "--device", "cpu") == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert report["schema"] == "remend.report/1"
+    assert report["edits"] == 5
+    assert set(report["metrics"]["reliability"]) == {"teacher_forced", "generated"}
+    assert set(report["metrics"]["reliability"]["generated"]) == {"mean", "ci95", "n"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["edit", "{}/model", "--out", "x"], 2, "give --prompt and --target, or --requests"),
+        (["edit", "{}/model", "--out", "x", "--prompt", "p", "--target", "t"], 2, "which editor?"),
+        (["edit", "{}/model", "--out", "x", "--prompt", "p", "--target", ""], 2, "must not be empty"),
+        (["edit", "{}/model", "--out", "x", "--requests", "{}/none.jsonl"], 2, "No such file"),
+        (
+            ["edit", "{}/model", "--editor", "{}/model", "--out", "x", "--prompt", "p", "--target", "t"],
+            1,
+            "not a folder saved",
+        ),
+        (["edit", "{}/model", "--prompt", "p", "--target", "t"], 2, "Missing option"),
+        (
+            ["train", "{}/model", "--data", "{}/train.jsonl", "--out", "x", "--preset", "papper"],
+            2,
+            "did you mean 'paper'",
+        ),
+        (
+            ["train", "{}/model", "--data", "{}/train.jsonl", "--out", "x", "--validation", "{}/train.jsonl"],
+            1,
+            "share 7 subjects",
+        ),
+        (
+            ["train", "{}/model", "--data", "{}/train.jsonl", "--out", "x", "--modules", "nothing.*"],
+            1,
+            "no editable module",
+        ),
+        (["train", "{}", "--data", "{}/train.jsonl", "--out", "x"], 1, "no config.json"),
+        (["evaluate", "{}/model", "--editor", "{}/editor", "--data", "atlas:tset"], 2, "no split 'tset'"),
+        (["ask", "{}/model", "--edit", "{}/editor", "--prompt", "p"], 1, "reads 'remend.edit/1'"),
+        (["show", "{}"], 1, "not a folder saved by remend"),
+        (["sohw"], 2, "No such command"),
+        (
+            ["evaluate", "{}/model", "--editor", "{}/editor", "--data", "{}/test.jsonl", "--device", "abacus"],
+            1,
+            "abacus",
+        ),
+    ],
+)
+def test_wrong_use(arguments, code, message, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert remend(*(a.replace("{}", str(folder)) for a in arguments)) == code
+    printed = capsys.readouterr()
+    assert message in " ".join((printed.out + printed.err).split())
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+def test_help_is_quick_and_complete(capsys):
+    for command in ([], ["demo"], ["edit"], ["show"], ["ask"], ["train"], ["evaluate"]):
+        assert remend(*command, "--help") == 0
+        printed = capsys.readouterr().out
+        assert "Usage" in printed
+        if command:
+            assert "--json" in printed

@@ -1,0 +1,67 @@
+"""The package as a whole: its public names, its rooms, and what importing it does."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import remend
+
+SOURCE = Path(remend.__file__).parent
+ROOMS = [
+    "errors", "config", "storage", "request", "assets", "core", "base", "edit",
+    "models", "tasks", "data", "editors", "training", "evaluation", "cli",
+]  # fmt: skip
+"""In order: a room imports only from rooms before it."""
+
+
+def room(path):
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def test_public_names():
+    assert remend.__all__ == sorted(remend.__all__)
+    for name in remend.__all__:
+        assert getattr(remend, name).__doc__, f"{name} has no docstring"
+    assert dir(remend) == remend.__all__
+    stub = SOURCE.joinpath("__init__.py").read_text()
+    assert all(f" {name}" in stub.split("_ROOMS")[0] for name in remend.__all__), "type checkers must see every name"
+
+
+def test_rooms_import_only_from_rooms_above():
+    for path in SOURCE.rglob("*.py"):
+        if path.name in ("__init__.py", "__main__.py") and path.parent == SOURCE:
+            continue
+        own = ROOMS.index(room(path))
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                if module.startswith("remend."):
+                    other = ROOMS.index(module.split(".")[1])
+                    assert other <= own, f"{path.relative_to(SOURCE)} imports {module}"
+
+
+def test_the_core_needs_torch_only():
+    for path in (SOURCE / "core").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                top = node.module.split(".")[0]
+                assert top in {"torch", "jaxtyping", "remend", *sys.stdlib_module_names}, f"{path.name} imports {top}"
+
+
+def test_nothing_is_ever_pickled():
+    for path in SOURCE.rglob("*.py"):
+        text = path.read_text()
+        assert "pickle" not in text.replace("unpickled", ""), path
+        assert "torch.load" not in text, path
+        assert "torch.save" not in text, path
+        assert "trust_remote_code" not in text, path
+
+
+def test_importing_is_quick_and_has_no_effect():
+    code = (
+        "import sys, os; before = dict(os.environ); import remend, remend.cli;"
+        "assert 'torch' not in sys.modules, 'importing remend imports torch'; assert dict(os.environ) == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
