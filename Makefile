@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench atlas clean
 
 install: $(VENV)/installed
 
@@ -32,6 +32,13 @@ lint: install
 
 bench: install ## what an edit costs, beside a forward and backward pass
 	$(BIN)/python benchmarks/edit_cost.py
+
+PARAREL ?= ../shared/data/pararel/facts.tsv
+
+atlas: install ## rebuild facts (from ParaRel's facts.tsv, where it is at hand), model and editor
+	test ! -f $(PARAREL) || $(BIN)/python scripts/atlas/build_facts.py --source $(PARAREL)
+	$(BIN)/python scripts/atlas/train_model.py
+	$(BIN)/python scripts/atlas/train_editor.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build runs

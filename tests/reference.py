@@ -43,7 +43,7 @@ def kullback_leibler(base, edited):
 
 
 def tokens_of_gradient(model, names, text):
-    """For each layer its (u, δ) at every token with δ ≠ 0, and the dense gradient of its weight [d_out, d_in]."""
+    """For each layer its (u, δ) at every token with δ ≠ 0, the dense gradient of its weight, and all inputs."""
     modules = dict(model.named_modules())
     inputs, outputs, handles = {}, {}, []
     for name in names:
@@ -62,7 +62,8 @@ def tokens_of_gradient(model, names, text):
     for name in names:
         pairs = [(u, d) for u, d in zip(inputs[name][0], outputs[name].grad[0], strict=True) if d.abs().sum() > 0]
         dense = weights[f"{name}.weight"].grad
-        found[name] = (pairs, dense.T if isinstance(modules[name], Conv1D) else dense)
+        dense = dense.T if isinstance(modules[name], Conv1D) else dense
+        found[name] = (pairs, dense, inputs[name][0][:-1])  # the last token predicts nothing
     return found
 
 
@@ -74,6 +75,16 @@ def statistics(rows):
     return rows.mean(0), torch.sqrt(torch.maximum(variance, floor))
 
 
+def whitener(rows, ridge):
+    """(C + ridge · mean eigenvalue)^(−1/2) for C = E[u uᵀ], scaled so that the rows keep their mean square."""
+    rows = torch.stack(rows).double()
+    moment = sum(torch.outer(u, u) for u in rows) / len(rows)
+    values, vectors = torch.linalg.eigh(moment + ridge * moment.trace() / len(moment) * torch.eye(len(moment)))
+    root = vectors @ torch.diag(values**-0.5) @ vectors.T
+    scale = (rows**2).mean().sqrt() / ((rows @ root) ** 2).mean().sqrt()
+    return (root * scale).float()
+
+
 def relu(x):
     """max(x, 0), with derivative 1 at 0."""
     return torch.where(x >= 0, x, torch.zeros_like(x))
@@ -82,7 +93,7 @@ def relu(x):
 class Reference(nn.Module):
     """Eq. 2 and 3 for every edited matrix: shared U, V and b for each shape, own s, o and α for each matrix."""
 
-    def __init__(self, model, names, state, edit_weight):
+    def __init__(self, model, names, parameters, edit_weight):
         super().__init__()
         self.model, self.names, self.edit_weight = [model], names, edit_weight
         modules = dict(model.named_modules())
@@ -94,12 +105,15 @@ class Reference(nn.Module):
         for name in names:
             same = [n for n in names if self.shape[n] == self.shape[name]]
             self.place[name] = ("networks.{}x{}".format(*self.shape[name]), same.index(name))
-        self.p = {k: v.clone().requires_grad_() for k, v in state.items() if "statistics" not in k}
+        self.p = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
 
-    def take_statistics(self, texts):
-        """Normalisation over the training set's edit pairs."""
+    def take_statistics(self, texts, ridge):
+        """Normalisation (and whitening, if asked for) over the training set's edit pairs."""
         found = [tokens_of_gradient(self.model[0], self.names, text) for text in texts]
-        self.u_norm = {n: statistics([u for f in found for u, _ in f[n][0]]) for n in self.names}
+        self.white = {n: torch.eye(self.shape[n][0]) for n in self.names}
+        if ridge:
+            self.white = {n: whitener([u for f in found for u in f[n][2]], ridge) for n in self.names}
+        self.u_norm = {n: statistics([self.white[n] @ u for f in found for u, _ in f[n][0]]) for n in self.names}
         self.d_norm = {n: statistics([d for f in found for _, d in f[n][0]]) for n in self.names}
 
     def g(self, name, u, d):
@@ -107,19 +121,19 @@ class Reference(nn.Module):
         key, index = self.place[name]
         p = self.p
         (u_mean, u_std), (d_mean, d_std) = self.u_norm[name], self.d_norm[name]
-        z = torch.cat([(u - u_mean) / u_std, (d - d_mean) / d_std])
+        z = torch.cat([(self.white[name] @ u - u_mean) / u_std, (d - d_mean) / d_std])
         inner = p[f"{key}.first.up"] @ (p[f"{key}.first.down"] @ z) + p[f"{key}.first.bias"]
         h = z + relu(p[f"{key}.first.scale"][index] * inner + p[f"{key}.first.offset"][index])
         inner = p[f"{key}.second.up"] @ (p[f"{key}.second.down"] @ h)
         out = h + relu(p[f"{key}.second.scale"][index] * inner + p[f"{key}.second.offset"][index])
-        return out[: len(u)], out[len(u) :]
+        return self.white[name] @ out[: len(u)], out[len(u) :]
 
     def edited_weights(self, text):
         """W̃ = W − α Σ_j δ̃_j ũ_jᵀ for every edited matrix, in the layer's own layout."""
         model = self.model[0]
         modules = dict(model.named_modules())
         weights = {}
-        for name, (pairs, _) in tokens_of_gradient(model, self.names, text).items():
+        for name, (pairs, *_) in tokens_of_gradient(model, self.names, text).items():
             gradient = torch.zeros(self.shape[name][1], self.shape[name][0])
             for u, d in pairs:
                 new_u, new_d = self.g(name, u, d)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from remend.core.losses import locality_loss, target_loss
 from remend.core.network import EditorNetwork
 from remend.core.statistics import RELATIVE_FLOOR, RunningStatistics
+from remend.core.whitening import SecondMoment
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(1e-6, 1e6))
@@ -38,6 +39,28 @@ def test_the_count_goes_past_what_float32_can_count():
     statistics.count.fill_(2**24)
     statistics.update(torch.zeros(1, 1), 0)
     assert int(statistics.count) == 2**24 + 1
+
+
+@given(st.integers(2, 6), st.floats(1e-6, 1e-4))
+def test_whitened_inputs_have_no_direction_in_common(d, ridge):
+    torch.manual_seed(d)
+    u = torch.randn(4, 50, d) @ torch.randn(d, d) + 5
+    tokens = torch.ones(4, 50, dtype=torch.bool)
+    tokens[:, 40:] = False
+    moment = SecondMoment(d, torch.device("cpu"))
+    for part, mask in zip(u.split(1), tokens.split(1), strict=True):
+        moment.update(part, mask)
+    before = u[tokens]
+    after = before @ moment.whitener(ridge)
+    torch.testing.assert_close(after.square().mean(), before.square().mean(), rtol=1e-3, atol=0)
+    spread = [torch.linalg.eigvalsh(rows.T @ rows) for rows in (before.double(), after.double())]
+    assert spread[1][-1] / spread[1][0] < spread[0][-1] / spread[0][0]
+    assert spread[1][-1] / spread[1].mean() < 2, "no direction dominates"
+
+
+def test_a_layer_that_is_always_zero_can_be_whitened():
+    moment = SecondMoment(3, torch.device("cpu"))
+    assert torch.equal(moment.whitener(1e-4), torch.eye(3))
 
 
 def network():

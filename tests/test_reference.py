@@ -24,25 +24,26 @@ def texts(batch):
     return found
 
 
-@pytest.fixture(params=worlds.FAMILIES)
+@pytest.fixture(params=[("gpt2", 0.0), ("llama", 0.0), ("gpt2", 1e-2)], ids=lambda p: f"{p[0]}, ridge {p[1]}")
 def pair(request):
-    """A trainer of the package and the reference, from the same initial state."""
-    model = worlds.FAMILIES[request.param]()
-    editor = Mend.for_model(model, MendConfig(rank=12, alpha=1e-2))
+    """A trainer of the package and the reference, from the same initial state and statistics."""
+    family, ridge = request.param
+    model = worlds.FAMILIES[family]()
+    editor = Mend.for_model(model, MendConfig(rank=12, alpha=1e-2, ridge=ridge))
     trainer = Trainer(CausalLM(model, worlds.tokenizer()), editor, worlds.requests(10), CONFIG)
-    names = list(editor.shapes)
-    reference = Reference(model, names, editor.state_dict(), CONFIG.edit_weight)
+    trainer.calibrate()
+    reference = Reference(model, list(editor.shapes), dict(editor.named_parameters()), CONFIG.edit_weight)
+    reference.take_statistics([t for batch in trainer.episodes.edits(10, 10) for t in texts(batch)], ridge)
     return trainer, reference
 
 
 def test_training_agrees_with_the_paper_step_by_step(pair):
     trainer, reference = pair
-    trainer.calibrate()
-    reference.take_statistics([t for batch in trainer.episodes.edits(10, 10) for t in texts(batch)])
     networks = [p for name, p in reference.p.items() if name != "alpha"]
     groups = [{"params": networks, "lr": CONFIG.learning_rate}]
     groups.append({"params": [reference.p["alpha"]], "lr": CONFIG.alpha_learning_rate})
     optimizer = torch.optim.Adam(groups)
+    start = {name: value.clone() for name, value in trainer.editor.state_dict().items()}
     losses = []
     for step in range(STEPS):
         batch = trainer.episodes.batch(step, CONFIG.batch_size)
@@ -56,16 +57,16 @@ def test_training_agrees_with_the_paper_step_by_step(pair):
         assert trainer.train_step() == pytest.approx(float(loss.detach()), rel=1e-3, abs=1e-5), f"loss at step {step}"
         losses.append(float(loss.detach()))
     assert sum(losses[-10:]) < sum(losses[:10]), "fifty steps should lower the loss"
-    for name, value in trainer.editor.state_dict().items():
-        if name in reference.p:
-            torch.testing.assert_close(value, reference.p[name].detach(), rtol=2e-2, atol=2e-4, msg=f"{name} differs")
+    for name, expected in reference.p.items():
+        # In norm, beside the way gone: Adam turns the rounding of a gradient near zero into a whole step.
+        apart = (trainer.editor.state_dict()[name] - expected.detach()).norm()
+        gone = (expected.detach() - start[name]).norm()
+        assert apart < 0.02 * gone, f"{name}: {float(apart / gone):.2%} of the way apart after {STEPS} steps"
 
 
 def test_edited_logits_agree_with_materialised_weights(pair):
     trainer, reference = pair
-    trainer.calibrate()
     task = trainer.task
-    reference.take_statistics([t for batch in trainer.episodes.edits(10, 10) for t in texts(batch)])
     requests = worlds.requests(4)
     edits = trainer.editor.edit_each(task.model, task.tokenizer, requests)
     for request, edit in zip(requests, edits, strict=True):

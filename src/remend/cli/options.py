@@ -41,9 +41,9 @@ def load_editor(editor: str | None, model: str) -> Mend:
     Raises:
         ConfigError: no editor was named and the model has none of its own.
     """
+    from remend.assets import ATLAS
     from remend.editors import Mend
     from remend.errors import ConfigError
-    from remend.models.loading import ATLAS
 
     if editor is None and model != ATLAS:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """The atlas: the facts, phrasings and small language model that remend ships.
 
 The facts are real and were chosen from ParaRel; the phrasings and the model are remend's own. ``SOURCE.md`` in
-:func:`folder` tells where they come from and how to build them again.
+``remend.assets.ATLAS_FOLDER`` tells where they come from and how to build them again.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
+from remend.assets import ATLAS_FOLDER
 from remend.errors import RequestError
 from remend.request import EditRequest, Probe
 
@@ -54,22 +53,17 @@ class Relation:
     held_out: tuple[str, ...]
 
 
-def folder() -> Path:
-    """Return the folder of the atlas, in which ``model`` holds the language model and its tokenizer."""
-    return Path(str(resources.files("remend"))) / "assets" / "atlas"
-
-
 @cache
 def facts() -> tuple[Fact, ...]:
     """Return all facts, ordered by relation and subject."""
-    with (folder() / "facts.tsv").open(encoding="utf-8", newline="") as file:
+    with (ATLAS_FOLDER / "facts.tsv").open(encoding="utf-8", newline="") as file:
         return tuple(Fact(**row) for row in csv.DictReader(file, delimiter="\t"))
 
 
 @cache
 def relations() -> dict[str, Relation]:
     """Return the relations by identifier."""
-    entries = json.loads((folder() / "phrasings.json").read_text(encoding="utf-8"))
+    entries = json.loads((ATLAS_FOLDER / "phrasings.json").read_text(encoding="utf-8"))
     return {
         key: Relation(key, entry["name"], tuple(entry["phrasings"]), tuple(entry["held_out"]))
         for key, entry in entries.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from remend.assets import ATLAS
 from remend.data import atlas
 from remend.request import EditRequest, read_requests
 
@@ -13,6 +14,6 @@ def read_source(source: str) -> list[EditRequest]:
         RequestError: there is no such split or file, or a line of it is malformed.
     """
     kind, colon, split = source.partition(":")
-    if kind == "atlas" and colon:
+    if kind == ATLAS and colon:
         return list(atlas.requests(split))
     return read_requests(source)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.base import Base, find_modules
 from remend.config import from_json, to_json
 from remend.core.capture import GradientFactors, capture
 from remend.core.layers import dimensions
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.network import EditorNetwork
+from remend.core.whitening import SecondMoment
 from remend.edit import Edit
 from remend.errors import ConfigError, FileFormatError, RequestError
-from remend.models.loading import ASSETS, ATLAS
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.storage import read_folder, take, write_folder
@@ -39,16 +40,21 @@ class MendConfig:
     Attributes:
         rank: inner width r of the editor networks; d_in + d_out where that is smaller (paper: 1920).
         alpha: the step size α_ℓ that every matrix starts with (paper: 1e-4).
+        ridge: if not 0, u is whitened by the layer's input covariance before the editor network and ũ after it, with
+            this share of the mean eigenvalue as the floor (the paper does not). The edit stays as low-rank as before.
     """
 
     rank: int = 1920
     alpha: float = 1e-4
+    ridge: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigError(f"rank is the editor networks' inner width and must be at least 1, not {self.rank}")
         if not 0 < self.alpha < float("inf"):
             raise ConfigError(f"alpha is a descent step and must be positive, not {self.alpha}")
+        if not 0 <= self.ridge < float("inf"):
+            raise ConfigError(f"ridge is a share of an eigenvalue and must not be negative, not {self.ridge}")
 
 
 class Mend(nn.Module):
@@ -74,6 +80,8 @@ class Mend(nn.Module):
             {key: EditorNetwork(*self.shapes[names[0]], len(names), config.rank) for key, names in self._groups.items()}
         )
         self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.alpha))
+        for index, (d_in, _) in enumerate(self.shapes.values()):
+            self.register_buffer(f"whitener_{index}", torch.eye(d_in) if config.ridge else None)
 
     # -- making and keeping --------------------------------------------------------------------------------------
 
@@ -103,7 +111,7 @@ class Mend(nn.Module):
         Raises:
             FileFormatError: the folder is missing, damaged, altered, or of an unknown version.
         """
-        path = ASSETS / ATLAS / "editor" if path == ATLAS else Path(path)
+        path = ATLAS_FOLDER / "editor" if path == ATLAS else Path(path)
         manifest, tensors = read_folder(path, FORMAT)
         config = from_json(MendConfig, take(manifest, "config", dict, path))
         described = take(manifest, "base", dict, path)
@@ -151,14 +159,36 @@ class Mend(nn.Module):
         modules = find_modules(task.model, self.shapes)
         return capture(task.model, modules, batch.mask, lambda: task.loss(batch))[1]
 
-    def observe(self, factors: Mapping[str, GradientFactors]) -> None:
-        """Merge a batch of factors into the statistics that normalise the networks' inputs."""
-        for key, names in self._groups.items():
-            network = self._network(key)
-            for index, name in enumerate(names):
-                active = factors[name].active
-                network.u_statistics.update(factors[name].u[active].to(self.device), index)
-                network.delta_statistics.update(factors[name].delta[active].to(self.device), index)
+    def calibrate(self, task: CausalLM, batches: Sequence[Batch]) -> None:
+        """Take the statistics of the networks' inputs over the training set's edit pairs; once, before training."""
+        if self.config.ridge:
+            self._fit_whiteners(self.capture(task, batch) for batch in batches)
+        for batch in batches:
+            factors = self.capture(task, batch)
+            for key, names in self._groups.items():
+                network = self._network(key)
+                for index, name in enumerate(names):
+                    u, delta = self._active(factors[name], name)
+                    network.u_statistics.update(u, index)
+                    network.delta_statistics.update(delta, index)
+
+    def _fit_whiteners(self, observed: Iterable[Mapping[str, GradientFactors]]) -> None:
+        moments = {name: SecondMoment(d_in, self.device) for name, (d_in, _) in self.shapes.items()}
+        for factors in observed:
+            for name, moment in moments.items():
+                moment.update(factors[name].u, (factors[name].u != 0).any(-1))
+        for index, moment in enumerate(moments.values()):
+            setattr(self, f"whitener_{index}", moment.whitener(self.config.ridge))
+
+    def _whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
+        """U in (or, the operator being symmetric, ũ back from) the whitened coordinates of its matrix."""
+        operator = getattr(self, f"whitener_{list(self.shapes).index(name)}")
+        return u if operator is None else u @ operator
+
+    def _active(self, factors: GradientFactors, name: str) -> tuple[Tensor, Tensor]:
+        """The (whitened) inputs and the deltas of the active tokens, on the editor's device."""
+        u, delta = factors.u[factors.active].to(self.device), factors.delta[factors.active].to(self.device)
+        return self._whiten(u, name), delta
 
     def forward(self, factors: Mapping[str, GradientFactors]) -> dict[str, LowRank]:
         """The change of each matrix for each episode: ΔW_ℓ = −α_ℓ Σ_j δ̃_j ũ_jᵀ (Eq. 2), as a batched ``LowRank``.
@@ -166,24 +196,17 @@ class Mend(nn.Module):
         Only active tokens go through the networks; those of all matrices of one shape go through together.
         """
         changes: dict[str, LowRank] = {}
-        position = {name: index for index, name in enumerate(self.shapes)}
+        steps = dict(zip(self.shapes, self.alpha, strict=True))
         for key, names in self._groups.items():
-            active = [factors[name].active.to(self.device) for name in names]
-            u = torch.cat([factors[name].u.to(self.device)[a] for name, a in zip(names, active, strict=True)])
-            delta = torch.cat([factors[name].delta.to(self.device)[a] for name, a in zip(names, active, strict=True)])
-            counts = [int(a.sum()) for a in active]
+            rows = [self._active(factors[name], name) for name in names]
+            counts = [len(u) for u, _ in rows]
             matrix = torch.arange(len(names), device=self.device).repeat_interleave(
                 torch.tensor(counts, device=self.device)
             )
-            new_u, new_delta = self._network(key)(u, delta, matrix)
-            for name, a, u_part, d_part in zip(
-                names, active, new_u.split(counts), new_delta.split(counts), strict=True
-            ):
-                slot, rank = _slots(a)
-                step = -self.alpha[position[name]]
-                changes[name] = LowRank(
-                    _place(u_part, slot, a.shape[0], rank), _place(d_part * step, slot, a.shape[0], rank)
-                )
+            u, delta = self._network(key)(torch.cat([u for u, _ in rows]), torch.cat([d for _, d in rows]), matrix)
+            for name, own_u, own_delta in zip(names, u.split(counts), delta.split(counts), strict=True):
+                table = _Table(factors[name].active.to(self.device))
+                changes[name] = LowRank(table(self._whiten(own_u, name)), table(own_delta * -steps[name]))
         return {name: changes[name] for name in self.shapes}
 
     def _network(self, key: str) -> EditorNetwork:
@@ -249,14 +272,15 @@ class Mend(nn.Module):
         }
 
 
-def _slots(active: Bool[Tensor, "episode token"]) -> tuple[Int[Tensor, " row"], int]:
-    """Each active token's place, in row order, in an [episode · rank] table, and that rank: the most in any episode."""
-    rank = max(int(active.sum(1).max()), 1)
-    order = active.cumsum(1) - 1 + torch.arange(active.shape[0], device=active.device)[:, None] * rank
-    return order[active], rank
+class _Table:
+    """Puts the active tokens' vectors of a batch into one zero-filled [episode, rank, d] table, packed to the front."""
 
+    def __init__(self, active: Bool[Tensor, "episode token"]) -> None:
+        self.episodes = active.shape[0]
+        self.rank = max(int(active.sum(1).max()), 1)
+        first = torch.arange(self.episodes, device=active.device)[:, None] * self.rank
+        self.slot = (active.cumsum(1) - 1 + first)[active]
 
-def _place(values: Tensor, slot: Tensor, episodes: int, rank: int) -> Tensor:
-    """Rows put into their slots of a zero-filled [episode, rank, d] table."""
-    table = values.new_zeros(episodes * rank, values.shape[-1])
-    return table.index_copy(0, slot, values).view(episodes, rank, -1)
+    def __call__(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "episode rank d"]:
+        table = rows.new_zeros(self.episodes * self.rank, rows.shape[-1])
+        return table.index_copy(0, self.slot, rows).view(self.episodes, self.rank, -1)

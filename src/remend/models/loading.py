@@ -7,10 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.errors import ModelError
-
-ATLAS = "atlas"
-ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def choose_device(device: str) -> torch.device:
@@ -45,7 +43,7 @@ def load(
         ModelError: there is no such model, or it is not a causal language model with a tokenizer.
     """
     target = choose_device(device)
-    source = str(ASSETS / ATLAS / "model") if model == ATLAS else model
+    source = str(ATLAS_FOLDER / "model") if model == ATLAS else model
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source} is not a model folder: it has no config.json")
     chosen = dtype or (torch.float32 if target.type == "cpu" else "auto")

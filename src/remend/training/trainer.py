@@ -79,8 +79,7 @@ class Trainer:
 
     def calibrate(self) -> None:
         """Take the networks' input statistics over the training set's edit pairs; once, before the first step."""
-        for batch in self.episodes.edits(STATISTICS_REQUESTS, self.config.batch_size):
-            self.editor.observe(self.editor.capture(self.task, batch))
+        self.editor.calibrate(self.task, self.episodes.edits(STATISTICS_REQUESTS, self.config.batch_size))
 
     def losses(self, batch: EpisodeBatch) -> EpisodeLosses:
         """Edit the model for every episode and look at its neighbour and its locality example, all in one pass."""

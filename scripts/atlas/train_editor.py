@@ -1,0 +1,67 @@
+"""Train the editor that ships with the atlas, and store it in half precision.
+
+    python scripts/atlas/train_editor.py [--budget-seconds 1500]
+
+It is what ``remend train atlas --data atlas:train --validation atlas:validation`` does, with the default preset. The
+test split is not touched; ``remend evaluate atlas --editor atlas --data atlas:test`` measures the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import remend
+from remend.assets import ATLAS_FOLDER
+from remend.training import PRESETS, Progress
+
+LARGEST = 8_000_000
+
+
+def main() -> None:
+    """Train, store, reload, and measure on the validation split what was stored."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ATLAS_FOLDER / "editor")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-steps", type=int, help="end after so many steps; the preset's number by default")
+    parser.add_argument("--budget-seconds", type=float, help="end after so many seconds")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    console = Console()
+
+    def follow(progress: Progress) -> None:
+        if progress.validation is not None:
+            found = ", ".join(f"{name} {value:.4f}" for name, value in progress.validation.items())
+            console.print(f"step {progress.step}, {progress.share:.0%}: {found}", highlight=False)
+
+    settings = PRESETS["default"][1]
+    settings = replace(settings, seed=arguments.seed, max_steps=arguments.max_steps or settings.max_steps)
+    model, tokenizer = remend.load("atlas", arguments.device)
+    editor = remend.train(
+        model,
+        tokenizer,
+        remend.read_source("atlas:train"),
+        remend.read_source("atlas:validation"),
+        config=settings,
+        budget_seconds=arguments.budget_seconds,
+        on_progress=follow,
+    )
+    editor.save_pretrained(arguments.out, dtype=torch.float16)
+    size = sum(file.stat().st_size for file in arguments.out.iterdir())
+    stored = remend.Mend.from_pretrained(arguments.out).to(editor.device)
+    report = remend.evaluate(model, tokenizer, stored, remend.read_source("atlas:validation"), data="atlas:validation")
+    for name, modes in report.metrics().items():
+        console.print(f"{name}: {modes['generated'].mean:.4f} (n = {modes['generated'].n})", highlight=False)
+    console.print(f"{editor.trained['seconds']:.0f} s, {size / 1e6:.1f} MB in {arguments.out}", soft_wrap=True)
+    if size > LARGEST:
+        raise SystemExit(f"the package may carry an editor of {LARGEST / 1e6:.0f} MB: choose a smaller rank")
+
+
+if __name__ == "__main__":
+    main()
