@@ -52,17 +52,24 @@ def train(
     console = Console()
     console.print(f"{len(requests)} requests; editing {', '.join(editor.shapes)}", soft_wrap=True)
     with _bar(console) as bar:
-        task = bar.add_task("measuring the start", total=1.0, validation="")
+        task = bar.add_task("measuring the start", total=1.0)
 
         def follow(step: Step) -> None:
             bar.update(task, completed=step.share, description=f"step {step.step}, loss {step.loss:.3f}")
             if step.validation is not None:
-                bar.update(task, validation=_words(step.validation))
+                console.print(f"step {step.step}: {_words(step.validation)}", highlight=False)
 
         trained = train_editor(
-            base, tokenizer, requests, held_out,
-            config=settings, editor=editor, budget_seconds=budget_seconds, out=out, on_progress=follow,
-        )  # fmt: skip
+            base,
+            tokenizer,
+            requests,
+            held_out,
+            config=settings,
+            editor=editor,
+            budget_seconds=budget_seconds,
+            out=out,
+            on_progress=follow,
+        )
     best = min(trained.trained["history"], key=lambda entry: entry["loss"])
     console.print(f"best at step {best['step']:.0f}: {_words(best)}; saved to [bold]{out}[/]", soft_wrap=True)
     if json is not None:
@@ -70,12 +77,10 @@ def train(
 
 
 def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[validation]}"),
-        console=console,
-    )  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
 
 
 def _words(measured: dict[str, float]) -> str:
-    return f"validation: edits taken {measured['taken']:.1%}, unrelated answers kept {measured['kept']:.1%}"
+    """Validation in a few words; ``taken`` and ``kept`` are shares of episodes."""
+    return f"{measured['taken']:.1%} of edits taken, {measured['kept']:.1%} of unrelated answers kept"

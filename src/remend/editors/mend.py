@@ -133,11 +133,13 @@ class Mend(nn.Module):
         return editor
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-        """Write the editor to a folder (safetensors and a JSON manifest); ``dtype`` float16 halves it."""
-        tensors = {
-            name: tensor.to(dtype) if tensor.is_floating_point() and name.startswith("networks") else tensor
-            for name, tensor in self.state_dict().items()
-        }
+        """Write the editor to a folder (safetensors and a JSON manifest).
+
+        ``dtype`` float16 halves it: the matrices are rounded, but never the statistics (the squares of deltas would
+        vanish) nor the step sizes.
+        """
+        state = self.state_dict()
+        tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
         manifest = {
             "editor": "mend",
             "config": to_json(self.config),

@@ -50,9 +50,10 @@ class TrainingConfig:
 PRESETS: dict[str, tuple[MendConfig, TrainingConfig]] = {
     "paper": (MendConfig(), TrainingConfig()),
     "default": (
-        MendConfig(rank=256, alpha=1e-3),
+        MendConfig(rank=256, alpha=1e-3, ridge=1e-4),
         TrainingConfig(
-            batch_size=32,
+            edit_weight=0.3,
+            batch_size=16,
             learning_rate=1e-3,
             alpha_learning_rate=1e-3,
             decay=True,

@@ -1,0 +1,99 @@
+"""The built-in world: its facts, its model, its editor, and what the shipped editor reaches."""
+
+import pytest
+import torch
+
+import remend
+from remend.assets import ATLAS_FOLDER
+from remend.data import atlas
+from remend.tasks.causal_lm import CausalLM
+
+
+@pytest.fixture(scope="module")
+def world():
+    model, tokenizer = remend.load("atlas", "cpu")
+    return CausalLM(model, tokenizer)
+
+
+def test_facts_and_phrasings():
+    facts, relations = atlas.facts(), atlas.relations()
+    assert len(facts) >= 3_000
+    assert len({fact.relation for fact in facts}) >= 20
+    assert len({(fact.subject, fact.relation) for fact in facts}) == len(facts), "one object for each question"
+    for relation in relations.values():
+        phrasings = (*relation.phrasings, *relation.held_out)
+        assert len(set(phrasings)) >= 5
+        assert all(phrasing.count("{}") == 1 and phrasing == phrasing.strip() for phrasing in phrasings)
+    every = [phrasing for r in relations.values() for phrasing in (*r.phrasings, *r.held_out)]
+    assert len(set(every)) == len(every), "a phrasing asks for one relation only"
+
+
+def test_splits_share_no_subject():
+    subjects = {split: {f.subject.casefold() for f in atlas.facts() if f.split == split} for split in atlas.SPLITS}
+    assert sum(len(s) for s in subjects.values()) == len(set().union(*subjects.values()))
+    assert len(atlas.requests("test")) >= 300
+
+
+@pytest.mark.parametrize("split", atlas.SPLITS)
+def test_requests(split):
+    subjects = {fact.subject for fact in atlas.facts() if fact.split == split}
+    truth = {(f.relation, f.subject): f.object for f in atlas.facts()}
+    requests = atlas.requests(split)
+    assert len({request.id for request in requests}) == len(requests)
+    for request in requests:
+        extra = request.model_extra
+        assert request.subject in subjects
+        assert request.target != extra["ground_truth"] == truth[extra["relation"], request.subject]
+        own = {request.prompt, *request.paraphrases, *request.unseen_paraphrases}
+        assert len(own) == 7
+        assert own.isdisjoint(probe.prompt for probe in (*request.locality, *request.near))
+        kinds = {probe.model_extra["kind"] for probe in request.near}
+        assert kinds <= {"same_object", "same_relation", "same_subject"}
+        for probe in request.near:
+            if probe.model_extra["kind"] == "same_object":
+                assert probe.target == extra["ground_truth"]
+
+
+def test_the_model_knows_its_facts_in_every_phrasing(world):
+    """On a tenth of the facts, by real greedy decoding; the script that trains it checks them all."""
+    asked, wanted = [], []
+    for fact in atlas.facts()[::10]:
+        relation = atlas.relations()[fact.relation]
+        for phrasing in (*relation.phrasings, *relation.held_out):
+            asked.append(phrasing.format(fact.subject))
+            wanted.append(world.tokenise(asked[-1], fact.object).target)
+    answers = world.answers(asked)
+    right = sum(answer == target for answer, target in zip(answers, wanted, strict=True))
+    assert right / len(asked) >= 0.97
+
+
+def test_sizes():
+    for part in ("model", "editor"):
+        assert sum(file.stat().st_size for file in (ATLAS_FOLDER / part).iterdir()) <= 8_000_000
+
+
+def test_the_shipped_editor(world):
+    """A sample of the test split, so that a regression is noticed; the README's figures are over the whole of it."""
+    editor = remend.Mend.from_pretrained("atlas")
+    report = remend.evaluate(world.model, world.tokenizer, editor, atlas.requests("test")[::5])
+    means = {name: modes["generated"].mean for name, modes in report.metrics().items()}
+    assert means["reliability"] >= 0.95
+    assert means["generality"] >= 0.93
+    assert means["locality_far"] >= 0.98
+
+
+def test_an_edit_goes_all_the_way(world, tmp_path):
+    before = {name: tensor.clone() for name, tensor in world.model.state_dict().items()}
+    editor = remend.Mend.from_pretrained("atlas")
+    request = atlas.requests("test")[0]
+    made = editor.edit(world.model, world.tokenizer, [request])
+    made.save(tmp_path / "edit")
+    edit = remend.Edit.load(tmp_path / "edit")
+    wanted = world.tokenise(request.prompt, request.target).target
+    old = world.answers([request.prompt])
+    with edit.applied(world.model):
+        assert world.answers([request.prompt]) == [wanted]
+    with edit.merge(world.model):
+        assert world.answers([request.prompt]) == [wanted]
+    assert world.answers([request.prompt]) == old
+    assert all(torch.equal(tensor, before[name]) for name, tensor in world.model.state_dict().items())
