@@ -1,8 +1,10 @@
 """The command line as a person uses it: what it prints, writes and returns."""
 
 import json
+import shutil
 
 import pytest
+import torch
 
 import worlds
 from remend.cli import run
@@ -21,8 +23,22 @@ def folder(tmp_path_factory):
     write_requests(made / "train.jsonl", [r for r in requests if r.subject not in worlds.COUNTRIES[:3]])
     write_requests(made / "test.jsonl", [r for r in requests if r.subject in worlds.COUNTRIES[:3]])
     arguments = ["--data", made / "train.jsonl", "--out", made / "editor", "--json", made / "training.json"]
+    worlds.llama().save_pretrained(made / "llama")
+    worlds.tokenizer().save_pretrained(made / "llama")
+    with torch.no_grad():
+        model.get_submodule("transformer.h.0.mlp.c_fc").weight[0, 0] = float("nan")
+    model.save_pretrained(made / "nan")
+    worlds.tokenizer().save_pretrained(made / "nan")
+    (made / "latin1.jsonl").write_bytes(b'{"prompt": "caf\xe9", "target": "t"}')
+    (made / "empty.jsonl").write_text("\n")
     assert run([str(a) for a in ("train", made / "model", *arguments, "--max-steps", 12, "--device", "cpu")]) == 0
+    shutil.copytree(made / "editor", made / "cut")
+    blob = (made / "cut" / "tensors.safetensors").read_bytes()
+    (made / "cut" / "tensors.safetensors").write_bytes(blob[:1000])
     return made
+
+
+EDITOR = ["--editor", "{}/editor", "--device", "cpu"]
 
 
 def remend(*arguments):
@@ -55,6 +71,9 @@ def test_edit_show_and_ask(folder, capsys):
     assert [answer["prompt"] for answer in answers] == ["Oslo is", "Lima is"]
     assert answers[0]["after"] == result["answers"][0][0]["after"] or len(answers[0]["after"]) > 0
     assert "Oslo is" in capsys.readouterr().out
+    assert remend("ask", folder / "model", "--prompt", "Oslo is", "--json", folder / "ask.json", "--device", "cpu") == 0
+    (plain,) = json.loads((folder / "ask.json").read_text())["answers"]
+    assert plain["before"] == plain["after"]
 
 
 def test_an_edit_that_does_not_take_is_not_saved(folder, capsys):
@@ -109,6 +128,28 @@ def test_evaluate_writes_a_report(folder):
         (["evaluate", "{}/model", "--editor", "{}/editor", "--data", "atlas:tset"], 2, "no split 'tset'"),
         (["ask", "{}/model", "--edit", "{}/editor", "--prompt", "p"], 1, "reads 'remend.edit/1'"),
         (["show", "{}"], 1, "not a folder saved by remend"),
+        (
+            ["edit", "{}/model", *EDITOR, "--out", "x", "--prompt", "p", "--target", "t " * 90],
+            2,
+            "context holds 48: shorten the target",
+        ),
+        (
+            ["edit", "{}/nan", *EDITOR, "--out", "x", "--prompt", "p", "--target", "t"],
+            1,
+            "weight transformer.h.0.mlp.c_fc.weight holds NaN",
+        ),
+        (
+            ["edit", "{}/llama", *EDITOR, "--out", "x", "--prompt", "p", "--target", "t"],
+            1,
+            "another class or configuration",
+        ),
+        (
+            ["edit", "{}/model", *EDITOR, "--out", "x", "--requests", "{}/latin1.jsonl"],
+            2,
+            "line 1: byte 16 is not UTF-8",
+        ),
+        (["edit", "{}/model", *EDITOR, "--out", "x", "--requests", "{}/empty.jsonl"], 2, "holds no request"),
+        (["evaluate", "{}/model", "--editor", "{}/cut", "--data", "{}/test.jsonl"], 1, "truncated or altered"),
         (["sohw"], 2, "No such command"),
         (
             ["evaluate", "{}/model", "--editor", "{}/editor", "--data", "{}/test.jsonl", "--device", "abacus"],

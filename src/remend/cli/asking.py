@@ -15,8 +15,6 @@ from remend.cli import options
 if TYPE_CHECKING:
     from remend.edit import Edit
 
-EditFolder = Annotated[Path, typer.Option("--edit", metavar="DIR", help="An edit saved by remend edit.")]
-
 
 def show(
     edit: Annotated[Path, typer.Argument(metavar="DIR", help="An edit saved by remend edit.")],
@@ -47,23 +45,26 @@ def show(
 
 def ask(
     model: options.Model,
-    edit: EditFolder,
     prompt: Annotated[list[str], typer.Option(help="What to ask; may be given several times.")],
+    edit: Annotated[
+        Path | None,
+        typer.Option("--edit", metavar="DIR", help="An edit saved by remend edit; without, the model as it is."),
+    ] = None,
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
     seed: options.Seed = 0,
     json: options.Json = None,
 ) -> None:
     """Ask the model, without and with an edit."""
-    from remend.cli.tables import answers_table, as_json
+    from remend.cli.tables import answers_table, as_json, plain_table
     from remend.edit import Edit
     from remend.evaluation.before_after import ask as answers_to
     from remend.storage import write_json
 
-    loaded = Edit.load(edit)
+    loaded = Edit.load(edit) if edit is not None else None
     base, tokenizer = options.load_model(model, device, seed)
     answers = answers_to(base, tokenizer, loaded, prompt, max_new_tokens)
-    Console().print(answers_table("", answers))
+    Console().print(plain_table(answers) if loaded is None else answers_table("", answers))
     if json is not None:
         write_json(json, {"answers": as_json(answers)})
 

@@ -36,6 +36,14 @@ def answers_table(title: str, answers: Sequence[Answer]) -> Table:
     return table
 
 
+def plain_table(answers: Sequence[Answer]) -> Table:
+    """One row a prompt with the unedited model's answer."""
+    table = Table("prompt", "answer", pad_edge=False)
+    for answer in answers:
+        table.add_row(escape(answer.prompt) + " …", escape(answer.before))
+    return table
+
+
 def as_json(answers: Sequence[Answer]) -> list[dict[str, object]]:
     """The same as a list of objects."""
     return [

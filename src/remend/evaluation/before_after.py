@@ -64,15 +64,16 @@ def before_after(
 def ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    edit: Edit,
+    edit: Edit | None,
     prompts: Sequence[str],
     max_new_tokens: int = 32,
 ) -> list[Answer]:
-    """Free answers to any prompts, without and with ``edit``."""
+    """Free answers to any prompts, without and with ``edit`` (the same twice where there is none)."""
     task = CausalLM(model, tokenizer)
-    before = task.answers(prompts, max_new_tokens)
-    with edit.applied(model):
-        after = task.answers(prompts, max_new_tokens)
+    before = after = task.answers(prompts, max_new_tokens)
+    if edit is not None:
+        with edit.applied(model):
+            after = task.answers(prompts, max_new_tokens)
     return [
         Answer("asked", prompt, None, task.text(was), task.text(now), None)
         for prompt, was, now in zip(prompts, before, after, strict=True)
