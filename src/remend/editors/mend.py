@@ -17,7 +17,7 @@ from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.base import Base, find_modules
 from remend.config import from_json, to_json
 from remend.core.capture import GradientFactors, capture
-from remend.core.layers import dimensions
+from remend.core.layers import dimensions, weight_of
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.network import EditorNetwork
 from remend.core.whitening import SecondMoment
@@ -29,6 +29,8 @@ from remend.storage import read_folder, take, write_folder
 from remend.tasks.causal_lm import Batch, CausalLM
 
 FORMAT = "remend.editor/1"
+UNIT_BATCHES = 4
+"""Batches over which the units of relative step sizes are measured."""
 EDIT_BATCH = 32
 """Requests whose gradients are taken in one pass; bounds the memory, does not change the result."""
 
@@ -42,11 +44,14 @@ class MendConfig:
         alpha: the step size α_ℓ that every matrix starts with (paper: 1e-4).
         ridge: if not 0, u is whitened by the layer's input covariance before the editor network and ũ after it, with
             this share of the mean eigenvalue as the floor (the paper does not). The edit stays as low-rank as before.
+        relative: whether α counts in units in which 1 would change a layer's output at an edited token by about the
+            output's own size, so that one setting suits models of any width and scale (in the paper it does not).
     """
 
     rank: int = 1920
     alpha: float = 1e-4
     ridge: float = 0.0
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -67,6 +72,8 @@ class Mend(nn.Module):
         trained: what its training recorded (settings, steps, seconds, validation history); empty before.
     """
 
+    unit: Float[Tensor, " matrix"]
+
     def __init__(self, config: MendConfig, base: Base, shapes: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
         self.config = config
@@ -80,6 +87,7 @@ class Mend(nn.Module):
             {key: EditorNetwork(*self.shapes[names[0]], len(names), config.rank) for key, names in self._groups.items()}
         )
         self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.alpha))
+        self.register_buffer("unit", torch.ones(len(self.shapes)))
         for index, (d_in, _) in enumerate(self.shapes.values()):
             self.register_buffer(f"whitener_{index}", torch.eye(d_in) if config.ridge else None)
 
@@ -173,6 +181,8 @@ class Mend(nn.Module):
                     u, delta = self._active(factors[name], name)
                     network.u_statistics.update(u, index)
                     network.delta_statistics.update(delta, index)
+        if self.config.relative:
+            self._measure_units(task, batches[:UNIT_BATCHES])
 
     def _fit_whiteners(self, observed: Iterable[Mapping[str, GradientFactors]]) -> None:
         moments = {name: SecondMoment(d_in, self.device) for name, (d_in, _) in self.shapes.items()}
@@ -181,6 +191,23 @@ class Mend(nn.Module):
                 moment.update(factors[name].u, (factors[name].u != 0).any(-1))
         for index, moment in enumerate(moments.values()):
             setattr(self, f"whitener_{index}", moment.whitener(self.config.ridge))
+
+    @torch.no_grad()
+    def _measure_units(self, task: CausalLM, batches: Sequence[Batch]) -> None:
+        """The unit of each α: the size of the layer's output over that of u·ũ, what a token's own key answers to it."""
+        modules = find_modules(task.model, self.shapes)
+        observed = [self.capture(task, batch) for batch in batches]
+        for key, names in self._groups.items():
+            for index, name in enumerate(names):
+                u = torch.cat([factors[name].u[factors[name].active] for factors in observed])
+                delta = torch.cat([factors[name].delta[factors[name].active] for factors in observed])
+                output = modules[name](u.to(weight_of(modules[name]).dtype)).float()
+                u, delta = u.to(self.device), delta.to(self.device)
+                matrix = torch.full((len(u),), index, device=self.device)
+                pseudo_u, pseudo_delta = self._network(key)(self._whiten(u, name), delta, matrix)
+                answer = (u * self._whiten(pseudo_u, name)).sum(1).abs().mean() * pseudo_delta.square().mean().sqrt()
+                unit = output.square().mean().sqrt().to(self.device) / answer
+                self.unit[list(self.shapes).index(name)] = unit if unit.isfinite() and unit > 0 else 1.0
 
     def _whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
         """U in (or, the operator being symmetric, ũ back from) the whitened coordinates of its matrix."""
@@ -198,7 +225,7 @@ class Mend(nn.Module):
         Only active tokens go through the networks; those of all matrices of one shape go through together.
         """
         changes: dict[str, LowRank] = {}
-        steps = dict(zip(self.shapes, self.alpha, strict=True))
+        steps = dict(zip(self.shapes, self.alpha * self.unit, strict=True))
         for key, names in self._groups.items():
             rows = [self._active(factors[name], name) for name in names]
             counts = [len(u) for u, _ in rows]
@@ -270,7 +297,7 @@ class Mend(nn.Module):
         return {
             "name": "mend",
             "rank": self.config.rank,
-            "alpha": dict(zip(self.shapes, self.alpha.tolist(), strict=True)),
+            "alpha": dict(zip(self.shapes, (self.alpha * self.unit).tolist(), strict=True)),
         }
 
 

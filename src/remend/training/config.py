@@ -50,12 +50,12 @@ class TrainingConfig:
 PRESETS: dict[str, tuple[MendConfig, TrainingConfig]] = {
     "paper": (MendConfig(), TrainingConfig()),
     "default": (
-        MendConfig(rank=256, alpha=1e-3, ridge=1e-4),
+        MendConfig(rank=256, alpha=0.2, ridge=1e-4, relative=True),
         TrainingConfig(
             edit_weight=0.3,
             batch_size=16,
-            learning_rate=1e-3,
-            alpha_learning_rate=1e-3,
+            learning_rate=5e-4,
+            alpha_learning_rate=5e-3,
             decay=True,
             max_steps=3_000,
             patience=3_000,
