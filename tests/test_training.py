@@ -59,9 +59,10 @@ def test_the_global_random_state_is_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_an_untrained_edit_lowers_the_loss(task):
+@pytest.mark.parametrize("network", [MendConfig(rank=8, alpha=1e-3), PRESETS["default"][0]], ids=["paper", "default"])
+def test_an_untrained_edit_lowers_the_loss(task, network):
     """The descent sign: the authors' code climbs."""
-    editor = Mend.for_model(task.model, MendConfig(rank=8, alpha=1e-3))
+    editor = Mend.for_model(task.model, network)
     requests = worlds.requests(10)
     Trainer(task, editor, requests, SETTINGS).calibrate()
     batches = [task.collate([task.tokenise(r.prompt, r.target)]) for r in requests]
@@ -74,6 +75,26 @@ def test_an_untrained_edit_lowers_the_loss(task):
                 after.append(float(task.loss(batch)))
     assert sum(after) < sum(before)
     assert sum(a < b for a, b in zip(after, before, strict=True)) >= 8
+
+
+def test_relative_step_sizes_follow_the_size_of_the_layer(task):
+    """Whatever the scale of a layer's output, the same α changes it by the same share at the edited token."""
+    name = list(Mend.for_model(task.model, NETWORK).shapes)[-1]
+    found = []
+    for scale in (1.0, 100.0):
+        with torch.no_grad():
+            task.model.get_submodule(name).weight.mul_(scale)
+        editor = Mend.for_model(task.model, MendConfig(rank=8, alpha=0.2, ridge=1e-4, relative=True))
+        batch = task.collate([task.tokenise(r.prompt, r.target) for r in worlds.requests(10)])
+        editor.calibrate(task, [batch])
+        factors = editor.capture(task, batch)[name]
+        u, change = factors.u[factors.active], editor({**editor.capture(task, batch)})[name]
+        episode = torch.arange(len(factors.active)).repeat_interleave(factors.active.sum(1))
+        moved = change.select(episode).branch(u)
+        output = task.model.get_submodule(name)(u)
+        found.append(float(moved.detach().square().mean().sqrt() / output.detach().square().mean().sqrt()))
+    assert 0.02 < found[0] < 2
+    assert 0.3 < found[1] / found[0] < 3
 
 
 def test_the_batched_loss_is_the_mean_of_single_episodes(task, editor):
