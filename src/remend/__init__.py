@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from remend.request import EditRequest, Probe, read_requests
     from remend.training import TrainingConfig, train
 
+__version__ = "0.1.0"
+
 _ROOMS = {
     "Edit": "edit",
     "EditRequest": "request",

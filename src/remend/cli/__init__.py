@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 import typer
@@ -31,13 +32,20 @@ app.command()(evaluating.evaluate)
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
-    try:
-        app(args=list(arguments), prog_name="remend")
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    except RemendError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
-        return 2 if isinstance(error, RequestError | ConfigError) else 1
+    console = Console(stderr=True)
+
+    def warn(message: Warning | str, *_: object) -> None:
+        console.print(f"[yellow]warning[/]: {escape(str(message))}", soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = warn  # type: ignore[assignment]
+        try:
+            app(args=list(arguments), prog_name="remend")
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else 1
+        except RemendError as error:
+            console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
+            return 2 if isinstance(error, RequestError | ConfigError) else 1
     return 0
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 
+import remend
 from remend.errors import NonFiniteError
 from remend.storage import write_json
 
@@ -118,7 +119,7 @@ class Report:
 def environment(device: torch.device) -> dict[str, Any]:
     """What a figure depends on beside the code: versions, processor or GPU, threads."""
     return {
-        "remend": _version(),
+        "remend": remend.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -133,9 +134,3 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("remend")
