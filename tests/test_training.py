@@ -9,6 +9,7 @@ import torch
 import worlds
 from remend.config import from_json, to_json
 from remend.editors import Mend, MendConfig
+from remend.editors.calibration import calibrate
 from remend.errors import ConfigError, FileFormatError, NonFiniteError, RequestError, TrainingError, WrongBaseError
 from remend.request import EditRequest
 from remend.tasks.causal_lm import CausalLM
@@ -86,7 +87,7 @@ def test_relative_step_sizes_follow_the_size_of_the_layer(task):
             task.model.get_submodule(name).weight.mul_(scale)
         editor = Mend.for_model(task.model, MendConfig(rank=8, alpha=0.2, ridge=1e-4, relative=True))
         batch = task.collate([task.tokenise(r.prompt, r.target) for r in worlds.requests(10)])
-        editor.calibrate(task, [batch])
+        calibrate(editor, task, [batch])
         factors = editor.capture(task, batch)[name]
         u, change = factors.u[factors.active], editor({**editor.capture(task, batch)})[name]
         episode = torch.arange(len(factors.active)).repeat_interleave(factors.active.sum(1))
@@ -215,10 +216,12 @@ def test_half_precision_storage_and_damage(task, editor, tmp_path):
         apart = (rounded[name].dense() - change.dense()).norm() / change.norm()
         assert apart < 5e-3, f"{name}: {float(apart):.2%} of the edit apart"
     manifest = json.loads((tmp_path / "half" / "manifest.json").read_text())
-    manifest["config"]["rank"] = 99
-    (tmp_path / "half" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(FileFormatError, match="do not fit the configuration"):
-        Mend.from_pretrained(tmp_path / "half")
+    changes = [("config", {**manifest["config"], "rank": 99}, "do not fit the configuration")]
+    changes += [("shapes", {"a": [1]}, r"shape of a should be"), ("base", {"name": "x"}, "no 'weights'")]
+    for key, value, message in changes:
+        (tmp_path / "half" / "manifest.json").write_text(json.dumps({**manifest, key: value}))
+        with pytest.raises(FileFormatError, match=message):
+            Mend.from_pretrained(tmp_path / "half")
 
 
 def test_presets_and_configurations():

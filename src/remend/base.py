@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from remend.core.layers import is_editable, weight_of
-from remend.errors import ModelError, WrongBaseError, nearest
+from remend.errors import FileFormatError, ModelError, WrongBaseError, nearest
+from remend.storage import take
 
 _VOLATILE = {
     "_name_or_path", "architectures", "attn_implementation", "dtype", "quantization_config", "torch_dtype",
@@ -43,6 +44,18 @@ class Base:
         """The identity of ``model`` with respect to the named modules."""
         modules = find_modules(model, names)
         return Base(_name(model), _config_hash(model), {name: _weight_hash(m) for name, m in modules.items()})
+
+    @staticmethod
+    def read(described: Mapping[str, Any], where: str | Path) -> Base:
+        """The identity that a manifest describes (``asdict`` of one).
+
+        Raises:
+            FileFormatError: a part is missing or malformed.
+        """
+        weights = take(described, "weights", dict, where)
+        if not all(isinstance(value, str) for value in weights.values()):
+            raise FileFormatError(f"{where}: 'weights' of the base should give a hash for each module")
+        return Base(take(described, "name", str, where), take(described, "config", str, where), weights)
 
     def check_architecture(self, model: nn.Module, what: str) -> None:
         """Raise :class:`WrongBaseError` unless ``model`` has the class and configuration that ``what`` was made for."""

@@ -194,8 +194,7 @@ class Edit:
             FileFormatError: it is missing, damaged, altered, or of a version that this release does not know.
         """
         manifest, tensors = read_folder(path, FORMAT)
-        described = take(manifest, "base", dict, path)
-        base = Base(*(take(described, key, kind, path) for key, kind in _BASE_FIELDS))
+        base = Base.read(take(manifest, "base", dict, path), path)
         ranks = take(manifest, "ranks", dict, path)
         changes = {name: _change(tensors, name, path) for name in ranks}
         if len(tensors) != 2 * len(changes) or any(changes[name].rank != rank for name, rank in ranks.items()):
@@ -211,9 +210,6 @@ class Edit:
                 f"{path}: a request in the manifest is malformed ({error.errors()[0]['msg']})"
             ) from None
         return Edit(changes, base, requests, take(manifest, "editor", dict, path), take(manifest, "created", str, path))
-
-
-_BASE_FIELDS: tuple[tuple[str, type], ...] = (("name", str), ("config", str), ("weights", dict))
 
 
 def _change(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> LowRank:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.base import Base, find_modules
 from remend.config import from_json, to_json
 from remend.core.capture import GradientFactors, capture
-from remend.core.layers import dimensions, weight_of
+from remend.core.layers import dimensions
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.network import EditorNetwork
-from remend.core.whitening import SecondMoment
 from remend.edit import Edit
 from remend.errors import ConfigError, FileFormatError, RequestError
 from remend.models.structure import editable_modules
@@ -29,8 +28,6 @@ from remend.storage import read_folder, take, write_folder
 from remend.tasks.causal_lm import Batch, CausalLM
 
 FORMAT = "remend.editor/1"
-UNIT_BATCHES = 4
-"""Batches over which the units of relative step sizes are measured."""
 EDIT_BATCH = 32
 """Requests whose gradients are taken in one pass; bounds the memory, does not change the result."""
 
@@ -69,6 +66,8 @@ class Mend(nn.Module):
         config: its settings.
         base: the model it is for.
         shapes: (d_in, d_out) of each edited module, by name.
+        groups: the modules of each shape, which share a network.
+        unit: what α counts in, for each matrix; 1 unless step sizes are relative.
         trained: what its training recorded (settings, steps, seconds, validation history); empty before.
     """
 
@@ -80,11 +79,11 @@ class Mend(nn.Module):
         self.base = base
         self.shapes = dict(shapes)
         self.trained: dict[str, Any] = {}
-        self._groups: dict[str, list[str]] = {}
+        self.groups: dict[str, list[str]] = {}
         for name, (d_in, d_out) in self.shapes.items():
-            self._groups.setdefault(f"{d_in}x{d_out}", []).append(name)
+            self.groups.setdefault(f"{d_in}x{d_out}", []).append(name)
         self.networks = nn.ModuleDict(
-            {key: EditorNetwork(*self.shapes[names[0]], len(names), config.rank) for key, names in self._groups.items()}
+            {key: EditorNetwork(*self.shapes[names[0]], len(names), config.rank) for key, names in self.groups.items()}
         )
         self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.alpha))
         self.register_buffer("unit", torch.ones(len(self.shapes)))
@@ -122,13 +121,9 @@ class Mend(nn.Module):
         path = ATLAS_FOLDER / "editor" if path == ATLAS else Path(path)
         manifest, tensors = read_folder(path, FORMAT)
         config = from_json(MendConfig, take(manifest, "config", dict, path))
-        described = take(manifest, "base", dict, path)
-        base = Base(
-            *(take(described, key, kind, path) for key, kind in (("name", str), ("config", str), ("weights", dict)))
-        )
-        shapes = {name: (int(d_in), int(d_out)) for name, (d_in, d_out) in take(manifest, "shapes", dict, path).items()}
+        shapes = _shapes(take(manifest, "shapes", dict, path), path)
         with torch.device("meta"):
-            editor = cls(config, base, shapes)
+            editor = cls(config, Base.read(take(manifest, "base", dict, path), path), shapes)
         try:
             # Stored as float16 where size matters; the editor always computes in float32.
             wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
@@ -169,55 +164,17 @@ class Mend(nn.Module):
         modules = find_modules(task.model, self.shapes)
         return capture(task.model, modules, batch.mask, lambda: task.loss(batch))[1]
 
-    def calibrate(self, task: CausalLM, batches: Sequence[Batch]) -> None:
-        """Take the statistics of the networks' inputs over the training set's edit pairs; once, before training."""
-        if self.config.ridge:
-            self._fit_whiteners(self.capture(task, batch) for batch in batches)
-        for batch in batches:
-            factors = self.capture(task, batch)
-            for key, names in self._groups.items():
-                network = self._network(key)
-                for index, name in enumerate(names):
-                    u, delta = self._active(factors[name], name)
-                    network.u_statistics.update(u, index)
-                    network.delta_statistics.update(delta, index)
-        if self.config.relative:
-            self._measure_units(task, batches[:UNIT_BATCHES])
-
-    def _fit_whiteners(self, observed: Iterable[Mapping[str, GradientFactors]]) -> None:
-        moments = {name: SecondMoment(d_in, self.device) for name, (d_in, _) in self.shapes.items()}
-        for factors in observed:
-            for name, moment in moments.items():
-                moment.update(factors[name].u, (factors[name].u != 0).any(-1))
-        for index, moment in enumerate(moments.values()):
-            setattr(self, f"whitener_{index}", moment.whitener(self.config.ridge))
-
-    @torch.no_grad()
-    def _measure_units(self, task: CausalLM, batches: Sequence[Batch]) -> None:
-        """The unit of each α: the size of the layer's output over that of u·ũ, what a token's own key answers to it."""
-        modules = find_modules(task.model, self.shapes)
-        observed = [self.capture(task, batch) for batch in batches]
-        for key, names in self._groups.items():
-            for index, name in enumerate(names):
-                u = torch.cat([factors[name].u[factors[name].active] for factors in observed])
-                delta = torch.cat([factors[name].delta[factors[name].active] for factors in observed])
-                output = modules[name](u.to(weight_of(modules[name]).dtype)).float()
-                u, delta = u.to(self.device), delta.to(self.device)
-                matrix = torch.full((len(u),), index, device=self.device)
-                pseudo_u, pseudo_delta = self._network(key)(self._whiten(u, name), delta, matrix)
-                answer = (u * self._whiten(pseudo_u, name)).sum(1).abs().mean() * pseudo_delta.square().mean().sqrt()
-                unit = output.square().mean().sqrt().to(self.device) / answer
-                self.unit[list(self.shapes).index(name)] = unit if unit.isfinite() and unit > 0 else 1.0
-
-    def _whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
-        """U in (or, the operator being symmetric, ũ back from) the whitened coordinates of its matrix."""
+    def whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
+        """Inputs of a matrix in its whitened coordinates, or, the operator being symmetric, ũ back from there."""
         operator = getattr(self, f"whitener_{list(self.shapes).index(name)}")
         return u if operator is None else u @ operator
 
-    def _active(self, factors: GradientFactors, name: str) -> tuple[Tensor, Tensor]:
+    def active(
+        self, factors: GradientFactors, name: str
+    ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]:
         """The (whitened) inputs and the deltas of the active tokens, on the editor's device."""
         u, delta = factors.u[factors.active].to(self.device), factors.delta[factors.active].to(self.device)
-        return self._whiten(u, name), delta
+        return self.whiten(u, name), delta
 
     def forward(self, factors: Mapping[str, GradientFactors]) -> dict[str, LowRank]:
         """The change of each matrix for each episode: ΔW_ℓ = −α_ℓ Σ_j δ̃_j ũ_jᵀ (Eq. 2), as a batched ``LowRank``.
@@ -226,19 +183,20 @@ class Mend(nn.Module):
         """
         changes: dict[str, LowRank] = {}
         steps = dict(zip(self.shapes, self.alpha * self.unit, strict=True))
-        for key, names in self._groups.items():
-            rows = [self._active(factors[name], name) for name in names]
+        for key, names in self.groups.items():
+            rows = [self.active(factors[name], name) for name in names]
             counts = [len(u) for u, _ in rows]
             matrix = torch.arange(len(names), device=self.device).repeat_interleave(
                 torch.tensor(counts, device=self.device)
             )
-            u, delta = self._network(key)(torch.cat([u for u, _ in rows]), torch.cat([d for _, d in rows]), matrix)
+            u, delta = self.network(key)(torch.cat([u for u, _ in rows]), torch.cat([d for _, d in rows]), matrix)
             for name, own_u, own_delta in zip(names, u.split(counts), delta.split(counts), strict=True):
                 table = _Table(factors[name].active.to(self.device))
-                changes[name] = LowRank(table(self._whiten(own_u, name)), table(own_delta * -steps[name]))
+                changes[name] = LowRank(table(self.whiten(own_u, name)), table(own_delta * -steps[name]))
         return {name: changes[name] for name in self.shapes}
 
-    def _network(self, key: str) -> EditorNetwork:
+    def network(self, key: str) -> EditorNetwork:
+        """The network of one weight shape, a key of :attr:`groups`."""
         network = self.networks[key]
         assert isinstance(network, EditorNetwork)
         return network
@@ -299,6 +257,13 @@ class Mend(nn.Module):
             "rank": self.config.rank,
             "alpha": dict(zip(self.shapes, (self.alpha * self.unit).tolist(), strict=True)),
         }
+
+
+def _shapes(described: Mapping[str, Any], path: Path) -> dict[str, tuple[int, int]]:
+    for name, shape in described.items():
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(d) is int and d > 0 for d in shape)):
+            raise FileFormatError(f"{path}: the shape of {name} should be [d_in, d_out], it is {shape!r}")
+    return {name: (d_in, d_out) for name, (d_in, d_out) in described.items()}
 
 
 class _Table:

@@ -17,6 +17,7 @@ from remend.base import find_modules
 from remend.config import to_json
 from remend.core.branch import branches, frozen
 from remend.core.losses import locality_loss, target_loss
+from remend.editors.calibration import calibrate
 from remend.editors.mend import Mend
 from remend.errors import NonFiniteError, TrainingError
 from remend.request import EditRequest
@@ -79,7 +80,7 @@ class Trainer:
 
     def calibrate(self) -> None:
         """Take the networks' input statistics over the training set's edit pairs; once, before the first step."""
-        self.editor.calibrate(self.task, self.episodes.edits(STATISTICS_REQUESTS, self.config.batch_size))
+        calibrate(self.editor, self.task, self.episodes.edits(STATISTICS_REQUESTS, self.config.batch_size))
 
     def losses(self, batch: EpisodeBatch) -> EpisodeLosses:
         """Edit the model for every episode and look at its neighbour and its locality example, all in one pass."""
