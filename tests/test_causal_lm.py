@@ -1,5 +1,7 @@
 """Text to tokens to logits and back, for any length and tokenizer habit."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -42,6 +44,26 @@ def test_a_tokenizer_that_adds_a_beginning_and_an_end():
     assert end not in pair.prompt
     assert pair.target.count(end) == 1
     assert pair.target[-1] == end
+
+
+def test_the_tokenizers_own_padding_does_not_matter():
+    left = copy.deepcopy(worlds.tokenizer())
+    left.padding_side = left.truncation_side = "left"
+    other = CausalLM(TASK.model, left)
+    texts = [("Oslo is", "Rome"), ("The capital of Peru is", "Lima")]
+    batches = [task.collate([task.tokenise(*text) for text in texts]) for task in (TASK, other)]
+    assert all(torch.equal(a, b) for a, b in zip(vars(batches[0]).values(), vars(batches[1]).values(), strict=True))
+    assert not batches[0].mask[0, -1], "padding is on the right"
+
+
+def test_a_model_without_an_end_token_or_padding_token():
+    bare = copy.deepcopy(worlds.tokenizer())
+    bare.eos_token = bare.pad_token = None
+    task = CausalLM(TASK.model, bare)
+    pairs = [task.tokenise("Oslo is", "Rome"), task.tokenise("The capital of Peru is", "Lima")]
+    assert pairs[0].target == TASK.tokenise("Oslo is", "Rome").target[:-1]
+    assert task.loss(task.collate(pairs)).isfinite().all()
+    assert [len(answer) for answer in task.answers(["Oslo is", "Lima"], 3)] == [3, 3]
 
 
 @pytest.mark.parametrize("family", worlds.FAMILIES)
