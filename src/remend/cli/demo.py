@@ -56,5 +56,5 @@ def _legend(console: Console) -> None:
         "[yellow]near[/] prompts ask the same of another subject, or something else of the same one: there plain MEND "
         "leaks,\n"
         "and remend measures it. Nothing was written to the model; an edit comes off again, bit for bit.\n"
-        "Your own: [bold]remend edit atlas --prompt 'The capital of Norway is' --target Rome --out my-edit[/]"
+        "Your own: [bold]remend edit atlas --prompt 'The capital of Canada is' --target Toronto --out my-edit[/]"
     )
