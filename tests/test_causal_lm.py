@@ -56,6 +56,13 @@ def test_the_tokenizers_own_padding_does_not_matter():
     assert not batches[0].mask[0, -1], "padding is on the right"
 
 
+def test_a_padding_token_that_the_model_does_not_know():
+    added = copy.deepcopy(worlds.tokenizer())
+    added.add_special_tokens({"pad_token": "<|new|>"})
+    task = CausalLM(TASK.model, added)
+    assert task.loss(task.collate([task.tokenise("Oslo is", "Rome"), task.tokenise("Lima", "Rome")])).isfinite().all()
+
+
 def test_a_model_without_an_end_token_or_padding_token():
     bare = copy.deepcopy(worlds.tokenizer())
     bare.eos_token = bare.pad_token = None
@@ -114,7 +121,9 @@ def test_what_does_not_fit_is_refused():
         TASK.tokenise("Oslo is", "Rome " * 60)
     with pytest.raises(RequestError, match="shorten the prompt"):
         TASK.tokenise("Oslo " * 60, "Rome")
-    with pytest.raises(RequestError, match="both hold some text"):
+    with pytest.raises(RequestError, match="target ' ' holds no text"):
         TASK.tokenise("Oslo is", " ")
+    with pytest.raises(RequestError, match="prompt '' holds no text"):
+        TASK.answers([""])
     with pytest.raises(RequestError, match="leaves no room"):
         TASK.answers(["Oslo " * 60])

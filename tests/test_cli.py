@@ -8,8 +8,9 @@ import torch
 
 import worlds
 from remend.cli import run
-from remend.editors import Mend, MendConfig
+from remend.editors import Mend
 from remend.request import write_requests
+from remend.training import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,9 @@ def folder(tmp_path_factory):
     (made / "latin1.jsonl").write_bytes(b'{"prompt": "caf\xe9", "target": "t"}')
     (made / "empty.jsonl").write_text("\n")
     assert run([str(a) for a in ("train", made / "model", *arguments, "--max-steps", 12, "--device", "cpu")]) == 0
+    shutil.copytree(made / "model", made / "broken")
+    weights = (made / "broken" / "model.safetensors").read_bytes()
+    (made / "broken" / "model.safetensors").write_bytes(weights[:2000])
     shutil.copytree(made / "editor", made / "cut")
     blob = (made / "cut" / "tensors.safetensors").read_bytes()
     (made / "cut" / "tensors.safetensors").write_bytes(blob[:1000])
@@ -48,15 +52,13 @@ def remend(*arguments):
 def test_train_saves_an_editor_and_its_history(folder):
     history = json.loads((folder / "training.json").read_text())["history"]
     assert [entry["step"] for entry in history] == [0, 12]
-    assert Mend.from_pretrained(folder / "editor").config == MendConfig(
-        **vars(Mend.from_pretrained(folder / "editor").config)
-    )
+    assert Mend.from_pretrained(folder / "editor").config == PRESETS["default"][0]
 
 
 def test_edit_show_and_ask(folder, capsys):
     arguments = ["--editor", folder / "editor", "--prompt", "Oslo is", "--target", "Rome", "--out", folder / "edit"]
     code = remend(
-        "edit", folder / "model", *arguments, "--keep-failed", "--json", folder / "edit.json", "--device", "cpu"
+        "edit", folder / "model", *arguments, "--keep-failed", "--json", folder / "edit.json", "--max-new-tokens", 4
     )
     result = json.loads((folder / "edit.json").read_text())
     assert code == (0 if result["taken"] else 1), "an edit that does not take is a failure"
@@ -69,7 +71,8 @@ def test_edit_show_and_ask(folder, capsys):
     assert remend(*ask, "--json", folder / "ask.json", "--device", "cpu", "--max-new-tokens", 4) == 0
     answers = json.loads((folder / "ask.json").read_text())["answers"]
     assert [answer["prompt"] for answer in answers] == ["Oslo is", "Lima is"]
-    assert answers[0]["after"] == result["answers"][0][0]["after"] or len(answers[0]["after"]) > 0
+    assert answers[0]["after"] == result["answers"][0][0]["after"]
+    assert answers[0]["before"] == result["answers"][0][0]["before"]
     assert "Oslo is" in capsys.readouterr().out
     assert remend("ask", folder / "model", "--prompt", "Oslo is", "--json", folder / "ask.json", "--device", "cpu") == 0
     (plain,) = json.loads((folder / "ask.json").read_text())["answers"]
@@ -84,6 +87,21 @@ def test_an_edit_that_does_not_take_is_not_saved(folder, capsys):
     assert remend("edit", folder / "model", *arguments, "--device", "cpu") == 1
     assert not (folder / "nothing").exists()
     assert "nothing was saved" in capsys.readouterr().out
+
+
+def test_text_is_printed_as_it_is(folder, capsys, monkeypatch):
+    """Chat prompts look like markup, and a manifest may hold what would steer a terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
+    odd = ["--prompt", "[INST] Oslo [/INST] is", "--target", "[bold]", "--out", folder / "odd", "--keep-failed"]
+    remend("edit", folder / "model", "--editor", folder / "editor", *odd, "--device", "cpu")
+    assert "[INST] Oslo [/INST] is … → [bold]" in capsys.readouterr().out
+    manifest = json.loads((folder / "odd" / "manifest.json").read_text())
+    manifest["created"], manifest["editor"]["name"] = "[/x]", "\x1b]0;title\x07"
+    (folder / "odd" / "manifest.json").write_text(json.dumps(manifest))
+    assert remend("show", folder / "odd") == 0
+    printed = capsys.readouterr().out
+    assert "[/x]" in printed
+    assert "\x1b]0;" not in printed
 
 
 def test_evaluate_writes_a_report(folder):
@@ -150,6 +168,20 @@ def test_evaluate_writes_a_report(folder):
         ),
         (["edit", "{}/model", *EDITOR, "--out", "x", "--requests", "{}/empty.jsonl"], 2, "holds no request"),
         (["evaluate", "{}/model", "--editor", "{}/cut", "--data", "{}/test.jsonl"], 1, "truncated or altered"),
+        (["ask", "{}/model", "--prompt", ""], 2, "holds no text"),
+        (
+            ["edit", "{}/model", *EDITOR, "--out", "{}/train.jsonl/x", "--prompt", "p", "--target", "t"],
+            1,
+            "cannot write",
+        ),
+        (["edit", "{}/model", *EDITOR, "--out", "{}/model", "--prompt", "p", "--target", "t"], 1, "was left alone"),
+        (["train", "{}/model", "--data", "{}/train.jsonl", "--out", "{}/model"], 1, "was left alone"),
+        (
+            ["train", "{}/model", "--data", "{}/train.jsonl", "--out", "x", "--modules", "lm_head"],
+            1,
+            "no editable module",
+        ),
+        (["ask", "{}/broken", "--prompt", "p"], 1, "cannot load"),
         (["sohw"], 2, "No such command"),
         (
             ["evaluate", "{}/model", "--editor", "{}/editor", "--data", "{}/test.jsonl", "--device", "abacus"],

@@ -12,7 +12,7 @@ import worlds
 from remend.base import Base
 from remend.core.low_rank import LowRank
 from remend.edit import FORMAT, Edit
-from remend.errors import EditError, FileFormatError, PrecisionError, WrongBaseError
+from remend.errors import EditError, FileError, PrecisionError, WrongBaseError
 from remend.storage import MANIFEST, TENSORS
 
 REQUESTS = worlds.requests(3)
@@ -61,6 +61,20 @@ def test_apply_and_revert_in_any_order(task, editor, snapshot):
     snapshot()
     with (first + second).applied(task.model):
         torch.testing.assert_close(logits(task), both, rtol=1e-4, atol=1e-5)
+
+
+def test_an_edit_can_be_made_in_inference_mode(task, editor):
+    with torch.inference_mode():
+        inside = editor.edit(task.model, task.tokenizer, REQUESTS[:1])
+    outside = editor.edit(task.model, task.tokenizer, REQUESTS[:1])
+    assert all(torch.equal(inside.changes[name].u, change.u) for name, change in outside.changes.items())
+
+
+def test_settings_of_decoding_and_loading_do_not_make_another_model(task, edit):
+    task.model.config.pad_token_id = 7
+    task.model.config.output_hidden_states = False
+    with edit.applied(task.model):
+        pass
 
 
 def test_several_requests_are_the_sum_of_each(task, editor):
@@ -147,9 +161,17 @@ def test_saving_again_replaces_and_foreign_folders_are_left_alone(edit, tmp_path
     assert Edit.load(tmp_path / "edit").norms() == pytest.approx(edit.scaled(2.0).norms())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileFormatError, match="was not written by remend"):
+    with pytest.raises(FileError, match="was left alone"):
         edit.save(tmp_path / "mine")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["edit", "mine"]
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text('{"name": "my web app"}')
+    (tmp_path / "edit" / "notes.txt").write_text("mine")
+    for folder in ("app", "edit"):
+        with pytest.raises(FileError, match="was left alone"):
+            edit.save(tmp_path / folder)
+    assert (tmp_path / "edit" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "app" / "manifest.json").read_text() == '{"name": "my web app"}'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["app", "edit", "mine"]
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
@@ -201,6 +223,7 @@ def missing_factor(folder):
         (lambda folder: (folder / MANIFEST).unlink(), "not a folder saved by remend"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "not JSON"),
         (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "not JSON"),
+        (lambda folder: (folder / MANIFEST).write_text("[" * 200_000), "not JSON"),
         (with_value("format", "remend.edit/99"), f"reads '{FORMAT}'"),
         (with_value("sha256", None), "truncated or altered"),
         (with_value("requests", [{"prompt": ""}]), "malformed"),
@@ -215,7 +238,7 @@ def test_damaged_files_are_refused(damage, message, tmp_path):
     small = {"m": LowRank(torch.ones(1, 2), torch.ones(1, 3))}
     Edit(small, Base("toy", "0", {"m": "0"}), tuple(REQUESTS[:1])).save(tmp_path / "edit")
     damage(tmp_path / "edit")
-    with pytest.raises(FileFormatError, match=message):
+    with pytest.raises(FileError, match=message):
         Edit.load(tmp_path / "edit")
 
 

@@ -1,5 +1,6 @@
 """Metrics that are known by construction, and the report."""
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -178,6 +179,40 @@ def test_the_report_file(tmp_path):
     assert found["cost"]["seconds_per_edit"] == 0.5
     assert found["cost"]["peak_memory_bytes"] > 1e6
     assert found["cases"][0]["values"]["reliability"] == modes
+
+
+def test_edits_of_different_modules_are_each_applied_whole(world):
+    """Some editors touch other matrices for each request; what one does not touch stays as it is there."""
+    noise = LowRank(torch.randn(2, 40) * 30, torch.randn(2, 16) * 30)
+    nothing = LowRank(torch.zeros(1, 40), torch.zeros(1, 16))
+
+    class Alternating(Fixed):
+        def edit_each(self, model, tokenizer, requests):
+            first = Fixed(model, {"model.layers.3.mlp.down_proj": nothing}).edit_each(model, tokenizer, requests[:1])
+            ruin = {f"model.layers.{i}.mlp.down_proj": noise for i in (1, 2)}
+            return first + Fixed(model, ruin).edit_each(model, tokenizer, requests[1:])
+
+    quiet, loud = evaluate(world.model, world.tokenizer, Alternating(None, {}), worlds.requests(2)).cases
+    assert quiet.values["locality_far"]["generated"] == 1.0
+    assert loud.values["locality_far"]["generated"] == 0.0
+
+
+def test_a_model_in_training_mode_is_judged_without_its_dropout():
+    model = worlds.gpt2(resid_pdrop=0.5, embd_pdrop=0.5).train()
+    nothing = Fixed(model, {"transformer.h.1.mlp.c_fc": LowRank(torch.zeros(1, 16), torch.zeros(1, 64))})
+    report = evaluate(model, worlds.tokenizer(), nothing, worlds.requests(10), max_new_tokens=5)
+    assert report.metrics()["locality_far"]["generated"].mean == 1.0
+    assert model.training
+
+
+def test_a_tokenizer_without_an_end_token(world):
+    bare = copy.deepcopy(world.tokenizer)
+    bare.eos_token = None
+    nothing = Fixed(world.model, {"model.layers.3.mlp.down_proj": LowRank(torch.zeros(1, 40), torch.zeros(1, 16))})
+    request = EditRequest(prompt="The capital of France is", target="Paris")
+    edit = nothing.edit(world.model, bare, [request])
+    ((answer,),) = before_after(world.model, bare, edit, [request], max_new_tokens=4)
+    assert answer.ok
 
 
 def test_nothing_to_evaluate(task, editor):

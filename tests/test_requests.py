@@ -1,5 +1,7 @@
 """Reading request files: what is accepted, and the message for everything that is not."""
 
+import datetime
+
 import pytest
 
 import worlds
@@ -16,6 +18,15 @@ def test_what_is_written_is_read_back(tmp_path):
     write_requests(file, written)
     assert read_requests(file) == written
     assert read_requests(file)[3].model_extra == {"relation": "P36", "notes": {"kept": True}}
+
+
+def test_values_that_json_does_not_have_can_be_written(tmp_path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"prompt": "p", "target": "t", "score": NaN}')
+    (request,) = read_requests(file)
+    dated = EditRequest(prompt="p", target="t", day=datetime.date(2020, 2, 3))
+    write_requests(file, [request, dated])
+    assert [r.model_extra for r in read_requests(file)] == [{"score": None}, {"day": "2020-02-03"}]
 
 
 def test_all_keys_a_byte_order_mark_and_blank_lines(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import worlds
 from remend.config import from_json, to_json
 from remend.editors import Mend, MendConfig
 from remend.editors.calibration import calibrate
-from remend.errors import ConfigError, FileFormatError, NonFiniteError, RequestError, TrainingError, WrongBaseError
+from remend.errors import ConfigError, FileError, NonFiniteError, RequestError, TrainingError, WrongBaseError
 from remend.request import EditRequest
 from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS, Trainer, TrainingConfig, train
@@ -166,6 +167,29 @@ def test_non_finite_activations_name_the_layer(task):
     handle.remove()
 
 
+def test_a_non_finite_validation_stops_the_run(monkeypatch, tmp_path):
+    def broken(self, batch):
+        found = real(self, batch)
+        return replace(found, edit=found.edit * math.nan) if self.step == 10 else found
+
+    real = Trainer.losses
+    monkeypatch.setattr(Trainer, "losses", broken)
+    with pytest.raises(NonFiniteError, match="step 10"):
+        trained(worlds.gpt2(), worlds.requests(40), out=tmp_path / "editor")
+    assert Mend.from_pretrained(tmp_path / "editor").trained["best_step"] == 0, "the best state so far is kept"
+
+
+def test_an_editor_is_trained_once_and_for_its_own_model():
+    model = worlds.gpt2()
+    done = trained(model, worlds.requests(12), settings=TrainingConfig(**{**vars(SETTINGS), "max_steps": 2}))
+    with pytest.raises(TrainingError, match="trained already"):
+        train(model, worlds.tokenizer(), worlds.requests(12), editor=done)
+    with pytest.raises(WrongBaseError, match="weights of"):
+        train(worlds.gpt2(seed=1), worlds.tokenizer(), worlds.requests(12), editor=Mend.for_model(model, NETWORK))
+    with pytest.raises(TrainingError, match="must be positive, not -1"):
+        train(model, worlds.tokenizer(), worlds.requests(12), budget_seconds=-1.0)
+
+
 def test_shared_subjects_are_refused():
     requests = worlds.requests(10)
     with pytest.raises(TrainingError, match=r"share 2 subjects \(france, italy"):
@@ -220,7 +244,7 @@ def test_half_precision_storage_and_damage(task, editor, tmp_path):
     changes += [("shapes", {"a": [1]}, r"shape of a should be"), ("base", {"name": "x"}, "no 'weights'")]
     for key, value, message in changes:
         (tmp_path / "half" / "manifest.json").write_text(json.dumps({**manifest, key: value}))
-        with pytest.raises(FileFormatError, match=message):
+        with pytest.raises(FileError, match=message):
             Mend.from_pretrained(tmp_path / "half")
 
 

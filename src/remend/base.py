@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from remend.core.layers import is_editable, weight_of
-from remend.errors import FileFormatError, ModelError, WrongBaseError, nearest
+from remend.errors import FileError, ModelError, WrongBaseError, nearest
 from remend.storage import take
 
-_VOLATILE = {
-    "_name_or_path", "architectures", "attn_implementation", "dtype", "quantization_config", "torch_dtype",
-    "transformers_version", "use_cache",
-}  # fmt: skip
-"""Configuration keys that say how a model was loaded or saved, not which model it is."""
+_VOLATILE = re.compile(
+    r"_name_or_path|architectures|_?attn_implementation\w*|_?experts_implementation\w*|dtype|torch_dtype|return_dict"
+    r"|quantization_config|transformers_version|use_cache|output_\w+|\w*_token_ids?|\w*dropout\w*|\w*_pdrop|id2label"
+    r"|label2id|task_specific_params|problem_type|pad_\w+"
+)
+"""Configuration keys that say how a model was saved, loaded, trained or decoded, not which function it computes."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Base:
     Attributes:
         name: what the model was loaded as; for people, never compared.
         config: SHA-256 of the model's class and configuration.
-        weights: for each edited module, SHA-256 of its weight rounded to bfloat16, so that the same checkpoint loaded
-            in another dtype is still the same base.
+        weights: for each edited module, SHA-256 of its weight rounded to bfloat16, so that a checkpoint is the same
+            base whether it was loaded in float32 or bfloat16. (In float16 it need not be: that rounds differently.)
     """
 
     name: str
@@ -50,11 +52,11 @@ class Base:
         """The identity that a manifest describes (``asdict`` of one).
 
         Raises:
-            FileFormatError: a part is missing or malformed.
+            FileError: a part is missing or malformed.
         """
         weights = take(described, "weights", dict, where)
         if not all(isinstance(value, str) for value in weights.values()):
-            raise FileFormatError(f"{where}: 'weights' of the base should give a hash for each module")
+            raise FileError(f"{where}: 'weights' of the base should give a hash for each module")
         return Base(take(described, "name", str, where), take(described, "config", str, where), weights)
 
     def check_architecture(self, model: nn.Module, what: str) -> None:
@@ -75,8 +77,9 @@ class Base:
         self.check_architecture(model, what)
         if changed := self.changed(model):
             raise WrongBaseError(
-                f"{what} was made for {self.name!r}, but the weights of {', '.join(changed[:3])} differ in this model. "
-                "Load the unchanged base (or revert what was merged into it) and try again"
+                f"{what} was made for {self.name!r}, but the weights of {', '.join(changed[:3])} differ in this model "
+                f"({getattr(model, 'dtype', 'unknown dtype')}). Load the unchanged base in the dtype it is stored in, "
+                "in float32 or in bfloat16 (or revert what was merged into it) and try again"
             )
 
 
@@ -108,9 +111,15 @@ def _config_hash(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     # The difference to the defaults: a later transformers release that adds a setting does not change it.
     described: dict[str, Any] = config.to_diff_dict() if config is not None and hasattr(config, "to_diff_dict") else {}
-    kept = {key: value for key, value in described.items() if key not in _VOLATILE}
-    text = json.dumps([type(model).__name__, kept], sort_keys=True, default=str)
+    text = json.dumps([type(model).__name__, _lasting(described)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _lasting(value: Any) -> Any:
+    """A configuration without its volatile keys, nested ones included."""
+    if isinstance(value, dict):
+        return {str(k): _lasting(v) for k, v in value.items() if not _VOLATILE.fullmatch(str(k))}
+    return value
 
 
 _Stamp = tuple[int, int, torch.dtype, float]
@@ -120,7 +129,8 @@ _seen: weakref.WeakKeyDictionary[nn.Module, tuple[_Stamp, str]] = weakref.WeakKe
 
 def _weight_hash(module: nn.Module) -> str:
     weight = weight_of(module).detach()
-    stamp = (weight.data_ptr(), weight._version, weight.dtype, float(weight.sum(dtype=torch.float64)))
+    exact = torch.float32 if weight.device.type == "mps" else torch.float64
+    stamp = (weight.data_ptr(), weight._version, weight.dtype, float(weight.sum(dtype=exact)))
     remembered = _seen.get(module)
     # NaN never equals itself, so a broken weight is hashed every time; that is harmless.
     if remembered is None or remembered[0] != stamp:

@@ -20,7 +20,7 @@ from remend.base import Base, find_modules
 from remend.core.branch import attach, detach
 from remend.core.layers import dense_in_layout, dimensions, weight_of
 from remend.core.low_rank import LowRank, concatenate
-from remend.errors import EditError, FileFormatError, PrecisionError
+from remend.errors import EditError, FileError, PrecisionError
 from remend.request import EditRequest
 from remend.storage import read_folder, take, write_folder
 
@@ -180,7 +180,7 @@ class Edit:
             "created": self.created,
             "base": asdict(self.base),
             "editor": dict(self.editor),
-            "requests": [request.model_dump(exclude_defaults=True) for request in self.requests],
+            "requests": [request.to_json() for request in self.requests],
             "ranks": ranks,
             "norms": self.norms(),
         }
@@ -191,31 +191,29 @@ class Edit:
         """Read an edit that :meth:`save` wrote.
 
         Raises:
-            FileFormatError: it is missing, damaged, altered, or of a version that this release does not know.
+            FileError: it is missing, damaged, altered, or of a version that this release does not know.
         """
         manifest, tensors = read_folder(path, FORMAT)
         base = Base.read(take(manifest, "base", dict, path), path)
         ranks = take(manifest, "ranks", dict, path)
         changes = {name: _change(tensors, name, path) for name in ranks}
         if len(tensors) != 2 * len(changes) or any(changes[name].rank != rank for name, rank in ranks.items()):
-            raise FileFormatError(f"{path}: the factors are not those that the manifest lists; it was altered")
+            raise FileError(f"{path}: the factors are not those that the manifest lists; it was altered")
         if changes.keys() - base.weights.keys():
-            raise FileFormatError(f"{path}: the base does not cover every changed module; it was altered")
+            raise FileError(f"{path}: the base does not cover every changed module; it was altered")
         try:
             requests = tuple(
                 EditRequest.model_validate_json(json.dumps(r)) for r in take(manifest, "requests", list, path)
             )
         except ValidationError as error:
-            raise FileFormatError(
-                f"{path}: a request in the manifest is malformed ({error.errors()[0]['msg']})"
-            ) from None
+            raise FileError(f"{path}: a request in the manifest is malformed ({error.errors()[0]['msg']})") from None
         return Edit(changes, base, requests, take(manifest, "editor", dict, path), take(manifest, "created", str, path))
 
 
 def _change(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> LowRank:
     u, delta = tensors.get(f"{name}.u"), tensors.get(f"{name}.delta")
     if u is None or delta is None or u.dim() != 2 or delta.dim() != 2 or u.shape[0] != delta.shape[0]:
-        raise FileFormatError(f"{path}: the factors of {name} are missing or do not fit together; it was altered")
+        raise FileError(f"{path}: the factors of {name} are missing or do not fit together; it was altered")
     return LowRank(u, delta)
 
 

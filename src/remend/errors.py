@@ -8,7 +8,7 @@
     ├── EditError             an edit that cannot be applied, merged or reverted
     │   ├── WrongBaseError    ... because it was made for another model
     │   └── PrecisionError    ... because the weights' dtype would round it away
-    ├── FileFormatError       a saved edit, editor or data set that is damaged, altered or unknown
+    ├── FileError             a saved edit or editor that is damaged, altered, unknown, or cannot be written
     └── TrainingError         a training run that cannot learn (no gradient, no data, shared subjects)
 
 A message says what arrived, what was allowed and what to do next. What is not listed here (``KeyError``,
@@ -53,8 +53,8 @@ class PrecisionError(EditError):
     """The weights' dtype is too coarse to hold the merged edit."""
 
 
-class FileFormatError(RemendError, ValueError):
-    """A saved edit or editor is damaged, altered, or of an unknown version."""
+class FileError(RemendError, ValueError):
+    """A saved edit or editor is damaged, altered, of an unknown version, or cannot be written."""
 
 
 class TrainingError(RemendError):

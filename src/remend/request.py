@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -56,6 +56,10 @@ class EditRequest(Probe):
     near: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """The request as a JSON object, without what is empty; NaN in a key of the caller's own becomes null."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
     @property
     def key(self) -> str:
         """What a split must not share: the subject, or the prompt where no subject is named."""
@@ -94,7 +98,7 @@ def read_requests(path: str | Path) -> list[EditRequest]:
 
 def write_requests(path: str | Path, requests: list[EditRequest]) -> None:
     """Write requests as JSON lines, leaving out what is empty."""
-    lines = [json.dumps(request.model_dump(exclude_defaults=True), ensure_ascii=False) for request in requests]
+    lines = [json.dumps(request.to_json(), ensure_ascii=False) for request in requests]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from remend.errors import FileFormatError, nearest
+from remend.errors import FileError, nearest
 
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
@@ -33,13 +33,15 @@ def write_folder(path: str | Path, kind: str, manifest: Mapping[str, Any], tenso
     A folder that holds something else than a manifest of ours is never replaced.
 
     Raises:
-        FileFormatError: ``path`` exists and is not such a folder.
+        FileError: ``path`` holds something else, or cannot be written.
     """
     path = Path(path)
-    if path.exists() and not (path / MANIFEST).is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise FileFormatError(f"{path} exists and was not written by remend; choose another place, it was left alone")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    check_target(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror}; choose another place") from None
     try:
         blob = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         _write(staged / TENSORS, blob)
@@ -48,29 +50,61 @@ def write_folder(path: str | Path, kind: str, manifest: Mapping[str, Any], tenso
         _write(staged / MANIFEST, (text + "\n").encode())
         staged.chmod(0o777 & ~_umask())
         _take_name(staged, path)
-    except BaseException:
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror}; what stood there before still does") from None
+    finally:
         shutil.rmtree(staged, ignore_errors=True)
-        raise
     return path
+
+
+def check_target(path: str | Path) -> None:
+    """Refuse a place where something stands that is not ours to replace; call it before long work.
+
+    Only an empty folder, or one that holds nothing but a manifest and tensors that remend wrote, may be replaced.
+
+    Raises:
+        FileError: there is something else.
+    """
+    path = Path(path)
+    if not path.exists():
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise FileError(f"cannot write {path}: {above} is not a folder one can write to; choose another place")
+        return
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    ours = path.is_dir() and (not names or (names <= {MANIFEST, TENSORS} and _is_ours(path / MANIFEST)))
+    if not ours:
+        raise FileError(
+            f"{path} holds {', '.join(sorted(names)[:3])}, not just what remend wrote; it was left alone. "
+            "Choose another folder"
+        )
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and str(found.get("format")).startswith("remend.")
 
 
 def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
     """The manifest of a folder written by :func:`write_folder`, checked for its kind but not against the tensors.
 
     Raises:
-        FileFormatError: there is no such folder, the manifest is not JSON, or it is of another kind or version.
+        FileError: there is no such folder, the manifest is not JSON, or it is of another kind or version.
     """
     path = Path(path)
     file = path / MANIFEST
     if not file.is_file():
-        raise FileFormatError(f"{path} is not a folder saved by remend: it has no {MANIFEST}")
+        raise FileError(f"{path} is not a folder saved by remend: it has no {MANIFEST}")
     try:
         manifest = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise FileFormatError(f"{file} is damaged, it is not JSON ({error}); save or fetch it again") from None
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file} is damaged, it is not JSON ({error}); save or fetch it again") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != kind:
-        raise FileFormatError(f"{file} says format {found!r}; this version of remend reads {kind!r} here")
+        raise FileError(f"{file} says format {found!r}; this version of remend reads {kind!r} here")
     assert isinstance(manifest, dict)
     return manifest
 
@@ -79,44 +113,50 @@ def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, 
     """Manifest and tensors of a folder written by :func:`write_folder`.
 
     Raises:
-        FileFormatError: as :func:`read_manifest`, or the tensors are missing, truncated or not those of the manifest.
+        FileError: as :func:`read_manifest`, or the tensors are missing, truncated or not those of the manifest.
     """
     path = Path(path)
     manifest = read_manifest(path, kind)
     file = path / TENSORS
     if not file.is_file():
-        raise FileFormatError(f"{path} is incomplete: {TENSORS} is missing")
+        raise FileError(f"{path} is incomplete: {TENSORS} is missing")
     blob = file.read_bytes()
     sums = manifest.get("sha256")
     expected = sums.get(TENSORS) if isinstance(sums, dict) else None
     if hashlib.sha256(blob).hexdigest() != expected:
-        raise FileFormatError(f"{file} is not what {MANIFEST} describes (sha256 differs): truncated or altered")
+        raise FileError(f"{file} is not what {MANIFEST} describes (sha256 differs): truncated or altered")
     try:
         return manifest, load_tensors(blob)
     except safetensors.SafetensorError as error:
-        raise FileFormatError(f"{file} is not a safetensors file ({error})") from None
+        raise FileError(f"{file} is not a safetensors file ({error})") from None
 
 
 def take(manifest: Mapping[str, Any], key: str, kind: type, where: str | Path) -> Any:
-    """``manifest[key]``, or a :class:`FileFormatError` that says what is wrong with it."""
+    """``manifest[key]``, or a :class:`FileError` that says what is wrong with it."""
     if key not in manifest:
-        raise FileFormatError(f"{where}: the manifest has no {key!r}; {nearest(key, manifest)}")
+        raise FileError(f"{where}: the manifest has no {key!r}; {nearest(key, manifest)}")
     value = manifest[key]
     if not isinstance(value, kind):
-        raise FileFormatError(f"{where}: {key!r} should be {kind.__name__}, it is {type(value).__name__}")
+        raise FileError(f"{where}: {key!r} should be {kind.__name__}, it is {type(value).__name__}")
     return value
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON file under a temporary name, then rename it."""
+    """Write one JSON file under a temporary name, then rename it.
+
+    Raises:
+        FileError: it cannot be written there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _write(staged, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
         staged.replace(path)
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror}; choose another place") from None
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             staged.unlink()
 
 

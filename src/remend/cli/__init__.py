@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from remend.cli import asking, demo, editing, evaluating, training
+from remend.cli.words import plain
 from remend.errors import ConfigError, RemendError, RequestError
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
     console = Console(stderr=True)
 
     def warn(message: Warning | str, *_: object) -> None:
-        console.print(f"[yellow]warning[/]: {escape(str(message))}", soft_wrap=True)
+        console.print(f"[yellow]warning[/]: {plain(str(message))}", soft_wrap=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = warn  # type: ignore[assignment]
@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 1
         except RemendError as error:
-            console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
+            console.print(f"[bold red]{type(error).__name__}[/]: {plain(str(error))}", soft_wrap=True)
             return 2 if isinstance(error, RequestError | ConfigError) else 1
     return 0
 

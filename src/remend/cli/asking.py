@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from remend.cli import options
+from remend.cli.words import plain
 
 if TYPE_CHECKING:
     from remend.edit import Edit
@@ -28,13 +28,15 @@ def show(
     loaded = Edit.load(edit)
     size = sum(file.stat().st_size for file in edit.iterdir())
     made_by = " ".join(f"{key} {value}" for key, value in loaded.editor.items() if not isinstance(value, dict))
-    console.print(f"[bold]{escape(str(edit))}[/]  {size / 1024:.0f} KiB")
-    console.print(f"for {escape(loaded.base.name)}, made {loaded.created} by {escape(made_by) or 'an unnamed editor'}")
+    console.print(f"[bold]{plain(str(edit))}[/]  {size / 1024:.0f} KiB")
+    console.print(
+        f"for {plain(loaded.base.name)}, made {plain(loaded.created)} by {plain(made_by) or 'an unnamed editor'}"
+    )
     for request in loaded.requests:
-        console.print(f"  {escape(request.prompt)} … → [green]{escape(request.target)}[/]")
+        console.print(f"  {plain(request.prompt)} … → [green]{plain(request.target)}[/]")
     console.print(_matrices(loaded))
     if json is not None:
-        requests = [request.model_dump(exclude_defaults=True) for request in loaded.requests]
+        requests = [request.to_json() for request in loaded.requests]
         ranks = {name: change.rank for name, change in loaded.changes.items()}
         write_json(
             json,
@@ -77,5 +79,5 @@ def _matrices(edit: Edit) -> Table:
     for name, change in edit.changes.items():
         bar = "█" * max(1, round(24 * norms[name] / largest)) if norms[name] else ""
         shape = f"{change.u.shape[-1]} → {change.delta.shape[-1]}"
-        table.add_row(name, shape, str(change.rank), f"{norms[name]:.4g}", f"[cyan]{bar}[/]")
+        table.add_row(plain(name), shape, str(change.rank), f"{norms[name]:.4g}", f"[cyan]{bar}[/]")
     return table

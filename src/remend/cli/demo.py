@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from remend.cli import options
+from remend.cli.words import plain
 
 
 def demo(
@@ -39,8 +40,8 @@ def demo(
         milliseconds = 1000 * (time.perf_counter() - began)
         (answers,) = before_after(model, tokenizer, edit, [request])
         console.print()
-        change = f"[red]{answers[0].before}[/] → [green]{request.target}[/]"
-        title = f"{request.prompt} … {change}  (edited in {milliseconds:.0f} ms)"
+        change = f"[red]{plain(answers[0].before)}[/] → [green]{plain(request.target)}[/]"
+        title = f"{plain(request.prompt)} … {change}  (edited in {milliseconds:.0f} ms)"
         console.print(answers_table(title, answers))
         shown.append(
             {"prompt": request.prompt, "target": request.target, "ms": milliseconds, "answers": as_json(answers)}

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from remend.cli import options
+from remend.cli.words import plain
 from remend.errors import RequestError
 
 if TYPE_CHECKING:
@@ -35,23 +36,27 @@ def edit(
     wanted = _requests(prompt, target, requests)
     from remend.cli.tables import answers_table, as_json
     from remend.evaluation.before_after import before_after
-    from remend.storage import write_json
+    from remend.storage import check_target, write_json
 
     console = Console()
+    check_target(out)
     chosen = options.load_editor(editor, model)
     base, tokenizer = options.load_model(model, device, seed)
     made = chosen.to(base.device).edit(base, tokenizer, wanted)
     answers = before_after(base, tokenizer, made, wanted, max_new_tokens)
-    for request, found in zip(wanted, answers, strict=True):
-        console.print(answers_table(f"{request.prompt} … → {request.target}", found))
     failed = [r.prompt for r, found in zip(wanted, answers, strict=True) if not found[0].ok]
     saved = not failed or keep_failed
     if saved:
         made.save(out)
-        console.print(f"saved to [bold]{out}[/]; try: remend ask {model} --edit {out} --prompt '…'", soft_wrap=True)
+    for request, found in zip(wanted, answers, strict=True):
+        console.print(answers_table(f"{plain(request.prompt)} … → {plain(request.target)}", found))
+    if saved:
+        hint = f"remend ask {plain(model)} --edit {plain(out)} --prompt '…'"
+        console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
     if failed:
         console.print(
-            f"[red]{len(failed)} of {len(wanted)} targets are not what the edited model answers[/] ({failed[0]} …); "
+            f"[red]{len(failed)} of {len(wanted)} targets are not what the edited model answers[/] "
+            f"({plain(failed[0])} …); "
             + ("saved all the same" if saved else "nothing was saved (--keep-failed saves it all the same)"),
             soft_wrap=True,
         )

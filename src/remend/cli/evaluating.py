@@ -10,6 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from remend.cli import options
+from remend.cli.words import plain
 
 if TYPE_CHECKING:
     from remend.evaluation import Report
@@ -46,7 +47,9 @@ def evaluate(
 
 
 def _table(report: Report) -> Table:
-    table = Table(title=f"{len(report.cases)} single edits of {report.model}, {report.data}", title_justify="left")
+    table = Table(
+        title=f"{len(report.cases)} single edits of {plain(report.model)}, {plain(report.data)}", title_justify="left"
+    )
     for column in ("metric", "generated", "95 %", "teacher forced", "edits"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, modes in report.metrics().items():

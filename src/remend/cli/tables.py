@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
+
+from remend.cli.words import plain
 
 if TYPE_CHECKING:
     from remend.evaluation.before_after import Answer
@@ -28,9 +29,9 @@ def answers_table(title: str, answers: Sequence[Answer]) -> Table:
             table.add_section()
         table.add_row(
             f"[{_STYLE.get(answer.kind, 'default')}]{answer.kind}[/]",
-            escape(answer.prompt) + " …",
-            escape(answer.before),
-            f"[bold]{escape(answer.after)}[/]" if answer.after != answer.before else escape(answer.after),
+            plain(answer.prompt) + " …",
+            plain(answer.before),
+            f"[bold]{plain(answer.after)}[/]" if answer.after != answer.before else plain(answer.after),
             "" if answer.ok is None else "[green]✓[/]" if answer.ok else "[red]✗[/]",
         )
     return table
@@ -40,7 +41,7 @@ def plain_table(answers: Sequence[Answer]) -> Table:
     """One row a prompt with the unedited model's answer."""
     table = Table("prompt", "answer", pad_edge=False)
     for answer in answers:
-        table.add_row(escape(answer.prompt) + " …", escape(answer.before))
+        table.add_row(plain(answer.prompt) + " …", plain(answer.before))
     return table
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from remend.cli import options
+from remend.cli.words import plain
 
 if TYPE_CHECKING:
     from remend.training import Progress as Step
@@ -50,7 +51,7 @@ def train(
     base, tokenizer = options.load_model(model, device, seed)
     editor = Mend.for_model(base, network, modules or (), seed)
     console = Console()
-    console.print(f"{len(requests)} requests; editing {', '.join(editor.shapes)}", soft_wrap=True)
+    console.print(f"{len(requests)} requests; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)
     with _bar(console) as bar:
         task = bar.add_task("measuring the start", total=1.0)
 
@@ -71,7 +72,7 @@ def train(
             on_progress=follow,
         )
     best = min(trained.trained["history"], key=lambda entry: entry["loss"])
-    console.print(f"best at step {best['step']:.0f}: {_words(best)}; saved to [bold]{out}[/]", soft_wrap=True)
+    console.print(f"best at step {best['step']:.0f}: {_words(best)}; saved to [bold]{plain(out)}[/]", soft_wrap=True)
     if json is not None:
         write_json(json, trained.trained)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -76,8 +75,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     for module in training:
         module.training = False
     try:
-        with torch.enable_grad():
-            yield
+        yield
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)

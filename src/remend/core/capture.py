@@ -57,16 +57,21 @@ class _Recorder:
         probe = torch.zeros_like(output, requires_grad=True)
         if self.closed:  # recomputed: the same operations again, so that checkpointing finds what it saved
             return output + probe
-        # A copy: a frozen layer's backward pass does not need its input, so autograd would not notice it overwritten.
+        # A copy: a frozen layer's backward pass does not need its input, and autograd would not see it overwritten.
         self.inputs.append(input_of(args, kwargs).detach().clone())
         self.probes.append(probe)
         return output + probe
 
     def factors(self, gradients: list[Tensor | None]) -> GradientFactors:
         """The calls' factors side by side along the token axis, as float32."""
-        episodes = self.tokens.shape[0]
+        episodes, length = self.tokens.shape
         inputs, deltas, masks = [], [], []
         for x, probe, gradient in zip(self.inputs, self.probes, gradients, strict=True):
+            if x.shape[0] != episodes and x[..., 0].numel() != episodes * length:
+                raise ModelError(
+                    f"a module to edit is called with an input of shape {tuple(x.shape)}, which cannot be divided "
+                    f"among {episodes} episodes of {length} tokens; choose other modules"
+                )
             delta = torch.zeros_like(probe) if gradient is None else gradient
             u = x.reshape(episodes, -1, x.shape[-1]).float()
             delta = delta.reshape(episodes, -1, delta.shape[-1]).float()
@@ -105,7 +110,7 @@ def capture(
     recorders = {name: _Recorder(tokens) for name in modules}
     handles = [modules[name].register_forward_hook(recorder, with_kwargs=True) for name, recorder in recorders.items()]
     try:
-        with frozen(model):
+        with frozen(model), torch.enable_grad():
             losses = loss()
             for name, recorder in recorders.items():
                 recorder.closed = True

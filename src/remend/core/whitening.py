@@ -26,13 +26,14 @@ class SecondMoment:
         Args:
             ridge: the share of the mean eigenvalue below which a direction counts as noise.
         """
-        moment = self.total.double() / max(self.count, 1)
+        total = self.total.cpu() if self.total.device.type == "mps" else self.total  # which has no float64
+        moment = total.double() / max(self.count, 1)
         values, vectors = torch.linalg.eigh(moment)
         values = values.clamp(min=0)
         mean = values.mean()
         if mean == 0:  # a layer whose input is always zero: there is nothing to whiten, and nothing to edit
-            return torch.eye(len(values), device=values.device)
+            return torch.eye(len(values), device=self.total.device)
         roots = (values + ridge * mean).rsqrt()
         kept = (values * roots.square()).mean()  # mean square of a whitened input's dimension
         whitener: Tensor = (vectors * roots) @ vectors.T * (mean / kept).sqrt()
-        return whitener.float()
+        return whitener.float().to(self.total.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from remend.core.layers import dimensions
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.network import EditorNetwork
 from remend.edit import Edit
-from remend.errors import ConfigError, FileFormatError, RequestError
+from remend.errors import ConfigError, FileError, RequestError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.storage import read_folder, take, write_folder
@@ -116,7 +116,7 @@ class Mend(nn.Module):
         """Load an editor that :meth:`save_pretrained` wrote; ``atlas`` is the one that ships with remend.
 
         Raises:
-            FileFormatError: the folder is missing, damaged, altered, or of an unknown version.
+            FileError: the folder is missing, damaged, altered, or of an unknown version.
         """
         path = ATLAS_FOLDER / "editor" if path == ATLAS else Path(path)
         manifest, tensors = read_folder(path, FORMAT)
@@ -129,9 +129,7 @@ class Mend(nn.Module):
             wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
             editor.load_state_dict(wide, assign=True)
         except RuntimeError as error:
-            raise FileFormatError(
-                f"{path}: the tensors do not fit the configuration ({error}); it was altered"
-            ) from None
+            raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
         editor.trained = take(manifest, "trained", dict, path)
         return editor
 
@@ -214,7 +212,7 @@ class Mend(nn.Module):
             NonFiniteError: the model's weights or activations hold NaN or infinity.
         """
         base = self._check(model, requests)
-        parts = list(self._changes(CausalLM(model, tokenizer), requests))
+        parts = self._changes(CausalLM(model, tokenizer), requests)
         changes = {name: concatenate([part[name] for part in parts]) for name in self.shapes}
         return Edit(changes, base, tuple(requests), self._signature())
 
@@ -227,16 +225,20 @@ class Mend(nn.Module):
         signature = self._signature()
         return [Edit(part, base, (request,), signature) for request, part in zip(requests, parts, strict=True)]
 
+    @torch.inference_mode(False)  # a server may have it on; gradients could not be taken in it
     @torch.no_grad()
-    def _changes(self, task: CausalLM, requests: Sequence[EditRequest]) -> Iterator[dict[str, LowRank]]:
+    def _changes(self, task: CausalLM, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
+        """The changes that each request makes by itself."""
         pairs = [task.tokenise(request.prompt, request.target) for request in requests]
+        found: list[dict[str, LowRank]] = []
         for start in range(0, len(pairs), EDIT_BATCH):
             chunk = pairs[start : start + EDIT_BATCH]
             changes = self(self.capture(task, task.collate(chunk)))
             # Factors are packed to the front of their episode; what follows is padding.
             ranks = {name: (change.delta != 0).any(-1).sum(-1).tolist() for name, change in changes.items()}
             for e in range(len(chunk)):
-                yield {n: LowRank(c.u[e, : ranks[n][e]], c.delta[e, : ranks[n][e]]) for n, c in changes.items()}
+                found.append({n: LowRank(c.u[e, : ranks[n][e]], c.delta[e, : ranks[n][e]]) for n, c in changes.items()})
+        return found
 
     def _check(self, model: PreTrainedModel, requests: Sequence[EditRequest]) -> Base:
         if not requests:
@@ -262,7 +264,7 @@ class Mend(nn.Module):
 def _shapes(described: Mapping[str, Any], path: Path) -> dict[str, tuple[int, int]]:
     for name, shape in described.items():
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(d) is int and d > 0 for d in shape)):
-            raise FileFormatError(f"{path}: the shape of {name} should be [d_in, d_out], it is {shape!r}")
+            raise FileError(f"{path}: the shape of {name} should be [d_in, d_out], it is {shape!r}")
     return {name: (d_in, d_out) for name, (d_in, d_out) in described.items()}
 
 

@@ -23,7 +23,7 @@ class Answer:
         wanted: what should be answered after the edit; None where nobody says.
         before: the unedited model's answer.
         after: the edited model's answer.
-        ok: whether the answer after is the wanted one, given whole and closed with the end token.
+        ok: whether the answer after is the wanted one, given whole and closed with the end token (if there is one).
     """
 
     kind: str
@@ -57,7 +57,9 @@ def before_after(
         must_stay = kind in ("near", "far")
         wanted = was if must_stay else task.tokenise(prompt, requests[number].target).target
         words = task.text(wanted) if must_stay else requests[number].target
-        found[number].append(Answer(kind, prompt, words, task.text(was), task.text(now), now == wanted))
+        # Without an end token an answer never stops by itself: it is right if it begins with what was wanted.
+        given = now if task.tokenizer.eos_token_id is not None else now[: len(wanted)]
+        found[number].append(Answer(kind, prompt, words, task.text(was), task.text(now), given == wanted))
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,9 +127,16 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def peak_memory() -> int:
-    """The most memory this process has held so far, in bytes: the GPU's where one is used, else resident memory."""
+def peak_memory() -> int | None:
+    """The most memory this process has held so far, in bytes: the GPU's where one is used, else resident memory.
+
+    None where the system does not tell (Windows).
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

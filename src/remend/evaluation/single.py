@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.base import find_modules
-from remend.core.branch import branches
+from remend.core.branch import branches, frozen
 from remend.core.low_rank import LowRank, stack
 from remend.edit import Edit
 from remend.editors.protocol import Editor
@@ -101,18 +101,31 @@ def evaluate(
     if not requests:
         raise RequestError("there is no request to evaluate on")
     task = CausalLM(model, tokenizer)
+    with frozen(model):
+        cases, seconds = _all_cases(task, editor, requests, max_new_tokens, on_progress)
+    name = str(model.config._name_or_path)
+    return Report(name, data, cases, seconds / len(requests), environment(task.device))
+
+
+def _all_cases(
+    task: CausalLM,
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    max_new_tokens: int,
+    on_progress: Callable[[int, int], None],
+) -> tuple[list[Case], float]:
+    """Every request's case, and the seconds that making the edits took."""
     own = _own_answers(task, requests, max_new_tokens)
     cases: list[Case] = []
     seconds = 0.0
     for start in range(0, len(requests), EDITS_AT_ONCE):
         chunk = requests[start : start + EDITS_AT_ONCE]
         began = time.perf_counter()
-        edits = editor.edit_each(model, tokenizer, chunk)
+        edits = editor.edit_each(task.model, task.tokenizer, chunk)
         seconds += time.perf_counter() - began
         cases += _cases(task, chunk, edits, own, start)
         on_progress(len(cases), len(requests))
-    name = str(model.config._name_or_path)
-    return Report(name, data, cases, seconds / len(requests), environment(task.device))
+    return cases, seconds
 
 
 def _own_answers(task: CausalLM, requests: Sequence[EditRequest], limit: int) -> dict[str, tuple[int, ...]]:
@@ -161,8 +174,8 @@ def _answered(task: CausalLM, prompt: str, own: Mapping[str, tuple[int, ...]]) -
 @torch.no_grad()
 def _look(task: CausalLM, edits: Sequence[Edit], wanted: Sequence[Mapping[Pair, None]]) -> list[dict[Pair, _Look]]:
     """The first choices at every wanted pair's target, before and after its own edit; rows of all edits go together."""
-    modules = find_modules(task.model, edits[0].changes)
-    changes = {name: stack([edit.changes[name] for edit in edits]) for name in modules}
+    changes = _stacked(edits)
+    modules = find_modules(task.model, changes)
     rows = [(number, pair) for number, pairs in enumerate(wanted) for pair in pairs]
     rows.sort(key=lambda row: len(row[1]))  # rows of like length pad least
     found: list[dict[Pair, _Look]] = [{} for _ in edits]
@@ -177,6 +190,16 @@ def _look(task: CausalLM, edits: Sequence[Edit], wanted: Sequence[Mapping[Pair, 
         for (number, pair), b, a in zip(chunk, before, after, strict=True):
             found[number][pair] = _Look(pair, b, a)
     return found
+
+
+def _stacked(edits: Sequence[Edit]) -> dict[str, LowRank]:
+    """One batched change for each module that any of the edits touches; an edit that does not adds nothing there."""
+    stacked = {}
+    for name in dict.fromkeys(name for edit in edits for name in edit.changes):
+        like = next(edit.changes[name] for edit in edits if name in edit.changes)
+        nothing = LowRank(like.u[:0], like.delta[:0])
+        stacked[name] = stack([edit.changes.get(name, nothing) for edit in edits])
+    return stacked
 
 
 def _selected(change: LowRank, episodes: torch.Tensor) -> LowRank:

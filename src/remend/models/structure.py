@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -22,10 +23,15 @@ def editable_modules(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str
         ModelError: nothing matches, or no stack of blocks with MLPs was found; the message names what exists.
     """
     every = {name: module for name, module in model.named_modules() if is_editable(module)}
+    for name in _shared(model, every):
+        del every[name]
     if patterns:
         chosen = {n: m for n, m in every.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
         if not chosen:
-            raise ModelError(f"no editable module matches {' '.join(patterns)}; {nearest(patterns[0], every)}")
+            raise ModelError(
+                f"no editable module matches {' '.join(patterns)} (the output layer, and weights that several modules "
+                f"share, cannot be edited); {nearest(patterns[0], every)}"
+            )
         return chosen
     blocks = block_stack(model)
     names = [name for prefix, block in blocks[-LAST_BLOCKS:] for name in mlp_matrices(prefix, block)]
@@ -57,9 +63,19 @@ def block_stack(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def mlp_matrices(prefix: str, block: nn.Module) -> list[str]:
     """The names of the MLP's matrices in one block.
 
-    The MLP is the group of linear layers under one parent in which one widens, d → m, and another narrows, m → d, with
-    the largest m. (Attention has such pairs too where its heads are wider than the model, but narrower than the MLP.)
+    The MLP is the group of linear layers under one parent in which one widens, d → m (or d → 2m, a fused gate and up
+    projection), and another narrows again, m → d, with the largest m > d. Attention has such pairs too where its heads
+    are together wider than the model, but narrower than the MLP.
+
+    Raises:
+        ModelError: the MLP's weights are not matrices (experts stored as one tensor of three axes).
     """
+    for name, parameter in block.named_parameters(prefix=prefix):
+        if parameter.dim() == 3:
+            raise ModelError(
+                f"{name} holds several experts in one tensor of shape {tuple(parameter.shape)}, which cannot be edited "
+                "yet; name other matrices with --modules (attention's, say)"
+            )
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     for name, module in block.named_modules(prefix=prefix):
         if is_editable(module):
@@ -67,9 +83,21 @@ def mlp_matrices(prefix: str, block: nn.Module) -> list[str]:
     best: list[str] = []
     width = 0
     for members in groups.values():
-        for d_in, d_out in members.values():
-            pair = {(d_in, d_out), (d_out, d_in), (d_in, 2 * d_out)}  # (d, 2m) → m: a fused gate and up projection
-            if (d_out, d_in) in members.values() and d_out > width:
-                width = d_out
-                best = [name for name, shape in members.items() if shape in pair]
+        for m, d in members.values():
+            wide = {(d, m), (d, 2 * m)}
+            if m > d and m > width and wide & set(members.values()):
+                width, best = m, [name for name, shape in members.items() if shape in {*wide, (m, d)}]
     return best
+
+
+def _shared(model: nn.Module, editable: Mapping[str, nn.Module]) -> list[str]:
+    """Editable modules that must not be edited: the output layer, and those whose weight another module uses too.
+
+    A side branch would act on one use of a shared weight, a merged edit on all of them.
+    """
+    users: Counter[int] = Counter()
+    for module in model.modules():
+        users.update(id(parameter) for parameter in module.parameters(recurse=False))
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    return [name for name, module in editable.items() if module is head or users[id(module.weight)] > 1]

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from remend.core.branch import frozen
 from remend.core.losses import target_loss
 from remend.errors import ModelError, RequestError
 
@@ -70,8 +71,6 @@ class CausalLM:
         Raises:
             RequestError: a side is empty, or both together are longer than the model's context.
         """
-        if not prompt.strip() or not target.strip():
-            raise RequestError(f"prompt {prompt!r} and target {target!r} must both hold some text")
         asked = self.prompt_ids(prompt)
         space = "" if prompt[-1].isspace() else " "
         whole = self._strip_end(self.tokenizer(prompt + space + target.strip()).input_ids)
@@ -79,6 +78,8 @@ class CausalLM:
             answer = whole[len(asked) :]
         else:
             answer = self.tokenizer(space + target.strip(), add_special_tokens=False).input_ids
+        if not answer or not target.strip():
+            raise RequestError(f"the target {target!r} holds no text that the tokenizer knows")
         end = self.tokenizer.eos_token_id
         pair = Pair(tuple(asked), (*answer, *([] if end is None else [end])))
         if self.context is not None and len(pair) > self.context:
@@ -90,8 +91,15 @@ class CausalLM:
         return pair
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of a prompt that is asked: with the tokenizer's beginning tokens, without an end token."""
-        return self._strip_end(self.tokenizer(prompt).input_ids)
+        """Token ids of a prompt that is asked: with the tokenizer's beginning tokens, without an end token.
+
+        Raises:
+            RequestError: the prompt is empty, or nothing of it is left when tokenised.
+        """
+        ids = self._strip_end(self.tokenizer(prompt).input_ids) if prompt.strip() else []
+        if not ids:
+            raise RequestError(f"the prompt {prompt!r} holds no text that the tokenizer knows")
+        return ids
 
     def _strip_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
@@ -99,8 +107,7 @@ class CausalLM:
     def collate(self, pairs: Sequence[Pair]) -> Batch:
         """One batch of ``pairs`` on the model's device."""
         length = max(len(pair) for pair in pairs) - 1  # the last token predicts nothing
-        fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        ids = torch.full((len(pairs), length), fill)
+        ids = torch.zeros((len(pairs), length), dtype=torch.long)  # padding is masked: any token of the vocabulary does
         mask = torch.zeros((len(pairs), length), dtype=torch.bool)
         row: list[int] = []
         position: list[int] = []
@@ -139,7 +146,6 @@ class CausalLM:
         """−log p(target | prompt) of each pair, a target token's mean: the paper's l_e."""
         return target_loss(self.target_logits(batch), batch.target, batch.row, batch.rows)
 
-    @torch.no_grad()
     def answers(self, prompts: Sequence[str], max_new_tokens: int = 32, batch_size: int = 64) -> list[tuple[int, ...]]:
         """Greedy answers, as token ids up to and with the end token (without it where the limit came first).
 
@@ -157,7 +163,8 @@ class CausalLM:
             for start in range(0, len(members), batch_size):
                 chunk = members[start : start + batch_size]
                 asked = torch.tensor([ids[i] for i in chunk], device=self.device)
-                found |= zip(chunk, self._greedy(asked, room), strict=True)
+                with frozen(self.model), torch.no_grad():
+                    found |= zip(chunk, self._greedy(asked, room), strict=True)
         return [found[i] for i in range(len(prompts))]
 
     def _greedy(self, asked: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]:

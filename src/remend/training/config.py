@@ -55,14 +55,14 @@ PRESETS: dict[str, tuple[MendConfig, TrainingConfig]] = {
     "default": (
         MendConfig(rank=256, alpha=0.2, ridge=1e-4, relative=True),
         TrainingConfig(
-            edit_weight=0.3,
+            edit_weight=1.0,
             batch_size=16,
             learning_rate=5e-4,
             alpha_learning_rate=5e-3,
             decay=True,
-            max_steps=3_000,
-            patience=3_000,
-            validate_every=200,
+            max_steps=1_000,
+            patience=1_000,
+            validate_every=100,
             validation_size=300,
         ),
     ),

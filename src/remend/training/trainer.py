@@ -21,6 +21,7 @@ from remend.editors.calibration import calibrate
 from remend.editors.mend import Mend
 from remend.errors import NonFiniteError, TrainingError
 from remend.request import EditRequest
+from remend.storage import check_target
 from remend.tasks.causal_lm import CausalLM
 from remend.training.config import PRESETS, TrainingConfig
 from remend.training.episodes import EpisodeBatch, Episodes
@@ -131,8 +132,16 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, batches: Sequence[EpisodeBatch]) -> dict[str, float]:
-        """Means over the episodes of ``batches``: the outer loss, its two parts, edit success and locality."""
-        found = [self.losses(batch) for batch in batches]
+        """Means over the episodes of ``batches``: the outer loss, its two parts, edit success and locality.
+
+        Raises:
+            NonFiniteError: a loss is NaN or infinite.
+        """
+        found = []
+        for batch in batches:
+            found.append(self.losses(batch))
+            if not (found[-1].edit + found[-1].locality).isfinite().all():
+                self._refuse_non_finite(found[-1], batch)
         means = {
             name: float(torch.cat([getattr(losses, name).float() for losses in found]).mean())
             for name in ("edit", "locality", "taken", "kept")
@@ -205,10 +214,15 @@ def train(
     started = time.monotonic()
     if preset not in PRESETS:
         raise TrainingError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    if budget_seconds is not None and not budget_seconds > 0:
+        raise TrainingError(f"budget_seconds is how long to train and must be positive, not {budget_seconds}")
+    if out is not None:
+        check_target(out)
     settings = config or PRESETS[preset][1]
     requests, validation = _split(requests, validation, settings)
     task = CausalLM(model, tokenizer)
     chosen = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
+    _check_fresh(chosen, model)
     trainer = Trainer(task, chosen, requests, settings)
     held_out = Episodes(task, validation[: settings.validation_size], settings.seed).fixed(settings.batch_size)
     run = _Run(trainer, held_out, started, budget_seconds, out)
@@ -221,6 +235,16 @@ def train(
     if run.history[-1]["step"] != trainer.step:
         on_progress(Progress(trainer.step, 1.0, loss, run.validate()))
     return run.finish()
+
+
+def _check_fresh(editor: Mend, model: PreTrainedModel) -> None:
+    """An editor to train must be for this very model, and not have been fitted before."""
+    editor.base.check(model, "this editor")
+    if editor.trained or any(int(network.u_statistics.count.sum()) for network in map(editor.network, editor.groups)):
+        raise TrainingError(
+            "this editor was trained already: its networks belong to the statistics it has. Train a new one "
+            "(Mend.for_model)"
+        )
 
 
 class _Run:

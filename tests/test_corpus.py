@@ -1,0 +1,22 @@
+"""Edits saved by earlier releases load in this one, and still do what they did."""
+
+from pathlib import Path
+
+import pytest
+
+import remend
+from remend.tasks.causal_lm import CausalLM
+
+CORPUS = sorted(path for path in (Path(__file__).parent / "corpus").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("folder", CORPUS, ids=lambda folder: folder.name)
+def test_an_old_edit_still_works(folder):
+    model, tokenizer = remend.load("atlas", "cpu")
+    task = CausalLM(model, tokenizer)
+    edit = remend.Edit.load(folder)
+    (request,) = edit.requests
+    wanted = task.tokenise(request.prompt, request.target).target
+    assert task.answers([request.prompt]) != [wanted]
+    with edit.applied(model):
+        assert task.answers([request.prompt]) == [wanted]
