@@ -121,7 +121,7 @@ class Edit:
 
     def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules to change, after checking that ``model`` is the one this edit is for."""
-        self.base.check_architecture(model, "this edit")
+        self.base.check(model, "this edit")
         modules = find_modules(model, self.changes)
         for name, module in modules.items():
             change = self.changes[name]
@@ -129,7 +129,6 @@ class Edit:
                 raise EditError(
                     f"{name} has shape {dimensions(module)}, the edit {change.u.shape}, {change.delta.shape}"
                 )
-        self.base.check(model, "this edit")
         return modules
 
     # -- arithmetic ----------------------------------------------------------------------------------------------
