@@ -73,8 +73,9 @@ def test_an_edit_can_be_made_in_inference_mode(task, editor):
 def test_settings_of_decoding_and_loading_do_not_make_another_model(task, edit):
     task.model.config.pad_token_id = 7
     task.model.config.output_hidden_states = False
+    before = logits(task)
     with edit.applied(task.model):
-        pass
+        assert not torch.equal(logits(task), before)
 
 
 def test_several_requests_are_the_sum_of_each(task, editor):

@@ -2,7 +2,7 @@
 
 The choice is deterministic: no clock, no process-dependent hash, so the same source gives the same bytes.
 
-    python scripts/atlas/build_facts.py --source ../shared/data/pararel/facts.tsv
+    python scripts/atlas/build_facts.py --source facts.tsv
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     """Read the source, choose, split and write."""
     root = Path(__file__).resolve().parents[2] / "src/remend/assets/atlas"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, default=Path("../shared/data/pararel/facts.tsv"))
+    parser.add_argument("--source", type=Path, required=True, help="subject, relation, object; one triple a line")
     parser.add_argument("--excluded", type=Path, default=Path(__file__).with_name("excluded.tsv"))
     parser.add_argument("--out", type=Path, default=root / "facts.tsv")
     parser.add_argument("--size", type=int, default=3530, help="about how many facts to keep")
