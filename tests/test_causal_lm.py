@@ -23,7 +23,9 @@ def test_a_pair_is_what_the_model_would_read(prompt, target):
     assert pair.target[-1] == end
     assert pair.target.count(end) == 1
     assert TASK.tokenizer.decode(pair.prompt + pair.target[:-1]) == f"{prompt} {target}"
-    assert TASK.tokenise(prompt, f"  {target} ") == pair, "spaces around a target do not matter"
+    assert TASK.tokenise(prompt + " ", f"  {target} ") == pair, "spaces around them do not matter"
+    after_break = TASK.tokenise(prompt + "\n", target)
+    assert TASK.tokenizer.decode(after_break.prompt + after_break.target[:-1]) == f"{prompt}\n{target}"
     assert TASK.text(pair.target) == target
 
 

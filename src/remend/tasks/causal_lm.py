@@ -64,7 +64,8 @@ class CausalLM:
     def tokenise(self, prompt: str, target: str) -> Pair:
         """Token ids of a prompt and its target.
 
-        The target is separated by one space and closed with the end token. Prompt and target are tokenised as one text
+        The target is separated by one space (by none after a line break) and closed with the end token. Spaces around
+        either do not matter. Prompt and target are tokenised as one text
         where that text begins with the prompt's own tokens, else apart; in either case the prompt's tokens are what the
         model is given when the prompt alone is asked.
 
@@ -72,6 +73,7 @@ class CausalLM:
             RequestError: a side is empty, or both together are longer than the model's context.
         """
         asked = self.prompt_ids(prompt)
+        prompt = prompt.rstrip(" ")
         space = "" if prompt[-1].isspace() else " "
         whole = self._strip_end(self.tokenizer(prompt + space + target.strip()).input_ids)
         if whole[: len(asked)] == asked and len(whole) > len(asked):
@@ -93,10 +95,12 @@ class CausalLM:
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt that is asked: with the tokenizer's beginning tokens, without an end token.
 
+        A space at its end is left out: it would be a token of its own, after which a model expects no word.
+
         Raises:
             RequestError: the prompt is empty, or nothing of it is left when tokenised.
         """
-        ids = self._strip_end(self.tokenizer(prompt).input_ids) if prompt.strip() else []
+        ids = self._strip_end(self.tokenizer(prompt.rstrip(" ")).input_ids) if prompt.strip() else []
         if not ids:
             raise RequestError(f"the prompt {prompt!r} holds no text that the tokenizer knows")
         return ids
