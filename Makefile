@@ -30,8 +30,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: install ## what an edit costs, beside a forward and backward pass
+bench: install ## what an edit and a training episode cost
 	$(BIN)/python benchmarks/edit_cost.py
+	$(BIN)/python benchmarks/training_speed.py
 
 # PARAREL=facts.tsv chooses the facts anew from ParaRel's triples (SOURCE.md); without it, the committed ones are used.
 PARAREL ?=
