@@ -208,6 +208,11 @@ def test_the_budget_ends_the_run():
     assert [entry["step"] for entry in editor.trained["history"]] == [0, editor.trained["steps"]]
 
 
+def test_a_budget_too_small_to_learn_in_is_refused():
+    with pytest.raises(TrainingError, match="over before the first step"):
+        trained(worlds.gpt2(), worlds.requests(10), budget_seconds=1e-3)
+
+
 def test_patience_ends_the_run():
     settings = TrainingConfig(
         **{**vars(SETTINGS), "learning_rate": 1e-12, "alpha_learning_rate": 1e-12, "patience": 20}

@@ -83,6 +83,11 @@ def train(
     run = _Run(trainer, held_out, started, budget_seconds, out)
     trainer.calibrate()
     run.validate()
+    if run.over():
+        raise TrainingError(
+            f"the {budget_seconds:.0f} s were over before the first step: measuring statistics and the start took "
+            f"{run.seconds():.0f} s. Give a larger budget, or fewer validation requests"
+        )
     while not run.over():
         loss = trainer.train_step(run.share())
         measured = run.validate() if trainer.step % settings.validate_every == 0 else None
