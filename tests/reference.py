@@ -75,10 +75,17 @@ def statistics(rows):
     return rows.mean(0), torch.sqrt(torch.maximum(variance, floor))
 
 
-def whitener(rows, ridge):
-    """(C + ridge · mean eigenvalue)^(−1/2) for C = E[u uᵀ], scaled so that the rows keep their mean square."""
+def whitener(rows, prompts, ridge):
+    """(C + ridge · mean eigenvalue)^(−1/2) for C = E[u uᵀ], scaled so that the rows keep their mean square.
+
+    The ridge is at least what Ledoit and Wolf's estimate of the weight of the identity makes of so few prompts.
+    """
     rows = torch.stack(rows).double()
     moment = sum(torch.outer(u, u) for u in rows) / len(rows)
+    spread = sum(((torch.outer(u, u) - moment) ** 2).sum() for u in rows) / len(rows) / prompts
+    weight = spread / ((moment - moment.trace() / len(moment) * torch.eye(len(moment))) ** 2).sum()
+    weight = min(float(weight), 0.999)
+    ridge = max(ridge, weight / (1 - weight))
     values, vectors = torch.linalg.eigh(moment + ridge * moment.trace() / len(moment) * torch.eye(len(moment)))
     root = vectors @ torch.diag(values**-0.5) @ vectors.T
     scale = (rows**2).mean().sqrt() / ((rows @ root) ** 2).mean().sqrt()
@@ -112,7 +119,7 @@ class Reference(nn.Module):
         found = [tokens_of_gradient(self.model[0], self.names, text) for text in texts]
         self.white = {n: torch.eye(self.shape[n][0]) for n in self.names}
         if ridge:
-            self.white = {n: whitener([u for f in found for u in f[n][2]], ridge) for n in self.names}
+            self.white = {n: whitener([u for f in found for u in f[n][2]], len(texts), ridge) for n in self.names}
         self.u_norm = {n: statistics([self.white[n] @ u for f in found for u, _ in f[n][0]]) for n in self.names}
         self.d_norm = {n: statistics([d for f in found for _, d in f[n][0]]) for n in self.names}
 

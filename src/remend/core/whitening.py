@@ -12,28 +12,44 @@ class SecondMoment:
 
     def __init__(self, d: int, device: torch.device) -> None:
         self.total = torch.zeros(d, d, device=device)
-        self.count = 0
+        self.fourth = torch.zeros((), device=device)
+        self.tokens = 0
+        self.prompts = 0
 
     def update(self, u: Float[Tensor, "episode token d"], tokens: Bool[Tensor, "episode token"]) -> None:
         """Add the inputs at the given tokens."""
         rows = u[tokens].to(self.total.device)
         self.total += rows.T @ rows
-        self.count += rows.shape[0]
+        self.fourth += rows.square().sum(1).square().sum()
+        self.tokens += rows.shape[0]
+        self.prompts += u.shape[0]
 
     def whitener(self, ridge: float) -> Float[Tensor, "d d"]:
-        """(C + ridge · mean eigenvalue · I)^(−1/2), symmetric, scaled so that whitened inputs keep their mean square.
+        """(C + floor · mean eigenvalue · I)^(−1/2), symmetric, scaled so that whitened inputs keep their mean square.
+
+        The floor is ``ridge``, or more where C is known from too little: then a direction that happened not to occur
+        would be blown up the first time it does. How much more is Ledoit and Wolf's shrinkage (2004): their optimal
+        weight ρ of the identity, as ρ / (1 − ρ). Prompts are counted as the independent samples, not their tokens.
 
         Args:
             ridge: the share of the mean eigenvalue below which a direction counts as noise.
         """
         total = self.total.cpu() if self.total.device.type == "mps" else self.total  # which has no float64
-        moment = total.double() / max(self.count, 1)
+        moment = total.double() / max(self.tokens, 1)
         values, vectors = torch.linalg.eigh(moment)
         values = values.clamp(min=0)
         mean = values.mean()
         if mean == 0:  # a layer whose input is always zero: there is nothing to whiten, and nothing to edit
             return torch.eye(len(values), device=self.total.device)
-        roots = (values + ridge * mean).rsqrt()
+        roots = (values + max(ridge, self._shrinkage(values)) * mean).rsqrt()
         kept = (values * roots.square()).mean()  # mean square of a whitened input's dimension
         whitener: Tensor = (vectors * roots) @ vectors.T * (mean / kept).sqrt()
         return whitener.float().to(self.total.device)
+
+    def _shrinkage(self, values: Float[Tensor, " d"]) -> float:
+        """ρ / (1 − ρ), with ρ = E‖û ûᵀ − C‖² / n over ‖C − mean eigenvalue · I‖² (Ledoit and Wolf, section 3)."""
+        size = float(values.square().sum())
+        spread = (float(self.fourth) / self.tokens - size) / self.prompts
+        distance = size - len(values) * float(values.mean()) ** 2
+        weight = min(max(spread, 0.0) / distance, 0.999) if distance > 0 else 0.999
+        return weight / (1 - weight)
