@@ -64,6 +64,13 @@ def test_a_malformed_line_is_named(line, message, tmp_path):
         read_requests(file)
 
 
+def test_keys_that_look_misspelt_are_pointed_out(tmp_path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"prompt": "p", "target": "t", "paraphrase": ["q"], "relation": "P36"}\n' * 2)
+    with pytest.warns(UserWarning, match="2 lines have the key 'paraphrase'; did you mean 'paraphrases'"):
+        read_requests(file)
+
+
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(RequestError, match="No such file"):
         read_requests(tmp_path / "none.jsonl")

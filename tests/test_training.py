@@ -170,13 +170,19 @@ def test_non_finite_activations_name_the_layer(task):
 def test_a_non_finite_validation_stops_the_run(monkeypatch, tmp_path):
     def broken(self, batch):
         found = real(self, batch)
-        return replace(found, edit=found.edit * math.nan) if self.step == 10 else found
+        return replace(found, edit=found.edit * math.nan) if self.step == 20 else found
 
     real = Trainer.losses
     monkeypatch.setattr(Trainer, "losses", broken)
-    with pytest.raises(NonFiniteError, match="step 10"):
+    with pytest.raises(NonFiniteError, match="step 20"):
         trained(worlds.gpt2(), worlds.requests(40), out=tmp_path / "editor")
-    assert Mend.from_pretrained(tmp_path / "editor").trained["best_step"] == 0, "the best state so far is kept"
+    assert Mend.from_pretrained(tmp_path / "editor").trained["best_step"] == 10, "the best state so far is kept"
+
+
+def test_an_earlier_editor_is_not_overwritten(editor, tmp_path):
+    editor.save_pretrained(tmp_path / "editor")
+    with pytest.raises(FileError, match="holds an editor or an edit already"):
+        trained(worlds.gpt2(), worlds.requests(12), out=tmp_path / "editor")
 
 
 def test_an_editor_is_trained_once_and_for_its_own_model():
@@ -229,7 +235,7 @@ def test_an_editor_refuses_another_architecture_and_warns_of_other_weights(task,
         task.model.get_submodule(next(iter(editor.shapes))).weight.mul_(1.1)
     with pytest.warns(UserWarning, match="trained for .* with other weights"):
         editor.edit(task.model, task.tokenizer, requests)
-    with pytest.raises(RequestError, match="no request"):
+    with pytest.raises(RequestError, match="at least one EditRequest"):
         editor.edit(task.model, task.tokenizer, [])
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from remend.evaluation import Report, evaluate
     from remend.models import load
     from remend.request import EditRequest, Probe, read_requests
+    from remend.tasks import answers
     from remend.training import TrainingConfig, train
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _ROOMS = {
     "RemendError": "errors",
     "Report": "evaluation",
     "TrainingConfig": "training",
+    "answers": "tasks",
     "evaluate": "evaluation",
     "load": "models",
     "read_requests": "request",
@@ -47,6 +49,7 @@ __all__ = [
     "RemendError",
     "Report",
     "TrainingConfig",
+    "answers",
     "evaluate",
     "load",
     "read_requests",

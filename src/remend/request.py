@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,6 +96,7 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     requests = [parse_request(text, f"{path}, line {number}") for number, text in _lines(path)]
     if not requests:
         raise RequestError(f"{path} holds no request: one JSON object a line was expected")
+    _warn_of_misspelt_keys(path, requests)
     return requests
 
 
@@ -100,6 +104,16 @@ def write_requests(path: str | Path, requests: list[EditRequest]) -> None:
     """Write requests as JSON lines, leaving out what is empty."""
     lines = [json.dumps(request.to_json(), ensure_ascii=False) for request in requests]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _warn_of_misspelt_keys(path: Path, requests: list[EditRequest]) -> None:
+    """Unknown keys are the caller's own, unless they look very much like known ones."""
+    unknown = Counter(key for request in requests for key in request.model_extra or {})
+    for key, lines in unknown.items():
+        if meant := difflib.get_close_matches(key, EditRequest.model_fields, n=1, cutoff=0.8):
+            warnings.warn(
+                f"{path}: {lines} lines have the key {key!r}; did you mean {meant[0]!r}? It is ignored", stacklevel=3
+            )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -71,8 +71,10 @@ def check_target(path: str | Path) -> None:
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise FileError(f"cannot write {path}: {above} is not a folder one can write to; choose another place")
         return
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-    ours = path.is_dir() and (not names or (names <= {MANIFEST, TENSORS} and _is_ours(path / MANIFEST)))
+    if not path.is_dir():
+        raise FileError(f"{path} is a file; choose a folder, or a name that is free")
+    names = {entry.name for entry in path.iterdir()}
+    ours = not names or (names <= {MANIFEST, TENSORS} and _is_ours(path / MANIFEST))
     if not ours:
         raise FileError(
             f"{path} holds {', '.join(sorted(names)[:3])}, not just what remend wrote; it was left alone. "
@@ -103,6 +105,8 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FileError(f"{file} is damaged, it is not JSON ({error}); save or fetch it again") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
+    if str(found).partition("/")[0] != kind.partition("/")[0] and str(found).startswith("remend."):
+        raise FileError(f"{path} holds a {found}, not a {kind}: an editor and an edit are different things")
     if found != kind:
         raise FileError(f"{file} says format {found!r}; this version of remend reads {kind!r} here")
     assert isinstance(manifest, dict)

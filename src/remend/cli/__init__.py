@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong use.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted.",
 )
 app.command()(demo.demo)
 app.command()(editing.edit)

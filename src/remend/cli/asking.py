@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from remend.cli import options
 from remend.cli.words import plain
@@ -27,11 +27,9 @@ def show(
     console = Console()
     loaded = Edit.load(edit)
     size = sum(file.stat().st_size for file in edit.iterdir())
-    made_by = " ".join(f"{key} {value}" for key, value in loaded.editor.items() if not isinstance(value, dict))
+    made_by = loaded.editor.get("name", "an unnamed editor")
     console.print(f"[bold]{plain(str(edit))}[/]  {size / 1024:.0f} KiB")
-    console.print(
-        f"for {plain(loaded.base.name)}, made {plain(loaded.created)} by {plain(made_by) or 'an unnamed editor'}"
-    )
+    console.print(f"for {plain(loaded.base.name)}, made {plain(loaded.created)} by {plain(made_by)}")
     for request in loaded.requests:
         console.print(f"  {plain(request.prompt)} … → [green]{plain(request.target)}[/]")
     console.print(_matrices(loaded))
@@ -75,9 +73,9 @@ def _matrices(edit: Edit) -> Table:
     """One row a matrix, with a bar for the size of its change."""
     norms = edit.norms()
     largest = max(norms.values(), default=0.0) or 1.0
-    table = Table("matrix", "shape", "rank", "‖ΔW‖", "")
+    table = Table(Column("matrix", overflow="fold"), "shape", "rank", "‖ΔW‖", "")
     for name, change in edit.changes.items():
-        bar = "█" * max(1, round(24 * norms[name] / largest)) if norms[name] else ""
+        bar = "█" * max(1, round(12 * norms[name] / largest)) if norms[name] else ""
         shape = f"{change.u.shape[-1]} → {change.delta.shape[-1]}"
         table.add_row(plain(name), shape, str(change.rank), f"{norms[name]:.4g}", f"[cyan]{bar}[/]")
     return table

@@ -63,7 +63,7 @@ def edit(
     if json is not None:
         out_name = str(out) if saved else None
         write_json(json, {"taken": not failed, "out": out_name, "answers": [as_json(found) for found in answers]})
-    if failed:
+    if not saved:
         raise typer.Exit(1)
 
 

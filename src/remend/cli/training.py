@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from remend.cli.words import plain
 
 if TYPE_CHECKING:
     from remend.training import Progress as Step
+
+DOUBTFUL = 0.5
+"""Below this share of edits taken, or of unrelated answers kept, on validation, an editor does more harm than good."""
 
 
 def train(
@@ -60,21 +63,40 @@ def train(
             if step.validation is not None:
                 console.print(f"step {step.step}: {_words(step.validation)}", highlight=False)
 
-        trained = train_editor(
-            base,
-            tokenizer,
-            requests,
-            held_out,
-            config=settings,
-            editor=editor,
-            budget_seconds=budget_seconds,
-            out=out,
-            on_progress=follow,
-        )
+        try:
+            trained = train_editor(
+                base,
+                tokenizer,
+                requests,
+                held_out,
+                config=settings,
+                editor=editor,
+                budget_seconds=budget_seconds,
+                out=out,
+                on_progress=follow,
+            )
+        except KeyboardInterrupt:
+            bar.stop()
+            console.print(_stopped(editor.trained, out), soft_wrap=True)
+            raise typer.Exit(130) from None
     best = min(trained.trained["history"], key=lambda entry: entry["loss"])
     console.print(f"best at step {best['step']:.0f}: {_words(best)}; saved to [bold]{plain(out)}[/]", soft_wrap=True)
+    if min(best["taken"], best["kept"]) < DOUBTFUL:
+        console.print(
+            "[red]This editor is not fit for use[/]: give it more requests about more subjects, with paraphrases and "
+            "locality examples that the model answers well, or more time",
+            soft_wrap=True,
+        )
     if json is not None:
         write_json(json, trained.trained)
+
+
+def _stopped(trained: dict[str, Any], out: Path) -> str:
+    """What is left of a run that was interrupted."""
+    if not out.exists() or not trained:
+        return "stopped before anything was learnt; nothing was saved"
+    best = min(trained["history"], key=lambda entry: entry["loss"])
+    return f"stopped; the best state so far, of step {best['step']}, is in [bold]{plain(out)}[/]: {_words(best)}"
 
 
 def _bar(console: Console) -> Progress:

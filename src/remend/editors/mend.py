@@ -241,8 +241,8 @@ class Mend(nn.Module):
         return found
 
     def _check(self, model: PreTrainedModel, requests: Sequence[EditRequest]) -> Base:
-        if not requests:
-            raise RequestError("there is no request: give at least one prompt with its target")
+        if not requests or isinstance(requests, EditRequest) or not all(isinstance(r, EditRequest) for r in requests):
+            raise RequestError("give a list of at least one EditRequest(prompt=…, target=…)")
         self.base.check_architecture(model, "this editor")
         base = Base.of(model, self.shapes)
         if base.weights != self.base.weights:

@@ -47,6 +47,8 @@ def load(
     source = str(ATLAS_FOLDER / "model") if model == ATLAS else model
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source} is not a model folder: it has no config.json")
+    if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ModelError(f"there is no folder {source}; MODEL is 'atlas', a folder or a hub id")
     chosen = dtype or (torch.float32 if target.type == "cpu" else "auto")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -55,7 +57,9 @@ def load(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load {model!r} as a causal language model: {reason} "
-            "(MODEL is 'atlas', a folder written by save_pretrained, or a hub id)"
+            "(MODEL is 'atlas', a folder written by save_pretrained, or a hub id; there is no folder of this name here)"
+            if not Path(source).exists()
+            else f"cannot load {model!r} as a causal language model: {reason}"
         ) from error
     loaded.config._name_or_path = model
     torch.nn.Module.to(loaded, target)

@@ -199,6 +199,18 @@ class CausalLM:
         return str(self.tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
 
 
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int = 32
+) -> list[str]:
+    """The model's free answers (greedy, to its own end token) as text: to see what an edit that is applied does.
+
+    Raises:
+        RequestError: a prompt is empty, or leaves no room for an answer.
+    """
+    task = CausalLM(model, tokenizer)
+    return [task.text(answer) for answer in task.answers(prompts, max_new_tokens)]
+
+
 @contextmanager
 def _gather(head: nn.Module, row: Int[Tensor, " target"], position: Int[Tensor, " target"]) -> Iterator[None]:
     """Within the block, ``head`` sees only the hidden states at the given rows and positions, as one long row."""

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.config import to_json
 from remend.editors.mend import Mend
-from remend.errors import TrainingError
+from remend.errors import FileError, TrainingError
 from remend.request import EditRequest
-from remend.storage import check_target
+from remend.storage import MANIFEST, check_target
 from remend.tasks.causal_lm import CausalLM
 from remend.training.config import PRESETS, TrainingConfig
 from remend.training.episodes import EpisodeBatch, Episodes
@@ -59,11 +59,12 @@ def train(
         config: training settings, instead of the preset's.
         editor: an untrained editor, instead of the preset's.
         budget_seconds: end after this time at the latest.
-        out: where the best state is kept up to date while training (a folder for ``Mend.from_pretrained``).
+        out: a new folder in which the best state is kept up to date while training (for ``Mend.from_pretrained``).
         on_progress: called after every step.
 
     Raises:
         TrainingError: training and validation share a subject, or no gradient reaches some tensor.
+        FileError: something stands at ``out`` already.
         NonFiniteError: something became NaN or infinite; the message names layer and batch.
     """
     started = time.monotonic()
@@ -73,6 +74,8 @@ def train(
         raise TrainingError(f"budget_seconds is how long to train and must be positive, not {budget_seconds}")
     if out is not None:
         check_target(out)
+        if (Path(out) / MANIFEST).exists():
+            raise FileError(f"{out} holds an editor or an edit already; choose another folder, or delete it first")
     settings = config or PRESETS[preset][1]
     requests, validation = _split(requests, validation, settings)
     task = CausalLM(model, tokenizer)
@@ -159,7 +162,7 @@ class _Run:
             "best_step": self.best_step,
             "history": self.history,
         }
-        if self.out is not None:
+        if self.out is not None and self.trainer.step > 0:  # what was not trained must not look like an editor
             self.trainer.editor.save_pretrained(self.out)
 
 
