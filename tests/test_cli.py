@@ -10,7 +10,7 @@ import worlds
 from remend.cli import run
 from remend.editors import Mend
 from remend.request import write_requests
-from remend.training import PRESETS
+from remend.training import PRESETS, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,23 @@ def test_train_saves_an_editor_and_its_history(folder):
     history = json.loads((folder / "training.json").read_text())["history"]
     assert [entry["step"] for entry in history] == [0, 12]
     assert Mend.from_pretrained(folder / "editor").config == PRESETS["default"][0]
+
+
+@pytest.mark.parametrize(("steps", "message"), [(3, "stopped before anything was learnt"), (150, "of step 100, is in")])
+def test_an_interrupted_training_says_what_is_left(steps, message, folder, tmp_path, capsys, monkeypatch):
+    real = Trainer.train_step
+
+    def interrupted(self, share):
+        if self.step == steps:
+            raise KeyboardInterrupt
+        return real(self, share)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ["--data", folder / "train.jsonl", "--out", tmp_path / "editor", "--device", "cpu"]
+    assert remend("train", folder / "model", *arguments) == 130
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "editor").exists() is (steps == 150)
 
 
 def test_edit_show_and_ask(folder, capsys):
