@@ -37,7 +37,6 @@ def test_sums_stacks_and_norms(first, second, d_in, d_out):
     torch.testing.assert_close(concatenate([a, b]).dense(), a.dense() + b.dense(), rtol=1e-4, atol=1e-4)
     stacked = stack([a, b])
     torch.testing.assert_close(stacked.dense(), torch.stack([a.dense(), b.dense()]), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(stacked.summed().dense(), a.dense() + b.dense(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(stacked.select(torch.tensor([1])).dense()[0], b.dense(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(a.norm(), a.dense().norm(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(a.scaled(-2.5).dense(), -2.5 * a.dense(), rtol=1e-4, atol=1e-4)

@@ -54,10 +54,6 @@ class LowRank:
         """One change for each row of a batch: row i gets the change of episode ``episodes[i]``."""
         return LowRank(self.u[episodes], self.delta[episodes])
 
-    def summed(self) -> LowRank:
-        """All episodes' changes as one: ΔW = Σ_e ΔW_e (paper, section 3.1: several edits at once)."""
-        return LowRank(self.u.flatten(0, 1), self.delta.flatten(0, 1)) if self.batched else self
-
     def scaled(self, factor: float) -> LowRank:
         """``factor`` · ΔW."""
         return LowRank(self.u, self.delta * factor)

@@ -55,12 +55,8 @@ def load(
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=chosen)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot load {model!r} as a causal language model: {reason} "
-            "(MODEL is 'atlas', a folder written by save_pretrained, or a hub id; there is no folder of this name here)"
-            if not Path(source).exists()
-            else f"cannot load {model!r} as a causal language model: {reason}"
-        ) from error
+        where = "the folder" if Path(source).exists() else "taken for a hub id, since no folder has this name"
+        raise ModelError(f"cannot load {model!r} ({where}) as a causal language model: {reason}") from error
     loaded.config._name_or_path = model
     torch.nn.Module.to(loaded, target)
     return loaded.eval(), tokenizer
