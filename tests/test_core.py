@@ -85,11 +85,17 @@ def network():
     return made
 
 
+def both(g, u, delta):
+    """All of six tokens, the first four of matrix 0."""
+    (first_u, first_delta), (second_u, second_delta) = g(u.split((4, 2)), delta.split((4, 2)))
+    return torch.cat((first_u, second_u)), torch.cat((first_delta, second_delta))
+
+
 def test_it_starts_as_the_identity_on_normalised_inputs():
     g = network()
     u, delta = torch.randn(6, 5), torch.randn(6, 3) * 1e-5
-    matrix = torch.tensor([0, 0, 1, 1, 0, 1])
-    new_u, new_delta = g(u, delta, matrix)
+    matrix = torch.tensor([0, 0, 0, 0, 1, 1])
+    new_u, new_delta = both(g, u, delta)
     expected = (u - g.u_statistics.mean[matrix]) / g.u_statistics.deviation()[matrix]
     torch.testing.assert_close(new_u, expected)
     assert 0.3 < new_delta.abs().mean() < 3, "deltas of any size come out near one"
@@ -101,7 +107,7 @@ def test_every_parameter_learns_within_two_steps():
     optimizer = torch.optim.SGD(g.parameters(), lr=1e-2)
     for _ in range(2):
         optimizer.zero_grad()
-        new_u, new_delta = g(u, delta, torch.tensor([0, 0, 1, 1, 0, 1]))
+        new_u, new_delta = both(g, u, delta)
         (new_u.sum() - new_delta.square().sum()).backward()
         optimizer.step()
     assert all(bool(p.grad.any()) for p in g.parameters())
@@ -114,8 +120,7 @@ def test_matrices_share_weights_but_not_scale_and_offset():
     with torch.no_grad():
         g.first.offset[1] += 1
     u, delta = torch.randn(1, 5), torch.randn(1, 3) * 1e-5
-    first = g(u, delta, torch.tensor([0]))[0]
-    second = g(u, delta, torch.tensor([1]))[0]
+    (first, _), (second, _) = g([u, u], [delta, delta])
     shift = (g.u_statistics.mean / g.u_statistics.deviation()).detach()
     assert not torch.allclose(first + shift[0], second + shift[1])
 

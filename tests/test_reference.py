@@ -13,15 +13,9 @@ STEPS = 50
 CONFIG = TrainingConfig(batch_size=2, learning_rate=2e-3, alpha_learning_rate=1e-3, max_steps=STEPS, seed=3)
 
 
-def texts(batch):
-    """The texts of a right-padded batch, back as token ids."""
-    found = []
-    for row in range(batch.rows):
-        own = batch.row == row
-        target = batch.target[own].tolist()
-        prompt = batch.input_ids[row, : int(batch.position[own][0]) + 1].tolist()
-        found.append(Text(prompt, target))
-    return found
+def texts(pairs):
+    """What the reference reads."""
+    return [Text(list(pair.prompt), list(pair.target)) for pair in pairs]
 
 
 @pytest.fixture(params=[("gpt2", 0.0), ("llama", 0.0), ("gpt2", 1e-2)], ids=lambda p: f"{p[0]}, ridge {p[1]}")
@@ -47,8 +41,7 @@ def test_training_agrees_with_the_paper_step_by_step(pair):
     losses = []
     for step in range(STEPS):
         batch = trainer.episodes.batch(step, CONFIG.batch_size)
-        probes = texts(batch.probes)
-        episodes = zip(texts(batch.edits), probes[0::2], probes[1::2], strict=True)
+        episodes = zip(texts(batch.edits), texts(batch.neighbours), texts(batch.locality), strict=True)
         optimizer.zero_grad()
         loss = torch.stack([reference.episode_loss(*episode) for episode in episodes]).mean()
         loss.backward()

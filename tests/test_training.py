@@ -10,7 +10,6 @@ import torch
 import worlds
 from remend.config import from_json, to_json
 from remend.editors import Mend, MendConfig
-from remend.editors.calibration import calibrate
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError, TrainingError, WrongBaseError
 from remend.request import EditRequest
 from remend.tasks.causal_lm import CausalLM
@@ -87,10 +86,13 @@ def test_relative_step_sizes_follow_the_size_of_the_layer(task):
         with torch.no_grad():
             task.model.get_submodule(name).weight.mul_(scale)
         editor = Mend.for_model(task.model, MendConfig(rank=8, alpha=0.2, ridge=1e-4, relative=True))
-        batch = task.collate([task.tokenise(r.prompt, r.target) for r in worlds.requests(10)])
-        calibrate(editor, task, [batch])
-        factors = editor.capture(task, batch)[name]
-        u, change = factors.u[factors.active], editor({**editor.capture(task, batch)})[name]
+        trainer = Trainer(task, editor, worlds.requests(10), SETTINGS)
+        trainer.calibrate()
+        found_factors = trainer.constants.gradient_factors(
+            [task.tokenise(r.prompt, r.target) for r in worlds.requests(10)]
+        )
+        factors = found_factors[name]
+        u, change = factors.u[factors.active], editor(editor.rows(found_factors))[name]
         episode = torch.arange(len(factors.active)).repeat_interleave(factors.active.sum(1))
         moved = change.select(episode).branch(u)
         output = task.model.get_submodule(name)(u)
@@ -103,8 +105,7 @@ def test_the_batched_loss_is_the_mean_of_single_episodes(task, editor):
     trainer = Trainer(task, editor, worlds.requests(10), SETTINGS)
     together = trainer.losses(trainer.episodes.batch(0, 6))
     for number in range(6):
-        batch = trainer.episodes._collate([trainer.episodes._draw(number)])
-        alone = trainer.losses(batch)
+        alone = trainer.losses(trainer.episodes.batch(0, 6)[number : number + 1])
         torch.testing.assert_close(alone.edit[0], together.edit[number], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(alone.locality[0], together.locality[number], rtol=1e-2, atol=1e-4)
 
@@ -138,7 +139,7 @@ def test_a_detached_editor_is_refused_after_the_first_step(task, monkeypatch):
     trainer = Trainer(task, editor, worlds.requests(10), SETTINGS)
     trainer.calibrate()
     network = next(iter(editor.networks.values()))
-    monkeypatch.setattr(network.second, "forward", lambda z, matrix: z)  # part of the network is never used
+    monkeypatch.setattr(network.second, "forward", lambda z, counts, ledger: z)  # part of the network is never used
     trainer.train_step()
     with pytest.raises(TrainingError, match=r"no gradient reaches networks\.\w+\.second\.down"):
         trainer.train_step()

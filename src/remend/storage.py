@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from remend.errors import FileError, nearest
@@ -43,9 +42,9 @@ def write_folder(path: str | Path, kind: str, manifest: Mapping[str, Any], tenso
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror}; choose another place") from None
     try:
-        blob = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        _write(staged / TENSORS, blob)
-        content = {"format": kind, "sha256": {TENSORS: hashlib.sha256(blob).hexdigest()}, **manifest}
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
+        digest = _sync_and_hash(staged / TENSORS)
+        content = {"format": kind, "sha256": {TENSORS: digest}, **manifest}
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
         _write(staged / MANIFEST, (text + "\n").encode())
         staged.chmod(0o777 & ~_umask())
@@ -114,7 +113,7 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
 
 
 def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Manifest and tensors of a folder written by :func:`write_folder`.
+    """Manifest and tensors of a folder written by :func:`write_folder`; the tensors are mapped, not yet read.
 
     Raises:
         FileError: as :func:`read_manifest`, or the tensors are missing, truncated or not those of the manifest.
@@ -124,13 +123,11 @@ def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, 
     file = path / TENSORS
     if not file.is_file():
         raise FileError(f"{path} is incomplete: {TENSORS} is missing")
-    blob = file.read_bytes()
     sums = manifest.get("sha256")
-    expected = sums.get(TENSORS) if isinstance(sums, dict) else None
-    if hashlib.sha256(blob).hexdigest() != expected:
+    if _sync_and_hash(file) != (sums.get(TENSORS) if isinstance(sums, dict) else None):
         raise FileError(f"{file} is not what {MANIFEST} describes (sha256 differs): truncated or altered")
     try:
-        return manifest, load_tensors(blob)
+        return manifest, load_file(file)
     except safetensors.SafetensorError as error:
         raise FileError(f"{file} is not a safetensors file ({error})") from None
 
@@ -169,6 +166,13 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _sync_and_hash(path: Path) -> str:
+    """SHA-256 of a file that is safely on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _take_name(staged: Path, path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -30,7 +31,8 @@ class Branch:
         if self.change.u.device != x.device:
             self.change = self.change.to(x.device)
         dtype = self.change.u.dtype
-        return (output.to(dtype) + self.change.branch(x.to(dtype))).to(output.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return (output.to(dtype) + self.change.branch(x.to(dtype))).to(output.dtype)
 
 
 def attach(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> list[RemovableHandle]:

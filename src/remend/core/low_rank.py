@@ -50,8 +50,8 @@ class LowRank:
         own = x.reshape(self.u.shape[0], -1, x.shape[-1])
         return torch.bmm(torch.bmm(own, self.u.mT), self.delta).reshape(*x.shape[:-1], self.delta.shape[-1])
 
-    def select(self, episodes: Int[Tensor, " row"]) -> LowRank:
-        """One change for each row of a batch: row i gets the change of episode ``episodes[i]``."""
+    def select(self, episodes: Int[Tensor, " row"] | slice) -> LowRank:
+        """The changes of some episodes."""
         return LowRank(self.u[episodes], self.delta[episodes])
 
     def scaled(self, factor: float) -> LowRank:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn import functional
+from collections.abc import Sequence
+from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from remend.core.ledger import Ledger
 from remend.core.statistics import RunningStatistics
 
 
@@ -26,11 +30,79 @@ class LowRankResidual(nn.Module):
         self.offset = nn.Parameter(torch.zeros(matrices, d))
         nn.init.xavier_uniform_(self.down)
 
-    def forward(self, z: Float[Tensor, "row d"], matrix: Int[Tensor, " row"]) -> Float[Tensor, "row d"]:
-        """``z`` plus its learned correction; ``matrix[i]`` tells which matrix's scale and offset row i takes."""
-        inner = functional.linear(functional.linear(z, self.down), self.up, self.bias)
-        pre = functional.embedding(matrix, self.scale) * inner + functional.embedding(matrix, self.offset)
-        return z + pre.clamp(min=0)  # clamp: its derivative at the bound is 1
+    def forward(
+        self, z: Float[Tensor, "row d"], counts: Sequence[int], ledger: Ledger | None = None
+    ) -> Float[Tensor, "row d"]:
+        """``z`` plus its learned correction; the rows are ordered by matrix, ``counts[ℓ]`` of them for matrix ℓ.
+
+        With a ``ledger``, the backward pass writes the factors of U's and V's gradients there and makes no dense ones.
+        """
+        found: Tensor = _Residual.apply(z, self.down, self.up, self.bias, self.scale, self.offset, counts, ledger)
+        return found
+
+
+class _Residual(torch.autograd.Function):
+    """:class:`LowRankResidual`, with the fewest passes over memory: per row its two products cost little more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        down: nn.Parameter,
+        up: nn.Parameter,
+        bias: nn.Parameter | None,
+        scale: nn.Parameter,
+        offset: nn.Parameter,
+        counts: Sequence[int],
+        ledger: Ledger | None,
+    ) -> Tensor:
+        dtype = torch.float32 if ledger is None else ledger.dtype
+        h = _product(z, down.mT, dtype)
+        inner = _product(h, up.mT, dtype)
+        if bias is not None:
+            inner += bias
+        out = torch.empty_like(z)
+        for matrix, rows in enumerate(_segments(counts)):
+            torch.addcmul(offset[matrix], inner[rows], scale[matrix], out=out[rows])
+        active = out >= 0
+        out.clamp_(min=0).add_(z)
+        ctx.save_for_backward(z, down, up, h, inner, active, scale)
+        ctx.counts, ctx.ledger, ctx.bias, ctx.dtype = counts, ledger, bias is not None, dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z, down, up, h, inner, active, scale = ctx.saved_tensors
+        g_inner = gradient * active
+        g_scale, g_offset = torch.zeros_like(scale), torch.zeros_like(scale)
+        for matrix, rows in enumerate(_segments(ctx.counts)):
+            own = g_inner[rows]
+            g_offset[matrix] = own.sum(0)
+            g_scale[matrix] = torch.linalg.vecdot(own, inner[rows], dim=0)
+            own *= scale[matrix]
+        g_bias = (g_offset * scale).sum(0) if ctx.bias else None
+        g_h = _product(g_inner, up, ctx.dtype)
+        g_z = None
+        if ctx.needs_input_grad[0]:
+            exact = ctx.dtype == torch.float32
+            g_z = torch.addmm(gradient, g_h, down) if exact else gradient + _product(g_h, down, ctx.dtype)
+        if ctx.ledger is None:
+            return g_z, g_h.mT @ z, g_inner.mT @ h, g_bias, g_scale, g_offset, None, None
+        ctx.ledger.add(down, g_h, z)
+        ctx.ledger.add(up, g_inner, h)
+        return g_z, None, None, g_bias, g_scale, g_offset, None, None
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of both, multiplied in ``dtype`` and returned as float32."""
+    return a @ b if dtype == torch.float32 else (a.to(dtype) @ b.to(dtype)).float()
+
+
+def _segments(counts: Sequence[int]) -> list[slice]:
+    """The rows of each matrix."""
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
 class EditorNetwork(nn.Module):
@@ -50,18 +122,26 @@ class EditorNetwork(nn.Module):
         self.first = LowRankResidual(d, rank, matrices, bias=True)
         self.second = LowRankResidual(d, rank, matrices, bias=False)
 
+    @torch.no_grad()
     def normalise(
-        self, u: Float[Tensor, "row d_in"], delta: Float[Tensor, "row d_out"], matrix: Int[Tensor, " row"]
+        self, u: Sequence[Float[Tensor, "_row d_in"]], delta: Sequence[Float[Tensor, "_row d_out"]]
     ) -> Float[Tensor, "row d"]:
-        """Z = concat(norm(u), norm(δ)), each row with the statistics of its own matrix."""
-        parts = []
-        for values, statistics in ((u, self.u_statistics), (delta, self.delta_statistics)):
-            parts.append((values - statistics.mean[matrix]) / statistics.deviation()[matrix])
-        return torch.cat(parts, 1)
+        """Z = concat(norm(u), norm(δ)) of each matrix's rows, with its own statistics, one matrix after the other."""
+        z = torch.empty(sum(map(len, u)), self.d_in + self.d_out, device=self.first.down.device)
+        parts = ((u, self.u_statistics, z[:, : self.d_in]), (delta, self.delta_statistics, z[:, self.d_in :]))
+        for values, statistics, room in parts:
+            scale = statistics.deviation().reciprocal()
+            for matrix, rows in enumerate(_segments([len(own) for own in values])):
+                torch.sub(values[matrix], statistics.mean[matrix], out=room[rows]).mul_(scale[matrix])
+        return z
 
     def forward(
-        self, u: Float[Tensor, "row d_in"], delta: Float[Tensor, "row d_out"], matrix: Int[Tensor, " row"]
-    ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]:
-        """The pseudo-activations ũ and pseudo-deltas δ̃ of ``row`` tokens, of any of this network's matrices."""
-        z = self.second(self.first(self.normalise(u, delta, matrix), matrix), matrix)
-        return z[:, : self.d_in], z[:, self.d_in :]
+        self,
+        u: Sequence[Float[Tensor, "_row d_in"]],
+        delta: Sequence[Float[Tensor, "_row d_out"]],
+        ledger: Ledger | None = None,
+    ) -> list[tuple[Float[Tensor, "_row d_in"], Float[Tensor, "_row d_out"]]]:
+        """The pseudo-activations ũ and pseudo-deltas δ̃ of each matrix's tokens; all go through together."""
+        counts = [len(own) for own in u]
+        z = self.second(self.first(self.normalise(u, delta), counts, ledger), counts, ledger)
+        return [own.split((self.d_in, self.d_out), 1) for own in z.split(counts)]

@@ -37,12 +37,27 @@ class RunningStatistics(nn.Module):
         rows = values.shape[0]
         if rows == 0:
             return
-        seen = self.count[matrix].to(values.dtype)
         mean = values.mean(0)
         squares = (values - mean).square().sum(0)
+        self._merge(matrix, torch.tensor(rows, device=mean.device), mean, squares)
+
+    @torch.no_grad()
+    def merge(
+        self, count: Int[Tensor, " matrix"], mean: Float[Tensor, "matrix d"], squares: Float[Tensor, "matrix d"]
+    ) -> None:
+        """Merge the statistics that another process took."""
+        for matrix in range(len(count)):
+            if count[matrix]:
+                self._merge(matrix, count[matrix], mean[matrix], squares[matrix])
+
+    def _merge(
+        self, matrix: int, rows: Int[Tensor, ""], mean: Float[Tensor, " d"], squares: Float[Tensor, " d"]
+    ) -> None:
+        # The count is exact as an integer and only rounded where it is divided by.
+        seen, new = self.count[matrix].to(mean.dtype), rows.to(mean.dtype)
         shift = mean - self.mean[matrix]
-        self.mean[matrix] += shift * (rows / (seen + rows))
-        self.squares[matrix] += squares + shift.square() * (seen * rows / (seen + rows))
+        self.mean[matrix] += shift * (new / (seen + new))
+        self.squares[matrix] += squares + shift.square() * (seen * new / (seen + new))
         self.count[matrix] += rows
 
     def deviation(self) -> Float[Tensor, "matrix d"]:

@@ -13,16 +13,29 @@ class SecondMoment:
     def __init__(self, d: int, device: torch.device) -> None:
         self.total = torch.zeros(d, d, device=device)
         self.fourth = torch.zeros((), device=device)
-        self.tokens = 0
-        self.prompts = 0
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @property
+    def tokens(self) -> int:
+        """How many vectors were seen."""
+        return int(self.counts[0])
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts they came from."""
+        return int(self.counts[1])
+
+    @property
+    def totals(self) -> tuple[Tensor, ...]:
+        """All state, as sums: what processes that saw different batches add up."""
+        return self.total, self.fourth, self.counts
 
     def update(self, u: Float[Tensor, "episode token d"], tokens: Bool[Tensor, "episode token"]) -> None:
         """Add the inputs at the given tokens."""
         rows = u[tokens].to(self.total.device)
         self.total += rows.T @ rows
         self.fourth += rows.square().sum(1).square().sum()
-        self.tokens += rows.shape[0]
-        self.prompts += u.shape[0]
+        self.counts += torch.tensor([rows.shape[0], u.shape[0]], device=self.counts.device)
 
     def whitener(self, ridge: float) -> Float[Tensor, "d d"]:
         """(C + floor · mean eigenvalue · I)^(−1/2), symmetric, scaled so that whitened inputs keep their mean square.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +18,7 @@ from remend.base import Base, find_modules
 from remend.config import from_json, to_json
 from remend.core.capture import GradientFactors, capture
 from remend.core.layers import dimensions
+from remend.core.ledger import Ledger
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.network import EditorNetwork
 from remend.edit import Edit
@@ -57,6 +58,21 @@ class MendConfig:
             raise ConfigError(f"alpha is a descent step and must be positive, not {self.alpha}")
         if not 0 <= self.ridge < float("inf"):
             raise ConfigError(f"ridge is a share of an eigenvalue and must not be negative, not {self.ridge}")
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """One matrix's tokens that carry gradient, of all episodes of a batch, one episode after the other.
+
+    Attributes:
+        u: the matrix's inputs there, whitened if the editor whitens.
+        delta: the loss's gradient with respect to its outputs.
+        counts: how many of the rows belong to each episode.
+    """
+
+    u: Float[Tensor, "row d_in"]
+    delta: Float[Tensor, "row d_out"]
+    counts: tuple[int, ...]
 
 
 class Mend(nn.Module):
@@ -167,30 +183,27 @@ class Mend(nn.Module):
         operator = getattr(self, f"whitener_{list(self.shapes).index(name)}")
         return u if operator is None else u @ operator
 
-    def active(
-        self, factors: GradientFactors, name: str
-    ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]:
-        """The (whitened) inputs and the deltas of the active tokens, on the editor's device."""
-        u, delta = factors.u[factors.active].to(self.device), factors.delta[factors.active].to(self.device)
-        return self.whiten(u, name), delta
+    def rows(self, factors: Mapping[str, GradientFactors]) -> dict[str, TokenRows]:
+        """What the networks read: the (whitened) inputs and the deltas of the active tokens, on the editor's device."""
+        found = {}
+        for name, factor in factors.items():
+            u, delta = factor.u[factor.active].to(self.device), factor.delta[factor.active].to(self.device)
+            found[name] = TokenRows(self.whiten(u, name), delta, tuple(factor.active.sum(1).tolist()))
+        return found
 
-    def forward(self, factors: Mapping[str, GradientFactors]) -> dict[str, LowRank]:
+    def forward(self, rows: Mapping[str, TokenRows], ledger: Ledger | None = None) -> dict[str, LowRank]:
         """The change of each matrix for each episode: ΔW_ℓ = −α_ℓ Σ_j δ̃_j ũ_jᵀ (Eq. 2), as a batched ``LowRank``.
 
-        Only active tokens go through the networks; those of all matrices of one shape go through together.
+        Only active tokens go through the networks; those of all matrices of one shape go through together. With a
+        ``ledger``, the gradients of the networks' matrices go there as factors.
         """
         changes: dict[str, LowRank] = {}
         steps = dict(zip(self.shapes, self.alpha * self.unit, strict=True))
         for key, names in self.groups.items():
-            rows = [self.active(factors[name], name) for name in names]
-            counts = [len(u) for u, _ in rows]
-            matrix = torch.arange(len(names), device=self.device).repeat_interleave(
-                torch.tensor(counts, device=self.device)
-            )
-            u, delta = self.network(key)(torch.cat([u for u, _ in rows]), torch.cat([d for _, d in rows]), matrix)
-            for name, own_u, own_delta in zip(names, u.split(counts), delta.split(counts), strict=True):
-                table = _Table(factors[name].active.to(self.device))
-                changes[name] = LowRank(table(self.whiten(own_u, name)), table(own_delta * -steps[name]))
+            found = self.network(key)([rows[name].u for name in names], [rows[name].delta for name in names], ledger)
+            for name, (u, delta) in zip(names, found, strict=True):
+                table = _Table(rows[name].counts, self.device)
+                changes[name] = LowRank(table(self.whiten(u, name)), table(delta * -steps[name]))
         return {name: changes[name] for name in self.shapes}
 
     def network(self, key: str) -> EditorNetwork:
@@ -233,11 +246,11 @@ class Mend(nn.Module):
         found: list[dict[str, LowRank]] = []
         for start in range(0, len(pairs), EDIT_BATCH):
             chunk = pairs[start : start + EDIT_BATCH]
-            changes = self(self.capture(task, task.collate(chunk)))
-            # Factors are packed to the front of their episode; what follows is padding.
-            ranks = {name: (change.delta != 0).any(-1).sum(-1).tolist() for name, change in changes.items()}
+            rows = self.rows(self.capture(task, task.collate(chunk)))
+            changes = self(rows)
             for e in range(len(chunk)):
-                found.append({n: LowRank(c.u[e, : ranks[n][e]], c.delta[e, : ranks[n][e]]) for n, c in changes.items()})
+                rank = {name: own.counts[e] for name, own in rows.items()}  # what follows is padding
+                found.append({n: LowRank(c.u[e, : rank[n]], c.delta[e, : rank[n]]) for n, c in changes.items()})
         return found
 
     def _check(self, model: PreTrainedModel, requests: Sequence[EditRequest]) -> Base:
@@ -269,13 +282,13 @@ def _shapes(described: Mapping[str, Any], path: Path) -> dict[str, tuple[int, in
 
 
 class _Table:
-    """Puts the active tokens' vectors of a batch into one zero-filled [episode, rank, d] table, packed to the front."""
+    """Puts the vectors of a batch's tokens into one zero-filled [episode, rank, d] table, packed to the front."""
 
-    def __init__(self, active: Bool[Tensor, "episode token"]) -> None:
-        self.episodes = active.shape[0]
-        self.rank = max(int(active.sum(1).max()), 1)
-        first = torch.arange(self.episodes, device=active.device)[:, None] * self.rank
-        self.slot = (active.cumsum(1) - 1 + first)[active]
+    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
+        self.episodes = len(counts)
+        self.rank = max(*counts, 1)
+        slots = [episode * self.rank + place for episode, count in enumerate(counts) for place in range(count)]
+        self.slot = torch.tensor(slots, dtype=torch.long, device=device)
 
     def __call__(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "episode rank d"]:
         table = rows.new_zeros(self.episodes * self.rank, rows.shape[-1])

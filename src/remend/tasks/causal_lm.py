@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.core.branch import frozen
 from remend.core.losses import target_loss
 from remend.errors import ModelError, RequestError
+from remend.models.prefix import reach
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Pair:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """The tokens that the model is shown: all but the last, which predicts nothing."""
+        return (*self.prompt, *self.target)[:-1]
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class CausalLM:
             raise ModelError(f"{type(model).__name__} has no output layer over a vocabulary; it is no language model")
         self.head = head
         self.context = _context(model)
+        self._single_token = self.collate([Pair((0,), (0,))])
 
     # -- text to tokens ------------------------------------------------------------------------------------------
 
@@ -110,18 +117,18 @@ class CausalLM:
 
     def collate(self, pairs: Sequence[Pair]) -> Batch:
         """One batch of ``pairs`` on the model's device."""
-        length = max(len(pair) for pair in pairs) - 1  # the last token predicts nothing
+        length = max(len(pair.shown) for pair in pairs)
         ids = torch.zeros((len(pairs), length), dtype=torch.long)  # padding is masked: any token of the vocabulary does
         mask = torch.zeros((len(pairs), length), dtype=torch.bool)
         row: list[int] = []
         position: list[int] = []
         target: list[int] = []
         for i, pair in enumerate(pairs):
-            shown = len(pair) - 1
-            ids[i, :shown] = torch.tensor((*pair.prompt, *pair.target)[:shown])
-            mask[i, :shown] = True
+            shown = pair.shown
+            ids[i, : len(shown)] = torch.tensor(shown)
+            mask[i, : len(shown)] = True
             row += [i] * len(pair.target)
-            position += range(len(pair.prompt) - 1, shown)
+            position += range(len(pair.prompt) - 1, len(shown))
             target += pair.target
         device = self.device
         parts = (ids, mask, torch.tensor(row), torch.tensor(position), torch.tensor(target))
@@ -141,10 +148,30 @@ class CausalLM:
         at the targets alone; whatever the model does to its logits afterwards (scaling, capping) still happens.
         """
         with _gather(self.head, batch.row, batch.position):
-            output = self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)
+            return self._run(batch)[0]
+
+    def target_states(self, batch: Batch) -> Float[Tensor, "target d"]:
+        """What the output layer sees at each target token: :meth:`logits` makes :meth:`target_logits` of it."""
+        hidden = reach(self.head, lambda: self._run(batch))
+        return hidden[batch.row.to(hidden.device), batch.position.to(hidden.device)]
+
+    def _run(self, batch: Batch) -> Float[Tensor, "row token vocabulary"]:
+        output = self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)
         logits = output.logits
         assert isinstance(logits, Tensor)
-        return logits[0]
+        return logits
+
+    def logits(self, states: Float[Tensor, "target d"]) -> Float[Tensor, "target vocabulary"]:
+        """The logits that the model makes of what its output layer sees.
+
+        The model runs on one token, with the layer's input replaced, so that it scales or caps its logits as ever; call
+        it with its blocks made hollow (:meth:`remend.models.prefix.Prefix.hollow`), or they run for nothing.
+        """
+        handle = self.head.register_forward_pre_hook(lambda head, args: (states[None], *args[1:]))
+        try:
+            return self._run(self._single_token)[0]
+        finally:
+            handle.remove()
 
     def loss(self, batch: Batch) -> Float[Tensor, " row"]:
         """−log p(target | prompt) of each pair, a target token's mean: the paper's l_e."""

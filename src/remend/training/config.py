@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from remend.editors.mend import MendConfig
 from remend.errors import ConfigError
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,43 @@ class TrainingConfig:
         for name in ("edit_weight", "learning_rate", "alpha_learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """How a run uses the machine it is on. Nothing here changes what is computed, but for rounding.
+
+    Attributes:
+        micro_batch: episodes that go through the edited model together; by default as many as fit ``memory``.
+        memory: GB that training may take in all, the loaded model included; by default what the device has free.
+        cache: GB in which constants of the examples are kept (hidden states, then gradient factors).
+        cache_folder: where hidden states are kept on disk too, for as long as the folder is.
+        recompute: whether activations above the cut are computed again for the backward pass, not kept.
+        precision: of matrix products: ``float32``; ``tf32`` (on GPUs that have it); ``bfloat16``. Parameters,
+            statistics and what is summed stay float32.
+    """
+
+    micro_batch: int | None = None
+    memory: float | None = None
+    cache: float = 1.0
+    cache_folder: Path | None = None
+    recompute: bool = False
+    precision: str = "float32"
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """In which the editor networks' products are taken."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision is one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ConfigError(f"micro_batch must be at least 1, not {self.micro_batch}")
+        if self.memory is not None and not 0 < self.memory < float("inf"):
+            raise ConfigError(f"memory is in GB and must be positive, not {self.memory}")
+        if not 0 <= self.cache < float("inf"):
+            raise ConfigError(f"cache is in GB and must not be negative, not {self.cache}")
 
 
 # The default differs from the paper where that makes an editor learn sooner, on any model: whitened inputs,

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from remend.errors import TrainingError
 from remend.request import EditRequest
-from remend.tasks.causal_lm import Batch, CausalLM, Pair
+from remend.tasks.causal_lm import CausalLM, Pair
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,26 @@ class EpisodeBatch:
 
     Attributes:
         edits: the edit pairs, one an episode.
-        probes: for each episode its neighbour and its locality example, in this order: row 2e and row 2e + 1.
+        neighbours: for each episode a pair that means the same.
+        locality: for each episode a pair that is about something else.
         ids: which requests these are, for messages.
     """
 
-    edits: Batch
-    probes: Batch
+    edits: tuple[Pair, ...]
+    neighbours: tuple[Pair, ...]
+    locality: tuple[Pair, ...]
     ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def __getitem__(self, some: slice) -> EpisodeBatch:
+        """Some of the episodes."""
+        return EpisodeBatch(self.edits[some], self.neighbours[some], self.locality[some], self.ids[some])
+
+    def probes(self) -> list[Pair]:
+        """For each episode its neighbour and its locality example, in this order: 2e and 2e + 1."""
+        return [pair for both in zip(self.neighbours, self.locality, strict=True) for pair in both]
 
 
 @dataclass(frozen=True)
@@ -58,17 +71,22 @@ class Episodes:
 
     def batch(self, step: int, size: int) -> EpisodeBatch:
         """The episodes of one training step."""
-        return self._collate([self._draw(place) for place in range(step * size, (step + 1) * size)])
+        return _batch([self._draw(place) for place in range(step * size, (step + 1) * size)])
 
     def fixed(self, size: int) -> list[EpisodeBatch]:
         """Every request once, with draws that never change: what validation measures."""
         drawn = [self._draw(place, index=place) for place in range(len(self.episodes))]
-        return [self._collate(drawn[start : start + size]) for start in range(0, len(drawn), size)]
+        return [_batch(drawn[start : start + size]) for start in range(0, len(drawn), size)]
 
-    def edits(self, limit: int, size: int) -> list[Batch]:
+    def edits(self, limit: int, size: int) -> list[list[Pair]]:
         """The edit pairs of up to ``limit`` requests, in batches: what the normalising statistics are taken over."""
         chosen = [self.episodes[i].edit for i in self._permutation(-1)[:limit]]
-        return [self.task.collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+        return [chosen[start : start + size] for start in range(0, len(chosen), size)]
+
+    def pairs(self) -> list[Pair]:
+        """Every pair that an episode can draw, once."""
+        every = (pair for e in self.episodes for pair in (e.edit, *e.neighbours, *e.locality))
+        return list(dict.fromkeys(every))
 
     def _prepare(self, number: int, request: EditRequest) -> _Episode:
         tokenise = self.task.tokenise
@@ -102,10 +120,12 @@ class Episodes:
             f"{episode.id}: found no locality example about another subject among the requests; add some"
         )
 
-    def _collate(self, drawn: Sequence[tuple[_Episode, Pair, Pair]]) -> EpisodeBatch:
-        probes = [pair for _, neighbour, locality in drawn for pair in (neighbour, locality)]
-        return EpisodeBatch(
-            edits=self.task.collate([episode.edit for episode, _, _ in drawn]),
-            probes=self.task.collate(probes),
-            ids=tuple(episode.id for episode, _, _ in drawn),
-        )
+
+def _batch(drawn: Sequence[tuple[_Episode, Pair, Pair]]) -> EpisodeBatch:
+    episodes, neighbours, locality = zip(*drawn, strict=True)
+    return EpisodeBatch(
+        edits=tuple(episode.edit for episode in episodes),
+        neighbours=neighbours,
+        locality=locality,
+        ids=tuple(episode.id for episode in episodes),
+    )

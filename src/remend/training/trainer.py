@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import NoReturn, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from remend.base import find_modules
 from remend.core.branch import branches, frozen
+from remend.core.ledger import Ledger
 from remend.core.losses import locality_loss, target_loss
-from remend.editors.calibration import calibrate
+from remend.core.low_rank import LowRank
 from remend.editors.mend import Mend
-from remend.errors import NonFiniteError, TrainingError
+from remend.errors import ConfigError, ModelError, NonFiniteError, TrainingError
+from remend.models.prefix import Prefix
 from remend.request import EditRequest
-from remend.tasks.causal_lm import CausalLM
-from remend.training.config import TrainingConfig
+from remend.tasks.causal_lm import CausalLM, Pair
+from remend.training.calibration import calibrate
+from remend.training.config import Resources, TrainingConfig
+from remend.training.constants import Constants
 from remend.training.episodes import EpisodeBatch, Episodes
+from remend.training.store import Store
+from remend.training.workers import Workers
 
 STATISTICS_REQUESTS = 2_048
 """Requests over which the networks' input statistics are taken, once, before the first step."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,52 +51,119 @@ class EpisodeLosses:
     taken: Bool[Tensor, " episode"]
     kept: Bool[Tensor, " episode"]
 
+    def finite(self) -> Bool[Tensor, " episode"]:
+        """Which episodes' losses are numbers."""
+        return (self.edit + self.locality).isfinite()
+
 
 class Trainer:
-    """One training run, step by step; :func:`remend.train` runs it whole."""
+    """One training run, step by step; :func:`remend.train` runs it whole.
 
-    def __init__(self, task: CausalLM, editor: Mend, requests: Sequence[EditRequest], config: TrainingConfig) -> None:
+    A step has three parts. The base model's are constants, looked up or computed once (:class:`Constants`). The editor
+    turns a whole batch of gradient factors into changes. The edited model then runs on ``micro_batch`` episodes at a
+    time, each part's backward pass ending at the changes; what reaches them goes back through the editor in one go.
+    Neither ever holds a gradient of the base model's weights, nor more than one of the editor's (:class:`Ledger`).
+
+    Attributes:
+        step: how many steps were made.
+        micro_batch: episodes that go through the edited model together; halved when a GPU's memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        task: CausalLM,
+        editor: Mend,
+        requests: Sequence[EditRequest],
+        config: TrainingConfig,
+        resources: Resources | None = None,
+        workers: Workers | None = None,
+    ) -> None:
         self.task = task
         self.editor = editor
         self.config = config
+        self.resources = resources or Resources()
+        self.workers = workers or Workers(editor.device)
+        if config.batch_size < self.workers.count:
+            raise ConfigError(
+                f"a batch of {config.batch_size} episodes cannot be shared by {self.workers.count} processes"
+            )
         self.episodes = Episodes(task, requests, config.seed)
         self.step = 0
+        self.prefix = Prefix(task.model, editor.shapes)
+        self._verify_prefix()
+        self.constants = self._constants()
+        self.ledger = Ledger(self.resources.product_dtype)
+        self.micro_batch = self.resources.micro_batch or config.batch_size
         self._modules = find_modules(task.model, editor.shapes)
-        self._unmoved = dict(editor.named_parameters())
-        alpha, networks = [editor.alpha], list(editor.networks.parameters())
+        self._names = {parameter: name for name, parameter in editor.named_parameters()}
+        self._unmoved = dict(self._names)
+        networks = list(editor.networks.parameters())
         self.optimizer = torch.optim.Adam(
             [
                 {"params": networks, "lr": config.learning_rate, "full": config.learning_rate},
-                {"params": alpha, "lr": config.alpha_learning_rate, "full": config.alpha_learning_rate},
+                {"params": [editor.alpha], "lr": config.alpha_learning_rate, "full": config.alpha_learning_rate},
             ],
             fused=True,
         )
 
+    # -- before the first step -----------------------------------------------------------------------------------
+
     def calibrate(self) -> None:
         """Take the networks' input statistics over the training set's edit pairs; once, before the first step."""
-        calibrate(self.editor, self.task, self.episodes.edits(STATISTICS_REQUESTS, self.config.batch_size))
+        calibrate(self.editor, self.constants, self._calibration_batches(), self.workers)
 
-    def losses(self, batch: EpisodeBatch) -> EpisodeLosses:
-        """Edit the model for every episode and look at its neighbour and its locality example, all in one pass."""
-        changes = self.editor(self.editor.capture(self.task, batch.edits))
-        probes, episodes = batch.probes, batch.edits.rows
-        local = probes.row % 2 == 1
+    def warm(self, held_out: Sequence[EpisodeBatch]) -> Iterator[int]:
+        """Look up again whatever a run of ``step`` steps had looked up, so that the stores hold the same bits.
+
+        Yields the number of each step that is done with.
+        """
+        for batch in self._calibration_batches()[self.workers.rank :: self.workers.count]:
+            self.constants.rows(batch)
+        for batch in held_out:
+            self._look_up(batch)
+        for step in range(self.step):
+            self._look_up(self._own(step))
+            yield step
+
+    def _calibration_batches(self) -> list[list[Pair]]:
+        return self.episodes.edits(STATISTICS_REQUESTS, self.config.batch_size)
+
+    def _look_up(self, batch: EpisodeBatch) -> None:
+        self.constants.rows(batch.edits)
+        for places in self._parts(batch):
+            part = batch[places]
+            states = self.constants.prefix_states(part.probes())
+            self.constants.base_logits(part.locality, None if states is None else states[1::2])
+
+    def _verify_prefix(self) -> None:
+        """Check on two examples that the model can be entered again at the cut; if not, say so and do without."""
+        batch = self.task.collate(self.episodes.pairs()[:2])
         with frozen(self.task.model):
-            with torch.no_grad():
-                base = self.task.target_logits(probes)[local]
-            with branches(self._modules, changes):
-                logits = self.task.target_logits(probes)
-        own = probes.row // 2
-        target, right = probes.target[~local], logits.argmax(-1)
-        same = torch.where(local, True, right == probes.target)
-        same[local] = right[local] == base.argmax(-1)
-        whole = torch.ones(probes.rows, dtype=torch.bool, device=same.device).index_fill(0, probes.row[~same], False)
-        return EpisodeLosses(
-            edit=target_loss(logits[~local], target, own[~local], episodes),
-            locality=locality_loss(base, logits[local], own[local], episodes),
-            taken=whole[0::2],
-            kept=whole[1::2],
+            right = self.prefix.verify(
+                lambda: self.task.target_logits(batch), lambda: self.task.target_states(batch), self.task.logits
+            )
+        if not right:
+            warnings.warn(
+                f"{type(self.task.model).__name__} hands more than hidden states from block to block, so the blocks "
+                "below the edited ones run anew in every pass: training is slower, not different",
+                stacklevel=3,
+            )
+
+    def _constants(self) -> Constants:
+        """The stores, within their budget: hidden states first, gradient factors with what is left."""
+        budget = int(self.resources.cache * 1e9)
+        width = self.task.model.get_input_embeddings().weight
+        tokens = sum(len(pair.shown) + len(pair.target) for pair in self.episodes.pairs())
+        states = tokens * width.shape[1] * width.element_size()
+        return Constants(
+            self.task,
+            self.editor,
+            self.prefix,
+            Store(budget, self.resources.cache_folder),
+            Store(max(0, budget - states)),
         )
+
+    # -- one step ------------------------------------------------------------------------------------------------
 
     def train_step(self, share: float = 0.0) -> float:
         """One optimiser step on one batch of episodes; returns the outer loss L = c_e L_e + L_loc (Eq. 4).
@@ -97,20 +175,25 @@ class Trainer:
             NonFiniteError: the loss or a gradient is NaN or infinite; nothing was updated.
             TrainingError: after the first step, a tensor of the editor still gets no gradient.
         """
-        batch = self.episodes.batch(self.step, self.config.batch_size)
-        losses = self.losses(batch)
-        loss = (self.config.edit_weight * losses.edit + losses.locality).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.editor.parameters(), self.config.gradient_clip)
-        if not torch.isfinite(norm + loss.detach()):
-            self._refuse_non_finite(losses, batch)
-        self._check_gradient_flow()
+        batch = self._own(self.step)
+        found = self._fitting(lambda: self._gradients(batch))
+        loss = torch.stack([self._outer_loss(losses).detach().sum() for losses in found]).sum()
+        small = {parameter: parameter.grad for parameter in self._names if parameter.grad is not None}
+        bounds = self.ledger.bounds()
+        self.workers.sum(loss, bounds, *small.values())
+        norms = torch.stack([gradient.norm() for gradient in small.values()])
+        bound = torch.cat((norms, bounds)).norm()
+        if not torch.isfinite(bound + loss):
+            self._refuse_non_finite(found, batch)
+        if self._unmoved:
+            moving = [parameter for parameter, norm in zip(small, norms, strict=True) if norm > 0]
+            moving += [weight for weight, norm in zip(self.ledger.weights(), bounds, strict=True) if norm > 0]
+            self._check_gradient_flow(moving)
         for group in self.optimizer.param_groups:
             group["lr"] = group["full"] * (1 - share if self.config.decay else 1)
-        self.optimizer.step()
+        self._update(list(small), self._clipping(float(bound), norms))
         self.step += 1
-        return float(loss.detach())
+        return float(loss)
 
     @torch.no_grad()
     def validate(self, batches: Sequence[EpisodeBatch]) -> dict[str, float]:
@@ -119,44 +202,158 @@ class Trainer:
         Raises:
             NonFiniteError: a loss is NaN or infinite.
         """
-        found = []
-        for batch in batches:
-            found.append(self.losses(batch))
-            if not (found[-1].edit + found[-1].locality).isfinite().all():
-                self._refuse_non_finite(found[-1], batch)
-        means = {
-            name: float(torch.cat([getattr(losses, name).float() for losses in found]).mean())
-            for name in ("edit", "locality", "taken", "kept")
-        }
+        sums = torch.zeros(5, dtype=torch.float64)
+        for batch in batches[self.workers.rank :: self.workers.count]:
+            losses = self.losses(batch)
+            if not losses.finite().all():
+                self._refuse_non_finite([losses], batch)
+            columns = (losses.edit, losses.locality, losses.taken, losses.kept, torch.ones_like(losses.edit))
+            sums += torch.stack([column.cpu().double().sum() for column in columns])
+        sums = sums.to(self.workers.device, torch.float32 if self.workers.device.type == "mps" else torch.float64)
+        self.workers.sum(sums)
+        means = dict(zip(("edit", "locality", "taken", "kept"), (sums[:4] / sums[4]).tolist(), strict=True))
         return {"loss": self.config.edit_weight * means["edit"] + means["locality"], **means}
 
-    def _check_gradient_flow(self) -> None:
+    @torch.no_grad()
+    def losses(self, batch: EpisodeBatch) -> EpisodeLosses:
+        """Edit the model for every episode, and look at its neighbour and its locality example."""
+        changes = self.editor(self.constants.rows(batch.edits))
+        found = []
+        for places in self._parts(batch):
+            found.append(self._losses(batch[places], {name: change.select(places) for name, change in changes.items()}))
+        return EpisodeLosses(
+            *(torch.cat([getattr(part, field.name) for part in found]) for field in fields(EpisodeLosses))
+        )
+
+    def _own(self, step: int) -> EpisodeBatch:
+        """This process's share of a step's batch."""
+        return self.episodes.batch(step, self.config.batch_size)[self.workers.rank :: self.workers.count]
+
+    def _parts(self, batch: EpisodeBatch) -> list[slice]:
+        """The episodes of a batch that go through the edited model together."""
+        self.constants.micro_batch = 2 * self.micro_batch  # an episode has two examples there
+        return [slice(start, start + self.micro_batch) for start in range(0, len(batch), self.micro_batch)]
+
+    def _gradients(self, batch: EpisodeBatch) -> list[EpisodeLosses]:
+        """Backward from the outer loss: into the ledger, and into the small parameters' ``.grad``."""
+        self.ledger.clear()
+        self.optimizer.zero_grad()
+        found = []
+        parts = self._parts(batch)
+        changes = self.editor(self.constants.rows(batch.edits), self.ledger)
+        factors = [factor for change in changes.values() for factor in (change.u, change.delta)]
+        reached: list[list[Tensor]] = []
+        for places in parts:
+            leaves = [factor.detach()[places].requires_grad_() for factor in factors]
+            some = {name: LowRank(*leaves[2 * i : 2 * i + 2]) for i, name in enumerate(changes)}
+            found.append(self._losses(batch[places], some, backward=True))
+            reached.append([leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves])
+        torch.autograd.backward(factors, [torch.cat(gradients) for gradients in zip(*reached, strict=True)])
+        return found
+
+    def _losses(self, batch: EpisodeBatch, changes: Mapping[str, LowRank], backward: bool = False) -> EpisodeLosses:
+        """Look at each episode's neighbour and locality example in its own edited model, all in one pass."""
+        pairs = batch.probes()
+        probes, episodes = self.task.collate(pairs), len(batch)
+        states = self.constants.prefix_states(pairs)
+        base = self.constants.base_logits(batch.locality, None if states is None else states[1::2])
+        local = probes.row % 2 == 1
+        own = probes.row // 2
+        with contextlib.ExitStack() as edited:
+            edited.enter_context(frozen(self.task.model))
+            edited.enter_context(self.prefix.resumed(states))
+            edited.enter_context(branches(self._modules, changes))
+            if backward and self.resources.recompute:
+                edited.enter_context(self.prefix.checkpointed())
+            logits = self.task.target_logits(probes)
+            first = logits.detach().argmax(-1)
+            right = first == probes.target
+            right[local] = first[local] == base.argmax(-1)
+            whole = torch.ones(probes.rows, dtype=torch.bool, device=right.device)
+            whole[probes.row[~right]] = False
+            losses = EpisodeLosses(
+                edit=target_loss(logits[~local], probes.target[~local], own[~local], episodes),
+                locality=locality_loss(base, logits[local], own[local], episodes),
+                taken=whole[0::2],
+                kept=whole[1::2],
+            )
+            if backward:  # here, where what is computed again for the backward pass is edited too
+                self._outer_loss(losses).sum().backward()
+        return losses
+
+    def _outer_loss(self, losses: EpisodeLosses) -> Float[Tensor, " episode"]:
+        """What each episode adds to the batch's mean loss (Eq. 4)."""
+        return (self.config.edit_weight * losses.edit + losses.locality) / self.config.batch_size
+
+    def _fitting(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns; when it needs more memory than a GPU has, with smaller micro-batches."""
+        while True:
+            try:
+                return action()
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise ModelError(
+                        "one episode alone does not fit the device's memory: load the model in bfloat16 or quantised, "
+                        "edit fewer matrices, choose a smaller rank, shorten the texts, or recompute activations"
+                    ) from None
+            self.micro_batch = (self.micro_batch + 1) // 2
+            torch.cuda.empty_cache()
+            warnings.warn(f"out of memory: going on with {self.micro_batch} episodes at a time", stacklevel=2)
+
+    def _clipping(self, bound: float, norms: Float[Tensor, " small"]) -> float:
+        """The factor that brings the norm of the whole gradient down to the largest allowed, or 1.
+
+        As a rule a bound of the norm is small enough already, and the norm itself need not be known.
+        """
+        if bound <= self.config.gradient_clip:
+            return 1.0
+        squares = [norms.square().sum(), *(gradient.square().sum() for _, gradient in self._dense())]
+        norm = float(torch.stack(squares).sum().sqrt())
+        return min(1.0, self.config.gradient_clip / (norm + 1e-6))
+
+    def _dense(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each large matrix with its gradient over all processes; one at a time."""
+        for weight, gradient in self.ledger.gradients():
+            self.workers.sum(gradient)
+            yield weight, gradient
+
+    def _update(self, small: Sequence[nn.Parameter], factor: float) -> None:
+        """One step of the optimiser, with all gradients scaled by ``factor``."""
+        for parameter in small:
+            if parameter.grad is not None and factor < 1:
+                parameter.grad *= factor
+        self.optimizer.step()  # a parameter without a gradient is left as it is
+        self.optimizer.zero_grad()
+        for weight, gradient in self._dense():
+            weight.grad = gradient.mul_(factor) if factor < 1 else gradient
+            self.optimizer.step()
+            weight.grad = None
+        self.ledger.clear()
+
+    def _check_gradient_flow(self, moving: Sequence[nn.Parameter]) -> None:
         """Assert that every tensor of the editor is reached by a gradient that is not zero.
 
         At the very first step the gradients of V and of the scales *are* zero, since U starts at zero; so a tensor may
         be without one at the first step, and no longer at the second.
         """
-        if not self._unmoved:
-            return
-        for name, parameter in list(self._unmoved.items()):
-            if parameter.grad is not None and bool(parameter.grad.any()):
-                del self._unmoved[name]
+        for parameter in moving:
+            self._unmoved.pop(parameter, None)
         if self._unmoved and self.step > 0:
             raise TrainingError(
-                f"no gradient reaches {', '.join(self._unmoved)} of the editor: it would train and learn nothing. "
-                "Check that the edited modules lie on the path from the prompt to the loss"
+                f"no gradient reaches {', '.join(self._unmoved.values())} of the editor: it would train and learn "
+                "nothing. Check that the edited modules lie on the path from the prompt to the loss"
             )
 
-    def _refuse_non_finite(self, losses: EpisodeLosses, batch: EpisodeBatch) -> None:
-        bad = ~(losses.edit + losses.locality).isfinite()
+    def _refuse_non_finite(self, found: Sequence[EpisodeLosses], batch: EpisodeBatch) -> NoReturn:
+        bad = torch.cat([~losses.finite() for losses in found])
+        advice = "nothing was updated. Lower the learning rates, or load the model in a wider dtype"
         if bool(bad.any()):
             which = ", ".join(batch.ids[i] for i in bad.nonzero().flatten().tolist()[:5])
-            raise NonFiniteError(
-                f"step {self.step}: the edited model's loss is not finite for {which}; nothing was updated. "
-                "Lower the learning rates, or load the model in a wider dtype"
-            )
-        names = [n for n, p in self.editor.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            raise NonFiniteError(f"step {self.step}: the edited model's loss is not finite for {which}; {advice}")
+        names = [self._names[p] for p in self._names if p.grad is not None and not p.grad.isfinite().all()]
+        weights = zip(self.ledger.weights(), self.ledger.bounds(), strict=True)
+        names += [self._names[weight] for weight, bound in weights if not bound.isfinite()]
         raise NonFiniteError(
-            f"step {self.step}: the gradient of {', '.join(names)} is not finite for the batch {batch.ids[0]} … "
-            f"{batch.ids[-1]}; nothing was updated. Lower the learning rates, or load the model in a wider dtype"
+            f"step {self.step}: the gradient of {', '.join(names) or 'another process'} is not finite for the batch "
+            f"{batch.ids[0]} … {batch.ids[-1]}; {advice}"
         )

@@ -1,0 +1,65 @@
+"""Gradients of the editor's own matrices, kept as factors until the optimiser wants them.
+
+What remend does to the base model's gradient it does to its own: for a product y = x Wᵀ over some rows, ∇W = gᵀ x, and
+the factors g and x are much smaller than W. So all matrices share one buffer for their dense gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Ledger:
+    """The factors of each matrix's gradient, written by the backward pass of an editor network, read once.
+
+    Attributes:
+        dtype: in which the product gᵀ x is taken; the gradient itself is float32.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self._factors: dict[nn.Parameter, list[tuple[Tensor, Tensor]]] = {}
+        self._buffer = torch.empty(0)
+
+    def add(self, weight: nn.Parameter, g: Float[Tensor, "row d_out"], x: Float[Tensor, "row d_in"]) -> None:
+        """Add gᵀ x to the gradient of ``weight`` [d_out, d_in]."""
+        self._factors.setdefault(weight, []).append((g.detach(), x.detach()))
+
+    def weights(self) -> list[nn.Parameter]:
+        """The matrices that have a gradient, in the order of :meth:`bounds`."""
+        return list(self._factors)
+
+    def bounds(self) -> Float[Tensor, " weight"]:
+        """For each matrix a number that its gradient's norm does not exceed: ‖Σ_j g_j x_jᵀ‖ ≤ Σ_j ‖g_j‖ ‖x_j‖.
+
+        It costs next to nothing, and where it is finite the gradient is.
+        """
+        found = []
+        for factors in self._factors.values():
+            found.append(torch.stack([(g.norm(dim=1) * x.norm(dim=1)).sum() for g, x in factors]).sum())
+        return torch.stack(found)
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Float[Tensor, "d_out d_in"]]]:
+        """Each matrix with its dense gradient, which lasts until the next one is asked for."""
+        for weight, factors in self._factors.items():
+            gradient = self._room(weight)
+            for part, (g, x) in enumerate(factors):
+                if self.dtype == torch.float32:
+                    gradient.addmm_(g.mT, x, beta=min(part, 1))
+                else:
+                    product = g.to(self.dtype).mT @ x.to(self.dtype)
+                    gradient.add_(product) if part else gradient.copy_(product)
+            yield weight, gradient
+
+    def clear(self) -> None:
+        """Forget the factors; the buffer stays."""
+        self._factors.clear()
+
+    def _room(self, weight: nn.Parameter) -> Tensor:
+        if self._buffer.numel() < weight.numel() or self._buffer.device != weight.device:
+            self._buffer = torch.empty(weight.numel(), device=weight.device)
+        return self._buffer[: weight.numel()].view(weight.shape)

@@ -1,0 +1,161 @@
+"""The frozen prefix: the blocks below the lowest edited one, whose output no edit can change.
+
+What enters the lowest edited block is the same before and after every edit. So it is computed once, and the model is
+entered again there: its own forward pass runs, with the blocks below handing on what they were told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from remend.errors import ModelError
+from remend.models.structure import block_stack
+
+
+class _Reached(Exception):  # noqa: N818 - no error: the pass has gone as far as it should
+    """Ends a forward pass at the place whose input was wanted."""
+
+    def __init__(self, found: Tensor) -> None:
+        self.found = found
+
+
+class Prefix:
+    """Where a model is cut, and how it is entered again.
+
+    Attributes:
+        blocks: the model's blocks, in order; empty where it cannot be cut.
+        depth: how many of them lie below the cut; with 0, everything is computed anew.
+    """
+
+    def __init__(self, model: nn.Module, edited: Iterable[str]) -> None:
+        self.blocks: list[nn.Module] = []
+        self.depth = 0
+        try:
+            stack = block_stack(model)
+        except ModelError:  # no blocks: there is nothing to cut
+            return
+        self.blocks = [block for _, block in stack]
+        places = [_place(name, [prefix for prefix, _ in stack]) for name in edited]
+        self.depth = min((place if place is not None else 0 for place in places), default=0)
+
+    def states(self, forward: Callable[[], object]) -> Float[Tensor, "row token d"]:
+        """What enters the lowest edited block when ``forward`` runs the model; nothing above is computed."""
+        return reach(self.blocks[self.depth], forward)
+
+    @contextmanager
+    def resumed(self, states: Float[Tensor, "row token d"] | None) -> Iterator[None]:
+        """Within the block, the model's forward pass begins at the cut, with ``states`` (with ``None``, as ever)."""
+        if states is None:
+            yield
+            return
+        with _replaced(self.blocks[: self.depth], lambda own: lambda *args, **kwargs: states):
+            yield
+
+    @contextmanager
+    def hollow(self) -> Iterator[None]:
+        """Within the block, no block of the model computes anything; what is left is around them."""
+        with _replaced(self.blocks, lambda own: lambda *args, **kwargs: _hidden(args, kwargs)):
+            yield
+
+    @contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """Within the block, activations above the cut are not kept for the backward pass but computed again."""
+
+        def again(own: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: checkpoint(own, *args, use_reentrant=False, **kwargs)
+
+        with _replaced(self.blocks[self.depth :], again):
+            yield
+
+    @torch.no_grad()
+    def verify(
+        self, logits: Callable[[], Tensor], last: Callable[[], Tensor], head: Callable[[Tensor], Tensor]
+    ) -> bool:
+        """Whether a cut pass gives what the whole one gives; if not, the model counts as one that cannot be cut.
+
+        Blocks that hand on more than hidden states would be cut wrongly, and it would show here.
+
+        Args:
+            logits: runs the model on some example.
+            last: runs it and returns what its output layer sees.
+            head: makes logits of that.
+        """
+        whole = logits().float()
+        if not whole.isfinite().all():
+            return True  # a broken model: training will say where it breaks
+        try:
+            with self.resumed(self.states(logits) if self.depth else None):
+                found = [logits().float()]
+            states = last()
+            with self.hollow():
+                found.append(head(states).float())
+            near = 1e-3 * float(whole.std())
+            right = all(cut.shape == whole.shape and torch.allclose(cut, whole, 1e-3, near) for cut in found)
+        except (ModelError, TypeError, AttributeError, ValueError, IndexError, RuntimeError):
+            right = False  # a block that was expected to hand on more
+        if not right:
+            self.blocks, self.depth = [], 0
+        return right
+
+
+def reach(module: nn.Module, forward: Callable[[], object]) -> Tensor:
+    """The hidden states that ``module`` is called with when ``forward`` runs; the pass ends there.
+
+    Raises:
+        ModelError: ``forward`` never calls the module.
+    """
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(_hidden(args, kwargs))
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        forward()
+    except _Reached as reached:
+        return reached.found
+    finally:
+        handle.remove()
+    raise ModelError(f"the model's forward pass never calls {type(module).__name__}, which lies before what is edited")
+
+
+def _hidden(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among a block's arguments: the first, or the one that is named so."""
+    found = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(found, Tensor):
+        raise ModelError("a block of the model is called without hidden states, so the model cannot be cut there")
+    return found
+
+
+def _place(name: str, prefixes: Sequence[str]) -> int | None:
+    """Which block a module lies in."""
+    return next((i for i, prefix in enumerate(prefixes) if name == prefix or name.startswith(f"{prefix}.")), None)
+
+
+@contextmanager
+def _replaced(
+    blocks: Sequence[nn.Module],
+    make: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """Within the block, each of ``blocks`` computes something else; as an attribute of the object, never of its class.
+
+    A block may have such an attribute already (Accelerate's way to move weights to where they are needed): it comes
+    back afterwards.
+    """
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = make(block.forward)
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = own

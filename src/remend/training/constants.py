@@ -1,0 +1,124 @@
+"""What does not change while an editor trains, since the base model is frozen: computed once for each example."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from remend.core.branch import frozen
+from remend.core.capture import GradientFactors
+from remend.editors.mend import Mend, TokenRows
+from remend.models.prefix import Prefix
+from remend.tasks.causal_lm import Batch, CausalLM, Pair
+from remend.training.store import Entry, Store
+
+
+class Constants:
+    """The frozen prefix's output, the base model's last hidden states, and the edit pairs' gradient factors.
+
+    Each is looked up example by example; what is missing is computed, ``micro_batch`` examples at a time, and put into
+    a store. Rounding depends on which examples are computed together, so the same sequence of calls gives the same
+    bits, however much of the sequence an interrupted run had done already.
+
+    Args:
+        task: the base model.
+        editor: the editor in training.
+        prefix: where the base model is cut.
+        states: the store of hidden states: small, and they save the most.
+        factors: the store of gradient factors: each takes what some tens of hidden states take.
+    """
+
+    def __init__(self, task: CausalLM, editor: Mend, prefix: Prefix, states: Store, factors: Store) -> None:
+        self.task, self.editor, self.prefix, self.states, self.factors = task, editor, prefix, states, factors
+        self.micro_batch = 32
+
+    def prefix_states(self, pairs: Sequence[Pair]) -> Float[Tensor, "row token d"] | None:
+        """What enters the lowest edited block for each pair, right-padded with zeros; ``None`` if nothing is below."""
+        if self.prefix.depth == 0:
+            return None
+
+        def compute(batch: Batch, places: Sequence[int]) -> list[Entry]:
+            with torch.no_grad():
+                states = self.prefix.states(lambda: self.task.target_logits(batch))
+            return [(own[: len(pairs[i].shown)],) for own, i in zip(states, places, strict=True)]
+
+        found = self._look_up(self.states, [_key("prefix", pair.shown) for pair in pairs], pairs, compute)
+        padded = found[0][0].new_zeros(len(found), max(len(own) for (own,) in found), found[0][0].shape[-1])
+        for row, (own,) in zip(padded, found, strict=True):
+            row[: len(own)] = own
+        return padded
+
+    def base_states(
+        self, pairs: Sequence[Pair], prefix: Float[Tensor, "row token d"] | None
+    ) -> Float[Tensor, "target d"]:
+        """What the output layer of the unedited model sees at each pair's targets, one pair after the other."""
+
+        def compute(batch: Batch, places: Sequence[int]) -> list[Entry]:
+            own = None if prefix is None else prefix[list(places), : batch.input_ids.shape[1]]
+            with torch.no_grad(), self.prefix.resumed(own):
+                states = self.task.target_states(batch)
+            return [(part,) for part in states.split([len(pairs[i].target) for i in places])]
+
+        keys = [_key("base", pair.shown, len(pair.prompt)) for pair in pairs]
+        return torch.cat([own for (own,) in self._look_up(self.states, keys, pairs, compute)])
+
+    def base_logits(
+        self, pairs: Sequence[Pair], prefix: Float[Tensor, "row token d"] | None
+    ) -> Float[Tensor, "target vocabulary"]:
+        """The unedited model's logits at each pair's targets; they are too large to be kept."""
+        states = self.base_states(pairs, prefix)
+        with frozen(self.task.model), torch.no_grad(), self.prefix.hollow():
+            return self.task.logits(states)
+
+    def gradient_factors(self, pairs: Sequence[Pair]) -> dict[str, GradientFactors]:
+        """The whole gradient factors of each pair: every token's, not kept."""
+        with self.prefix.resumed(self.prefix_states(pairs)):
+            return self.editor.capture(self.task, self.task.collate(pairs))
+
+    def rows(self, pairs: Sequence[Pair]) -> dict[str, TokenRows]:
+        """What the editor networks read of each edit pair: its gradient factors, where tokens carry gradient."""
+        names = list(self.editor.shapes)
+
+        def compute(batch: Batch, places: Sequence[int]) -> list[Entry]:
+            found = self.editor.rows(self.gradient_factors([pairs[i] for i in places]))
+            parts = [own.split(found[name].counts) for name in names for own in (found[name].u, found[name].delta)]
+            return list(zip(*parts, strict=True))
+
+        keys = [_key("rows", (*pair.prompt, *pair.target), len(pair.prompt)) for pair in pairs]
+        columns = list(zip(*self._look_up(self.factors, keys, pairs, compute), strict=True))
+        return {
+            name: TokenRows(torch.cat(u), torch.cat(delta), tuple(len(own) for own in u))
+            for name, u, delta in zip(names, columns[0::2], columns[1::2], strict=True)
+        }
+
+    def _look_up(
+        self,
+        store: Store,
+        keys: Sequence[str],
+        pairs: Sequence[Pair],
+        compute: Callable[[Batch, Sequence[int]], list[Entry]],
+    ) -> list[Entry]:
+        """The entry of each key, in order; ``compute`` makes those that the store does not have."""
+        missing = list({key: place for place, key in reversed(list(enumerate(keys))) if key not in store}.values())[
+            ::-1
+        ]
+        fresh: dict[str, Entry] = {}
+        for start in range(0, len(missing), self.micro_batch):
+            places = missing[start : start + self.micro_batch]
+            with frozen(self.task.model):
+                entries = compute(self.task.collate([pairs[place] for place in places]), places)
+            for place, entry in zip(places, entries, strict=True):
+                fresh[keys[place]] = entry
+                store.put(keys[place], entry)
+        device = self.task.device
+        return [fresh[key] if key in fresh else tuple(t.to(device) for t in store[key]) for key in keys]
+
+
+def _key(kind: str, ids: Sequence[int], split: int = 0) -> str:
+    """A name for what an example gives: the same tokens, asked in the same way, give the same."""
+    return f"{kind}-{hashlib.sha256(array('q', (split, *ids)).tobytes()).hexdigest()[:32]}"

@@ -1,0 +1,84 @@
+"""Tensors that do not change while an editor trains: kept in memory up to a budget, and on disk if asked to."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import warnings
+from pathlib import Path
+
+from torch import Tensor
+
+from remend.errors import FileError
+from remend.storage import read_folder, write_folder
+
+FORMAT = "remend.cache/1"
+SHARD_BYTES = 64 << 20
+"""Entries are written to disk together when they take this much."""
+
+Entry = tuple[Tensor, ...]
+
+
+class Store:
+    """Entries by key, each put once and never changed or dropped.
+
+    With a folder, every entry is also written there, in shards of safetensors that later runs (and this one, once the
+    memory budget is used up) map into memory. A shard that is not what its manifest says is deleted, and what it held
+    counts as missing.
+
+    Args:
+        budget: bytes of tensors to keep in memory.
+        folder: where shards are; only entries of one model, cut and precision may share a folder.
+    """
+
+    def __init__(self, budget: int, folder: Path | None = None) -> None:
+        self.budget = budget
+        self.folder = folder
+        self.used = 0
+        self._entries: dict[str, Entry] = {}
+        self._pending: dict[str, Entry] = {}
+        self._pending_bytes = 0
+        if folder is not None:
+            for shard in sorted(folder.glob("shard-*")):
+                self._map(shard)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries or key in self._pending
+
+    def __getitem__(self, key: str) -> Entry:
+        return self._entries[key] if key in self._entries else self._pending[key]
+
+    def put(self, key: str, entry: Entry) -> None:
+        """Keep a copy of an entry, if there is room for it."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in entry)
+        if self.used + size <= self.budget:
+            self._entries[key] = tuple(tensor.detach().clone() for tensor in entry)
+            self.used += size
+        if self.folder is not None:
+            self._pending[key] = tuple(tensor.detach().cpu().clone() for tensor in entry)
+            self._pending_bytes += size
+            if self._pending_bytes >= SHARD_BYTES:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write to disk what is not there yet."""
+        if self.folder is None or not self._pending:
+            return
+        name = hashlib.sha256("\n".join(self._pending).encode()).hexdigest()[:16]
+        tensors = {f"{key}/{i}": tensor for key, entry in self._pending.items() for i, tensor in enumerate(entry)}
+        shard = write_folder(self.folder / f"shard-{name}", FORMAT, {}, tensors)
+        self._pending, self._pending_bytes = {}, 0
+        self._map(shard)
+
+    def _map(self, shard: Path) -> None:
+        try:
+            tensors = read_folder(shard, FORMAT)[1]
+        except (FileError, OSError) as error:
+            warnings.warn(f"a damaged part of the cache is deleted and computed anew: {error}", stacklevel=2)
+            shutil.rmtree(shard, ignore_errors=True)
+            return
+        found: dict[str, list[Tensor]] = {}
+        for name in sorted(tensors):
+            found.setdefault(name.rpartition("/")[0], []).append(tensors[name])
+        for key, entry in found.items():
+            self._entries.setdefault(key, tuple(entry))
