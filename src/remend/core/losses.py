@@ -23,7 +23,8 @@ def target_loss(
     logits: Float[Tensor, "token vocabulary"], target: Int[Tensor, " token"], row: Int[Tensor, " token"], rows: int
 ) -> Float[Tensor, " row"]:
     """−log p(y|x) of each row, per target token (so that long targets do not outweigh short ones), in nats."""
-    return row_mean(_TargetLoss.apply(logits, target), row, rows)
+    losses: Tensor = _TargetLoss.apply(logits, target)  # type: ignore[no-untyped-call]
+    return row_mean(losses, row, rows)
 
 
 def locality_loss(
@@ -33,7 +34,8 @@ def locality_loss(
     rows: int,
 ) -> Float[Tensor, " row"]:
     """KL(p_base ‖ p_edited) of each row, averaged over its tokens, in nats; differentiable in ``edited`` alone."""
-    return row_mean(_Divergence.apply(edited, base), row, rows)
+    losses: Tensor = _Divergence.apply(edited, base)  # type: ignore[no-untyped-call]
+    return row_mean(losses, row, rows)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -72,7 +74,7 @@ class _Divergence(_WithGradient):
     def forward(ctx: Any, edited: Tensor, base: Tensor) -> Tensor:
         log_base, log_edited = base.float().log_softmax(-1), edited.float().log_softmax(-1)
         p_base = log_base.exp()
-        loss = torch.linalg.vecdot(p_base, log_base.sub_(log_edited))
+        loss: Tensor = torch.linalg.vecdot(p_base, log_base.sub_(log_edited))
         if ctx.needs_input_grad[0]:
             _WithGradient.keep(ctx, edited, log_edited.exp_().sub_(p_base))
         return loss

@@ -37,7 +37,9 @@ class LowRankResidual(nn.Module):
 
         With a ``ledger``, the backward pass writes the factors of U's and V's gradients there and makes no dense ones.
         """
-        found: Tensor = _Residual.apply(z, self.down, self.up, self.bias, self.scale, self.offset, counts, ledger)
+        found: Tensor = _Residual.apply(  # type: ignore[no-untyped-call]
+            z, self.down, self.up, self.bias, self.scale, self.offset, counts, ledger
+        )
         return found
 
 

@@ -117,8 +117,8 @@ class Trainer:
 
         Yields the number of each step that is done with.
         """
-        for batch in self._calibration_batches()[self.workers.rank :: self.workers.count]:
-            self.constants.rows(batch)
+        for pairs in self._calibration_batches()[self.workers.rank :: self.workers.count]:
+            self.constants.rows(pairs)
         for batch in held_out:
             self._look_up(batch)
         for step in range(self.step):
@@ -152,7 +152,7 @@ class Trainer:
     def _constants(self) -> Constants:
         """The stores, within their budget: hidden states first, gradient factors with what is left."""
         budget = int(self.resources.cache * 1e9)
-        width = self.task.model.get_input_embeddings().weight
+        width = next(self.task.model.get_input_embeddings().parameters())
         tokens = sum(len(pair.shown) + len(pair.target) for pair in self.episodes.pairs())
         states = tokens * width.shape[1] * width.element_size()
         return Constants(
@@ -253,27 +253,25 @@ class Trainer:
 
     def _losses(self, batch: EpisodeBatch, changes: Mapping[str, LowRank], backward: bool = False) -> EpisodeLosses:
         """Look at each episode's neighbour and locality example in its own edited model, all in one pass."""
-        pairs = batch.probes()
-        probes, episodes = self.task.collate(pairs), len(batch)
+        pairs, episodes = batch.probes(), len(batch)
+        probes = self.task.collate(pairs).ordered(range(0, 2 * episodes, 2), range(1, 2 * episodes, 2))
+        local = sum(len(pair.target) for pair in batch.locality)
+        edits, own = len(probes.target) - local, probes.row // 2
         states = self.constants.prefix_states(pairs)
         base = self.constants.base_logits(batch.locality, None if states is None else states[1::2])
-        local = probes.row % 2 == 1
-        own = probes.row // 2
         with contextlib.ExitStack() as edited:
             edited.enter_context(frozen(self.task.model))
             edited.enter_context(self.prefix.resumed(states))
             edited.enter_context(branches(self._modules, changes))
             if backward and self.resources.recompute:
                 edited.enter_context(self.prefix.checkpointed())
-            logits = self.task.target_logits(probes)
-            first = logits.detach().argmax(-1)
-            right = first == probes.target
-            right[local] = first[local] == base.argmax(-1)
-            whole = torch.ones(probes.rows, dtype=torch.bool, device=right.device)
-            whole[probes.row[~right]] = False
+            near, far = self.task.target_logits(probes).split((edits, local))
+            wrong = near.argmax(-1) != probes.target[:edits], far.argmax(-1) != base.argmax(-1)
+            whole = torch.ones(probes.rows, dtype=torch.bool, device=near.device)
+            whole[probes.row[torch.cat(wrong)]] = False
             losses = EpisodeLosses(
-                edit=target_loss(logits[~local], probes.target[~local], own[~local], episodes),
-                locality=locality_loss(base, logits[local], own[local], episodes),
+                edit=target_loss(near, probes.target[:edits], own[:edits], episodes),
+                locality=locality_loss(base, far, own[edits:], episodes),
                 taken=whole[0::2],
                 kept=whole[1::2],
             )
