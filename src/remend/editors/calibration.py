@@ -11,7 +11,7 @@ import torch
 
 from remend.base import find_modules
 from remend.core.capture import GradientFactors
-from remend.core.layers import weight_of
+from remend.core.layers import is_quantised, weight_of
 from remend.core.whitening import SecondMoment
 from remend.editors.mend import Mend
 from remend.tasks.causal_lm import Batch, CausalLM
@@ -61,7 +61,9 @@ def _measure_units(editor: Mend, task: CausalLM, observed: Sequence[Mapping[str,
     for key, names in editor.groups.items():
         for index, name in enumerate(names):
             inputs = torch.cat([factors[name].u[factors[name].active] for factors in observed])
-            output = modules[name](inputs.to(weight_of(modules[name]).dtype)).float()
+            module = modules[name]
+            dtype = task.model.dtype if is_quantised(module) else weight_of(module).dtype
+            output = module(inputs.to(dtype)).float()
             rows = [editor.active(factors[name], name) for factors in observed]
             u, delta = torch.cat([u for u, _ in rows]), torch.cat([delta for _, delta in rows])
             pseudo_u, pseudo_delta = editor.network(key)(u, delta, torch.full((len(u),), index, device=editor.device))
