@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remend.core.layers import is_editable, weight_of
+from remend.core.layers import is_editable, is_quantised, weight_of
 from remend.errors import FileError, ModelError, WrongBaseError, nearest
 from remend.storage import take
 
@@ -35,6 +36,8 @@ class Base:
         config: SHA-256 of the model's class and configuration.
         weights: for each edited module, SHA-256 of its weight rounded to bfloat16, so that a checkpoint is the same
             base whether it was loaded in float32 or bfloat16. (In float16 it need not be: that rounds differently.)
+            Of a quantised weight, SHA-256 of what is stored (codes, scales and tables): a base of its own, the same at
+            every load that quantises the same way.
     """
 
     name: str
@@ -79,7 +82,8 @@ class Base:
             raise WrongBaseError(
                 f"{what} was made for {self.name!r}, but the weights of {', '.join(changed[:3])} differ in this model "
                 f"({getattr(model, 'dtype', 'unknown dtype')}). Load the unchanged base in the dtype it is stored in, "
-                "in float32 or in bfloat16 (or revert what was merged into it) and try again"
+                "in float32 or in bfloat16 (or revert what was merged into it) and try again; a quantised base must be "
+                "quantised just as it was"
             )
 
 
@@ -128,18 +132,64 @@ _seen: weakref.WeakKeyDictionary[nn.Module, tuple[_Stamp, str]] = weakref.WeakKe
 
 
 def _weight_hash(module: nn.Module) -> str:
-    weight = weight_of(module).detach()
-    exact = torch.float32 if weight.device.type == "mps" else torch.float64
-    stamp = (weight.data_ptr(), weight._version, weight.dtype, float(weight.sum(dtype=exact)))
-    remembered = _seen.get(module)
-    # NaN never equals itself, so a broken weight is hashed every time; that is harmless.
-    if remembered is None or remembered[0] != stamp:
-        _seen[module] = remembered = (stamp, _sha256(weight))
-    return remembered[1]
+    with _brought(module):
+        weight = weight_of(module).detach()
+        parts = _stored(module) if is_quantised(module) else {str(tuple(weight.shape)): weight}
+        first = next(iter(parts.values()))
+        stamp = (first.data_ptr(), first._version, first.dtype, sum(_sum(part) for part in parts.values()))
+        remembered = _seen.get(module)
+        # NaN never equals itself, so a broken weight is hashed every time; that is harmless.
+        if remembered is None or remembered[0] != stamp:
+            _seen[module] = remembered = (stamp, _sha256(parts))
+        return remembered[1]
 
 
-def _sha256(weight: Tensor) -> str:
-    rounded = weight.to(torch.bfloat16).cpu().contiguous()
-    digest = hashlib.sha256(str(tuple(rounded.shape)).encode())
-    digest.update(memoryview(rounded.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+def _brought(module: nn.Module) -> AbstractContextManager[None]:
+    """Within the block, the module's weights are there to be read, also if Accelerate keeps them elsewhere.
+
+    Raises:
+        ModelError: nothing says where they are.
+    """
+    if not weight_of(module).is_meta:
+        return nullcontext()
+    if not getattr(getattr(module, "_hf_hook", None), "offload", False):
+        raise ModelError(
+            f"the weight of a {type(module).__name__} to edit has no values (it is on the device meta); load the model "
+            "with remend.load, with device='map' if it is larger than one device's memory"
+        )
+    from accelerate.utils import align_module_device
+
+    brought: AbstractContextManager[None] = align_module_device(module, torch.device("cpu"))
+    return brought
+
+
+def _stored(module: nn.Module) -> dict[str, Tensor]:
+    """The bytes of everything that a quantised weight consists of, as a checkpoint would hold it; the weight first."""
+    state = module.state_dict()
+    found: dict[str, Tensor] = {}
+    for name in sorted(state.keys() - {"bias"}, key=lambda name: (name != "weight", name)):
+        for part, tensor in _unwrapped(name, state[name]):
+            found[f"{part} {tensor.dtype} {tuple(tensor.shape)}"] = tensor.detach().reshape(-1).view(torch.uint8)
+    return found
+
+
+def _unwrapped(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors inside of a tensor that wraps others, or the tensor itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _unwrapped(f"{name}.{part}", getattr(tensor, part))
+
+
+def _sum(part: Tensor) -> float:
+    return float(part.sum(dtype=torch.float32 if part.device.type == "mps" else torch.float64))
+
+
+def _sha256(parts: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, part in parts.items():
+        stored = (part.to(torch.bfloat16) if part.is_floating_point() else part).cpu().contiguous()
+        digest.update(name.encode())
+        digest.update(memoryview(stored.view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()

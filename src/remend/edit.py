@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from remend.base import Base, find_modules
 from remend.core.branch import attach, detach
-from remend.core.layers import dense_in_layout, dimensions, weight_of
+from remend.core.layers import dense_in_layout, device_of, dimensions, is_quantised, weight_of
 from remend.core.low_rank import LowRank, concatenate
 from remend.errors import EditError, FileError, PrecisionError
 from remend.request import EditRequest
@@ -75,7 +75,7 @@ class Edit:
             WrongBaseError: the edit was made for another model; nothing is applied.
         """
         modules = self._modules(model)
-        changes = {name: c.to(weight_of(modules[name]).device) for name, c in self.changes.items()}
+        changes = {name: change.to(device_of(modules[name])) for name, change in self.changes.items()}
         return AppliedEdit(attach(modules, changes))
 
     @contextmanager
@@ -95,9 +95,12 @@ class Edit:
 
         Raises:
             WrongBaseError: the edit was made for another model.
-            PrecisionError: rounding to the weights' dtype would lose more than :data:`MERGE_TOLERANCE` of the edit.
+            PrecisionError: rounding to the weights' dtype would lose more than :data:`MERGE_TOLERANCE` of the edit, or
+                a weight is quantised.
+            EditError: a weight is kept on another device between calls (offloaded).
         """
         modules = self._modules(model)
+        _refuse_unwritable(modules)
         merged: dict[str, Tensor] = {}
         for name, module in modules.items():
             weight = weight_of(module)
@@ -214,6 +217,22 @@ def _change(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> LowRa
     if u is None or delta is None or u.dim() != 2 or delta.dim() != 2 or u.shape[0] != delta.shape[0]:
         raise FileError(f"{path}: the factors of {name} are missing or do not fit together; it was altered")
     return LowRank(u, delta)
+
+
+def _refuse_unwritable(modules: Mapping[str, nn.Module]) -> None:
+    """Raise if a layer's weight cannot be written to."""
+    for name, module in modules.items():
+        if is_quantised(module):
+            raise PrecisionError(
+                f"{name} is quantised ({type(module).__name__}), and requantising would alter more than the edit does. "
+                "Keep it as a side branch (apply), or make the edit on the unquantised model and merge there; no "
+                "weight was changed"
+            )
+        if weight_of(module).is_meta:
+            raise EditError(
+                f"{name} is offloaded: what is written to it now would be gone at the next call. Keep the edit as a "
+                "side branch (apply), or load the model on one device and merge there; no weight was changed"
+            )
 
 
 class AppliedEdit:

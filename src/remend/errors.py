@@ -7,7 +7,7 @@
     │   └── NonFiniteError    NaN or infinity in weights, activations, statistics or losses
     ├── EditError             an edit that cannot be applied, merged or reverted
     │   ├── WrongBaseError    ... because it was made for another model
-    │   └── PrecisionError    ... because the weights' dtype would round it away
+    │   └── PrecisionError    ... because the weights would round it away, or are quantised
     ├── FileError             a saved edit or editor that is damaged, altered, unknown, or cannot be written
     └── TrainingError         a training run that cannot learn (no gradient, no data, shared subjects)
 
@@ -50,7 +50,7 @@ class WrongBaseError(EditError):
 
 
 class PrecisionError(EditError):
-    """The weights' dtype is too coarse to hold the merged edit."""
+    """The weights are too coarse to hold the merged edit: their dtype would round it away, or they are quantised."""
 
 
 class FileError(RemendError, ValueError):

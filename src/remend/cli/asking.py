@@ -52,6 +52,8 @@ def ask(
     ] = None,
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    quantise: options.Quantise = None,
     seed: options.Seed = 0,
     json: options.Json = None,
 ) -> None:
@@ -62,7 +64,7 @@ def ask(
     from remend.storage import write_json
 
     loaded = Edit.load(edit) if edit is not None else None
-    base, tokenizer = options.load_model(model, device, seed)
+    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     answers = answers_to(base, tokenizer, loaded, prompt, max_new_tokens)
     Console().print(plain_table(answers) if loaded is None else answers_table("", answers))
     if json is not None:

@@ -26,6 +26,8 @@ def edit(
     keep_failed: Annotated[bool, typer.Option(help="Save the edit even if the model does not take it.")] = False,
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    quantise: options.Quantise = None,
     seed: options.Seed = 0,
     json: options.Json = None,
 ) -> None:
@@ -35,14 +37,15 @@ def edit(
     """
     wanted = _requests(prompt, target, requests)
     from remend.cli.tables import answers_table, as_json
+    from remend.core.layers import device_of
     from remend.evaluation.before_after import before_after
     from remend.storage import check_target, write_json
 
     console = Console()
     check_target(out)
     chosen = options.load_editor(editor, model)
-    base, tokenizer = options.load_model(model, device, seed)
-    made = chosen.to(base.device).edit(base, tokenizer, wanted)
+    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
+    made = chosen.to(device_of(base)).edit(base, tokenizer, wanted)
     answers = before_after(base, tokenizer, made, wanted, max_new_tokens)
     failed = [r.prompt for r, found in zip(wanted, answers, strict=True) if not found[0].ok]
     saved = not failed or keep_failed

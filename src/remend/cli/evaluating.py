@@ -23,21 +23,24 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")] = None,
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    quantise: options.Quantise = None,
     seed: options.Seed = 0,
     json: options.Json = None,
 ) -> None:
     """Make each edit from the untouched model and measure success, generality and locality over the whole file."""
+    from remend.core.layers import device_of
     from remend.data import read_source
     from remend.evaluation import evaluate as measure
 
     requests = read_source(data)[:limit]
     chosen = options.load_editor(editor, model)
-    base, tokenizer = options.load_model(model, device, seed)
+    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     console = Console()
     with Progress(console=console) as bar:
         task = bar.add_task("editing", total=len(requests))
         report = measure(
-            base, tokenizer, chosen.to(base.device), requests,
+            base, tokenizer, chosen.to(device_of(base)), requests,
             data=data, max_new_tokens=max_new_tokens, on_progress=lambda done, _: bar.update(task, completed=done),
         )  # fmt: skip
     console.print(_table(report))

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from remend.editors import Mend
 
 Model = Annotated[str, typer.Argument(help="'atlas' (ships with remend), a local folder, or a hub id.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …; map spreads the model over all there are.")]
+DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; by default float32 on the CPU, else as stored.")
+]
+Quantise = Annotated[str | None, typer.Option(help="bnb-4bit, bnb-8bit or torchao-int8: weights in fewer bits.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]
 EditorFolder = Annotated[
@@ -23,8 +28,18 @@ EditorFolder = Annotated[
 NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer that is decoded, in tokens.")]
 
 
-def load_model(model: str, device: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer, without the loading bars of the libraries below."""
+def load_model(
+    model: str, device: str, seed: int, dtype: str | None = None, quantise: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model and its tokenizer, without the loading bars of the libraries below.
+
+    Raises:
+        ConfigError: there is no such dtype.
+    """
+    from remend.errors import ConfigError, nearest
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"there is no dtype {dtype!r} for weights; {nearest(dtype, DTYPES)}")
     import torch
     from transformers.utils import logging
 
@@ -32,7 +47,7 @@ def load_model(model: str, device: str, seed: int) -> tuple[PreTrainedModel, Pre
 
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    return load(model, device)
+    return load(model, device, getattr(torch, dtype) if dtype else None, quantise)
 
 
 def load_editor(editor: str | None, model: str) -> Mend:

@@ -34,6 +34,8 @@ def train(
         list[str] | None, typer.Option(help="Globs of the matrices to edit; MLPs of the last 3 blocks.")
     ] = None,
     device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    quantise: options.Quantise = None,
     seed: options.Seed = 0,
     json: options.Json = None,
 ) -> None:
@@ -51,7 +53,7 @@ def train(
     held_out = read_source(validation) if validation else None
     network, settings = PRESETS[preset]
     settings = replace(settings, seed=seed, max_steps=max_steps or settings.max_steps)
-    base, tokenizer = options.load_model(model, device, seed)
+    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     editor = Mend.for_model(base, network, modules or (), seed)
     console = Console()
     console.print(f"{len(requests)} requests; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)

@@ -18,8 +18,9 @@ class Branch:
     """A forward hook that adds ΔW x to a linear layer's output.
 
     The branch is computed in the change's own dtype (float32 as a rule) and added before rounding to the layer's, so
-    that a small edit of a bfloat16 model is not lost factor by factor. It follows the layer to another device. A class,
-    not a closure, so that a model with a branch can be deep-copied.
+    that a small edit of a bfloat16 model is not lost factor by factor. It follows the layer to another device, which is
+    told by the output: hooks of Accelerate move the input only later. A class, not a closure, so that a model with a
+    branch can be deep-copied.
     """
 
     def __init__(self, change: LowRank) -> None:
@@ -27,12 +28,12 @@ class Branch:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """The layer's output with ΔW x added."""
-        x = input_of(args, kwargs)
-        if self.change.u.device != x.device:
-            self.change = self.change.to(x.device)
+        if self.change.u.device != output.device:
+            self.change = self.change.to(output.device)
         dtype = self.change.u.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            return (output.to(dtype) + self.change.branch(x.to(dtype))).to(output.dtype)
+        x = input_of(args, kwargs).to(output.device, dtype)
+        with torch.autocast(output.device.type, enabled=False):
+            return (output.to(dtype) + self.change.branch(x)).to(output.dtype)
 
 
 def attach(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> list[RemovableHandle]:
@@ -70,16 +71,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Autograd then records nothing below the first edited layer and no weight-sized gradient can arise. What each
     parameter asked for, and each module's mode, is restored afterwards, after an exception too.
     """
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # By owner and name: what is offloaded comes back from a forward pass as another tensor.
+    wanted = [(m, n) for m in model.modules() for n, p in m.named_parameters(recurse=False) if p.requires_grad]
     training = [module for module in model.modules() if module.training]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
+    for owner, name in wanted:
+        getattr(owner, name).requires_grad_(False)
     for module in training:
         module.training = False
     try:
         yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        for owner, name in wanted:
+            getattr(owner, name).requires_grad_(True)
         for module in training:
             module.training = True

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from remend.core.branch import detach, frozen
-from remend.core.layers import input_of
+from remend.core.layers import input_of, is_plain
 from remend.errors import ModelError, NonFiniteError
 
 
@@ -58,7 +58,7 @@ class _Recorder:
         if self.closed:  # recomputed: the same operations again, so that checkpointing finds what it saved
             return output + probe
         # A copy: a frozen layer's backward pass does not need its input, and autograd would not see it overwritten.
-        self.inputs.append(input_of(args, kwargs).detach().clone())
+        self.inputs.append(input_of(args, kwargs).detach().to(output.device, copy=True))
         self.probes.append(probe)
         return output + probe
 
@@ -141,7 +141,7 @@ def _refuse_non_finite(factors: Mapping[str, GradientFactors]) -> None:
 def _broken_weight(model: nn.Module) -> str:
     """Names the first parameter that holds NaN or infinity, if one does."""
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if is_plain(parameter) and not parameter.is_meta and not parameter.isfinite().all():
             return f"; the model's own weight {name} holds NaN or infinity: load it anew, or repair the checkpoint"
     return "; its weights are finite: try a wider dtype (float32 or bfloat16)"
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from remend.core.low_rank import LowRank
+
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -32,9 +35,33 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def dimensions(module: nn.Module) -> tuple[int, int]:
-    """``(d_in, d_out)`` of an editable layer."""
+    """``(d_in, d_out)`` of an editable layer, also where its weight is packed and has another shape."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
     rows, columns = weight_of(module).shape
-    return (rows, columns) if is_conv1d(module) else (columns, rows)
+    return rows, columns
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether ``weight`` stores its values as floats. A quantised one may only claim to: a wrapper of other tensors."""
+    return weight.dtype in _FLOATS and not hasattr(weight, "__tensor_flatten__")
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether an editable layer's weight is stored in fewer bits than it is computed with: never to be written to."""
+    weight = weight_of(module)
+    d_in, d_out = dimensions(module)
+    return not is_plain(weight) or weight.numel() != d_in * d_out
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where ``module`` takes its input: the device of its first parameter.
+
+    A parameter that Accelerate offloads is on ``meta`` between calls; then it is where Accelerate brings it for a call.
+    """
+    owner, parameter = next((part, own) for part in module.modules() for own in part.parameters(recurse=False))
+    hook: Any = getattr(owner, "_hf_hook", None)
+    return torch.device(hook.execution_device) if parameter.is_meta and hook is not None else parameter.device
 
 
 def dense_in_layout(module: nn.Module, change: LowRank) -> Float[Tensor, "rows columns"]:

@@ -17,7 +17,7 @@ from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.base import Base, find_modules
 from remend.config import from_json, to_json
 from remend.core.capture import GradientFactors, capture
-from remend.core.layers import dimensions
+from remend.core.layers import device_of, dimensions
 from remend.core.ledger import Ledger
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.network import EditorNetwork
@@ -125,7 +125,7 @@ class Mend(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             editor = cls(config or MendConfig(), Base.of(model, chosen), shapes)
-        return editor.to(next(model.get_input_embeddings().parameters()).device)
+        return editor.to(device_of(model.get_input_embeddings()))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Mend:

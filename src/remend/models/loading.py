@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TorchAoConfig,
+)
+from transformers.utils.import_utils import is_accelerate_available, is_bitsandbytes_available, is_torchao_available
 
 from remend.assets import ATLAS, ATLAS_FOLDER
-from remend.errors import ModelError
+from remend.core.layers import is_editable, is_quantised
+from remend.errors import ModelError, nearest
+
+MAP = "map"
+"""The device that is all of them: Accelerate fills one after the other, then the memory, then the disk."""
+QUANTISATIONS = ("bnb-4bit", "bnb-8bit", "torchao-int8")
+AVAILABLE = {
+    "accelerate": is_accelerate_available,
+    "bitsandbytes": is_bitsandbytes_available,
+    "torchao": is_torchao_available,
+}
 
 
 def choose_device(device: str) -> torch.device:
@@ -31,32 +51,98 @@ def choose_device(device: str) -> torch.device:
 
 
 def load(
-    model: str, device: str = "auto", dtype: torch.dtype | None = None
+    model: str, device: str = "auto", dtype: torch.dtype | None = None, quantise: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, in evaluation mode.
 
+    A checkpoint that is stored quantised is loaded as it is stored.
+
     Args:
         model: ``atlas`` (the small model that ships with remend), a local folder, or a hub id.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …, or ``map``: spread over all GPUs, the memory and the disk.
         dtype: of the weights; by default float32 on the CPU and the checkpoint's own elsewhere.
+        quantise: store the blocks' matrices in fewer bits: ``bnb-4bit`` (NF4), ``bnb-8bit`` (LLM.int8()) or
+            ``torchao-int8``.
 
     Raises:
-        ModelError: there is no such model, or it is not a causal language model with a tokenizer.
+        ModelError: there is no such model, it is not a causal language model with a tokenizer, or a package that the
+            device map or the quantisation needs is missing.
     """
-    target = choose_device(device)
+    target = choose_device("auto" if device == MAP else device)
     source = str(ATLAS_FOLDER / "model") if model == ATLAS else model
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source} is not a model folder: it has no config.json")
     if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ModelError(f"there is no folder {source}; MODEL is 'atlas', a folder or a hub id")
-    chosen = dtype or (torch.float32 if target.type == "cpu" else "auto")
+    if device == MAP:
+        _require("accelerate", "big", "device 'map'")
     try:
+        config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=chosen)
+        placed = _placement(config, target, device == MAP, dtype, quantise)
+        loaded = AutoModelForCausalLM.from_pretrained(source, config=config, **placed)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "the folder" if Path(source).exists() else "taken for a hub id, since no folder has this name"
         raise ModelError(f"cannot load {model!r} ({where}) as a causal language model: {reason}") from error
     loaded.config._name_or_path = model
-    torch.nn.Module.to(loaded, target)
+    if "device_map" not in placed:  # else it lies where it belongs, and must not be moved
+        torch.nn.Module.to(loaded, target)
+    if quantise:
+        _check_quantised(loaded, quantise)
+    _keep_differentiable(loaded)
     return loaded.eval(), tokenizer
+
+
+def _placement(
+    config: Any, target: torch.device, mapped: bool, dtype: torch.dtype | None, quantise: str | None
+) -> dict[str, Any]:
+    """What to tell transformers about where a model's weights go and how they are stored."""
+    stored = getattr(config, "quantization_config", None) is not None
+    if stored and quantise:
+        raise ModelError(f"this checkpoint is quantised already and cannot be made {quantise}; leave quantise out")
+    placed: dict[str, Any] = {"dtype": dtype or (torch.float32 if target.type == "cpu" and not stored else "auto")}
+    if quantise:
+        known = placed["dtype"] if placed["dtype"] != "auto" else config.dtype
+        placed["quantization_config"] = _quantisation(quantise, known)
+    if mapped:
+        placed["device_map"] = "auto"
+    elif quantise or stored:  # quantised where it will be used
+        _require("accelerate", "quantised", "a quantised model")
+        placed["device_map"] = {"": str(target)}
+    return placed
+
+
+def _quantisation(name: str, dtype: torch.dtype | None) -> BitsAndBytesConfig | TorchAoConfig:
+    if name not in QUANTISATIONS:
+        raise ModelError(f"there is no quantisation {name!r}; {nearest(name, QUANTISATIONS)}")
+    _require("torchao" if name == "torchao-int8" else "bitsandbytes", "quantised", f"quantisation {name!r}")
+    if name == "bnb-4bit":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    if name == "bnb-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def _require(package: str, extra: str, what: str) -> None:
+    if not AVAILABLE[package]():
+        raise ModelError(f"{what} needs {package}, which is missing here or too old: pip install 'remend[{extra}]'")
+
+
+def _check_quantised(model: PreTrainedModel, quantise: str) -> None:
+    """Raise where nothing was quantised: torchao passes over ``Conv1D`` layers, of which GPT-2 is made."""
+    if not any(is_editable(module) and is_quantised(module) for module in model.modules()):
+        raise ModelError(f"{quantise} found nothing to quantise in a {type(model).__name__}; try bnb-8bit or bnb-4bit")
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first answer, as it does on CPUs with AVX512-BF16.
+
+    Gradients do not pass through a repacked layer. Nothing would fail: what the residual connections carry would be
+    taken for the whole gradient.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.core.branch import frozen
+from remend.core.layers import device_of
 from remend.core.losses import target_loss
 from remend.errors import ModelError, RequestError
 from remend.models.prefix import reach
@@ -145,7 +146,7 @@ class CausalLM:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the token embedding."""
-        return next(self.model.get_input_embeddings().parameters()).device
+        return device_of(self.model.get_input_embeddings())
 
     def target_logits(self, batch: Batch) -> Float[Tensor, "target vocabulary"]:
         """The logits that predict each target token, and no others.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from remend.base import find_modules
-from remend.core.layers import weight_of
+from remend.core.layers import is_quantised, weight_of
 from remend.core.statistics import RunningStatistics
 from remend.core.whitening import SecondMoment
 from remend.editors.mend import Mend
@@ -85,7 +85,9 @@ def _measure_units(editor: Mend, constants: Constants, batches: Sequence[Sequenc
         deltas = [torch.cat([own[name].delta for own in rows]) for name in names]
         for name, (pseudo_u, pseudo_delta) in zip(names, editor.network(key)(us, deltas), strict=True):
             inputs = torch.cat([factors[name].u[factors[name].active] for factors in observed])
-            output = modules[name](inputs.to(weight_of(modules[name]).dtype)).float()
+            module = modules[name]
+            dtype = constants.task.model.dtype if is_quantised(module) else weight_of(module).dtype
+            output = module(inputs.to(dtype)).float()
             matched = (inputs.to(editor.device) * editor.whiten(pseudo_u, name)).sum(1).abs().mean()
             answer = matched * pseudo_delta.square().mean().sqrt()
             unit = output.square().mean().sqrt().to(editor.device) / answer
