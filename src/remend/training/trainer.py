@@ -32,6 +32,9 @@ from remend.training.workers import Workers
 STATISTICS_REQUESTS = 2_048
 """Requests over which the networks' input statistics are taken, once, before the first step."""
 
+CERTAIN = 1e-4
+"""The norm of a gradient that is clipped need not be known better than this; Adam hardly sees its scale."""
+
 T = TypeVar("T")
 
 
@@ -301,12 +304,15 @@ class Trainer:
     def _clipping(self, bound: float, norms: Float[Tensor, " small"]) -> float:
         """The factor that brings the norm of the whole gradient down to the largest allowed, or 1.
 
-        As a rule a bound of the norm is small enough already, and the norm itself need not be known.
+        The norm lies between that of the small parameters' gradients and ``bound``. As a rule that settles it: nothing
+        is clipped, or α's gradient outweighs all others. Only otherwise is each matrix's norm taken too.
         """
         if bound <= self.config.gradient_clip:
             return 1.0
-        squares = [norms.square().sum(), *(gradient.square().sum() for _, gradient in self._dense())]
-        norm = float(torch.stack(squares).sum().sqrt())
+        norm = float(norms.norm())
+        if bound - norm > CERTAIN * bound:
+            squares = [norms.square().sum(), *(gradient.square().sum() for _, gradient in self._dense())]
+            norm = float(torch.stack(squares).sum().sqrt())
         return min(1.0, self.config.gradient_clip / (norm + 1e-6))
 
     def _dense(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
