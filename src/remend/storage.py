@@ -81,6 +81,13 @@ def check_target(path: str | Path) -> None:
         )
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Delete what a process that was killed while writing into ``folder`` left behind under temporary names."""
+    for entry in folder.glob(".*"):
+        if entry.is_dir() and any((entry / name).exists() for name in (MANIFEST, TENSORS, "replaced")):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
 def _is_ours(file: Path) -> bool:
     try:
         found = json.loads(file.read_bytes())

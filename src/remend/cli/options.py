@@ -10,7 +10,8 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from remend.editors import Mend
+    from remend.editors import Mend, MendConfig
+    from remend.training import TrainingConfig
 
 Model = Annotated[str, typer.Argument(help="'atlas' (ships with remend), a local folder, or a hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …; map spreads the model over all there are.")]
@@ -19,6 +20,21 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; by default float32 on the CPU, else as stored.")
 ]
 Quantise = Annotated[str | None, typer.Option(help="bnb-4bit, bnb-8bit or torchao-int8: weights in fewer bits.")]
+Preset = Annotated[str, typer.Option(help="paper or default: the editor network and how it is trained.")]
+Modules = Annotated[list[str] | None, typer.Option(help="Globs of the matrices to edit; MLPs of the last 3 blocks.")]
+Memory = Annotated[
+    float | None,
+    typer.Option(min=0, help="GB that training may take, the model included; micro-batches are made to fit."),
+]
+MicroBatch = Annotated[int | None, typer.Option(min=1, help="Episodes that go through the edited model together.")]
+Cache = Annotated[float, typer.Option(min=0, help="GB of memory for what is computed once for each example.")]
+CacheFolder = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Keep it on disk too, for this run and later ones.")
+]
+Precision = Annotated[str, typer.Option(help="float32, tf32 or bfloat16: of matrix products while training.")]
+Recompute = Annotated[
+    bool, typer.Option("--recompute", help="Compute activations again for the backward pass; less memory, more time.")
+]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]
 EditorFolder = Annotated[
@@ -26,6 +42,20 @@ EditorFolder = Annotated[
     typer.Option("--editor", metavar="DIR", help="A trained editor; 'atlas' is the one that ships with remend."),
 ]
 NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer that is decoded, in tokens.")]
+
+
+def preset(name: str) -> tuple[MendConfig, TrainingConfig]:
+    """Network and training settings of a preset.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    from remend.errors import ConfigError, nearest
+    from remend.training import PRESETS
+
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset {name!r}; {nearest(name, PRESETS)}")
+    return PRESETS[name]
 
 
 def load_model(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,44 +30,41 @@ def train(
     validation: Annotated[
         str | None, typer.Option(metavar="FILE", help="Requests about other subjects; else a tenth of the subjects.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="paper or default.")] = "default",
+    preset: options.Preset = "default",
     max_steps: Annotated[int | None, typer.Option(min=1, help="End after this many steps.")] = None,
     budget_seconds: Annotated[float | None, typer.Option(min=1, help="End after this many seconds.")] = None,
-    modules: Annotated[
-        list[str] | None, typer.Option(help="Globs of the matrices to edit; MLPs of the last 3 blocks.")
-    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was to fill DIR.")] = False,
+    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="How often the whole state is saved.")] = 5.0,
+    modules: options.Modules = None,
+    memory: options.Memory = None,
+    micro_batch: options.MicroBatch = None,
+    cache: options.Cache = 1.0,
+    cache_folder: options.CacheFolder = None,
+    precision: options.Precision = "float32",
+    recompute: options.Recompute = False,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     quantise: options.Quantise = None,
     seed: options.Seed = 0,
     json: options.Json = None,
 ) -> None:
-    """Train an editor for a model. It can be stopped with Ctrl-C at any time; the best state so far is in DIR."""
+    """Train an editor for a model. Stopped with Ctrl-C or killed, it goes on with --resume as if it never had been."""
     from remend.data import read_source
     from remend.editors import Mend
-    from remend.errors import ConfigError, nearest
     from remend.storage import write_json
-    from remend.training import PRESETS
+    from remend.training import Resources
     from remend.training import train as train_editor
 
-    if preset not in PRESETS:
-        raise ConfigError(f"there is no preset {preset!r}; {nearest(preset, PRESETS)}")
+    network, settings = options.preset(preset)
     requests = read_source(data)
     held_out = read_source(validation) if validation else None
-    network, settings = PRESETS[preset]
     settings = replace(settings, seed=seed, max_steps=max_steps or settings.max_steps)
+    resources = Resources(micro_batch, memory, cache, cache_folder, recompute, precision)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     editor = Mend.for_model(base, network, modules or (), seed)
-    console = Console()
+    console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)  # of several processes, the first one speaks
     console.print(f"{len(requests)} requests; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)
     with _bar(console) as bar:
-        task = bar.add_task("measuring the start", total=1.0)
-
-        def follow(step: Step) -> None:
-            bar.update(task, completed=step.share, description=f"step {step.step}, loss {step.loss:.3f}")
-            if step.validation is not None:
-                console.print(f"step {step.step}: {_words(step.validation)}", highlight=False)
-
         try:
             trained = train_editor(
                 base,
@@ -73,9 +73,12 @@ def train(
                 held_out,
                 config=settings,
                 editor=editor,
+                resources=resources,
                 budget_seconds=budget_seconds,
                 out=out,
-                on_progress=follow,
+                resume=resume,
+                checkpoint_minutes=checkpoint_minutes,
+                on_progress=_follow(bar, console, settings.batch_size),
             )
         except KeyboardInterrupt:
             bar.stop()
@@ -93,12 +96,37 @@ def train(
         write_json(json, trained.trained)
 
 
+def _follow(bar: Progress, console: Console, batch_size: int) -> Callable[[Step], None]:
+    """Shows each step on the bar, and each validation on a line of its own."""
+    task = bar.add_task("measuring the start", total=1.0)
+    first: list[tuple[float, int]] = []
+
+    def follow(step: Step) -> None:
+        first.append((time.monotonic(), step.step)) if not first else None
+        since, number = first[0]
+        speed = (step.step - number) * batch_size / (time.monotonic() - since) if step.step > number else 0.0
+        bar.update(
+            task,
+            completed=step.share,
+            description=f"step {step.step}, loss {step.loss:.3f}, {speed:.1f} episodes/s",
+        )
+        if step.validation is not None:
+            console.print(f"step {step.step}: {_words(step.validation)}", highlight=False)
+
+    return follow
+
+
 def _stopped(trained: dict[str, Any], out: Path) -> str:
     """What is left of a run that was interrupted."""
-    if not out.exists() or not trained:
+    if not trained:
         return "stopped before anything was learnt; nothing was saved"
+    go_on = "go on with the same command and --resume"
+    if not out.exists():
+        return f"stopped before anything was learnt; {go_on}"
     best = min(trained["history"], key=lambda entry: entry["loss"])
-    return f"stopped; the best state so far, of step {best['step']}, is in [bold]{plain(out)}[/]: {_words(best)}"
+    return (
+        f"stopped; the best state so far, of step {best['step']}, is in [bold]{plain(out)}[/] ({_words(best)}); {go_on}"
+    )
 
 
 def _bar(console: Console) -> Progress:

@@ -61,11 +61,20 @@ class Batch:
 
 
 class CausalLM:
-    """A causal language model with its tokenizer, seen as something that is asked prompts and gives answers."""
+    """A causal language model with its tokenizer, seen as something that is asked prompts and gives answers.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        autocast: a narrower dtype in which to multiply; by default that of the weights.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.autocast = autocast
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             raise ModelError(f"{type(model).__name__} has no output layer over a vocabulary; it is no language model")
@@ -163,7 +172,8 @@ class CausalLM:
         return hidden[batch.row.to(hidden.device), batch.position.to(hidden.device)]
 
     def _run(self, batch: Batch) -> Float[Tensor, "row token vocabulary"]:
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            output = self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)
         logits = output.logits
         assert isinstance(logits, Tensor)
         return logits

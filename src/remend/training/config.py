@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +74,22 @@ class Resources:
     cache_folder: Path | None = None
     recompute: bool = False
     precision: str = "float32"
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """In which a float32 base model's products are taken, if not in float32."""
+        return torch.bfloat16 if self.precision == "bfloat16" else None
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Within the block, CUDA multiplies float32 matrices as ``precision`` says; elsewhere nothing changes."""
+        before = torch.backends.cuda.matmul.allow_tf32
+        if self.precision == "tf32":
+            torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
 
     @property
     def product_dtype(self) -> torch.dtype:

@@ -96,6 +96,10 @@ class Constants:
             for name, u, delta in zip(names, columns[0::2], columns[1::2], strict=True)
         }
 
+    def flush(self) -> None:
+        """Write to disk what is to be kept there."""
+        self.states.flush()
+
     def _look_up(
         self,
         store: Store,

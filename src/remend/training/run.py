@@ -1,33 +1,48 @@
-"""A whole training run: splits, time, validation, the best state so far."""
+"""A whole training run: splits, time, validation, the best state so far, and going on after an interruption."""
 
 from __future__ import annotations
 
 import random
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.config import to_json
-from remend.editors.mend import Mend
+from remend.editors.mend import FORMAT, Mend
 from remend.errors import FileError, TrainingError
 from remend.request import EditRequest
-from remend.storage import MANIFEST, check_target
+from remend.storage import MANIFEST, check_target, read_manifest
 from remend.tasks.causal_lm import CausalLM
-from remend.training.config import PRESETS, TrainingConfig
+from remend.training import checkpoint
+from remend.training.config import PRESETS, Resources, TrainingConfig
 from remend.training.episodes import EpisodeBatch, Episodes
 from remend.training.trainer import Trainer
+from remend.training.workers import Workers
 
 HELD_OUT_SHARE = 0.1
 """The share of subjects kept for validation where no validation file is given."""
 
+CHECKPOINT_MINUTES = 5.0
+
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; ``share`` of it is done (of its steps or its seconds, whichever is further)."""
+    """Where a run stands.
+
+    Attributes:
+        step: steps made.
+        share: of the run that is done, by its steps or its seconds, whichever is further.
+        loss: the outer loss of this step's batch.
+        validation: what was measured, after a step that was followed by a validation.
+    """
 
     step: int
     share: float
@@ -44,11 +59,18 @@ def train(
     preset: str = "default",
     config: TrainingConfig | None = None,
     editor: Mend | None = None,
+    resources: Resources | None = None,
     budget_seconds: float | None = None,
     out: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_minutes: float = CHECKPOINT_MINUTES,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Mend:
     """Train a MEND editor for ``model`` and return its best state by validation loss.
+
+    With ``out``, the run can be interrupted at any moment and gone on with: its checkpoints lie beside that folder
+    until it ends. On the CPU it then ends with the very editor that it would have ended with. Started by
+    ``accelerate launch`` in several processes, it shares each batch among them.
 
     Args:
         model: the base model; frozen, and left as it was.
@@ -58,46 +80,108 @@ def train(
         preset: ``paper`` or ``default``: network and training settings.
         config: training settings, instead of the preset's.
         editor: an untrained editor, instead of the preset's.
-        budget_seconds: end after this time at the latest.
+        resources: how the run uses memory and precision.
+        budget_seconds: end after this time at the latest (of all sessions of the run together).
         out: a new folder in which the best state is kept up to date while training (for ``Mend.from_pretrained``).
+        resume: go on with the run that was to fill ``out``; a run that left no checkpoint begins anew.
+        checkpoint_minutes: how often the whole state is saved; it also is at SIGINT (Ctrl-C) and SIGTERM.
         on_progress: called after every step.
 
     Raises:
-        TrainingError: training and validation share a subject, or no gradient reaches some tensor.
+        TrainingError: training and validation share a subject, no gradient reaches some tensor, or the checkpoint is
+            of another run.
         FileError: something stands at ``out`` already.
         NonFiniteError: something became NaN or infinite; the message names layer and batch.
+        KeyboardInterrupt: the run was interrupted; the checkpoint is written.
     """
     started = time.monotonic()
     if preset not in PRESETS:
         raise TrainingError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     if budget_seconds is not None and not budget_seconds > 0:
         raise TrainingError(f"budget_seconds is how long to train and must be positive, not {budget_seconds}")
-    if out is not None:
-        check_target(out)
-        if (Path(out) / MANIFEST).exists():
-            raise FileError(f"{out} holds an editor or an edit already; choose another folder, or delete it first")
     settings = config or PRESETS[preset][1]
+    resources = resources or Resources()
+    if (finished := _prepare_out(out, resume)) is not None:
+        return finished
     requests, validation = _split(requests, validation, settings)
-    task = CausalLM(model, tokenizer)
+    task = CausalLM(model, tokenizer, autocast=resources.autocast)
     chosen = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
     _check_fresh(chosen, model)
-    trainer = Trainer(task, chosen, requests, settings)
-    held_out = Episodes(task, validation[: settings.validation_size], settings.seed).fixed(settings.batch_size)
-    run = _Run(trainer, held_out, started, budget_seconds, out)
-    trainer.calibrate()
-    run.validate()
-    if run.over():
-        raise TrainingError(
-            f"the {budget_seconds:.0f} s were over before the first step: measuring statistics and the start took "
-            f"{run.seconds():.0f} s. Give a larger budget, or fewer validation requests"
-        )
-    while not run.over():
-        loss = trainer.train_step(run.share())
-        measured = run.validate() if trainer.step % settings.validate_every == 0 else None
-        on_progress(Progress(trainer.step, run.share(), loss, measured))
-    if run.history[-1]["step"] != trainer.step:
-        on_progress(Progress(trainer.step, 1.0, loss, run.validate()))
-    return run.finish()
+    workers = Workers(chosen.device)
+    with resources.products(), _interruptible(out is not None) as interrupted:
+        trainer = Trainer(task, chosen, requests, settings, resources, workers)
+        held_out = Episodes(task, validation[: settings.validation_size], settings.seed).fixed(settings.batch_size)
+        run = _Run(trainer, held_out, started, budget_seconds, out)
+        if not (resume and run.restore()):
+            trainer.calibrate()
+            run.validate()
+            run.save()
+        over = run.share() >= 1 or run.out_of_patience()
+        if over and trainer.step == 0:
+            raise TrainingError(
+                f"the {budget_seconds:.0f} s were over before the first step: measuring statistics and the start took "
+                f"{run.seconds():.0f} s. Give a larger budget, or fewer validation requests"
+            )
+        while not over:
+            loss = trainer.train_step(run.share())
+            share = run.share()
+            due = share >= 1 or trainer.step % settings.validate_every == 0
+            measured = run.validate() if due else None
+            over = share >= 1 or run.out_of_patience()
+            on_progress(Progress(trainer.step, share, loss, measured))
+            if workers.agree(bool(interrupted)):
+                run.save()
+                raise KeyboardInterrupt
+            if workers.agree(time.monotonic() - run.saved >= 60 * checkpoint_minutes):
+                run.save()
+        return run.finish()
+
+
+def _prepare_out(out: str | Path | None, resume: bool) -> Mend | None:
+    """Check that ``out`` may be written; the editor in it if the run to go on with is finished already."""
+    if out is None:
+        if resume:
+            raise TrainingError("resume goes on with the run that was to fill a folder: say which, with out")
+        return None
+    check_target(out)
+    has_editor = (Path(out) / MANIFEST).exists()
+    left = checkpoint.folder_of(out).is_dir()
+    if not resume:
+        if has_editor or left:
+            what = "an editor or an edit" if has_editor else "the checkpoints of an unfinished run"
+            where = out if has_editor else checkpoint.folder_of(out)
+            advice = "go on with it (resume), " if left else ""
+            raise FileError(f"{where} holds {what} already; {advice}choose another folder, or delete it first")
+        return None
+    if has_editor and not left and read_manifest(out, FORMAT).get("trained", {}).get("finished"):
+        return Mend.from_pretrained(out)
+    if not left:
+        warnings.warn(f"no checkpoint was written for {out} yet: the run begins anew", stacklevel=3)
+    return None
+
+
+@contextmanager
+def _interruptible(wanted: bool) -> Iterator[list[int]]:
+    """Within the block, SIGINT and SIGTERM do not end the process but are noted; a second SIGINT does end it.
+
+    Only where there is a checkpoint to write, and only in the main thread, where Python handles signals.
+    """
+    noted: list[int] = []
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if noted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_fresh(editor: Mend, model: PreTrainedModel) -> None:
@@ -111,7 +195,7 @@ def _check_fresh(editor: Mend, model: PreTrainedModel) -> None:
 
 
 class _Run:
-    """The bookkeeping of :func:`train`: time, validation history, the best state so far."""
+    """The bookkeeping of :func:`train`: time, validation history, the best state so far, checkpoints."""
 
     def __init__(
         self,
@@ -122,47 +206,76 @@ class _Run:
         out: str | Path | None,
     ) -> None:
         self.trainer, self.held_out, self.started, self.budget, self.out = trainer, held_out, started, budget, out
-        self.history: list[dict[str, float]] = []
-        self.best: dict[str, Tensor] = {}
-        self.best_step = 0
+        self.standing = checkpoint.Standing(seconds=0.0, history=[], best={}, best_step=0)
+        self.saved = started
 
     def seconds(self) -> float:
-        return time.monotonic() - self.started
+        """How long the run has taken, over all its sessions."""
+        return self.standing.seconds + time.monotonic() - self.started
 
     def share(self) -> float:
         """How much of the run is done, 0 to 1."""
         by_steps = self.trainer.step / self.trainer.config.max_steps
-        return min(1.0, max(by_steps, self.seconds() / self.budget if self.budget else 0.0))
+        return min(1.0, max(by_steps, self._clock() / self.budget if self.budget else 0.0))
 
-    def over(self) -> bool:
-        return self.share() >= 1 or self.trainer.step - self.best_step >= self.trainer.config.patience
+    def out_of_patience(self) -> bool:
+        """Whether the validation loss has not fallen for as many steps as the settings allow."""
+        return self.trainer.step - self.standing.best_step >= self.trainer.config.patience
 
     def validate(self) -> dict[str, float]:
         """Measure, remember, and keep the state if it is the best so far."""
         measured = self.trainer.validate(self.held_out)
-        self.history.append({"step": self.trainer.step, "seconds": round(self.seconds(), 1), **measured})
-        if measured["loss"] <= min(entry["loss"] for entry in self.history):
-            self.best = {name: tensor.clone() for name, tensor in self.trainer.editor.state_dict().items()}
-            self.best_step = self.trainer.step
-            self._save()
+        history = self.standing.history
+        history.append({"step": self.trainer.step, "seconds": round(self.seconds(), 1), **measured})
+        if measured["loss"] <= min(entry["loss"] for entry in history):
+            parameters = self.trainer.editor.named_parameters()
+            best = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters}
+            self.standing = replace(self.standing, best=best, best_step=self.trainer.step)
+            self._save_editor()
         return measured
+
+    def save(self) -> None:
+        """Write a checkpoint, if there is a place for it."""
+        if self.out is not None and self.trainer.workers.first:
+            now = replace(self.standing, seconds=self.seconds())
+            checkpoint.save(checkpoint.folder_of(self.out), self.trainer, now)
+        self.saved = time.monotonic()
+
+    def restore(self) -> bool:
+        """Go back to the last checkpoint, if there is one, with the stores as they were then."""
+        assert self.out is not None
+        standing = checkpoint.load(checkpoint.folder_of(self.out), self.trainer)
+        if standing is None:
+            return False
+        self.standing = standing
+        self.trainer.warm(self.held_out)
+        return True
 
     def finish(self) -> Mend:
         """The best state, loaded into the editor and saved with the whole history."""
-        self.trainer.editor.load_state_dict(self.best)
-        self._save()
-        return self.trainer.editor
+        editor = self.trainer.editor
+        editor.load_state_dict({**editor.state_dict(), **self.standing.best})
+        self._save_editor(finished=True)
+        if self.out is not None and self.trainer.workers.first:
+            checkpoint.delete(checkpoint.folder_of(self.out))
+        return editor
 
-    def _save(self) -> None:
+    def _clock(self) -> float:
+        return self.trainer.workers.agree(self.seconds())
+
+    def _save_editor(self, finished: bool = False) -> None:
         self.trainer.editor.trained = {
             "config": to_json(self.trainer.config),
             "requests": len(self.trainer.episodes),
             "seconds": round(self.seconds(), 1),
             "steps": self.trainer.step,
-            "best_step": self.best_step,
-            "history": self.history,
+            "best_step": self.standing.best_step,
+            "finished": finished,
+            "history": self.standing.history,
         }
-        if self.out is not None and self.trainer.step > 0:  # what was not trained must not look like an editor
+        self.trainer.constants.flush()
+        # What was not trained must not look like an editor.
+        if self.out is not None and self.trainer.step > 0 and self.trainer.workers.first:
             self.trainer.editor.save_pretrained(self.out)
 
 

@@ -69,6 +69,7 @@ class Trainer:
 
     Attributes:
         step: how many steps were made.
+        names: the editor's parameters with their names.
         micro_batch: episodes that go through the edited model together; halved when a GPU's memory does not suffice.
     """
 
@@ -98,8 +99,8 @@ class Trainer:
         self.ledger = Ledger(self.resources.product_dtype)
         self.micro_batch = self.resources.micro_batch or config.batch_size
         self._modules = find_modules(task.model, editor.shapes)
-        self._names = {parameter: name for name, parameter in editor.named_parameters()}
-        self._unmoved = dict(self._names)
+        self.names = {parameter: name for name, parameter in editor.named_parameters()}
+        self._unmoved = dict(self.names)
         networks = list(editor.networks.parameters())
         self.optimizer = torch.optim.Adam(
             [
@@ -115,18 +116,17 @@ class Trainer:
         """Take the networks' input statistics over the training set's edit pairs; once, before the first step."""
         calibrate(self.editor, self.constants, self._calibration_batches(), self.workers)
 
-    def warm(self, held_out: Sequence[EpisodeBatch]) -> Iterator[int]:
-        """Look up again whatever a run of ``step`` steps had looked up, so that the stores hold the same bits.
+    def warm(self, held_out: Sequence[EpisodeBatch]) -> None:
+        """Look up again whatever a run of ``step`` steps had looked up, in the same order.
 
-        Yields the number of each step that is done with.
+        The stores then hold the same bits: rounding depends on which examples were computed together.
         """
         for pairs in self._calibration_batches()[self.workers.rank :: self.workers.count]:
             self.constants.rows(pairs)
-        for batch in held_out:
+        for batch in held_out[self.workers.rank :: self.workers.count]:
             self._look_up(batch)
         for step in range(self.step):
             self._look_up(self._own(step))
-            yield step
 
     def _calibration_batches(self) -> list[list[Pair]]:
         return self.episodes.edits(STATISTICS_REQUESTS, self.config.batch_size)
@@ -181,7 +181,7 @@ class Trainer:
         batch = self._own(self.step)
         found = self._fitting(lambda: self._gradients(batch))
         loss = torch.stack([self._outer_loss(losses).detach().sum() for losses in found]).sum()
-        small = {parameter: parameter.grad for parameter in self._names if parameter.grad is not None}
+        small = {parameter: parameter.grad for parameter in self.names if parameter.grad is not None}
         bounds = self.ledger.bounds()
         self.workers.sum(loss, bounds, *small.values())
         norms = torch.stack([gradient.norm() for gradient in small.values()])
@@ -354,9 +354,9 @@ class Trainer:
         if bool(bad.any()):
             which = ", ".join(batch.ids[i] for i in bad.nonzero().flatten().tolist()[:5])
             raise NonFiniteError(f"step {self.step}: the edited model's loss is not finite for {which}; {advice}")
-        names = [self._names[p] for p in self._names if p.grad is not None and not p.grad.isfinite().all()]
+        names = [self.names[p] for p in self.names if p.grad is not None and not p.grad.isfinite().all()]
         weights = zip(self.ledger.weights(), self.ledger.bounds(), strict=True)
-        names += [self._names[weight] for weight, bound in weights if not bound.isfinite()]
+        names += [self.names[weight] for weight, bound in weights if not bound.isfinite()]
         raise NonFiniteError(
             f"step {self.step}: the gradient of {', '.join(names) or 'another process'} is not finite for the batch "
             f"{batch.ids[0]} … {batch.ids[-1]}; {advice}"

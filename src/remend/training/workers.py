@@ -48,7 +48,7 @@ class Workers:
         distributed.all_gather(found, tensor.contiguous())
         return found
 
-    def agree(self, value: float) -> float:
+    def agree(self, value: float | bool) -> float | bool:
         """The first process's value, for what depends on its clock."""
         if self.count == 1:
             return value

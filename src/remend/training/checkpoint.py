@@ -1,0 +1,138 @@
+"""Where a training run stands, as a folder: everything it needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import warnings
+from array import array
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remend.config import to_json
+from remend.errors import FileError, TrainingError
+from remend.storage import clear_leftovers, read_folder, take, write_folder
+from remend.training.trainer import Trainer
+
+FORMAT = "remend.checkpoint/1"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a run remembers beside its trainer's state.
+
+    Attributes:
+        seconds: how long it has run, over all its sessions.
+        history: one entry for each validation.
+        best: the editor's parameters at the best validation so far, on the CPU.
+        best_step: when that was.
+    """
+
+    seconds: float
+    history: list[dict[str, int | float]]
+    best: dict[str, Tensor]
+    best_step: int
+
+
+def folder_of(out: str | Path) -> Path:
+    """Where the checkpoints of the run that trains ``out`` are: a folder beside it."""
+    out = Path(out)
+    return out.with_name(f"{out.name}.checkpoints")
+
+
+def save(folder: Path, trainer: Trainer, standing: Standing) -> Path:
+    """Write a checkpoint under a name of its own, then delete the ones before: at any moment a whole one is there."""
+    tensors = {f"editor.{name}": tensor for name, tensor in trainer.editor.state_dict().items()}
+    tensors |= {f"best.{name}": tensor for name, tensor in standing.best.items()}
+    for parameter, name in trainer.names.items():
+        state = trainer.optimizer.state.get(parameter, {})  # nothing before the first step
+        tensors |= {f"adam.{name}.{key}": value for key, value in state.items()}
+    manifest = {
+        "run": _identity(trainer),
+        "step": trainer.step,
+        "micro_batch": trainer.micro_batch,
+        "seconds": standing.seconds,
+        "history": standing.history,
+        "best_step": standing.best_step,
+    }
+    written = write_folder(folder / f"step-{trainer.step:08d}", FORMAT, manifest, tensors)
+    for other in folder.iterdir():
+        if other != written:
+            shutil.rmtree(other, ignore_errors=True)
+    return written
+
+
+def load(folder: Path, trainer: Trainer) -> Standing | None:
+    """Bring a trainer to where its run stood; ``None`` if no checkpoint was written yet.
+
+    Raises:
+        TrainingError: the checkpoint is of a run with other settings, data, editor or base model.
+    """
+    if not folder.is_dir():
+        return None
+    clear_leftovers(folder)
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            manifest, tensors = read_folder(path, FORMAT)
+        except FileError as error:
+            warnings.warn(f"a damaged checkpoint is passed over: {error}", stacklevel=3)
+            continue
+        _check(trainer, take(manifest, "run", dict, path), path)
+        parts: dict[str, dict[str, Tensor]] = {"editor": {}, "best": {}, "adam": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            parts[kind][rest] = tensor.clone()  # not a view of a file that will be deleted
+        _restore(trainer, parts)
+        trainer.step = take(manifest, "step", int, path)
+        trainer.micro_batch = take(manifest, "micro_batch", int, path)
+        return Standing(
+            seconds=float(manifest["seconds"]),
+            history=take(manifest, "history", list, path),
+            best=parts["best"],
+            best_step=take(manifest, "best_step", int, path),
+        )
+    return None
+
+
+def delete(folder: Path) -> None:
+    """Delete the checkpoints of a run that is finished."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@torch.no_grad()
+def _restore(trainer: Trainer, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    trainer.editor.load_state_dict(dict(parts["editor"]))
+    for parameter, name in trainer.names.items():
+        state = {key: parts["adam"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        found = {key: value.to(parameter.device) for key, value in state.items() if value is not None}
+        if found:
+            trainer.optimizer.state[parameter] = found
+
+
+def _identity(trainer: Trainer) -> dict[str, Any]:
+    """What must be the same for a run to go on bit by bit."""
+    data = hashlib.sha256()
+    for pair in trainer.episodes.pairs():
+        data.update(array("q", (len(pair.prompt), *pair.prompt, *pair.target)).tobytes())
+    return {
+        "training settings": to_json(trainer.config),
+        "editor settings": to_json(trainer.editor.config),
+        "base model": asdict(trainer.editor.base),
+        "training data": data.hexdigest(),
+        "cache and precision": [trainer.resources.cache, trainer.resources.precision],
+        "number of processes": trainer.workers.count,
+    }
+
+
+def _check(trainer: Trainer, found: Mapping[str, Any], path: Path) -> None:
+    expected = _identity(trainer)
+    if differ := [key for key in expected if found.get(key) != expected[key]]:
+        raise TrainingError(
+            f"{path} is a checkpoint of another run: {', '.join(differ)} differ. Give the same options and data, or "
+            "another --out to begin anew"
+        )
