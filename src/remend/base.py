@@ -126,6 +126,23 @@ def _lasting(value: Any) -> Any:
     return value
 
 
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of everything that decides what ``model`` computes: class, configuration, and every stored byte.
+
+    Raises:
+        ModelError: some weights are offloaded, and would all have to be brought here.
+    """
+    digest = hashlib.sha256(_config_hash(model).encode())
+    for name, stored in model.state_dict(keep_vars=True).items():
+        for part, tensor in _unwrapped(name, stored) if isinstance(stored, Tensor) else ():
+            if tensor.is_meta:
+                raise ModelError(f"{name} is offloaded, so the model cannot be told from others: keep no cache on disk")
+            plain = tensor.detach().cpu().contiguous()
+            digest.update(f"{part} {plain.dtype} {tuple(plain.shape)}".encode())
+            digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
 _Stamp = tuple[int, int, torch.dtype, float]
 _seen: weakref.WeakKeyDictionary[nn.Module, tuple[_Stamp, str]] = weakref.WeakKeyDictionary()
 """Hashes already taken. A weight is hashed again when its storage, its version or its sum has changed."""

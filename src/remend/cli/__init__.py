@@ -1,4 +1,4 @@
-"""The command line: ``remend demo | edit | show | ask | train | evaluate``."""
+"""The command line: ``remend demo | edit | show | ask | doctor | train | evaluate``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from remend.cli import asking, demo, editing, evaluating, training
+from remend.cli import asking, demo, doctor, editing, evaluating, training
 from remend.cli.words import plain
 from remend.errors import ConfigError, RemendError, RequestError
 
@@ -26,6 +26,7 @@ app.command()(demo.demo)
 app.command()(editing.edit)
 app.command()(asking.show)
 app.command()(asking.ask)
+app.command()(doctor.doctor)
 app.command()(training.train)
 app.command()(evaluating.evaluate)
 

@@ -41,7 +41,7 @@ class Ledger:
         found = []
         for factors in self._factors.values():
             found.append(torch.stack([(g.norm(dim=1) * x.norm(dim=1)).sum() for g, x in factors]).sum())
-        return torch.stack(found)
+        return torch.stack(found) if found else torch.empty(0)
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Float[Tensor, "d_out d_in"]]]:
         """Each matrix with its dense gradient, which lasts until the next one is asked for."""

@@ -37,6 +37,10 @@ class Constants:
         self.task, self.editor, self.prefix, self.states, self.factors = task, editor, prefix, states, factors
         self.micro_batch = 32
 
+    def beside(self, states: Store, factors: Store) -> Constants:
+        """The same with other stores."""
+        return Constants(self.task, self.editor, self.prefix, states, factors)
+
     def prefix_states(self, pairs: Sequence[Pair]) -> Float[Tensor, "row token d"] | None:
         """What enters the lowest edited block for each pair, right-padded with zeros; ``None`` if nothing is below."""
         if self.prefix.depth == 0:

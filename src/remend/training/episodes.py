@@ -59,6 +59,8 @@ class Episodes:
     def __init__(self, task: CausalLM, requests: Sequence[EditRequest], seed: int) -> None:
         self.task = task
         self.seed = seed
+        # Requests share locality examples, and text is tokenised slowly.
+        self._tokenise = lru_cache(maxsize=None)(task.tokenise)
         self.episodes = [self._prepare(number, request) for number, request in enumerate(requests)]
         if len({episode.subject for episode in self.episodes}) < 2:
             raise TrainingError(
@@ -78,6 +80,12 @@ class Episodes:
         drawn = [self._draw(place, index=place) for place in range(len(self.episodes))]
         return [_batch(drawn[start : start + size]) for start in range(0, len(drawn), size)]
 
+    def longest(self, count: int) -> EpisodeBatch:
+        """Made-up episodes of the longest pairs there are: what a pass takes at most."""
+        by_length = sorted(self.pairs(), key=len, reverse=True)
+        longest = tuple(by_length[i % len(by_length)] for i in range(count))
+        return EpisodeBatch(longest, longest, longest, tuple("longest" for _ in longest))
+
     def edits(self, limit: int, size: int) -> list[list[Pair]]:
         """The edit pairs of up to ``limit`` requests, in batches: what the normalising statistics are taken over."""
         chosen = [self.episodes[i].edit for i in self._permutation(-1)[:limit]]
@@ -89,7 +97,7 @@ class Episodes:
         return list(dict.fromkeys(every))
 
     def _prepare(self, number: int, request: EditRequest) -> _Episode:
-        tokenise = self.task.tokenise
+        tokenise = self._tokenise
         edit = tokenise(request.prompt, request.target)
         neighbours = tuple(tokenise(paraphrase, request.target) for paraphrase in request.paraphrases)
         # Without locality examples of its own, a request lends its pair: at these positions the model must not change

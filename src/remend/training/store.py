@@ -60,6 +60,10 @@ class Store:
             if self._pending_bytes >= SHARD_BYTES:
                 self.flush()
 
+    def room(self, wanted: int) -> int:
+        """How much of ``wanted`` bytes would be kept in memory."""
+        return min(wanted, self.budget)
+
     def flush(self) -> None:
         """Write to disk what is not there yet."""
         if self.folder is None or not self._pending:

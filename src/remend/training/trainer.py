@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from remend.base import find_modules
+from remend.base import find_modules, fingerprint
 from remend.core.branch import branches, frozen
 from remend.core.ledger import Ledger
 from remend.core.losses import locality_loss, target_loss
@@ -26,6 +26,7 @@ from remend.training.calibration import calibrate
 from remend.training.config import Resources, TrainingConfig
 from remend.training.constants import Constants
 from remend.training.episodes import EpisodeBatch, Episodes
+from remend.training.memory import fitting_micro_batch
 from remend.training.store import Store
 from remend.training.workers import Workers
 
@@ -97,8 +98,8 @@ class Trainer:
         self._verify_prefix()
         self.constants = self._constants()
         self.ledger = Ledger(self.resources.product_dtype)
-        self.micro_batch = self.resources.micro_batch or config.batch_size
         self._modules = find_modules(task.model, editor.shapes)
+        self.micro_batch = self.resources.micro_batch or fitting_micro_batch(self)
         self.names = {parameter: name for name, parameter in editor.named_parameters()}
         self._unmoved = dict(self.names)
         networks = list(editor.networks.parameters())
@@ -155,16 +156,18 @@ class Trainer:
     def _constants(self) -> Constants:
         """The stores, within their budget: hidden states first, gradient factors with what is left."""
         budget = int(self.resources.cache * 1e9)
+        folder = self.resources.cache_folder
+        if folder is not None:  # states of another model, cut or precision are other states
+            own = f"{fingerprint(self.task.model)[:32]}-{self.prefix.depth}-{self.resources.precision}"
+            folder = folder / own
+        states = Store(budget, folder)
+        return Constants(self.task, self.editor, self.prefix, states, Store(max(0, budget - self.state_bytes())))
+
+    def state_bytes(self) -> int:
+        """What the hidden states of all examples would take: those entering the cut, and the last ones at targets."""
         width = next(self.task.model.get_input_embeddings().parameters())
-        tokens = sum(len(pair.shown) + len(pair.target) for pair in self.episodes.pairs())
-        states = tokens * width.shape[1] * width.element_size()
-        return Constants(
-            self.task,
-            self.editor,
-            self.prefix,
-            Store(budget, self.resources.cache_folder),
-            Store(max(0, budget - states)),
-        )
+        tokens = sum(len(pair.shown) * (self.prefix.depth > 0) + len(pair.target) for pair in self.episodes.pairs())
+        return tokens * width.shape[1] * width.element_size()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -182,7 +185,7 @@ class Trainer:
         found = self._fitting(lambda: self._gradients(batch))
         loss = torch.stack([self._outer_loss(losses).detach().sum() for losses in found]).sum()
         small = {parameter: parameter.grad for parameter in self.names if parameter.grad is not None}
-        bounds = self.ledger.bounds()
+        bounds = self.ledger.bounds().to(loss.device)
         self.workers.sum(loss, bounds, *small.values())
         norms = torch.stack([gradient.norm() for gradient in small.values()])
         bound = torch.cat((norms, bounds)).norm()
@@ -223,7 +226,9 @@ class Trainer:
         changes = self.editor(self.constants.rows(batch.edits))
         found = []
         for places in self._parts(batch):
-            found.append(self._losses(batch[places], {name: change.select(places) for name, change in changes.items()}))
+            found.append(
+                self.edited_losses(batch[places], {name: change.select(places) for name, change in changes.items()})
+            )
         return EpisodeLosses(
             *(torch.cat([getattr(part, field.name) for part in found]) for field in fields(EpisodeLosses))
         )
@@ -249,12 +254,14 @@ class Trainer:
         for places in parts:
             leaves = [factor.detach()[places].requires_grad_() for factor in factors]
             some = {name: LowRank(*leaves[2 * i : 2 * i + 2]) for i, name in enumerate(changes)}
-            found.append(self._losses(batch[places], some, backward=True))
+            found.append(self.edited_losses(batch[places], some, backward=True))
             reached.append([leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves])
         torch.autograd.backward(factors, [torch.cat(gradients) for gradients in zip(*reached, strict=True)])
         return found
 
-    def _losses(self, batch: EpisodeBatch, changes: Mapping[str, LowRank], backward: bool = False) -> EpisodeLosses:
+    def edited_losses(
+        self, batch: EpisodeBatch, changes: Mapping[str, LowRank], backward: bool = False
+    ) -> EpisodeLosses:
         """Look at each episode's neighbour and locality example in its own edited model, all in one pass."""
         pairs, episodes = batch.probes(), len(batch)
         probes = self.task.collate(pairs).ordered(range(0, 2 * episodes, 2), range(1, 2 * episodes, 2))

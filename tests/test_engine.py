@@ -1,0 +1,550 @@
+"""The training engine: that what makes it fast changes nothing, and that nothing is lost when it stops."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import worlds
+from remend.base import fingerprint
+from remend.cli import run
+from remend.core.branch import frozen
+from remend.core.ledger import Ledger
+from remend.core.losses import locality_loss, target_loss
+from remend.core.network import LowRankResidual
+from remend.editors import Mend, MendConfig
+from remend.errors import ConfigError, FileError, ModelError, TrainingError
+from remend.models.prefix import Prefix, reach
+from remend.tasks.causal_lm import CausalLM
+from remend.training import Resources, Trainer, TrainingConfig, train
+from remend.training.doctor import examine
+from remend.training.memory import estimate
+from remend.training.store import Store
+
+SETTINGS = TrainingConfig(
+    batch_size=6, learning_rate=3e-3, alpha_learning_rate=3e-3, max_steps=12, validate_every=4, validation_size=8
+)
+NETWORK = MendConfig(rank=8, alpha=3e-2, ridge=1e-3, relative=True)
+
+
+def trainer(model, resources=None, config=SETTINGS, requests=20):
+    editor = Mend.for_model(model, NETWORK)
+    return Trainer(CausalLM(model, worlds.tokenizer()), editor, worlds.requests(requests), config, resources)
+
+
+def after(steps, made):
+    """The editor's parameters and the losses after some steps."""
+    made.calibrate()
+    losses = [made.train_step() for _ in range(steps)]
+    return losses, dict(made.editor.named_parameters())
+
+
+def assert_same_way(start, first, second, share=1e-3):
+    """Two trainings ended at the same place, beside the way that they went."""
+    for name, value in first.items():
+        gone = (value - start[name]).norm()
+        assert gone > 0, f"{name} did not move"
+        assert (value - second[name]).norm() <= share * gone, name
+
+
+# -- the editor network and its gradients ----------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=3), bias=st.booleans(), seed=st.integers(0, 100))
+def test_a_layer_of_the_editor_is_eq_3_and_its_gradients_are_autograds(counts, bias, seed):
+    torch.manual_seed(seed)
+    layer = LowRankResidual(7, 3, len(counts), bias)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    z = torch.randn(sum(counts), 7, requires_grad=True)
+    matrix = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    inner = z @ layer.down.T @ layer.up.T + (layer.bias if bias else 0)
+    expected = z + functional.relu(layer.scale[matrix] * inner + layer.offset[matrix])
+    weight = torch.randn_like(expected)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    plain = torch.autograd.grad((expected * weight).sum(), (z, *parameters), allow_unused=True)
+    for ledger in (None, Ledger()):
+        layer.zero_grad()
+        z.grad = None
+        found = layer(z, counts, ledger)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        (found * weight).sum().backward()
+        torch.testing.assert_close(z.grad, plain[0], rtol=1e-4, atol=1e-4)
+        kept = {} if ledger is None else {weight: gradient.clone() for weight, gradient in ledger.gradients()}
+        for name, parameter, right in zip(names, parameters, plain[1:], strict=True):
+            assert (parameter.grad is None) == (parameter in kept), f"{name}: a dense gradient beside the factors"
+            torch.testing.assert_close(kept.get(parameter, parameter.grad), right, rtol=1e-4, atol=1e-4)
+        if ledger is not None:
+            norms = torch.stack([kept[parameter].norm() for parameter in ledger.weights()])
+            assert bool((ledger.bounds() >= norms * (1 - 1e-5)).all())
+
+
+def test_a_ledger_adds_up_parts_and_multiplies_in_bfloat16_if_told():
+    weight = torch.nn.Parameter(torch.zeros(4, 5))
+    parts = [(torch.randn(3, 4), torch.randn(3, 5)) for _ in range(2)]
+    expected = sum(g.T @ x for g, x in parts)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
+        ledger = Ledger(dtype)
+        for g, x in parts:
+            ledger.add(weight, g, x)
+        ((_, found),) = ledger.gradients()
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        assert found.dtype == torch.float32
+
+
+def test_the_losses_gradients_are_autograds():
+    torch.manual_seed(0)
+    logits, base = torch.randn(5, 11, requires_grad=True), torch.randn(5, 11)
+    target, row = torch.randint(11, (5,)), torch.tensor([0, 0, 1, 1, 1])
+    weight = torch.tensor([0.3, 0.7])
+    nll = functional.cross_entropy(logits, target, reduction="none")
+    kl = functional.kl_div(logits.log_softmax(-1), base.softmax(-1), reduction="none").sum(-1)
+    for found, slow in ((target_loss(logits, target, row, 2), nll), (locality_loss(base, logits, row, 2), kl)):
+        expected = torch.stack([slow[:2].mean(), slow[2:].mean()])
+        torch.testing.assert_close(found, expected)
+        (right,) = torch.autograd.grad((expected * weight).sum(), logits, retain_graph=True)
+        (actual,) = torch.autograd.grad((found * weight).sum(), logits, retain_graph=True)
+        torch.testing.assert_close(actual, right)
+
+
+# -- the frozen prefix -----------------------------------------------------------------------------------------------
+
+
+def cut(task, blocks=2):
+    """A prefix of a model of four blocks whose last two are edited, and a padded batch."""
+    names = [name for name in Mend.for_model(task.model).shapes if f".{4 - blocks}." in name or ".3." in name]
+    pairs = [task.tokenise(r.prompt, r.target) for r in worlds.requests(3)] + [task.tokenise("Rome is the", "x")]
+    return Prefix(task.model, names), task.collate(pairs)
+
+
+def test_entering_at_the_lowest_edited_block_equals_the_whole_pass(task, snapshot):
+    prefix, batch = cut(task)
+    assert prefix.depth == 2
+    runs = []
+    handle = prefix.blocks[0].register_forward_hook(lambda *_: runs.append("first block"))
+    whole = task.target_logits(batch)
+    assert len(runs) == 1
+    states = prefix.states(lambda: task.target_logits(batch))
+    calls = []
+    inner = prefix.blocks[1].register_forward_hook(lambda m, a, o: calls.append(o is states))
+    with prefix.resumed(states):
+        entered = task.target_logits(batch)
+    assert calls == [True], "the blocks below hand on what they were told"
+    handle.remove(), inner.remove()
+    assert torch.equal(entered, whole)
+    states[:] = 0
+    with prefix.resumed(states):
+        assert not torch.allclose(task.target_logits(batch), whole), "the states matter"
+    assert torch.equal(task.target_logits(batch), whole)
+    assert not any("forward" in block.__dict__ for block in prefix.blocks)
+    snapshot()
+
+
+def test_the_output_layer_alone_makes_the_same_logits_of_its_input(task):
+    prefix, batch = cut(task)
+    states = task.target_states(batch)
+    with prefix.hollow():
+        assert torch.equal(task.logits(states), task.target_logits(batch)) is False, "hollow blocks do not compute"
+        found = task.logits(states)
+    torch.testing.assert_close(found, task.target_logits(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_is_itself_again_after_an_error_too(task):
+    prefix, _ = cut(task)
+    own = lambda *args, **kwargs: type(prefix.blocks[0]).forward(prefix.blocks[0], *args, **kwargs)  # noqa: E731
+    prefix.blocks[0].forward = own
+    with pytest.raises(RuntimeError, match="stop"), prefix.resumed(torch.zeros(1)):
+        raise RuntimeError("stop")
+    assert prefix.blocks[0].__dict__["forward"] is own
+    assert "forward" not in prefix.blocks[1].__dict__
+
+
+def test_a_model_whose_blocks_hand_on_more_is_not_cut(monkeypatch):
+    """A last block that also reads what the first one put aside, in the same pass."""
+    model, aside = worlds.gpt2(), {}
+    first, last = model.transformer.h[0], model.transformer.h[3]
+    real = type(first).forward
+
+    def puts_aside(hidden, *args, **kwargs):
+        aside["hidden"] = hidden
+        return real(first, hidden, *args, **kwargs)
+
+    def reads(hidden, *args, **kwargs):
+        return real(last, hidden + aside.get("hidden", 0), *args, **kwargs)
+
+    monkeypatch.setattr(first, "forward", puts_aside, raising=False)
+    monkeypatch.setattr(last, "forward", reads, raising=False)
+    model.register_forward_pre_hook(lambda *_: aside.clear())
+    with pytest.warns(UserWarning, match="hands more than hidden states from block to block"):
+        made = trainer(model)
+    assert made.prefix.depth == 0
+    losses, _ = after(3, made)
+    assert all(loss > 0 for loss in losses)
+
+
+def test_where_nothing_can_be_cut_nothing_is(task):
+    assert Prefix(task.model, list(Mend.for_model(task.model, modules=["*.0.*"]).shapes)).depth == 0
+    assert Prefix(torch.nn.Linear(2, 2), [""]).depth == 0
+    with pytest.raises(ModelError, match="never calls Linear"):
+        reach(torch.nn.Linear(2, 2), lambda: None)
+
+
+# -- what is kept of each example ------------------------------------------------------------------------------------
+
+
+def test_a_store_keeps_what_fits_and_drops_nothing():
+    store = Store(budget=40)
+    value = torch.arange(8.0)
+    store.put("a", (value[:4], value[4:]))
+    value.zero_()
+    assert store["a"][1].tolist() == [4.0, 5.0, 6.0, 7.0], "a copy"
+    store.put("b", (torch.zeros(8),))
+    assert "a" in store
+    assert "b" not in store
+    assert store.used == 32
+
+
+def test_a_store_on_disk_is_read_again_and_repaired(tmp_path):
+    store = Store(0, tmp_path)
+    store.put("a", (torch.arange(3.0),))
+    assert torch.equal(store["a"][0], torch.arange(3.0)), "not yet written, but there"
+    store.flush()
+    store.put("b", (torch.ones(2),))
+    store.flush()
+    again = Store(0, tmp_path)
+    assert torch.equal(again["a"][0], torch.arange(3.0))
+    assert torch.equal(again["b"][0], torch.ones(2))
+    shard = sorted(tmp_path.glob("shard-*"))[0]
+    content = bytearray((shard / "tensors.safetensors").read_bytes())
+    content[-1] ^= 1
+    (shard / "tensors.safetensors").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"damaged part of the cache .*truncated or altered"):
+        repaired = Store(0, tmp_path)
+    assert ("a" in repaired) != ("b" in repaired)
+    assert not shard.exists()
+
+
+def test_a_model_has_a_fingerprint_of_its_own(model):
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3
+    assert fingerprint(model) != before
+
+
+def test_what_is_kept_on_disk_serves_the_next_run_of_the_same_model_only(model, tmp_path, monkeypatch):
+    first = trainer(model, Resources(cache=0.0, cache_folder=tmp_path))
+    losses, _ = after(6, first)
+    first.constants.flush()
+    ran = []
+    monkeypatch.setattr(
+        Prefix, "states", lambda self, forward: ran.append(1) or reach(self.blocks[self.depth], forward)
+    )
+    again, _ = after(6, trainer(model, Resources(cache=0.0, cache_folder=tmp_path)))
+    assert sum(ran) <= 1, "only the check that the model can be cut runs the blocks below"
+    assert again == pytest.approx(losses, rel=1e-3)
+    ran.clear()
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    other = trainer(model, Resources(cache=0.0, cache_folder=tmp_path))
+    after(1, other)
+    other.constants.flush()
+    assert sum(ran) > 1, "states of another model are not used"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "resources",
+    [
+        Resources(cache=0.0),
+        Resources(micro_batch=1),
+        Resources(micro_batch=4, cache=2e-5),
+        Resources(recompute=True),
+        Resources(memory=64.0),
+    ],
+    ids=["no cache", "one by one", "little cache", "recomputed", "memory"],
+)
+def test_how_the_machine_is_used_does_not_change_what_is_learnt(model, snapshot, resources):
+    start = {name: value.clone() for name, value in Mend.for_model(model, NETWORK).named_parameters()}
+    expected_losses, expected = after(8, trainer(model))
+    losses, found = after(8, trainer(model, resources))
+    assert losses == pytest.approx(expected_losses, rel=2e-3)
+    assert_same_way(start, expected, found, share=2e-2)
+    snapshot()
+
+
+def test_constants_are_computed_once_and_in_the_same_bits(model):
+    made = trainer(model)
+    pairs = made.episodes.batch(0, 6).edits
+    first = made.constants.rows(pairs)
+    states = made.constants.prefix_states(pairs)
+    used = made.constants.states.used, made.constants.factors.used
+    shuffled = pairs[::-1]
+    again = made.constants.rows(shuffled)
+    assert (made.constants.states.used, made.constants.factors.used) == used
+    for name, rows in first.items():
+        assert again[name].counts == rows.counts[::-1]
+        back = torch.cat(again[name].u.split(again[name].counts)[::-1])
+        assert torch.equal(back, rows.u)
+        whole = made.editor.rows(made.editor.capture(made.task, made.task.collate(pairs)))[name]
+        torch.testing.assert_close(rows.u, whole.u, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rows.delta, whole.delta, rtol=1e-3, atol=1e-6)
+    assert torch.equal(made.constants.prefix_states(shuffled), states.flip(0))
+    batch = made.task.collate(pairs)
+    with frozen(model), torch.no_grad():
+        base = made.task.target_logits(batch)
+    torch.testing.assert_close(made.constants.base_logits(pairs, states), base, rtol=1e-4, atol=1e-4)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_that_runs_out_of_memory_goes_on_in_smaller_parts(model, monkeypatch):
+    real = Trainer.edited_losses
+    start = {name: value.clone() for name, value in Mend.for_model(model, NETWORK).named_parameters()}
+    expected_losses, expected = after(4, trainer(model, Resources(micro_batch=6)))
+
+    def small(self, batch, changes, backward=False):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch, changes, backward)
+
+    monkeypatch.setattr(Trainer, "edited_losses", small)
+    made = trainer(model, Resources(micro_batch=6))
+    with pytest.warns(UserWarning, match=r"going on with [23] episodes at a time"):
+        losses, found = after(4, made)
+    assert made.micro_batch == 2
+    assert losses == pytest.approx(expected_losses, rel=1e-3)
+    assert_same_way(start, expected, found, share=2e-2)
+    monkeypatch.setattr(Trainer, "edited_losses", lambda *args, **kwargs: small(None, [1, 2, 3], {}))
+    with (
+        pytest.raises(ModelError, match="one episode alone does not fit"),
+        pytest.warns(UserWarning, match="1 episodes"),
+    ):
+        made.train_step()
+
+
+def test_micro_batches_fit_the_memory_that_is_given(model):
+    needed = estimate(trainer(model, Resources(micro_batch=1))).total
+    with pytest.raises(
+        ConfigError, match=r"training takes about \d.* GB with one episode at a time \(process .*bfloat16"
+    ):
+        trainer(model, Resources(memory=needed / 2e9))
+    assert trainer(model, Resources(memory=1.5 * needed / 1e9)).micro_batch == SETTINGS.batch_size
+    parts = estimate(trainer(model, Resources(micro_batch=2))).parts()
+    more = estimate(trainer(model, Resources(micro_batch=4))).parts()
+    assert more["model_pass"] == pytest.approx(2 * parts["model_pass"], rel=0.01)
+    assert parts["model"] >= sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_no_gradient_of_a_matrix_outlives_the_step(model):
+    made = trainer(model)
+    after(2, made)
+    assert all(parameter.grad is None for parameter in made.editor.parameters())
+    assert made.ledger.weights() == []
+
+
+@pytest.mark.parametrize("clip", [100.0, 1e-3, 0.3])
+def test_the_gradient_is_clipped_by_its_norm(model, clip):
+    made = trainer(model, config=replace(SETTINGS, gradient_clip=clip))
+    made.calibrate()
+    made.train_step()
+    made._gradients(made._own(1))
+    dense = [gradient.clone() for _, gradient in made.ledger.gradients()]
+    small = [parameter.grad for parameter in made.names if parameter.grad is not None]
+    norm = float(torch.stack([gradient.norm() for gradient in (*dense, *small)]).norm())
+    norms = torch.stack([gradient.norm() for gradient in small])
+    bound = float(torch.cat((norms, made.ledger.bounds())).norm())
+    assert made._clipping(bound, norms) == pytest.approx(min(1.0, clip / norm), rel=2e-4)
+
+
+# -- stopping and going on -------------------------------------------------------------------------------------------
+
+
+def run_to(out, stop=None, resume=False, model=None, **changes):
+    """A run that is interrupted after some step, or not at all."""
+
+    def interrupt(progress):
+        if progress.step == stop:
+            raise KeyboardInterrupt
+
+    model = model or worlds.gpt2()
+    config = replace(SETTINGS, **changes)
+    editor = Mend.for_model(model, NETWORK, seed=config.seed)
+    return train(
+        model, worlds.tokenizer(), worlds.requests(40), config=config, editor=editor, out=out,
+        resume=resume, checkpoint_minutes=0.0, on_progress=interrupt,
+    )  # fmt: skip
+
+
+def history(editor):
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in editor.trained["history"]]
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_an_interrupted_run_ends_as_if_it_had_never_stopped(stop, tmp_path):
+    expected = run_to(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run_to(tmp_path / "editor", stop=stop)
+    assert (tmp_path / "editor.checkpoints").is_dir()
+    found = run_to(tmp_path / "editor", resume=True)
+    assert not (tmp_path / "editor.checkpoints").exists()
+    for (name, value), (_, other) in zip(expected.state_dict().items(), found.state_dict().items(), strict=True):
+        assert torch.equal(value, other), name
+    assert history(found) == history(expected)
+    assert found.trained["seconds"] >= 0
+    again = run_to(tmp_path / "editor", resume=True)  # finished already
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), found.parameters(), strict=True))
+
+
+def test_a_signal_saves_and_ends_the_run(tmp_path):
+    def stop(progress):
+        if progress.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    editor = Mend.for_model(worlds.gpt2(), NETWORK)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            worlds.gpt2(), worlds.tokenizer(), worlds.requests(40), config=SETTINGS, editor=editor,
+            out=tmp_path / "editor", on_progress=stop,
+        )  # fmt: skip
+    assert [path.name for path in (tmp_path / "editor.checkpoints").iterdir()] == ["step-00000003"]
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_checkpoint_is_of_one_run_only(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_to(tmp_path / "editor", stop=5)
+    with pytest.raises(TrainingError, match="another run: training settings differ"):
+        run_to(tmp_path / "editor", resume=True, learning_rate=1e-4)
+    with pytest.raises(TrainingError, match="another run: editor settings, base model differ"):
+        train(
+            worlds.llama(), worlds.tokenizer(), worlds.requests(40), config=SETTINGS, out=tmp_path / "editor",
+            resume=True, editor=Mend.for_model(worlds.llama(), MendConfig(rank=8)),
+        )  # fmt: skip
+    with pytest.raises(FileError, match="already; go on with it"):
+        run_to(tmp_path / "editor")
+    with pytest.raises(TrainingError, match="say which, with out"):
+        run_to(None, resume=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    expected = run_to(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run_to(tmp_path / "editor", stop=5)
+    (checkpoint,) = (tmp_path / "editor.checkpoints").iterdir()
+    (checkpoint / "tensors.safetensors").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="a damaged checkpoint is passed over"):
+        found = run_to(tmp_path / "editor", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
+
+
+def test_a_run_that_left_nothing_begins_anew(tmp_path):
+    with pytest.warns(UserWarning, match="no checkpoint was written"):
+        assert run_to(tmp_path / "editor", resume=True).trained["steps"] == 12
+
+
+def test_a_killed_training_goes_on_from_the_command_line(tmp_path):
+    """The whole way, with a real kill: what the last checkpoint holds is all that is needed."""
+    model = worlds.gpt2()
+    model.save_pretrained(tmp_path / "model")
+    worlds.tokenizer().save_pretrained(tmp_path / "model")
+    from remend.request import write_requests
+
+    write_requests(tmp_path / "train.jsonl", worlds.requests(40))
+    common = [sys.executable, "-m", "remend", "train", str(tmp_path / "model"), "--data", str(tmp_path / "train.jsonl")]
+    common += ["--max-steps", "150", "--checkpoint-minutes", "0", "--device", "cpu", "--cache", "0.001"]
+    subprocess.run([*common, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    process = subprocess.Popen([*common, "--out", str(tmp_path / "editor")], stdout=subprocess.DEVNULL)
+    folder = tmp_path / "editor.checkpoints"
+    for _ in range(1_200):
+        if folder.is_dir() and any(path.name > "step-00000030" for path in folder.glob("step-*")):
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    resumed = subprocess.run([*common, "--out", str(tmp_path / "editor"), "--resume"], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = (Mend.from_pretrained(tmp_path / name) for name in ("whole", "editor"))
+    for (name, value), (_, other) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        assert torch.equal(value, other), name
+    assert history(first) == history(second)
+    assert not list(tmp_path.glob(".editor*")), "nothing is left under a temporary name"
+
+
+# -- precision, doctor -----------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_products_train_a_float32_editor(model):
+    made = trainer(model, Resources(precision="bfloat16"))
+    made.task.autocast = Resources(precision="bfloat16").autocast
+    losses, parameters = after(8, made)
+    exact, _ = after(8, trainer(model))
+    assert all(parameter.dtype == torch.float32 for parameter in parameters.values())
+    assert losses == pytest.approx(exact, rel=0.2)
+    assert losses != exact
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"precision": "float16"}, "precision is one of float32, tf32, bfloat16"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
+        ({"memory": -1.0}, "memory is in GB"),
+        ({"cache": float("nan")}, "cache is in GB"),
+    ],
+)
+def test_wrong_resources(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        Resources(**wrong)
+
+
+def test_the_doctor_finds_a_healthy_model_healthy_and_leaves_it_alone(model, snapshot):
+    found = examine(model, worlds.tokenizer(), worlds.requests(20), (NETWORK, SETTINGS))
+    snapshot()
+    assert found.healthy
+    assert [check.passed for check in found.checks] == [True] * 6
+    assert list(found.matrices) == list(Mend.for_model(model).shapes)
+    assert found.reason == "the MLPs of the last 3 of 4 blocks, as in the paper"
+    assert found.training_seconds > 0
+    assert found.memory.total > 0
+
+
+def test_the_doctor_names_what_is_wrong(model, monkeypatch):
+    monkeypatch.setattr(Ledger, "add", lambda self, weight, g, x: None)  # what the matrices should learn is lost
+    found = examine(model, worlds.tokenizer(), worlds.requests(20), (NETWORK, SETTINGS))
+    assert not found.healthy
+    assert "no gradient reaches networks" in found.checks[-1].found
+
+
+def test_the_doctor_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    model = worlds.llama()
+    model.save_pretrained(tmp_path / "model")
+    worlds.tokenizer().save_pretrained(tmp_path / "model")
+    from remend.request import write_requests
+
+    write_requests(tmp_path / "few.jsonl", worlds.requests(14))
+    arguments = ["doctor", str(tmp_path / "model"), "--data", str(tmp_path / "few.jsonl"), "--device", "cpu"]
+    assert run([*arguments, "--json", str(tmp_path / "found.json")]) == 0
+    text = capsys.readouterr().out
+    assert "model.layers.1.mlp.gate_proj" in text
+    assert "memory, at most" in text
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["memory_bytes"]["total"] > found["memory_bytes"]["model"] > 0
+    assert all(check["passed"] for check in found["checks"])
+    assert Path(tmp_path / "model" / "config.json").exists()
+    with warnings.catch_warnings():
+        assert run([*arguments, "--modules", "nothing.*"]) == 1
