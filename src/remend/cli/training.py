@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,7 +61,7 @@ def train(
     resources = Resources(micro_batch, memory, cache, cache_folder, recompute, precision)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     editor = Mend.for_model(base, network, modules or (), seed)
-    console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)  # of several processes, the first one speaks
+    console = Console(quiet=options.process() > 0)  # of several processes, the first one speaks
     console.print(f"{len(requests)} requests; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)
     with _bar(console) as bar:
         try:
@@ -92,7 +91,7 @@ def train(
             "locality examples that the model answers well, or more time",
             soft_wrap=True,
         )
-    if json is not None:
+    if json is not None and not console.quiet:
         write_json(json, trained.trained)
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.config import to_json
+from remend.core.layers import device_of
 from remend.editors.mend import FORMAT, Mend
 from remend.errors import FileError, TrainingError
 from remend.request import EditRequest
@@ -69,8 +70,8 @@ def train(
     """Train a MEND editor for ``model`` and return its best state by validation loss.
 
     With ``out``, the run can be interrupted at any moment and gone on with: its checkpoints lie beside that folder
-    until it ends. On the CPU it then ends with the very editor that it would have ended with. Started by
-    ``accelerate launch`` in several processes, it shares each batch among them.
+    until it ends. On the CPU it then ends with the very editor that it would have ended with. Started in several
+    processes by ``accelerate launch`` or ``torchrun``, it shares each batch among them; all return the same editor.
 
     Args:
         model: the base model; frozen, and left as it was.
@@ -101,14 +102,16 @@ def train(
         raise TrainingError(f"budget_seconds is how long to train and must be positive, not {budget_seconds}")
     settings = config or PRESETS[preset][1]
     resources = resources or Resources()
-    if (finished := _prepare_out(out, resume)) is not None:
-        return finished
-    requests, validation = _split(requests, validation, settings)
-    task = CausalLM(model, tokenizer, autocast=resources.autocast)
-    chosen = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
-    _check_fresh(chosen, model)
-    workers = Workers(chosen.device)
-    with resources.products(), _interruptible(out is not None) as interrupted:
+    workers = Workers(device_of(model.get_input_embeddings()))
+    with workers.one_voice(), resources.products(), _interruptible(out is not None) as interrupted:
+        finished = _prepare_out(out, resume)
+        workers.wait()  # until all have looked, nobody writes
+        if finished is not None:
+            return finished
+        requests, validation = _split(requests, validation, settings)
+        task = CausalLM(model, tokenizer, autocast=resources.autocast)
+        chosen = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
+        _check_fresh(chosen, model)
         trainer = Trainer(task, chosen, requests, settings, resources, workers)
         held_out = Episodes(task, validation[: settings.validation_size], settings.seed).fixed(settings.batch_size)
         run = _Run(trainer, held_out, started, budget_seconds, out)
@@ -129,12 +132,14 @@ def train(
             measured = run.validate() if due else None
             over = share >= 1 or run.out_of_patience()
             on_progress(Progress(trainer.step, share, loss, measured))
-            if workers.agree(bool(interrupted)):
+            if workers.largest(bool(interrupted)):
                 run.save()
                 raise KeyboardInterrupt
-            if workers.agree(time.monotonic() - run.saved >= 60 * checkpoint_minutes):
+            if workers.largest(time.monotonic() - run.saved >= 60 * checkpoint_minutes):
                 run.save()
-        return run.finish()
+        best = run.finish()
+        workers.leave()
+        return best
 
 
 def _prepare_out(out: str | Path | None, resume: bool) -> Mend | None:
@@ -235,10 +240,11 @@ class _Run:
         return measured
 
     def save(self) -> None:
-        """Write a checkpoint, if there is a place for it."""
+        """Write a checkpoint, if there is a place for it; when this returns in any process, it is there."""
         if self.out is not None and self.trainer.workers.first:
             now = replace(self.standing, seconds=self.seconds())
             checkpoint.save(checkpoint.folder_of(self.out), self.trainer, now)
+        self.trainer.workers.wait()
         self.saved = time.monotonic()
 
     def restore(self) -> bool:
@@ -258,10 +264,11 @@ class _Run:
         self._save_editor(finished=True)
         if self.out is not None and self.trainer.workers.first:
             checkpoint.delete(checkpoint.folder_of(self.out))
+        self.trainer.workers.wait()
         return editor
 
     def _clock(self) -> float:
-        return self.trainer.workers.agree(self.seconds())
+        return self.trainer.workers.largest(self.seconds())
 
     def _save_editor(self, finished: bool = False) -> None:
         self.trainer.editor.trained = {

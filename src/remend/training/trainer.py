@@ -22,7 +22,7 @@ from remend.errors import ConfigError, ModelError, NonFiniteError, TrainingError
 from remend.models.prefix import Prefix
 from remend.request import EditRequest
 from remend.tasks.causal_lm import CausalLM, Pair
-from remend.training.calibration import calibrate
+from remend.training.calibration import UNIT_BATCHES, calibrate
 from remend.training.config import Resources, TrainingConfig
 from remend.training.constants import Constants
 from remend.training.episodes import EpisodeBatch, Episodes
@@ -121,8 +121,12 @@ class Trainer:
 
         The stores then hold the same bits: rounding depends on which examples were computed together.
         """
-        for pairs in self._calibration_batches()[self.workers.rank :: self.workers.count]:
+        batches = self._calibration_batches()
+        for pairs in batches[self.workers.rank :: self.workers.count]:
             self.constants.rows(pairs)
+        if self.editor.config.relative:  # the units were measured by all processes on the same batches
+            for pairs in batches[:UNIT_BATCHES]:
+                self.constants.prefix_states(pairs)
         for batch in held_out[self.workers.rank :: self.workers.count]:
             self._look_up(batch)
         for step in range(self.step):
