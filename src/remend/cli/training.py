@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,7 +63,8 @@ def train(
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     editor = Mend.for_model(base, network, modules or (), seed)
     console = Console(quiet=options.process() > 0)  # of several processes, the first one speaks
-    console.print(f"{len(requests)} requests; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)
+    several = f" in {count} processes" if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1 else ""
+    console.print(f"{len(requests)} requests{several}; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)
     with _bar(console) as bar:
         try:
             trained = train_editor(

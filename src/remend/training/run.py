@@ -137,9 +137,7 @@ def train(
                 raise KeyboardInterrupt
             if workers.largest(time.monotonic() - run.saved >= 60 * checkpoint_minutes):
                 run.save()
-        best = run.finish()
-        workers.leave()
-        return best
+        return run.finish()
 
 
 def _prepare_out(out: str | Path | None, resume: bool) -> Mend | None:

@@ -27,7 +27,6 @@ class Workers:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._made = False
         if not distributed.is_available():
             self.rank, self.count = 0, 1
             return
@@ -46,8 +45,8 @@ class Workers:
             )
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        # It is never left: to join anew, the processes would meet at addresses that are stale.
         distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self._made = True
 
     @property
     def first(self) -> bool:
@@ -68,7 +67,7 @@ class Workers:
         distributed.all_gather(found, tensor.contiguous())
         return found
 
-    def largest(self, value: float) -> float:
+    def largest(self, value: float | bool) -> float | bool:
         """The largest of all processes' values: of their clocks, or of whether something happened to any of them.
 
         Nobody goes on before everybody has come here.
@@ -92,10 +91,3 @@ class Workers:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-
-    def leave(self) -> None:
-        """End what the first use began, once all have come here; a group of the caller's stays."""
-        if self._made:
-            self.wait()
-            distributed.destroy_process_group()
-            self._made = False
