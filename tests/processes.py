@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ def main(job, folder):
     rank = int(os.environ["RANK"])
     if job == "train":
         found = {
-            "whole": run(folder / "whole"),
+            "whole": run(folder / "whole", track=["tensorboard"] if find_spec("tensorboard") else []),
             "resumed": interrupted(folder),
             "again": run(folder / "whole", resume=True),
             "cached": run(resources=Resources(cache_folder=folder / "cache")),

@@ -62,6 +62,11 @@ def test_all_processes_have_the_same_editor(folder):
     assert equal(left(folder, "whole", 0), left(folder, "whole", 1))
 
 
+def test_only_the_first_process_logs(folder):
+    pytest.importorskip("tensorboard")
+    assert len(list((folder / "whole.logs" / "remend").glob("events*"))) == 1
+
+
 def test_interrupted_and_resumed_is_as_if_it_never_was(folder):
     """Only one process was told to stop; the processes look up what they share in the same order again."""
     for rank in (0, 1):

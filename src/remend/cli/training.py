@@ -35,6 +35,9 @@ def train(
     budget_seconds: Annotated[float | None, typer.Option(min=1, help="End after this many seconds.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was to fill DIR.")] = False,
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="How often the whole state is saved.")] = 5.0,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb or trackio: logs of every step, in DIR.logs.")
+    ] = None,
     modules: options.Modules = None,
     memory: options.Memory = None,
     micro_batch: options.MicroBatch = None,
@@ -79,6 +82,7 @@ def train(
                 out=out,
                 resume=resume,
                 checkpoint_minutes=checkpoint_minutes,
+                track=track or (),
                 on_progress=_follow(bar, console, settings.batch_size),
             )
         except KeyboardInterrupt:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from remend.tasks.causal_lm import CausalLM
 from remend.training import checkpoint
 from remend.training.config import PRESETS, Resources, TrainingConfig
 from remend.training.episodes import EpisodeBatch, Episodes
+from remend.training.tracking import tracked
 from remend.training.trainer import Trainer
 from remend.training.workers import Workers
 
@@ -65,6 +66,7 @@ def train(
     out: str | Path | None = None,
     resume: bool = False,
     checkpoint_minutes: float = CHECKPOINT_MINUTES,
+    track: Sequence[str] = (),
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Mend:
     """Train a MEND editor for ``model`` and return its best state by validation loss.
@@ -86,9 +88,12 @@ def train(
         out: a new folder in which the best state is kept up to date while training (for ``Mend.from_pretrained``).
         resume: go on with the run that was to fill ``out``; a run that left no checkpoint begins anew.
         checkpoint_minutes: how often the whole state is saved; it also is at SIGINT (Ctrl-C) and SIGTERM.
+        track: ``tensorboard``, ``wandb`` or ``trackio``: log every step and validation; in ``<out>.logs``, beside
+            ``out``.
         on_progress: called after every step.
 
     Raises:
+        ConfigError: there is no such tracker, or a package that it needs is missing.
         TrainingError: training and validation share a subject, no gradient reaches some tensor, or the checkpoint is
             of another run.
         FileError: something stands at ``out`` already.
@@ -103,7 +108,12 @@ def train(
     settings = config or PRESETS[preset][1]
     resources = resources or Resources()
     workers = Workers(device_of(model.get_input_embeddings()))
-    with workers.one_voice(), resources.products(), _interruptible(out is not None) as interrupted:
+    with (
+        workers.one_voice(),
+        resources.products(),
+        tracked(track, out, workers, to_json(settings)) as log,
+        _interruptible(out is not None) as interrupted,
+    ):
         finished = _prepare_out(out, resume)
         workers.wait()  # until all have looked, nobody writes
         if finished is not None:
@@ -117,7 +127,7 @@ def train(
         run = _Run(trainer, held_out, started, budget_seconds, out)
         if not (resume and run.restore()):
             trainer.calibrate()
-            run.validate()
+            log(0, _named(run.validate()))
             run.save()
         over = run.share() >= 1 or run.out_of_patience()
         if over and trainer.step == 0:
@@ -131,6 +141,7 @@ def train(
             due = share >= 1 or trainer.step % settings.validate_every == 0
             measured = run.validate() if due else None
             over = share >= 1 or run.out_of_patience()
+            log(trainer.step, {"loss": loss, "learning_rate": trainer.learning_rate, **_named(measured or {})})
             on_progress(Progress(trainer.step, share, loss, measured))
             if workers.largest(bool(interrupted)):
                 run.save()
@@ -161,6 +172,11 @@ def _prepare_out(out: str | Path | None, resume: bool) -> Mend | None:
     if not left:
         warnings.warn(f"no checkpoint was written for {out} yet: the run begins anew", stacklevel=3)
     return None
+
+
+def _named(measured: Mapping[str, float]) -> dict[str, float]:
+    """What a validation measured, as it is called in logs."""
+    return {f"validation/{name}": value for name, value in measured.items()}
 
 
 @contextmanager

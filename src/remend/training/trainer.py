@@ -110,6 +110,11 @@ class Trainer:
             fused=True,
         )
 
+    @property
+    def learning_rate(self) -> float:
+        """The editor networks', of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
     # -- before the first step -----------------------------------------------------------------------------------
 
     def calibrate(self) -> None:
