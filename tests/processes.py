@@ -1,16 +1,18 @@
-"""What tests/test_processes.py starts in several processes: ``torchrun processes.py JOB FOLDER``."""
+"""What tests/test_processes.py starts in two processes: training runs, of which the last one fails in the second."""
 
-import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import worlds
 from remend.editors import Mend
+from remend.errors import ConfigError
 from remend.training import PRESETS, Resources, TrainingConfig, train
 
 NETWORK = PRESETS["default"][0]
@@ -25,6 +27,8 @@ SETTINGS = TrainingConfig(
     validation_size=9,
 )
 """Seven episodes are four for one process and three for the other; nine are two batches of seven and two."""
+
+EVEN = replace(SETTINGS, batch_size=6)
 
 
 def run(out=None, seen=lambda progress: None, family="gpt2", **more):
@@ -67,29 +71,35 @@ def interrupted(folder):
     return run(folder / "resumed", resume=True)
 
 
-def main(job, folder):
-    from safetensors.torch import save_file
-
+def main(folder):
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    if job == "train":
-        found = {
-            "whole": run(folder / "whole", track=["tensorboard"] if find_spec("tensorboard") else []),
-            "resumed": interrupted(folder),
-            "again": run(folder / "whole", resume=True),
-            "cached": run(resources=Resources(cache_folder=folder / "cache")),
-        }
-        for name, result in found.items():
-            save_file(kept(*result), folder / f"{name}-{rank}.safetensors")
-    elif job == "fail":
+    found = {
+        "whole": run(folder / "whole", track=["tensorboard"] if find_spec("tensorboard") else []),
+        "resumed": interrupted(folder),
+        "again": run(folder / "whole", resume=True),
+        "cached": run(resources=Resources(cache_folder=folder / "cache")),
+    }
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    for family in ("gpt2", "llama"):
+        found[f"sharded-{family}"] = run(family=family, config=EVEN)
+    try:
+        run()
+    except ConfigError as error:
+        assert "must have equal parts of each batch, which 7 episodes have not" in str(error)
+    else:
+        raise AssertionError("parts of different size were not refused")
+    del os.environ["ACCELERATE_USE_FSDP"]
+    for name, result in found.items():
+        save_file(kept(*result), folder / f"{name}-{rank}.safetensors")
 
-        def fail(progress):
-            if rank == 1:
-                raise OSError("the second process fails")
+    def fail(progress):
+        if rank == 1:
+            raise OSError("the second process fails")
 
-        run(None, fail)
-    (folder / f"done-{rank}.json").write_text(json.dumps({"rank": rank}))
+    run(seen=fail)
+    raise AssertionError("one process went on alone")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -30,11 +30,17 @@ def start(*command):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What the runs of processes.py left."""
+def job(tmp_path_factory):
+    """Where processes.py left its results, and how it ended."""
     made = tmp_path_factory.mktemp("processes")
-    ended = start(*TORCHRUN, TESTS / "processes.py", "train", made)
-    assert ended.returncode == 0, ended.stderr
+    return made, start(*TORCHRUN, TESTS / "processes.py", made)
+
+
+@pytest.fixture
+def folder(job):
+    """The results of processes.py."""
+    made, ended = job
+    assert list(made.glob("*-1.safetensors")), ended.stderr
     return made
 
 
@@ -46,16 +52,20 @@ def equal(a, b, but=()):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a.keys() - set(but))
 
 
-def test_two_processes_train_the_editor_that_one_would(folder):
-    one, two = processes.kept(*processes.run()), left(folder, "whole")
+def compare(one, two, family="gpt2"):
+    """Asserts that two runs gave the same, but for the order of sums."""
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-4, atol=0)
     torch.testing.assert_close(two["history"], one["history"], rtol=1e-4, atol=0)
     assert len(one["history"]) == 4
-    for name, value in Mend.for_model(worlds.gpt2(), processes.NETWORK, seed=0).state_dict().items():
+    for name, value in Mend.for_model(worlds.FAMILIES[family](), processes.NETWORK, seed=0).state_dict().items():
         # In norm, beside the way gone: Adam turns the rounding of a gradient near zero into a whole step.
         apart, gone = (two[name].double() - one[name]).norm(), (one[name].double() - value).norm()
         assert gone > 0, f"{name} never moved"
         assert apart < 1e-4 * gone, f"{name}: {float(apart / gone):.2e} of the way apart"
+
+
+def test_two_processes_train_the_editor_that_one_would(folder):
+    compare(processes.kept(*processes.run()), left(folder, "whole"))
 
 
 def test_all_processes_have_the_same_editor(folder):
@@ -87,11 +97,18 @@ def test_processes_share_a_cache_folder(folder):
     assert all(shard.name.startswith("shard-") for shard in shards), "nothing half-written is left"
 
 
-def test_an_error_in_one_process_ends_the_job(tmp_path):
-    ended = start(*TORCHRUN, TESTS / "processes.py", "fail", tmp_path)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_processes_that_share_the_model_train_the_same_editor(family, folder):
+    one = processes.kept(*processes.run(family=family, config=processes.EVEN))
+    compare(one, left(folder, f"sharded-{family}"), family)
+    assert equal(left(folder, f"sharded-{family}", 0), left(folder, f"sharded-{family}", 1))
+
+
+def test_an_error_in_one_process_ends_the_job(job):
+    _, ended = job
     assert ended.returncode != 0
     assert "the second process fails" in ended.stderr
-    assert not list(tmp_path.iterdir()), "no process came to its end"
+    assert "one process went on alone" not in ended.stderr
 
 
 def test_the_command_line_speaks_with_one_voice(tmp_path):

@@ -19,6 +19,8 @@ from remend.config import to_json
 from remend.core.layers import device_of
 from remend.editors.mend import FORMAT, Mend
 from remend.errors import FileError, TrainingError
+from remend.models import sharding
+from remend.models.loading import choose_device
 from remend.request import EditRequest
 from remend.storage import MANIFEST, check_target, read_manifest
 from remend.tasks.causal_lm import CausalLM
@@ -74,6 +76,7 @@ def train(
     With ``out``, the run can be interrupted at any moment and gone on with: its checkpoints lie beside that folder
     until it ends. On the CPU it then ends with the very editor that it would have ended with. Started in several
     processes by ``accelerate launch`` or ``torchrun``, it shares each batch among them; all return the same editor.
+    With ``accelerate launch --use_fsdp`` they share the model's weights too, and it stays so.
 
     Args:
         model: the base model; frozen, and left as it was.
@@ -107,7 +110,8 @@ def train(
         raise TrainingError(f"budget_seconds is how long to train and must be positive, not {budget_seconds}")
     settings = config or PRESETS[preset][1]
     resources = resources or Resources()
-    workers = Workers(device_of(model.get_input_embeddings()))
+    sharded = sharding.wanted()
+    workers = Workers(choose_device("auto") if sharded else device_of(model.get_input_embeddings()))
     with (
         workers.one_voice(),
         resources.products(),
@@ -119,9 +123,12 @@ def train(
         if finished is not None:
             return finished
         requests, validation = _split(requests, validation, settings)
-        task = CausalLM(model, tokenizer, autocast=resources.autocast)
         chosen = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
         _check_fresh(chosen, model)
+        if sharded:  # only now: to know its base, the editor must see the whole weights
+            sharding.shard(model, workers.device)
+            chosen.to(workers.device)
+        task = CausalLM(model, tokenizer, autocast=resources.autocast)
         trainer = Trainer(task, chosen, requests, settings, resources, workers)
         held_out = Episodes(task, validation[: settings.validation_size], settings.seed).fixed(settings.batch_size)
         run = _Run(trainer, held_out, started, budget_seconds, out)

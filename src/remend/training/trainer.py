@@ -20,6 +20,7 @@ from remend.core.low_rank import LowRank
 from remend.editors.mend import Mend
 from remend.errors import ConfigError, ModelError, NonFiniteError, TrainingError
 from remend.models.prefix import Prefix
+from remend.models.sharding import is_sharded
 from remend.request import EditRequest
 from remend.tasks.causal_lm import CausalLM, Pair
 from remend.training.calibration import UNIT_BATCHES, calibrate
@@ -91,6 +92,14 @@ class Trainer:
             raise ConfigError(
                 f"a batch of {config.batch_size} episodes cannot be shared by {self.workers.count} processes"
             )
+        # Each pass gathers a sharded model's weights, so all processes must make the same passes: each measures all.
+        sharded = is_sharded(task.model)
+        self.measuring = self.workers.alone() if sharded else self.workers
+        if sharded and config.batch_size % self.workers.count:
+            raise ConfigError(
+                f"{self.workers.count} processes that share one model must have equal parts of each batch, which "
+                f"{config.batch_size} episodes have not: choose a multiple as batch_size, or do without --use_fsdp"
+            )
         self.episodes = Episodes(task, requests, config.seed)
         self.step = 0
         self.prefix = Prefix(task.model, editor.shapes)
@@ -119,7 +128,7 @@ class Trainer:
 
     def calibrate(self) -> None:
         """Take the networks' input statistics over the training set's edit pairs; once, before the first step."""
-        calibrate(self.editor, self.constants, self._calibration_batches(), self.workers)
+        calibrate(self.editor, self.constants, self._calibration_batches(), self.measuring)
 
     def warm(self, held_out: Sequence[EpisodeBatch]) -> None:
         """Look up again whatever a run of ``step`` steps had looked up, in the same order.
@@ -127,12 +136,12 @@ class Trainer:
         The stores then hold the same bits: rounding depends on which examples were computed together.
         """
         batches = self._calibration_batches()
-        for pairs in batches[self.workers.rank :: self.workers.count]:
+        for pairs in batches[self.measuring.rank :: self.measuring.count]:
             self.constants.rows(pairs)
         if self.editor.config.relative:  # the units were measured by all processes on the same batches
             for pairs in batches[:UNIT_BATCHES]:
                 self.constants.prefix_states(pairs)
-        for batch in held_out[self.workers.rank :: self.workers.count]:
+        for batch in held_out[self.measuring.rank :: self.measuring.count]:
             self._look_up(batch)
         for step in range(self.step):
             self._look_up(self._own(step))
@@ -173,6 +182,7 @@ class Trainer:
             self.prefix,
             Store(budget, self.resources.cache_folder),
             Store(max(0, budget - states)),
+            (lambda passes: int(self.workers.largest(passes))) if is_sharded(self.task.model) else int,
         )
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -215,14 +225,14 @@ class Trainer:
             NonFiniteError: a loss is NaN or infinite.
         """
         sums = torch.zeros(5, dtype=torch.float64)
-        for batch in batches[self.workers.rank :: self.workers.count]:
+        for batch in batches[self.measuring.rank :: self.measuring.count]:
             losses = self.losses(batch)
             if not losses.finite().all():
                 self._refuse_non_finite([losses], batch)
             columns = (losses.edit, losses.locality, losses.taken, losses.kept, torch.ones_like(losses.edit))
             sums += torch.stack([column.cpu().double().sum() for column in columns])
         sums = sums.to(self.workers.device, torch.float32 if self.workers.device.type == "mps" else torch.float64)
-        self.workers.sum(sums)
+        self.measuring.sum(sums)
         means = dict(zip(("edit", "locality", "taken", "kept"), (sums[:4] / sums[4]).tolist(), strict=True))
         return {"loss": self.config.edit_weight * means["edit"] + means["locality"], **means}
 
@@ -301,6 +311,11 @@ class Trainer:
             try:
                 return action()
             except torch.OutOfMemoryError:
+                if is_sharded(self.task.model):
+                    raise ModelError(
+                        f"{self.micro_batch} episodes at a time do not fit the device's memory, and processes that "
+                        "share one model cannot each choose fewer: give a smaller micro_batch"
+                    ) from None
                 if self.micro_batch == 1:
                     raise ModelError(
                         "one episode alone does not fit the device's memory: load the model in bfloat16 or quantised, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Iterator
@@ -52,6 +53,12 @@ class Workers:
     def first(self) -> bool:
         """Whether this process speaks for all."""
         return self.rank == 0
+
+    def alone(self) -> Workers:
+        """This process as if it were the only one: for what each does in whole."""
+        one = copy.copy(self)
+        one.rank, one.count = 0, 1
+        return one
 
     def sum(self, *tensors: Tensor) -> None:
         """Add up each tensor over all processes, in place."""
