@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from remend.cli import asking, demo, doctor, editing, evaluating, training
+from remend.cli import asking, demo, doctor, editing, evaluating, options, training
 from remend.cli.words import plain
 from remend.errors import ConfigError, RemendError, RequestError
 
@@ -36,7 +36,8 @@ def run(arguments: Sequence[str]) -> int:
     console = Console(stderr=True)
 
     def warn(message: Warning | str, *_: object) -> None:
-        console.print(f"[yellow]warning[/]: {plain(str(message))}", soft_wrap=True)
+        if options.process() == 0:
+            console.print(f"[yellow]warning[/]: {plain(str(message))}", soft_wrap=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = warn  # type: ignore[assignment]
@@ -45,7 +46,8 @@ def run(arguments: Sequence[str]) -> int:
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 1
         except RemendError as error:
-            console.print(f"[bold red]{type(error).__name__}[/]: {plain(str(error))}", soft_wrap=True)
+            where = f" in process {options.process()}" if options.process() else ""  # it may be the only one that fails
+            console.print(f"[bold red]{type(error).__name__}[/]{where}: {plain(str(error))}", soft_wrap=True)
             return 2 if isinstance(error, RequestError | ConfigError) else 1
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,6 +43,11 @@ EditorFolder = Annotated[
     typer.Option("--editor", metavar="DIR", help="A trained editor; 'atlas' is the one that ships with remend."),
 ]
 NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer that is decoded, in tokens.")]
+
+
+def process() -> int:
+    """This process's number among those that ``accelerate launch`` or ``torchrun`` started; the first one speaks."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def preset(name: str) -> tuple[MendConfig, TrainingConfig]:

@@ -35,6 +35,9 @@ def train(
     budget_seconds: Annotated[float | None, typer.Option(min=1, help="End after this many seconds.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was to fill DIR.")] = False,
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="How often the whole state is saved.")] = 5.0,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb or trackio: logs of every step, in DIR.logs.")
+    ] = None,
     modules: options.Modules = None,
     memory: options.Memory = None,
     micro_batch: options.MicroBatch = None,
@@ -62,8 +65,9 @@ def train(
     resources = Resources(micro_batch, memory, cache, cache_folder, recompute, precision)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     editor = Mend.for_model(base, network, modules or (), seed)
-    console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)  # of several processes, the first one speaks
-    console.print(f"{len(requests)} requests; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)
+    console = Console(quiet=options.process() > 0)  # of several processes, the first one speaks
+    several = f" in {count} processes" if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1 else ""
+    console.print(f"{len(requests)} requests{several}; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)
     with _bar(console) as bar:
         try:
             trained = train_editor(
@@ -78,6 +82,7 @@ def train(
                 out=out,
                 resume=resume,
                 checkpoint_minutes=checkpoint_minutes,
+                track=track or (),
                 on_progress=_follow(bar, console, settings.batch_size),
             )
         except KeyboardInterrupt:
@@ -92,7 +97,7 @@ def train(
             "locality examples that the model answers well, or more time",
             soft_wrap=True,
         )
-    if json is not None:
+    if json is not None and not console.quiet:
         write_json(json, trained.trained)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,15 @@ AVAILABLE = {
 
 
 def choose_device(device: str) -> torch.device:
-    """The device for ``auto`` (a GPU where there is one) or the named one.
+    """The device for ``auto`` (a GPU where there is one) or the named one; of several processes, each has its own GPU.
 
     Raises:
         ModelError: the device does not exist here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
@@ -68,6 +71,11 @@ def load(
         ModelError: there is no such model, it is not a causal language model with a tokenizer, or a package that the
             device map or the quantisation needs is missing.
     """
+    if device == MAP and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ModelError(
+            "device 'map' spreads one model over all GPUs, but here several processes would each do so: start one "
+            "process, or have them share one model (accelerate launch --use_fsdp) with device 'cpu'"
+        )
     target = choose_device("auto" if device == MAP else device)
     source = str(ATLAS_FOLDER / "model") if model == ATLAS else model
     if Path(source).exists() and not (Path(source) / "config.json").is_file():

@@ -14,6 +14,7 @@ from remend.core.layers import is_quantised, weight_of
 from remend.core.statistics import RunningStatistics
 from remend.core.whitening import SecondMoment
 from remend.editors.mend import Mend
+from remend.models.sharding import gathered
 from remend.tasks.causal_lm import Pair
 from remend.training.constants import Constants
 from remend.training.workers import Workers
@@ -87,7 +88,8 @@ def _measure_units(editor: Mend, constants: Constants, batches: Sequence[Sequenc
             inputs = torch.cat([factors[name].u[factors[name].active] for factors in observed])
             module = modules[name]
             dtype = constants.task.model.dtype if is_quantised(module) else weight_of(module).dtype
-            output = module(inputs.to(dtype)).float()
+            with gathered(constants.task.model, module):
+                output = module(inputs.to(dtype)).float()
             matched = (inputs.to(editor.device) * editor.whiten(pseudo_u, name)).sum(1).abs().mean()
             answer = matched * pseudo_delta.square().mean().sqrt()
             unit = output.square().mean().sqrt().to(editor.device) / answer

@@ -60,7 +60,7 @@ def save(folder: Path, trainer: Trainer, standing: Standing) -> Path:
         "history": standing.history,
         "best_step": standing.best_step,
     }
-    written = write_folder(folder / f"step-{trainer.step:08d}", FORMAT, manifest, tensors)
+    written = write_folder(_place(folder, trainer.step), FORMAT, manifest, tensors)
     for other in folder.iterdir():
         if other != written:
             shutil.rmtree(other, ignore_errors=True)
@@ -70,33 +70,53 @@ def save(folder: Path, trainer: Trainer, standing: Standing) -> Path:
 def load(folder: Path, trainer: Trainer) -> Standing | None:
     """Bring a trainer to where its run stood; ``None`` if no checkpoint was written yet.
 
+    Of several processes the first one chooses, and the others read the same one.
+
     Raises:
         TrainingError: the checkpoint is of a run with other settings, data, editor or base model.
+        FileError: a process cannot read what the first one could.
     """
+    workers = trainer.workers
+    path = _newest(folder) if workers.first else None
+    step = workers.largest(-1.0 if path is None else float(path.name.removeprefix("step-")))
+    if step < 0:
+        return None
+    path = _place(folder, int(step))
+    manifest, tensors = read_folder(path, FORMAT)
+    _check(trainer, take(manifest, "run", dict, path), path)
+    parts: dict[str, dict[str, Tensor]] = {"editor": {}, "best": {}, "adam": {}}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        parts[kind][rest] = tensor.clone()  # not a view of a file that will be deleted
+    _restore(trainer, parts)
+    trainer.step = take(manifest, "step", int, path)
+    trainer.micro_batch = take(manifest, "micro_batch", int, path)
+    workers.wait()  # before the first one writes the next, and deletes this one
+    return Standing(
+        seconds=float(manifest["seconds"]),
+        history=take(manifest, "history", list, path),
+        best=parts["best"],
+        best_step=take(manifest, "best_step", int, path),
+    )
+
+
+def _newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole."""
     if not folder.is_dir():
         return None
     clear_leftovers(folder)
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            manifest, tensors = read_folder(path, FORMAT)
+            read_folder(path, FORMAT)
         except FileError as error:
-            warnings.warn(f"a damaged checkpoint is passed over: {error}", stacklevel=3)
+            warnings.warn(f"a damaged checkpoint is passed over: {error}", stacklevel=4)
             continue
-        _check(trainer, take(manifest, "run", dict, path), path)
-        parts: dict[str, dict[str, Tensor]] = {"editor": {}, "best": {}, "adam": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            parts[kind][rest] = tensor.clone()  # not a view of a file that will be deleted
-        _restore(trainer, parts)
-        trainer.step = take(manifest, "step", int, path)
-        trainer.micro_batch = take(manifest, "micro_batch", int, path)
-        return Standing(
-            seconds=float(manifest["seconds"]),
-            history=take(manifest, "history", list, path),
-            best=parts["best"],
-            best_step=take(manifest, "best_step", int, path),
-        )
+        return path
     return None
+
+
+def _place(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def delete(folder: Path) -> None:

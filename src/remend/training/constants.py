@@ -31,15 +31,26 @@ class Constants:
         prefix: where the base model is cut.
         states: the store of hidden states: small, and they save the most.
         factors: the store of gradient factors: each takes what some tens of hidden states take.
+        together: how many passes to make where this process needs some: more, if others need more and cannot do
+            without it.
     """
 
-    def __init__(self, task: CausalLM, editor: Mend, prefix: Prefix, states: Store, factors: Store) -> None:
+    def __init__(
+        self,
+        task: CausalLM,
+        editor: Mend,
+        prefix: Prefix,
+        states: Store,
+        factors: Store,
+        together: Callable[[int], int] = int,
+    ) -> None:
+        self.together = together
         self.task, self.editor, self.prefix, self.states, self.factors = task, editor, prefix, states, factors
         self.micro_batch = 32
 
     def beside(self, states: Store, factors: Store) -> Constants:
         """The same with other stores."""
-        return Constants(self.task, self.editor, self.prefix, states, factors)
+        return Constants(self.task, self.editor, self.prefix, states, factors, self.together)
 
     def prefix_states(self, pairs: Sequence[Pair]) -> Float[Tensor, "row token d"] | None:
         """What enters the lowest edited block for each pair, right-padded with zeros; ``None`` if nothing is below."""
@@ -116,8 +127,12 @@ class Constants:
             ::-1
         ]
         fresh: dict[str, Entry] = {}
-        for start in range(0, len(missing), self.micro_batch):
-            places = missing[start : start + self.micro_batch]
+        for turn in range(self.together(-(-len(missing) // self.micro_batch))):
+            places = missing[turn * self.micro_batch :][: self.micro_batch]
+            if not places:  # nothing is missing here, but elsewhere
+                with frozen(self.task.model):
+                    compute(self.task.collate(pairs[:1]), [0])
+                continue
             with frozen(self.task.model):
                 entries = compute(self.task.collate([pairs[place] for place in places]), places)
             for place, entry in zip(places, entries, strict=True):

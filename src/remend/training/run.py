@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +16,18 @@ from types import FrameType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.config import to_json
+from remend.core.layers import device_of
 from remend.editors.mend import FORMAT, Mend
 from remend.errors import FileError, TrainingError
+from remend.models import sharding
+from remend.models.loading import choose_device
 from remend.request import EditRequest
 from remend.storage import MANIFEST, check_target, read_manifest
 from remend.tasks.causal_lm import CausalLM
 from remend.training import checkpoint
 from remend.training.config import PRESETS, Resources, TrainingConfig
 from remend.training.episodes import EpisodeBatch, Episodes
+from remend.training.tracking import tracked
 from remend.training.trainer import Trainer
 from remend.training.workers import Workers
 
@@ -64,13 +68,15 @@ def train(
     out: str | Path | None = None,
     resume: bool = False,
     checkpoint_minutes: float = CHECKPOINT_MINUTES,
+    track: Sequence[str] = (),
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Mend:
     """Train a MEND editor for ``model`` and return its best state by validation loss.
 
     With ``out``, the run can be interrupted at any moment and gone on with: its checkpoints lie beside that folder
-    until it ends. On the CPU it then ends with the very editor that it would have ended with. Started by
-    ``accelerate launch`` in several processes, it shares each batch among them.
+    until it ends. On the CPU it then ends with the very editor that it would have ended with. Started in several
+    processes by ``accelerate launch`` or ``torchrun``, it shares each batch among them; all return the same editor.
+    With ``accelerate launch --use_fsdp`` they share the model's weights too, and it stays so.
 
     Args:
         model: the base model; frozen, and left as it was.
@@ -85,9 +91,12 @@ def train(
         out: a new folder in which the best state is kept up to date while training (for ``Mend.from_pretrained``).
         resume: go on with the run that was to fill ``out``; a run that left no checkpoint begins anew.
         checkpoint_minutes: how often the whole state is saved; it also is at SIGINT (Ctrl-C) and SIGTERM.
+        track: ``tensorboard``, ``wandb`` or ``trackio``: log every step and validation; in ``<out>.logs``, beside
+            ``out``.
         on_progress: called after every step.
 
     Raises:
+        ConfigError: there is no such tracker, or a package that it needs is missing.
         TrainingError: training and validation share a subject, no gradient reaches some tensor, or the checkpoint is
             of another run.
         FileError: something stands at ``out`` already.
@@ -101,20 +110,31 @@ def train(
         raise TrainingError(f"budget_seconds is how long to train and must be positive, not {budget_seconds}")
     settings = config or PRESETS[preset][1]
     resources = resources or Resources()
-    if (finished := _prepare_out(out, resume)) is not None:
-        return finished
-    requests, validation = _split(requests, validation, settings)
-    task = CausalLM(model, tokenizer, autocast=resources.autocast)
-    chosen = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
-    _check_fresh(chosen, model)
-    workers = Workers(chosen.device)
-    with resources.products(), _interruptible(out is not None) as interrupted:
+    sharded = sharding.wanted()
+    workers = Workers(choose_device("auto") if sharded else device_of(model.get_input_embeddings()))
+    with (
+        workers.one_voice(),
+        resources.products(),
+        tracked(track, out, workers, to_json(settings)) as log,
+        _interruptible(out is not None) as interrupted,
+    ):
+        finished = _prepare_out(out, resume)
+        workers.wait()  # until all have looked, nobody writes
+        if finished is not None:
+            return finished
+        requests, validation = _split(requests, validation, settings)
+        chosen = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
+        _check_fresh(chosen, model)
+        if sharded:  # only now: to know its base, the editor must see the whole weights
+            sharding.shard(model, workers.device)
+            chosen.to(workers.device)
+        task = CausalLM(model, tokenizer, autocast=resources.autocast)
         trainer = Trainer(task, chosen, requests, settings, resources, workers)
         held_out = Episodes(task, validation[: settings.validation_size], settings.seed).fixed(settings.batch_size)
         run = _Run(trainer, held_out, started, budget_seconds, out)
         if not (resume and run.restore()):
             trainer.calibrate()
-            run.validate()
+            log(0, _named(run.validate()))
             run.save()
         over = run.share() >= 1 or run.out_of_patience()
         if over and trainer.step == 0:
@@ -128,11 +148,12 @@ def train(
             due = share >= 1 or trainer.step % settings.validate_every == 0
             measured = run.validate() if due else None
             over = share >= 1 or run.out_of_patience()
+            log(trainer.step, {"loss": loss, "learning_rate": trainer.learning_rate, **_named(measured or {})})
             on_progress(Progress(trainer.step, share, loss, measured))
-            if workers.agree(bool(interrupted)):
+            if workers.largest(bool(interrupted)):
                 run.save()
                 raise KeyboardInterrupt
-            if workers.agree(time.monotonic() - run.saved >= 60 * checkpoint_minutes):
+            if workers.largest(time.monotonic() - run.saved >= 60 * checkpoint_minutes):
                 run.save()
         return run.finish()
 
@@ -158,6 +179,11 @@ def _prepare_out(out: str | Path | None, resume: bool) -> Mend | None:
     if not left:
         warnings.warn(f"no checkpoint was written for {out} yet: the run begins anew", stacklevel=3)
     return None
+
+
+def _named(measured: Mapping[str, float]) -> dict[str, float]:
+    """What a validation measured, as it is called in logs."""
+    return {f"validation/{name}": value for name, value in measured.items()}
 
 
 @contextmanager
@@ -235,10 +261,11 @@ class _Run:
         return measured
 
     def save(self) -> None:
-        """Write a checkpoint, if there is a place for it."""
+        """Write a checkpoint, if there is a place for it; when this returns in any process, it is there."""
         if self.out is not None and self.trainer.workers.first:
             now = replace(self.standing, seconds=self.seconds())
             checkpoint.save(checkpoint.folder_of(self.out), self.trainer, now)
+        self.trainer.workers.wait()
         self.saved = time.monotonic()
 
     def restore(self) -> bool:
@@ -258,10 +285,11 @@ class _Run:
         self._save_editor(finished=True)
         if self.out is not None and self.trainer.workers.first:
             checkpoint.delete(checkpoint.folder_of(self.out))
+        self.trainer.workers.wait()
         return editor
 
     def _clock(self) -> float:
-        return self.trainer.workers.agree(self.seconds())
+        return self.trainer.workers.largest(self.seconds())
 
     def _save_editor(self, finished: bool = False) -> None:
         self.trainer.editor.trained = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
+import uuid
 import warnings
 from pathlib import Path
 
@@ -24,7 +24,8 @@ class Store:
 
     With a folder, every entry is also written there, in shards of safetensors that later runs (and this one, once the
     memory budget is used up) map into memory. A shard that is not what its manifest says is deleted, and what it held
-    counts as missing.
+    counts as missing. Several processes may share a folder: each writes shards of its own, and reads those that were
+    there when it began.
 
     Args:
         budget: bytes of tensors to keep in memory.
@@ -68,7 +69,7 @@ class Store:
         """Write to disk what is not there yet."""
         if self.folder is None or not self._pending:
             return
-        name = hashlib.sha256("\n".join(self._pending).encode()).hexdigest()[:16]
+        name = uuid.uuid4().hex[:16]  # another process may write the same entries at the same time
         tensors = {f"{key}/{i}": tensor for key, entry in self._pending.items() for i, tensor in enumerate(entry)}
         shard = write_folder(self.folder / f"shard-{name}", FORMAT, {}, tensors)
         self._pending, self._pending_bytes = {}, 0

@@ -20,9 +20,10 @@ from remend.core.low_rank import LowRank
 from remend.editors.mend import Mend
 from remend.errors import ConfigError, ModelError, NonFiniteError, TrainingError
 from remend.models.prefix import Prefix
+from remend.models.sharding import is_sharded
 from remend.request import EditRequest
 from remend.tasks.causal_lm import CausalLM, Pair
-from remend.training.calibration import calibrate
+from remend.training.calibration import UNIT_BATCHES, calibrate
 from remend.training.config import Resources, TrainingConfig
 from remend.training.constants import Constants
 from remend.training.episodes import EpisodeBatch, Episodes
@@ -92,6 +93,14 @@ class Trainer:
             raise ConfigError(
                 f"a batch of {config.batch_size} episodes cannot be shared by {self.workers.count} processes"
             )
+        # Each pass gathers a sharded model's weights, so all processes must make the same passes: each measures all.
+        sharded = is_sharded(task.model)
+        self.measuring = self.workers.alone() if sharded else self.workers
+        if sharded and config.batch_size % self.workers.count:
+            raise ConfigError(
+                f"{self.workers.count} processes that share one model must have equal parts of each batch, which "
+                f"{config.batch_size} episodes have not: choose a multiple as batch_size, or do without --use_fsdp"
+            )
         self.episodes = Episodes(task, requests, config.seed)
         self.step = 0
         self.prefix = Prefix(task.model, editor.shapes)
@@ -111,20 +120,29 @@ class Trainer:
             fused=True,
         )
 
+    @property
+    def learning_rate(self) -> float:
+        """The editor networks', of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
     # -- before the first step -----------------------------------------------------------------------------------
 
     def calibrate(self) -> None:
         """Take the networks' input statistics over the training set's edit pairs; once, before the first step."""
-        calibrate(self.editor, self.constants, self._calibration_batches(), self.workers)
+        calibrate(self.editor, self.constants, self._calibration_batches(), self.measuring)
 
     def warm(self, held_out: Sequence[EpisodeBatch]) -> None:
         """Look up again whatever a run of ``step`` steps had looked up, in the same order.
 
         The stores then hold the same bits: rounding depends on which examples were computed together.
         """
-        for pairs in self._calibration_batches()[self.workers.rank :: self.workers.count]:
+        batches = self._calibration_batches()
+        for pairs in batches[self.measuring.rank :: self.measuring.count]:
             self.constants.rows(pairs)
-        for batch in held_out[self.workers.rank :: self.workers.count]:
+        if self.editor.config.relative:  # the units were measured by all processes on the same batches
+            for pairs in batches[:UNIT_BATCHES]:
+                self.constants.prefix_states(pairs)
+        for batch in held_out[self.measuring.rank :: self.measuring.count]:
             self._look_up(batch)
         for step in range(self.step):
             self._look_up(self._own(step))
@@ -161,7 +179,9 @@ class Trainer:
             own = f"{fingerprint(self.task.model)[:32]}-{self.prefix.depth}-{self.resources.precision}"
             folder = folder / own
         states = Store(budget, folder)
-        return Constants(self.task, self.editor, self.prefix, states, Store(max(0, budget - self.state_bytes())))
+        factors = Store(max(0, budget - self.state_bytes()))
+        passes = (lambda own: int(self.workers.largest(own))) if is_sharded(self.task.model) else int
+        return Constants(self.task, self.editor, self.prefix, states, factors, passes)
 
     def state_bytes(self) -> int:
         """What the hidden states of all examples would take: those entering the cut, and the last ones at targets."""
@@ -209,14 +229,14 @@ class Trainer:
             NonFiniteError: a loss is NaN or infinite.
         """
         sums = torch.zeros(5, dtype=torch.float64)
-        for batch in batches[self.workers.rank :: self.workers.count]:
+        for batch in batches[self.measuring.rank :: self.measuring.count]:
             losses = self.losses(batch)
             if not losses.finite().all():
                 self._refuse_non_finite([losses], batch)
             columns = (losses.edit, losses.locality, losses.taken, losses.kept, torch.ones_like(losses.edit))
             sums += torch.stack([column.cpu().double().sum() for column in columns])
         sums = sums.to(self.workers.device, torch.float32 if self.workers.device.type == "mps" else torch.float64)
-        self.workers.sum(sums)
+        self.measuring.sum(sums)
         means = dict(zip(("edit", "locality", "taken", "kept"), (sums[:4] / sums[4]).tolist(), strict=True))
         return {"loss": self.config.edit_weight * means["edit"] + means["locality"], **means}
 
@@ -299,6 +319,11 @@ class Trainer:
             try:
                 return action()
             except torch.OutOfMemoryError:
+                if is_sharded(self.task.model):
+                    raise ModelError(
+                        f"{self.micro_batch} episodes at a time do not fit the device's memory, and processes that "
+                        "share one model cannot each choose fewer: give a smaller micro_batch"
+                    ) from None
                 if self.micro_batch == 1:
                     raise ModelError(
                         "one episode alone does not fit the device's memory: load the model in bfloat16 or quantised, "

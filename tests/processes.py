@@ -1,0 +1,105 @@
+"""What tests/test_processes.py starts in two processes: training runs, of which the last one fails in the second."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import worlds
+from remend.editors import Mend
+from remend.errors import ConfigError
+from remend.training import PRESETS, Resources, TrainingConfig, train
+
+NETWORK = PRESETS["default"][0]
+SETTINGS = TrainingConfig(
+    edit_weight=1.0,
+    batch_size=7,
+    learning_rate=1e-3,
+    alpha_learning_rate=5e-3,
+    decay=True,
+    max_steps=12,
+    validate_every=4,
+    validation_size=9,
+)
+"""Seven episodes are four for one process and three for the other; nine are two batches of seven and two."""
+
+EVEN = replace(SETTINGS, batch_size=6)
+
+
+def run(out=None, seen=lambda progress: None, family="gpt2", **more):
+    """One training run, and the losses of its steps."""
+    model, losses = worlds.FAMILIES[family](), []
+
+    def follow(progress):
+        losses.append(progress.loss)
+        seen(progress)
+
+    requests = worlds.requests(50)
+    train_on = [request for request in requests if request.subject not in worlds.COUNTRIES[:2]]
+    validate_on = [request for request in requests if request.subject in worlds.COUNTRIES[:2]]
+    editor = Mend.for_model(model, NETWORK, seed=SETTINGS.seed)
+    settings = {"config": SETTINGS, "editor": editor, "out": out, "on_progress": follow, **more}
+    return train(model, worlds.tokenizer(), train_on, validate_on, **settings), losses
+
+
+def kept(editor, losses):
+    """What a run gave, as tensors."""
+    history = torch.tensor([[entry["loss"], entry["taken"], entry["kept"]] for entry in editor.trained["history"]])
+    return {**editor.state_dict(), "losses": torch.tensor(losses), "history": history}
+
+
+def interrupted(folder):
+    """A run in which only the second process is told to stop, after step 5; and its continuation."""
+    rank = int(os.environ["RANK"])
+
+    def stop(progress):
+        if progress.step == 5 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        run(folder / "resumed", stop)
+    except KeyboardInterrupt:
+        steps = [path.name for path in (folder / "resumed.checkpoints").iterdir()]
+        assert steps == ["step-00000005"], steps
+    else:
+        raise AssertionError("the run was not interrupted")
+    return run(folder / "resumed", resume=True)
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    found = {
+        "whole": run(folder / "whole", track=["tensorboard"] if find_spec("tensorboard") else []),
+        "resumed": interrupted(folder),
+        "again": run(folder / "whole", resume=True),
+        "cached": run(resources=Resources(cache_folder=folder / "cache")),
+    }
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    for family in ("gpt2", "llama"):
+        found[f"sharded-{family}"] = run(family=family, config=EVEN)
+    try:
+        run()
+    except ConfigError as error:
+        assert "must have equal parts of each batch, which 7 episodes have not" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("parts of different size were not refused")
+    del os.environ["ACCELERATE_USE_FSDP"]
+    for name, result in found.items():
+        save_file(kept(*result), folder / f"{name}-{rank}.safetensors")
+
+    def fail(progress):
+        if rank == 1:
+            raise OSError("the second process fails")
+
+    run(seen=fail)
+    raise AssertionError("one process went on alone")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
