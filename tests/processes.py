@@ -7,12 +7,14 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 import worlds
 from remend.editors import Mend
 from remend.errors import ConfigError
+from remend.models import sharding
 from remend.training import PRESETS, Resources, TrainingConfig, train
 
 NETWORK = PRESETS["default"][0]
@@ -36,6 +38,7 @@ def run(out=None, seen=lambda progress: None, family="gpt2", **more):
     model, losses = worlds.FAMILIES[family](), []
 
     def follow(progress):
+        assert sharding.is_sharded(model) is sharding.wanted()
         losses.append(progress.loss)
         seen(progress)
 
@@ -61,13 +64,9 @@ def interrupted(folder):
         if progress.step == 5 and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    try:
+    with pytest.raises(KeyboardInterrupt):
         run(folder / "resumed", stop)
-    except KeyboardInterrupt:
-        steps = [path.name for path in (folder / "resumed.checkpoints").iterdir()]
-        assert steps == ["step-00000005"], steps
-    else:
-        raise AssertionError("the run was not interrupted")
+    assert [path.name for path in (folder / "resumed.checkpoints").iterdir()] == ["step-00000005"]
     return run(folder / "resumed", resume=True)
 
 
@@ -83,12 +82,8 @@ def main(folder):
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     for family in ("gpt2", "llama"):
         found[f"sharded-{family}"] = run(family=family, config=EVEN)
-    try:
+    with pytest.raises(ConfigError, match="must have equal parts of each batch, which 7 episodes have not"):
         run()
-    except ConfigError as error:
-        assert "must have equal parts of each batch, which 7 episodes have not" in str(error)  # noqa: PT017
-    else:
-        raise AssertionError("parts of different size were not refused")
     del os.environ["ACCELERATE_USE_FSDP"]
     for name, result in found.items():
         save_file(kept(*result), folder / f"{name}-{rank}.safetensors")

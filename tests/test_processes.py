@@ -14,6 +14,7 @@ import worlds
 from remend.editors import Mend
 from remend.errors import ConfigError, ModelError
 from remend.models.loading import choose_device, load
+from remend.models.sharding import shard
 from remend.request import write_requests
 from remend.training.workers import Workers
 
@@ -138,5 +139,9 @@ def test_wrong_launches(monkeypatch, tmp_path):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, but RANK.* accelerate launch or torchrun"):
         Workers(torch.device("cpu"))
+    model = worlds.llama()
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(3, 16, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"lm_head\.weight is quantised or offloaded, and such a model"):
+        shard(model, torch.device("cpu"))
     with pytest.raises(ModelError, match="'map' spreads one model over all GPUs"):
         load(str(tmp_path), "map")

@@ -63,7 +63,7 @@ def _check(names: Sequence[str], out: str | Path | None) -> None:
             raise ConfigError(f"there is no tracker {name!r}; {nearest(name, TRACKERS)}")
         if missing := [package for package in ("accelerate", name) if find_spec(package) is None]:
             raise ConfigError(
-                f"tracking with {name} needs {' and '.join(missing)}: pip install 'remend[big]' {name}, or do without"
+                f"tracking with {name} needs {' and '.join(missing)}: pip install 'remend[big]' {name}, or leave it out"
             )
     if names and out is None:
         raise ConfigError(f"logs for {', '.join(names)} are kept beside the editor's folder: say which, with out")
