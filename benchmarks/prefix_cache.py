@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write the result."""
     arguments = common.parser(__doc__, "prefix_cache").parse_args(argv)
     config = common.start(arguments)
-    trainer = common.random_trainer(config, config["requests"], Resources(cache=0, micro_batch=config["micro_batch"]))
+    trainer = common.random_trainer(config, config["requests"], Resources(cache=0.0, micro_batch=config["micro_batch"]))
     size = trainer.config.batch_size
     epoch = -(-config["requests"] // size)
     # Locality examples are drawn anew in each epoch: one epoch does not meet all of them.

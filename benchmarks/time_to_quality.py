@@ -44,17 +44,21 @@ def settings_of(line: Mapping[str, Any], seed: int) -> tuple[Any, Any]:
 
 
 def run(
+    config: Mapping[str, Any],
     line: Mapping[str, Any],
     seed: int,
     data: tuple[Sequence[EditRequest], Sequence[EditRequest]],
-    model: str,
 ) -> dict[str, Any]:
     """Train once; returns the curve: step, CPU seconds and what was measured, at each validation."""
-    base, tokenizer = remend.load(model, "cpu")
+    base, tokenizer = remend.load(config["model"], "cpu")
     network, settings = settings_of(line, seed)
     requests, validation = data
     task = CausalLM(base, tokenizer)
-    held_out = Episodes(task, validation, seed=0).fixed(VALIDATION_BATCH)  # the same for every run
+    # The same for every run: each request as often as configured, with other draws of neighbour and locality example.
+    drawn = [
+        Episodes(task, validation, seed=draw).fixed(VALIDATION_BATCH) for draw in range(config["validation_draws"])
+    ]
+    held_out = [batch for batches in drawn for batch in batches]
     spent = -time.process_time()
     editor = Mend.for_model(base, network, seed=seed)
     trainer = Trainer(task, editor, requests, settings)
@@ -63,13 +67,12 @@ def run(
     calibration = spent
     curve = [{"step": 0, "seconds": spent, **trainer.validate(held_out)}]
     due = line["validate_every"]
-    while (
-        not (over := spent >= line["seconds"] or trainer.step >= settings.max_steps) or curve[-1]["step"] < trainer.step
-    ):
-        if not over:
-            began = time.process_time()
-            trainer.train_step(trainer.step / settings.max_steps)
-            spent += time.process_time() - began
+    over = False
+    while not over:
+        began = time.process_time()
+        trainer.train_step(trainer.step / settings.max_steps)
+        spent += time.process_time() - began
+        over = spent >= line["seconds"] or trainer.step >= settings.max_steps
         if over or trainer.step >= due:
             curve.append({"step": trainer.step, "seconds": spent, **trainer.validate(held_out)})
             print(f"{line['name']}, seed {seed}: {shown(curve[-1])}", flush=True)
@@ -130,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for line in config["lines"]:
             if any(one["name"] == line["name"] and one["seed"] == seed for one in runs):
                 continue
-            runs.append(run(line, seed, data, config["model"]))
+            runs.append(run(config, line, seed, data))
             common.write(arguments.out, config, {"summary": summary(runs, config["goal"]), "runs": runs})
     print(json.dumps(summary(runs, config["goal"]), indent=2))
 

@@ -333,7 +333,7 @@ def load_reference() -> ModuleType:
 def reference(config: Mapping[str, Any]) -> float:
     """CPU seconds an episode of the paper written literally, forward and backward."""
     literal = load_reference()
-    trainer = common.random_trainer(config, 8, Resources(cache=0), batch_size=1)
+    trainer = common.random_trainer(config, 8, Resources(cache=0.0), batch_size=1)
     editor = trainer.editor
     paper = literal.Reference(
         trainer.task.model, list(editor.shapes), dict(editor.named_parameters()), trainer.config.edit_weight
