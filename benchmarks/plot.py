@@ -20,7 +20,7 @@ mpl.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 HERE = Path(__file__).parent
 STYLE = {
@@ -63,7 +63,7 @@ def training_speed(result: Mapping[str, Any]) -> Figure:
             start += width
         floor = 1000 * epoch["floor_seconds_per_episode"]
         left.plot([floor, floor], [place - 0.45, place + 0.45], color=INK, linewidth=2)
-        text = f" {start:.0f} ms, {epoch['ratio']:.2f} × its floor"
+        text = f" {1000 * epoch['seconds_per_episode']:.0f} ms, {epoch['ratio']:.2f} × its floor"
         left.text(start, place, text, va="center")
     labels = [f"batch of {one['batch_size']}, {'new' if name == 'first' else 'seen'} examples" for one, name in bars]
     left.set_yticks(places, labels)
@@ -81,10 +81,10 @@ def training_speed(result: Mapping[str, Any]) -> Figure:
 
 def memory(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     """Peak memory at each batch size: what cannot be less, and the rest."""
-    parts = {"base model": BLUE, "editor and Adam": ORANGE, "all else": "#cfd3d8"}
+    parts = {"libraries": GREY, "base model": BLUE, "editor, Adam": ORANGE, "all else": "#cfd3d8"}
     for place, one in enumerate(results):
         found = one["memory"]
-        sizes = [found["model_bytes"], found["editor_and_adam_bytes"]]
+        sizes = [found[key] for key in ("libraries_bytes", "model_bytes", "editor_and_adam_bytes")]
         bottom = 0.0
         for (label, colour), size in zip(parts.items(), [*sizes, found["peak_bytes"] - sum(sizes)], strict=True):
             axes.bar(place, size / 1e9, 0.7, bottom, color=colour)
@@ -134,9 +134,11 @@ def scaling(result: Mapping[str, Any]) -> Figure:
         bottom.plot(x, [(point["peak_bytes"] or 0) / 1e9 for point in points], "o-", color=INK, markersize=4)
         for axes in (top, bottom):
             axes.axvline(result["config"]["centre"][name], color=GREY, linewidth=0.8, linestyle=":")
-            axes.set_ylim(bottom=0)
             axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         bottom.set_xlabel(AXES[name])
+    for row in rows:
+        row[0].set_ylim(bottom=0)  # the last thing: it ends the scaling to what is drawn
     rows[0][0].set_ylabel("CPU ms an episode")
     rows[1][0].set_ylabel("peak memory, GB")
     centre = ", ".join(f"{AXES[name]} {value}" for name, value in result["config"]["centre"].items())
@@ -215,13 +217,14 @@ def kill_and_resume(result: Mapping[str, Any]) -> Figure:
     for edge in edges[1:]:
         axes.axvline(edge - 0.5, color=GREY, linewidth=0.8)
     axes.set_xticks([])
-    axes.set_xlabel(f"sessions that were killed, in {len(result['chains'])} chains; each chain then ran to its end")
+    axes.set_xlabel(
+        f"sessions that were killed, in {len(result['chains'])} chains that then ran to their end; "
+        "×: last checkpoint, with the seconds until the kill"
+    )
     axes.set_ylabel("step")
     axes.set_ylim(0, 1.12 * result["config"]["options"]["max_steps"])
     alike = "every editor equal, bit for bit," if result["all_equal"] else "NOT every editor equal"
-    axes.set_title(
-        f"{result['kills']} kills: {alike} to the uninterrupted run's. × last checkpoint, with seconds to the kill"
-    )
+    axes.set_title(f"{result['kills']} kills: {alike} to the uninterrupted run's")
     return figure
 
 

@@ -307,14 +307,20 @@ def epoch(
 
 
 def memory(config: Mapping[str, Any], batch_size: int) -> dict[str, int | None]:
-    """Peak memory of this process after a few steps, beside what model, editor and Adam take by themselves."""
+    """Peak memory of this process after a few steps, beside what libraries, model, editor and Adam take."""
+    libraries = common.peak_memory()
     torch.set_num_threads(1)
     resources = Resources(micro_batch=min(batch_size, config["micro_batch"]), cache=config["memory_cache"])
     trainer = common.random_trainer(config, max(2 * batch_size, 4), resources, batch_size=batch_size)
     for _ in range(2):
         trainer.train_step()
     numbers = [sum(p.numel() for p in module.parameters()) for module in (trainer.task.model, trainer.editor)]
-    return {"peak_bytes": common.peak_memory(), "model_bytes": 4 * numbers[0], "editor_and_adam_bytes": 12 * numbers[1]}
+    return {
+        "peak_bytes": common.peak_memory(),
+        "libraries_bytes": libraries,
+        "model_bytes": 4 * numbers[0],
+        "editor_and_adam_bytes": 12 * numbers[1],
+    }
 
 
 def load_reference() -> ModuleType:
