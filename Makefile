@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint bench atlas clean
+.PHONY: install demo test lint bench bench-long atlas clean
 
 install: $(VENV)/installed
 
@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "remend needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint,plots]'
 	touch $@
 
 demo: install ## edit a few facts of the built-in model
@@ -30,9 +30,18 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: install ## what an edit and a training episode cost
+bench: install ## what an edit and a training episode cost: about a quarter of an hour
 	$(BIN)/python benchmarks/edit_cost.py
 	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/prefix_cache.py
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/plot.py
+
+bench-long: install ## how soon edits are good, and whether killed runs end alike: about an hour and a half
+	$(BIN)/python benchmarks/time_to_quality.py
+	$(BIN)/python benchmarks/kill_and_resume.py
+	$(BIN)/python benchmarks/plot.py
 
 # PARAREL=facts.tsv chooses the facts anew from ParaRel's triples (SOURCE.md); without it, the committed ones are used.
 PARAREL ?=

@@ -8,39 +8,24 @@ the result. The pass is what a fine-tuning step would begin with: gradients of e
 
 from __future__ import annotations
 
-import argparse
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported: see common.py
+
 import json
 import random
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
-
+import common
 import remend
-from remend.evaluation.report import environment
-from remend.storage import write_json
 from remend.tasks.causal_lm import CausalLM
 
-HERE = Path(__file__).parent
 
-
-def seconds(action: Callable[[], object]) -> float:
-    """CPU seconds of this process for one call."""
-    began = time.process_time()
-    action()
-    return time.process_time() - began
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE / "configs" / "edit_cost.json")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "edit_cost.json")
-    arguments = parser.parse_args()
-    config = json.loads(arguments.config.read_text())
-    torch.set_num_threads(1)
+    arguments = common.parser(__doc__, "edit_cost").parse_args(argv)
+    config = common.start(arguments)
     model, tokenizer = remend.load(config["model"], "cpu")
     editor = remend.Mend.from_pretrained(config["editor"])
     task = CausalLM(model, tokenizer)
@@ -53,23 +38,21 @@ def main() -> None:
     passes, edits = [], []
     for repeat in range(config["repeats"] + 1):
         for request in requests:
-            one_pass = seconds(lambda request=request: forward_and_backward(request))
-            one_edit = seconds(lambda request=request: editor.edit(model, tokenizer, [request]))
+            one_pass = common.seconds(lambda request=request: forward_and_backward(request))
+            one_edit = common.seconds(lambda request=request: editor.edit(model, tokenizer, [request]))
             if repeat:  # the first round warms up
                 passes.append(one_pass)
                 edits.append(one_edit)
     ratios = [edit / one for edit, one in zip(edits, passes, strict=True)]
     result = {
-        "config": config,
         "pass_ms": 1000 * statistics.median(passes),
         "edit_ms": 1000 * statistics.median(edits),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
         "n": len(ratios),
-        "environment": environment(task.device),
     }
     print(json.dumps(result, indent=2))
-    write_json(arguments.out, result)
+    common.write(arguments.out, config, result)
 
 
 if __name__ == "__main__":

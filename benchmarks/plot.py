@@ -1,0 +1,282 @@
+"""Draw the committed results, from their JSON files alone.
+
+    python benchmarks/plot.py [--results benchmarks/results] [--out benchmarks/plots]
+
+Needs matplotlib: ``pip install 'remend[plots]'``. A result that is not there is passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+HERE = Path(__file__).parent
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+}
+BLUE, ORANGE, GREY, INK = "#2b6ca3", "#d9822b", "#8a8f98", "#22262b"
+# The base model's stages are blue, the editor's orange, and the others grey.
+STAGES = {
+    "prefix": "#14395c",
+    "inner pass": "#2b6ca3",
+    "base logits": "#4f90c4",
+    "edited forward": "#86b6dd",
+    "edited backward": "#b9d6ee",
+    "editor forward": "#a3570f",
+    "editor backward": "#d9822b",
+    "weight gradients": "#f2b577",
+    "Adam": "#8a8f98",
+    "rest": "#cfd3d8",
+}
+
+
+def training_speed(result: Mapping[str, Any]) -> Figure:
+    """Stages of a step as stacked bars, with the floor marked; peak memory beside it."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2.7, 1))
+    bars = [(one, name) for one in result["results"] for name in ("first", "warm")]
+    places = [-i - 0.5 * (i // 2) for i in range(len(bars))]
+    for place, (one, name) in zip(places, bars, strict=True):
+        start, epoch = 0.0, one[name]
+        for stage, colour in STAGES.items():
+            width = 1000 * epoch["stages"][stage]
+            left.barh(place, width, 0.8, start, color=colour)
+            if place == places[0] and width > 0:
+                left.text(start + width / 2, place + 0.5, stage, rotation=35, ha="left", va="bottom", fontsize=8)
+            start += width
+        floor = 1000 * epoch["floor_seconds_per_episode"]
+        left.plot([floor, floor], [place - 0.45, place + 0.45], color=INK, linewidth=2)
+        text = f" {1000 * epoch['seconds_per_episode']:.0f} ms, {epoch['ratio']:.2f} × its floor"
+        left.text(start, place, text, va="center")
+    labels = [f"batch of {one['batch_size']}, {'new' if name == 'first' else 'seen'} examples" for one, name in bars]
+    left.set_yticks(places, labels)
+    left.set_xlim(0, 1.3 * max(1000 * sum(one[name]["stages"].values()) for one, name in bars))
+    left.set_ylim(places[-1] - 0.7, 2.4)
+    left.set_xlabel("CPU milliseconds an episode (black mark: the matrix products alone)")
+    reference = result["reference"]
+    slower = max(reference["times_slower_than"].values())
+    left.set_title(
+        f"Time of an episode (the paper written literally: {reference['seconds_per_episode']:.1f} s, {slower:.0f} ×)"
+    )
+    memory(right, result["results"])
+    return figure
+
+
+def memory(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
+    """Peak memory at each batch size: what cannot be less, and the rest."""
+    parts = {"libraries": GREY, "base model": BLUE, "editor, Adam": ORANGE, "all else": "#cfd3d8"}
+    for place, one in enumerate(results):
+        found = one["memory"]
+        sizes = [found[key] for key in ("libraries_bytes", "model_bytes", "editor_and_adam_bytes")]
+        bottom = 0.0
+        for (label, colour), size in zip(parts.items(), [*sizes, found["peak_bytes"] - sum(sizes)], strict=True):
+            axes.bar(place, size / 1e9, 0.7, bottom, color=colour)
+            if place == len(results) - 1:
+                axes.text(place + 0.4, bottom + size / 2e9, label, va="center")
+            bottom += size / 1e9
+        axes.text(place, bottom, f"{bottom:.2f}", ha="center", va="bottom")
+    axes.set_xticks(range(len(results)), [str(one["batch_size"]) for one in results])
+    axes.set_xlim(-0.5, len(results) + 0.7)
+    axes.set_xlabel("batch size")
+    axes.set_title("Peak memory, GB")
+
+
+AXES = {
+    "batch_size": "episodes a step",
+    "n_embd": "width of the model",
+    "n_layer": "blocks of the model",
+    "edited_blocks": "blocks that are edited",
+    "rank": "rank of the editor networks",
+}
+
+
+def scaling(result: Mapping[str, Any]) -> Figure:
+    """Small multiples: one column a sweep, time above and memory below, each row on one scale."""
+    sweeps = result["sweeps"]
+    figure, rows = pyplot.subplots(2, len(sweeps), figsize=(12, 4.8), sharey="row", squeeze=False)
+    for column, (name, points) in enumerate(sweeps.items()):
+        top, bottom = rows[0][column], rows[1][column]
+        x = [point[name] for point in points]
+        for key, colour, label in (
+            ("seconds_per_episode", BLUE, "new examples"),
+            ("warm_seconds_per_episode", ORANGE, "seen before"),
+        ):
+            y = [1000 * point[key] for point in points]
+            top.plot(x, y, "o-", color=colour, markersize=4)
+            if column == 0:
+                above = key == "seconds_per_episode"
+                top.annotate(
+                    label,
+                    (x[-1], y[-1]),
+                    (0, 6 if above else -6),
+                    textcoords="offset points",
+                    color=colour,
+                    ha="right",
+                    va="bottom" if above else "top",
+                )
+        bottom.plot(x, [(point["peak_bytes"] or 0) / 1e9 for point in points], "o-", color=INK, markersize=4)
+        for axes in (top, bottom):
+            axes.axvline(result["config"]["centre"][name], color=GREY, linewidth=0.8, linestyle=":")
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        bottom.set_xlabel(AXES[name])
+    for row in rows:
+        row[0].set_ylim(bottom=0)  # the last thing: it ends the scaling to what is drawn
+    rows[0][0].set_ylabel("CPU ms an episode")
+    rows[1][0].set_ylabel("peak memory, GB")
+    centre = ", ".join(f"{AXES[name]} {value}" for name, value in result["config"]["centre"].items())
+    figure.suptitle(f"One size at a time; dotted, the centre: {centre}", x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def prefix_cache(result: Mapping[str, Any]) -> Figure:
+    """One bar for each thing that is kept."""
+    figure, axes = pyplot.subplots(figsize=(7.5, 2.6))
+    found = result["results"]
+    for place, one in enumerate(found):
+        kept = one["memory_bytes"] or one["disk_bytes"]
+        where = f", {kept / 1e6:.0f} MB {'on disk' if one['disk_bytes'] else 'in memory'}" if kept else ""
+        milliseconds = 1000 * one["seconds_per_episode"]
+        axes.barh(-place, milliseconds, 0.75, color=BLUE if place else GREY)
+        axes.text(milliseconds, -place, f" {milliseconds:.0f} ms, {one['ratio']:.2f} ×{where}", va="center")
+    axes.set_yticks([-place for place in range(len(found))], [one["kept"] for one in found])
+    axes.set_xlim(0, 1.45 * max(1000 * one["seconds_per_episode"] for one in found))
+    axes.set_xlabel("CPU milliseconds an episode")
+    model, requests = result["config"]["model"], result["config"]["requests"]
+    axes.set_title(f"Later epochs over {requests} requests, {model['n_layer']} blocks: what is kept from earlier ones")
+    return figure
+
+
+def time_to_quality(result: Mapping[str, Any]) -> Figure:
+    """Every run's two curves over CPU seconds."""
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.2), sharex=True)
+    goal = result["config"]["goal"]
+    names = [line["name"] for line in result["config"]["lines"]]
+    colours = dict(zip(names, (BLUE, GREY, ORANGE, INK), strict=False))
+    titles = {
+        "taken": "Edits whose neighbour is answered in full",
+        "kept": "Unrelated examples that keep their first choices",
+    }
+    for axes, (key, title) in zip(both, titles.items(), strict=True):
+        for run in result["runs"]:
+            curve = run["curve"]
+            x, y = [entry["seconds"] for entry in curve], [entry[key] for entry in curve]
+            axes.plot(x, y, color=colours[run["name"]], linewidth=1.2, alpha=0.85)
+        for name in {run["name"] for run in result["runs"]}:
+            last = [run["curve"][-1] for run in result["runs"] if run["name"] == name]
+            mean = sum(entry[key] for entry in last) / len(last)
+            if key == "taken":
+                axes.text(1.03 * max(entry["seconds"] for entry in last), mean, name, color=colours[name], va="center")
+        axes.axhline(goal[key], color=INK, linewidth=0.8, linestyle=":")
+        axes.text(0.01, goal[key], f" goal {goal[key]:.0%}", transform=axes.get_yaxis_transform(), va="bottom")
+        axes.set_xscale("log")
+        axes.set_ylim(top=1 + 0.02 * (1 - axes.get_ylim()[0]))
+        seconds = [entry["seconds"] for run in result["runs"] for entry in run["curve"]]
+        axes.set_xlim(0.9 * min(seconds), 1.7 * max(seconds))
+        ticks = [
+            tick for tick in (10, 20, 30, 50, 100, 200, 500, 1000, 2000) if min(seconds) < tick < 1.5 * max(seconds)
+        ]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1 if axes.get_ylim()[0] > 0.9 else 0))
+        axes.set_xlabel("CPU seconds of training, calibration included")
+        axes.set_title(f"{title}; one line a seed")
+    return figure
+
+
+def kill_and_resume(result: Mapping[str, Any]) -> Figure:
+    """Each session that was killed: from which step it went on, and which checkpoint it left."""
+    figure, axes = pyplot.subplots(figsize=(8, 3.2))
+    place, edges = 0, []
+    for chain in result["chains"]:
+        edges.append(place)
+        for kill in chain["kills"]:
+            begin, end = kill["began_at_step"] or 0, kill["checkpoint_left"] or 0
+            axes.plot([place, place], [begin, end], color=BLUE, linewidth=5, solid_capstyle="butt")
+            axes.plot(place, end, "x", color=ORANGE, markersize=6)
+            text = f"{kill['killed_after_seconds']:.0f} s"
+            axes.annotate(text, (place, end), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+            place += 1
+    for edge in edges[1:]:
+        axes.axvline(edge - 0.5, color=GREY, linewidth=0.8)
+    axes.set_xticks([])
+    axes.set_xlabel(
+        f"sessions that were killed, in {len(result['chains'])} chains that then ran to their end; "
+        "×: last checkpoint, with the seconds until the kill"
+    )
+    axes.set_ylabel("step")
+    axes.set_ylim(0, 1.12 * result["config"]["options"]["max_steps"])
+    alike = "every editor equal, bit for bit," if result["all_equal"] else "NOT every editor equal"
+    axes.set_title(f"{result['kills']} kills: {alike} to the uninterrupted run's")
+    return figure
+
+
+def gpu(result: Mapping[str, Any]) -> Figure | None:
+    """Episodes a second of each model; nothing where no GPU was measured."""
+    rows = [row for row in result["results"] if row["status"] == "measured"]
+    if not result["measured"] or not rows:
+        return None
+    figure, axes = pyplot.subplots(figsize=(7, 0.8 + 0.7 * len(rows)))
+    for place, row in enumerate(rows):
+        for offset, key, colour, label in (
+            (0.2, "episodes_per_second", BLUE, "new examples"),
+            (-0.2, "warm_episodes_per_second", ORANGE, "seen before"),
+        ):
+            axes.barh(-place + offset, row[key], 0.38, color=colour)
+            axes.text(row[key], -place + offset, f" {row[key]:.3g}, {label}", va="center", fontsize=8)
+    labels = [f"{row['name']}\n{row['peak_bytes'] / 1e9:.1f} GB" for row in rows]
+    axes.set_yticks([-place for place in range(len(rows))], labels)
+    axes.set_xlim(0, 1.35 * max(row["warm_episodes_per_second"] for row in rows))
+    axes.set_xlabel("episodes a second")
+    axes.set_title(f"Training on {result['environment']['device']}")
+    return figure
+
+
+PLOTS: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
+    "training_speed": training_speed,
+    "scaling": scaling,
+    "prefix_cache": prefix_cache,
+    "time_to_quality": time_to_quality,
+    "kill_and_resume": kill_and_resume,
+    "gpu": gpu,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw every result that is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=HERE / "plots")
+    arguments = parser.parse_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        for name, draw in PLOTS.items():
+            file = arguments.results / f"{name}.json"
+            figure = draw(json.loads(file.read_text())) if file.exists() else None
+            if figure is None:
+                continue
+            # Without the version of matplotlib in it, the same result gives the same file.
+            figure.savefig(arguments.out / f"{name}.png", metadata={"Software": None})
+            pyplot.close(figure)
+            print(arguments.out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Every benchmark runs with a tiny configuration and writes its result; the committed results can be drawn."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from remend import cli
+from remend.data import read_source
+from remend.request import write_requests
+from remend.storage import write_json
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+import common  # noqa: E402
+import edit_cost  # noqa: E402
+import gpu  # noqa: E402
+import kill_and_resume  # noqa: E402
+import prefix_cache  # noqa: E402
+import scaling  # noqa: E402
+import time_to_quality  # noqa: E402
+import training_speed  # noqa: E402
+
+MODEL = {"n_embd": 32, "n_layer": 4, "n_head": 2, "vocab_size": 64}
+RANDOM = {"model": MODEL, "preset": "paper", "tokens": 6, "target_tokens": 2, "seed": 0}
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A function that runs a benchmark with a configuration, and returns its result."""
+
+    def run(module, config, *more):
+        write_json(tmp_path / "config.json", config)
+        out = tmp_path / "result.json"
+        module.main(["--config", str(tmp_path / "config.json"), "--out", str(out), *more])
+        result = json.loads(out.read_text())
+        assert result["config"] == config
+        assert {"remend", "torch", "cpu", "threads"} <= result["environment"].keys()
+        return result
+
+    return run
+
+
+@pytest.fixture
+def facts(tmp_path):
+    """A few requests of the atlas as files of training and validation requests."""
+    by_subject = {request.key: request for request in read_source("atlas:validation")}
+    chosen = list(by_subject.values())[:24]
+    files = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
+    for file, part in zip(files, (chosen[:16], chosen[16:]), strict=True):
+        write_requests(file, part)
+    return [str(file) for file in files]
+
+
+def test_every_benchmark_has_a_configuration_and_every_configuration_a_benchmark():
+    configs = {file.stem for file in (FOLDER / "configs").glob("*.json")}
+    assert configs == {file.stem for file in FOLDER.glob("*.py")} - {"common", "plot"}
+    for name in configs:
+        json.loads((FOLDER / "configs" / f"{name}.json").read_text())
+
+
+def test_edit_cost(measured):
+    config = {"model": "atlas", "editor": "atlas", "data": "atlas:test", "requests": 2, "repeats": 1, "seed": 0}
+    assert measured(edit_cost, config)["n"] == 2
+
+
+@pytest.fixture
+def no_child(monkeypatch):
+    """What is measured in a process of its own is measured here: importing torch again takes seconds."""
+    monkeypatch.setattr(common, "in_a_child", lambda function, *arguments: function(*arguments))
+
+
+def test_a_child_returns_what_it_found():
+    assert common.in_a_child(divmod, 7, 2) == (3, 1)
+
+
+def test_training_speed(measured, no_child):
+    config = {
+        **RANDOM,
+        "batch_sizes": [2],
+        "micro_batch": 1,
+        "warm_up_steps": 1,
+        "steps": {"2": 1},
+        "memory_cache": 0.01,
+        "reference_episodes": 1,
+    }
+    (found,) = measured(training_speed, config)["results"]
+    for epoch in (found["first"], found["warm"]):
+        assert epoch["ratio"] > 0
+        assert sum(epoch["stages"].values()) == pytest.approx(epoch["seconds_per_episode"])
+        assert all(epoch["stages"][name] > 0 for name in ("edited forward", "editor backward", "Adam"))
+    assert found["warm"]["stages"]["inner pass"] < found["first"]["stages"]["inner pass"], "factors are looked up"
+    assert found["memory"]["peak_bytes"] > found["memory"]["model_bytes"]
+
+
+def test_scaling(measured, no_child):
+    config = {
+        **RANDOM,
+        "head_size": 16,
+        "centre": {"batch_size": 1, "n_embd": 32, "n_layer": 4, "edited_blocks": 1, "rank": 8},
+        "sweeps": {"edited_blocks": [1, 2], "rank": [8]},
+        "micro_batch": 1,
+        "cache": 0.01,
+        "warm_up_steps": 1,
+        "steps": 1,
+    }
+    sweeps = measured(scaling, config)["sweeps"]
+    one, two = (point["editor_parameters"] for point in sweeps["edited_blocks"])
+    assert one < two
+    assert sweeps["rank"][0]["editor_parameters"] == one
+
+
+def test_prefix_cache(measured):
+    config = {
+        **RANDOM,
+        "requests": 8,
+        "micro_batch": 8,
+        "cache": 0.01,
+        "epochs_before": 1,
+        "epochs": 1,
+        "warm_up_steps": 1,
+    }
+    nothing, *prefix, disk = measured(prefix_cache, config)["results"]
+    assert nothing["ratio"] == 1
+    assert nothing["memory_bytes"] == nothing["disk_bytes"] == disk["memory_bytes"] == 0
+    assert disk["disk_bytes"] > 0
+    kept = [one["memory_bytes"] for one in prefix]
+    assert 0 < kept[0] < kept[1] < kept[2]
+
+
+def test_time_to_quality_goes_on_where_it_stopped(measured, facts, monkeypatch):
+    line = {"preset": "default", "seconds": 0.01, "validate_every": 1, "validate_growth": 1.5, "network": {"rank": 8}}
+    config = {
+        "model": "atlas",
+        "data": facts[0],
+        "validation": facts[1],
+        "validation_size": 4,
+        "validation_draws": 2,
+        "goal": {"taken": 0.0, "kept": 0.0},
+        "seeds": [0],
+        "lines": [{"name": "a", **line}, {"name": "b", **line}],
+    }
+    result = measured(time_to_quality, config)
+    assert [one["name"] for one in result["summary"]] == ["a", "b"]
+    assert result["summary"][0]["seconds_to_goal"] == [result["runs"][0]["curve"][0]["seconds"]]
+    monkeypatch.setattr(time_to_quality, "run", None)  # nothing is left to do
+    assert measured(time_to_quality, config, "--resume")["runs"] == result["runs"]
+
+
+def forked(config, out, resume, kill_after):
+    """A session without a new interpreter, killed all the same."""
+    arguments = kill_and_resume.command(config, out, resume)[3:]
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(cli.run(arguments)))
+    began = time.monotonic()
+    process.start()
+    process.join(kill_after)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0, time.monotonic() - began
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_and_resume(measured, facts, monkeypatch):
+    monkeypatch.setattr(kill_and_resume, "session", forked)
+    options = {"data": facts[0], "validation": facts[1], "device": "cpu", "max_steps": 3, "checkpoint_minutes": 0}
+    config = {"model": "atlas", "options": options, "kills": 1, "kills_a_chain": 1, "latest_share": 0.9, "seed": 0}
+    result = measured(kill_and_resume, config)
+    assert result["all_equal"]
+    assert result["kills"] == 1
+
+
+def test_gpu_measures_the_smallest_model_anywhere(measured):
+    shapes = [
+        {"name": "tiny", "smallest": True, "model": {"model_type": "gpt2", **MODEL}},
+        {"name": "large", "model": {"model_type": "llama", "hidden_size": 10**6, "vocab_size": 10**6}},
+        {"name": "other"},
+    ]
+    more = {"dtype": "bfloat16", "precision": "bfloat16", "batch_size": 2, "requests": 16, "cache": 0.1}
+    result = measured(gpu, {**RANDOM, **more, "shapes": shapes[::2], "warm_up_steps": 2, "seconds": 0.2})
+    assert [row["status"] for row in result["results"]] == ["measured", "not supported yet"]
+    if not torch.cuda.is_available():
+        result = measured(gpu, {**RANDOM, **more, "shapes": shapes[1:], "warm_up_steps": 2, "seconds": 0.2})
+        assert [row["status"] for row in result["results"]] == ["not measured", "not supported yet"]
+        assert not result["measured"]
+
+
+def test_the_committed_results_can_be_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    import plot
+
+    plot.main(["--out", str(tmp_path)])
+    drawn = {file.stem for file in tmp_path.glob("*.png")}
+    there = {file.stem for file in (FOLDER / "results").glob("*.json")} & plot.PLOTS.keys()
+    assert drawn == there - {"gpu"} or drawn == there
