@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -54,4 +55,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The ``remend`` program."""
+    # Large tensors in huge pages: touching memory for the first time is a good part of a training step on a CPU. Read
+    # by torch when it first allocates, so it is set before torch is imported; and only here, never by an import.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     sys.exit(run(sys.argv[1:]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -62,7 +62,7 @@ class Constants:
                 states = self.prefix.states(lambda: self.task.target_logits(batch))
             return [(own[: len(pairs[i].shown)],) for own, i in zip(states, places, strict=True)]
 
-        found = self._look_up(self.states, [_key("prefix", pair.shown) for pair in pairs], pairs, compute)
+        found = self._look_up(self.states, [_prefix_key(pair) for pair in pairs], pairs, compute)
         padded = found[0][0].new_zeros(len(found), max(len(own) for (own,) in found), found[0][0].shape[-1])
         for row, (own,) in zip(padded, found, strict=True):
             row[: len(own)] = own
@@ -79,7 +79,7 @@ class Constants:
                 states = self.task.target_states(batch)
             return [(part,) for part in states.split([len(pairs[i].target) for i in places])]
 
-        keys = [_key("base", pair.shown, len(pair.prompt)) for pair in pairs]
+        keys = [_base_key(pair) for pair in pairs]
         return torch.cat([own for (own,) in self._look_up(self.states, keys, pairs, compute)])
 
     def base_logits(
@@ -104,12 +104,19 @@ class Constants:
             parts = [own.split(found[name].counts) for name in names for own in (found[name].u, found[name].delta)]
             return list(zip(*parts, strict=True))
 
-        keys = [_key("rows", (*pair.prompt, *pair.target), len(pair.prompt)) for pair in pairs]
+        keys = [_rows_key(pair) for pair in pairs]
         columns = list(zip(*self._look_up(self.factors, keys, pairs, compute), strict=True))
         return {
             name: TokenRows(torch.cat(u), torch.cat(delta), tuple(len(own) for own in u))
             for name, u, delta in zip(names, columns[0::2], columns[1::2], strict=True)
         }
+
+    def settled(self, edits: Iterable[Pair], locality: Iterable[Pair], pairs: Iterable[Pair]) -> bool:
+        """Whether the stores will not change any more, with these as the training set's examples."""
+        keys = [_base_key(pair) for pair in locality]
+        if self.prefix.depth:
+            keys += [_prefix_key(pair) for pair in pairs]
+        return self.states.has_all(keys) and self.factors.has_all(map(_rows_key, edits))
 
     def flush(self) -> None:
         """Write to disk what is to be kept there."""
@@ -140,6 +147,18 @@ class Constants:
                 store.put(keys[place], entry)
         device = self.task.device
         return [fresh[key] if key in fresh else tuple(t.to(device) for t in store[key]) for key in keys]
+
+
+def _prefix_key(pair: Pair) -> str:
+    return _key("prefix", pair.shown)
+
+
+def _base_key(pair: Pair) -> str:
+    return _key("base", pair.shown, len(pair.prompt))
+
+
+def _rows_key(pair: Pair) -> str:
+    return _key("rows", (*pair.prompt, *pair.target), len(pair.prompt))
 
 
 def _key(kind: str, ids: Sequence[int], split: int = 0) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import uuid
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -30,12 +31,17 @@ class Store:
     Args:
         budget: bytes of tensors to keep in memory.
         folder: where shards are; only entries of one model, cut and precision may share a folder.
+
+    Attributes:
+        used: bytes kept in memory.
+        full: whether an entry did not fit; nothing more is kept in memory then.
     """
 
     def __init__(self, budget: int, folder: Path | None = None) -> None:
         self.budget = budget
         self.folder = folder
         self.used = 0
+        self.full = False
         self._entries: dict[str, Entry] = {}
         self._pending: dict[str, Entry] = {}
         self._pending_bytes = 0
@@ -49,10 +55,15 @@ class Store:
     def __getitem__(self, key: str) -> Entry:
         return self._entries[key] if key in self._entries else self._pending[key]
 
+    def has_all(self, keys: Iterable[str]) -> bool:
+        """Whether nothing is left to be kept: all these entries are there, or there is no place for another."""
+        return (self.full and self.folder is None) or all(key in self for key in keys)
+
     def put(self, key: str, entry: Entry) -> None:
-        """Keep a copy of an entry, if there is room for it."""
+        """Keep a copy of an entry in memory, until one does not fit; and on disk."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in entry)
-        if self.used + size <= self.budget:
+        self.full = self.full or self.used + size > self.budget
+        if not self.full:
             self._entries[key] = tuple(tensor.detach().clone() for tensor in entry)
             self.used += size
         if self.folder is not None:

@@ -144,7 +144,13 @@ class Trainer:
                 self.constants.prefix_states(pairs)
         for batch in held_out[self.measuring.rank :: self.measuring.count]:
             self._look_up(batch)
+        prepared = self.episodes.episodes
+        edits, pairs = [episode.edit for episode in prepared], self.episodes.pairs()
+        locality = [pair for episode in prepared for pair in episode.locality]
+        an_epoch = max(1, len(prepared) // self.config.batch_size)
         for step in range(self.step):
+            if step % an_epoch == 0 and self.constants.settled(edits, locality, pairs):
+                break
             self._look_up(self._own(step))
 
     def _calibration_batches(self) -> list[list[Pair]]:
