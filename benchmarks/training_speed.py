@@ -132,7 +132,7 @@ def stages_of(trainer: Trainer, action: Callable[[], object]) -> dict[str, float
         (trainer.constants, "prefix_states", watch.wrap("prefix", trainer.constants.prefix_states)),
         (trainer.constants, "rows", watch.wrap("inner pass", trainer.constants.rows)),
         (trainer.constants, "base_logits", watch.wrap("base logits", trainer.constants.base_logits)),
-        (trainer, "_losses", watch.wrap("edited forward", trainer._losses)),
+        (trainer, "edited_losses", watch.wrap("edited forward", trainer.edited_losses)),
         (trainer.editor, "forward", watch.wrap("editor forward", trainer.editor.forward)),
         (trainer.ledger, "gradients", watch.wrap_iterator("weight gradients", trainer.ledger.gradients)),
         (trainer.optimizer, "step", watch.wrap("Adam", trainer.optimizer.step)),

@@ -93,7 +93,7 @@ def test_resuming_what_is_finished_gives_it_to_all(folder):
 
 def test_processes_share_a_cache_folder(folder):
     assert equal(left(folder, "cached"), left(folder, "whole"))
-    shards = list((folder / "cache").iterdir())
+    shards = list((folder / "cache").glob("*/*"))
     assert len(shards) >= 2
     assert all(shard.name.startswith("shard-") for shard in shards), "nothing half-written is left"
 
