@@ -41,6 +41,7 @@ from remend.core.branch import frozen
 from remend.editors.mend import TokenRows
 from remend.tasks.causal_lm import Pair
 from remend.training import Resources, Trainer
+from remend.training.memory import estimate
 
 REFERENCE = common.HERE.parent / "tests" / "reference.py"
 LOCALITY_POOL = 8
@@ -312,11 +313,14 @@ def memory(config: Mapping[str, Any], batch_size: int) -> dict[str, int | None]:
     torch.set_num_threads(1)
     resources = Resources(micro_batch=min(batch_size, config["micro_batch"]), cache=config["memory_cache"])
     trainer = common.random_trainer(config, max(2 * batch_size, 4), resources, batch_size=batch_size)
+    # Beforehand, and without the copy of the best state that a whole run keeps.
+    expected = estimate(trainer).total - 4 * sum(p.numel() for p in trainer.editor.parameters())
     for _ in range(2):
         trainer.train_step()
     numbers = [sum(p.numel() for p in module.parameters()) for module in (trainer.task.model, trainer.editor)]
     return {
         "peak_bytes": common.peak_memory(),
+        "estimated_bytes": expected,
         "libraries_bytes": libraries,
         "model_bytes": 4 * numbers[0],
         "editor_and_adam_bytes": 12 * numbers[1],
