@@ -27,7 +27,7 @@ from remend.tasks.causal_lm import CausalLM
 from remend.training import checkpoint
 from remend.training.config import PRESETS, Resources, TrainingConfig
 from remend.training.episodes import EpisodeBatch, Episodes
-from remend.training.tracking import tracked
+from remend.training.tracking import Log, tracked
 from remend.training.trainer import Trainer
 from remend.training.workers import Workers
 
@@ -136,26 +136,38 @@ def train(
             trainer.calibrate()
             log(0, _named(run.validate()))
             run.save()
-        over = run.share() >= 1 or run.out_of_patience()
-        if over and trainer.step == 0:
-            raise TrainingError(
-                f"the {budget_seconds:.0f} s were over before the first step: measuring statistics and the start took "
-                f"{run.seconds():.0f} s. Give a larger budget, or fewer validation requests"
-            )
-        while not over:
-            loss = trainer.train_step(run.share())
-            share = run.share()
-            due = share >= 1 or trainer.step % settings.validate_every == 0
-            measured = run.validate() if due else None
-            over = share >= 1 or run.out_of_patience()
-            log(trainer.step, {"loss": loss, "learning_rate": trainer.learning_rate, **_named(measured or {})})
-            on_progress(Progress(trainer.step, share, loss, measured))
-            if workers.largest(bool(interrupted)):
-                run.save()
-                raise KeyboardInterrupt
-            if workers.largest(time.monotonic() - run.saved >= 60 * checkpoint_minutes):
-                run.save()
+        _steps(run, lambda: workers.largest(bool(interrupted)) > 0, checkpoint_minutes, log, on_progress)
         return run.finish()
+
+
+def _steps(
+    run: _Run,
+    interrupted: Callable[[], bool],
+    checkpoint_minutes: float,
+    log: Log,
+    on_progress: Callable[[Progress], None],
+) -> None:
+    """Step after step, to the end of the run or an interruption."""
+    trainer, workers = run.trainer, run.trainer.workers
+    over = run.share() >= 1 or run.out_of_patience()
+    if over and trainer.step == 0:
+        raise TrainingError(
+            f"the {run.budget:.0f} s were over before the first step: measuring statistics and the start took "
+            f"{run.seconds():.0f} s. Give a larger budget, or fewer validation requests"
+        )
+    while not over:
+        loss = trainer.train_step(run.share())
+        share = run.share()
+        due = share >= 1 or trainer.step % trainer.config.validate_every == 0
+        measured = run.validate() if due else None
+        over = share >= 1 or run.out_of_patience()
+        log(trainer.step, {"loss": loss, "learning_rate": trainer.learning_rate, **_named(measured or {})})
+        on_progress(Progress(trainer.step, share, loss, measured))
+        if interrupted():
+            run.save()
+            raise KeyboardInterrupt
+        if workers.largest(time.monotonic() - run.saved >= 60 * checkpoint_minutes):
+            run.save()
 
 
 def _prepare_out(out: str | Path | None, resume: bool) -> Mend | None:

@@ -109,6 +109,8 @@ class Trainer:
         self.ledger = Ledger(self.resources.product_dtype)
         self._modules = find_modules(task.model, editor.shapes)
         self.micro_batch = self.resources.micro_batch or fitting_micro_batch(self)
+        if sharded:  # as many passes in every process
+            self.micro_batch = -int(self.workers.largest(-self.micro_batch))
         self.names = {parameter: name for name, parameter in editor.named_parameters()}
         self._unmoved = dict(self.names)
         networks = list(editor.networks.parameters())
