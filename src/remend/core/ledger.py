@@ -1,7 +1,7 @@
 """Gradients of the editor's own matrices, kept as factors until the optimiser wants them.
 
 What remend does to the base model's gradient it does to its own: for a product y = x Wᵀ over some rows, ∇W = gᵀ x, and
-the factors g and x are much smaller than W. So all matrices share one buffer for their dense gradient.
+the factors g and x are much smaller than W. So only one dense gradient exists at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from remend.core.products import product
 
 
 class Ledger:
@@ -23,7 +25,6 @@ class Ledger:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
         self._factors: dict[nn.Parameter, list[tuple[Tensor, Tensor]]] = {}
-        self._buffer = torch.empty(0)
 
     def add(self, weight: nn.Parameter, g: Float[Tensor, "row d_out"], x: Float[Tensor, "row d_in"]) -> None:
         """Add gᵀ x to the gradient of ``weight`` [d_out, d_in]."""
@@ -44,22 +45,16 @@ class Ledger:
         return torch.stack(found) if found else torch.empty(0)
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Float[Tensor, "d_out d_in"]]]:
-        """Each matrix with its dense gradient, which lasts until the next one is asked for."""
+        """Each matrix with its dense gradient. Let go of one before asking for the next: each is as large as W."""
         for weight, factors in self._factors.items():
-            gradient = self._room(weight)
-            for part, (g, x) in enumerate(factors):
-                if self.dtype == torch.float32:
-                    gradient.addmm_(g.mT, x, beta=min(part, 1))
-                else:
-                    product = g.to(self.dtype).mT @ x.to(self.dtype)
-                    gradient.add_(product) if part else gradient.copy_(product)
-            yield weight, gradient
+            yield weight, self._sum(factors)
 
     def clear(self) -> None:
-        """Forget the factors; the buffer stays."""
+        """Forget the factors."""
         self._factors.clear()
 
-    def _room(self, weight: nn.Parameter) -> Tensor:
-        if self._buffer.numel() < weight.numel() or self._buffer.device != weight.device:
-            self._buffer = torch.empty(weight.numel(), device=weight.device)
-        return self._buffer[: weight.numel()].view(weight.shape)
+    def _sum(self, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
+        total, *others = (product(g.mT, x, self.dtype) for g, x in factors)
+        for other in others:
+            total += other
+        return total

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from remend.core.ledger import Ledger
+from remend.core.products import product
 from remend.core.statistics import RunningStatistics
 
 
@@ -59,8 +60,8 @@ class _Residual(torch.autograd.Function):
         ledger: Ledger | None,
     ) -> Tensor:
         dtype = torch.float32 if ledger is None else ledger.dtype
-        h = _product(z, down.mT, dtype)
-        inner = _product(h, up.mT, dtype)
+        h = product(z, down.mT, dtype)
+        inner = product(h, up.mT, dtype)
         if bias is not None:
             inner += bias
         out = torch.empty_like(z)
@@ -84,21 +85,15 @@ class _Residual(torch.autograd.Function):
             g_scale[matrix] = torch.linalg.vecdot(own, inner[rows], dim=0)
             own *= scale[matrix]
         g_bias = (g_offset * scale).sum(0) if ctx.bias else None
-        g_h = _product(g_inner, up, ctx.dtype)
+        g_h = product(g_inner, up, ctx.dtype)
         g_z = None
         if ctx.needs_input_grad[0]:
-            exact = ctx.dtype == torch.float32
-            g_z = torch.addmm(gradient, g_h, down) if exact else gradient + _product(g_h, down, ctx.dtype)
+            g_z = product(g_h, down, ctx.dtype).add_(gradient)
         if ctx.ledger is None:
-            return g_z, g_h.mT @ z, g_inner.mT @ h, g_bias, g_scale, g_offset, None, None
+            return g_z, product(g_h.mT, z), product(g_inner.mT, h), g_bias, g_scale, g_offset, None, None
         ctx.ledger.add(down, g_h, z)
         ctx.ledger.add(up, g_inner, h)
         return g_z, None, None, g_bias, g_scale, g_offset, None, None
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product of both, multiplied in ``dtype`` and returned as float32."""
-    return a @ b if dtype == torch.float32 else (a.to(dtype) @ b.to(dtype)).float()
 
 
 def _segments(counts: Sequence[int]) -> list[slice]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from remend.core.layers import device_of, dimensions
 from remend.core.ledger import Ledger
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.network import EditorNetwork
+from remend.core.products import transform
 from remend.edit import Edit
 from remend.errors import ConfigError, FileError, RequestError
 from remend.models.structure import editable_modules
@@ -181,15 +182,23 @@ class Mend(nn.Module):
     def whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
         """Inputs of a matrix in its whitened coordinates, or, the operator being symmetric, ũ back from there."""
         operator = getattr(self, f"whitener_{list(self.shapes).index(name)}")
-        return u if operator is None else u @ operator
+        return u if operator is None else transform(u, operator)
 
     def rows(self, factors: Mapping[str, GradientFactors]) -> dict[str, TokenRows]:
         """What the networks read: the (whitened) inputs and the deltas of the active tokens, on the editor's device."""
+        return self.whitened(self.active_rows(factors))
+
+    def active_rows(self, factors: Mapping[str, GradientFactors]) -> dict[str, TokenRows]:
+        """The active tokens alone, on the editor's device; their inputs are not whitened yet."""
         found = {}
         for name, factor in factors.items():
             u, delta = factor.u[factor.active].to(self.device), factor.delta[factor.active].to(self.device)
-            found[name] = TokenRows(self.whiten(u, name), delta, tuple(factor.active.sum(1).tolist()))
+            found[name] = TokenRows(u, delta, tuple(factor.active.sum(1).tolist()))
         return found
+
+    def whitened(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
+        """Active tokens with their inputs whitened, if the editor whitens."""
+        return {name: replace(own, u=self.whiten(own.u, name)) for name, own in rows.items()}
 
     def forward(self, rows: Mapping[str, TokenRows], ledger: Ledger | None = None) -> dict[str, LowRank]:
         """The change of each matrix for each episode: ΔW_ℓ = −α_ℓ Σ_j δ̃_j ũ_jᵀ (Eq. 2), as a batched ``LowRank``.

@@ -5,7 +5,7 @@ The base model is frozen, so none of it changes afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,7 +13,7 @@ from remend.base import find_modules
 from remend.core.layers import is_quantised, weight_of
 from remend.core.statistics import RunningStatistics
 from remend.core.whitening import SecondMoment
-from remend.editors.mend import Mend
+from remend.editors.mend import Mend, TokenRows
 from remend.models.sharding import gathered
 from remend.tasks.causal_lm import Pair
 from remend.training.constants import Constants
@@ -24,17 +24,19 @@ UNIT_BATCHES = 4
 
 
 def calibrate(editor: Mend, constants: Constants, batches: Sequence[Sequence[Pair]], workers: Workers) -> None:
-    """Fit the editor to its base model on the training set's edit pairs, in one or two passes over ``batches``.
+    """Fit the editor to its base model on the training set's edit pairs, in one pass over ``batches``.
 
     First the whiteners (if the configuration asks for them), since what follows is measured in their coordinates; then
     the statistics that normalise the networks' inputs; then the units of the step sizes (if they are relative). Several
     processes share the batches and merge what they find.
     """
     own = batches[workers.rank :: workers.count]
-    if editor.config.ridge:
-        _fit_whiteners(editor, constants, own, workers)
-    for batch in own:
-        _observe(editor, constants, batch)
+    seen = _fit_whiteners(editor, constants, own, workers) if editor.config.ridge else {}
+    for number, batch in enumerate(own):
+        raw = seen.pop(number, None) or editor.active_rows(constants.gradient_factors(batch))
+        rows = editor.whitened(raw)
+        constants.keep_rows(batch, rows)
+        _observe(editor, rows)
     for key in editor.groups:
         for statistics in (editor.network(key).u_statistics, editor.network(key).delta_statistics):
             _merge(statistics, workers)
@@ -42,20 +44,44 @@ def calibrate(editor: Mend, constants: Constants, batches: Sequence[Sequence[Pai
         _measure_units(editor, constants, batches[:UNIT_BATCHES])
 
 
-def _fit_whiteners(editor: Mend, constants: Constants, batches: Sequence[Sequence[Pair]], workers: Workers) -> None:
-    """One whitener a matrix, from its inputs at every token of the prompts (padding is zero, and left out)."""
+def warm(editor: Mend, constants: Constants, batches: Sequence[Sequence[Pair]], workers: Workers) -> None:
+    """Fill the stores as :func:`calibrate` did, with an editor that is fitted already: with the same bits."""
+    own = batches[workers.rank :: workers.count]
+    for batch in own if editor.config.ridge else ():
+        constants.prefix_states(batch)
+    for batch in own:
+        constants.keep_rows(batch, editor.rows(constants.gradient_factors(batch)))
+    for batch in batches[:UNIT_BATCHES] if editor.config.relative else ():
+        constants.prefix_states(batch)
+
+
+def _fit_whiteners(
+    editor: Mend, constants: Constants, batches: Sequence[Sequence[Pair]], workers: Workers
+) -> dict[int, dict[str, TokenRows]]:
+    """One whitener a matrix, from its inputs at every token of the prompts (padding is zero, and left out).
+
+    Returns:
+        The active rows of the first batches, by number: of so many as the store of gradient factors has room for.
+    """
     moments = {name: SecondMoment(d_in, editor.device) for name, (d_in, _) in editor.shapes.items()}
-    for batch in batches:
-        for name, factors in constants.gradient_factors(batch).items():
+    seen: dict[int, dict[str, TokenRows]] = {}
+    room = constants.factors.budget
+    for number, batch in enumerate(batches):
+        observed = constants.gradient_factors(batch)
+        for name, factors in observed.items():
             moments[name].update(factors.u, (factors.u != 0).any(-1))
+        rows = editor.active_rows(observed)
+        room -= sum(4 * values.numel() for own in rows.values() for values in (own.u, own.delta))
+        if room >= 0:
+            seen[number] = rows
     for index, moment in enumerate(moments.values()):
         workers.sum(*moment.totals)
         setattr(editor, f"whitener_{index}", moment.whitener(editor.config.ridge))
+    return seen
 
 
-def _observe(editor: Mend, constants: Constants, batch: Sequence[Pair]) -> None:
+def _observe(editor: Mend, rows: Mapping[str, TokenRows]) -> None:
     """Merge a batch into the networks' input statistics."""
-    rows = constants.rows(batch)
     for key, names in editor.groups.items():
         network = editor.network(key)
         for index, name in enumerate(names):

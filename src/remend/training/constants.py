@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -100,9 +100,7 @@ class Constants:
         names = list(self.editor.shapes)
 
         def compute(batch: Batch, places: Sequence[int]) -> list[Entry]:
-            found = self.editor.rows(self.gradient_factors([pairs[i] for i in places]))
-            parts = [own.split(found[name].counts) for name in names for own in (found[name].u, found[name].delta)]
-            return list(zip(*parts, strict=True))
+            return _entries(self.editor.rows(self.gradient_factors([pairs[i] for i in places])))
 
         keys = [_rows_key(pair) for pair in pairs]
         columns = list(zip(*self._look_up(self.factors, keys, pairs, compute), strict=True))
@@ -110,6 +108,12 @@ class Constants:
             name: TokenRows(torch.cat(u), torch.cat(delta), tuple(len(own) for own in u))
             for name, u, delta in zip(names, columns[0::2], columns[1::2], strict=True)
         }
+
+    def keep_rows(self, pairs: Sequence[Pair], rows: Mapping[str, TokenRows]) -> None:
+        """Keep what the networks read of some edit pairs, so that :meth:`rows` finds it."""
+        for pair, entry in zip(pairs, _entries(rows), strict=True):
+            if _rows_key(pair) not in self.factors:
+                self.factors.put(_rows_key(pair), entry)
 
     def settled(self, edits: Iterable[Pair], locality: Iterable[Pair], pairs: Iterable[Pair]) -> bool:
         """Whether the stores will not change any more, with these as the training set's examples."""
@@ -147,6 +151,12 @@ class Constants:
                 store.put(keys[place], entry)
         device = self.task.device
         return [fresh[key] if key in fresh else tuple(t.to(device) for t in store[key]) for key in keys]
+
+
+def _entries(rows: Mapping[str, TokenRows]) -> list[Entry]:
+    """What belongs to each episode: u and delta of one matrix after the other."""
+    parts = [values.split(own.counts) for own in rows.values() for values in (own.u, own.delta)]
+    return list(zip(*parts, strict=True))
 
 
 def _prefix_key(pair: Pair) -> str:

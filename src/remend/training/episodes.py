@@ -87,8 +87,8 @@ class Episodes:
         return EpisodeBatch(longest, longest, longest, tuple("longest" for _ in longest))
 
     def edits(self, limit: int, size: int) -> list[list[Pair]]:
-        """The edit pairs of up to ``limit`` requests, in batches: what the normalising statistics are taken over."""
-        chosen = [self.episodes[i].edit for i in self._permutation(-1)[:limit]]
+        """Up to ``limit`` different edit pairs, in batches: what the normalising statistics are taken over."""
+        chosen = list(dict.fromkeys(self.episodes[i].edit for i in self._permutation(-1)))[:limit]
         return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
     def pairs(self) -> list[Pair]:

@@ -17,13 +17,13 @@ from remend.core.branch import branches, frozen
 from remend.core.ledger import Ledger
 from remend.core.losses import locality_loss, target_loss
 from remend.core.low_rank import LowRank
-from remend.editors.mend import Mend
+from remend.editors.mend import EDIT_BATCH, Mend
 from remend.errors import ConfigError, ModelError, NonFiniteError, TrainingError
 from remend.models.prefix import Prefix
 from remend.models.sharding import is_sharded
 from remend.request import EditRequest
 from remend.tasks.causal_lm import CausalLM, Pair
-from remend.training.calibration import UNIT_BATCHES, calibrate
+from remend.training import calibration
 from remend.training.config import Resources, TrainingConfig
 from remend.training.constants import Constants
 from remend.training.episodes import EpisodeBatch, Episodes
@@ -131,19 +131,14 @@ class Trainer:
 
     def calibrate(self) -> None:
         """Take the networks' input statistics over the training set's edit pairs; once, before the first step."""
-        calibrate(self.editor, self.constants, self._calibration_batches(), self.measuring)
+        calibration.calibrate(self.editor, self.constants, self._calibration_batches(), self.measuring)
 
     def warm(self, held_out: Sequence[EpisodeBatch]) -> None:
         """Look up again whatever a run of ``step`` steps had looked up, in the same order.
 
         The stores then hold the same bits: rounding depends on which examples were computed together.
         """
-        batches = self._calibration_batches()
-        for pairs in batches[self.measuring.rank :: self.measuring.count]:
-            self.constants.rows(pairs)
-        if self.editor.config.relative:  # the units were measured by all processes on the same batches
-            for pairs in batches[:UNIT_BATCHES]:
-                self.constants.prefix_states(pairs)
+        calibration.warm(self.editor, self.constants, self._calibration_batches(), self.measuring)
         for batch in held_out[self.measuring.rank :: self.measuring.count]:
             self._look_up(batch)
         prepared = self.episodes.episodes
@@ -156,7 +151,7 @@ class Trainer:
             self._look_up(self._own(step))
 
     def _calibration_batches(self) -> list[list[Pair]]:
-        return self.episodes.edits(STATISTICS_REQUESTS, self.config.batch_size)
+        return self.episodes.edits(STATISTICS_REQUESTS, min(self.config.batch_size, EDIT_BATCH))
 
     def _look_up(self, batch: EpisodeBatch) -> None:
         self.constants.rows(batch.edits)
@@ -360,6 +355,7 @@ class Trainer:
         for weight, gradient in self.ledger.gradients():
             self.workers.sum(gradient)
             yield weight, gradient
+            del gradient
 
     def _update(self, small: Sequence[nn.Parameter], factor: float) -> None:
         """One step of the optimiser, with all gradients scaled by ``factor``."""
@@ -372,6 +368,7 @@ class Trainer:
             weight.grad = gradient.mul_(factor) if factor < 1 else gradient
             self.optimizer.step()
             weight.grad = None
+            del gradient
         self.ledger.clear()
 
     def _check_gradient_flow(self, moving: Sequence[nn.Parameter]) -> None:

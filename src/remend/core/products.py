@@ -1,0 +1,74 @@
+"""Products of float32 matrices, by the faster of the two libraries that torch brings for them on a CPU.
+
+Torch multiplies float32 matrices with MKL, which runs at half of an AMD processor's speed. oneDNN, which torch also
+has and uses for other things, does not; there it is called by name. The results differ by rounding alone, and which
+library multiplies depends on the processor and the sizes only, so a run gives the same bits each time.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+WORTH_IT = 1 << 21
+"""From so many multiplications on; for fewer, the call takes longer than the product (measured on a Zen 5 core)."""
+
+
+def product(
+    a: Float[Tensor, "row inner"], b: Float[Tensor, "inner column"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "row column"]:
+    """``a @ b``, multiplied in ``dtype`` and returned as float32; not differentiable."""
+    if dtype != torch.float32:
+        return (a.to(dtype) @ b.to(dtype)).float()
+    if _by_onednn(a, b):
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+        return found
+    return a @ b
+
+
+def transform(a: Float[Tensor, "row d"], operator: Float[Tensor, "d d"]) -> Float[Tensor, "row d"]:
+    """``a @ operator``, differentiable with respect to ``a``."""
+    found: Tensor = _Transform.apply(a, operator)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Transform(torch.autograd.Function):
+    """Of vectors by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, operator: Tensor) -> Tensor:
+        ctx.save_for_backward(operator)
+        return product(a, operator)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (operator,) = ctx.saved_tensors
+        return product(gradient, operator.mT), None
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether a product is one of those that oneDNN takes half the time for."""
+    large = a.shape[0] * a.shape[1] * b.shape[1] >= WORTH_IT
+    plain = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32
+    return large and plain and bool(torch.backends.mkldnn.enabled) and _mkl_is_slow()
+
+
+@cache
+def _mkl_is_slow() -> bool:
+    """Whether this is a processor that is not Intel's, with a torch that multiplies by MKL and has oneDNN too."""
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return both and hasattr(torch.ops.mkldnn, "_linear_pointwise") and "AuthenticAMD" in _processor()
+
+
+def _processor() -> str:
+    """What the system tells of its processors."""
+    described = Path("/proc/cpuinfo")
+    return described.read_text() if described.exists() else platform.processor()
