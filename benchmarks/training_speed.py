@@ -10,8 +10,8 @@ medians over some steps. For each batch size:
 ``floor``: the same products alone, at the same token counts and in the same micro-batches: the base model's passes
     (prefix; inner pass forward and backward to the lowest edited layer; base pass of the locality examples; forward and
     backward of both probes above the cut, without any branch; the output layer at targets only) and the editor
-    network's seven products a row. ``warm`` has a floor of its own, without what is looked up. No softmax, no
-    optimiser, no copy is part of a floor. The four take turns within each step;
+    network's seven products a row, by the same library. ``warm`` has a floor of its own, without what is looked up. No
+    softmax, no optimiser, no copy is part of a floor. The four take turns within each step;
 ``stages``: the share of each stage of a step, in CPU seconds an episode, timed around the trainer's own methods;
 ``peak_memory_bytes``: of a process that trains with this batch size and a small cache, and nothing else;
 ``reference``: one episode of ``tests/reference.py``, the paper written literally (without its optimiser).
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 import common
 from remend.base import find_modules
 from remend.core.branch import frozen
+from remend.core.products import product
 from remend.editors.mend import TokenRows
 from remend.tasks.causal_lm import Pair
 from remend.training import Resources, Trainer
@@ -239,14 +240,14 @@ class Floor:
         """The editor networks: forward 2 products a layer, weights 2, inputs 2 in the second and 1 in the first."""
         for layers, wide, narrow in self.networks:
             for down, up in layers:
-                torch.mm(wide, down.mT)
-                torch.mm(narrow, up.mT)
+                product(wide, down.mT)
+                product(narrow, up.mT)
             for place, (down, up) in enumerate(reversed(layers)):
-                torch.mm(wide, up)
+                product(wide, up)
                 if place == 0:
-                    torch.mm(narrow, down)
+                    product(narrow, down)
                 for a, b in ((wide, narrow), (narrow, wide)):
-                    torch.mm(a.mT, b, out=self.gradient[: a.shape[1] * b.shape[1]].view(a.shape[1], b.shape[1]))
+                    product(a.mT, b, out=self.gradient[: a.shape[1] * b.shape[1]].view(a.shape[1], b.shape[1]))
 
     def seconds(self) -> dict[str, float]:
         """CPU seconds of each part."""

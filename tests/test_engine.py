@@ -18,6 +18,7 @@ from torch.nn import functional
 import worlds
 from remend.base import fingerprint
 from remend.cli import run
+from remend.core import products
 from remend.core.branch import frozen
 from remend.core.ledger import Ledger
 from remend.core.losses import locality_loss, target_loss
@@ -88,6 +89,7 @@ def test_a_layer_of_the_editor_is_eq_3_and_its_gradients_are_autograds(counts, b
         if ledger is not None:
             norms = torch.stack([kept[parameter].norm() for parameter in ledger.weights()])
             assert bool((ledger.bounds() >= norms * (1 - 1e-5)).all())
+            torch.testing.assert_close(ledger.norms(), norms, rtol=1e-4, atol=1e-4)
 
 
 def test_a_ledger_adds_up_parts_and_multiplies_in_bfloat16_if_told():
@@ -101,6 +103,34 @@ def test_a_ledger_adds_up_parts_and_multiplies_in_bfloat16_if_told():
         ((_, found),) = ledger.gradients()
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
         assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [2, 30])
+def test_a_ledger_knows_a_norm_from_few_rows_and_from_many(rows):
+    weight = torch.nn.Parameter(torch.zeros(9, 8))
+    ledger, parts = Ledger(), [(torch.randn(rows, 9), torch.randn(rows, 8)) for _ in range(2)]
+    for g, x in parts:
+        ledger.add(weight, g, x)
+    torch.testing.assert_close(ledger.norms(), sum(g.T @ x for g, x in parts).norm()[None])
+
+
+@pytest.mark.parametrize("mkl_is_slow", [False, True])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_products_are_right_by_either_library(monkeypatch, mkl_is_slow, rows):
+    """Also where a side lies transposed, where rows go to ``out`` in several parts, and differentiated."""
+    if mkl_is_slow and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "_mkl_is_slow", lambda: mkl_is_slow)
+    monkeypatch.setattr(products, "WORTH_IT", 0)
+    a, b, out = torch.randn(rows, 40), torch.randn(30, 40).mT, torch.empty(rows, 30)
+    expected = (a.double() @ b.double()).float()
+    for found in (products.product(a, b), products.product(a.mT.contiguous().mT, b), products.product(a, b, out=out)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    operator, given = torch.randn(40, 40), a.clone().requires_grad_()
+    weight = torch.randn(rows, 40)
+    (products.transform(given, operator) * weight).sum().backward()
+    torch.testing.assert_close(given.grad, weight @ operator.T, rtol=1e-4, atol=1e-4)
 
 
 def test_the_losses_gradients_are_autograds():

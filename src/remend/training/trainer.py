@@ -340,14 +340,15 @@ class Trainer:
         """The factor that brings the norm of the whole gradient down to the largest allowed, or 1.
 
         The norm lies between that of the small parameters' gradients and ``bound``. As a rule that settles it: nothing
-        is clipped, or α's gradient outweighs all others. Only otherwise is each matrix's norm taken too.
+        is clipped, or α's gradient outweighs all others. Only otherwise is each matrix's own taken.
         """
         if bound <= self.config.gradient_clip:
             return 1.0
         norm = float(norms.norm())
         if bound - norm > CERTAIN * bound:
-            squares = [norms.square().sum(), *(gradient.square().sum() for _, gradient in self._dense())]
-            norm = float(torch.stack(squares).sum().sqrt())
+            several = self.workers.count > 1  # then the sum over processes must be formed
+            large = torch.stack([g.norm() for _, g in self._dense()]) if several else self.ledger.norms()
+            norm = float(torch.cat((norms, large)).norm())
         return min(1.0, self.config.gradient_clip / (norm + 1e-6))
 
     def _dense(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -355,7 +356,6 @@ class Trainer:
         for weight, gradient in self.ledger.gradients():
             self.workers.sum(gradient)
             yield weight, gradient
-            del gradient
 
     def _update(self, small: Sequence[nn.Parameter], factor: float) -> None:
         """One step of the optimiser, with all gradients scaled by ``factor``."""
@@ -368,7 +368,6 @@ class Trainer:
             weight.grad = gradient.mul_(factor) if factor < 1 else gradient
             self.optimizer.step()
             weight.grad = None
-            del gradient
         self.ledger.clear()
 
     def _check_gradient_flow(self, moving: Sequence[nn.Parameter]) -> None:
