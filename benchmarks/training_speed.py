@@ -13,7 +13,7 @@ medians over some steps. For each batch size:
     network's seven products a row, by the same library. ``warm`` has a floor of its own, without what is looked up. No
     softmax, no optimiser, no copy is part of a floor. The four take turns within each step;
 ``stages``: the share of each stage of a step, in CPU seconds an episode, timed around the trainer's own methods;
-``peak_memory_bytes``: of a process that trains with this batch size and a small cache, and nothing else;
+``memory``: the peak of a process that trains with this batch size, keeps no constants, and does nothing else;
 ``reference``: one episode of ``tests/reference.py``, the paper written literally (without its optimiser).
 """
 
@@ -268,7 +268,7 @@ def measure(config: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
     trainer = common.random_trainer(
         config,
         LOCALITY_POOL * batch_size * steps + 4,
-        Resources(micro_batch=min(batch_size, config["micro_batch"])),
+        Resources(),
         batch_size=batch_size,
     )
     rounds: list[dict[str, Any]] = []
@@ -312,7 +312,7 @@ def memory(config: Mapping[str, Any], batch_size: int) -> dict[str, int | None]:
     """Peak memory of this process after a few steps, beside what libraries, model, editor and Adam take."""
     libraries = common.peak_memory()
     torch.set_num_threads(1)
-    resources = Resources(micro_batch=min(batch_size, config["micro_batch"]), cache=config["memory_cache"])
+    resources = Resources(cache=config["memory_cache"])
     trainer = common.random_trainer(config, max(2 * batch_size, 4), resources, batch_size=batch_size)
     # Beforehand, and without the copy of the best state that a whole run keeps.
     expected = estimate(trainer).total - 4 * sum(p.numel() for p in trainer.editor.parameters())

@@ -125,6 +125,15 @@ def test_matrices_share_weights_but_not_scale_and_offset():
     assert not torch.allclose(first + shift[0], second + shift[1])
 
 
+def test_a_loss_whose_backward_pass_is_asked_for_twice_refuses():
+    """Its gradient is scaled in place."""
+    logits = torch.randn(3, 5, requires_grad=True)
+    loss = target_loss(logits, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_losses_by_hand():
     logits = torch.log(torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]))
     row, target = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])

@@ -45,7 +45,7 @@ class _WithGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return (kept * gradient[:, None]).to(ctx.dtype), None
+        return kept.mul_(gradient[:, None]).to(ctx.dtype), None  # asked twice, autograd would refuse
 
     @staticmethod
     def keep(ctx: Any, logits: Tensor, gradient: Tensor) -> None:

@@ -85,7 +85,7 @@ def fitting_micro_batch(trainer: Trainer) -> int:
     """
     memory, device, batch = trainer.resources.memory, trainer.task.device, trainer.config.batch_size
     if memory is None and device.type != "cuda":
-        return min(batch, CPU_MICRO_BATCH)
+        return -(-batch // -(-batch // CPU_MICRO_BATCH))  # in as few parts, of the same size
     if memory is not None:
         limit = int(memory * 1e9)
     else:

@@ -273,13 +273,14 @@ class Trainer:
         parts = self._parts(batch)
         changes = self.editor(self.constants.rows(batch.edits), self.ledger)
         factors = [factor for change in changes.values() for factor in (change.u, change.delta)]
-        reached: list[list[Tensor]] = []
+        reached = [torch.zeros_like(factor) for factor in factors]
         for places in parts:
             leaves = [factor.detach()[places].requires_grad_() for factor in factors]
+            for leaf, gradient in zip(leaves, reached, strict=True):
+                leaf.grad = gradient[places]  # where the backward pass adds
             some = {name: LowRank(*leaves[2 * i : 2 * i + 2]) for i, name in enumerate(changes)}
             found.append(self.edited_losses(batch[places], some, backward=True))
-            reached.append([leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves])
-        torch.autograd.backward(factors, [torch.cat(gradients) for gradients in zip(*reached, strict=True)])
+        torch.autograd.backward(factors, reached)
         return found
 
     def edited_losses(
