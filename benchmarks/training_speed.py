@@ -130,14 +130,15 @@ def stages_of(trainer: Trainer, action: Callable[[], object]) -> dict[str, float
         with watch.stage(name):
             backward(*args, **kwargs)
 
+    ledger, adam = trainer.optimiser.ledger, trainer.optimiser.adam
     wrapped: list[tuple[object, str, Callable[..., Any]]] = [
         (trainer.constants, "prefix_states", watch.wrap("prefix", trainer.constants.prefix_states)),
         (trainer.constants, "rows", watch.wrap("inner pass", trainer.constants.rows)),
         (trainer.constants, "base_logits", watch.wrap("base logits", trainer.constants.base_logits)),
         (trainer, "edited_losses", watch.wrap("edited forward", trainer.edited_losses)),
         (trainer.editor, "forward", watch.wrap("editor forward", trainer.editor.forward)),
-        (trainer.ledger, "gradients", watch.wrap_iterator("weight gradients", trainer.ledger.gradients)),
-        (trainer.optimizer, "step", watch.wrap("Adam", trainer.optimizer.step)),
+        (ledger, "gradients", watch.wrap_iterator("weight gradients", ledger.gradients)),
+        (adam, "step", watch.wrap("Adam", adam.step)),
     ]
     for owner, name, timed in wrapped:
         owner.__dict__[name] = timed

@@ -49,8 +49,8 @@ def save(folder: Path, trainer: Trainer, standing: Standing) -> Path:
     """Write a checkpoint under a name of its own, then delete the ones before: at any moment a whole one is there."""
     tensors = {f"editor.{name}": tensor for name, tensor in trainer.editor.state_dict().items()}
     tensors |= {f"best.{name}": tensor for name, tensor in standing.best.items()}
-    for parameter, name in trainer.names.items():
-        state = trainer.optimizer.state.get(parameter, {})  # nothing before the first step
+    for parameter, name in trainer.optimiser.names.items():
+        state = trainer.optimiser.adam.state.get(parameter, {})  # nothing before the first step
         tensors |= {f"adam.{name}.{key}": value for key, value in state.items()}
     manifest = {
         "run": _identity(trainer),
@@ -127,11 +127,11 @@ def delete(folder: Path) -> None:
 @torch.no_grad()
 def _restore(trainer: Trainer, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
     trainer.editor.load_state_dict(dict(parts["editor"]))
-    for parameter, name in trainer.names.items():
+    for parameter, name in trainer.optimiser.names.items():
         state = {key: parts["adam"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
         found = {key: value.to(parameter.device) for key, value in state.items() if value is not None}
         if found:
-            trainer.optimizer.state[parameter] = found
+            trainer.optimiser.adam.state[parameter] = found
 
 
 def _identity(trainer: Trainer) -> dict[str, Any]:

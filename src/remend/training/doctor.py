@@ -180,7 +180,7 @@ class _SelfTest:
             trainer.train_step()
             taken.append(time.perf_counter() - start)
         self.training_seconds = 1_000 * sorted(taken)[len(taken) // 2] / trainer.config.batch_size
-        self._note("a gradient reaches every tensor", True, f"of the editor's {len(trainer.names)}")
+        self._note("a gradient reaches every tensor", True, f"of the editor's {len(trainer.optimiser.names)}")
         after = trainer.validate(dozen)["loss"]
         self._note("the loss falls", after < before, f"{before:.3f} → {after:.3f} in {len(taken)} steps")
 

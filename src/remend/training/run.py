@@ -161,7 +161,7 @@ def _steps(
         due = share >= 1 or trainer.step % trainer.config.validate_every == 0
         measured = run.validate() if due else None
         over = share >= 1 or run.out_of_patience()
-        log(trainer.step, {"loss": loss, "learning_rate": trainer.learning_rate, **_named(measured or {})})
+        log(trainer.step, {"loss": loss, "learning_rate": trainer.optimiser.learning_rate, **_named(measured or {})})
         on_progress(Progress(trainer.step, share, loss, measured))
         if interrupted():
             run.save()

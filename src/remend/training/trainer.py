@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NoReturn, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from remend.base import find_modules, fingerprint
 from remend.core.branch import branches, frozen
-from remend.core.ledger import Ledger
 from remend.core.losses import locality_loss, target_loss
 from remend.core.low_rank import LowRank
 from remend.editors.mend import EDIT_BATCH, Mend
-from remend.errors import ConfigError, ModelError, NonFiniteError, TrainingError
+from remend.errors import ConfigError, ModelError, NonFiniteError
 from remend.models.prefix import Prefix
 from remend.models.sharding import is_sharded
 from remend.request import EditRequest
@@ -28,14 +27,12 @@ from remend.training.config import Resources, TrainingConfig
 from remend.training.constants import Constants
 from remend.training.episodes import EpisodeBatch, Episodes
 from remend.training.memory import fitting_micro_batch
+from remend.training.optimiser import Optimiser
 from remend.training.store import Store
 from remend.training.workers import Workers
 
 STATISTICS_REQUESTS = 2_048
 """Requests over which the networks' input statistics are taken, once, before the first step."""
-
-CERTAIN = 1e-4
-"""The norm of a gradient that is clipped need not be known better than this; Adam hardly sees its scale."""
 
 T = TypeVar("T")
 
@@ -67,11 +64,11 @@ class Trainer:
     A step has three parts. The base model's are constants, looked up or computed once (:class:`Constants`). The editor
     turns a whole batch of gradient factors into changes. The edited model then runs on ``micro_batch`` episodes at a
     time, each part's backward pass ending at the changes; what reaches them goes back through the editor in one go.
-    Neither ever holds a gradient of the base model's weights, nor more than one of the editor's (:class:`Ledger`).
+    Neither ever holds a gradient of the base model's weights, nor more than one of the editor's (:class:`Optimiser`).
 
     Attributes:
         step: how many steps were made.
-        names: the editor's parameters with their names.
+        optimiser: moves the editor's parameters.
         micro_batch: episodes that go through the edited model together; halved when a GPU's memory does not suffice.
     """
 
@@ -106,26 +103,11 @@ class Trainer:
         self.prefix = Prefix(task.model, editor.shapes)
         self._verify_prefix()
         self.constants = self._constants()
-        self.ledger = Ledger(self.resources.product_dtype)
+        self.optimiser = Optimiser(editor, config, self.workers, self.resources.product_dtype)
         self._modules = find_modules(task.model, editor.shapes)
         self.micro_batch = self.resources.micro_batch or fitting_micro_batch(self)
         if sharded:  # as many passes in every process
             self.micro_batch = -int(self.workers.largest(-self.micro_batch))
-        self.names = {parameter: name for name, parameter in editor.named_parameters()}
-        self._unmoved = dict(self.names)
-        networks = list(editor.networks.parameters())
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": networks, "lr": config.learning_rate, "full": config.learning_rate},
-                {"params": [editor.alpha], "lr": config.alpha_learning_rate, "full": config.alpha_learning_rate},
-            ],
-            fused=True,
-        )
-
-    @property
-    def learning_rate(self) -> float:
-        """The editor networks', of the last step."""
-        return float(self.optimizer.param_groups[0]["lr"])
 
     # -- before the first step -----------------------------------------------------------------------------------
 
@@ -207,20 +189,11 @@ class Trainer:
         batch = self._own(self.step)
         found = self._fitting(lambda: self._gradients(batch))
         loss = torch.stack([self._outer_loss(losses).detach().sum() for losses in found]).sum()
-        small = {parameter: parameter.grad for parameter in self.names if parameter.grad is not None}
-        bounds = self.ledger.bounds().to(loss.device)
-        self.workers.sum(loss, bounds, *small.values())
-        norms = torch.stack([gradient.norm() for gradient in small.values()])
-        bound = torch.cat((norms, bounds)).norm()
-        if not torch.isfinite(bound + loss):
+        gradients = self.optimiser.gather(loss)
+        if not (gradients.bound + loss).isfinite():
             self._refuse_non_finite(found, batch)
-        if self._unmoved:
-            moving = [parameter for parameter, norm in zip(small, norms, strict=True) if norm > 0]
-            moving += [weight for weight, norm in zip(self.ledger.weights(), bounds, strict=True) if norm > 0]
-            self._check_gradient_flow(moving)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["full"] * (1 - share if self.config.decay else 1)
-        self._update(list(small), self._clipping(float(bound), norms))
+        self.optimiser.check_flow(gradients, first=self.step == 0)
+        self.optimiser.step(gradients, share)
         self.step += 1
         return float(loss)
 
@@ -267,11 +240,10 @@ class Trainer:
 
     def _gradients(self, batch: EpisodeBatch) -> list[EpisodeLosses]:
         """Backward from the outer loss: into the ledger, and into the small parameters' ``.grad``."""
-        self.ledger.clear()
-        self.optimizer.zero_grad()
+        self.optimiser.clear()
         found = []
         parts = self._parts(batch)
-        changes = self.editor(self.constants.rows(batch.edits), self.ledger)
+        changes = self.editor(self.constants.rows(batch.edits), self.optimiser.ledger)
         factors = [factor for change in changes.values() for factor in (change.u, change.delta)]
         reached = [torch.zeros_like(factor) for factor in factors]
         for places in parts:
@@ -337,64 +309,14 @@ class Trainer:
             torch.cuda.empty_cache()
             warnings.warn(f"out of memory: going on with {self.micro_batch} episodes at a time", stacklevel=2)
 
-    def _clipping(self, bound: float, norms: Float[Tensor, " small"]) -> float:
-        """The factor that brings the norm of the whole gradient down to the largest allowed, or 1.
-
-        The norm lies between that of the small parameters' gradients and ``bound``. As a rule that settles it: nothing
-        is clipped, or α's gradient outweighs all others. Only otherwise is each matrix's own taken.
-        """
-        if bound <= self.config.gradient_clip:
-            return 1.0
-        norm = float(norms.norm())
-        if bound - norm > CERTAIN * bound:
-            several = self.workers.count > 1  # then the sum over processes must be formed
-            large = torch.stack([g.norm() for _, g in self._dense()]) if several else self.ledger.norms()
-            norm = float(torch.cat((norms, large)).norm())
-        return min(1.0, self.config.gradient_clip / (norm + 1e-6))
-
-    def _dense(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each large matrix with its gradient over all processes; one at a time."""
-        for weight, gradient in self.ledger.gradients():
-            self.workers.sum(gradient)
-            yield weight, gradient
-
-    def _update(self, small: Sequence[nn.Parameter], factor: float) -> None:
-        """One step of the optimiser, with all gradients scaled by ``factor``."""
-        for parameter in small:
-            if parameter.grad is not None and factor < 1:
-                parameter.grad *= factor
-        self.optimizer.step()  # a parameter without a gradient is left as it is
-        self.optimizer.zero_grad()
-        for weight, gradient in self._dense():
-            weight.grad = gradient.mul_(factor) if factor < 1 else gradient
-            self.optimizer.step()
-            weight.grad = None
-        self.ledger.clear()
-
-    def _check_gradient_flow(self, moving: Sequence[nn.Parameter]) -> None:
-        """Assert that every tensor of the editor is reached by a gradient that is not zero.
-
-        At the very first step the gradients of V and of the scales *are* zero, since U starts at zero; so a tensor may
-        be without one at the first step, and no longer at the second.
-        """
-        for parameter in moving:
-            self._unmoved.pop(parameter, None)
-        if self._unmoved and self.step > 0:
-            raise TrainingError(
-                f"no gradient reaches {', '.join(self._unmoved.values())} of the editor: it would train and learn "
-                "nothing. Check that the edited modules lie on the path from the prompt to the loss"
-            )
-
     def _refuse_non_finite(self, found: Sequence[EpisodeLosses], batch: EpisodeBatch) -> NoReturn:
         bad = torch.cat([~losses.finite() for losses in found])
         advice = "nothing was updated. Lower the learning rates, or load the model in a wider dtype"
         if bool(bad.any()):
             which = ", ".join(batch.ids[i] for i in bad.nonzero().flatten().tolist()[:5])
             raise NonFiniteError(f"step {self.step}: the edited model's loss is not finite for {which}; {advice}")
-        names = [self.names[p] for p in self.names if p.grad is not None and not p.grad.isfinite().all()]
-        weights = zip(self.ledger.weights(), self.ledger.bounds(), strict=True)
-        names += [self.names[weight] for weight, bound in weights if not bound.isfinite()]
+        names = ", ".join(self.optimiser.broken()) or "another process"
         raise NonFiniteError(
-            f"step {self.step}: the gradient of {', '.join(names) or 'another process'} is not finite for the batch "
-            f"{batch.ids[0]} … {batch.ids[-1]}; {advice}"
+            f"step {self.step}: the gradient of {names} is not finite for the batch {batch.ids[0]} … {batch.ids[-1]}; "
+            f"{advice}"
         )
