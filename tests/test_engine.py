@@ -22,7 +22,7 @@ from remend.core import products
 from remend.core.branch import frozen
 from remend.core.ledger import Ledger
 from remend.core.losses import locality_loss, target_loss
-from remend.core.network import LowRankResidual
+from remend.core.network import EditorNetwork, LowRankResidual
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, FileError, ModelError, TrainingError
 from remend.models.prefix import Prefix, reach
@@ -117,7 +117,7 @@ def test_a_ledger_knows_a_norm_from_few_rows_and_from_many(rows):
 @pytest.mark.parametrize("mkl_is_slow", [False, True])
 @pytest.mark.parametrize("rows", [1, 300])
 def test_products_are_right_by_either_library(monkeypatch, mkl_is_slow, rows):
-    """Also where a side lies transposed, where rows go to ``out`` in several parts, and differentiated."""
+    """Also where a side lies transposed, and where rows go to ``out`` in several parts."""
     if mkl_is_slow and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(products, "_mkl_is_slow", lambda: mkl_is_slow)
@@ -127,10 +127,35 @@ def test_products_are_right_by_either_library(monkeypatch, mkl_is_slow, rows):
     for found in (products.product(a, b), products.product(a.mT.contiguous().mT, b), products.product(a, b, out=out)):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    operator, given = torch.randn(40, 40), a.clone().requires_grad_()
-    weight = torch.randn(rows, 40)
-    (products.transform(given, operator) * weight).sum().backward()
-    torch.testing.assert_close(given.grad, weight @ operator.T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_is_the_same_by_either_library_whatever_the_number_of_rows(monkeypatch):
+    """One of them multiplies some rows of zeros too; no gradient knows of them."""
+    torch.manual_seed(0)
+    network = EditorNetwork(20, 24, 2, 8)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter)
+    u, delta = ([torch.randn(rows, d) for rows in (30, 47)] for d in (20, 24))
+    found = []
+    monkeypatch.setattr(products, "WORTH_IT", 0)
+    for mkl_is_slow in (False, True) if torch.backends.mkldnn.is_available() else (False, False):
+        monkeypatch.setattr(products, "_mkl_is_slow", lambda mkl_is_slow=mkl_is_slow: mkl_is_slow)
+        network.zero_grad()
+        ledger = Ledger()
+        outputs = [part for both in network(u, delta, ledger) for part in both]
+        sum((part**2).sum() for part in outputs).backward()
+        dense = [gradient.clone() for _, gradient in ledger.gradients()]
+        small = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+        found.append([*outputs, *dense, *small, ledger.norms()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_sizes_are_few():
+    """oneDNN keeps a program for each."""
+    sizes = {products.even(rows, torch.device("cpu")) for rows in range(1, 4097)}
+    assert len(sizes) <= 80 or not products._mkl_is_slow()
+    assert all(0 <= products.even(rows, torch.device("cpu")) - rows <= rows / 7 for rows in range(1, 4097))
 
 
 def test_the_losses_gradients_are_autograds():

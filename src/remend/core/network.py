@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from remend.core.ledger import Ledger
-from remend.core.products import product
+from remend.core.products import even, product
 from remend.core.statistics import RunningStatistics
 
 
@@ -35,6 +35,8 @@ class LowRankResidual(nn.Module):
         self, z: Float[Tensor, "row d"], counts: Sequence[int], ledger: Ledger | None = None
     ) -> Float[Tensor, "row d"]:
         """``z`` plus its learned correction; the rows are ordered by matrix, ``counts[ℓ]`` of them for matrix ℓ.
+
+        Rows that follow are zero, and stay so.
 
         With a ``ledger``, the backward pass writes the factors of U's and V's gradients there and makes no dense ones.
         """
@@ -67,6 +69,7 @@ class _Residual(torch.autograd.Function):
         out = torch.empty_like(z)
         for matrix, rows in enumerate(_segments(counts)):
             torch.addcmul(offset[matrix], inner[rows], scale[matrix], out=out[rows])
+        out[sum(counts) :] = 0
         active = out >= 0
         out.clamp_(min=0).add_(z)
         ctx.save_for_backward(z, down, up, h, inner, active, scale)
@@ -123,13 +126,18 @@ class EditorNetwork(nn.Module):
     def normalise(
         self, u: Sequence[Float[Tensor, "_row d_in"]], delta: Sequence[Float[Tensor, "_row d_out"]]
     ) -> Float[Tensor, "row d"]:
-        """Z = concat(norm(u), norm(δ)) of each matrix's rows, with its own statistics, one matrix after the other."""
-        z = torch.empty(sum(map(len, u)), self.d_in + self.d_out, device=self.first.down.device)
+        """Z = concat(norm(u), norm(δ)) of each matrix's rows, with its own statistics, one matrix after the other.
+
+        Rows of zeros may follow (:func:`remend.core.products.even`).
+        """
+        device, rows = self.first.down.device, sum(map(len, u))
+        z = torch.empty(even(rows, device), self.d_in + self.d_out, device=device)
+        z[rows:] = 0
         parts = ((u, self.u_statistics, z[:, : self.d_in]), (delta, self.delta_statistics, z[:, self.d_in :]))
         for values, statistics, room in parts:
             scale = statistics.deviation().reciprocal()
-            for matrix, rows in enumerate(_segments([len(own) for own in values])):
-                torch.sub(values[matrix], statistics.mean[matrix], out=room[rows]).mul_(scale[matrix])
+            for matrix, part in enumerate(_segments([len(own) for own in values])):
+                torch.sub(values[matrix], statistics.mean[matrix], out=room[part]).mul_(scale[matrix])
         return z
 
     def forward(
@@ -141,4 +149,4 @@ class EditorNetwork(nn.Module):
         """The pseudo-activations ũ and pseudo-deltas δ̃ of each matrix's tokens; all go through together."""
         counts = [len(own) for own in u]
         z = self.second(self.first(self.normalise(u, delta), counts, ledger), counts, ledger)
-        return [own.split((self.d_in, self.d_out), 1) for own in z.split(counts)]
+        return [own.split((self.d_in, self.d_out), 1) for own in z[: sum(counts)].split(counts)]

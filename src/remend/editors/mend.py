@@ -21,7 +21,6 @@ from remend.core.layers import device_of, dimensions
 from remend.core.ledger import Ledger
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.network import EditorNetwork
-from remend.core.products import transform
 from remend.edit import Edit
 from remend.errors import ConfigError, FileError, RequestError
 from remend.models.structure import editable_modules
@@ -182,7 +181,7 @@ class Mend(nn.Module):
     def whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
         """Inputs of a matrix in its whitened coordinates, or, the operator being symmetric, ũ back from there."""
         operator = getattr(self, f"whitener_{list(self.shapes).index(name)}")
-        return u if operator is None else transform(u, operator)
+        return u if operator is None else u @ operator
 
     def rows(self, factors: Mapping[str, GradientFactors]) -> dict[str, TokenRows]:
         """What the networks read: the (whitened) inputs and the deltas of the active tokens, on the editor's device."""
