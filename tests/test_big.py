@@ -12,7 +12,7 @@ from remend.base import Base
 from remend.cli import run
 from remend.core.layers import device_of, dimensions, is_editable, is_quantised
 from remend.editors import Mend, MendConfig
-from remend.errors import EditError, ModelError, PrecisionError, WrongBaseError
+from remend.errors import ConfigError, EditError, ModelError, PrecisionError, WrongBaseError
 from remend.models import editable_modules, loading
 from remend.tasks.causal_lm import CausalLM
 from remend.training import Trainer, TrainingConfig
@@ -265,10 +265,11 @@ def test_what_is_missing_is_named(folder, monkeypatch):
         ({"device": "map"}, r"device 'map' needs accelerate.* pip install 'remend\[big\]'"),
         ({"quantise": "bnb-8bit"}, r"'bnb-8bit' needs bitsandbytes.* pip install 'remend\[quantised\]'"),
         ({"quantise": "torchao-int8"}, r"'torchao-int8' needs torchao.* pip install 'remend\[quantised\]'"),
-        ({"quantise": "bnb-4bits"}, "no quantisation 'bnb-4bits'; did you mean 'bnb-4bit'"),
     ):
         with pytest.raises(ModelError, match=message):
             remend.load(str(folder), **arguments)
+    with pytest.raises(ConfigError, match="no quantisation 'bnb-4bits'; did you mean 'bnb-4bit'"):
+        remend.load(str(folder), quantise="bnb-4bits")
 
 
 def test_weights_that_are_nowhere():

@@ -55,7 +55,7 @@ def test_train_saves_an_editor_and_its_history(folder):
     assert Mend.from_pretrained(folder / "editor").config == PRESETS["default"][0]
 
 
-@pytest.mark.parametrize(("steps", "message"), [(3, "stopped before anything was learnt"), (150, "of step 100, is in")])
+@pytest.mark.parametrize(("steps", "message"), [(3, "there is no editor yet"), (150, "of step 100, is in")])
 def test_an_interrupted_training_says_what_is_left(steps, message, folder, tmp_path, capsys, monkeypatch):
     real = Trainer.train_step
 
@@ -77,6 +77,9 @@ def test_edit_show_and_ask(folder, capsys):
     assert not remend(
         "edit", folder / "model", *arguments, "--keep-failed", "--json", folder / "edit.json", "--max-new-tokens", 4
     )
+    assert remend("edit", folder / "model", *arguments, "--keep-failed") == 1
+    assert "holds an edit or an editor already" in capsys.readouterr().err
+    assert not remend("edit", folder / "model", *arguments, "--keep-failed", "--overwrite", "--max-new-tokens", 4)
     result = json.loads((folder / "edit.json").read_text())
     assert result["out"] == str(folder / "edit"), "it was asked to be kept"
     assert result["answers"][0][0]["wanted"] == "Rome"

@@ -27,7 +27,7 @@ from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, FileError, ModelError, TrainingError
 from remend.models.prefix import Prefix, reach
 from remend.tasks.causal_lm import CausalLM
-from remend.training import Resources, Trainer, TrainingConfig, train
+from remend.training import Resources, Trainer, TrainingConfig, memory, train
 from remend.training.doctor import examine
 from remend.training.memory import estimate
 from remend.training.store import Store
@@ -407,6 +407,16 @@ def test_micro_batches_fit_the_memory_that_is_given(model):
     assert parts["model"] >= sum(p.numel() * 4 for p in model.parameters())
 
 
+def test_a_cache_that_is_too_large_for_the_memory_is_what_is_named(model, monkeypatch):
+    monkeypatch.setattr(memory, "resident", lambda: 100_000_000)  # what the process takes is another at any moment
+    made = trainer(model, Resources(cache=0.001))
+    constants = estimate(made).constants
+    assert constants > 100_000
+    allowed = (memory._needs(made).estimate(1).total - constants // 2) / 1e9
+    with pytest.raises(ConfigError, match=r"keep less of the examples, a cache of 0\.\d+ GB \(--cache\)"):
+        trainer(model, Resources(cache=0.001, memory=allowed))
+
+
 def test_no_gradient_of_a_matrix_outlives_the_step(model):
     made = trainer(model)
     after(2, made)
@@ -430,7 +440,7 @@ def test_the_gradient_is_clipped_by_its_norm(model, clip):
 # -- stopping and going on -------------------------------------------------------------------------------------------
 
 
-def run_to(out, stop=None, resume=False, model=None, **changes):
+def run_to(out, stop=None, resume=False, model=None, budget_seconds=None, **changes):
     """A run that is interrupted after some step, or not at all."""
 
     def interrupt(progress):
@@ -442,7 +452,7 @@ def run_to(out, stop=None, resume=False, model=None, **changes):
     editor = Mend.for_model(model, NETWORK, seed=config.seed)
     return train(
         model, worlds.tokenizer(), worlds.requests(40), config=config, editor=editor, out=out,
-        resume=resume, checkpoint_minutes=0.0, on_progress=interrupt,
+        resume=resume, checkpoint_minutes=0.0, on_progress=interrupt, budget_seconds=budget_seconds,
     )  # fmt: skip
 
 
@@ -466,6 +476,14 @@ def test_an_interrupted_run_ends_as_if_it_had_never_stopped(stop, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), found.parameters(), strict=True))
 
 
+def test_a_resumed_run_whose_time_is_over_measures_what_it_has(tmp_path):
+    """Its last steps were never validated; and getting ready again does not count."""
+    with pytest.raises(KeyboardInterrupt):
+        run_to(tmp_path / "editor", stop=6)
+    found = run_to(tmp_path / "editor", resume=True, budget_seconds=1e-3)
+    assert [entry["step"] for entry in found.trained["history"]] == [0, 4, 6]
+
+
 def test_a_signal_saves_and_ends_the_run(tmp_path):
     def stop(progress):
         if progress.step == 3:
@@ -485,9 +503,11 @@ def test_a_signal_saves_and_ends_the_run(tmp_path):
 def test_a_checkpoint_is_of_one_run_only(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_to(tmp_path / "editor", stop=5)
-    with pytest.raises(TrainingError, match="another run: training settings differ"):
+    with pytest.raises(TrainingError, match=r"another run: learning_rate: 0\.003 then, 0\.0001 now\. A run"):
         run_to(tmp_path / "editor", resume=True, learning_rate=1e-4)
-    with pytest.raises(TrainingError, match="another run: editor settings, base model differ"):
+    with pytest.raises(
+        TrainingError, match=r"rank: \d+ then, 8 now.*; edited matrices: .*; the base model was another"
+    ):
         train(
             worlds.llama(), worlds.tokenizer(), worlds.requests(40), config=SETTINGS, out=tmp_path / "editor",
             resume=True, editor=Mend.for_model(worlds.llama(), MendConfig(rank=8)),

@@ -55,7 +55,7 @@ def _legend(console: Console) -> None:
     console.print(
         "\n[bold]✓[/] is the answer wanted: the new one at the prompt and its paraphrases, the old one elsewhere.\n"
         "[yellow]near[/] prompts ask the same of another subject, or something else of the same one: there edits "
-        "still leak,\n"
-        "and remend measures it. Nothing was written to the model; an edit comes off again, bit for bit.\n"
+        "still leak, and remend measures it.\n"
+        "Nothing was written to the model; an edit comes off again, bit for bit.\n"
         "Your own: [bold]remend edit atlas --prompt 'The capital of Canada is' --target Toronto --out my-edit[/]"
     )

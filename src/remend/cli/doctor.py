@@ -78,13 +78,13 @@ def _costs(found: Diagnosis) -> Table:
     table.add_column("", justify="right")
     table.add_row("editor networks", f"{found.editor_parameters / 1e6:,.1f} M parameters")
     if found.training_seconds is not None:
-        table.add_row("training, a thousand episodes", _time(found.training_seconds))
+        table.add_row("training, a thousand new episodes", _time(found.training_seconds))
     if found.edit_seconds is not None:
         table.add_row("one edit", _time(found.edit_seconds))
     table.add_section()
     for name, size in found.memory.parts().items():
         table.add_row(name.replace("_", " "), f"{size / _GIGABYTE:.2f} GB")
-    table.add_row("[bold]memory, at most[/]", f"[bold]{found.memory.total / _GIGABYTE:.2f} GB[/]")
+    table.add_row("[bold]memory, at most at one time[/]", f"[bold]{found.memory.total / _GIGABYTE:.2f} GB[/]")
     return table
 
 

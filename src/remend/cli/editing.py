@@ -10,7 +10,7 @@ from rich.console import Console
 
 from remend.cli import options
 from remend.cli.words import plain
-from remend.errors import RequestError
+from remend.errors import FileError, RequestError
 
 if TYPE_CHECKING:
     from remend.request import EditRequest
@@ -23,6 +23,7 @@ def edit(
     target: Annotated[str | None, typer.Option(help="What it should answer.")] = None,
     requests: Annotated[Path | None, typer.Option(metavar="FILE", help="Requests as JSON lines, instead.")] = None,
     editor: options.EditorFolder = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the edit that DIR holds.")] = False,
     keep_failed: Annotated[bool, typer.Option(help="Save the edit even if the model does not take it.")] = False,
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
@@ -39,10 +40,12 @@ def edit(
     from remend.cli.tables import answers_table, as_json
     from remend.core.layers import device_of
     from remend.evaluation.before_after import before_after
-    from remend.storage import check_target, write_json
+    from remend.storage import MANIFEST, check_target, write_json
 
     console = Console()
     check_target(out)
+    if not overwrite and (out / MANIFEST).exists():
+        raise FileError(f"{out} holds an edit or an editor already: choose another folder, or give --overwrite")
     chosen = options.load_editor(editor, model)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     made = chosen.to(device_of(base)).edit(base, tokenizer, wanted)

@@ -103,7 +103,7 @@ def train(
 
 def _follow(bar: Progress, console: Console, batch_size: int) -> Callable[[Step], None]:
     """Shows each step on the bar, and each validation on a line of its own."""
-    task = bar.add_task("measuring the start", total=1.0)
+    task = bar.add_task("measuring the model's inputs, once", total=1.0)
     first: list[tuple[float, int]] = []
 
     def follow(step: Step) -> None:
@@ -124,10 +124,11 @@ def _follow(bar: Progress, console: Console, batch_size: int) -> Callable[[Step]
 def _stopped(trained: dict[str, Any], out: Path) -> str:
     """What is left of a run that was interrupted."""
     if not trained:
-        return "stopped before anything was learnt; nothing was saved"
+        return "stopped before the first step; nothing was saved"
     go_on = "go on with the same command and --resume"
     if not out.exists():
-        return f"stopped before anything was learnt; {go_on}"
+        kept = f"[bold]{plain(out)}.checkpoints[/]"
+        return f"stopped before the first validation: there is no editor yet, but all steps are in {kept}; {go_on}"
     best = min(trained["history"], key=lambda entry: entry["loss"])
     return (
         f"stopped; the best state so far, of step {best['step']}, is in [bold]{plain(out)}[/] ({_words(best)}); {go_on}"

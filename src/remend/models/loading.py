@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_accelerate_available, is_bitsandb
 
 from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.core.layers import is_editable, is_quantised
-from remend.errors import ModelError, nearest
+from remend.errors import ConfigError, ModelError, nearest
 
 MAP = "map"
 """The device that is all of them: Accelerate fills one after the other, then the memory, then the disk."""
@@ -70,6 +70,7 @@ def load(
     Raises:
         ModelError: there is no such model, it is not a causal language model with a tokenizer, or a package that the
             device map or the quantisation needs is missing.
+        ConfigError: there is no such quantisation.
     """
     if device == MAP and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ModelError(
@@ -123,7 +124,7 @@ def _placement(
 
 def _quantisation(name: str, dtype: torch.dtype | None) -> BitsAndBytesConfig | TorchAoConfig:
     if name not in QUANTISATIONS:
-        raise ModelError(f"there is no quantisation {name!r}; {nearest(name, QUANTISATIONS)}")
+        raise ConfigError(f"there is no quantisation {name!r}; {nearest(name, QUANTISATIONS)}")
     _require("torchao" if name == "torchao-int8" else "bitsandbytes", "quantised", f"quantisation {name!r}")
     if name == "bnb-4bit":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

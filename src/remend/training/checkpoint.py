@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import warnings
 from array import array
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from remend.storage import clear_leftovers, read_folder, take, write_folder
 from remend.training.trainer import Trainer
 
 FORMAT = "remend.checkpoint/1"
+SHA256_DIGITS = 64
 
 
 @dataclass(frozen=True)
@@ -136,23 +138,37 @@ def _restore(trainer: Trainer, parts: Mapping[str, Mapping[str, Tensor]]) -> Non
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
     """What must be the same for a run to go on bit by bit."""
-    data = hashlib.sha256()
+    base, data = trainer.editor.base, hashlib.sha256()
     for pair in trainer.episodes.pairs():
         data.update(array("q", (len(pair.prompt), *pair.prompt, *pair.target)).tobytes())
     return {
         "training settings": to_json(trainer.config),
         "editor settings": to_json(trainer.editor.config),
-        "base model": asdict(trainer.editor.base),
+        "edited matrices": list(trainer.editor.shapes),
+        "base model": hashlib.sha256(json.dumps([base.config, base.weights]).encode()).hexdigest(),
         "training data": data.hexdigest(),
-        "cache and precision": [trainer.resources.cache, trainer.resources.precision],
+        "cache": trainer.resources.cache,
+        "precision": trainer.resources.precision,
         "number of processes": trainer.workers.count,
     }
 
 
 def _check(trainer: Trainer, found: Mapping[str, Any], path: Path) -> None:
     expected = _identity(trainer)
-    if differ := [key for key in expected if found.get(key) != expected[key]]:
+    if differ := [said for key in expected for said in _differences(key, found.get(key), expected[key])]:
         raise TrainingError(
-            f"{path} is a checkpoint of another run: {', '.join(differ)} differ. Give the same options and data, or "
-            "another --out to begin anew"
+            f"{path} is a checkpoint of another run: {'; '.join(differ)}. A run goes on as it began: give the same "
+            "options and data, or another --out to begin anew"
         )
+
+
+def _differences(name: str, before: Any, now: Any) -> list[str]:
+    """What differs between a checkpoint and this run, in words; a setting each, where there are several."""
+    if before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [said for key in now for said in _differences(key, before.get(key), now[key])]
+    if isinstance(now, str) and len(now) == SHA256_DIGITS:
+        return [f"the {name} was another"]
+    shown = (", ".join(value) if isinstance(value, list) else value for value in (before, now))
+    return ["{}: {} then, {} now".format(name, *shown)]

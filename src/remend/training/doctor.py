@@ -50,7 +50,7 @@ class Diagnosis:
         reason: why these.
         editor_parameters: of the editor networks.
         memory: what training takes at most, with the settings asked for.
-        training_seconds: for a thousand episodes; None where the self-test did not get so far.
+        training_seconds: for a thousand episodes that are new to it; None where the self-test did not get so far.
         edit_seconds: for one edit, of one prompt; None likewise.
         checks: the self-test.
         advice: sentences.
@@ -148,7 +148,9 @@ class _SelfTest:
         # The rates of the default preset: whether the machinery learns shows within a few steps.
         rates = PRESETS["default"][1]
         rated = replace(settings, learning_rate=rates.learning_rate, alpha_learning_rate=rates.alpha_learning_rate)
-        self.trainer = Trainer(task, editor, requests, replace(rated, decay=False), resources)
+        # Nothing is kept: after one step all of a dozen requests would be known, and the time that of later epochs.
+        forgetful = replace(resources, cache=0.0, cache_folder=None)
+        self.trainer = Trainer(task, editor, requests, replace(rated, decay=False), forgetful)
         self.on_check = on_check
         self.checks: list[Check] = []
         self.training_seconds: float | None = None

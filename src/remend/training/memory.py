@@ -96,10 +96,20 @@ def fitting_micro_batch(trainer: Trainer) -> int:
         parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}" for name, size in smallest.parts().items())
         raise ConfigError(
             f"training takes about {smallest.total / 1e9:.2f} GB with one episode at a time ({parts}), and may take "
-            f"{limit / 1e9:.2f} GB: load the model in bfloat16 or quantised, edit fewer matrices, choose a smaller "
-            "batch, cache or rank, or recompute activations"
+            f"{limit / 1e9:.2f} GB: {_advice(smallest, limit)}"
         )
     return max(size for size in range(1, batch + 1) if needs.estimate(size).total <= limit)
+
+
+def _advice(smallest: Estimate, limit: int) -> str:
+    """How training could fit after all."""
+    room = limit - (smallest.total - smallest.constants)
+    if room >= 0:
+        return f"keep less of the examples, a cache of {int(room / 1e7) / 100} GB (--cache)"
+    return (
+        f"even with a cache of 0 it takes {-room / 1e9:.2f} GB too much. Load the model in bfloat16 or quantised, edit "
+        "fewer matrices, recompute activations, or (in Python) choose a smaller batch or rank"
+    )
 
 
 def resident() -> int:

@@ -74,7 +74,8 @@ def train(
     """Train a MEND editor for ``model`` and return its best state by validation loss.
 
     With ``out``, the run can be interrupted at any moment and gone on with: its checkpoints lie beside that folder
-    until it ends. On the CPU it then ends with the very editor that it would have ended with. Started in several
+    until it ends. On the CPU a run that ends by its steps then ends with the very editor that it would have ended
+    with; one that ends by its seconds makes more steps or fewer, as the machine is slower or faster. Started in several
     processes by ``accelerate launch`` or ``torchrun``, it shares each batch among them; all return the same editor.
     With ``accelerate launch --use_fsdp`` they share the model's weights too, and it stays so.
 
@@ -150,6 +151,8 @@ def _steps(
     """Step after step, to the end of the run or an interruption."""
     trainer, workers = run.trainer, run.trainer.workers
     over = run.share() >= 1 or run.out_of_patience()
+    if over and run.measured_at() < trainer.step:  # stopped just before its end
+        log(trainer.step, _named(run.validate()))
     if over and trainer.step == 0:
         raise TrainingError(
             f"the {run.budget:.0f} s were over before the first step: measuring statistics and the start took "
@@ -183,7 +186,7 @@ def _prepare_out(out: str | Path | None, resume: bool) -> Mend | None:
         if has_editor or left:
             what = "an editor or an edit" if has_editor else "the checkpoints of an unfinished run"
             where = out if has_editor else checkpoint.folder_of(out)
-            advice = "go on with it (resume), " if left else ""
+            advice = "go on with it (resume=True, --resume), " if left else ""
             raise FileError(f"{where} holds {what} already; {advice}choose another folder, or delete it first")
         return None
     if has_editor and not left and read_manifest(out, FORMAT).get("trained", {}).get("finished"):
@@ -260,6 +263,10 @@ class _Run:
         """Whether the validation loss has not fallen for as many steps as the settings allow."""
         return self.trainer.step - self.standing.best_step >= self.trainer.config.patience
 
+    def measured_at(self) -> int:
+        """The step of the last validation."""
+        return int(self.standing.history[-1]["step"])
+
     def validate(self) -> dict[str, float]:
         """Measure, remember, and keep the state if it is the best so far."""
         measured = self.trainer.validate(self.held_out)
@@ -288,6 +295,7 @@ class _Run:
             return False
         self.standing = standing
         self.trainer.warm(self.held_out)
+        self.started = time.monotonic()  # getting ready again is not counted: the budget is for going on
         return True
 
     def finish(self) -> Mend:

@@ -96,7 +96,8 @@ class Trainer:
         if sharded and config.batch_size % self.workers.count:
             raise ConfigError(
                 f"{self.workers.count} processes that share one model must have equal parts of each batch, which "
-                f"{config.batch_size} episodes have not: choose a multiple as batch_size, or do without --use_fsdp"
+                f"{config.batch_size} episodes have not: start a number of processes that divides it, or do without "
+                "--use_fsdp"
             )
         self.episodes = Episodes(task, requests, config.seed)
         self.step = 0
