@@ -77,6 +77,8 @@ def load(
             "device 'map' spreads one model over all GPUs, but here several processes would each do so: start one "
             "process, or have them share one model (accelerate launch --use_fsdp) with device 'cpu'"
         )
+    if quantise and quantise not in QUANTISATIONS:
+        raise ConfigError(f"there is no quantisation {quantise!r}; {nearest(quantise, QUANTISATIONS)}")
     target = choose_device("auto" if device == MAP else device)
     source = str(ATLAS_FOLDER / "model") if model == ATLAS else model
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
@@ -123,8 +125,6 @@ def _placement(
 
 
 def _quantisation(name: str, dtype: torch.dtype | None) -> BitsAndBytesConfig | TorchAoConfig:
-    if name not in QUANTISATIONS:
-        raise ConfigError(f"there is no quantisation {name!r}; {nearest(name, QUANTISATIONS)}")
     _require("torchao" if name == "torchao-int8" else "bitsandbytes", "quantised", f"quantisation {name!r}")
     if name == "bnb-4bit":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
