@@ -68,7 +68,7 @@ def training_speed(result: Mapping[str, Any]) -> Figure:
     labels = [f"batch of {one['batch_size']}, {'new' if name == 'first' else 'seen'} examples" for one, name in bars]
     left.set_yticks(places, labels)
     left.set_xlim(0, 1.3 * max(1000 * sum(one[name]["stages"].values()) for one, name in bars))
-    left.set_ylim(places[-1] - 0.7, 2.4)
+    left.set_ylim(places[-1] - 0.7, 3.1)
     left.set_xlabel("CPU milliseconds an episode (black mark: the matrix products alone)")
     reference = result["reference"]
     slower = max(reference["times_slower_than"].values())
