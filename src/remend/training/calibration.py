@@ -24,7 +24,10 @@ UNIT_BATCHES = 4
 
 
 def calibrate(editor: Mend, constants: Constants, batches: Sequence[Sequence[Pair]], workers: Workers) -> None:
-    """Fit the editor to its base model on the training set's edit pairs, in one pass over ``batches``.
+    """Fit the editor to its base model on the training set's edit pairs.
+
+    In one pass over ``batches``; with whitening in a second one over those that the store of gradient factors has no
+    room for.
 
     First the whiteners (if the configuration asks for them), since what follows is measured in their coordinates; then
     the statistics that normalise the networks' inputs; then the units of the step sizes (if they are relative). Several
