@@ -1,17 +1,12 @@
 """Every benchmark runs with a tiny configuration and writes its result; the committed results can be drawn."""
 
 import json
-import multiprocessing
-import os
-import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from remend import cli
 from remend.data import read_source
 from remend.request import write_requests
 from remend.storage import write_json
@@ -154,23 +149,7 @@ def test_time_to_quality_goes_on_where_it_stopped(measured, facts, monkeypatch):
     assert measured(time_to_quality, config, "--resume")["runs"] == result["runs"]
 
 
-def forked(config, out, resume, kill_after):
-    """A session without a new interpreter, killed all the same."""
-    arguments = kill_and_resume.command(config, out, resume)[3:]
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(cli.run(arguments)))
-    began = time.monotonic()
-    process.start()
-    process.join(kill_after)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0, time.monotonic() - began
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_kill_and_resume(measured, facts, monkeypatch):
-    monkeypatch.setattr(kill_and_resume, "session", forked)
+def test_kill_and_resume(measured, facts):
     options = {"data": facts[0], "validation": facts[1], "device": "cpu", "max_steps": 3, "checkpoint_minutes": 0}
     config = {"model": "atlas", "options": options, "kills": 1, "kills_a_chain": 1, "latest_share": 0.9, "seed": 0}
     result = measured(kill_and_resume, config)
