@@ -1,0 +1,112 @@
+"""Requests about facts: from triples in several phrasings, with every kind of neighbour that an edit can disturb."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from remend.request import EditRequest, Probe
+
+_FAR, _NEAR = 4, 2
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing a model knows.
+
+    Attributes:
+        subject: what the fact is about, for example ``"Norway"``.
+        relation: the identifier of a :class:`Relation`, for example ``"P36"``.
+        object: the one right answer, for example ``"Oslo"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``; all facts of a subject are in the same one.
+    """
+
+    subject: str
+    relation: str
+    object: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact and the ways of asking for it.
+
+    Attributes:
+        id: the Wikidata identifier, for example ``"P36"``.
+        name: a short name, for example ``"capital"``.
+        phrasings: left contexts with ``{}`` for the subject, which the object follows after one space.
+        held_out: further left contexts, which the model knows too, kept from the training of editors.
+    """
+
+    id: str
+    name: str
+    phrasings: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+class Facts:
+    """A set of facts with their relations.
+
+    Args:
+        facts: the facts of all splits.
+        relations: by identifier.
+    """
+
+    def __init__(self, facts: Sequence[Fact], relations: Mapping[str, Relation]) -> None:
+        self.facts = tuple(facts)
+        self.relations = dict(relations)
+        self._objects = {
+            relation: tuple(sorted({fact.object for fact in facts if fact.relation == relation}))
+            for relation in relations
+        }
+
+    def requests(self, split: str, targets: int) -> tuple[EditRequest, ...]:
+        """Edit requests about the facts of one split, the same at every call; ``targets`` of them for each fact.
+
+        Each asks for another object of the same relation, in one of the seen phrasings; the others are its paraphrases
+        and the held-out ones its unseen paraphrases. ``locality`` holds facts of another relation and subject; ``near``
+        the same phrasing for other subjects with the same true object (of kind ``same_object``; ``same_relation`` where
+        the split has none) and other facts about the same subject (``same_subject``). All are of the same split.
+        """
+        members = [fact for fact in self.facts if fact.split == split]
+        return tuple(self._request(fact, members, number) for fact in members for number in range(targets))
+
+    def _request(self, fact: Fact, members: Sequence[Fact], number: int) -> EditRequest:
+        draw = random.Random(f"{fact.relation} {fact.subject} {number}")
+        relation = self.relations[fact.relation]
+        phrasings = draw.sample(relation.phrasings, len(relation.phrasings))
+        details: dict[str, Any] = {"relation": fact.relation, "ground_truth": fact.object}
+        far = [f for f in members if f.relation != fact.relation and f.subject != fact.subject]
+        return EditRequest(
+            prompt=phrasings[0].format(fact.subject),
+            target=draw.choice([o for o in self._objects[fact.relation] if o != fact.object]),
+            subject=fact.subject,
+            id=f"{fact.relation} {fact.subject} {number}",
+            paraphrases=tuple(phrasing.format(fact.subject) for phrasing in phrasings[1:]),
+            unseen_paraphrases=tuple(phrasing.format(fact.subject) for phrasing in relation.held_out),
+            locality=tuple(_probe(f, self._any_phrasing(f, draw), "far") for f in draw.sample(far, _FAR)),
+            near=self._near(fact, members, phrasings[0], draw),
+            **details,
+        )
+
+    def _near(self, fact: Fact, members: Sequence[Fact], phrasing: str, draw: random.Random) -> tuple[Probe, ...]:
+        """The neighbours an edit leaks to most easily."""
+        others = [f for f in members if f.relation == fact.relation and f.subject != fact.subject]
+        same = [f for f in others if f.object == fact.object]
+        kind, pool = ("same_object", same) if same else ("same_relation", others)
+        probes = [_probe(f, phrasing, kind) for f in draw.sample(pool, min(_NEAR, len(pool)))]
+        own = [f for f in members if f.subject == fact.subject and f.relation != fact.relation]
+        probes += [
+            _probe(f, self._any_phrasing(f, draw), "same_subject") for f in draw.sample(own, min(_NEAR, len(own)))
+        ]
+        return tuple(probes)
+
+    def _any_phrasing(self, fact: Fact, draw: random.Random) -> str:
+        return draw.choice(self.relations[fact.relation].phrasings)
+
+
+def _probe(fact: Fact, phrasing: str, kind: str) -> Probe:
+    details: dict[str, Any] = {"kind": kind}
+    return Probe(prompt=phrasing.format(fact.subject), target=fact.object, **details)
