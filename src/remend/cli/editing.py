@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +12,12 @@ from rich.console import Console
 
 from remend.cli import options
 from remend.cli.words import plain
-from remend.errors import FileError, RequestError
+from remend.errors import ConfigError, FileError, RequestError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from remend.edit import Edit
     from remend.request import EditRequest
 
 
@@ -23,6 +28,9 @@ def edit(
     target: Annotated[str | None, typer.Option(help="What it should answer.")] = None,
     requests: Annotated[Path | None, typer.Option(metavar="FILE", help="Requests as JSON lines, instead.")] = None,
     editor: options.EditorFolder = None,
+    scale: Annotated[
+        str, typer.Option(metavar="NUMBER", help="Multiply the edit; 'auto' chooses on the requests' own probes.")
+    ] = "1",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the edit that DIR holds.")] = False,
     keep_failed: Annotated[bool, typer.Option(help="Save the edit even if the model does not take it.")] = False,
     max_new_tokens: options.NewTokens = 32,
@@ -37,6 +45,7 @@ def edit(
     All requests of a file become one edit. The base model is not changed: use the edit with remend ask, or in Python.
     """
     wanted = _requests(prompt, target, requests)
+    factor = _factor(scale)
     from remend.cli.tables import answers_table, as_json
     from remend.core.layers import device_of
     from remend.evaluation.before_after import before_after
@@ -49,6 +58,10 @@ def edit(
     chosen = options.load_editor(editor, model)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     made = chosen.to(device_of(base)).edit(base, tokenizer, wanted)
+    if factor is None:
+        made = _scaled(console, base, tokenizer, made, wanted, max_new_tokens)
+    elif factor != 1:
+        made = made.scaled(factor)
     answers = before_after(base, tokenizer, made, wanted, max_new_tokens)
     failed = [r.prompt for r, found in zip(wanted, answers, strict=True) if not found[0].ok]
     saved = not failed or keep_failed
@@ -71,6 +84,41 @@ def edit(
         write_json(json, {"taken": not failed, "out": out_name, "answers": [as_json(found) for found in answers]})
     if not saved:
         raise typer.Exit(1)
+
+
+def _factor(scale: str) -> float | None:
+    """The number that --scale names; None for ``auto``."""
+    if scale == "auto":
+        return None
+    try:
+        factor = float(scale)
+    except ValueError:
+        factor = math.nan
+    if not 0 < factor < math.inf:
+        raise ConfigError(f"--scale is a positive number or 'auto', not {scale!r}")
+    return factor
+
+
+def _scaled(
+    console: Console,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    made: Edit,
+    wanted: Sequence[EditRequest],
+    max_new_tokens: int,
+) -> Edit:
+    """The edit at the scale that its requests' prompts and probes speak for, and a line about it."""
+    from remend.evaluation.scale import choose_scale
+
+    best, _ = choose_scale(base, tokenizer, made, wanted, max_new_tokens)
+    known = [
+        *(["paraphrases"] if any(r.paraphrases for r in wanted) else []),
+        *(["near and far prompts"] if any(r.near or r.locality for r in wanted) else []),
+    ]
+    told = f"{best.reached:.0%} of paraphrases follow, {best.kept:.0%} of near and far prompts stay"
+    none = "the requests name no paraphrases and no near or far prompts, so only the prompt itself was looked at"
+    console.print(f"scale [bold]{best.scale:g}[/]: {told if len(known) == 2 else none if not known else told}")
+    return made.scaled(best.scale)
 
 
 def _requests(prompt: str | None, target: str | None, file: Path | None) -> list[EditRequest]:

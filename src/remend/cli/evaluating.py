@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,13 +27,24 @@ def evaluate(
     dtype: options.Dtype = None,
     quantise: options.Quantise = None,
     seed: options.Seed = 0,
+    frontier: Annotated[bool, typer.Option(help="Also judge the edits scaled, from 0 to 2 times.")] = True,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw that as a picture (.png, .svg, .pdf).")
+    ] = None,
     json: options.Json = None,
 ) -> None:
-    """Make each edit from the untouched model and measure success, generality and locality over the whole file."""
+    """Make each edit from the untouched model and measure success, generality and locality over the whole file.
+
+    An editor that is right at one strength may be so by luck: the frontier shows what more and less strength would do.
+    """
     from remend.core.layers import device_of
     from remend.data import read_source
     from remend.evaluation import evaluate as measure
+    from remend.evaluation.plot import check_plot, draw_frontier
+    from remend.evaluation.single import SCALES
 
+    if plot is not None:
+        check_plot(plot)
     requests = read_source(data)[:limit]
     chosen = options.load_editor(editor, model)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
@@ -41,10 +53,15 @@ def evaluate(
         task = bar.add_task("editing", total=len(requests))
         report = measure(
             base, tokenizer, chosen.to(device_of(base)), requests,
-            data=data, max_new_tokens=max_new_tokens, on_progress=lambda done, _: bar.update(task, completed=done),
+            data=data, max_new_tokens=max_new_tokens, scales=SCALES if frontier or plot is not None else (),
+            on_progress=lambda done, _: bar.update(task, completed=done),
         )  # fmt: skip
     console.print(_table(report))
+    if report.frontier:
+        console.print(_frontier(report))
     console.print(f"{1000 * report.seconds_per_edit:.1f} ms an edit")
+    if plot is not None:
+        draw_frontier({plain(report.data): report}, plot)
     if json is not None:
         report.save(json)
 
@@ -59,4 +76,20 @@ def _table(report: Report) -> Table:
         free, forced = modes["generated"], modes["teacher_forced"]
         interval = f"{free.ci95[0]:.3f} – {free.ci95[1]:.3f}"
         table.add_row(name.replace("_", " "), f"[bold]{free.mean:.3f}[/]", interval, f"{forced.mean:.3f}", str(free.n))
+    return table
+
+
+def _frontier(report: Report) -> Table:
+    """Generated answers at each scale, with a bar for each share."""
+    found = {
+        scale: {n: m["generated"].mean for n, m in own.items()} for scale, own in report.frontier_metrics().items()
+    }
+    shown = [n for n in ("reliability", "generality", "locality_near", "locality_far") if n in found[1.0]]
+    table = Table(title="the edits, scaled", title_justify="left")
+    table.add_column("scale", justify="right")
+    for name in shown:
+        table.add_column(name.replace("_", " "))
+    for scale, own in found.items():
+        bars = [f"{own[name]:.3f} {'█' * round(10 * own[name])}" for name in shown]
+        table.add_row(f"{scale:g}", *bars, style="bold" if scale == 1 else None)
     return table

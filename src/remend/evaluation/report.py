@@ -74,6 +74,7 @@ class Report:
         cases: one entry an edit.
         seconds_per_edit: wall time of making an edit, evaluation not included.
         environment: versions, device and threads.
+        frontier: the same cases with the edits multiplied by each of some scales, if that was asked for.
     """
 
     model: str
@@ -81,27 +82,27 @@ class Report:
     cases: Sequence[Case]
     seconds_per_edit: float
     environment: Mapping[str, Any] = field(default_factory=dict)
+    frontier: Mapping[float, Sequence[Case]] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, dict[str, Summary]]:
         """Each metric that has data, by mode. One without data is absent, never 0."""
-        found: dict[str, dict[str, Summary]] = {}
-        for name in dict.fromkeys(name for case in self.cases for name in case.values):
-            having = [case.values[name] for case in self.cases if name in case.values]
-            found[name] = {mode: Summary.of([values[mode] for values in having]) for mode in MODES}
-        return found
+        return _metrics(self.cases)
+
+    def frontier_metrics(self) -> dict[float, dict[str, dict[str, Summary]]]:
+        """The same at each scale of the frontier."""
+        return {scale: _metrics(cases) for scale, cases in self.frontier.items()}
 
     def to_json(self) -> dict[str, Any]:
         """The report as schema ``remend.report/1``."""
-        metrics = {
-            name: {mode: {"mean": s.mean, "ci95": list(s.ci95), "n": s.n} for mode, s in modes.items()}
-            for name, modes in self.metrics().items()
-        }
+        at_scales = {scale: _as_json(metrics) for scale, metrics in self.frontier_metrics().items()}
+        frontier = [{"scale": scale, "metrics": metrics} for scale, metrics in at_scales.items()]
         return {
             "schema": SCHEMA,
             "model": self.model,
             "data": self.data,
             "edits": len(self.cases),
-            "metrics": metrics,
+            "metrics": _as_json(self.metrics()),
+            **({"frontier": frontier} if frontier else {}),
             "cost": {"seconds_per_edit": self.seconds_per_edit, "peak_memory_bytes": peak_memory()},
             "environment": dict(self.environment),
             "cases": [
@@ -113,6 +114,21 @@ class Report:
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
         write_json(path, self.to_json())
+
+
+def _metrics(cases: Sequence[Case]) -> dict[str, dict[str, Summary]]:
+    found: dict[str, dict[str, Summary]] = {}
+    for name in dict.fromkeys(name for case in cases for name in case.values):
+        having = [case.values[name] for case in cases if name in case.values]
+        found[name] = {mode: Summary.of([values[mode] for values in having]) for mode in MODES}
+    return found
+
+
+def _as_json(metrics: Mapping[str, Mapping[str, Summary]]) -> dict[str, dict[str, dict[str, Any]]]:
+    return {
+        name: {mode: {"mean": s.mean, "ci95": list(s.ci95), "n": s.n} for mode, s in modes.items()}
+        for name, modes in metrics.items()
+    }
 
 
 def environment(device: torch.device) -> dict[str, Any]:

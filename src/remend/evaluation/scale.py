@@ -1,0 +1,83 @@
+"""How strongly an edit acts: chosen on its own requests' prompts and probes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.edit import Edit
+from remend.evaluation.judging import Judge, look, own_answers
+from remend.request import EditRequest
+from remend.tasks.causal_lm import CausalLM
+
+SCALES = tuple(round(0.5 * 2 ** (step / 4), 3) for step in range(13))
+"""0.5 to 4, in steps of a fourth of an octave."""
+
+KEPT = ("locality_near", "locality_far")
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """What the requests' prompts and probes say about one scale, means over the requests.
+
+    Attributes:
+        scale: what the edit is multiplied with.
+        taken: requests whose own prompt is answered with the whole target.
+        reached: paraphrases that are (unseen ones are for evaluation, and not asked).
+        kept: near and far probes that are answered as before; the mean of both shares.
+    """
+
+    scale: float
+    taken: float
+    reached: float
+    kept: float
+
+    @property
+    def worth(self) -> tuple[float, float, float]:
+        """What to compare: the prompts first, then both sides of the bargain, then how near the scale is to 1."""
+        return self.taken, round(self.reached + self.kept, 9), -max(self.scale, 1 / self.scale)
+
+
+def choose_scale(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edit: Edit,
+    requests: Sequence[EditRequest],
+    max_new_tokens: int = 32,
+) -> tuple[Scaled, list[Scaled]]:
+    """The best scale for an edit, and all that were tried (:data:`SCALES`).
+
+    The best one lets the most requests' prompts take; among those, most paraphrases follow and most near and far
+    probes stay; of equals, the one nearest to 1, what the editor was trained for. A request without probes says
+    nothing about them: the result is as good as what it is chosen on.
+
+    Args:
+        model: the unedited model; left as it was.
+        tokenizer: the model's.
+        edit: the edit, as its editor made it.
+        requests: what the edit is for, with their paraphrases and probes.
+        max_new_tokens: how far the unedited model's own answers are decoded.
+    """
+    edit.base.check(model, "this edit")
+    task = CausalLM(model, tokenizer)
+    judge = Judge(task, own_answers(task, requests, max_new_tokens))
+    asked = [request.model_copy(update={"unseen_paraphrases": (), "portability": ()}) for request in requests]
+    pairs = list(dict.fromkeys(pair for request in asked for pair in judge.pairs(request)))
+    tried = []
+    for scale, (seen,) in zip(SCALES, look(task, [edit], [pairs], SCALES), strict=True):
+        values = [{name: own["generated"] for name, own in judge.values(r, seen).items()} for r in asked]
+        tried.append(
+            Scaled(
+                scale,
+                taken=_mean([own["reliability"] for own in values]),
+                reached=_mean([own.get("generality", 1.0) for own in values]),
+                kept=_mean([_mean([own[name] for name in KEPT if name in own] or [1.0]) for own in values]),
+            )
+        )
+    return max(tried, key=lambda own: own.worth), tried
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
