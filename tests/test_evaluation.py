@@ -12,10 +12,12 @@ import worlds
 from remend.base import Base
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
-from remend.errors import NonFiniteError, RequestError
+from remend.errors import ConfigError, FileError, NonFiniteError, RequestError
 from remend.evaluation import evaluate
 from remend.evaluation.before_after import before_after
+from remend.evaluation.plot import check_plot, draw_frontier
 from remend.evaluation.report import Case, Report, Summary
+from remend.evaluation.scale import SCALES, choose_scale
 from remend.request import EditRequest, Probe
 from remend.tasks.causal_lm import CausalLM
 
@@ -218,3 +220,67 @@ def test_a_tokenizer_without_an_end_token(world):
 def test_nothing_to_evaluate(task, editor):
     with pytest.raises(RequestError, match="no request"):
         evaluate(task.model, task.tokenizer, editor, [])
+
+
+def test_the_frontier_is_what_scaled_edits_do(task, editor, tmp_path):
+    requests = worlds.requests(12)
+    report = evaluate(task.model, task.tokenizer, editor, requests, max_new_tokens=5, scales=(0.5, 1.0, 2.0))
+    assert list(report.frontier) == [0.5, 1.0, 2.0]
+    assert report.frontier[1.0] == report.cases
+
+    class Scaled:
+        def edit_each(self, model, tokenizer, some):
+            return [edit.scaled(2.0) for edit in editor.edit_each(model, tokenizer, some)]
+
+    alone = evaluate(task.model, task.tokenizer, Scaled(), requests, max_new_tokens=5)
+    assert [case.values for case in alone.cases] == [case.values for case in report.frontier[2.0]]
+    report.save(tmp_path / "report.json")
+    saved = json.loads((tmp_path / "report.json").read_text())["frontier"]
+    assert [point["scale"] for point in saved] == [0.5, 1.0, 2.0]
+    assert (
+        saved[1]["metrics"]["reliability"]
+        == json.loads((tmp_path / "report.json").read_text())["metrics"]["reliability"]
+    )
+
+
+def test_near_probes_are_also_reported_by_their_kind(task, editor):
+    probes = [
+        Probe(prompt="The capital of Peru is", target="Lima", kind=kind) for kind in ("same_object", "same_subject")
+    ]
+    request = worlds.requests(1)[0].model_copy(update={"near": tuple(probes)})
+    metrics = evaluate(task.model, task.tokenizer, editor, [request], max_new_tokens=5).metrics()
+    assert {"locality_near", "locality_near_same_object", "locality_near_same_subject"} <= metrics.keys()
+    assert "locality_near_same_relation" not in metrics
+
+
+def test_the_scale_is_chosen_on_the_requests_own_prompts(task, editor):
+    requests = worlds.requests(3)
+    edit = editor.edit(task.model, task.tokenizer, requests)
+    best, tried = choose_scale(task.model, task.tokenizer, edit, requests, 5)
+    assert [one.scale for one in tried] == list(SCALES)
+    assert best.worth == max(one.worth for one in tried)
+    for one in tried:
+        with edit.scaled(one.scale).applied(task.model):
+            answers = task.answers([r.prompt for r in requests], 5)
+        wanted = [task.tokenise(r.prompt, r.target).target for r in requests]
+        assert one.taken == sum(a == w for a, w in zip(answers, wanted, strict=True)) / 3
+
+
+def test_a_scale_without_any_probe_is_the_one_nearest_to_one(task):
+    request = EditRequest(prompt=worlds.requests(1)[0].prompt, target="Oslo")
+    name = next(name for name, module in task.model.named_modules() if "mlp." in name and hasattr(module, "weight"))
+    d_in, d_out = (16, 64) if "c_fc" in name else (16, 40)
+    nothing = Fixed(task.model, {name: LowRank(torch.zeros(1, d_in), torch.zeros(1, d_out))})
+    edit = nothing.edit(task.model, task.tokenizer, [request])
+    assert choose_scale(task.model, task.tokenizer, edit, [request], 5)[0].scale == 1.0
+
+
+def test_a_frontier_can_be_drawn(task, editor, tmp_path):
+    pytest.importorskip("matplotlib")
+    report = evaluate(task.model, task.tokenizer, editor, worlds.requests(6), max_new_tokens=5, scales=(0.5, 2.0))
+    draw_frontier({"tiny": report}, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match=r"a picture's name ends with \.pdf, \.png, \.svg"):
+        check_plot(tmp_path / "frontier.txt")
+    with pytest.raises(FileError, match="is no folder"):
+        check_plot(tmp_path / "nowhere" / "frontier.png")

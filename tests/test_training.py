@@ -122,10 +122,12 @@ def test_every_request_is_drawn_once_an_epoch_and_batches_reach_over_its_end(tas
 
 def test_locality_examples_are_about_other_subjects(task):
     episodes = Episodes(task, worlds.requests(10), seed=0)
-    for place in range(200):
-        episode, neighbour, locality = episodes._draw(place)
-        assert neighbour in episode.neighbours
-        assert locality.prompt not in {episode.edit.prompt, neighbour.prompt}
+    prepared = {episode.edit: episode for episode in episodes.episodes}
+    for step in range(40):
+        batch = episodes.batch(step, 5)
+        for edit, neighbour, locality in zip(batch.edits, batch.neighbours, batch.locality, strict=True):
+            assert neighbour in prepared[edit].neighbours
+            assert locality.prompt not in {edit.prompt, neighbour.prompt}
 
 
 def test_requests_without_paraphrases_or_locality_can_be_learnt_from():

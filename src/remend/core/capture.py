@@ -127,6 +127,31 @@ def capture(
     return losses.detach(), factors
 
 
+@torch.no_grad()
+def inputs(
+    model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[[], object]
+) -> dict[str, Float[Tensor, "row token d"]]:
+    """What each module is called with when ``forward`` runs, as float32; no gradient is taken.
+
+    Raises:
+        ModelError: a module was not called.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda module, args, kwargs: found.update({name: input_of(args, kwargs).detach().float()})
+
+    handles = [module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        with frozen(model):
+            forward()
+    finally:
+        detach(handles)
+    if missed := modules.keys() - found.keys():
+        raise ModelError(f"{min(missed)} was not called by the model's forward pass; choose other modules to edit")
+    return found
+
+
 def _refuse_non_finite(factors: Mapping[str, GradientFactors]) -> None:
     """Raise with the first module whose factors hold NaN or infinity; one look at the device where all is well."""
     sums = torch.stack([(f.u.sum() + f.delta.sum()).cpu() for f in factors.values()])

@@ -54,9 +54,9 @@ class LowRank:
         """The changes of some episodes."""
         return LowRank(self.u[episodes], self.delta[episodes])
 
-    def scaled(self, factor: float) -> LowRank:
-        """``factor`` · ΔW."""
-        return LowRank(self.u, self.delta * factor)
+    def scaled(self, factor: float | Float[Tensor, "episode 1 1"]) -> LowRank:
+        """``factor`` · ΔW; with an episode axis, there may be a factor for each."""
+        return LowRank(self.u, self.delta * (factor if isinstance(factor, (int, float)) else factor.to(self.delta)))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LowRank:
         """The same change on another device, or in another dtype."""

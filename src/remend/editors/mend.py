@@ -22,6 +22,7 @@ from remend.core.ledger import Ledger
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.network import EditorNetwork
 from remend.edit import Edit
+from remend.editors.settling import taking_scales
 from remend.errors import ConfigError, FileError, RequestError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
@@ -31,6 +32,9 @@ from remend.tasks.causal_lm import Batch, CausalLM
 FORMAT = "remend.editor/1"
 EDIT_BATCH = 32
 """Requests whose gradients are taken in one pass; bounds the memory, does not change the result."""
+TOKENS = ("all", "target")
+LEAST_ANSWER = 0.2
+"""Contrast scales ũ by 1 / (u·ũ), at most by what this share of u·ũ's mean over the training prompts would give."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,25 @@ class MendConfig:
             this share of the mean eigenvalue as the floor (the paper does not). The edit stays as low-rank as before.
         relative: whether α counts in units in which 1 would change a layer's output at an edited token by about the
             output's own size, so that one setting suits models of any width and scale (in the paper it does not).
+        outputs_only: whether the MLPs' narrowing matrices alone are edited, unless others are named (the paper edits
+            the widening ones too).
+        tokens: which tokens of the edit take part: ``all`` that carry gradient (the paper), or ``target``, those at
+            which the target is predicted.
+        contrast: if not 0, ũ is turned towards what a prompt shares with its paraphrases and away from what it shares
+            with its neighbours, the latter weighted so (:mod:`remend.core.contrast`), and scaled so that each token
+            answers to its own edit with 1. Needs ``tokens`` = ``target``.
+        settle: if not 0, each edit is scaled by √(settle · s) when it is made, where s is the scale at which it just
+            takes on its own prompt (:mod:`remend.editors.settling`).
     """
 
     rank: int = 1920
     alpha: float = 1e-4
     ridge: float = 0.0
     relative: bool = False
+    outputs_only: bool = False
+    tokens: str = "all"
+    contrast: float = 0.0
+    settle: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -58,6 +75,15 @@ class MendConfig:
             raise ConfigError(f"alpha is a descent step and must be positive, not {self.alpha}")
         if not 0 <= self.ridge < float("inf"):
             raise ConfigError(f"ridge is a share of an eigenvalue and must not be negative, not {self.ridge}")
+        if self.tokens not in TOKENS:
+            raise ConfigError(f"tokens is one of {', '.join(TOKENS)}, not {self.tokens!r}")
+        for name in ("contrast", "settle"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.contrast and self.tokens != "target":
+            raise ConfigError(
+                "contrast compares the keys of the tokens that predict a target: give tokens='target' too"
+            )
 
 
 @dataclass(frozen=True)
@@ -88,6 +114,7 @@ class Mend(nn.Module):
     """
 
     unit: Float[Tensor, " matrix"]
+    answer: Float[Tensor, " matrix"] | None
 
     def __init__(self, config: MendConfig, base: Base, shapes: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
@@ -105,6 +132,8 @@ class Mend(nn.Module):
         self.register_buffer("unit", torch.ones(len(self.shapes)))
         for index, (d_in, _) in enumerate(self.shapes.values()):
             self.register_buffer(f"whitener_{index}", torch.eye(d_in) if config.ridge else None)
+            self.register_buffer(f"contrast_{index}", torch.eye(d_in) if config.contrast else None)
+        self.register_buffer("answer", torch.ones(len(self.shapes)) if config.contrast else None)
 
     # -- making and keeping --------------------------------------------------------------------------------------
 
@@ -117,14 +146,16 @@ class Mend(nn.Module):
         Args:
             model: the base model.
             config: settings; the paper's by default.
-            modules: globs that name the matrices to edit; by default the MLPs of the last three blocks.
+            modules: globs that name the matrices to edit; by default the MLPs of the last three blocks, or their
+                outputs only.
             seed: of the networks' initial weights; the global random state is left alone.
         """
-        chosen = editable_modules(model, modules)
+        config = config or MendConfig()
+        chosen = editable_modules(model, modules, config.outputs_only)
         shapes = {name: dimensions(module) for name, module in chosen.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            editor = cls(config or MendConfig(), Base.of(model, chosen), shapes)
+            editor = cls(config, Base.of(model, chosen), shapes)
         return editor.to(device_of(model.get_input_embeddings()))
 
     @classmethod
@@ -176,12 +207,17 @@ class Mend(nn.Module):
     def capture(self, task: CausalLM, batch: Batch) -> dict[str, GradientFactors]:
         """The gradient factors of each pair's loss in the unedited model (paper, Alg. 2, lines 1–2)."""
         modules = find_modules(task.model, self.shapes)
-        return capture(task.model, modules, batch.mask, lambda: task.loss(batch))[1]
+        tokens = batch.mask if self.config.tokens == "all" else batch.predicting
+        return capture(task.model, modules, tokens, lambda: task.loss(batch))[1]
 
     def whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
         """Inputs of a matrix in its whitened coordinates, or, the operator being symmetric, ũ back from there."""
-        operator = getattr(self, f"whitener_{list(self.shapes).index(name)}")
+        operator = getattr(self, f"whitener_{self.place(name)}")
         return u if operator is None else u @ operator
+
+    def place(self, name: str) -> int:
+        """The number of an edited matrix."""
+        return list(self.shapes).index(name)
 
     def rows(self, factors: Mapping[str, GradientFactors]) -> dict[str, TokenRows]:
         """What the networks read: the (whitened) inputs and the deltas of the active tokens, on the editor's device."""
@@ -207,12 +243,33 @@ class Mend(nn.Module):
         """
         changes: dict[str, LowRank] = {}
         steps = dict(zip(self.shapes, self.alpha * self.unit, strict=True))
-        for key, names in self.groups.items():
-            found = self.network(key)([rows[name].u for name in names], [rows[name].delta for name in names], ledger)
-            for name, (u, delta) in zip(names, found, strict=True):
-                table = _Table(rows[name].counts, self.device)
-                changes[name] = LowRank(table(self.whiten(u, name)), table(delta * -steps[name]))
+        for name, (u, delta) in self.transform(rows, ledger).items():
+            table = _Table(rows[name].counts, self.device)
+            changes[name] = LowRank(table(self.whiten(u, name)), table(delta * -steps[name]))
         return {name: changes[name] for name in self.shapes}
+
+    def transform(
+        self, rows: Mapping[str, TokenRows], ledger: Ledger | None = None
+    ) -> dict[str, tuple[Float[Tensor, "_row d_in"], Float[Tensor, "_row d_out"]]]:
+        """ũ (in whitened coordinates) and δ̃ of each matrix's tokens."""
+        found = {}
+        for key, names in self.groups.items():
+            pseudo = self.network(key)([rows[name].u for name in names], [rows[name].delta for name in names], ledger)
+            for matrix, (name, (u, delta)) in enumerate(zip(names, pseudo, strict=True)):
+                found[name] = (self._aimed(u, rows[name].u, key, matrix) if self.config.contrast else u), delta
+        return found
+
+    def _aimed(
+        self, pseudo: Float[Tensor, "row d_in"], u: Float[Tensor, "row d_in"], key: str, matrix: int
+    ) -> Float[Tensor, "row d_in"]:
+        """ũ, out of the network's normalised units, turned by contrast and scaled to u·ũ = 1."""
+        statistics, place = self.network(key).u_statistics, self.place(self.groups[key][matrix])
+        plain = pseudo * statistics.deviation()[matrix] + statistics.mean[matrix]
+        aimed = plain @ getattr(self, f"contrast_{place}")
+        assert self.answer is not None
+        own = (aimed * u).sum(1, keepdim=True)
+        found: Tensor = aimed / own.clamp(min=LEAST_ANSWER * float(self.answer[place]))
+        return found
 
     def network(self, key: str) -> EditorNetwork:
         """The network of one weight shape, a key of :attr:`groups`."""
@@ -254,8 +311,12 @@ class Mend(nn.Module):
         found: list[dict[str, LowRank]] = []
         for start in range(0, len(pairs), EDIT_BATCH):
             chunk = pairs[start : start + EDIT_BATCH]
-            rows = self.rows(self.capture(task, task.collate(chunk)))
+            batch = task.collate(chunk)
+            rows = self.rows(self.capture(task, batch))
             changes = self(rows)
+            if self.config.settle:
+                scales = (self.config.settle * taking_scales(task, batch, changes)).sqrt()
+                changes = {name: change.scaled(scales[:, None, None]) for name, change in changes.items()}
             for e in range(len(chunk)):
                 rank = {name: own.counts[e] for name, own in rows.items()}  # what follows is padding
                 found.append({n: LowRank(c.u[e, : rank[n]], c.delta[e, : rank[n]]) for n, c in changes.items()})

@@ -16,8 +16,16 @@ LAST_BLOCKS = 3
 """The paper edits the MLP matrices of a decoder's last three blocks (section 5)."""
 
 
-def editable_modules(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """The matrices to edit, by name: those that match a glob in ``patterns``, or the paper's default.
+def editable_modules(
+    model: nn.Module, patterns: Sequence[str] = (), outputs_only: bool = False
+) -> dict[str, nn.Module]:
+    """The matrices to edit, by name: those that match a glob in ``patterns``, or the MLPs' of the last blocks.
+
+    Args:
+        model: the model.
+        patterns: globs, if any.
+        outputs_only: of the MLPs, without ``patterns``, only the matrices that narrow again: what they write goes into
+            the residual stream as it is, while what the others write goes through the activation first.
 
     Raises:
         ModelError: nothing matches, or no stack of blocks with MLPs was found; the message names what exists.
@@ -35,6 +43,9 @@ def editable_modules(model: nn.Module, patterns: Sequence[str] = ()) -> dict[str
         return chosen
     blocks = block_stack(model)
     names = [name for prefix, block in blocks[-LAST_BLOCKS:] for name in mlp_matrices(prefix, block)]
+    if outputs_only:
+        shapes = {name: dimensions(module) for name, module in find_modules(model, names).items()}
+        names = [name for name, (d_in, d_out) in shapes.items() if d_in > d_out]
     if not names:
         raise ModelError(
             f"{type(model).__name__}: found no MLP (a pair of linear layers that widens and narrows again) in its last "

@@ -53,6 +53,13 @@ class Batch:
         """How many pairs the batch holds."""
         return self.input_ids.shape[0]
 
+    @property
+    def predicting(self) -> Bool[Tensor, "row token"]:
+        """The tokens at which a target token is predicted."""
+        found = torch.zeros_like(self.mask)
+        found[self.row, self.position] = True
+        return found
+
     def ordered(self, *groups: Sequence[int]) -> Batch:
         """The same batch with its targets in another order: those of the rows of one group after the other's."""
         rank = torch.cat([torch.tensor(group) for group in groups]).argsort().to(self.row.device)

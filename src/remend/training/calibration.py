@@ -6,10 +6,13 @@ The base model is frozen, so none of it changes afterwards.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
 from remend.base import find_modules
+from remend.core.capture import inputs
+from remend.core.contrast import Contrast
 from remend.core.layers import is_quantised, weight_of
 from remend.core.statistics import RunningStatistics
 from remend.core.whitening import SecondMoment
@@ -17,24 +20,42 @@ from remend.editors.mend import Mend, TokenRows
 from remend.models.sharding import gathered
 from remend.tasks.causal_lm import Pair
 from remend.training.constants import Constants
+from remend.training.episodes import Fact
 from remend.training.workers import Workers
 
 UNIT_BATCHES = 4
 """Batches over which the units of relative step sizes are measured."""
 
+CONTRAST_PROMPTS = 32_768
+"""Prompts over which contrast is measured, at most."""
 
-def calibrate(editor: Mend, constants: Constants, batches: Sequence[Sequence[Pair]], workers: Workers) -> None:
-    """Fit the editor to its base model on the training set's edit pairs.
+CONTRAST_RIDGE = 1e-3
+"""The floor of the keys' eigenvalues, as a share of their mean."""
+
+CONTRAST_BATCH = 96
+"""Prompts that go through the base model together for it."""
+
+
+def calibrate(
+    editor: Mend,
+    constants: Constants,
+    batches: Sequence[Sequence[Pair]],
+    workers: Workers,
+    facts: Sequence[Fact] = (),
+) -> None:
+    """Fit the editor to its base model on the training set's edit pairs, and with contrast on its ``facts``.
 
     In one pass over ``batches``; with whitening in a second one over those that the store of gradient factors has no
     room for.
 
     First the whiteners (if the configuration asks for them), since what follows is measured in their coordinates; then
-    the statistics that normalise the networks' inputs; then the units of the step sizes (if they are relative). Several
-    processes share the batches and merge what they find.
+    contrast, if asked for; then the statistics that normalise the networks' inputs; then the units of the step sizes
+    (if they are relative). Several processes share the batches and merge what they find.
     """
     own = batches[workers.rank :: workers.count]
     seen = _fit_whiteners(editor, constants, own, workers) if editor.config.ridge else {}
+    if editor.config.contrast:
+        _fit_contrast(editor, constants, _chunks(facts)[workers.rank :: workers.count], workers)
     for number, batch in enumerate(own):
         raw = seen.pop(number, None) or editor.active_rows(constants.gradient_factors(batch))
         rows = editor.whitened(raw)
@@ -47,11 +68,19 @@ def calibrate(editor: Mend, constants: Constants, batches: Sequence[Sequence[Pai
         _measure_units(editor, constants, batches[:UNIT_BATCHES])
 
 
-def warm(editor: Mend, constants: Constants, batches: Sequence[Sequence[Pair]], workers: Workers) -> None:
+def warm(
+    editor: Mend,
+    constants: Constants,
+    batches: Sequence[Sequence[Pair]],
+    workers: Workers,
+    facts: Sequence[Fact] = (),
+) -> None:
     """Fill the stores as :func:`calibrate` did, with an editor that is fitted already: with the same bits."""
     own = batches[workers.rank :: workers.count]
     for batch in own if editor.config.ridge else ():
         constants.prefix_states(batch)
+    for chunk in _chunks(facts)[workers.rank :: workers.count] if editor.config.contrast else ():
+        constants.prefix_states(_prompts(chunk))
     for batch in own:
         constants.keep_rows(batch, editor.rows(constants.gradient_factors(batch)))
     for batch in batches[:UNIT_BATCHES] if editor.config.relative else ():
@@ -83,6 +112,52 @@ def _fit_whiteners(
     return seen
 
 
+def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[Fact]], workers: Workers) -> None:
+    """One contrast operator a matrix, from its keys at the last token of every fact's prompts and their neighbours'."""
+    modules = find_modules(constants.task.model, editor.shapes)
+    moments = {name: Contrast(d_in, editor.device) for name, (d_in, _) in editor.shapes.items()}
+    for chunk in chunks:
+        pairs = _prompts(chunk)
+        batch = constants.task.collate(pairs)
+        with constants.prefix.resumed(constants.prefix_states(pairs)):
+            found = inputs(constants.task.model, modules, partial(constants.task.target_logits, batch))
+        last = torch.tensor([len(pair.prompt) - 1 for pair in pairs])
+        owners = torch.tensor([number for number, fact in enumerate(chunk) for _ in fact.prompts])
+        near_owners = torch.tensor([n for n, fact in enumerate(chunk) for _ in fact.near], dtype=torch.long)
+        for name, moment in moments.items():
+            keys = found[name][torch.arange(len(pairs)), last].to(editor.device)
+            whose, of = owners.to(editor.device), near_owners.to(editor.device)
+            moment.update(keys[: len(owners)], whose, keys[len(owners) :], of)
+    for place, (name, moment) in enumerate(moments.items()):
+        workers.sum(*moment.totals)
+        whitener = getattr(editor, f"whitener_{editor.place(name)}")
+        operator, answer = moment.operator(whitener, editor.config.contrast, CONTRAST_RIDGE)
+        setattr(editor, f"contrast_{place}", operator)
+        assert editor.answer is not None
+        editor.answer[place] = answer
+
+
+def _chunks(facts: Sequence[Fact]) -> list[list[Fact]]:
+    """Facts whose prompts go through the base model together; no more than are needed."""
+    found: list[list[Fact]] = [[]]
+    size = total = 0
+    for fact in facts:
+        own = len(fact.prompts) + len(fact.near)
+        if total + own > CONTRAST_PROMPTS:
+            break
+        if found[-1] and size + own > CONTRAST_BATCH:
+            found.append([])
+            size = 0
+        found[-1].append(fact)
+        size, total = size + own, total + own
+    return [chunk for chunk in found if chunk]
+
+
+def _prompts(chunk: Sequence[Fact]) -> list[Pair]:
+    """All prompts of some facts, then all their neighbours."""
+    return [pair for fact in chunk for pair in fact.prompts] + [pair for fact in chunk for pair in fact.near]
+
+
 def _observe(editor: Mend, rows: Mapping[str, TokenRows]) -> None:
     """Merge a batch into the networks' input statistics."""
     for key, names in editor.groups.items():
@@ -109,17 +184,22 @@ def _measure_units(editor: Mend, constants: Constants, batches: Sequence[Sequenc
     """The unit of each α: the size of the layer's output over that of (u·ũ) δ̃, a token's answer to its own edit."""
     modules = find_modules(constants.task.model, editor.shapes)
     observed = [constants.gradient_factors(batch) for batch in batches]
-    rows = [editor.rows(factors) for factors in observed]
-    for key, names in editor.groups.items():
-        us = [torch.cat([own[name].u for own in rows]) for name in names]
-        deltas = [torch.cat([own[name].delta for own in rows]) for name in names]
-        for name, (pseudo_u, pseudo_delta) in zip(names, editor.network(key)(us, deltas), strict=True):
-            inputs = torch.cat([factors[name].u[factors[name].active] for factors in observed])
-            module = modules[name]
-            dtype = constants.task.model.dtype if is_quantised(module) else weight_of(module).dtype
-            with gathered(constants.task.model, module):
-                output = module(inputs.to(dtype)).float()
-            matched = (inputs.to(editor.device) * editor.whiten(pseudo_u, name)).sum(1).abs().mean()
-            answer = matched * pseudo_delta.square().mean().sqrt()
-            unit = output.square().mean().sqrt().to(editor.device) / answer
-            editor.unit[list(editor.shapes).index(name)] = unit if unit.isfinite() and unit > 0 else 1.0
+    found = [editor.rows(factors) for factors in observed]
+    rows = {
+        name: TokenRows(
+            torch.cat([own[name].u for own in found]),
+            torch.cat([own[name].delta for own in found]),
+            tuple(count for own in found for count in own[name].counts),
+        )
+        for name in editor.shapes
+    }
+    for name, (pseudo_u, pseudo_delta) in editor.transform(rows).items():
+        inputs_there = torch.cat([factors[name].u[factors[name].active] for factors in observed])
+        module = modules[name]
+        dtype = constants.task.model.dtype if is_quantised(module) else weight_of(module).dtype
+        with gathered(constants.task.model, module):
+            output = module(inputs_there.to(dtype)).float()
+        matched = (inputs_there.to(editor.device) * editor.whiten(pseudo_u, name)).sum(1).abs().mean()
+        answer = matched * pseudo_delta.square().mean().sqrt()
+        unit = output.square().mean().sqrt().to(editor.device) / answer
+        editor.unit[editor.place(name)] = unit if unit.isfinite() and unit > 0 else 1.0

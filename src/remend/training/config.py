@@ -24,6 +24,10 @@ class TrainingConfig:
         batch_size: episodes a step.
         learning_rate: Adam's, for the editor networks.
         alpha_learning_rate: Adam's, for the step sizes α.
+        near: the share of locality examples that are near negatives: of the request's own ``near``, or mined where it
+            has none (:mod:`remend.training.negatives`); the rest is about anything else (the paper has only these).
+        in_batch: the share that are other edit prompts of the same batch, of the same relation where requests name one.
+        hardest: how many locality examples are drawn for each episode; the one that the edit disturbs most is used.
         decay: whether both fall linearly to zero at the end of the run (of its steps or its seconds).
         gradient_clip: the largest norm of the gradient of all parameters together.
         max_steps: the run ends after this many steps at the latest.
@@ -37,6 +41,9 @@ class TrainingConfig:
     batch_size: int = 10
     learning_rate: float = 1e-6
     alpha_learning_rate: float = 1e-4
+    near: float = 0.0
+    in_batch: float = 0.0
+    hardest: int = 1
     decay: bool = False
     gradient_clip: float = 100.0
     max_steps: int = 500_000
@@ -46,7 +53,9 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_steps", "patience", "validate_every", "validation_size"):
+        if not (self.near >= 0 and self.in_batch >= 0 and self.near + self.in_batch <= 1):
+            raise ConfigError(f"near and in_batch are shares of a whole, not {self.near} and {self.in_batch}")
+        for name in ("batch_size", "hardest", "max_steps", "patience", "validate_every", "validation_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("edit_weight", "learning_rate", "alpha_learning_rate", "gradient_clip"):
@@ -113,8 +122,18 @@ class Resources:
 PRESETS: dict[str, tuple[MendConfig, TrainingConfig]] = {
     "paper": (MendConfig(), TrainingConfig()),
     "default": (
-        MendConfig(rank=256, alpha=0.2, ridge=1e-4, relative=True),
+        MendConfig(
+            rank=256,
+            alpha=0.5,
+            ridge=1e-4,
+            relative=True,
+            outputs_only=True,
+            tokens="target",
+            contrast=1.0,
+            settle=2.0,
+        ),
         TrainingConfig(
+            near=0.8,
             edit_weight=1.0,
             batch_size=16,
             learning_rate=5e-4,

@@ -41,12 +41,27 @@ class EpisodeBatch:
 
 
 @dataclass(frozen=True)
+class Fact:
+    """What several requests with the same prompts ask for: the prompts, and those near to them that ask for others."""
+
+    prompts: tuple[Pair, ...]
+    near: tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
 class _Episode:
     edit: Pair
     neighbours: tuple[Pair, ...]
     locality: tuple[Pair, ...]
+    near: tuple[Pair, ...]
     subject: str
+    relation: object
     id: str
+
+    @property
+    def prompts(self) -> frozenset[tuple[int, ...]]:
+        """What it is about: its prompts, whatever their answer."""
+        return frozenset(pair.prompt for pair in (self.edit, *self.neighbours))
 
 
 class Episodes:
@@ -54,11 +69,21 @@ class Episodes:
 
     What step n draws depends on the seed and n alone, so a run can go on from any step. Every request is drawn once an
     epoch; a batch may reach over the end of one, and nothing is dropped.
+
+    Args:
+        task: the base model.
+        requests: what episodes are about.
+        seed: of every draw.
+        near: the share of locality examples that are near negatives, for episodes that have some.
+        in_batch: the share that are edits of other episodes of the batch.
     """
 
-    def __init__(self, task: CausalLM, requests: Sequence[EditRequest], seed: int) -> None:
+    def __init__(
+        self, task: CausalLM, requests: Sequence[EditRequest], seed: int, near: float = 0.0, in_batch: float = 0.0
+    ) -> None:
         self.task = task
         self.seed = seed
+        self.near, self.in_batch = near, in_batch
         # Requests share locality examples, and text is tokenised slowly.
         self._tokenise = lru_cache(maxsize=None)(task.tokenise)
         self.episodes = [self._prepare(number, request) for number, request in enumerate(requests)]
@@ -71,14 +96,14 @@ class Episodes:
     def __len__(self) -> int:
         return len(self.episodes)
 
-    def batch(self, step: int, size: int) -> EpisodeBatch:
-        """The episodes of one training step."""
-        return _batch([self._draw(place) for place in range(step * size, (step + 1) * size)])
+    def batch(self, step: int, size: int, turn: int = 0) -> EpisodeBatch:
+        """The episodes of one training step; another ``turn`` draws other locality examples for the same edits."""
+        return self._batch(range(step * size, (step + 1) * size), turn)
 
     def fixed(self, size: int) -> list[EpisodeBatch]:
         """Every request once, with draws that never change: what validation measures."""
-        drawn = [self._draw(place, index=place) for place in range(len(self.episodes))]
-        return [_batch(drawn[start : start + size]) for start in range(0, len(drawn), size)]
+        places = range(len(self.episodes))
+        return [self._batch(places[start : start + size], fixed=True) for start in range(0, len(places), size)]
 
     def longest(self, count: int) -> EpisodeBatch:
         """Made-up episodes of the longest pairs there are: what a pass takes at most."""
@@ -93,8 +118,22 @@ class Episodes:
 
     def pairs(self) -> list[Pair]:
         """Every pair that an episode can draw, once."""
+        near = (pair for e in self.episodes for pair in e.near) if self.near else ()
         every = (pair for e in self.episodes for pair in (e.edit, *e.neighbours, *e.locality))
-        return list(dict.fromkeys(every))
+        return list(dict.fromkeys((*every, *near)))
+
+    def facts(self) -> list[Fact]:
+        """What the requests are about, in an order of no meaning: those with the same prompts are about one fact."""
+        found: dict[frozenset[tuple[int, ...]], list[_Episode]] = {}
+        for place in self._permutation(-1):
+            found.setdefault(self.episodes[place].prompts, []).append(self.episodes[place])
+        return [
+            Fact(
+                tuple({pair.prompt: pair for pair in (own[0].edit, *own[0].neighbours)}.values()),
+                tuple({pair.prompt: pair for episode in own for pair in episode.near}.values()),
+            )
+            for own in found.values()
+        ]
 
     def _prepare(self, number: int, request: EditRequest) -> _Episode:
         tokenise = self._tokenise
@@ -103,37 +142,57 @@ class Episodes:
         # Without locality examples of its own, a request lends its pair: at these positions the model must not change
         # when another request is edited, whatever it answers there now.
         locality = tuple(tokenise(probe.prompt, probe.target) for probe in request.locality) or (edit,)
+        near = tuple(tokenise(probe.prompt, probe.target) for probe in request.near)
         name = str(request.id) if request.id is not None else f"request {number}"
-        return _Episode(edit, neighbours or (edit,), locality, request.key, name)
+        relation = (request.model_extra or {}).get("relation")
+        return _Episode(edit, neighbours or (edit,), locality, near, request.key, relation, name)
 
     def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(len(self.episodes)))
         random.Random(f"{self.seed} epoch {epoch}").shuffle(order)
         return order
 
-    def _draw(self, place: int, index: int | None = None) -> tuple[_Episode, Pair, Pair]:
-        if index is None:
-            epoch, within = divmod(place, len(self.episodes))
-            index = self._permutation(epoch)[within]
-        draw = random.Random(f"{self.seed} episode {place}")
-        episode = self.episodes[index]
-        neighbour = draw.choice(episode.neighbours)
-        about = {pair.prompt for pair in (episode.edit, *episode.neighbours)}
-        for _ in range(1_000):  # independent: another subject's example, and not by chance one about this episode
+    def _batch(self, places: Sequence[int], turn: int = 0, fixed: bool = False) -> EpisodeBatch:
+        episodes = [self.episodes[place if fixed else self._index(place)] for place in places]
+        mark = f" {turn}" if turn else ""
+        draws = [random.Random(f"{self.seed} episode {place}") for place in places]
+        neighbours = [draw.choice(episode.neighbours) for draw, episode in zip(draws, episodes, strict=True)]
+        if turn:
+            draws = [random.Random(f"{self.seed} episode {place}{mark}") for place in places]
+        far = [self._far(episode, draw) for episode, draw in zip(episodes, draws, strict=True)]
+        return EpisodeBatch(
+            edits=tuple(episode.edit for episode in episodes),
+            neighbours=tuple(neighbours),
+            locality=tuple(
+                self._closer(episode, episodes, random.Random(f"{self.seed} near {place}{mark}")) or other
+                for episode, other, place in zip(episodes, far, places, strict=True)
+            ),
+            ids=tuple(episode.id for episode in episodes),
+        )
+
+    def _index(self, place: int) -> int:
+        epoch, within = divmod(place, len(self.episodes))
+        return self._permutation(epoch)[within]
+
+    def _far(self, episode: _Episode, draw: random.Random) -> Pair:
+        """An independent example: another subject's, and not by chance one about this episode."""
+        about = episode.prompts
+        for _ in range(1_000):
             other = draw.choice(self.episodes)
             locality = draw.choice(other.locality)
             if other.subject != episode.subject and locality.prompt not in about:
-                return episode, neighbour, locality
+                return locality
         raise TrainingError(
             f"{episode.id}: found no locality example about another subject among the requests; add some"
         )
 
-
-def _batch(drawn: Sequence[tuple[_Episode, Pair, Pair]]) -> EpisodeBatch:
-    episodes, neighbours, locality = zip(*drawn, strict=True)
-    return EpisodeBatch(
-        edits=tuple(episode.edit for episode in episodes),
-        neighbours=neighbours,
-        locality=locality,
-        ids=tuple(episode.id for episode in episodes),
-    )
+    def _closer(self, episode: _Episode, batch: Sequence[_Episode], draw: random.Random) -> Pair | None:
+        """A locality example that an edit leaks to more easily, as often as was asked for."""
+        chance = draw.random()
+        if chance < self.near:
+            return draw.choice(episode.near) if episode.near else None
+        if chance < self.near + self.in_batch:
+            others = [o for o in batch if o.subject != episode.subject and o.edit.prompt not in episode.prompts]
+            alike = [other for other in others if other.relation is not None and other.relation == episode.relation]
+            return draw.choice(alike or others).edit if others else None
+        return None

@@ -131,7 +131,8 @@ def train(
             chosen.to(workers.device)
         task = CausalLM(model, tokenizer, autocast=resources.autocast)
         trainer = Trainer(task, chosen, requests, settings, resources, workers)
-        held_out = Episodes(task, validation[: settings.validation_size], settings.seed).fixed(settings.batch_size)
+        unseen = Episodes(task, validation[: settings.validation_size], settings.seed, settings.near)
+        held_out = unseen.fixed(settings.batch_size)
         run = _Run(trainer, held_out, started, budget_seconds, out)
         if not (resume and run.restore()):
             trainer.calibrate()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NoReturn, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ from remend.training.config import Resources, TrainingConfig
 from remend.training.constants import Constants
 from remend.training.episodes import EpisodeBatch, Episodes
 from remend.training.memory import fitting_micro_batch
+from remend.training.negatives import mine
 from remend.training.optimiser import Optimiser
 from remend.training.store import Store
 from remend.training.workers import Workers
@@ -99,7 +100,7 @@ class Trainer:
                 f"{config.batch_size} episodes have not: start a number of processes that divides it, or do without "
                 "--use_fsdp"
             )
-        self.episodes = Episodes(task, requests, config.seed)
+        self.episodes = Episodes(task, requests, config.seed, config.near, config.in_batch)
         self.step = 0
         self.prefix = Prefix(task.model, editor.shapes)
         self._verify_prefix()
@@ -113,25 +114,36 @@ class Trainer:
     # -- before the first step -----------------------------------------------------------------------------------
 
     def calibrate(self) -> None:
-        """Take the networks' input statistics over the training set's edit pairs; once, before the first step."""
-        calibration.calibrate(self.editor, self.constants, self._calibration_batches(), self.measuring)
+        """Find negatives and fit the editor to the training set's edit pairs; once, before the first step."""
+        self._mine()
+        facts = self.episodes.facts()
+        calibration.calibrate(self.editor, self.constants, self._calibration_batches(), self.measuring, facts)
 
     def warm(self, held_out: Sequence[EpisodeBatch]) -> None:
         """Look up again whatever a run of ``step`` steps had looked up, in the same order.
 
         The stores then hold the same bits: rounding depends on which examples were computed together.
         """
-        calibration.warm(self.editor, self.constants, self._calibration_batches(), self.measuring)
+        self._mine()
+        facts = self.episodes.facts()
+        calibration.warm(self.editor, self.constants, self._calibration_batches(), self.measuring, facts)
         for batch in held_out[self.measuring.rank :: self.measuring.count]:
             self._look_up(batch)
         prepared = self.episodes.episodes
         edits, pairs = [episode.edit for episode in prepared], self.episodes.pairs()
         locality = [pair for episode in prepared for pair in episode.locality]
+        locality += [pair for episode in prepared for pair in episode.near] if self.config.near else []
+        locality += edits if self.config.in_batch else []
         an_epoch = max(1, len(prepared) // self.config.batch_size)
         for step in range(self.step):
             if step % an_epoch == 0 and self.constants.settled(edits, locality, pairs):
                 break
-            self._look_up(self._own(step))
+            for turn in range(self.config.hardest):
+                self._look_up(self._own(step, turn))
+
+    def _mine(self) -> None:
+        if self.config.near or self.editor.config.contrast:
+            mine(self.episodes, self.constants)
 
     def _calibration_batches(self) -> list[list[Pair]]:
         return self.episodes.edits(STATISTICS_REQUESTS, min(self.config.batch_size, EDIT_BATCH))
@@ -187,7 +199,7 @@ class Trainer:
             NonFiniteError: the loss or a gradient is NaN or infinite; nothing was updated.
             TrainingError: after the first step, a tensor of the editor still gets no gradient.
         """
-        batch = self._own(self.step)
+        batch = self._fitting(lambda: self._hardest(self.step))
         found = self._fitting(lambda: self._gradients(batch))
         loss = torch.stack([self._outer_loss(losses).detach().sum() for losses in found]).sum()
         gradients = self.optimiser.gather(loss)
@@ -230,9 +242,17 @@ class Trainer:
             *(torch.cat([getattr(part, field.name) for part in found]) for field in fields(EpisodeLosses))
         )
 
-    def _own(self, step: int) -> EpisodeBatch:
+    def _own(self, step: int, turn: int = 0) -> EpisodeBatch:
         """This process's share of a step's batch."""
-        return self.episodes.batch(step, self.config.batch_size)[self.workers.rank :: self.workers.count]
+        return self.episodes.batch(step, self.config.batch_size, turn)[self.workers.rank :: self.workers.count]
+
+    def _hardest(self, step: int) -> EpisodeBatch:
+        """The step's batch with, of several locality examples for each episode, the one that its edit disturbs most."""
+        batches = [self._own(step, turn) for turn in range(self.config.hardest)]
+        if len(batches) == 1:
+            return batches[0]
+        worst = torch.stack([self.losses(batch).locality for batch in batches]).nan_to_num(torch.inf).argmax(0).tolist()
+        return replace(batches[0], locality=tuple(batches[turn].locality[e] for e, turn in enumerate(worst)))
 
     def _parts(self, batch: EpisodeBatch) -> list[slice]:
         """The episodes of a batch that go through the edited model together."""

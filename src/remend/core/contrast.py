@@ -1,0 +1,92 @@
+"""Contrast: the direction of an input that paraphrases share and neighbours do not.
+
+An edit ΔW = δ̃ ũᵀ acts on another prompt's key k (the matrix's input at the token before its answer) with the strength
+ũ·k. So for a prompt with key u, ũ should answer to the keys of its paraphrases and not to its neighbours'. With keys
+whitened to C = E[k kᵀ] = I, the direction of unit length for which E[ũ·k⁺ | u] − E[ũ·k⁻ | u] is largest is
+E[k⁺ | u] − E[k⁻ | u], and the best linear estimate of these means is B u and N u, with B = E[k⁺ uᵀ] over paraphrases,
+N = E[k⁻ uᵀ] over neighbours. So ũ = (B − N) u: nothing to train, and as low-rank as u itself. It is Fisher's
+discriminant, with classes of which one example is known.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+LEAST = 0.1
+"""The least mean answer of a key to itself, as a share of the number of dimensions, that contrast is trusted with."""
+
+
+class Contrast:
+    """Second moments of one matrix's keys: of all, of prompts with paraphrases, of prompts with neighbours."""
+
+    def __init__(self, d: int, device: torch.device) -> None:
+        self.all, self.same, self.near = (torch.zeros(d, d, device=device) for _ in range(3))
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+
+    @property
+    def totals(self) -> tuple[Tensor, ...]:
+        """All state, as sums: what processes that saw different prompts add up."""
+        return self.all, self.same, self.near, self.counts
+
+    def update(
+        self,
+        keys: Float[Tensor, "prompt d"],
+        owners: Int[Tensor, " prompt"],
+        near: Float[Tensor, "neighbour d"],
+        near_owners: Int[Tensor, " neighbour"],
+    ) -> None:
+        """Add some facts.
+
+        Args:
+            keys: of prompts that ask for the facts; each ordered pair of two different ones of a fact counts.
+            owners: which fact each asks for, from 0.
+            near: of the facts' neighbours; each counts with every prompt of its fact.
+            near_owners: whose neighbours they are.
+        """
+        count = int(owners.max()) + 1
+        whole, around = (
+            torch.zeros(count, rows.shape[1], device=rows.device).index_add_(0, whose, rows)
+            for rows, whose in ((keys, owners), (near, near_owners))
+        )
+        moment = keys.T @ keys
+        sizes, neighbours = torch.bincount(owners, minlength=count), torch.bincount(near_owners, minlength=count)
+        self.all += moment
+        self.same += whole.T @ whole - moment
+        self.near += whole.T @ around
+        self.counts += torch.stack([sizes.sum(), (sizes * (sizes - 1)).sum(), (sizes * neighbours).sum()])
+
+    def operator(
+        self, whitener: Float[Tensor, "d d"] | None, weight: float, ridge: float
+    ) -> tuple[Float[Tensor, "d d"], float]:
+        """C⁻¹ (B − weight · N) C⁻¹, symmetric, and the mean of k·(operator k) over all keys.
+
+        It takes a key to the ũ above, and that back to coordinates in which the product with another key is meant.
+
+        What was seen of too few facts is noise: the mean of u·ũ, of which fresh keys give little, tells. Where it is
+        less than :data:`LEAST` of what it would be if all prompts were paraphrases of themselves alone, the neighbours
+        are left out, and if that does not suffice, the paraphrases (B = C, which leaves C⁻¹).
+
+        Args:
+            whitener: keys are multiplied with it first, if given.
+            weight: of the neighbours.
+            ridge: the floor of C's eigenvalues, as a share of their mean.
+        """
+        counts = self.counts.clamp(min=1).tolist()
+        means = [part.cpu().double() / n for part, n in zip((self.all, self.same, self.near), counts, strict=True)]
+        if whitener is not None:
+            own = whitener.cpu().double()
+            means = [own @ mean @ own for mean in means]
+        moment, same, near = ((mean + mean.T) / 2 for mean in means)
+        values, vectors = torch.linalg.eigh(moment)
+        floor = ridge * values.mean()
+        if floor <= 0:  # a matrix whose input is always zero
+            return torch.eye(len(values), device=self.all.device), 1.0
+        inverse = (vectors / (values.clamp(min=0) + floor)) @ vectors.T
+        for wanted in (same - weight * near, same, moment):
+            operator = inverse @ wanted @ inverse
+            answer = float((operator * moment).sum())
+            if answer >= LEAST * len(values):
+                break
+        return operator.float().to(self.all.device), answer

@@ -1,0 +1,222 @@
+"""Edits that stay on their subject: contrast, near negatives, and the strength that an edit needs."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import worlds
+from remend.core.capture import inputs
+from remend.core.contrast import Contrast
+from remend.editors import Mend, MendConfig
+from remend.editors.mend import LEAST_ANSWER
+from remend.errors import ConfigError
+from remend.models.structure import editable_modules
+from remend.request import EditRequest, Probe
+from remend.training import PRESETS, Trainer, TrainingConfig
+from remend.training.episodes import Episodes
+from remend.training.negatives import MINED
+
+CPU = torch.device("cpu")
+DEFAULT = PRESETS["default"][0]
+SETTINGS = TrainingConfig(batch_size=4, near=0.5, learning_rate=1e-3, validation_size=8)
+
+
+def facts(count, d, spread, seed=0):
+    """Keys of facts: a subject's part, a relation's part that neighbours share, and noise."""
+    torch.manual_seed(seed)
+    subjects, relations = torch.randn(count, d), torch.randn(4, d)
+
+    def key(subject, relation):
+        return subjects[subject] + 3 * relations[relation] + spread * torch.randn(d)
+
+    keys = [[key(s, s % 4) for _ in range(3)] for s in range(count)]
+    near = [[key((s + 4 * n) % count, s % 4) for n in (1, 2)] for s in range(count)]
+    return keys, near
+
+
+def fitted(keys, near):
+    contrast = Contrast(keys[0][0].numel(), CPU)
+    half = len(keys) // 2
+    for part in (slice(0, half), slice(half, None)):  # in two parts, as batches
+        own, around = keys[part], near[part]
+        contrast.update(
+            torch.stack(list(itertools.chain(*own))),
+            torch.tensor([i for i, group in enumerate(own) for _ in group]),
+            torch.stack(list(itertools.chain(*around))),
+            torch.tensor([i for i, group in enumerate(around) for _ in group]),
+        )
+    return contrast
+
+
+def test_contrast_is_what_its_definition_says():
+    keys, near = facts(20, 6, 0.5)
+    found, answer = fitted(keys, near).operator(None, 0.7, 1e-3)
+    every = torch.stack(list(itertools.chain(*keys))).double()
+    moment = every.T @ every / len(every)
+    same = torch.stack([torch.outer(a, b) for own in keys for a, b in itertools.permutations(own, 2)]).double().mean(0)
+    pairs = [torch.outer(a, b) for own, around in zip(keys, near, strict=True) for a in own for b in around]
+    neighbours = torch.stack(pairs).double().mean(0)
+    inverse = torch.linalg.inv(moment + 1e-3 * moment.diagonal().mean() * torch.eye(6))
+    expected = inverse @ (same - 0.7 * (neighbours + neighbours.T) / 2) @ inverse
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
+    assert answer == pytest.approx(float((every @ expected * every).sum(1).mean()), rel=1e-3)
+
+
+def test_contrast_tells_paraphrases_from_neighbours_of_unseen_facts():
+    d = 48
+    operator, _ = fitted(*facts(600, d, 0.7)).operator(None, 1.0, 1e-3)
+    torch.manual_seed(0)
+    torch.randn(600, d)
+    relations = torch.randn(4, d)  # the same relations, other subjects
+    torch.manual_seed(5)
+    scores = {"plain": [], "contrast": []}
+    for number in range(200):
+        relation, own, other = relations[number % 4], torch.randn(d), torch.randn(d)
+        u, paraphrase, neighbour = (s + 3 * relation + 0.7 * torch.randn(d) for s in (own, own, other))
+        for name, direction in (("plain", u), ("contrast", operator @ u)):
+            scores[name].append((direction @ paraphrase / (direction @ u), direction @ neighbour / (direction @ u)))
+    apart = {name: sum(float(p > 0.4 > n) for p, n in own) / len(own) for name, own in scores.items()}
+    assert apart["plain"] < 0.1
+    assert apart["contrast"] > 0.9
+
+
+def test_contrast_of_too_few_facts_is_left_alone():
+    keys, near = facts(4, 32, 0.7)
+    found, answer = fitted(keys, near).operator(None, 1.0, 1e-2)
+    every = torch.stack(list(itertools.chain(*keys)))
+    moment = every.T @ every / len(every)
+    inverse = torch.linalg.inv(moment + 1e-2 * moment.diagonal().mean() * torch.eye(32))
+    assert answer > 0
+    torch.testing.assert_close(found, inverse @ moment @ inverse, rtol=1e-2, atol=1e-2)
+
+
+def test_without_paraphrases_contrast_keeps_the_prompt_itself():
+    contrast = Contrast(4, CPU)
+    keys = torch.randn(50, 4)
+    contrast.update(keys, torch.arange(50), torch.empty(0, 4), torch.empty(0, dtype=torch.long))
+    moment = keys.T @ keys / 50
+    torch.testing.assert_close(
+        contrast.operator(None, 1.0, 0.0 + 1e-9)[0], torch.linalg.inv(moment), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_inputs_are_what_the_modules_are_called_with(task):
+    modules = editable_modules(task.model)
+    batch = task.collate([task.tokenise(r.prompt, r.target) for r in worlds.requests(3)])
+    found = inputs(task.model, modules, lambda: task.target_logits(batch))
+    editor = Mend.for_model(task.model, MendConfig(rank=4))
+    for name, factor in editor.capture(task, batch).items():
+        torch.testing.assert_close(found[name][batch.mask], factor.u[batch.mask])
+
+
+def test_the_default_edits_outputs_at_target_tokens_and_each_answers_to_itself_with_one(task):
+    requests = worlds.requests(20)
+    editor = Mend.for_model(task.model, replace(DEFAULT, settle=0.0))
+    assert all(d_in > d_out for d_in, d_out in editor.shapes.values())
+    trainer = Trainer(task, editor, requests, SETTINGS)
+    trainer.calibrate()
+    pairs = [task.tokenise(r.prompt, r.target) for r in requests[:5]]
+    factors = editor.capture(task, task.collate(pairs))
+    rows = editor.rows(factors)
+    for name, own in rows.items():
+        assert own.counts == tuple(len(pair.target) for pair in pairs)
+        aimed, _ = editor.transform(rows)[name]
+        answers = (aimed * own.u).sum(1)
+        assert ((answers - 1).abs() < 1e-3).sum() >= len(answers) / 2
+        assert answers.max() < 1.001, "no token answers with more"
+        assert editor.answer[editor.place(name)] > 0
+    assert 0 < LEAST_ANSWER < 1
+
+
+def test_contrast_and_settling_survive_saving(task, tmp_path):
+    editor = Mend.for_model(task.model, DEFAULT)
+    requests = worlds.requests(12)
+    Trainer(task, editor, requests, SETTINGS).calibrate()
+    editor.save_pretrained(tmp_path / "editor")
+    again = Mend.from_pretrained(tmp_path / "editor")
+    for edit, other in zip(
+        editor.edit_each(task.model, task.tokenizer, requests[:3]),
+        again.edit_each(task.model, task.tokenizer, requests[:3]),
+        strict=True,
+    ):
+        for name, change in edit.changes.items():
+            assert torch.equal(change.u, other.changes[name].u)
+            assert torch.equal(change.delta, other.changes[name].delta)
+
+
+def test_a_setting_that_makes_no_sense_is_refused():
+    with pytest.raises(ConfigError, match="give tokens='target'"):
+        MendConfig(contrast=1.0)
+    with pytest.raises(ConfigError, match="tokens is one of all, target, not 'last'"):
+        MendConfig(tokens="last")
+    with pytest.raises(ConfigError, match="settle must not be negative"):
+        MendConfig(settle=-1.0)
+    with pytest.raises(ConfigError, match="shares of a whole"):
+        TrainingConfig(near=0.7, in_batch=0.7)
+
+
+def test_the_paper_preset_knows_nothing_of_all_this():
+    network, training = PRESETS["paper"]
+    assert (network.tokens, network.contrast, network.settle, network.outputs_only) == ("all", 0.0, 0.0, False)
+    assert (training.near, training.in_batch, training.hardest) == (0.0, 0.0, 1)
+
+
+def test_near_negatives_are_drawn_as_often_as_asked(task):
+    requests = worlds.requests(20)
+    episodes = Episodes(task, requests, seed=0, near=0.5)
+    near = {task.tokenise(p.prompt, p.target) for r in requests for p in r.near}
+    drawn = [pair in near for step in range(50) for pair in episodes.batch(step, 8).locality]
+    assert 0.4 < sum(drawn) / len(drawn) < 0.6
+    plain = Episodes(task, requests, seed=0)
+    assert not any(pair in near for step in range(50) for pair in plain.batch(step, 8).locality)
+    assert plain.batch(3, 8).edits == episodes.batch(3, 8).edits
+
+
+def test_in_batch_negatives_are_other_edits_of_the_same_relation(task):
+    requests = [r.model_copy(update={"relation": f"R{i % 2}"}) for i, r in enumerate(worlds.requests(20))]
+    episodes = Episodes(task, requests, seed=0, in_batch=1.0)
+    relation = {task.tokenise(r.prompt, r.target): i % 2 for i, r in enumerate(requests)}
+    batch = episodes.batch(0, 10)
+    for edit, locality in zip(batch.edits, batch.locality, strict=True):
+        assert locality in batch.edits
+        assert locality.prompt != edit.prompt
+        assert relation[locality] == relation[edit]
+
+
+def test_requests_without_near_get_mined_ones(task):
+    bare = [r.model_copy(update={"near": ()}) for r in worlds.requests(20)]
+    trainer = Trainer(task, Mend.for_model(task.model, DEFAULT), bare, SETTINGS)
+    trainer.calibrate()
+    for episode in trainer.episodes.episodes:
+        assert 0 < len(episode.near) <= MINED
+        assert all(pair.prompt not in episode.prompts for pair in episode.near)
+    assert trainer.train_step() > 0
+
+
+def test_the_hardest_of_several_locality_examples_is_used(task):
+    editor = Mend.for_model(task.model, replace(DEFAULT, settle=0.0))
+    requests = worlds.requests(20)
+    trainer = Trainer(task, editor, requests, replace(SETTINGS, hardest=3))
+    trainer.calibrate()
+    chosen = trainer._hardest(0)
+    turns = [trainer.episodes.batch(0, 4, turn) for turn in range(3)]
+    assert len({turn.edits for turn in turns}) == 1
+    assert len({turn.neighbours for turn in turns}) == 1
+    losses = torch.stack([trainer.losses(turn).locality for turn in turns])
+    torch.testing.assert_close(trainer.losses(chosen).locality, losses.max(0).values)
+
+
+def test_one_fact_asked_for_by_several_requests_counts_once(task):
+    request = EditRequest(prompt="The capital of Peru is", target="Oslo", paraphrases=("Peru has the capital",))
+    again = EditRequest(
+        prompt="Peru has the capital",
+        target="Rome",
+        paraphrases=("The capital of Peru is",),
+        near=(Probe(prompt="The capital of Egypt is", target="Cairo"),),
+    )
+    other = EditRequest(prompt="The capital of India is", target="Rome")
+    found = Episodes(task, [request, again, other], seed=0).facts()
+    assert sorted(len(fact.prompts) for fact in found) == [1, 2]
+    assert sum(len(fact.near) for fact in found) == 1
