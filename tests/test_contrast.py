@@ -10,7 +10,6 @@ import worlds
 from remend.core.capture import inputs
 from remend.core.contrast import Contrast
 from remend.editors import Mend, MendConfig
-from remend.editors.mend import LEAST_ANSWER
 from remend.errors import ConfigError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest, Probe
@@ -52,7 +51,7 @@ def fitted(keys, near):
 
 def test_contrast_is_what_its_definition_says():
     keys, near = facts(20, 6, 0.5)
-    found, answer = fitted(keys, near).operator(None, 0.7, 1e-3)
+    found = fitted(keys, near).operator(None, 0.7, 1e-3)
     every = torch.stack(list(itertools.chain(*keys))).double()
     moment = every.T @ every / len(every)
     same = torch.stack([torch.outer(a, b) for own in keys for a, b in itertools.permutations(own, 2)]).double().mean(0)
@@ -60,13 +59,13 @@ def test_contrast_is_what_its_definition_says():
     neighbours = torch.stack(pairs).double().mean(0)
     inverse = torch.linalg.inv(moment + 1e-3 * moment.diagonal().mean() * torch.eye(6))
     expected = inverse @ (same - 0.7 * (neighbours + neighbours.T) / 2) @ inverse
+    expected /= (every @ expected * every).sum(1).mean()
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
-    assert answer == pytest.approx(float((every @ expected * every).sum(1).mean()), rel=1e-3)
 
 
 def test_contrast_tells_paraphrases_from_neighbours_of_unseen_facts():
     d = 48
-    operator, _ = fitted(*facts(600, d, 0.7)).operator(None, 1.0, 1e-3)
+    operator = fitted(*facts(600, d, 0.7)).operator(None, 1.0, 1e-3)
     torch.manual_seed(0)
     torch.randn(600, d)
     relations = torch.randn(4, d)  # the same relations, other subjects
@@ -83,23 +82,17 @@ def test_contrast_tells_paraphrases_from_neighbours_of_unseen_facts():
 
 
 def test_contrast_of_too_few_facts_is_left_alone():
-    keys, near = facts(4, 32, 0.7)
-    found, answer = fitted(keys, near).operator(None, 1.0, 1e-2)
-    every = torch.stack(list(itertools.chain(*keys)))
-    moment = every.T @ every / len(every)
-    inverse = torch.linalg.inv(moment + 1e-2 * moment.diagonal().mean() * torch.eye(32))
-    assert answer > 0
-    torch.testing.assert_close(found, inverse @ moment @ inverse, rtol=1e-2, atol=1e-2)
+    found = fitted(*facts(4, 64, 0.7)).operator(None, 1.0, 1e-2)
+    torch.testing.assert_close(found, found[0, 0] * torch.eye(64))
+    assert found[0, 0] > 0
 
 
-def test_without_paraphrases_contrast_keeps_the_prompt_itself():
+def test_without_paraphrases_keys_are_left_as_they_are():
     contrast = Contrast(4, CPU)
     keys = torch.randn(50, 4)
     contrast.update(keys, torch.arange(50), torch.empty(0, 4), torch.empty(0, dtype=torch.long))
-    moment = keys.T @ keys / 50
-    torch.testing.assert_close(
-        contrast.operator(None, 1.0, 0.0 + 1e-9)[0], torch.linalg.inv(moment), rtol=1e-3, atol=1e-4
-    )
+    found = contrast.operator(None, 1.0, 1e-3)
+    torch.testing.assert_close(found, torch.eye(4) / keys.square().sum(1).mean())
 
 
 def test_inputs_are_what_the_modules_are_called_with(task):
@@ -124,10 +117,8 @@ def test_the_default_edits_outputs_at_target_tokens_and_each_answers_to_itself_w
         assert own.counts == tuple(len(pair.target) for pair in pairs)
         aimed, _ = editor.transform(rows)[name]
         answers = (aimed * own.u).sum(1)
-        assert ((answers - 1).abs() < 1e-3).sum() >= len(answers) / 2
+        assert ((answers - 1).abs() < 1e-3).sum() >= len(answers) / 4
         assert answers.max() < 1.001, "no token answers with more"
-        assert editor.answer[editor.place(name)] > 0
-    assert 0 < LEAST_ANSWER < 1
 
 
 def test_contrast_and_settling_survive_saving(task, tmp_path):
@@ -136,14 +127,16 @@ def test_contrast_and_settling_survive_saving(task, tmp_path):
     Trainer(task, editor, requests, SETTINGS).calibrate()
     editor.save_pretrained(tmp_path / "editor")
     again = Mend.from_pretrained(tmp_path / "editor")
+    for name, value in editor.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-6, atol=1e-7)
     for edit, other in zip(
         editor.edit_each(task.model, task.tokenizer, requests[:3]),
         again.edit_each(task.model, task.tokenizer, requests[:3]),
         strict=True,
     ):
         for name, change in edit.changes.items():
-            assert torch.equal(change.u, other.changes[name].u)
-            assert torch.equal(change.delta, other.changes[name].delta)
+            torch.testing.assert_close(other.changes[name].u, change.u, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(other.changes[name].delta, change.delta, rtol=1e-3, atol=1e-5)
 
 
 def test_a_setting_that_makes_no_sense_is_refused():

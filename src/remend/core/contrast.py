@@ -57,16 +57,14 @@ class Contrast:
         self.near += whole.T @ around
         self.counts += torch.stack([sizes.sum(), (sizes * (sizes - 1)).sum(), (sizes * neighbours).sum()])
 
-    def operator(
-        self, whitener: Float[Tensor, "d d"] | None, weight: float, ridge: float
-    ) -> tuple[Float[Tensor, "d d"], float]:
-        """C⁻¹ (B − weight · N) C⁻¹, symmetric, and the mean of k·(operator k) over all keys.
+    def operator(self, whitener: Float[Tensor, "d d"] | None, weight: float, ridge: float) -> Float[Tensor, "d d"]:
+        """C⁻¹ (B − weight · N) C⁻¹, symmetric, times what makes the mean of k·(operator k) over all keys 1.
 
         It takes a key to the ũ above, and that back to coordinates in which the product with another key is meant.
 
-        What was seen of too few facts is noise: the mean of u·ũ, of which fresh keys give little, tells. Where it is
-        less than :data:`LEAST` of what it would be if all prompts were paraphrases of themselves alone, the neighbours
-        are left out, and if that does not suffice, the paraphrases (B = C, which leaves C⁻¹).
+        What was seen of too few facts is noise, and does more harm than good. Then little of the keys is found to be
+        shared: where the mean of u·ũ is less than :data:`LEAST` of the number of dimensions, the neighbours are left
+        out, and if that does not suffice, everything (the identity: keys are whitened already).
 
         Args:
             whitener: keys are multiplied with it first, if given.
@@ -82,11 +80,14 @@ class Contrast:
         values, vectors = torch.linalg.eigh(moment)
         floor = ridge * values.mean()
         if floor <= 0:  # a matrix whose input is always zero
-            return torch.eye(len(values), device=self.all.device), 1.0
+            return torch.eye(len(values), device=self.all.device)
         inverse = (vectors / (values.clamp(min=0) + floor)) @ vectors.T
-        for wanted in (same - weight * near, same, moment):
+        for wanted in (same - weight * near, same):
             operator = inverse @ wanted @ inverse
             answer = float((operator * moment).sum())
             if answer >= LEAST * len(values):
                 break
-        return operator.float().to(self.all.device), answer
+        else:
+            operator, answer = torch.eye(len(values)), float(moment.trace())
+        scaled: Tensor = (operator / answer).float().to(self.all.device)
+        return scaled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,9 +33,12 @@ from remend.tasks.causal_lm import Batch, CausalLM
 FORMAT = "remend.editor/1"
 EDIT_BATCH = 32
 """Requests whose gradients are taken in one pass; bounds the memory, does not change the result."""
+SYMMETRIC = ("whitener_", "contrast_")
+"""Tensors that are symmetric matrices, of which half is stored."""
+
 TOKENS = ("all", "target")
 LEAST_ANSWER = 0.2
-"""Contrast scales ũ by 1 / (u·ũ), at most by what this share of u·ũ's mean over the training prompts would give."""
+"""Contrast scales ũ by 1 / (u·ũ), but by no more than if u·ũ were this; its mean over the training prompts is 1."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,6 @@ class Mend(nn.Module):
     """
 
     unit: Float[Tensor, " matrix"]
-    answer: Float[Tensor, " matrix"] | None
 
     def __init__(self, config: MendConfig, base: Base, shapes: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
@@ -133,7 +136,6 @@ class Mend(nn.Module):
         for index, (d_in, _) in enumerate(self.shapes.values()):
             self.register_buffer(f"whitener_{index}", torch.eye(d_in) if config.ridge else None)
             self.register_buffer(f"contrast_{index}", torch.eye(d_in) if config.contrast else None)
-        self.register_buffer("answer", torch.ones(len(self.shapes)) if config.contrast else None)
 
     # -- making and keeping --------------------------------------------------------------------------------------
 
@@ -174,6 +176,7 @@ class Mend(nn.Module):
         try:
             # Stored as float16 where size matters; the editor always computes in float32.
             wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+            wide |= {name: _whole(wide[name]) for name in wide if name.startswith(SYMMETRIC)}
             editor.load_state_dict(wide, assign=True)
         except RuntimeError as error:
             raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
@@ -188,6 +191,7 @@ class Mend(nn.Module):
         """
         state = self.state_dict()
         tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
+        tensors |= {name: _half(tensors[name]) for name in tensors if name.startswith(SYMMETRIC)}
         manifest = {
             "editor": "mend",
             "config": to_json(self.config),
@@ -266,9 +270,7 @@ class Mend(nn.Module):
         statistics, place = self.network(key).u_statistics, self.place(self.groups[key][matrix])
         plain = pseudo * statistics.deviation()[matrix] + statistics.mean[matrix]
         aimed = plain @ getattr(self, f"contrast_{place}")
-        assert self.answer is not None
-        own = (aimed * u).sum(1, keepdim=True)
-        found: Tensor = aimed / own.clamp(min=LEAST_ANSWER * float(self.answer[place]))
+        found: Tensor = aimed / (aimed * u).sum(1, keepdim=True).clamp(min=LEAST_ANSWER)
         return found
 
     def network(self, key: str) -> EditorNetwork:
@@ -341,6 +343,24 @@ class Mend(nn.Module):
             "rank": self.config.rank,
             "alpha": dict(zip(self.shapes, (self.alpha * self.unit).tolist(), strict=True)),
         }
+
+
+def _half(symmetric: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:
+    """One half of a symmetric matrix, with its diagonal: all there is to keep."""
+    return symmetric[torch.ones_like(symmetric, dtype=torch.bool).triu()]
+
+
+def _whole(half: Tensor) -> Float[Tensor, "d d"]:
+    """The matrix again (one that was stored whole stays as it is)."""
+    if half.dim() != 1:
+        return half
+    d = math.isqrt(2 * len(half))
+    whole = half.new_zeros(d, d)
+    try:
+        whole[torch.ones(d, d, dtype=torch.bool).triu()] = half
+    except RuntimeError:  # no matrix has so many
+        return half
+    return whole + whole.triu(1).T
 
 
 def _shapes(described: Mapping[str, Any], path: Path) -> dict[str, tuple[int, int]]:

@@ -131,10 +131,7 @@ def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[
     for place, (name, moment) in enumerate(moments.items()):
         workers.sum(*moment.totals)
         whitener = getattr(editor, f"whitener_{editor.place(name)}")
-        operator, answer = moment.operator(whitener, editor.config.contrast, CONTRAST_RIDGE)
-        setattr(editor, f"contrast_{place}", operator)
-        assert editor.answer is not None
-        editor.answer[place] = answer
+        setattr(editor, f"contrast_{place}", moment.operator(whitener, editor.config.contrast, CONTRAST_RIDGE))
 
 
 def _chunks(facts: Sequence[Fact]) -> list[list[Fact]]:
