@@ -249,6 +249,43 @@ def gpu(result: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
+def frontier(result: Mapping[str, Any]) -> Figure | None:
+    """Generality against near locality over the edits' scale: every way of training, the default in front."""
+    titles = {line["name"]: line["title"].strip("*… ") for line in result["config"]["lines"]}
+    panels = [
+        (world["title"], split, own)
+        for world in result["config"]["worlds"]
+        for split in ("validation", "test")
+        if (own := [one for one in result["runs"] if one["world"] == world["name"] and one["split"] == split])
+    ]
+    if not panels:
+        return None
+    figure, row = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 5.4), squeeze=False, sharey=True)
+    for axes, (title, split, runs) in zip(row[0], panels, strict=True):
+        colours = iter(pyplot.colormaps["tab20"].colors)
+        seen: dict[str, Any] = {}
+        for one in runs:
+            name = one["name"].removesuffix("-test")
+            colour = INK if name == "default" else ORANGE if name == "mend" else seen.get(name) or next(colours)
+            near, gained = (
+                [end, *(point[metric]["mean"] for point in one["frontier"])]
+                for end, metric in ((1.0, "locality_near"), (0.0, "generality"))
+            )
+            width = 2 if name in ("default", "mend") else 1
+            label = titles[one["name"]] if name not in seen else None
+            axes.plot(near, gained, color=colour, linewidth=width, label=label, zorder=width)
+            point = next(point for point in one["frontier"] if point["scale"] == 1)
+            axes.plot(
+                point["locality_near"]["mean"], point["generality"]["mean"], "o", color=colour, markersize=3 + width
+            )
+            seen[name] = colour
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="near locality", title=f"{title}, {split}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6.5, loc="lower left")
+    row[0][0].set_ylabel("generality (dots: at scale 1)")
+    return figure
+
+
 PLOTS: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
     "training_speed": training_speed,
     "scaling": scaling,
@@ -256,6 +293,7 @@ PLOTS: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
     "time_to_quality": time_to_quality,
     "kill_and_resume": kill_and_resume,
     "gpu": gpu,
+    "frontier": frontier,
 }
 
 

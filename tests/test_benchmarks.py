@@ -16,6 +16,7 @@ sys.path.insert(0, str(FOLDER))
 
 import common  # noqa: E402
 import edit_cost  # noqa: E402
+import frontier  # noqa: E402
 import gpu  # noqa: E402
 import kill_and_resume  # noqa: E402
 import prefix_cache  # noqa: E402
@@ -56,7 +57,7 @@ def facts(tmp_path):
 
 def test_every_benchmark_has_a_configuration_and_every_configuration_a_benchmark():
     configs = {file.stem for file in (FOLDER / "configs").glob("*.json")}
-    assert configs == {file.stem for file in FOLDER.glob("*.py")} - {"common", "plot"}
+    assert configs == {file.stem for file in FOLDER.glob("*.py")} - {"common", "pararel", "plot"}
     for name in configs:
         json.loads((FOLDER / "configs" / f"{name}.json").read_text())
 
@@ -147,6 +148,41 @@ def test_time_to_quality_goes_on_where_it_stopped(measured, facts, monkeypatch):
     assert result["summary"][0]["seconds_to_goal"] == [result["runs"][0]["curve"][0]["seconds"]]
     monkeypatch.setattr(time_to_quality, "run", None)  # nothing is left to do
     assert measured(time_to_quality, config, "--resume")["runs"] == result["runs"]
+
+
+def test_frontier(measured, facts):
+    line = {
+        "preset": "default",
+        "network": {"rank": 8},
+        "training": {"max_steps": 2, "validate_every": 2},
+        "seeds": [0],
+    }
+    data = facts[0].replace("train", "{}")
+    Path(data.format("test")).write_bytes(Path(facts[1]).read_bytes())
+    config = {
+        "about": "A test.",
+        "worlds": [
+            {"name": "atlas", "title": "Atlas", "model": "atlas", "data": data},
+            {"name": "other", "title": "Other", "model": "nowhere", "data": data},
+        ],
+        "scales": [0.5, 2.0],
+        "lines": [
+            {"name": "a", "title": "A", **line, "edits": 4, "requests": 12},
+            {"name": "b", "title": "B", **line, "edits": 4, "requests": 12, "drop_near": True, "split": "test"},
+        ],
+    }
+    result = measured(frontier, config)
+    assert [(one["world"], one["name"], one["split"]) for one in result["runs"]] == [
+        ("atlas", "a", "validation"),
+        ("atlas", "b", "test"),
+    ]
+    assert [point["scale"] for point in result["runs"][0]["frontier"]] == [0.5, 1.0, 2.0]
+    assert "| A | 1 |" in frontier.table(config, result["runs"])
+    assert measured(frontier, config, "--resume")["runs"] == result["runs"]
+    pytest.importorskip("matplotlib")
+    import plot
+
+    assert plot.frontier(result) is not None
 
 
 def test_kill_and_resume(measured, facts):

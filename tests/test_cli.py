@@ -86,7 +86,7 @@ def test_edit_show_and_ask(folder, capsys):
     assert remend("show", folder / "edit", "--json", folder / "show.json") == 0
     shown = json.loads((folder / "show.json").read_text())
     assert shown["requests"] == [{"prompt": "Oslo is", "target": "Rome"}]
-    assert len(shown["norms"]) == 6
+    assert len(shown["norms"]) == 3
     ask = ["ask", folder / "model", "--edit", folder / "edit", "--prompt", "Oslo is", "--prompt", "Lima is"]
     assert remend(*ask, "--json", folder / "ask.json", "--device", "cpu", "--max-new-tokens", 4) == 0
     answers = json.loads((folder / "ask.json").read_text())["answers"]

@@ -618,7 +618,7 @@ def test_the_doctor_on_the_command_line(tmp_path, capsys, monkeypatch):
     arguments = ["doctor", str(tmp_path / "model"), "--data", str(tmp_path / "few.jsonl"), "--device", "cpu"]
     assert run([*arguments, "--json", str(tmp_path / "found.json")]) == 0
     text = capsys.readouterr().out
-    assert "model.layers.1.mlp.gate_proj" in text
+    assert "model.layers.1.mlp.down_proj" in text
     assert "memory, at most" in text
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["memory_bytes"]["total"] > found["memory_bytes"]["model"] > 0
