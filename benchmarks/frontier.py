@@ -19,6 +19,7 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported: see common.py
 
 import json
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -58,6 +59,8 @@ def run(world: Mapping[str, Any], line: Mapping[str, Any], seed: int, scales: Se
     settings = replace(settings, seed=seed, **line.get("training", {}))
     learnt, validation = requests(world, "train"), requests(world, "validation")
     judged = requests(world, line.get("split", "validation"))
+    if "share" in line:  # of the facts, whatever their targets
+        learnt = [request for request in learnt if random.Random(request.key).random() < line["share"]]
     if line.get("drop_near"):
         learnt = [request.model_copy(update={"near": ()}) for request in learnt]
     if edits := line.get("edits"):

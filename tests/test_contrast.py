@@ -9,8 +9,10 @@ import torch
 import worlds
 from remend.core.capture import inputs
 from remend.core.contrast import Contrast
+from remend.core.low_rank import LowRank, concatenate, stack
+from remend.edit import Edit
 from remend.editors import Mend, MendConfig
-from remend.errors import ConfigError
+from remend.errors import ConfigError, EditError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest, Probe
 from remend.training import PRESETS, Trainer, TrainingConfig
@@ -213,3 +215,36 @@ def test_one_fact_asked_for_by_several_requests_counts_once(task):
     found = Episodes(task, [request, again, other], seed=0).facts()
     assert sorted(len(fact.prompts) for fact in found) == [1, 2]
     assert sum(len(fact.near) for fact in found) == 1
+
+
+def test_a_gated_edit_acts_only_where_it_is_asked_for():
+    change = LowRank(torch.eye(3)[:1], torch.ones(1, 2), gate=0.4)
+    x = torch.tensor([[1.0, 9, 9], [0.7, 0, 0], [0.4, 0, 0], [-2.0, 0, 0]])
+    torch.testing.assert_close(change.branch(x), torch.tensor([1, 0.5, 0, 0])[:, None].expand(4, 2))
+    episodes = stack([change, change.scaled(2.0)])
+    torch.testing.assert_close(episodes.branch(x[[1, 1]]), torch.tensor([[0.5, 0.5], [1.0, 1.0]]))
+    for refused, match in ((change.dense, "written into a weight"), (lambda: change.recompress(1), "compressed")):
+        with pytest.raises(EditError, match=match):
+            refused()
+    with pytest.raises(EditError, match="different gates"):
+        concatenate([change, replace(change, gate=0.0)])
+
+
+def test_a_gated_editor_trains_and_its_edits_are_saved_but_not_merged(task, tmp_path):
+    editor = Mend.for_model(task.model, replace(DEFAULT, gate=0.2))
+    requests = worlds.requests(20)
+    trainer = Trainer(task, editor, requests, SETTINGS)
+    trainer.calibrate()
+    assert trainer.train_step() > 0
+    edit = editor.edit(task.model, task.tokenizer, requests[:2])
+    edit.save(tmp_path / "edit")
+    again = Edit.load(tmp_path / "edit")
+    assert {change.gate for change in again.changes.values()} == {0.2}
+    with edit.applied(task.model):
+        answers = task.answers([r.prompt for r in requests[:4]], 4)
+    with again.applied(task.model):
+        assert task.answers([r.prompt for r in requests[:4]], 4) == answers
+    with pytest.raises(EditError, match="cannot be written into a weight"):
+        again.merge(task.model)
+    with pytest.raises(ConfigError, match="a gate needs keys"):
+        MendConfig(gate=0.3)

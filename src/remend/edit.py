@@ -174,10 +174,12 @@ class Edit:
 
     def save(self, path: str | Path) -> Path:
         """Write the edit to a folder: the factors (safetensors) and a manifest (JSON) that a person can read."""
-        tensors, ranks = {}, {}
+        tensors, ranks, gates = {}, {}, {}
         for name, change in self.changes.items():
             tensors[f"{name}.u"], tensors[f"{name}.delta"] = change.u, change.delta
             ranks[name] = change.rank
+            if change.gate:
+                gates[name] = change.gate
         manifest = {
             "created": self.created,
             "base": asdict(self.base),
@@ -185,6 +187,7 @@ class Edit:
             "requests": [request.to_json() for request in self.requests],
             "ranks": ranks,
             "norms": self.norms(),
+            **({"gates": gates} if gates else {}),
         }
         return write_folder(path, FORMAT, manifest, tensors)
 
@@ -198,7 +201,8 @@ class Edit:
         manifest, tensors = read_folder(path, FORMAT)
         base = Base.read(take(manifest, "base", dict, path), path)
         ranks = take(manifest, "ranks", dict, path)
-        changes = {name: _change(tensors, name, path) for name in ranks}
+        gates = take(manifest, "gates", dict, path) if "gates" in manifest else {}
+        changes = {name: _change(tensors, name, gates.get(name, 0.0), path) for name in ranks}
         if len(tensors) != 2 * len(changes) or any(changes[name].rank != rank for name, rank in ranks.items()):
             raise FileError(f"{path}: the factors are not those that the manifest lists; it was altered")
         if changes.keys() - base.weights.keys():
@@ -212,11 +216,13 @@ class Edit:
         return Edit(changes, base, requests, take(manifest, "editor", dict, path), take(manifest, "created", str, path))
 
 
-def _change(tensors: Mapping[str, Tensor], name: str, path: str | Path) -> LowRank:
+def _change(tensors: Mapping[str, Tensor], name: str, gate: object, path: str | Path) -> LowRank:
     u, delta = tensors.get(f"{name}.u"), tensors.get(f"{name}.delta")
     if u is None or delta is None or u.dim() != 2 or delta.dim() != 2 or u.shape[0] != delta.shape[0]:
         raise FileError(f"{path}: the factors of {name} are missing or do not fit together; it was altered")
-    return LowRank(u, delta)
+    if not isinstance(gate, int | float) or not 0 <= gate < 1:
+        raise FileError(f"{path}: the gate of {name} should be a number from 0 to below 1, it is {gate!r}")
+    return LowRank(u, delta, float(gate))
 
 
 def _refuse_unwritable(modules: Mapping[str, nn.Module]) -> None:

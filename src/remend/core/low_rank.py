@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from remend.errors import EditError
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,13 @@ class LowRank:
     Attributes:
         u: the directions of the layer's input that the change reads, [rank, d_in] or [episode, rank, d_in].
         delta: what it writes to the layer's output for each, [rank, d_out] or [episode, rank, d_out].
+        gate: if not 0, the change acts only where it is asked for: instead of ΔW x = deltaᵀ (u x) the layer's output
+            gets deltaᵀ relu(u x − gate) / (1 − gate), the same where u x is 1. That is no change of a weight any more.
     """
 
     u: Float[Tensor, "*episode rank d_in"]
     delta: Float[Tensor, "*episode rank d_out"]
+    gate: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -36,7 +41,12 @@ class LowRank:
         return self.u.dim() == 3
 
     def dense(self) -> Float[Tensor, "*episode d_out d_in"]:
-        """ΔW itself. The size of the weight: for merging and for tests."""
+        """ΔW itself. The size of the weight: for merging and for tests.
+
+        Raises:
+            EditError: the change is gated.
+        """
+        self._refuse_gate("written into a weight")
         return self.delta.mT @ self.u
 
     def branch(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
@@ -46,25 +56,37 @@ class LowRank:
         split evenly among the episodes.
         """
         if not self.batched:
-            return (x @ self.u.mT) @ self.delta
+            return self._gated(x @ self.u.mT) @ self.delta
         own = x.reshape(self.u.shape[0], -1, x.shape[-1])
-        return torch.bmm(torch.bmm(own, self.u.mT), self.delta).reshape(*x.shape[:-1], self.delta.shape[-1])
+        answers = self._gated(torch.bmm(own, self.u.mT))
+        return torch.bmm(answers, self.delta).reshape(*x.shape[:-1], self.delta.shape[-1])
+
+    def _gated(self, answers: Float[Tensor, "*rows rank"]) -> Float[Tensor, "*rows rank"]:
+        return torch.relu(answers - self.gate) / (1 - self.gate) if self.gate else answers
+
+    def _refuse_gate(self, what: str) -> None:
+        if self.gate:
+            raise EditError(
+                f"a gated edit (gate = {self.gate:g}) acts through a threshold and is no change of a weight: it cannot "
+                f"be {what}. Apply it as a side branch, or make the edit with an editor whose gate is 0"
+            )
 
     def select(self, episodes: Int[Tensor, " row"] | slice) -> LowRank:
         """The changes of some episodes."""
-        return LowRank(self.u[episodes], self.delta[episodes])
+        return replace(self, u=self.u[episodes], delta=self.delta[episodes])
 
     def scaled(self, factor: float | Float[Tensor, "episode 1 1"]) -> LowRank:
         """``factor`` · ΔW; with an episode axis, there may be a factor for each."""
-        return LowRank(self.u, self.delta * (factor if isinstance(factor, (int, float)) else factor.to(self.delta)))
+        by = factor if isinstance(factor, (int, float)) else factor.to(self.delta)
+        return replace(self, delta=self.delta * by)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LowRank:
         """The same change on another device, or in another dtype."""
-        return LowRank(self.u.to(device=device, dtype=dtype), self.delta.to(device=device, dtype=dtype))
+        return replace(self, u=self.u.to(device=device, dtype=dtype), delta=self.delta.to(device=device, dtype=dtype))
 
     def detach(self) -> LowRank:
         """The same change without its autograd history."""
-        return LowRank(self.u.detach(), self.delta.detach())
+        return replace(self, u=self.u.detach(), delta=self.delta.detach())
 
     def norm(self) -> Float[Tensor, "*episode"]:
         """‖ΔW‖ (Frobenius), from the factors' Gram matrices: ‖deltaᵀu‖² = Σ (u uᵀ) ∘ (delta deltaᵀ)."""
@@ -75,7 +97,11 @@ class LowRank:
         """The nearest change of at most ``rank`` pairs (truncated singular value decomposition, without forming ΔW).
 
         Two QR factorisations leave a rank × rank core whose SVD is that of ΔW.
+
+        Raises:
+            EditError: the change is gated.
         """
+        self._refuse_gate("compressed")
         q_u, r_u = torch.linalg.qr(self.u.mT.float())
         q_d, r_d = torch.linalg.qr(self.delta.mT.float())
         left, values, right = torch.linalg.svd(r_d @ r_u.mT, full_matrices=False)
@@ -88,7 +114,7 @@ class LowRank:
 
 def concatenate(changes: Sequence[LowRank]) -> LowRank:
     """The sum of several changes of one weight: their factor pairs, side by side."""
-    return LowRank(torch.cat([c.u for c in changes], -2), torch.cat([c.delta for c in changes], -2))
+    return LowRank(torch.cat([c.u for c in changes], -2), torch.cat([c.delta for c in changes], -2), _gate(changes))
 
 
 def stack(changes: Sequence[LowRank]) -> LowRank:
@@ -98,4 +124,21 @@ def stack(changes: Sequence[LowRank]) -> LowRank:
     def padded(factor: Tensor) -> Tensor:
         return torch.nn.functional.pad(factor, (0, 0, 0, rank - factor.shape[-2]))
 
-    return LowRank(torch.stack([padded(c.u) for c in changes]), torch.stack([padded(c.delta) for c in changes]))
+    return LowRank(
+        torch.stack([padded(c.u) for c in changes]), torch.stack([padded(c.delta) for c in changes]), _gate(changes)
+    )
+
+
+def _gate(changes: Sequence[LowRank]) -> float:
+    """The gate of all these changes.
+
+    Raises:
+        EditError: they have different ones.
+    """
+    gates = sorted({change.gate for change in changes})
+    if len(gates) > 1:
+        raise EditError(
+            f"changes with different gates ({', '.join(f'{gate:g}' for gate in gates)}) cannot be one: apply the edits "
+            "one after the other"
+        )
+    return gates[0]

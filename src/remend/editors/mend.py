@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from remend.core.layers import device_of, dimensions
 from remend.core.ledger import Ledger
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.network import EditorNetwork
+from remend.core.symmetric import packed, unpacked
 from remend.edit import Edit
-from remend.editors.settling import taking_scales
-from remend.errors import ConfigError, FileError, RequestError
+from remend.editors.config import MendConfig
+from remend.editors.settling import Unedited, taking_scales
+from remend.errors import FileError, RequestError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.storage import read_folder, take, write_folder
@@ -36,58 +37,8 @@ EDIT_BATCH = 32
 SYMMETRIC = ("whitener_", "contrast_")
 """Tensors that are symmetric matrices, of which half is stored."""
 
-TOKENS = ("all", "target")
 LEAST_ANSWER = 0.2
 """Contrast scales ũ by 1 / (u·ũ), but by no more than if u·ũ were this; its mean over the training prompts is 1."""
-
-
-@dataclass(frozen=True)
-class MendConfig:
-    """The editor network's size and its starting step.
-
-    Attributes:
-        rank: inner width r of the editor networks; d_in + d_out where that is smaller (paper: 1920).
-        alpha: the step size α_ℓ that every matrix starts with (paper: 1e-4).
-        ridge: if not 0, u is whitened by the layer's input covariance before the editor network and ũ after it, with
-            this share of the mean eigenvalue as the floor (the paper does not). The edit stays as low-rank as before.
-        relative: whether α counts in units in which 1 would change a layer's output at an edited token by about the
-            output's own size, so that one setting suits models of any width and scale (in the paper it does not).
-        outputs_only: whether the MLPs' narrowing matrices alone are edited, unless others are named (the paper edits
-            the widening ones too).
-        tokens: which tokens of the edit take part: ``all`` that carry gradient (the paper), or ``target``, those at
-            which the target is predicted.
-        contrast: if not 0, ũ is turned towards what a prompt shares with its paraphrases and away from what it shares
-            with its neighbours, the latter weighted so (:mod:`remend.core.contrast`), and scaled so that each token
-            answers to its own edit with 1. Needs ``tokens`` = ``target``.
-        settle: if not 0, each edit is scaled by √(settle · s) when it is made, where s is the scale at which it just
-            takes on its own prompt (:mod:`remend.editors.settling`).
-    """
-
-    rank: int = 1920
-    alpha: float = 1e-4
-    ridge: float = 0.0
-    relative: bool = False
-    outputs_only: bool = False
-    tokens: str = "all"
-    contrast: float = 0.0
-    settle: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank is the editor networks' inner width and must be at least 1, not {self.rank}")
-        if not 0 < self.alpha < float("inf"):
-            raise ConfigError(f"alpha is a descent step and must be positive, not {self.alpha}")
-        if not 0 <= self.ridge < float("inf"):
-            raise ConfigError(f"ridge is a share of an eigenvalue and must not be negative, not {self.ridge}")
-        if self.tokens not in TOKENS:
-            raise ConfigError(f"tokens is one of {', '.join(TOKENS)}, not {self.tokens!r}")
-        for name in ("contrast", "settle"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
-        if self.contrast and self.tokens != "target":
-            raise ConfigError(
-                "contrast compares the keys of the tokens that predict a target: give tokens='target' too"
-            )
 
 
 @dataclass(frozen=True)
@@ -176,7 +127,7 @@ class Mend(nn.Module):
         try:
             # Stored as float16 where size matters; the editor always computes in float32.
             wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-            wide |= {name: _whole(wide[name]) for name in wide if name.startswith(SYMMETRIC)}
+            wide |= {name: unpacked(wide[name]) for name in wide if name.startswith(SYMMETRIC)}
             editor.load_state_dict(wide, assign=True)
         except RuntimeError as error:
             raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
@@ -191,7 +142,7 @@ class Mend(nn.Module):
         """
         state = self.state_dict()
         tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
-        tensors |= {name: _half(tensors[name]) for name in tensors if name.startswith(SYMMETRIC)}
+        tensors |= {name: packed(tensors[name]) for name in tensors if name.startswith(SYMMETRIC)}
         manifest = {
             "editor": "mend",
             "config": to_json(self.config),
@@ -208,11 +159,16 @@ class Mend(nn.Module):
         """Where the editor's parameters are."""
         return self.alpha.device
 
-    def capture(self, task: CausalLM, batch: Batch) -> dict[str, GradientFactors]:
-        """The gradient factors of each pair's loss in the unedited model (paper, Alg. 2, lines 1–2)."""
+    def capture(
+        self, task: CausalLM, batch: Batch, loss: Callable[[], Float[Tensor, " episode"]] | None = None
+    ) -> dict[str, GradientFactors]:
+        """The gradient factors of each pair's loss in the unedited model (paper, Alg. 2, lines 1–2).
+
+        ``loss`` computes the pairs' losses, if there is more to do in the same pass.
+        """
         modules = find_modules(task.model, self.shapes)
         tokens = batch.mask if self.config.tokens == "all" else batch.predicting
-        return capture(task.model, modules, tokens, lambda: task.loss(batch))[1]
+        return capture(task.model, modules, tokens, loss or (lambda: task.loss(batch)))[1]
 
     def whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
         """Inputs of a matrix in its whitened coordinates, or, the operator being symmetric, ũ back from there."""
@@ -249,7 +205,7 @@ class Mend(nn.Module):
         steps = dict(zip(self.shapes, self.alpha * self.unit, strict=True))
         for name, (u, delta) in self.transform(rows, ledger).items():
             table = _Table(rows[name].counts, self.device)
-            changes[name] = LowRank(table(self.whiten(u, name)), table(delta * -steps[name]))
+            changes[name] = LowRank(table(self.whiten(u, name)), table(delta * -steps[name]), self.config.gate)
         return {name: changes[name] for name in self.shapes}
 
     def transform(
@@ -314,14 +270,17 @@ class Mend(nn.Module):
         for start in range(0, len(pairs), EDIT_BATCH):
             chunk = pairs[start : start + EDIT_BATCH]
             batch = task.collate(chunk)
-            rows = self.rows(self.capture(task, batch))
+            unedited = Unedited(task, batch, self.shapes)
+            rows = self.rows(self.capture(task, batch, unedited.loss))
             changes = self(rows)
             if self.config.settle:
-                scales = (self.config.settle * taking_scales(task, batch, changes)).sqrt()
+                scales = (self.config.settle * taking_scales(unedited, changes)).sqrt()
                 changes = {name: change.scaled(scales[:, None, None]) for name, change in changes.items()}
             for e in range(len(chunk)):
                 rank = {name: own.counts[e] for name, own in rows.items()}  # what follows is padding
-                found.append({n: LowRank(c.u[e, : rank[n]], c.delta[e, : rank[n]]) for n, c in changes.items()})
+                found.append(
+                    {n: replace(c, u=c.u[e, : rank[n]], delta=c.delta[e, : rank[n]]) for n, c in changes.items()}
+                )
         return found
 
     def _check(self, model: PreTrainedModel, requests: Sequence[EditRequest]) -> Base:
@@ -343,24 +302,6 @@ class Mend(nn.Module):
             "rank": self.config.rank,
             "alpha": dict(zip(self.shapes, (self.alpha * self.unit).tolist(), strict=True)),
         }
-
-
-def _half(symmetric: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:
-    """One half of a symmetric matrix, with its diagonal: all there is to keep."""
-    return symmetric[torch.ones_like(symmetric, dtype=torch.bool).triu()]
-
-
-def _whole(half: Tensor) -> Float[Tensor, "d d"]:
-    """The matrix again (one that was stored whole stays as it is)."""
-    if half.dim() != 1:
-        return half
-    d = math.isqrt(2 * len(half))
-    whole = half.new_zeros(d, d)
-    try:
-        whole[torch.ones(d, d, dtype=torch.bool).triu()] = half
-    except RuntimeError:  # no matrix has so many
-        return half
-    return whole + whole.triu(1).T
 
 
 def _shapes(described: Mapping[str, Any], path: Path) -> dict[str, tuple[int, int]]:

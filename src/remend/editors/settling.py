@@ -10,7 +10,7 @@ err, and in opposite directions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from remend.base import find_modules
 from remend.core.branch import branches, frozen
+from remend.core.losses import target_loss
 from remend.core.low_rank import LowRank
+from remend.models.prefix import Prefix
 from remend.tasks.causal_lm import Batch, CausalLM
 
 LARGEST = 8.0
@@ -28,30 +30,81 @@ REFINED = 2
 """Times that the interval in which an edit takes is narrowed."""
 
 
-@torch.no_grad()
-def taking_scales(task: CausalLM, batch: Batch, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
-    """For each edit pair the scale of its change at which the whole target just becomes the first choice.
-
-    Found by false position on the margin: how far the target's least certain token is ahead of its best rival, in
-    logits. Edits that never take (up to :data:`LARGEST`) get the scale at which they came nearest; those of what the
-    model answers anyway, 1.
+class Unedited:
+    """The unedited model's pass over a batch of edit pairs, kept for passes of the edited one.
 
     Args:
-        task: the unedited model.
-        batch: one pair for each episode of ``changes``.
+        task: the model.
+        batch: the edit pairs.
+        edited: the names of the matrices that edits change.
+    """
+
+    def __init__(self, task: CausalLM, batch: Batch, edited: Iterable[str]) -> None:
+        self.task, self.batch = task, batch
+        self.prefix = Prefix(task.model, edited)
+        self.states: Tensor | None = None
+        self.logits: Tensor | None = None
+
+    def loss(self) -> Float[Tensor, " episode"]:
+        """The pairs' losses, from one pass; what enters the lowest edited block on the way is kept."""
+        batch = self.batch
+        with self.prefix.overheard() as entered:
+            logits = self.task.target_logits(batch)
+        self.logits, self.states = logits.detach().float(), entered.get("states")
+        return target_loss(logits, batch.target, batch.row, batch.rows)
+
+    @torch.no_grad()
+    def margins(self, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
+        """How far each target's least certain token is ahead of its best rival in the edited model, in logits."""
+        modules = find_modules(self.task.model, changes)
+        with frozen(self.task.model), self.prefix.resumed(self.states), branches(modules, changes):
+            return self.margins_of(self.task.target_logits(self.batch).float())
+
+    def margins_of(self, logits: Float[Tensor, "target vocabulary"]) -> Float[Tensor, " episode"]:
+        """The same of given logits."""
+        batch = self.batch
+        own = logits.gather(1, batch.target[:, None])[:, 0]
+        rival = logits.scatter(1, batch.target[:, None], -torch.inf).max(1).values
+        none = torch.full((batch.rows,), torch.inf, device=logits.device)
+        return none.scatter_reduce(0, batch.row.to(logits.device), own - rival, "amin").to(batch.row.device)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Enter the model at the cut once without an edit; where that differs, passes begin at the beginning."""
+        if self.states is None:
+            return
+        assert self.logits is not None
+        with frozen(self.task.model), self.prefix.resumed(self.states):
+            try:
+                found = self.task.target_logits(self.batch).float()
+            except (TypeError, AttributeError, ValueError, IndexError, RuntimeError):  # blocks that expect more
+                self.states = None
+                return
+        near = 1e-3 * float(self.logits.std())
+        if found.shape != self.logits.shape or not torch.allclose(found, self.logits, 1e-3, near):
+            self.states = None
+
+
+@torch.no_grad()
+def taking_scales(unedited: Unedited, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
+    """For each edit pair the scale of its change at which the whole target just becomes the first choice.
+
+    Found by false position on :meth:`Unedited.margins`. Edits that never take (up to :data:`LARGEST`) get the scale at
+    which they came nearest; those of what the model answers anyway, 1.
+
+    Args:
+        unedited: the pass in which the edits' gradients were taken, one pair for each episode of ``changes``.
         changes: what the edits do.
     """
-    modules = find_modules(task.model, changes)
+    assert unedited.logits is not None, "the loss comes first"
+    unedited.check()
 
     def margins(scale: Float[Tensor, " episode"]) -> Float[Tensor, " episode"]:
-        scaled = {name: change.scaled(scale[:, None, None]) for name, change in changes.items()}
-        with frozen(task.model), branches(modules, scaled):
-            return _margins(task.target_logits(batch).float(), batch)
+        return unedited.margins({name: change.scaled(scale[:, None, None]) for name, change in changes.items()})
 
-    low = torch.zeros(batch.rows, device=batch.row.device)
-    below = margins(low)
+    below = unedited.margins_of(unedited.logits)
     known = below > 0
-    high = torch.ones_like(low)
+    low, high = torch.zeros_like(below), torch.ones_like(below)
     above = margins(high)
     best, nearest = high.clone(), above.clone()
     while bool((missing := (above <= 0) & (high < LARGEST)).any()):
@@ -74,10 +127,3 @@ def taking_scales(task: CausalLM, batch: Batch, changes: Mapping[str, LowRank]) 
 def _crossing(low: Tensor, high: Tensor, below: Tensor, above: Tensor) -> Tensor:
     """Where a straight line through both margins is zero."""
     return low + (high - low) * (-below / (above - below).clamp(min=1e-6)).clamp(0, 1)
-
-
-def _margins(logits: Float[Tensor, "target vocabulary"], batch: Batch) -> Float[Tensor, " episode"]:
-    own = logits.gather(1, batch.target[:, None])[:, 0]
-    rival = logits.scatter(1, batch.target[:, None], -torch.inf).max(1).values
-    none = torch.full((batch.rows,), torch.inf, device=logits.device)
-    return none.scatter_reduce(0, batch.row.to(logits.device), own - rival, "amin").to(batch.row.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -167,7 +167,7 @@ def _stacked(edits: Sequence[Edit]) -> dict[str, LowRank]:
     stacked = {}
     for name in dict.fromkeys(name for edit in edits for name in edit.changes):
         like = next(edit.changes[name] for edit in edits if name in edit.changes)
-        nothing = LowRank(like.u[:0], like.delta[:0])
+        nothing = replace(like, u=like.u[:0], delta=like.delta[:0])
         stacked[name] = stack([edit.changes.get(name, nothing) for edit in edits])
     return stacked
 

@@ -7,7 +7,7 @@ entered again there: its own forward pass runs, with the blocks below handing on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -57,6 +57,24 @@ class Prefix:
             return
         with _replaced(self.blocks[: self.depth], lambda own: lambda *args, **kwargs: states):
             yield
+
+    @contextmanager
+    def overheard(self) -> Iterator[dict[str, Tensor]]:
+        """Within the block, what enters the lowest edited block in a whole pass is kept as ``states``, if it can be."""
+        kept: dict[str, Tensor] = {}
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            with suppress(ModelError):
+                kept["states"] = _hidden(args, kwargs).detach()
+
+        if not self.depth:
+            yield kept
+            return
+        handle = self.blocks[self.depth].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            yield kept
+        finally:
+            handle.remove()
 
     @contextmanager
     def hollow(self) -> Iterator[None]:

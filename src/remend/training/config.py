@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from remend.editors.mend import MendConfig
+from remend.editors.config import MendConfig
 from remend.errors import ConfigError
 
 PRECISIONS = ("float32", "tf32", "bfloat16")

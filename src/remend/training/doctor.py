@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.base import find_modules
 from remend.core.layers import device_of, is_quantised
 from remend.edit import Edit
-from remend.editors.mend import Mend, MendConfig
+from remend.editors.config import MendConfig
+from remend.editors.mend import Mend
 from remend.errors import EditError, PrecisionError, RemendError
 from remend.models.structure import LAST_BLOCKS, block_stack
 from remend.request import EditRequest

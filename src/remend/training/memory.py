@@ -134,7 +134,9 @@ def _needs(trainer: Trainer) -> _Needs:
     editor, trained = _bytes([*parameters, *trainer.editor.buffers()]), _bytes(parameters)
     largest = max(_bytes([parameter]) for parameter in parameters)
     widths = [d_in for d_in, _ in trainer.editor.shapes.values()]
-    moments = 4 * sum(d * d for d in widths) + 4 * 8 * max(widths) ** 2  # and the workspace of one decomposition
+    config = trainer.editor.config
+    kept = 3 if config.contrast else 1 if config.ridge else 0  # moments of each matrix's inputs at a time
+    moments = 4 * kept * sum(d * d for d in widths) + 4 * 8 * max(widths) ** 2  # and one decomposition's workspace
     rows = _rows_an_episode(trainer)
     editor_pass, factors = 0.0, 0.0
     for key, names in trainer.editor.groups.items():
@@ -154,7 +156,7 @@ def _needs(trainer: Trainer) -> _Needs:
         ),
         editor_pass=int(editor_pass),
         model_pass=0,
-        calibration=moments if trainer.editor.config.ridge else 0,
+        calibration=moments if kept else 0,
     )
     return _Needs(fixed, _kept_an_episode(trainer, rows))
 
@@ -172,10 +174,10 @@ def _kept_an_episode(trainer: Trainer, rows: dict[str, float]) -> float:
     changes = {}
     for name, (d_in, d_out) in trainer.editor.shapes.items():
         rank = max(1, round(rows[name]))
-        factors = (
+        u, delta = (
             torch.zeros(PROBED, rank, d, device=trainer.editor.device, requires_grad=True) for d in (d_in, d_out)
         )
-        changes[name] = LowRank(*factors)
+        changes[name] = LowRank(u, delta)
     own = {tensor.untyped_storage().data_ptr() for tensor in trainer.task.model.parameters()}
     kept = _saved_bytes(lambda: trainer.edited_losses(batch, changes, backward=True), own)
     vocabulary = next(trainer.task.model.get_input_embeddings().parameters()).shape[0]

@@ -132,8 +132,7 @@ def train(
         task = CausalLM(model, tokenizer, autocast=resources.autocast)
         trainer = Trainer(task, chosen, requests, settings, resources, workers)
         unseen = Episodes(task, validation[: settings.validation_size], settings.seed, settings.near)
-        held_out = unseen.fixed(settings.batch_size)
-        run = _Run(trainer, held_out, started, budget_seconds, out)
+        run = _Run(trainer, unseen.fixed(settings.batch_size), started, budget_seconds, out)
         if not (resume and run.restore()):
             trainer.calibrate()
             log(0, _named(run.validate()))

@@ -271,7 +271,10 @@ class Trainer:
             leaves = [factor.detach()[places].requires_grad_() for factor in factors]
             for leaf, gradient in zip(leaves, reached, strict=True):
                 leaf.grad = gradient[places]  # where the backward pass adds
-            some = {name: LowRank(*leaves[2 * i : 2 * i + 2]) for i, name in enumerate(changes)}
+            some = {
+                name: replace(change, u=leaves[2 * i], delta=leaves[2 * i + 1])
+                for i, (name, change) in enumerate(changes.items())
+            }
             found.append(self.edited_losses(batch[places], some, backward=True))
         torch.autograd.backward(factors, reached)
         return found
