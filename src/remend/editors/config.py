@@ -27,8 +27,8 @@ class MendConfig:
         contrast: if not 0, ũ is turned towards what a prompt shares with its paraphrases and away from what it shares
             with its neighbours, the latter weighted so (:mod:`remend.core.contrast`), and scaled so that each token
             answers to its own edit with 1. Needs ``tokens`` = ``target``.
-        settle: if not 0, each edit is scaled by √(settle · s) when it is made, where s is the scale at which it just
-            takes on its own prompt (:mod:`remend.editors.settling`).
+        settle: if not 0, each edit is scaled by √(settle · s) when it is made, where s is the scale at which the first
+            token of its target just takes (:mod:`remend.editors.settling`).
         gate: if not 0, edits act only on keys that answer to them with more than this (their own answer with 1): fewer
             neighbours change, but an edit is no low-rank change of weights any more, and cannot be merged, compressed
             or exported as an adapter. Needs ``contrast``.

@@ -24,7 +24,7 @@ from remend.core.network import EditorNetwork
 from remend.core.symmetric import packed, unpacked
 from remend.edit import Edit
 from remend.editors.config import MendConfig
-from remend.editors.settling import Unedited, taking_scales
+from remend.editors.settling import Unedited, settled
 from remend.errors import FileError, RequestError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
@@ -274,8 +274,8 @@ class Mend(nn.Module):
             rows = self.rows(self.capture(task, batch, unedited.loss))
             changes = self(rows)
             if self.config.settle:
-                scales = (self.config.settle * taking_scales(unedited, changes)).sqrt()
-                changes = {name: change.scaled(scales[:, None, None]) for name, change in changes.items()}
+                counts = {name: own.counts for name, own in rows.items()}
+                changes = settled(unedited, changes, self.config.settle, counts)
             for e in range(len(chunk)):
                 rank = {name: own.counts[e] for name, own in rows.items()}  # what follows is padding
                 found.append(

@@ -2,15 +2,17 @@
 
 Some answers are held with more conviction than others, so that one step size is too little for one request and more
 than enough, at its neighbours' cost, for another. What an edit needs can be seen without any other prompt: the scale s
-at which its target just becomes the model's first choice. A paraphrase, which answers to the edit with about 0.7 of
-the prompt's strength, needs more than s; a neighbour, which answers with less than half, bears about 2 s. Between the
-strength that training gave (1) and 2 s, the geometric mean was the best on validation data: where they differ, both
-err, and in opposite directions.
+at which the first token of its target just becomes the model's first choice there. A paraphrase, which answers to the
+edit with about 0.7 of the prompt's strength, needs more than s; a neighbour, which answers with less than half, bears
+about 2 s. Between the strength that training gave (1) and 2 s, the geometric mean was the best on validation data:
+where they differ, both err, and in opposite directions.
+
+What the edit does at later tokens of the target is left as it is: a neighbour's answer is lost at its first token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -55,18 +57,19 @@ class Unedited:
 
     @torch.no_grad()
     def margins(self, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
-        """How far each target's least certain token is ahead of its best rival in the edited model, in logits."""
+        """How far each target's first token is ahead of its best rival in the edited model, in logits."""
         modules = find_modules(self.task.model, changes)
         with frozen(self.task.model), self.prefix.resumed(self.states), branches(modules, changes):
             return self.margins_of(self.task.target_logits(self.batch).float())
 
     def margins_of(self, logits: Float[Tensor, "target vocabulary"]) -> Float[Tensor, " episode"]:
         """The same of given logits."""
-        batch = self.batch
-        own = logits.gather(1, batch.target[:, None])[:, 0]
-        rival = logits.scatter(1, batch.target[:, None], -torch.inf).max(1).values
-        none = torch.full((batch.rows,), torch.inf, device=logits.device)
-        return none.scatter_reduce(0, batch.row.to(logits.device), own - rival, "amin").to(batch.row.device)
+        row, target = self.batch.row, self.batch.target.to(logits.device)
+        first = torch.ones_like(row, dtype=torch.bool)
+        first[1:] = row[1:] != row[:-1]
+        logits, target = logits[first.to(logits.device)], target[first.to(logits.device), None]
+        rival = logits.scatter(1, target, -torch.inf).max(1).values
+        return (logits.gather(1, target)[:, 0] - rival).to(row.device)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -87,7 +90,7 @@ class Unedited:
 
 @torch.no_grad()
 def taking_scales(unedited: Unedited, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
-    """For each edit pair the scale of its change at which the whole target just becomes the first choice.
+    """For each edit pair the scale of its change at which the target's first token just becomes the first choice.
 
     Found by false position on :meth:`Unedited.margins`. Edits that never take (up to :data:`LARGEST`) get the scale at
     which they came nearest; those of what the model answers anyway, 1.
@@ -122,6 +125,30 @@ def taking_scales(unedited: Unedited, changes: Mapping[str, LowRank]) -> Float[T
         low, below = torch.where(takes & ~over, middle, low), torch.where(takes & ~over, found, below)
     scale = torch.where(takes, _crossing(low, high, below, above), best)
     return torch.where(known, torch.ones_like(scale), scale)
+
+
+def settled(
+    unedited: Unedited, changes: Mapping[str, LowRank], settle: float, tokens: Mapping[str, Sequence[int]]
+) -> dict[str, LowRank]:
+    """The changes with what acts at the first token of the target scaled by √(settle · s).
+
+    Args:
+        unedited: the pass in which the edits' gradients were taken.
+        changes: what the edits do.
+        settle: the factor of s.
+        tokens: how many factor pairs of each change belong to each episode. Where they are as many as the target has
+            tokens, the first is the first token's; else (all tokens take part) all are scaled.
+    """
+    scales = (settle * taking_scales(unedited, changes)).sqrt()
+    lengths = torch.bincount(unedited.batch.row).tolist()
+    found = {}
+    for name, change in changes.items():
+        factor = scales[:, None, None].expand(-1, change.rank, 1).clone()
+        for episode, (own, length) in enumerate(zip(tokens[name], lengths, strict=True)):
+            if own == length:
+                factor[episode, 1:] = 1
+        found[name] = change.scaled(factor)
+    return found
 
 
 def _crossing(low: Tensor, high: Tensor, below: Tensor, above: Tensor) -> Tensor:
