@@ -6,6 +6,7 @@ import torch
 import remend
 from remend.assets import ATLAS_FOLDER
 from remend.data import atlas
+from remend.editors.settling import LARGEST, Unedited, settled, taking_scales
 from remend.tasks.causal_lm import CausalLM
 
 
@@ -78,8 +79,33 @@ def test_the_shipped_editor(world):
     report = remend.evaluate(world.model, world.tokenizer, editor, atlas.requests("test")[::5])
     means = {name: modes["generated"].mean for name, modes in report.metrics().items()}
     assert means["reliability"] >= 0.95
-    assert means["generality"] >= 0.93
+    assert means["generality"] >= 0.86
     assert means["locality_far"] >= 0.98
+    assert means["locality_near"] >= 0.88
+
+
+def test_the_scale_at_which_an_edit_takes_is_found(world):
+    """Just above it the target's first token is the first choice, just below it is not."""
+    editor = remend.Mend.from_pretrained("atlas")
+    requests = atlas.requests("test")[:96:3]
+    batch = world.collate([world.tokenise(request.prompt, request.target) for request in requests])
+    unedited = Unedited(world, batch, editor.shapes)
+    with torch.no_grad():
+        changes = editor(editor.rows(editor.capture(world, batch, unedited.loss)))
+    assert unedited.states is not None
+    scales = taking_scales(unedited, changes)
+    assert unedited.states is not None, "the cut gives what the whole pass gives"
+    assert 0.2 < scales.median() < 1
+    for factor, share in ((1.03, 1.0), (0.97, 0.0)):
+        scaled = {name: change.scaled(factor * scales[:, None, None]) for name, change in changes.items()}
+        taken = (unedited.margins(scaled) > 0)[scales < LARGEST]
+        assert abs(float(taken.float().mean()) - share) <= 0.05
+    unedited.states = None
+    torch.testing.assert_close(taking_scales(unedited, changes), scales, rtol=1e-3, atol=1e-4)
+    counts = dict.fromkeys(changes, torch.bincount(batch.row).tolist())
+    for name, change in settled(unedited, changes, 2.0, counts).items():
+        torch.testing.assert_close(change.delta[:, 1:], changes[name].delta[:, 1:])
+        torch.testing.assert_close(change.delta[:, 0], changes[name].delta[:, 0] * (2 * scales).sqrt()[:, None])
 
 
 def test_an_edit_goes_all_the_way(world, tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 import worlds
 from remend.cli import run
+from remend.edit import Edit
 from remend.editors import Mend
 from remend.request import write_requests
 from remend.training import PRESETS, Trainer
@@ -134,10 +135,49 @@ def test_evaluate_writes_a_report(folder):
     assert set(report["metrics"]["reliability"]["generated"]) == {"mean", "ci95", "n"}
 
 
+def test_evaluate_shows_and_draws_the_frontier(folder, capsys):
+    pytest.importorskip("matplotlib")
+    data = ["--data", folder / "test.jsonl", "--json", folder / "frontier.json", "--limit", 3, "--device", "cpu"]
+    picture = folder / "frontier.png"
+    assert not remend("evaluate", folder / "model", "--editor", folder / "editor", *data, "--plot", picture)
+    assert "the edits, scaled" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    points = json.loads((folder / "frontier.json").read_text())["frontier"]
+    assert [point["scale"] for point in points] == [0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0]
+    assert not remend("evaluate", folder / "model", "--editor", folder / "editor", *data, "--no-frontier")
+    assert "the edits, scaled" not in capsys.readouterr().out
+    assert "frontier" not in json.loads((folder / "frontier.json").read_text())
+
+
+def test_an_edit_can_be_scaled(folder, capsys):
+    common = ["edit", folder / "model", *(str(a).format(folder) for a in EDITOR), "--keep-failed", "--overwrite"]
+    request = ["--prompt", "Oslo is", "--target", "Rome", "--max-new-tokens", 4]
+    norms = {}
+    for scale in ("1", "0.5", "auto"):
+        assert not remend(*common, *request, "--scale", scale, "--out", folder / "scaled")
+        shown = capsys.readouterr().out
+        assert ("the requests name no paraphrases" in shown.replace("\n", " ")) == (scale == "auto")
+        norms[scale] = list(Edit.load(folder / "scaled").norms().values())
+    assert norms["0.5"] == pytest.approx([norm / 2 for norm in norms["1"]], rel=1e-4)
+    requests = ["--requests", folder / "test.jsonl", "--max-new-tokens", 4, "--scale", "auto"]
+    assert not remend(*common, *requests, "--out", folder / "scaled")
+    assert "of paraphrases follow" in capsys.readouterr().out.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["edit", "{}/model", "--out", "x"], 2, "give --prompt and --target, or --requests"),
+        (
+            ["edit", "{}/model", "--out", "x", "--prompt", "p", "--target", "t", "--scale", "much"],
+            2,
+            "--scale is a positive number or 'auto'",
+        ),
+        (
+            ["evaluate", "{}/model", *EDITOR, "--data", "{}/test.jsonl", "--plot", "x.jpg"],
+            2,
+            "a picture's name ends with",
+        ),
         (["edit", "{}/model", "--out", "x", "--prompt", "p", "--target", "t"], 2, "which editor?"),
         (["edit", "{}/model", "--out", "x", "--prompt", "p", "--target", ""], 2, "must not be empty"),
         (["edit", "{}/model", "--out", "x", "--requests", "{}/none.jsonl"], 2, "No such file"),

@@ -90,6 +90,6 @@ def _frontier(report: Report) -> Table:
     for name in shown:
         table.add_column(name.replace("_", " "))
     for scale, own in found.items():
-        bars = [f"{own[name]:.3f} {'█' * round(10 * own[name])}" for name in shown]
+        bars = [f"{own[name]:.3f} {'█' * round(5 * own[name])}" for name in shown]
         table.add_row(f"{scale:g}", *bars, style="bold" if scale == 1 else None)
     return table

@@ -75,16 +75,7 @@ class LowRank:
         """The changes of some episodes."""
         return replace(self, u=self.u[episodes], delta=self.delta[episodes])
 
-    def scaled(
-        self,
-        factor: float
-        | Float[
-            Tensor,
-            (
-                episode  # rank 1
-            ),
-        ],
-    ) -> LowRank:
+    def scaled(self, factor: float | Float[Tensor, "episode ranks 1"]) -> LowRank:
         """``factor`` · ΔW; with an episode axis, there may be a factor for each, or for each of its factor pairs."""
         by = factor if isinstance(factor, (int, float)) else factor.to(self.delta)
         return replace(self, delta=self.delta * by)

@@ -20,6 +20,17 @@ from remend.storage import write_json
 SCHEMA = "remend.report/1"
 MODES = ("teacher_forced", "generated")
 RESAMPLES = 1_000
+METRICS = (
+    "reliability",
+    "generality",
+    "generality_unseen",
+    "edit_success",
+    "locality_far",
+    "locality_near",
+    "accuracy_drawdown",
+    "portability",
+)
+"""In the order in which they are reported."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +129,16 @@ class Report:
 
 def _metrics(cases: Sequence[Case]) -> dict[str, dict[str, Summary]]:
     found: dict[str, dict[str, Summary]] = {}
-    for name in dict.fromkeys(name for case in cases for name in case.values):
+    names = dict.fromkeys(name for case in cases for name in case.values)
+    for name in sorted(names, key=_order):
         having = [case.values[name] for case in cases if name in case.values]
         found[name] = {mode: Summary.of([values[mode] for values in having]) for mode in MODES}
     return found
+
+
+def _order(metric: str) -> tuple[int, str]:
+    """Where a metric stands in a report; kinds of near prompts after all near prompts."""
+    return max(place for place, known in enumerate(("", *METRICS)) if metric.startswith(known)), metric
 
 
 def _as_json(metrics: Mapping[str, Mapping[str, Summary]]) -> dict[str, dict[str, dict[str, Any]]]:
