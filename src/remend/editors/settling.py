@@ -13,10 +13,11 @@ What the edit does at later tokens of the target is left as it is: a neighbour's
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from remend.base import find_modules
 from remend.core.branch import branches, frozen
@@ -30,6 +31,9 @@ LARGEST = 8.0
 
 REFINED = 2
 """Times that the interval in which an edit takes is narrowed."""
+
+_CUT: WeakSet[nn.Module] = WeakSet()
+"""Models that were entered at a cut with the right result: what their blocks hand on does not change."""
 
 
 class Unedited:
@@ -59,7 +63,7 @@ class Unedited:
     def margins(self, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
         """How far each target's first token is ahead of its best rival in the edited model, in logits."""
         modules = find_modules(self.task.model, changes)
-        with frozen(self.task.model), self.prefix.resumed(self.states), branches(modules, changes):
+        with self.prefix.resumed(self.states), branches(modules, changes):
             return self.margins_of(self.task.target_logits(self.batch).float())
 
     def margins_of(self, logits: Float[Tensor, "target vocabulary"]) -> Float[Tensor, " episode"]:
@@ -73,11 +77,11 @@ class Unedited:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Enter the model at the cut once without an edit; where that differs, passes begin at the beginning."""
-        if self.states is None:
+        """Enter the model at the cut without an edit, once; where that differs, passes begin at the beginning."""
+        if self.states is None or self.task.model in _CUT:
             return
         assert self.logits is not None
-        with frozen(self.task.model), self.prefix.resumed(self.states):
+        with self.prefix.resumed(self.states):
             try:
                 found = self.task.target_logits(self.batch).float()
             except (TypeError, AttributeError, ValueError, IndexError, RuntimeError):  # blocks that expect more
@@ -86,6 +90,8 @@ class Unedited:
         near = 1e-3 * float(self.logits.std())
         if found.shape != self.logits.shape or not torch.allclose(found, self.logits, 1e-3, near):
             self.states = None
+        else:
+            _CUT.add(self.task.model)
 
 
 @torch.no_grad()
@@ -99,6 +105,11 @@ def taking_scales(unedited: Unedited, changes: Mapping[str, LowRank]) -> Float[T
         unedited: the pass in which the edits' gradients were taken, one pair for each episode of ``changes``.
         changes: what the edits do.
     """
+    with frozen(unedited.task.model):
+        return _taking_scales(unedited, changes)
+
+
+def _taking_scales(unedited: Unedited, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
     assert unedited.logits is not None, "the loss comes first"
     unedited.check()
 
