@@ -8,6 +8,7 @@ Needs matplotlib: ``pip install 'remend[plots]'``. A result that is not there is
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -252,17 +253,15 @@ def gpu(result: Mapping[str, Any]) -> Figure | None:
 def frontier(result: Mapping[str, Any]) -> Figure | None:
     """Generality against near locality over the edits' scale: every way of training, the default in front."""
     titles = {line["name"]: line["title"].strip("*… ") for line in result["config"]["lines"]}
-    panels = [
-        (world["title"], split, own)
-        for world in result["config"]["worlds"]
-        for split in ("validation", "test")
-        if (own := [one for one in result["runs"] if one["world"] == world["name"] and one["split"] == split])
+    worlds = [
+        world for world in result["config"]["worlds"] if any(one["world"] == world["name"] for one in result["runs"])
     ]
-    if not panels:
+    if not worlds:
         return None
-    figure, row = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 5.4), squeeze=False, sharey=True)
-    for axes, (title, split, runs) in zip(row[0], panels, strict=True):
-        colours = iter(pyplot.colormaps["tab20"].colors)
+    figure, grid = pyplot.subplots(len(worlds), 2, figsize=(12, 5.2 * len(worlds)), squeeze=False, sharex=True)
+    for axes, (world, split) in zip(grid.flat, itertools.product(worlds, ("validation", "test")), strict=True):
+        runs = [one for one in result["runs"] if one["world"] == world["name"] and one["split"] == split]
+        colours = iter(pyplot.colormaps["tab20"].colors[4:])
         seen: dict[str, Any] = {}
         for one in runs:
             name = one["name"].removesuffix("-test")
@@ -279,10 +278,11 @@ def frontier(result: Mapping[str, Any]) -> Figure | None:
                 point["locality_near"]["mean"], point["generality"]["mean"], "o", color=colour, markersize=3 + width
             )
             seen[name] = colour
-        axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="near locality", title=f"{title}, {split}")
+        axes.set(xlim=(0.2, 1.02), ylim=(0, 1.02), title=f"{world['title']}, {split}")
+        axes.set(xlabel="near locality", ylabel="generality (dots: at scale 1)")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6.5, loc="lower left")
-    row[0][0].set_ylabel("generality (dots: at scale 1)")
+        if runs:
+            axes.legend(fontsize=7, loc="lower left")
     return figure
 
 
