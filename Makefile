@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint bench bench-long atlas clean
+.PHONY: install demo test lint bench bench-long bench-frontier atlas clean
 
 install: $(VENV)/installed
 
