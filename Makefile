@@ -43,12 +43,12 @@ bench-long: install ## how soon edits are good, and whether killed runs end alik
 	$(BIN)/python benchmarks/kill_and_resume.py
 	$(BIN)/python benchmarks/plot.py
 
-# Needs ParaRel's facts.tsv and templates.json in the folder PARAREL_FOLDER for the second world; without, it is passed over.
+# PARAREL_FOLDER holds ParaRel's facts.tsv and templates.json, for the second world; without them it is passed over.
 PARAREL_FOLDER ?=
 
-bench-frontier: install ## what was tried for edits that stay on their subject: about two hours
+bench-frontier: install ## what was tried for edits that stay on their subject: some hours
 	test -z "$(PARAREL_FOLDER)" || $(BIN)/python benchmarks/pararel.py --source "$(PARAREL_FOLDER)"
-	$(BIN)/python benchmarks/frontier.py --resume
+	$(BIN)/python benchmarks/frontier.py
 	$(BIN)/python benchmarks/plot.py
 
 # PARAREL=facts.tsv chooses the facts anew from ParaRel's triples (SOURCE.md); without it, the committed ones are used.

@@ -2,10 +2,10 @@
 
 Some answers are held with more conviction than others, so that one step size is too little for one request and more
 than enough, at its neighbours' cost, for another. What an edit needs can be seen without any other prompt: the scale s
-at which the first token of its target just becomes the model's first choice there. A paraphrase, which answers to the
-edit with about 0.7 of the prompt's strength, needs more than s; a neighbour, which answers with less than half, bears
-about 2 s. Between the strength that training gave (1) and 2 s, the geometric mean was the best on validation data:
-where they differ, both err, and in opposite directions.
+at which the first token of its target just becomes the model's first choice there. A paraphrase answers to the edit
+with less than the prompt, and needs more than s; a neighbour answers with less still, and bears a multiple of it. The
+strength is set half-way, in ratio, between the one that training gave (1) and such a multiple: where they differ, both
+err, and in opposite directions. ``benchmarks/frontier.py`` measures editors with and without it.
 
 What the edit does at later tokens of the target is left as it is: a neighbour's answer is lost at its first token.
 """

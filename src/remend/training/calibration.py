@@ -128,9 +128,9 @@ def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[
             keys = found[name][torch.arange(len(pairs)), last].to(editor.device)
             whose, of = owners.to(editor.device), near_owners.to(editor.device)
             moment.update(keys[: len(owners)], whose, keys[len(owners) :], of)
-    for place, (name, moment) in enumerate(moments.items()):
+    for place, moment in enumerate(moments.values()):
         workers.sum(*moment.totals)
-        whitener = getattr(editor, f"whitener_{editor.place(name)}")
+        whitener = getattr(editor, f"whitener_{place}")
         setattr(editor, f"contrast_{place}", moment.operator(whitener, editor.config.contrast, CONTRAST_RIDGE))
 
 
