@@ -28,8 +28,10 @@ from typing import Any
 
 import common
 import remend
+import variants
 from remend.editors import Mend
 from remend.request import EditRequest
+from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS
 
 SHOWN = {
@@ -67,8 +69,13 @@ def run(world: Mapping[str, Any], line: Mapping[str, Any], seed: int, scales: Se
     if edits := line.get("edits"):
         learnt, validation, judged = learnt[: line["requests"]], validation[:edits], judged[:edits]
     began = time.process_time()
-    editor = Mend.for_model(base, network, line.get("modules", ()), seed=seed)
-    editor = remend.train(base, tokenizer, learnt, validation, editor=editor, config=settings)
+    variant = variants.VARIANTS.get(line.get("variant", ""))
+    kind = variant.editor if variant else Mend
+    editor = kind.for_model(base, network, line.get("modules", ()), seed=seed)
+    if variant:
+        variants.train(CausalLM(base, tokenizer), editor, learnt, settings, variant)
+    else:
+        editor = remend.train(base, tokenizer, learnt, validation, editor=editor, config=settings)
     seconds = time.process_time() - began
     report = remend.evaluate(base, tokenizer, editor, judged, scales=scales)
     frontier = [
@@ -88,16 +95,32 @@ def run(world: Mapping[str, Any], line: Mapping[str, Any], seed: int, scales: Se
         "split": line.get("split", "validation"),
         "seed": seed,
         "seconds": seconds,
-        "steps": editor.trained["steps"],
+        "steps": editor.trained.get("steps", settings.max_steps),
         "edits": len(judged),
         "milliseconds_an_edit": 1000 * report.seconds_per_edit,
         "frontier": frontier,
+        "best": best(report),
     }
 
 
-def at_one(one: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a run's edits do as they are."""
-    return next(point for point in one["frontier"] if point["scale"] == 1)
+def best(report: remend.Report) -> dict[str, float]:
+    """Means over edits, were each as strong as is best for its own prompts: what no rule for the strength surpasses.
+
+    Of the measured strengths the one with the largest sum of reliability, generality and near locality is taken.
+    """
+    found: dict[str, list[float]] = {}
+    for cases in zip(*report.frontier.values(), strict=True):
+        values = [{name: own["generated"] for name, own in case.values.items() if name in SHOWN} for case in cases]
+        sums = [sum(own.get(name, 0) for name in ("reliability", "generality", "locality_near")) for own in values]
+        for name, value in values[sums.index(max(sums))].items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(own) / len(own) for name, own in found.items()}
+
+
+def at_one(one: Mapping[str, Any]) -> dict[str, float]:
+    """What a run's edits do as they are, by metric."""
+    point = next(point for point in one["frontier"] if point["scale"] == 1)
+    return {name: point[name]["mean"] for name in SHOWN if name in point}
 
 
 def table(config: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
@@ -113,22 +136,25 @@ def table(config: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
             for line in config["lines"]:
                 members = [one for one in own if one["name"] == line["name"]]
                 if members:
-                    text.append(_row(line, members))
+                    text.append(_row(line["title"], members, [at_one(one) for one in members]))
+                if members and line.get("best") and all("best" in one for one in members):
+                    title = line["title"] + ", each edit at the strength that is best for its own probes"
+                    text.append(_row(title, members, [one["best"] for one in members]))
             text.append("")
     return "\n".join(text)
 
 
-def _row(line: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> str:
+def _row(title: str, members: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, float]]) -> str:
     cells = []
     for metric in SHOWN:
-        values = [at_one(one)[metric]["mean"] for one in members if metric in at_one(one)]
+        values = [own[metric] for own in found if metric in own]
         if not values:
             cells.append("")
             continue
         spread = f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else ""
         cells.append(f"{sum(values) / len(values):.3f}{spread}")
     seconds = sum(one["seconds"] for one in members) / len(members)
-    return f"| {line['title']} | {len(members)} | {seconds:.0f} | " + " | ".join(cells) + " |"
+    return f"| {title} | {len(members)} | {seconds:.0f} | " + " | ".join(cells) + " |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -165,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if (world["name"], line["name"], seed) in done:
                     continue
                 runs.append(run(world, line, seed, config["scales"]))
-                found = {m: round(at_one(runs[-1])[m]["mean"], 3) for m in SHOWN if m in at_one(runs[-1])}
+                found = {SHOWN[name]: round(value, 3) for name, value in at_one(runs[-1]).items()}
                 print(f"{world['name']}, {line['name']}, seed {seed}: {found}", flush=True)
                 common.write(arguments.out, config, {"runs": runs})
                 arguments.out.with_suffix(".md").write_text(table(config, runs), encoding="utf-8")
