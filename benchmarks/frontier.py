@@ -18,6 +18,7 @@ import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported: see common.py
 
+import itertools
 import json
 import random
 import time
@@ -29,6 +30,7 @@ from typing import Any
 import common
 import remend
 import variants
+from remend.data import read_text
 from remend.editors import Mend
 from remend.request import EditRequest
 from remend.tasks.causal_lm import CausalLM
@@ -44,6 +46,11 @@ SHOWN = {
     "locality_near_same_subject": "same subject",
 }
 """Metrics of the table, by their column."""
+
+SAME_OBJECT = "locality_near_same_object"
+
+BAR = 0.95
+"""Near locality for the same object, at which lines are compared."""
 
 QUICK = {"edits": 8, "requests": 64}
 QUICK_STEPS = 4
@@ -75,7 +82,8 @@ def run(world: Mapping[str, Any], line: Mapping[str, Any], seed: int, scales: Se
     if variant:
         variants.train(CausalLM(base, tokenizer), editor, learnt, settings, variant)
     else:
-        editor = remend.train(base, tokenizer, learnt, validation, editor=editor, config=settings)
+        text = read_text(common.HERE.parent / line["text"]) if "text" in line else ()
+        editor = remend.train(base, tokenizer, learnt, validation, editor=editor, config=settings, text=text)
     seconds = time.process_time() - began
     report = remend.evaluate(base, tokenizer, editor, judged, scales=scales)
     frontier = [
@@ -123,6 +131,19 @@ def at_one(one: Mapping[str, Any]) -> dict[str, float]:
     return {name: point[name]["mean"] for name in SHOWN if name in point}
 
 
+def generality_at(one: Mapping[str, Any], locality: float = BAR) -> float | None:
+    """The generality of a run at the strength where near locality for the same object is ``locality``.
+
+    On a straight line between the two measured strengths around it; None where no measured strength is so local, or
+    all are.
+    """
+    points = [(p[SAME_OBJECT]["mean"], p["generality"]["mean"]) for p in one["frontier"] if SAME_OBJECT in p]
+    for (more, weaker), (less, stronger) in itertools.pairwise(points):
+        if more >= locality > less:
+            return float(weaker + (stronger - weaker) * (more - locality) / (more - less))
+    return None
+
+
 def table(config: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
     """One line for each way of training: means over the seeds, and what the seeds spread over."""
     text = ["# What was tried for edits that stay on their subject", "", config["about"], ""]
@@ -132,11 +153,14 @@ def table(config: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
             if not own:
                 continue
             text += [f"## {world['title']}, {split} split ({own[0]['edits']} edits)", ""]
-            text += ["| | seeds | seconds | " + " | ".join(SHOWN.values()) + " |", "|---|" + "---|" * (2 + len(SHOWN))]
+            head = ["", "seeds", "seconds", *SHOWN.values(), f"generality at same object {BAR}"]
+            text += ["| " + " | ".join(head) + " |", "|---|" + "---|" * (len(head) - 1)]
             for line in config["lines"]:
                 members = [one for one in own if one["name"] == line["name"]]
                 if members:
-                    text.append(_row(line["title"], members, [at_one(one) for one in members]))
+                    text.append(
+                        _row(line["title"], members, [{**at_one(one), "bar": generality_at(one)} for one in members])
+                    )
                 if members and line.get("best") and all("best" in one for one in members):
                     title = line["title"] + ", each edit at the strength that is best for its own probes"
                     text.append(_row(title, members, [one["best"] for one in members]))
@@ -144,10 +168,10 @@ def table(config: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def _row(title: str, members: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, float]]) -> str:
+def _row(title: str, members: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, float | None]]) -> str:
     cells = []
-    for metric in SHOWN:
-        values = [own[metric] for own in found if metric in own]
+    for metric in (*SHOWN, "bar"):
+        values = [value for own in found if (value := own.get(metric)) is not None]
         if not values:
             cells.append("")
             continue

@@ -33,7 +33,8 @@ STYLE = {
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
 }
-BLUE, ORANGE, GREY, INK = "#2b6ca3", "#d9822b", "#8a8f98", "#22262b"
+BLUE, ORANGE, GREY, INK, PALE = "#2b6ca3", "#d9822b", "#8a8f98", "#22262b", "#c9ccd1"
+OTHERS = "other lines of the table"
 # The base model's stages are blue, the editor's orange, and the others grey.
 STAGES = {
     "prefix": "#14395c",
@@ -252,7 +253,8 @@ def gpu(result: Mapping[str, Any]) -> Figure | None:
 
 def frontier(result: Mapping[str, Any]) -> Figure | None:
     """Generality against near locality over the edits' scale: every way of training, the default in front."""
-    titles = {line["name"]: line["title"].strip("*… ") for line in result["config"]["lines"]}
+    lines = {line["name"]: line for line in result["config"]["lines"]}
+    titles = {name: line["title"].strip("*… ") for name, line in lines.items()}
     worlds = [
         world for world in result["config"]["worlds"] if any(one["world"] == world["name"] for one in result["runs"])
     ]
@@ -261,17 +263,21 @@ def frontier(result: Mapping[str, Any]) -> Figure | None:
     figure, grid = pyplot.subplots(len(worlds), 2, figsize=(12, 5.2 * len(worlds)), squeeze=False, sharex=True)
     for axes, (world, split) in zip(grid.flat, itertools.product(worlds, ("validation", "test")), strict=True):
         runs = [one for one in result["runs"] if one["world"] == world["name"] and one["split"] == split]
-        colours = iter(pyplot.colormaps["tab20"].colors[4:])
+        colours = itertools.cycle(pyplot.colormaps["tab10"].colors[2:])
         seen: dict[str, Any] = {}
         for one in runs:
             name = one["name"].removesuffix("-test")
-            colour = INK if name == "default" else ORANGE if name == "mend" else seen.get(name) or next(colours)
+            ours = {"default": INK, "mend": ORANGE}.get(name)
+            drawn = lines[one["name"]].get("drawn", False)
+            colour = ours or seen.get(name) or (next(colours) if drawn else PALE)
             near, gained = (
                 [end, *(point[metric]["mean"] for point in one["frontier"])]
                 for end, metric in ((1.0, "locality_near"), (0.0, "generality"))
             )
-            width = 2 if name in ("default", "mend") else 1
-            label = titles[one["name"]] if name not in seen else None
+            width = 2.0 if ours else 1.0 if drawn else 0.6
+            label = titles[one["name"]] if ours or drawn else OTHERS
+            label = None if name in seen or (label == OTHERS and OTHERS in seen) else label
+            seen[label or name] = colour
             axes.plot(near, gained, color=colour, linewidth=width, label=label, zorder=width)
             point = next(point for point in one["frontier"] if point["scale"] == 1)
             axes.plot(

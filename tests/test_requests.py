@@ -5,7 +5,7 @@ import datetime
 import pytest
 
 import worlds
-from remend.data import read_source
+from remend.data import read_source, read_text
 from remend.errors import RequestError
 from remend.request import EditRequest, Probe, read_requests, write_requests
 
@@ -79,3 +79,15 @@ def test_missing_and_empty_files(tmp_path):
         read_requests(tmp_path / "empty.jsonl")
     with pytest.raises(RequestError, match="no split 'tset'; it has atlas:train"):
         read_source("atlas:tset")
+
+
+def test_a_text_is_read_as_passages(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("One.\nStill one.\n\n\n\nTwo.\n", encoding="utf-8")
+    assert [passage.strip() for passage in read_text(file)] == ["One.\nStill one.", "Two."]
+    for content, message in ((b"\n \n", "no text"), (b"\xff\xfe", "UTF-8")):
+        file.write_bytes(content)
+        with pytest.raises(RequestError, match=message):
+            read_text(file)
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_text(tmp_path / "none.txt")

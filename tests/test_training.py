@@ -9,6 +9,7 @@ import torch
 
 import worlds
 from remend.config import from_json, to_json
+from remend.core.whitening import SecondMoment
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError, TrainingError, WrongBaseError
 from remend.request import EditRequest
@@ -99,6 +100,38 @@ def test_relative_step_sizes_follow_the_size_of_the_layer(task):
         found.append(float(moved.detach().square().mean().sqrt() / output.detach().square().mean().sqrt()))
     assert 0.02 < found[0] < 2
     assert 0.3 < found[1] / found[0] < 3
+
+
+def test_whitening_can_take_its_second_moments_from_a_text(task):
+    """From every token of every window, whatever the requests are."""
+    facts = zip(worlds.COUNTRIES, worlds.CITIES, strict=True)
+    text = ["The capital of Norway is Oslo " * 5]
+    text += [f"{phrasing.format(country)} {city}" for country, city in facts for phrasing in worlds.PHRASINGS]
+    editor = Mend.for_model(task.model, MendConfig(rank=8, ridge=1e-4))
+    Trainer(task, editor, worlds.requests(10), SETTINGS, text=text).calibrate()
+    ids = [task.prompt_ids(passage) for passage in text]
+    windows = [part for own in ids for part in (own[: task.context], own[task.context :]) if part]
+    assert len(windows) == len(text) + 1
+    seen = {}
+    for name in editor.shapes:
+        module = task.model.get_submodule(name)
+        handle = module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+        for window in windows:
+            task.model(torch.tensor([window]))
+        handle.remove()
+    for name, inputs in seen.items():
+        moment = SecondMoment(editor.shapes[name][0], editor.device)
+        for own in inputs:
+            moment.update(own.detach(), torch.ones(own.shape[:2], dtype=torch.bool))
+        found = getattr(editor, f"whitener_{editor.place(name)}")
+        torch.testing.assert_close(found, moment.whitener(1e-4), rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(found, torch.eye(len(found)), atol=0.1)
+
+
+def test_a_text_without_words_is_refused(task):
+    editor = Mend.for_model(task.model, MendConfig(rank=8, ridge=1e-4))
+    with pytest.raises(TrainingError, match="is empty"):
+        Trainer(task, editor, worlds.requests(10), SETTINGS, text=[" "]).calibrate()
 
 
 def test_the_batched_loss_is_the_mean_of_single_episodes(task, editor):

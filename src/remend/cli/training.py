@@ -31,6 +31,12 @@ def train(
         str | None, typer.Option(metavar="FILE", help="Requests about other subjects; else a tenth of the subjects.")
     ] = None,
     preset: options.Preset = "default",
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Plain text to take the inputs' statistics for whitening from; else prompts."
+        ),
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="End after this many steps.")] = None,
     budget_seconds: Annotated[float | None, typer.Option(min=1, help="End after this many seconds.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was to fill DIR.")] = False,
@@ -52,13 +58,14 @@ def train(
     json: options.Json = None,
 ) -> None:
     """Train an editor for a model. Stopped with Ctrl-C or killed, it goes on with --resume as if it never had been."""
-    from remend.data import read_source
+    from remend.data import read_source, read_text
     from remend.editors import Mend
     from remend.storage import write_json
     from remend.training import Resources
     from remend.training import train as train_editor
 
     network, settings = options.preset(preset)
+    passages = read_text(text) if text else ()
     requests = read_source(data)
     held_out = read_source(validation) if validation else None
     settings = replace(settings, seed=seed, max_steps=max_steps or settings.max_steps)
@@ -78,6 +85,7 @@ def train(
                 config=settings,
                 editor=editor,
                 resources=resources,
+                text=passages,
                 budget_seconds=budget_seconds,
                 out=out,
                 resume=resume,

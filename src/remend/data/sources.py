@@ -1,9 +1,12 @@
-"""Naming a set of requests on the command line."""
+"""Naming a set of requests, or a text, on the command line."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from remend.assets import ATLAS
 from remend.data import atlas
+from remend.errors import RequestError
 from remend.request import EditRequest, read_requests
 
 
@@ -17,3 +20,19 @@ def read_source(source: str) -> list[EditRequest]:
     if kind == ATLAS and colon:
         return list(atlas.requests(split))
     return read_requests(source)
+
+
+def read_text(path: str | Path) -> list[str]:
+    """The passages of a plain text file, which blank lines separate.
+
+    Raises:
+        RequestError: there is no such file, it is no UTF-8 text, or it holds no words.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read as plain UTF-8 text ({error}): name a text file") from None
+    passages = [passage for passage in text.split("\n\n") if passage.strip()]
+    if not passages:
+        raise RequestError(f"{path} holds no text: name a file with ordinary text, as long as you have it")
+    return passages

@@ -17,8 +17,9 @@ from remend.core.layers import is_quantised, weight_of
 from remend.core.statistics import RunningStatistics
 from remend.core.whitening import SecondMoment
 from remend.editors.mend import Mend, TokenRows
+from remend.errors import TrainingError
 from remend.models.sharding import gathered
-from remend.tasks.causal_lm import Pair
+from remend.tasks.causal_lm import CausalLM, Pair
 from remend.training.constants import Constants
 from remend.training.episodes import Fact
 from remend.training.workers import Workers
@@ -35,6 +36,15 @@ CONTRAST_RIDGE = 1e-3
 CONTRAST_BATCH = 96
 """Prompts that go through the base model together for it."""
 
+TEXT_TOKENS = 131_072
+"""Tokens of a text over which second moments are taken, at most."""
+
+TEXT_WINDOW = 256
+"""Tokens of one stretch of text that the base model sees together, at most."""
+
+TEXT_BATCH = 16
+"""Stretches that go through it together."""
+
 
 def calibrate(
     editor: Mend,
@@ -42,18 +52,23 @@ def calibrate(
     batches: Sequence[Sequence[Pair]],
     workers: Workers,
     facts: Sequence[Fact] = (),
+    text: Sequence[str] = (),
 ) -> None:
     """Fit the editor to its base model on the training set's edit pairs, and with contrast on its ``facts``.
 
     In one pass over ``batches``; with whitening in a second one over those that the store of gradient factors has no
-    room for.
+    room for, or else over ``text``.
 
     First the whiteners (if the configuration asks for them), since what follows is measured in their coordinates; then
     contrast, if asked for; then the statistics that normalise the networks' inputs; then the units of the step sizes
     (if they are relative). Several processes share the batches and merge what they find.
     """
     own = batches[workers.rank :: workers.count]
-    seen = _fit_whiteners(editor, constants, own, workers) if editor.config.ridge else {}
+    seen: dict[int, dict[str, TokenRows]] = {}
+    if editor.config.ridge and text:
+        _fit_whiteners_to_text(editor, constants.task, text, workers)
+    elif editor.config.ridge:
+        seen = _fit_whiteners(editor, constants, own, workers)
     if editor.config.contrast:
         _fit_contrast(editor, constants, _chunks(facts)[workers.rank :: workers.count], workers)
     for number, batch in enumerate(own):
@@ -74,10 +89,11 @@ def warm(
     batches: Sequence[Sequence[Pair]],
     workers: Workers,
     facts: Sequence[Fact] = (),
+    text: Sequence[str] = (),
 ) -> None:
     """Fill the stores as :func:`calibrate` did, with an editor that is fitted already: with the same bits."""
     own = batches[workers.rank :: workers.count]
-    for batch in own if editor.config.ridge else ():
+    for batch in own if editor.config.ridge and not text else ():
         constants.prefix_states(batch)
     for chunk in _chunks(facts)[workers.rank :: workers.count] if editor.config.contrast else ():
         constants.prefix_states(_prompts(chunk))
@@ -110,6 +126,31 @@ def _fit_whiteners(
         workers.sum(*moment.totals)
         setattr(editor, f"whitener_{index}", moment.whitener(editor.config.ridge))
     return seen
+
+
+def _fit_whiteners_to_text(editor: Mend, task: CausalLM, text: Sequence[str], workers: Workers) -> None:
+    """The same from a text's first tokens, in windows of one length."""
+    modules = find_modules(task.model, editor.shapes)
+    moments = {name: SecondMoment(d_in, editor.device) for name, (d_in, _) in editor.shapes.items()}
+    length = min(TEXT_WINDOW, task.context or TEXT_WINDOW)
+    windows: list[Pair] = []
+    for passage in text:
+        ids = task.prompt_ids(passage) if passage.strip() else []
+        # What a window is followed by is asked for, not looked at.
+        windows += [Pair(tuple(ids[start : start + length]), (0,)) for start in range(0, len(ids), length)]
+        if len(windows) * length >= TEXT_TOKENS:
+            break
+    if not windows:
+        raise TrainingError("the text to take second moments over is empty: give one that holds words, or none")
+    batches = [windows[start : start + TEXT_BATCH] for start in range(0, len(windows), TEXT_BATCH)]
+    for some in batches[workers.rank :: workers.count]:
+        batch = task.collate(some)
+        found = inputs(task.model, modules, partial(task.target_logits, batch))
+        for name, moment in moments.items():
+            moment.update(found[name], batch.mask.to(found[name].device))
+    for index, moment in enumerate(moments.values()):
+        workers.sum(*moment.totals)
+        setattr(editor, f"whitener_{index}", moment.whitener(editor.config.ridge))
 
 
 def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[Fact]], workers: Workers) -> None:

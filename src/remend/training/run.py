@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import random
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,12 +22,11 @@ from remend.tasks.causal_lm import CausalLM
 from remend.training import checkpoint
 from remend.training.config import PRESETS, Resources, TrainingConfig
 from remend.training.episodes import EpisodeBatch, Episodes
+from remend.training.signals import interruptible
+from remend.training.splits import split
 from remend.training.tracking import Log, tracked
 from remend.training.trainer import Trainer
 from remend.training.workers import Workers
-
-HELD_OUT_SHARE = 0.1
-"""The share of subjects kept for validation where no validation file is given."""
 
 CHECKPOINT_MINUTES = 5.0
 
@@ -64,6 +58,7 @@ def train(
     config: TrainingConfig | None = None,
     editor: Mend | None = None,
     resources: Resources | None = None,
+    text: Sequence[str] = (),
     budget_seconds: float | None = None,
     out: str | Path | None = None,
     resume: bool = False,
@@ -88,6 +83,8 @@ def train(
         config: training settings, instead of the preset's.
         editor: an untrained editor, instead of the preset's.
         resources: how the run uses memory and precision.
+        text: passages of ordinary text, over whose tokens the inputs' second moments for whitening are taken; by
+            default over those of the requests' own prompts and targets.
         budget_seconds: end after this time at the latest (of all sessions of the run together).
         out: a new folder in which the best state is kept up to date while training (for ``Mend.from_pretrained``).
         resume: go on with the run that was to fill ``out``; a run that left no checkpoint begins anew.
@@ -117,20 +114,20 @@ def train(
         workers.one_voice(),
         resources.products(),
         tracked(track, out, workers, to_json(settings)) as log,
-        _interruptible(out is not None) as interrupted,
+        interruptible(out is not None) as interrupted,
     ):
         finished = _prepare_out(out, resume)
         workers.wait()  # until all have looked, nobody writes
         if finished is not None:
             return finished
-        requests, validation = _split(requests, validation, settings)
+        requests, validation = split(requests, validation, settings)
         chosen = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
         _check_fresh(chosen, model)
         if sharded:  # only now: to know its base, the editor must see the whole weights
             sharding.shard(model, workers.device)
             chosen.to(workers.device)
         task = CausalLM(model, tokenizer, autocast=resources.autocast)
-        trainer = Trainer(task, chosen, requests, settings, resources, workers)
+        trainer = Trainer(task, chosen, requests, settings, resources, workers, text)
         unseen = Episodes(task, validation[: settings.validation_size], settings.seed, settings.near)
         run = _Run(trainer, unseen.fixed(settings.batch_size), started, budget_seconds, out)
         if not (resume and run.restore()):
@@ -199,30 +196,6 @@ def _prepare_out(out: str | Path | None, resume: bool) -> Mend | None:
 def _named(measured: Mapping[str, float]) -> dict[str, float]:
     """What a validation measured, as it is called in logs."""
     return {f"validation/{name}": value for name, value in measured.items()}
-
-
-@contextmanager
-def _interruptible(wanted: bool) -> Iterator[list[int]]:
-    """Within the block, SIGINT and SIGTERM do not end the process but are noted; a second SIGINT does end it.
-
-    Only where there is a checkpoint to write, and only in the main thread, where Python handles signals.
-    """
-    noted: list[int] = []
-    if not wanted or threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if noted and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _check_fresh(editor: Mend, model: PreTrainedModel) -> None:
@@ -325,29 +298,3 @@ class _Run:
         # What was not trained must not look like an editor.
         if self.out is not None and self.trainer.step > 0 and self.trainer.workers.first:
             self.trainer.editor.save_pretrained(self.out)
-
-
-def _split(
-    requests: Sequence[EditRequest], validation: Sequence[EditRequest] | None, config: TrainingConfig
-) -> tuple[list[EditRequest], list[EditRequest]]:
-    """Training and validation requests that share no subject; validation in an order drawn with the seed."""
-    if validation is None:
-        subjects = sorted({request.key for request in requests})
-        random.Random(f"{config.seed} held out").shuffle(subjects)
-        held_out = set(subjects[: max(2, round(len(subjects) * HELD_OUT_SHARE))])
-        validation = [request for request in requests if request.key in held_out]
-        requests = [request for request in requests if request.key not in held_out]
-    shared = sorted({request.key for request in requests} & {request.key for request in validation})
-    if shared:
-        raise TrainingError(
-            f"training and validation share {len(shared)} subjects ({', '.join(shared[:3])} …): what is measured there "
-            "would be remembered, not learnt. Move each subject to one side"
-        )
-    if not requests or not validation:
-        raise TrainingError(
-            f"{len(requests)} training and {len(validation)} validation requests: at least two subjects are needed on "
-            "each side (a file of one request cannot teach an editor)"
-        )
-    shuffled = list(validation)
-    random.Random(f"{config.seed} validation").shuffle(shuffled)
-    return list(requests), shuffled

@@ -81,10 +81,12 @@ class Trainer:
         config: TrainingConfig,
         resources: Resources | None = None,
         workers: Workers | None = None,
+        text: Sequence[str] = (),
     ) -> None:
         self.task = task
         self.editor = editor
         self.config = config
+        self.text = text
         self.resources = resources or Resources()
         self.workers = workers or Workers(editor.device)
         if config.batch_size < self.workers.count:
@@ -116,8 +118,8 @@ class Trainer:
     def calibrate(self) -> None:
         """Find negatives and fit the editor to the training set's edit pairs; once, before the first step."""
         self._mine()
-        facts = self.episodes.facts()
-        calibration.calibrate(self.editor, self.constants, self._calibration_batches(), self.measuring, facts)
+        facts, batches = self.episodes.facts(), self._calibration_batches()
+        calibration.calibrate(self.editor, self.constants, batches, self.measuring, facts, self.text)
 
     def warm(self, held_out: Sequence[EpisodeBatch]) -> None:
         """Look up again whatever a run of ``step`` steps had looked up, in the same order.
@@ -125,8 +127,8 @@ class Trainer:
         The stores then hold the same bits: rounding depends on which examples were computed together.
         """
         self._mine()
-        facts = self.episodes.facts()
-        calibration.warm(self.editor, self.constants, self._calibration_batches(), self.measuring, facts)
+        facts, batches = self.episodes.facts(), self._calibration_batches()
+        calibration.warm(self.editor, self.constants, batches, self.measuring, facts, self.text)
         for batch in held_out[self.measuring.rank :: self.measuring.count]:
             self._look_up(batch)
         prepared = self.episodes.episodes
