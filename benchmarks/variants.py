@@ -172,7 +172,8 @@ class SeveralSteps(Mend):
                 changes = {name: concatenate([change, more[name]]) for name, change in changes.items()}
             if self.config.settle:
                 changes = settled(unedited, changes, self.config.settle, {name: [0] * len(chunk) for name in changes})
-            found += [{name: change.select(e) for name, change in changes.items()} for e in range(len(chunk))]
+            for e in range(len(chunk)):
+                found.append({name: LowRank(own.u[e], own.delta[e], own.gate) for name, own in changes.items()})
         return found
 
     def _part(self, rows: Any) -> dict[str, LowRank]:

@@ -2,14 +2,19 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import remend
 from remend.data import read_source
+from remend.evaluation.report import Case, Report
 from remend.request import write_requests
 from remend.storage import write_json
+from remend.tasks.causal_lm import CausalLM
+from remend.training import PRESETS
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
@@ -23,6 +28,7 @@ import prefix_cache  # noqa: E402
 import scaling  # noqa: E402
 import time_to_quality  # noqa: E402
 import training_speed  # noqa: E402
+import variants  # noqa: E402
 
 MODEL = {"n_embd": 32, "n_layer": 4, "n_head": 2, "vocab_size": 64}
 RANDOM = {"model": MODEL, "preset": "paper", "tokens": 6, "target_tokens": 2, "seed": 0}
@@ -57,7 +63,7 @@ def facts(tmp_path):
 
 def test_every_benchmark_has_a_configuration_and_every_configuration_a_benchmark():
     configs = {file.stem for file in (FOLDER / "configs").glob("*.json")}
-    assert configs == {file.stem for file in FOLDER.glob("*.py")} - {"common", "pararel", "plot"}
+    assert configs == {file.stem for file in FOLDER.glob("*.py")} - {"common", "pararel", "plot", "variants"}
     for name in configs:
         json.loads((FOLDER / "configs" / f"{name}.json").read_text())
 
@@ -183,6 +189,45 @@ def test_frontier(measured, facts):
     import plot
 
     assert plot.frontier(result) is not None
+
+
+def test_frontiers_are_compared_at_one_locality():
+    def run(*points):
+        return {"frontier": [{"locality_near_same_object": {"mean": n}, "generality": {"mean": g}} for n, g in points]}
+
+    assert frontier.generality_at(run((1.0, 0.4), (0.96, 0.6), (0.94, 0.8), (0.5, 0.9))) == pytest.approx(0.7)
+    assert frontier.generality_at(run((0.9, 0.4), (0.8, 0.6))) is None
+    assert frontier.generality_at(run((1.0, 0.4), (0.96, 0.6))) is None
+
+
+def test_each_edit_is_taken_at_its_best_strength():
+    def cases(*values):
+        named = [dict(zip(("reliability", "generality", "locality_near"), own, strict=True)) for own in values]
+        return [Case(0, "", "", "", {m: {"generated": v} for m, v in own.items()}) for own in named]
+
+    at = {0.5: cases((1, 0.5, 1), (1, 0, 0.5)), 1.0: cases((1, 1, 0), (1, 1, 0.25))}
+    found = frontier.best(Report("", "", at[1.0], 0.0, {}, at))
+    assert found == {"reliability": 1, "generality": 0.75, "locality_near": 0.625}
+
+
+@pytest.mark.parametrize("name", list(variants.VARIANTS))
+def test_variants_train_and_edit(name):
+    """Each changes what it says it changes: edits are finite, and not those of the default."""
+    requests = read_source("atlas:validation")[:24]
+    base, tokenizer = remend.load("atlas", "cpu")
+    task, config = CausalLM(base, tokenizer), replace(PRESETS["default"][1], max_steps=2, batch_size=8)
+    network = replace(PRESETS["default"][0], rank=8)
+    if name == "subject-token":
+        network = replace(network, contrast=0.0, settle=0.0)
+    found = []
+    for variant in (variants.VARIANTS[name], variants.Variant()):
+        editor = variant.editor.for_model(base, network, ["*.2.mlp.c_proj"])
+        variants.train(task, editor, requests, config, variant)
+        (change,) = editor.edit(base, tokenizer, requests[:1]).changes.values()
+        found.append(change.dense())
+    assert found[0].isfinite().all()
+    assert float(found[0].norm()) > 0
+    assert not torch.equal(*found)
 
 
 def test_kill_and_resume(measured, facts):
