@@ -93,15 +93,16 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
     Raises:
         ModelError: a name is unknown, or names something that is not a linear layer.
     """
-    known = dict(model.named_modules())
     found = {}
     for name in names:
-        if name not in known:
-            editable = [n for n, m in known.items() if is_editable(m)]
-            raise ModelError(f"the model has no module {name!r}; {nearest(name, editable)}")
-        if not is_editable(known[name]):
-            raise ModelError(f"{name} is a {type(known[name]).__name__}; a Linear or Conv1D layer was expected")
-        found[name] = known[name]
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            editable = [n for n, m in model.named_modules() if is_editable(m)]
+            raise ModelError(f"the model has no module {name!r}; {nearest(name, editable)}") from None
+        if not is_editable(module):
+            raise ModelError(f"{name} is a {type(module).__name__}; a Linear or Conv1D layer was expected")
+        found[name] = module
     return found
 
 
