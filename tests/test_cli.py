@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
     worlds.tokenizer().save_pretrained(made / "nan")
     (made / "latin1.jsonl").write_bytes(b'{"prompt": "caf\xe9", "target": "t"}')
     (made / "empty.jsonl").write_text("\n")
+    write_requests(made / "bare.jsonl", [r.model_copy(update={"near": ()}) for r in requests[:3]])
     assert run([str(a) for a in ("train", made / "model", *arguments, "--max-steps", 12, "--device", "cpu")]) == 0
     shutil.copytree(made / "model", made / "broken")
     weights = (made / "broken" / "model.safetensors").read_bytes()
@@ -161,7 +162,30 @@ def test_an_edit_can_be_scaled(folder, capsys):
     assert norms["0.5"] == pytest.approx([norm / 2 for norm in norms["1"]], rel=1e-4)
     requests = ["--requests", folder / "test.jsonl", "--max-new-tokens", 4, "--scale", "auto"]
     assert not remend(*common, *requests, "--out", folder / "scaled")
-    assert "of paraphrases follow" in capsys.readouterr().out.replace("\n", " ")
+    assert "of 12 paraphrases follow" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_scaled_edit_says_so(folder, tmp_path, capsys):
+    common = ["edit", folder / "model", *(str(a).format(folder) for a in EDITOR), "--keep-failed", "--scale", "0.5"]
+    request = ["--prompt", "Oslo is", "--target", "Rome", "--max-new-tokens", 4]
+    assert not remend(*common, *request, "--out", tmp_path / "half", "--json", tmp_path / "half.json")
+    assert json.loads((tmp_path / "half.json").read_text())["scale"] == 0.5
+    capsys.readouterr()
+    assert not remend("show", tmp_path / "half")
+    assert "0.5 times as strong as it was made" in capsys.readouterr().out
+    assert Edit.load(tmp_path / "half").scaled(3.0).editor["scale"] == 1.5
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_finished_run_is_not_gone_on_with(folder, capsys):
+    arguments = ["train", folder / "model", "--data", folder / "test.jsonl", "--out", folder / "editor"]
+    assert not remend(*arguments, "--resume", "--max-steps", 100, "--device", "cpu")
+    assert "there is nothing to go on with" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_version(capsys):
+    assert not remend("--version")
+    assert capsys.readouterr().out.startswith("remend ")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +202,18 @@ def test_an_edit_can_be_scaled(folder, capsys):
             2,
             "a picture's name ends with",
         ),
+        (
+            ["evaluate", "{}/model", *EDITOR, "--data", "{}/test.jsonl", "--no-frontier", "--plot", "x.png"],
+            2,
+            "--no-frontier leaves it out",
+        ),
+        (
+            ["evaluate", "{}/model", *EDITOR, "--data", "{}/bare.jsonl", "--plot", "x.png"],
+            2,
+            "no near locality to draw",
+        ),
         (["edit", "{}/model", "--out", "x", "--prompt", "p", "--target", "t"], 2, "which editor?"),
+        (["edit", "atlass", "--out", "x", "--prompt", "p", "--target", "t"], 2, "did you mean 'atlas'?"),
         (["edit", "{}/model", "--out", "x", "--prompt", "p", "--target", ""], 2, "must not be empty"),
         (["edit", "{}/model", "--out", "x", "--requests", "{}/none.jsonl"], 2, "No such file"),
         (

@@ -266,6 +266,25 @@ def test_the_scale_is_chosen_on_the_requests_own_prompts(task, editor):
         assert one.taken == sum(a == w for a, w in zip(answers, wanted, strict=True)) / 3
 
 
+def test_without_near_prompts_no_edit_is_made_stronger_than_it_needs(task, editor, monkeypatch):
+    request = worlds.requests(1)[0]
+    edit = editor.edit(task.model, task.tokenizer, [request])
+
+    def judged(taken_from):
+        def values(_, request, looks):
+            scale = next(scales)
+            found = {"reliability": float(scale >= taken_from), "generality": scale / 2, "locality_near": 1.0}
+            return {name: {"generated": value} for name, value in found.items()}
+
+        scales = iter(SCALES)
+        monkeypatch.setattr("remend.evaluation.scale.Judge.values", values)
+
+    bare = request.model_copy(update={"near": ()})
+    for own, taken_from, scale in ((request, 0.5, 2.0), (bare, 0.5, 1.0), (bare, SCALES[6], SCALES[6])):
+        judged(taken_from)
+        assert choose_scale(task.model, task.tokenizer, edit, [own], 5)[0].scale == scale
+
+
 def test_a_scale_without_any_probe_is_the_one_nearest_to_one(task):
     request = EditRequest(prompt=worlds.requests(1)[0].prompt, target="Oslo")
     name = next(name for name, module in task.model.named_modules() if "mlp." in name and hasattr(module, "weight"))

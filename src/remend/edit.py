@@ -43,7 +43,7 @@ class Edit:
         changes: the change ΔW = deltaᵀu of each module, step size and sign included.
         base: the model it was made for; it refuses any other.
         requests: what it was made to do.
-        editor: what made it, such as ``{"name": "mend", "rank": 256}``.
+        editor: what made it, such as ``{"name": "mend", "rank": 256}``; with ``scale`` if the edit was scaled.
         created: when, ISO 8601, UTC.
     """
 
@@ -148,8 +148,9 @@ class Edit:
         return Edit(changes, base, self.requests + other.requests, self.editor)
 
     def scaled(self, factor: float) -> Edit:
-        """The edit times ``factor``: 0 does nothing, 1 is the edit itself, more overdoes it."""
-        return replace(self, changes={name: change.scaled(factor) for name, change in self.changes.items()})
+        """The edit times ``factor``: 0 does nothing, 1 is the edit itself, more overdoes it. Its manifest tells."""
+        changes = {name: change.scaled(factor) for name, change in self.changes.items()}
+        return replace(self, changes=changes, editor={**self.editor, "scale": factor * self.editor.get("scale", 1.0)})
 
     def compressed(self, rank: int) -> Edit:
         """The nearest edit whose changes have at most ``rank`` factor pairs each."""

@@ -30,6 +30,8 @@ def show(
     made_by = loaded.editor.get("name", "an unnamed editor")
     console.print(f"[bold]{plain(str(edit))}[/]  {size / 1024:.0f} KiB")
     console.print(f"for {plain(loaded.base.name)}, made {plain(loaded.created)} by {plain(made_by)}")
+    if (scale := loaded.editor.get("scale", 1)) != 1:
+        console.print(f"[bold]{scale:g}[/] times as strong as it was made")
     for request in loaded.requests:
         console.print(f"  {plain(request.prompt)} … → [green]{plain(request.target)}[/]")
     console.print(_matrices(loaded))

@@ -81,7 +81,8 @@ def edit(
         )
     if json is not None:
         out_name = str(out) if saved else None
-        write_json(json, {"taken": not failed, "out": out_name, "answers": [as_json(found) for found in answers]})
+        content = {"taken": not failed, "out": out_name, "scale": made.editor.get("scale", 1.0)}
+        write_json(json, {**content, "answers": [as_json(found) for found in answers]})
     if not saved:
         raise typer.Exit(1)
 
@@ -107,17 +108,27 @@ def _scaled(
     wanted: Sequence[EditRequest],
     max_new_tokens: int,
 ) -> Edit:
-    """The edit at the scale that its requests' prompts and probes speak for, and a line about it."""
+    """The edit at the scale that its requests' prompts and probes speak for, and what they say of it and of 1."""
     from remend.evaluation.scale import choose_scale
 
-    best, _ = choose_scale(base, tokenizer, made, wanted, max_new_tokens)
-    known = [
-        *(["paraphrases"] if any(r.paraphrases for r in wanted) else []),
-        *(["near and far prompts"] if any(r.near or r.locality for r in wanted) else []),
-    ]
-    told = f"{best.reached:.0%} of paraphrases follow, {best.kept:.0%} of near and far prompts stay"
-    none = "the requests name no paraphrases and no near or far prompts, so only the prompt itself was looked at"
-    console.print(f"scale [bold]{best.scale:g}[/]: {told if len(known) == 2 else none if not known else told}")
+    best, tried = choose_scale(base, tokenizer, made, wanted, max_new_tokens)
+    paraphrases = sum(len(r.paraphrases) for r in wanted)
+    near, far = sum(len(r.near) for r in wanted), sum(len(r.locality) for r in wanted)
+    if not paraphrases + near + far:
+        told = "the requests name no paraphrases and no near or far prompts, so only the prompt itself was looked at"
+    else:
+        plainly = next(own for own in tried if own.scale == 1)
+        told = (
+            f"{best.reached:.0%} of {paraphrases} paraphrases follow, {best.kept:.0%} of {near} near and {far} far "
+            f"prompts stay (at 1: {plainly.reached:.0%} and {plainly.kept:.0%})"
+        )
+    console.print(f"scale [bold]{best.scale:g}[/]: {told}", soft_wrap=True)
+    if not near:
+        console.print(
+            "[yellow]no near prompts are named[/], so nothing says how far the edit may reach: it is made no stronger "
+            "than its own prompt needs. Name prompts about similar subjects that must stay ('near')",
+            soft_wrap=True,
+        )
     return made.scaled(best.scale)
 
 
@@ -135,4 +146,4 @@ def _requests(prompt: str | None, target: str | None, file: Path | None) -> list
         return [EditRequest(prompt=prompt, target=target)]
     except ValidationError as error:
         first = error.errors()[0]
-        raise RequestError(f"--{first['loc'][0]}: {first['msg']}") from None
+        raise RequestError(f"--{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from remend.cli import options
 from remend.cli.words import plain
+from remend.errors import ConfigError
 
 if TYPE_CHECKING:
     from remend.evaluation import Report
@@ -21,13 +23,13 @@ def evaluate(
     model: options.Model,
     data: Annotated[str, typer.Option(metavar="FILE", help="Requests as JSON lines, or atlas:test.")],
     editor: options.EditorFolder = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests, drawn with the seed.")] = None,
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     quantise: options.Quantise = None,
     seed: options.Seed = 0,
-    frontier: Annotated[bool, typer.Option(help="Also judge the edits scaled, from 0 to 2 times.")] = True,
+    frontier: Annotated[bool, typer.Option(help="Also judge the edits at 0.25 to 2 times their strength.")] = True,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw that as a picture (.png, .svg, .pdf).")
     ] = None,
@@ -45,7 +47,13 @@ def evaluate(
 
     if plot is not None:
         check_plot(plot)
-    requests = read_source(data)[:limit]
+        if not frontier:
+            raise ConfigError("--plot draws the frontier, and --no-frontier leaves it out: give one of them")
+    requests = read_source(data)
+    if limit is not None and limit < len(requests):
+        requests = [requests[i] for i in sorted(random.Random(seed).sample(range(len(requests)), limit))]
+    if plot is not None and not any(request.near for request in requests):
+        raise ConfigError(f"{data}: no request names near prompts, so there is no near locality to draw (--plot)")
     chosen = options.load_editor(editor, model)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     console = Console()
@@ -53,7 +61,8 @@ def evaluate(
         task = bar.add_task("editing", total=len(requests))
         report = measure(
             base, tokenizer, chosen.to(device_of(base)), requests,
-            data=data, max_new_tokens=max_new_tokens, scales=SCALES if frontier or plot is not None else (),
+            data=data, max_new_tokens=max_new_tokens, scales=SCALES if frontier else (),
+            name=Path(editor or model).name,
             on_progress=lambda done, _: bar.update(task, completed=done),
         )  # fmt: skip
     console.print(_table(report))
@@ -61,15 +70,15 @@ def evaluate(
         console.print(_frontier(report))
     console.print(f"{1000 * report.seconds_per_edit:.1f} ms an edit")
     if plot is not None:
-        draw_frontier({plain(report.data): report}, plot)
+        draw_frontier({f"{report.editor} on {report.data}, {len(report.cases)} edits": report}, plot)
     if json is not None:
         report.save(json)
 
 
 def _table(report: Report) -> Table:
-    table = Table(
-        title=f"{len(report.cases)} single edits of {plain(report.model)}, {plain(report.data)}", title_justify="left"
-    )
+    count = len(report.cases)
+    title = f"{count} single edit{'s' if count > 1 else ''} of {plain(report.model)}, {plain(report.data)}"
+    table = Table(title=title, title_justify="left")
     for column in ("metric", "generated", "95 %", "teacher forced", "edits"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, modes in report.metrics().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,8 +98,10 @@ def load_editor(editor: str | None, model: str) -> Mend:
     from remend.errors import ConfigError
 
     if editor is None and model != ATLAS:
+        mistyped = not os.path.isdir(model) and get_close_matches(model, [ATLAS])
+        meant = f"there is no folder {model}; did you mean {ATLAS!r}? If it is a hub id: " if mistyped else ""
         raise ConfigError(
-            f"which editor? Train one for this model: remend train {model} --data requests.jsonl --out editor, "
+            f"{meant}which editor? Train one for this model: remend train {model} --data requests.jsonl --out editor, "
             "then give --editor editor"
         )
     return Mend.from_pretrained(editor or ATLAS)

@@ -63,9 +63,11 @@ def train(
     from remend.storage import write_json
     from remend.training import Resources
     from remend.training import train as train_editor
+    from remend.training.run import check_out
 
     network, settings = options.preset(preset)
     passages = read_text(text) if text else ()
+    check_out(out, resume)
     requests = read_source(data)
     held_out = read_source(validation) if validation else None
     settings = replace(settings, seed=seed, max_steps=max_steps or settings.max_steps)
@@ -98,7 +100,14 @@ def train(
             console.print(_stopped(editor.trained, out), soft_wrap=True)
             raise typer.Exit(130) from None
     best = min(trained.trained["history"], key=lambda entry: entry["loss"])
-    console.print(f"best at step {best['step']:.0f}: {_words(best)}; saved to [bold]{plain(out)}[/]", soft_wrap=True)
+    measured = f"{_words(best)} (of {trained.trained.get('validation_requests', '?')} for validation)"
+    console.print(f"best at step {best['step']:.0f}: {measured}; saved to [bold]{plain(out)}[/]", soft_wrap=True)
+    if best["step"] == 0:
+        console.print(
+            "[yellow]training made nothing better[/] than the closed form it began with: give more requests about more "
+            "subjects, or more time",
+            soft_wrap=True,
+        )
     if min(best["taken"], best["kept"]) < DOUBTFUL:
         console.print(
             "[red]This editor is not fit for use[/]: give it more requests about more subjects, with paraphrases and "

@@ -10,6 +10,8 @@ from remend.errors import ConfigError, FileError
 from remend.evaluation.report import Report
 
 FORMATS = (".pdf", ".png", ".svg")
+LABELLED = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+"""Strengths that are named beside their points; others would be written over each other."""
 
 
 def check_plot(path: Path) -> None:
@@ -40,6 +42,7 @@ def draw_frontier(reports: Mapping[str, Report], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 5), layout="constrained")
+    lowest = 1.0
     for name, report in reports.items():
         at = {
             scale: {metric: modes["generated"].mean for metric, modes in own.items()}
@@ -52,16 +55,16 @@ def draw_frontier(reports: Mapping[str, Report], path: Path) -> None:
         gained = [0.0, *(own[success] for own in at.values())]
         (line,) = axes.plot(near, gained, marker="o", markersize=3.5, linewidth=1.4, label=f"{name}: {success}")
         axes.plot(at[1.0]["locality_near"], at[1.0][success], marker="o", markersize=9, color=line.get_color())
-        for scale, own in at.items():
-            axes.annotate(
-                f"{scale:g}×",
-                (own["locality_near"], own[success]),
-                textcoords="offset points",
-                xytext=(6, -3),
-                fontsize=7,
-            )
+        for scale in LABELLED:
+            if scale in at:
+                place = (at[scale]["locality_near"], at[scale][success])
+                axes.annotate(
+                    f"{scale:g}×", place, textcoords="offset points", xytext=(-8, -10), fontsize=7, ha="right"
+                )
+        lowest = min(lowest, *near)
     axes.set(xlabel="near locality: answers of near prompts that stay", ylabel="success: paraphrases that follow")
-    axes.set(xlim=(-0.02, 1.03), ylim=(-0.02, 1.03), title="Edits at 0 to 2 times their strength")
+    edge = max(0.0, lowest - 0.1)
+    axes.set(xlim=(edge, 1.02), ylim=(-0.02, 1.03), title="Edits at 0 to 2 times their strength (large: as made)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left", fontsize=8)
     figure.savefig(path, dpi=150)

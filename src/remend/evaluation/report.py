@@ -85,6 +85,7 @@ class Report:
         cases: one entry an edit.
         seconds_per_edit: wall time of making an edit, evaluation not included.
         environment: versions, device and threads.
+        editor: the name of what made the edits, if it was told.
         frontier: the same cases with the edits multiplied by each of some scales, if that was asked for.
     """
 
@@ -94,6 +95,7 @@ class Report:
     seconds_per_edit: float
     environment: Mapping[str, Any] = field(default_factory=dict)
     frontier: Mapping[float, Sequence[Case]] = field(default_factory=dict)
+    editor: str = ""
 
     def metrics(self) -> dict[str, dict[str, Summary]]:
         """Each metric that has data, by mode. One without data is absent, never 0."""
@@ -111,6 +113,7 @@ class Report:
             "schema": SCHEMA,
             "model": self.model,
             "data": self.data,
+            **({"editor": self.editor} if self.editor else {}),
             "edits": len(self.cases),
             "metrics": _as_json(self.metrics()),
             **({"frontier": frontier} if frontier else {}),

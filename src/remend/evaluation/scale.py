@@ -12,8 +12,8 @@ from remend.evaluation.judging import Judge, look, own_answers
 from remend.request import EditRequest
 from remend.tasks.causal_lm import CausalLM
 
-SCALES = tuple(round(0.5 * 2 ** (step / 4), 3) for step in range(13))
-"""0.5 to 4, in steps of a fourth of an octave."""
+SCALES = tuple(round(0.5 * 2 ** (step / 4), 3) for step in range(9))
+"""0.5 to 2, in steps of a fourth of an octave."""
 
 KEPT = ("locality_near", "locality_far")
 
@@ -50,8 +50,9 @@ def choose_scale(
     """The best scale for an edit, and all that were tried (:data:`SCALES`).
 
     The best one lets the most requests' prompts take; among those, most paraphrases follow and most near and far
-    probes stay; of equals, the one nearest to 1, what the editor was trained for. A request without probes says
-    nothing about them: the result is as good as what it is chosen on.
+    probes stay; of equals, the one nearest to 1, what the editor was trained for. The result is as good as the probes
+    it is chosen on: where no request names near ones, nothing says how far an edit may reach, and it is made no
+    stronger than it is, unless its own prompts need that.
 
     Args:
         model: the unedited model; left as it was.
@@ -76,7 +77,10 @@ def choose_scale(
                 kept=_mean([_mean([own[name] for name in KEPT if name in own] or [1.0]) for own in values]),
             )
         )
-    return max(tried, key=lambda own: own.worth), tried
+    most = max(own.taken for own in tried)
+    needed = min(own.scale for own in tried if own.taken == most)
+    bounded = tried if any(request.near for request in requests) else [t for t in tried if t.scale <= max(1, needed)]
+    return max(bounded, key=lambda own: own.worth), tried
 
 
 def _mean(values: Sequence[float]) -> float:

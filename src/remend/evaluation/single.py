@@ -33,6 +33,7 @@ def evaluate(
     data: str = "",
     max_new_tokens: int = 32,
     scales: Sequence[float] = (),
+    name: str = "",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Edit the model once for each request and measure what changed and what did not.
@@ -51,6 +52,7 @@ def evaluate(
         data: where they come from, for the report.
         max_new_tokens: how far the unedited model's own answers are decoded.
         scales: multiples of each edit that are judged too, for the frontier between success and locality.
+        name: of the editor, for the report.
         on_progress: called with (edits done, edits in all).
 
     Raises:
@@ -81,6 +83,6 @@ def evaluate(
                     )
                 )
         on_progress(min(start + EDITS_AT_ONCE, len(requests)), len(requests))
-    name = str(model.config._name_or_path)
+    model_name = str(model.config._name_or_path)
     frontier = {scale: cases[scale] for scale in sorted(every)} if len(every) > 1 else {}
-    return Report(name, data, cases[1.0], seconds / len(requests), environment(task.device), frontier)
+    return Report(model_name, data, cases[1.0], seconds / len(requests), environment(task.device), frontier, name)

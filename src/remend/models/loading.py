@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def load(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "the folder" if Path(source).exists() else "taken for a hub id, since no folder has this name"
+        where += f"; did you mean {ATLAS!r}?" if get_close_matches(model, [ATLAS]) else ""
         raise ModelError(f"cannot load {model!r} ({where}) as a causal language model: {reason}") from error
     loaded.config._name_or_path = model
     if "device_map" not in placed:  # else it lies where it belongs, and must not be moved

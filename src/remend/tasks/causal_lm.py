@@ -130,7 +130,7 @@ class CausalLM:
         Raises:
             RequestError: the prompt is empty, or nothing of it is left when tokenised.
         """
-        ids = self._strip_end(self.tokenizer(prompt.rstrip(" ")).input_ids) if prompt.strip() else []
+        ids = self._strip_end(self.tokenizer(prompt.rstrip(" "), verbose=False).input_ids) if prompt.strip() else []
         if not ids:
             raise RequestError(f"the prompt {prompt!r} holds no text that the tokenizer knows")
         return ids

@@ -5,6 +5,7 @@ The base model is frozen, so none of it changes afterwards.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -142,6 +143,12 @@ def _fit_whiteners_to_text(editor: Mend, task: CausalLM, text: Sequence[str], wo
             break
     if not windows:
         raise TrainingError("the text to take second moments over is empty: give one that holds words, or none")
+    if (tokens := sum(len(window.prompt) for window in windows)) < max(d_in for d_in, _ in editor.shapes.values()):
+        warnings.warn(
+            f"the text has {tokens} tokens, fewer than a matrix has inputs: most directions are not seen there, and "
+            " whitening does little. Give a longer text",
+            stacklevel=2,
+        )
     batches = [windows[start : start + TEXT_BATCH] for start in range(0, len(windows), TEXT_BATCH)]
     for some in batches[workers.rank :: workers.count]:
         batch = task.collate(some)

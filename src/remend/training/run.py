@@ -176,21 +176,37 @@ def _prepare_out(out: str | Path | None, resume: bool) -> Mend | None:
         if resume:
             raise TrainingError("resume goes on with the run that was to fill a folder: say which, with out")
         return None
+    check_out(out, resume)
+    left = checkpoint.folder_of(out).is_dir()
+    if not resume or left:
+        return None
+    if (Path(out) / MANIFEST).exists():
+        trained = read_manifest(out, FORMAT).get("trained", {})
+        if trained.get("finished"):
+            warnings.warn(
+                f"the run that filled {out} ended at step {trained['steps']}: there is nothing to go on with. A longer "
+                "one begins anew, in another folder",
+                stacklevel=3,
+            )
+            return Mend.from_pretrained(out)
+    warnings.warn(f"no checkpoint was written for {out} yet: the run begins anew", stacklevel=3)
+    return None
+
+
+def check_out(out: str | Path, resume: bool) -> None:
+    """Refuse a folder that a run may not be written to.
+
+    Raises:
+        FileError: something stands there already, and ``resume`` does not go on with it.
+    """
     check_target(out)
     has_editor = (Path(out) / MANIFEST).exists()
     left = checkpoint.folder_of(out).is_dir()
-    if not resume:
-        if has_editor or left:
-            what = "an editor or an edit" if has_editor else "the checkpoints of an unfinished run"
-            where = out if has_editor else checkpoint.folder_of(out)
-            advice = "go on with it (resume=True, --resume), " if left else ""
-            raise FileError(f"{where} holds {what} already; {advice}choose another folder, or delete it first")
-        return None
-    if has_editor and not left and read_manifest(out, FORMAT).get("trained", {}).get("finished"):
-        return Mend.from_pretrained(out)
-    if not left:
-        warnings.warn(f"no checkpoint was written for {out} yet: the run begins anew", stacklevel=3)
-    return None
+    if not resume and (has_editor or left):
+        what = "an editor or an edit" if has_editor else "the checkpoints of an unfinished run"
+        where = out if has_editor else checkpoint.folder_of(out)
+        advice = "go on with it (resume=True, --resume), " if left else ""
+        raise FileError(f"{where} holds {what} already; {advice}choose another folder, or delete it first")
 
 
 def _named(measured: Mapping[str, float]) -> dict[str, float]:
@@ -288,6 +304,7 @@ class _Run:
         self.trainer.editor.trained = {
             "config": to_json(self.trainer.config),
             "requests": len(self.trainer.episodes),
+            "validation_requests": sum(map(len, self.held_out)),
             "seconds": round(self.seconds(), 1),
             "steps": self.trainer.step,
             "best_step": self.standing.best_step,
