@@ -64,7 +64,7 @@ def draw_frontier(reports: Mapping[str, Report], path: Path) -> None:
         lowest = min(lowest, *near)
     axes.set(xlabel="near locality: answers of near prompts that stay", ylabel="success: paraphrases that follow")
     edge = max(0.0, lowest - 0.1)
-    axes.set(xlim=(edge, 1.02), ylim=(-0.02, 1.03), title="Edits at 0 to 2 times their strength (large: as made)")
+    axes.set(xlim=(edge, 1.02), ylim=(-0.06, 1.03), title="Edits at 0 to 2 times their strength (large: as made)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left", fontsize=8)
     figure.savefig(path, dpi=150)
