@@ -15,6 +15,7 @@ from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, EditError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest, Probe
+from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS, Trainer, TrainingConfig
 from remend.training.episodes import Episodes
 from remend.training.negatives import MINED
@@ -100,7 +101,7 @@ def test_without_paraphrases_keys_are_left_as_they_are():
 def test_inputs_are_what_the_modules_are_called_with(task):
     modules = editable_modules(task.model)
     batch = task.collate([task.tokenise(r.prompt, r.target) for r in worlds.requests(3)])
-    found = inputs(task.model, modules, lambda: task.target_logits(batch))
+    found = inputs(task.model, modules, batch.rows, lambda: task.target_logits(batch))
     editor = Mend.for_model(task.model, MendConfig(rank=4))
     for name, factor in editor.capture(task, batch).items():
         torch.testing.assert_close(found[name][batch.mask], factor.u[batch.mask])
@@ -121,6 +122,20 @@ def test_the_default_edits_outputs_at_target_tokens_and_each_answers_to_itself_w
         answers = (aimed * own.u).sum(1)
         assert ((answers - 1).abs() < 1e-3).sum() >= len(answers) / 4
         assert answers.max() < 1.001, "no token answers with more"
+
+
+def test_models_that_put_rows_and_tokens_on_one_axis_are_trained_too():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "ffn_dim": 40, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = OPTConfig(**sizes, vocab_size=len(worlds.tokenizer()), max_position_embeddings=48, word_embed_proj_dim=16)
+    model = OPTForCausalLM(config).eval()
+    editor = Mend.for_model(model, DEFAULT)
+    trainer = Trainer(CausalLM(model, worlds.tokenizer()), editor, worlds.requests(12), SETTINGS)
+    trainer.calibrate()
+    assert all(trainer.train_step() > 0 for _ in range(2))
+    assert editor.edit(model, worlds.tokenizer(), worlds.requests(1)).changes
 
 
 def test_contrast_and_settling_survive_saving(task, tmp_path):

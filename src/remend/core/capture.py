@@ -129,9 +129,11 @@ def capture(
 
 @torch.no_grad()
 def inputs(
-    model: nn.Module, modules: Mapping[str, nn.Module], forward: Callable[[], object]
+    model: nn.Module, modules: Mapping[str, nn.Module], rows: int, forward: Callable[[], object]
 ) -> dict[str, Float[Tensor, "row token d"]]:
-    """What each module is called with when ``forward`` runs, as float32; no gradient is taken.
+    """What each module is called with when ``forward`` runs on ``rows`` rows, as float32; no gradient is taken.
+
+    Some models flatten rows and tokens into one axis before their MLPs; here they are apart again.
 
     Raises:
         ModelError: a module was not called.
@@ -139,7 +141,11 @@ def inputs(
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        return lambda module, args, kwargs: found.update({name: input_of(args, kwargs).detach().float()})
+        def kept(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = input_of(args, kwargs).detach().float()
+            found[name] = x.reshape(rows, -1, x.shape[-1])
+
+        return kept
 
     handles = [module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in modules.items()]
     try:

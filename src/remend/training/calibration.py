@@ -152,7 +152,7 @@ def _fit_whiteners_to_text(editor: Mend, task: CausalLM, text: Sequence[str], wo
     batches = [windows[start : start + TEXT_BATCH] for start in range(0, len(windows), TEXT_BATCH)]
     for some in batches[workers.rank :: workers.count]:
         batch = task.collate(some)
-        found = inputs(task.model, modules, partial(task.target_logits, batch))
+        found = inputs(task.model, modules, batch.rows, partial(task.target_logits, batch))
         for name, moment in moments.items():
             moment.update(found[name], batch.mask.to(found[name].device))
     for index, moment in enumerate(moments.values()):
@@ -168,7 +168,7 @@ def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[
         pairs = _prompts(chunk)
         batch = constants.task.collate(pairs)
         with constants.prefix.resumed(constants.prefix_states(pairs)):
-            found = inputs(constants.task.model, modules, partial(constants.task.target_logits, batch))
+            found = inputs(constants.task.model, modules, batch.rows, partial(constants.task.target_logits, batch))
         last = torch.tensor([len(pair.prompt) - 1 for pair in pairs])
         owners = torch.tensor([number for number, fact in enumerate(chunk) for _ in fact.prompts])
         near_owners = torch.tensor([n for n, fact in enumerate(chunk) for _ in fact.near], dtype=torch.long)
