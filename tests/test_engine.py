@@ -206,6 +206,47 @@ def test_entering_at_the_lowest_edited_block_equals_the_whole_pass(task, snapsho
     snapshot()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_blocks_that_return_tuples_are_entered_too(bias, monkeypatch):
+    """As GPT-Neo's do; and as T5's do, which hand on what only the first of them computes."""
+    model, ran = worlds.gpt2(), []
+    handed: list[object] = [None]
+    for place, block in enumerate(model.transformer.h):
+
+        def forward(hidden, *args, block=block, place=place, **kwargs):
+            ran.append(place)
+            shift = handed[0] if place else 0.1 * torch.ones(hidden.shape[-1])
+            found = type(block).forward(block, hidden + shift if bias else hidden, *args, **kwargs)
+            return found, shift if bias else None
+
+        monkeypatch.setattr(block, "forward", forward, raising=False)
+
+    def hands_on(block, args, output):
+        handed[0] = output[1]
+        return output
+
+    hooks = [block.register_forward_hook(hands_on) for block in model.transformer.h]
+    hooks += [
+        block.register_forward_pre_hook(lambda _, args: (take(args[0]), *args[1:])) for block in model.transformer.h
+    ]
+
+    def take(value):
+        return value[0] if isinstance(value, tuple) else value
+
+    hooks.append(model.transformer.ln_f.register_forward_pre_hook(lambda _, args: (take(args[0]),)))
+    task = CausalLM(model.eval(), worlds.tokenizer())
+    prefix, batch = cut(task)
+    whole = task.target_logits(batch)
+    states = prefix.states(lambda: task.target_logits(batch))
+    assert prefix.returned == 2
+    ran.clear()
+    handed[0] = None
+    with prefix.resumed(states):
+        torch.testing.assert_close(task.target_logits(batch), whole)
+    assert ran == ([0, 2, 3] if bias else [2, 3])
+    assert prefix.verify(lambda: task.target_logits(batch), lambda: task.target_states(batch), task.logits)
+
+
 def test_the_output_layer_alone_makes_the_same_logits_of_its_input(task):
     prefix, batch = cut(task)
     states = task.target_states(batch)

@@ -2,6 +2,10 @@
 
 What enters the lowest edited block is the same before and after every edit. So it is computed once, and the model is
 entered again there: its own forward pass runs, with the blocks below handing on what they were told.
+
+Most blocks return hidden states, some a tuple of which they are the first part. Where more parts count (T5's blocks
+hand on the position bias that the first of them computes), the first block runs, and only its hidden states are
+replaced.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ class Prefix:
     Attributes:
         blocks: the model's blocks, in order; empty where it cannot be cut.
         depth: how many of them lie below the cut; with 0, everything is computed anew.
+        returned: how many parts a block returns, 0 where it returns hidden states themselves.
+        bare: whether the parts but the first are all None.
     """
 
     def __init__(self, model: nn.Module, edited: Iterable[str]) -> None:
@@ -44,10 +50,12 @@ class Prefix:
         self.blocks = [block for _, block in stack]
         places = [_place(name, [prefix for prefix, _ in stack]) for name in edited]
         self.depth = min((place if place is not None else 0 for place in places), default=0)
+        self.returned, self.bare = 0, True
 
     def states(self, forward: Callable[[], object]) -> Float[Tensor, "row token d"]:
         """What enters the lowest edited block when ``forward`` runs the model; nothing above is computed."""
-        return reach(self.blocks[self.depth], forward)
+        with self._noting():
+            return reach(self.blocks[self.depth], forward)
 
     @contextmanager
     def resumed(self, states: Float[Tensor, "row token d"] | None) -> Iterator[None]:
@@ -55,7 +63,21 @@ class Prefix:
         if states is None:
             yield
             return
-        with _replaced(self.blocks[: self.depth], lambda own: lambda *args, **kwargs: states):
+        below = self.blocks[: self.depth]
+        if self.bare:
+            with _replaced(below, lambda own: lambda *args, **kwargs: self._parts(states)):
+                yield
+            return
+        found: list[tuple[Any, ...]] = []
+
+        def first(own: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+                found[:] = [(states, *own(*args, **kwargs)[1:])]
+                return found[0]
+
+            return run
+
+        with _replaced(below[:1], first), _replaced(below[1:], lambda own: lambda *args, **kwargs: found[0]):
             yield
 
     @contextmanager
@@ -72,15 +94,37 @@ class Prefix:
             return
         handle = self.blocks[self.depth].register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            yield kept
+            with self._noting():
+                yield kept
         finally:
             handle.remove()
 
     @contextmanager
     def hollow(self) -> Iterator[None]:
         """Within the block, no block of the model computes anything; what is left is around them."""
-        with _replaced(self.blocks, lambda own: lambda *args, **kwargs: _hidden(args, kwargs)):
+        with _replaced(self.blocks, lambda own: lambda *args, **kwargs: self._parts(_hidden(args, kwargs))):
             yield
+
+    def _parts(self, states: Tensor) -> Tensor | tuple[Any, ...]:
+        """Hidden states as a block returns them."""
+        return (states, *[None] * (self.returned - 1)) if self.returned else states
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Within the block, a pass that begins at the beginning tells what blocks return."""
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.returned = len(output) if isinstance(output, tuple) else 0
+            self.bare = not self.returned or all(part is None for part in output[1:])
+
+        if not self.blocks:
+            yield
+            return
+        handle = self.blocks[0].register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
@@ -105,7 +149,8 @@ class Prefix:
             last: runs it and returns what its output layer sees.
             head: makes logits of that.
         """
-        whole = logits().float()
+        with self._noting():
+            whole = logits().float()
         if not whole.isfinite().all():
             return True  # a broken model: training will say where it breaks
         try:
