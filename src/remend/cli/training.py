@@ -99,6 +99,12 @@ def train(
             bar.stop()
             console.print(_stopped(editor.trained, out), soft_wrap=True)
             raise typer.Exit(130) from None
+    if trained is not editor:  # it was there already
+        console.print(
+            f"that run had ended, at step {trained.trained['steps']}: there is nothing to go on with, and nothing was "
+            "trained. A longer run begins anew, in another folder",
+            soft_wrap=True,
+        )
     best = min(trained.trained["history"], key=lambda entry: entry["loss"])
     measured = f"{_words(best)} (of {trained.trained.get('validation_requests', '?')} for validation)"
     console.print(f"best at step {best['step']:.0f}: {measured}; saved to [bold]{plain(out)}[/]", soft_wrap=True)

@@ -180,15 +180,8 @@ def _prepare_out(out: str | Path | None, resume: bool) -> Mend | None:
     left = checkpoint.folder_of(out).is_dir()
     if not resume or left:
         return None
-    if (Path(out) / MANIFEST).exists():
-        trained = read_manifest(out, FORMAT).get("trained", {})
-        if trained.get("finished"):
-            warnings.warn(
-                f"the run that filled {out} ended at step {trained['steps']}: there is nothing to go on with. A longer "
-                "one begins anew, in another folder",
-                stacklevel=3,
-            )
-            return Mend.from_pretrained(out)
+    if (Path(out) / MANIFEST).exists() and read_manifest(out, FORMAT).get("trained", {}).get("finished"):
+        return Mend.from_pretrained(out)
     warnings.warn(f"no checkpoint was written for {out} yet: the run begins anew", stacklevel=3)
     return None
 
