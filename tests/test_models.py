@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import worlds
-from remend.errors import ModelError
+from remend.errors import ConfigError, ModelError
 from remend.models import editable_modules, load
-from remend.models.structure import block_stack
+from remend.models.structure import block_stack, choose_blocks
 
 
 def test_the_default_is_the_mlps_of_the_last_three_blocks():
@@ -64,6 +64,46 @@ def test_globs_and_their_mistakes():
         editable_modules(model, ["transformer.h.0.mlp.fc"])
     with pytest.raises(ModelError, match="no stack of blocks"):
         editable_modules(nn.Linear(2, 2))
+
+
+def test_regular_expressions():
+    model = worlds.gpt2()
+    found = list(editable_modules(model, [r"re:transformer\.h\.[02]\.mlp\..*"]))
+    assert found == [f"transformer.h.{block}.mlp.{layer}" for block in (0, 2) for layer in ("c_fc", "c_proj")]
+    with pytest.raises(ConfigError, match="is no regular expression"):
+        editable_modules(model, ["re:("])
+    with pytest.raises(ModelError, match="no editable module matches"):
+        editable_modules(model, ["re:mlp"])
+
+
+@pytest.mark.parametrize(
+    ("layers", "blocks"),
+    [
+        ("last-3", [7, 8, 9]),
+        ("last-99", list(range(10))),
+        ("4", [4]),
+        ("2-4", [2, 3, 4]),
+        ("0, 5-6", [0, 5, 6]),
+        ("0-1", [0, 1]),
+        ("0.6-0.8", [6, 7]),
+        ("0.0-1", list(range(10))),
+        ("0.75-1.0", [7, 8, 9]),
+        (".4-.5,last-1", [4, 9]),
+    ],
+)
+def test_blocks_can_be_chosen(layers, blocks):
+    model = worlds.gpt2(n_layer=10)
+    assert [name for name, _ in choose_blocks(model, layers)] == [f"transformer.h.{block}" for block in blocks]
+    found = editable_modules(model, layers=layers, outputs_only=True)
+    assert list(found) == [f"transformer.h.{block}.mlp.c_proj" for block in blocks]
+    found = editable_modules(model, ["*.c_attn"], layers=layers)
+    assert list(found) == [f"transformer.h.{block}.attn.c_attn" for block in blocks]
+
+
+@pytest.mark.parametrize("layers", ["10", "8-10", "5-2", "first-2", "last-0", "", "0.99-0.995", "-1", "0.2", "1.5-2"])
+def test_wrong_choices_of_blocks(layers):
+    with pytest.raises(ConfigError, match=r"names none of this model's 10 blocks. Allowed are 'last-3'"):
+        choose_blocks(worlds.gpt2(n_layer=10), layers)
 
 
 def test_loading_a_folder(tmp_path):

@@ -25,6 +25,7 @@ def doctor(
     ] = "atlas:train",
     preset: options.Preset = "default",
     modules: options.Modules = None,
+    layers: options.Layers = None,
     memory: options.Memory = None,
     micro_batch: options.MicroBatch = None,
     cache: options.Cache = 1.0,
@@ -51,7 +52,7 @@ def doctor(
     def show(check: Check) -> None:
         console.print(f"{_SIGNS[check.passed]} {check.name}: {plain(check.found)}", soft_wrap=True, highlight=False)
 
-    found = examine(base, tokenizer, requests, chosen, modules or (), resources, show)
+    found = examine(base, tokenizer, requests, chosen, modules or (), resources, show, layers)
     console.print(_matrices(found))
     console.print(_costs(found))
     for sentence in found.advice:

@@ -23,7 +23,13 @@ Dtype = Annotated[
 ]
 Quantise = Annotated[str | None, typer.Option(help="bnb-4bit, bnb-8bit or torchao-int8: weights in fewer bits.")]
 Preset = Annotated[str, typer.Option(help="paper or default: the editor network and how it is trained.")]
-Modules = Annotated[list[str] | None, typer.Option(help="Globs of the matrices to edit; MLPs of the last 3 blocks.")]
+Modules = Annotated[
+    list[str] | None, typer.Option(help="Globs of the matrices to edit, or re:expressions; else the MLPs'.")
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(metavar="BLOCKS", help="Blocks to edit: last-3 (the default), 12-14, 0.6-0.8 of the depth."),
+]
 Memory = Annotated[
     float | None,
     typer.Option(min=0, help="GB that training may take, the model included; micro-batches are made to fit."),

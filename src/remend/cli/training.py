@@ -45,6 +45,7 @@ def train(
         list[str] | None, typer.Option(help="tensorboard, wandb or trackio: logs of every step, in DIR.logs.")
     ] = None,
     modules: options.Modules = None,
+    layers: options.Layers = None,
     memory: options.Memory = None,
     micro_batch: options.MicroBatch = None,
     cache: options.Cache = 1.0,
@@ -73,7 +74,7 @@ def train(
     settings = replace(settings, seed=seed, max_steps=max_steps or settings.max_steps)
     resources = Resources(micro_batch, memory, cache, cache_folder, recompute, precision)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-    editor = Mend.for_model(base, network, modules or (), seed)
+    editor = Mend.for_model(base, network, modules or (), seed, layers)
     console = Console(quiet=options.process() > 0)  # of several processes, the first one speaks
     several = f" in {count} processes" if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1 else ""
     console.print(f"{len(requests)} requests{several}; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)

@@ -92,19 +92,25 @@ class Mend(nn.Module):
 
     @classmethod
     def for_model(
-        cls, model: PreTrainedModel, config: MendConfig | None = None, modules: Sequence[str] = (), seed: int = 0
+        cls,
+        model: PreTrainedModel,
+        config: MendConfig | None = None,
+        modules: Sequence[str] = (),
+        seed: int = 0,
+        layers: str | None = None,
     ) -> Mend:
         """An untrained editor for ``model``, on the model's device.
 
         Args:
             model: the base model.
             config: settings; the paper's by default.
-            modules: globs that name the matrices to edit; by default the MLPs of the last three blocks, or their
-                outputs only.
+            modules: globs, or regular expressions after ``re:``, that name the matrices to edit; by default the MLPs of
+                the last three blocks, or their outputs only.
             seed: of the networks' initial weights; the global random state is left alone.
+            layers: the blocks to edit, as ``last-3``, ``12-14`` or ``0.6-0.8`` of the depth.
         """
         config = config or MendConfig()
-        chosen = editable_modules(model, modules, config.outputs_only)
+        chosen = editable_modules(model, modules, config.outputs_only, layers)
         shapes = {name: dimensions(module) for name, module in chosen.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -3,55 +3,120 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
 from remend.base import find_modules
 from remend.core.layers import dimensions, is_editable
-from remend.errors import ModelError, nearest
+from remend.errors import ConfigError, ModelError, nearest
 
-LAST_BLOCKS = 3
+LAST = "last-3"
 """The paper edits the MLP matrices of a decoder's last three blocks (section 5)."""
+
+REGEX = "re:"
+"""What a pattern begins with that is a regular expression, not a glob."""
 
 
 def editable_modules(
-    model: nn.Module, patterns: Sequence[str] = (), outputs_only: bool = False
+    model: nn.Module, patterns: Sequence[str] = (), outputs_only: bool = False, layers: str | None = None
 ) -> dict[str, nn.Module]:
-    """The matrices to edit, by name: those that match a glob in ``patterns``, or the MLPs' of the last blocks.
+    """The matrices to edit, by name: those that match one of ``patterns``, or the MLPs' of the last blocks.
 
     Args:
         model: the model.
-        patterns: globs, if any.
+        patterns: globs, or regular expressions that begin with ``re:``; a name must match as a whole.
         outputs_only: of the MLPs, without ``patterns``, only the matrices that narrow again: what they write goes into
             the residual stream as it is, while what the others write goes through the activation first.
+        layers: the blocks to look in, as :func:`choose_blocks` reads it; by default the last three where there is no
+            pattern, and everywhere where there is one.
 
     Raises:
+        ConfigError: a regular expression is malformed, or ``layers`` names no block.
         ModelError: nothing matches, or no stack of blocks with MLPs was found; the message names what exists.
     """
     every = {name: module for name, module in model.named_modules() if is_editable(module)}
     for name in _shared(model, every):
         del every[name]
     if patterns:
-        chosen = {n: m for n, m in every.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
+        matches = [_matcher(pattern) for pattern in patterns]
+        chosen = {name: module for name, module in every.items() if any(match(name) for match in matches)}
+        if layers is not None:
+            inside = tuple(f"{prefix}." for prefix, _ in choose_blocks(model, layers))
+            chosen = {name: module for name, module in chosen.items() if name.startswith(inside)}
         if not chosen:
+            where = f" in the blocks {layers}" if layers is not None else ""
             raise ModelError(
-                f"no editable module matches {' '.join(patterns)} (the output layer, and weights that several modules "
-                f"share, cannot be edited); {nearest(patterns[0], every)}"
+                f"no editable module{where} matches {' '.join(patterns)} (the output layer, and weights that several "
+                f"modules share, cannot be edited); {nearest(patterns[0], every)}"
             )
         return chosen
-    blocks = block_stack(model)
-    names = [name for prefix, block in blocks[-LAST_BLOCKS:] for name in mlp_matrices(prefix, block)]
+    blocks = choose_blocks(model, layers or LAST)
+    names = [name for prefix, block in blocks for name in mlp_matrices(prefix, block)]
     if outputs_only:
         shapes = {name: dimensions(module) for name, module in find_modules(model, names).items()}
         names = [name for name, (d_in, d_out) in shapes.items() if d_in > d_out]
     if not names:
         raise ModelError(
-            f"{type(model).__name__}: found no MLP (a pair of linear layers that widens and narrows again) in its last "
-            f"{LAST_BLOCKS} blocks; name the matrices with --modules. Editable: {', '.join(list(every)[:8])} …"
+            f"{type(model).__name__}: found no MLP (a pair of linear layers that widens and narrows again) in its "
+            f"blocks {layers or LAST}; name the matrices with --modules. Editable: {', '.join(list(every)[:8])} …"
         )
     return find_modules(model, names)
+
+
+def choose_blocks(model: nn.Module, layers: str) -> list[tuple[str, nn.Module]]:
+    """Some of the model's blocks, in order, with their names.
+
+    Args:
+        model: the model.
+        layers: ``last-3``; numbers from 0 and ranges of them, ends included (``12``, ``12-14``); or shares of the depth
+            (``0.6-0.8``), for the blocks whose middle lies there; several of these with commas.
+
+    Raises:
+        ConfigError: it is none of these, or names a block that there is not.
+        ModelError: the model has no stack of blocks.
+    """
+    stack = block_stack(model)
+    chosen: set[int] = set()
+    for part in layers.split(","):
+        found = _places(part.strip(), len(stack))
+        if not found:
+            raise ConfigError(
+                f"layers {layers!r}: {part.strip()!r} names none of this model's {len(stack)} blocks. Allowed are "
+                f"'last-3', numbers from 0 to {len(stack) - 1} and ranges of them ('2-4'), shares of the depth "
+                "('0.6-0.8'), and several of these with commas"
+            )
+        chosen |= found
+    return [stack[place] for place in sorted(chosen)]
+
+
+def _places(part: str, count: int) -> set[int]:
+    """The places that one part of a choice of blocks names; none where it makes no sense, or names one too many."""
+    if last := re.fullmatch(r"last-(\d+)", part):
+        return set(range(max(0, count - int(last[1])), count))
+    if (shares := re.fullmatch(r"(\d*\.\d+|[01])-(\d*\.\d+|1)", part)) and "." in part:
+        low, high = map(float, shares.groups())
+        return {place for place in range(count) if low <= (place + 0.5) / count <= high}
+    if numbers := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+        first, end = int(numbers[1]), int(numbers[2] or numbers[1])
+        return set(range(first, end + 1)) if end < count else set()
+    return set()
+
+
+def _matcher(pattern: str) -> Callable[[str], object]:
+    """Whether a whole name matches a glob, or a regular expression.
+
+    Raises:
+        ConfigError: the expression is malformed.
+    """
+    if not pattern.startswith(REGEX):
+        return lambda name: fnmatch.fnmatchcase(name, pattern)
+    try:
+        return re.compile(pattern.removeprefix(REGEX)).fullmatch
+    except re.error as error:
+        raise ConfigError(f"{pattern} is no regular expression: {error}") from None
 
 
 def block_stack(model: nn.Module) -> list[tuple[str, nn.Module]]:

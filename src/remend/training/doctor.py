@@ -16,7 +16,7 @@ from remend.edit import Edit
 from remend.editors.config import MendConfig
 from remend.editors.mend import Mend
 from remend.errors import EditError, PrecisionError, RemendError
-from remend.models.structure import LAST_BLOCKS, block_stack
+from remend.models.structure import LAST, block_stack, choose_blocks
 from remend.request import EditRequest
 from remend.tasks.causal_lm import Batch, CausalLM
 from remend.training.config import PRESETS, Resources, TrainingConfig
@@ -95,6 +95,7 @@ def examine(
     modules: Sequence[str] = (),
     resources: Resources | None = None,
     on_check: Callable[[Check], None] = lambda check: None,
+    layers: str | None = None,
 ) -> Diagnosis:
     """Look at a model as training would, and try everything once on a dozen requests; the model is left as it was.
 
@@ -103,9 +104,10 @@ def examine(
         tokenizer: the model's.
         requests: a few like those to train on; their lengths decide about time and memory.
         preset: network and training settings that are meant.
-        modules: globs of the matrices to edit.
+        modules: globs or regular expressions of the matrices to edit.
         resources: how training would use memory and precision.
         on_check: called after each check.
+        layers: the blocks to edit.
 
     Raises:
         ModelError: there is nothing that could be edited.
@@ -113,7 +115,7 @@ def examine(
     """
     network, settings = preset
     resources = resources or Resources()
-    editor = Mend.for_model(model, network, modules)
+    editor = Mend.for_model(model, network, modules, layers=layers)
     task = CausalLM(model, tokenizer, resources.autocast)
     chosen = replace(settings, batch_size=min(settings.batch_size, DOZEN))
     memory = estimate(Trainer(task, editor, requests, settings, resources))
@@ -123,7 +125,7 @@ def examine(
     return Diagnosis(
         model=editor.base.name,
         matrices=dict(editor.shapes),
-        reason=_reason(model, modules),
+        reason=_reason(model, modules, layers),
         editor_parameters=sum(parameter.numel() for parameter in editor.parameters()),
         memory=memory,
         training_seconds=test.training_seconds,
@@ -224,10 +226,13 @@ class _SelfTest:
         self.on_check(self.checks[-1])
 
 
-def _reason(model: PreTrainedModel, modules: Sequence[str]) -> str:
+def _reason(model: PreTrainedModel, modules: Sequence[str], layers: str | None) -> str:
     if modules:
-        return f"they match {' '.join(modules)}"
-    return f"the MLPs of the last {LAST_BLOCKS} of {len(block_stack(model))} blocks, as in the paper"
+        return f"they match {' '.join(modules)}" + (f" in the blocks {layers}" if layers else "")
+    chosen, every = len(choose_blocks(model, layers or LAST)), len(block_stack(model))
+    if layers:
+        return f"the MLPs of {chosen} of {every} blocks ({layers})"
+    return f"the MLPs of the last {chosen} of {every} blocks, as in the paper"
 
 
 def _advice(task: CausalLM, editor: Mend, resources: Resources, memory: Estimate) -> list[str]:
