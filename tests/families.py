@@ -1,0 +1,71 @@
+"""Small random models of every family that the contract suite covers, with the suite's tokenizer's vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import transformers as hf
+
+import worlds
+
+VOCABULARY = len(worlds.tokenizer())
+END = worlds.tokenizer().eos_token_id
+BLOCKS = 4
+
+_TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": END, "eos_token_id": END, "pad_token_id": 0}
+_PLAIN = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": BLOCKS, "num_attention_heads": 2, **_TOKENS}
+_GROUPED = {**_PLAIN, "num_key_value_heads": 1, "max_position_embeddings": 64}
+_HEADS = {**_GROUPED, "head_dim": 8}
+_GPT = {"n_embd": 16, "n_layer": BLOCKS, "n_head": 2, "n_positions": 64, **_TOKENS}
+
+DECODERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT)),
+    "gpt-neo": lambda: hf.GPTNeoForCausalLM(
+        hf.GPTNeoConfig(
+            hidden_size=16,
+            num_layers=BLOCKS,
+            num_heads=2,
+            attention_types=[[["global", "local"], BLOCKS // 2]],
+            window_size=8,
+            max_position_embeddings=64,
+            **_TOKENS,
+        )
+    ),
+    "gpt-j": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**_GPT, rotary_dim=4, tie_word_embeddings=False)),
+    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_PLAIN, max_position_embeddings=64)),
+    "opt": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(
+            hidden_size=16,
+            ffn_dim=40,
+            num_hidden_layers=BLOCKS,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+            max_position_embeddings=64,
+            **_TOKENS,
+        )
+    ),
+    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=16, n_layer=BLOCKS, n_head=2, **_TOKENS)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_GROUPED)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_GROUPED, sliding_window=8)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_GROUPED)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_HEADS)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_HEADS, sliding_window=8)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_HEADS, sliding_window=8)),
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_GROUPED)),
+    "falcon": lambda: hf.FalconForCausalLM(
+        hf.FalconConfig(hidden_size=16, num_hidden_layers=BLOCKS, num_attention_heads=2, **_TOKENS)
+    ),
+    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_GROUPED)),
+}
+
+
+def make(family: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
+    """A model with random weights, the same every time, whose answers differ from prompt to prompt."""
+    torch.manual_seed(0)
+    model = DECODERS[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model.to(dtype)

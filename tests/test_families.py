@@ -1,0 +1,126 @@
+"""What remend promises, held on every family of models. None of them is known to the package by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import families
+import worlds
+from remend.base import find_modules
+from remend.edit import Edit
+from remend.editors import Mend, MendConfig
+from remend.models.prefix import Prefix
+from remend.models.structure import block_stack
+from remend.tasks.causal_lm import CausalLM
+from remend.training import PRESETS, Trainer, TrainingConfig
+
+PAPER = MendConfig(rank=8, alpha=0.05, relative=True)
+DEFAULT = replace(PRESETS["default"][0], rank=8)
+SETTINGS = TrainingConfig(batch_size=8, learning_rate=3e-3, alpha_learning_rate=1e-2, edit_weight=1.0)
+REQUESTS = worlds.requests(16)
+
+
+@pytest.fixture(scope="module", params=families.DECODERS)
+def task(request):
+    """A task on a model of one family."""
+    return CausalLM(families.make(request.param), worlds.tokenizer())
+
+
+def batch_of(task):
+    return task.collate([task.tokenise(request.prompt, request.target) for request in REQUESTS[:4]])
+
+
+def logits(task):
+    with torch.no_grad():
+        return task.target_logits(batch_of(task))
+
+
+def test_the_mlps_of_the_last_blocks_are_found(task):
+    stack = block_stack(task.model)
+    assert len(stack) == families.BLOCKS
+    editor = Mend.for_model(task.model)
+    for place, (prefix, block) in enumerate(stack):
+        own = [name for name in editor.shapes if name.startswith(f"{prefix}.")]
+        assert bool(own) == (place > 0)
+        width = task.model.get_input_embeddings().weight.shape[1]
+        assert all(width in editor.shapes[name] and max(editor.shapes[name]) > width for name in own)
+        outputs = [name for name in Mend.for_model(task.model, DEFAULT).shapes if name.startswith(f"{prefix}.")]
+        assert len(outputs) == (place > 0)
+        assert set(outputs) <= set(own)
+        assert not any("head" in name for name in own), block
+
+
+def test_factors_are_autograds_gradient(task):
+    editor, batch = Mend.for_model(task.model), batch_of(task)
+    factors = editor.capture(task, batch)
+    assert all(parameter.grad is None for parameter in task.model.parameters())
+    modules = find_modules(task.model, editor.shapes)
+    task.loss(batch).sum().backward()
+    for name, module in modules.items():
+        right = module.weight.grad.T if type(module).__name__ == "Conv1D" else module.weight.grad
+        torch.testing.assert_close(factors[name].gradient().sum(0), right, rtol=1e-4, atol=1e-6)
+    task.model.zero_grad()
+
+
+def test_entering_at_the_cut_is_the_whole_pass(task):
+    batch = batch_of(task)
+    prefix = Prefix(task.model, Mend.for_model(task.model).shapes)
+    with torch.no_grad():
+        assert prefix.verify(lambda: task.target_logits(batch), lambda: task.target_states(batch), task.logits)
+    assert prefix.depth == 1
+
+
+@pytest.mark.parametrize("network", [PAPER, DEFAULT], ids=["paper", "default"])
+def test_training_lowers_the_loss_and_moves_everything(task, network):
+    editor = Mend.for_model(task.model, network)
+    trainer = Trainer(task, editor, REQUESTS, replace(SETTINGS, near=0.5 if network.contrast else 0.0))
+    trainer.calibrate()
+    before = {name: parameter.clone() for name, parameter in editor.named_parameters()}
+    held = [trainer.episodes.batch(0, 8)]
+    first = trainer.validate(held)["loss"]
+    for _ in range(12):
+        trainer.train_step()
+    assert trainer.validate(held)["loss"] < first
+    for name, parameter in editor.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_an_edit_applies_merges_reverts_and_is_saved(task, tmp_path):
+    editor = Mend.for_model(task.model, DEFAULT)
+    trainer = Trainer(task, editor, REQUESTS, SETTINGS)
+    trainer.calibrate()
+    weights = {name: parameter.clone() for name, parameter in task.model.named_parameters()}
+    untouched = logits(task)
+    edit = editor.edit(task.model, task.tokenizer, REQUESTS[:1])
+    with edit.applied(task.model):
+        applied = logits(task)
+    assert float((applied - untouched).abs().max()) > 1e-3
+    assert torch.equal(logits(task), untouched)
+    with edit.merge(task.model):
+        torch.testing.assert_close(logits(task), applied, rtol=1e-3, atol=1e-4 * float(applied.abs().max()))
+    assert torch.equal(logits(task), untouched)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in task.model.named_parameters())
+    edit.save(tmp_path / "edit")
+    with Edit.load(tmp_path / "edit").applied(task.model):
+        assert torch.equal(logits(task), applied)
+
+
+@pytest.mark.parametrize("family", families.DECODERS)
+def test_bfloat16(family):
+    """The same edit, to the model's own precision; the editor computes in float32."""
+    task = CausalLM(families.make(family, torch.bfloat16), worlds.tokenizer())
+    editor = Mend.for_model(task.model, DEFAULT)
+    trainer = Trainer(task, editor, REQUESTS, SETTINGS)
+    trainer.calibrate()
+    assert all(trainer.train_step() > 0 for _ in range(2))
+    edit = editor.edit(task.model, task.tokenizer, REQUESTS[:1])
+    assert {change.u.dtype for change in edit.changes.values()} == {torch.float32}
+    untouched = logits(task)
+    with edit.applied(task.model):
+        assert logits(task).isfinite().all()
+    with edit.merge(task.model):
+        assert logits(task).isfinite().all()
+    assert torch.equal(logits(task), untouched)
