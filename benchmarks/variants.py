@@ -144,7 +144,7 @@ class SubjectToken(Mend):
         )
         for row, ids in enumerate(batch.input_ids.tolist()):
             predicting[row, self.places[tuple(ids[: first[row] + 1])]] = True
-        with patch("remend.tasks.causal_lm.Batch.predicting", predicting):
+        with patch("remend.tasks.task.Batch.predicting", predicting):
             return super().capture(task, batch, loss)
 
     def _changes(self, task: CausalLM, requests: Sequence[EditRequest]) -> Any:

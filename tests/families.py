@@ -59,13 +59,51 @@ DECODERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_GROUPED)),
 }
 
+_SIDES = {
+    "d_model": 16,
+    "encoder_layers": BLOCKS,
+    "decoder_layers": BLOCKS,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": END,
+    "forced_eos_token_id": END,
+    **_TOKENS,
+}
+_T5 = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 40,
+    "num_layers": BLOCKS,
+    "num_decoder_layers": BLOCKS,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+    "vocab_size": VOCABULARY,
+    "eos_token_id": END,
+    "pad_token_id": 0,
+}
+
+ENCODER_DECODERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
+    "t5-gated": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    ),
+    "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**_SIDES)),
+    "mbart": lambda: hf.MBartForConditionalGeneration(hf.MBartConfig(**_SIDES)),
+    "pegasus": lambda: hf.PegasusForConditionalGeneration(hf.PegasusConfig(**_SIDES)),
+}
+
+LANGUAGE_MODELS = {**DECODERS, **ENCODER_DECODERS}
+
 
 def make(family: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
     """A model with random weights, the same every time, whose answers differ from prompt to prompt."""
     torch.manual_seed(0)
-    model = DECODERS[family]().eval()
+    model = LANGUAGE_MODELS[family]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and parameter.std() < 0.1:  # T5's are large as they are
                 parameter.mul_(4)
     return model.to(dtype)

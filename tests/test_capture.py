@@ -35,7 +35,7 @@ def test_factors_are_the_gradient_of_each_episode(family, pairs):
     modules = editable_modules(task.model)
     tokenised = [task.tokenise(prompt, target) for prompt, target in pairs]
     batch = task.collate(tokenised)
-    losses, factors = capture(task.model, modules, batch.mask, lambda: task.loss(batch))
+    losses, factors = capture(task.model, modules, dict.fromkeys(modules, batch.mask), lambda: task.loss(batch))
     for episode, pair in enumerate(tokenised):
         expected = dense_gradients(task, modules, pair)
         torch.testing.assert_close(losses[episode], task.loss(task.collate([pair]))[0].detach(), rtol=1e-4, atol=1e-5)
@@ -49,7 +49,12 @@ def test_the_model_is_left_as_it_was(task, snapshot):
     task.model.get_output_embeddings().weight.requires_grad_(False)
     wanted = {name: p.requires_grad for name, p in task.model.named_parameters()}
     batch = task.collate([task.tokenise("Oslo is", "Rome")])
-    capture(task.model, editable_modules(task.model), batch.mask, lambda: task.loss(batch))
+    capture(
+        task.model,
+        modules := editable_modules(task.model),
+        dict.fromkeys(modules, batch.mask),
+        lambda: task.loss(batch),
+    )
     assert task.model.training
     assert {name: p.requires_grad for name, p in task.model.named_parameters()} == wanted
     task.model.eval()
@@ -63,7 +68,12 @@ def test_an_exception_leaves_nothing_behind(task, snapshot):
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        capture(task.model, editable_modules(task.model), torch.ones(1, 1, dtype=torch.bool), broken)
+        capture(
+            task.model,
+            modules := editable_modules(task.model),
+            dict.fromkeys(modules, torch.ones(1, 1, dtype=torch.bool)),
+            broken,
+        )
     snapshot()
 
 
@@ -100,7 +110,7 @@ def test_calls_twice_by_keyword_in_place_and_checkpointed(checkpointed):
     plain.load_state_dict(odd.state_dict())
     x = torch.randn(3, 4, 5)
     mask = torch.ones(3, 4, dtype=torch.bool)
-    _, factors = capture(odd, {"layer": odd.layer}, mask, lambda: odd(x).square().sum((1, 2)))
+    _, factors = capture(odd, {"layer": odd.layer}, {"layer": mask}, lambda: odd(x).square().sum((1, 2)))
     plain(x).square().sum().backward()
     torch.testing.assert_close(factors["layer"].gradient().sum(0), plain.layer.weight.grad, rtol=1e-4, atol=1e-5)
     assert factors["layer"].u.shape == (3, 8, 5), "both calls are kept"
@@ -110,7 +120,7 @@ def test_a_module_that_is_never_called_is_named():
     odd = Odd(False)
     mask = torch.ones(1, 4, dtype=torch.bool)
     with pytest.raises(ModelError, match="unused was not called"):
-        capture(odd, {"unused": odd.unused}, mask, lambda: odd(torch.randn(1, 4, 5)).sum((1, 2)))
+        capture(odd, {"unused": odd.unused}, {"unused": mask}, lambda: odd(torch.randn(1, 4, 5)).sum((1, 2)))
 
 
 def test_square_conv1d_is_told_by_its_class():
@@ -128,7 +138,12 @@ def test_nan_weights_are_named(task, snapshot):
     with torch.no_grad():
         weight[:] = float("nan")
     with pytest.raises(NonFiniteError, match=r"loss of the edit is not finite .*embed|wte"):
-        capture(task.model, editable_modules(task.model), batch.mask, lambda: task.loss(batch))
+        capture(
+            task.model,
+            modules := editable_modules(task.model),
+            dict.fromkeys(modules, batch.mask),
+            lambda: task.loss(batch),
+        )
     with torch.no_grad():
         weight.copy_(kept)
     snapshot()
@@ -140,6 +155,6 @@ def test_the_backward_pass_stops_at_the_first_edited_layer(task):
     last = editable_modules(task.model)
     handle = next(iter(first.values())).register_full_backward_hook(lambda *_: reached.append(True))
     batch = task.collate([task.tokenise("Oslo is", "Rome")])
-    capture(task.model, last, batch.mask, lambda: task.loss(batch))
+    capture(task.model, last, dict.fromkeys(last, batch.mask), lambda: task.loss(batch))
     handle.remove()
     assert not reached

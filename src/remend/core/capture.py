@@ -89,7 +89,7 @@ class _Recorder:
 def capture(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    tokens: Bool[Tensor, "episode token"],
+    tokens: Mapping[str, Bool[Tensor, "episode token"]],
     loss: Callable[[], Float[Tensor, " episode"]],
 ) -> tuple[Float[Tensor, " episode"], dict[str, GradientFactors]]:
     """Run ``loss`` once and return it with the gradient factors of every module in ``modules``.
@@ -100,14 +100,14 @@ def capture(
     Args:
         model: the model that ``loss`` runs; frozen meanwhile.
         modules: the layers to record, by name.
-        tokens: which tokens of the batch are real; padding takes no part.
+        tokens: for each layer which tokens count; padding takes no part.
         loss: runs the model on the batch and returns l_e for each episode.
 
     Raises:
         ModelError: a module was not called in the forward pass.
         NonFiniteError: a loss, an input or a delta is NaN or infinite; the message names the module and the episodes.
     """
-    recorders = {name: _Recorder(tokens) for name in modules}
+    recorders = {name: _Recorder(tokens[name]) for name in modules}
     handles = [modules[name].register_forward_hook(recorder, with_kwargs=True) for name, recorder in recorders.items()]
     try:
         with frozen(model), torch.enable_grad():

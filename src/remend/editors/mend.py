@@ -29,7 +29,8 @@ from remend.errors import FileError, RequestError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.storage import read_folder, take, write_folder
-from remend.tasks.causal_lm import Batch, CausalLM
+from remend.tasks import task_of
+from remend.tasks.task import Batch, Task
 
 FORMAT = "remend.editor/1"
 EDIT_BATCH = 32
@@ -166,14 +167,14 @@ class Mend(nn.Module):
         return self.alpha.device
 
     def capture(
-        self, task: CausalLM, batch: Batch, loss: Callable[[], Float[Tensor, " episode"]] | None = None
+        self, task: Task, batch: Batch, loss: Callable[[], Float[Tensor, " episode"]] | None = None
     ) -> dict[str, GradientFactors]:
         """The gradient factors of each pair's loss in the unedited model (paper, Alg. 2, lines 1–2).
 
         ``loss`` computes the pairs' losses, if there is more to do in the same pass.
         """
         modules = find_modules(task.model, self.shapes)
-        tokens = batch.mask if self.config.tokens == "all" else batch.predicting
+        tokens = task.tokens(batch, self.shapes, self.config.tokens == "target")
         return capture(task.model, modules, tokens, loss or (lambda: task.loss(batch)))[1]
 
     def whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
@@ -254,7 +255,7 @@ class Mend(nn.Module):
             NonFiniteError: the model's weights or activations hold NaN or infinity.
         """
         base = self._check(model, requests)
-        parts = self._changes(CausalLM(model, tokenizer), requests)
+        parts = self._changes(task_of(model, tokenizer), requests)
         changes = {name: concatenate([part[name] for part in parts]) for name in self.shapes}
         return Edit(changes, base, tuple(requests), self._signature())
 
@@ -263,13 +264,13 @@ class Mend(nn.Module):
     ) -> list[Edit]:
         """One edit for each request, each made from the unedited model; batched inside. Errors as :meth:`edit`."""
         base = self._check(model, requests)
-        parts = self._changes(CausalLM(model, tokenizer), requests)
+        parts = self._changes(task_of(model, tokenizer), requests)
         signature = self._signature()
         return [Edit(part, base, (request,), signature) for request, part in zip(requests, parts, strict=True)]
 
     @torch.inference_mode(False)  # a server may have it on; gradients could not be taken in it
     @torch.no_grad()
-    def _changes(self, task: CausalLM, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
+    def _changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
         """The changes that each request makes by itself."""
         pairs = [task.tokenise(request.prompt, request.target) for request in requests]
         found: list[dict[str, LowRank]] = []

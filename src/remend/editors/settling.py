@@ -24,7 +24,7 @@ from remend.core.branch import branches, frozen
 from remend.core.losses import target_loss
 from remend.core.low_rank import LowRank
 from remend.models.prefix import Prefix
-from remend.tasks.causal_lm import Batch, CausalLM
+from remend.tasks.task import Batch, Task
 
 LARGEST = 8.0
 """An edit that has not taken at this scale does not take by being stronger."""
@@ -45,7 +45,7 @@ class Unedited:
         edited: the names of the matrices that edits change.
     """
 
-    def __init__(self, task: CausalLM, batch: Batch, edited: Iterable[str]) -> None:
+    def __init__(self, task: Task, batch: Batch, edited: Iterable[str]) -> None:
         self.task, self.batch = task, batch
         self.prefix = Prefix(task.model, edited)
         self.states: Tensor | None = None

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.edit import Edit
 from remend.request import EditRequest
-from remend.tasks.causal_lm import CausalLM
+from remend.tasks import task_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def before_after(
     The wanted answer is the request's target at the prompt and its paraphrases, and at near and far prompts whatever
     the unedited model answers there.
     """
-    task = CausalLM(model, tokenizer)
+    task = task_of(model, tokenizer)
     rows = [(number, kind, prompt) for number, request in enumerate(requests) for kind, prompt in _prompts(request)]
     prompts = [prompt for _, _, prompt in rows]
     before = task.answers(prompts, max_new_tokens)
@@ -71,7 +71,7 @@ def ask(
     max_new_tokens: int = 32,
 ) -> list[Answer]:
     """Free answers to any prompts, without and with ``edit`` (the same twice where there is none)."""
-    task = CausalLM(model, tokenizer)
+    task = task_of(model, tokenizer)
     before = after = task.answers(prompts, max_new_tokens)
     if edit is not None:
         with edit.applied(model):

@@ -12,7 +12,7 @@ from remend.core.branch import branches, frozen
 from remend.core.low_rank import LowRank, stack
 from remend.edit import Edit
 from remend.request import EditRequest, Probe
-from remend.tasks.causal_lm import Batch, CausalLM, Pair
+from remend.tasks.task import Batch, Pair, Task
 
 ROWS_AT_ONCE = 128
 
@@ -37,7 +37,7 @@ class Judge:
         own: its own answers to the prompts that must not change, and to the edited ones.
     """
 
-    def __init__(self, task: CausalLM, own: Answers) -> None:
+    def __init__(self, task: Task, own: Answers) -> None:
         self.task = task
         self.own = own
         self.end: int | None = task.tokenizer.eos_token_id
@@ -121,7 +121,7 @@ class Judge:
         return [{mode: before[mode] - after[mode] for mode in before} for before, after in pairs]
 
 
-def own_answers(task: CausalLM, requests: Sequence[EditRequest], limit: int) -> dict[str, tuple[int, ...]]:
+def own_answers(task: Task, requests: Sequence[EditRequest], limit: int) -> dict[str, tuple[int, ...]]:
     """The unedited model's free answer to every prompt that must not change, and to the edited prompts."""
     prompts = dict.fromkeys(p.prompt for request in requests for p in (request, *request.locality, *request.near))
     return dict(zip(prompts, task.answers(list(prompts), limit), strict=True))
@@ -129,7 +129,7 @@ def own_answers(task: CausalLM, requests: Sequence[EditRequest], limit: int) -> 
 
 @torch.no_grad()
 def look(
-    task: CausalLM, edits: Sequence[Edit], wanted: Sequence[Sequence[Pair]], scales: Sequence[float] = (1.0,)
+    task: Task, edits: Sequence[Edit], wanted: Sequence[Sequence[Pair]], scales: Sequence[float] = (1.0,)
 ) -> list[list[dict[Pair, Look]]]:
     """The first choices at every wanted pair's target, before and after its own edit; rows of all edits go together.
 
@@ -172,7 +172,7 @@ def _stacked(edits: Sequence[Edit]) -> dict[str, LowRank]:
     return stacked
 
 
-def _first_choices(task: CausalLM, batch: Batch) -> list[tuple[int, ...]]:
+def _first_choices(task: Task, batch: Batch) -> list[tuple[int, ...]]:
     """The most probable token at each position that predicts a target token, row by row."""
     chosen: list[list[int]] = [[] for _ in range(batch.rows)]
     for row, token in zip(batch.row.tolist(), task.target_logits(batch).argmax(-1).tolist(), strict=True):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.edit import Edit
 from remend.evaluation.judging import Judge, look, own_answers
 from remend.request import EditRequest
-from remend.tasks.causal_lm import CausalLM
+from remend.tasks import task_of
 
 SCALES = tuple(round(0.5 * 2 ** (step / 4), 3) for step in range(9))
 """0.5 to 2, in steps of a fourth of an octave."""
@@ -62,7 +62,7 @@ def choose_scale(
         max_new_tokens: how far the unedited model's own answers are decoded.
     """
     edit.base.check(model, "this edit")
-    task = CausalLM(model, tokenizer)
+    task = task_of(model, tokenizer)
     judge = Judge(task, own_answers(task, requests, max_new_tokens))
     asked = [request.model_copy(update={"unseen_paraphrases": (), "portability": ()}) for request in requests]
     pairs = list(dict.fromkeys(pair for request in asked for pair in judge.pairs(request)))

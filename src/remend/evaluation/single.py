@@ -17,7 +17,7 @@ from remend.errors import RequestError
 from remend.evaluation.judging import Judge, look, own_answers
 from remend.evaluation.report import Case, Report, environment
 from remend.request import EditRequest
-from remend.tasks.causal_lm import CausalLM
+from remend.tasks import task_of
 
 EDITS_AT_ONCE = 32
 SCALES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
@@ -60,7 +60,7 @@ def evaluate(
     """
     if not requests:
         raise RequestError("there is no request to evaluate on")
-    task = CausalLM(model, tokenizer)
+    task = task_of(model, tokenizer)
     every = (1.0, *(scale for scale in scales if scale != 1))
     judge = Judge(task, own_answers(task, requests, max_new_tokens))
     cases: dict[float, list[Case]] = {scale: [] for scale in every}

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -92,7 +93,8 @@ def load(
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         placed = _placement(config, target, device == MAP, dtype, quantise)
-        loaded = AutoModelForCausalLM.from_pretrained(source, config=config, **placed)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        loaded = kind.from_pretrained(source, config=config, **placed)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "the folder" if Path(source).exists() else "taken for a hub id, since no folder has this name"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from remend.errors import ModelError
-from remend.models.structure import block_stack
+from remend.models.structure import named_stacks
 
 
 class _Reached(Exception):  # noqa: N818 - no error: the pass has gone as far as it should
@@ -35,6 +35,7 @@ class Prefix:
 
     Attributes:
         blocks: the model's blocks, in order; empty where it cannot be cut.
+        stack: which of the model's stacks is cut: the first one that is edited (0: the only one, or the encoder).
         depth: how many of them lie below the cut; with 0, everything is computed anew.
         returned: how many parts a block returns, 0 where it returns hidden states themselves.
         bare: whether the parts but the first are all None.
@@ -43,14 +44,20 @@ class Prefix:
     def __init__(self, model: nn.Module, edited: Iterable[str]) -> None:
         self.blocks: list[nn.Module] = []
         self.depth = 0
+        self.stack, self.returned, self.bare = 0, 0, True
         try:
-            stack = block_stack(model)
+            stacks = [blocks for _, blocks in named_stacks(model)]
         except ModelError:  # no blocks: there is nothing to cut
             return
-        self.blocks = [block for _, block in stack]
-        places = [_place(name, [prefix for prefix, _ in stack]) for name in edited]
-        self.depth = min((place if place is not None else 0 for place in places), default=0)
-        self.returned, self.bare = 0, True
+        names = list(edited)
+        for stack, blocks in enumerate(stacks):
+            places = [_place(name, [prefix for prefix, _ in blocks]) for name in names]
+            if any(place is not None for place in places) or stack == len(stacks) - 1:
+                self.stack, self.blocks = stack, [block for _, block in blocks]
+                inside = [place for place in places if place is not None]
+                strange = len(stacks) == 1 and len(inside) < len(places)  # edited, and in no block
+                self.depth = 0 if strange else min(inside, default=0)
+                return
 
     def states(self, forward: Callable[[], object]) -> Float[Tensor, "row token d"]:
         """What enters the lowest edited block when ``forward`` runs the model; nothing above is computed."""

@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,9 @@ from remend.errors import ConfigError, ModelError, nearest
 
 LAST = "last-3"
 """The paper edits the MLP matrices of a decoder's last three blocks (section 5)."""
+
+LAST_OF_TWO = "last-2"
+"""Of an encoder-decoder it edits the last two of either stack."""
 
 REGEX = "re:"
 """What a pattern begins with that is a regular expression, not a glob."""
@@ -53,7 +57,10 @@ def editable_modules(
                 f"modules share, cannot be edited); {nearest(patterns[0], every)}"
             )
         return chosen
-    blocks = choose_blocks(model, layers or LAST)
+    blocks = choose_blocks(model, layers or (LAST_OF_TWO if len(named_stacks(model)) > 1 else LAST))
+    if outputs_only:  # of an encoder-decoder, the decoder's: there targets are predicted
+        writing = {prefix for prefix, _ in named_stacks(model)[-1][1]}
+        blocks = [(prefix, block) for prefix, block in blocks if prefix in writing]
     names = [name for prefix, block in blocks for name in mlp_matrices(prefix, block)]
     if outputs_only:
         shapes = {name: dimensions(module) for name, module in find_modules(model, names).items()}
@@ -67,7 +74,7 @@ def editable_modules(
 
 
 def choose_blocks(model: nn.Module, layers: str) -> list[tuple[str, nn.Module]]:
-    """Some of the model's blocks, in order, with their names.
+    """Some of the model's blocks, in order, with their names; of an encoder-decoder, the same of both stacks.
 
     Args:
         model: the model.
@@ -78,18 +85,20 @@ def choose_blocks(model: nn.Module, layers: str) -> list[tuple[str, nn.Module]]:
         ConfigError: it is none of these, or names a block that there is not.
         ModelError: the model has no stack of blocks.
     """
-    stack = block_stack(model)
-    chosen: set[int] = set()
-    for part in layers.split(","):
-        found = _places(part.strip(), len(stack))
-        if not found:
-            raise ConfigError(
-                f"layers {layers!r}: {part.strip()!r} names none of this model's {len(stack)} blocks. Allowed are "
-                f"'last-3', numbers from 0 to {len(stack) - 1} and ranges of them ('2-4'), shares of the depth "
-                "('0.6-0.8'), and several of these with commas"
-            )
-        chosen |= found
-    return [stack[place] for place in sorted(chosen)]
+    every = []
+    for _, stack in named_stacks(model):
+        chosen: set[int] = set()
+        for part in layers.split(","):
+            found = _places(part.strip(), len(stack))
+            if not found:
+                raise ConfigError(
+                    f"layers {layers!r}: {part.strip()!r} names none of this model's {len(stack)} blocks. Allowed are "
+                    f"'last-3', numbers from 0 to {len(stack) - 1} and ranges of them ('2-4'), shares of the depth "
+                    "('0.6-0.8'), and several of these with commas"
+                )
+            chosen |= found
+        every += [stack[place] for place in sorted(chosen)]
+    return every
 
 
 def _places(part: str, count: int) -> set[int]:
@@ -117,6 +126,24 @@ def _matcher(pattern: str) -> Callable[[str], object]:
         return re.compile(pattern.removeprefix(REGEX)).fullmatch
     except re.error as error:
         raise ConfigError(f"{pattern} is no regular expression: {error}") from None
+
+
+def named_stacks(model: Any) -> list[tuple[str, list[tuple[str, nn.Module]]]]:
+    """The model's stacks of blocks in the order in which they run, each with the name of what it belongs to.
+
+    One, or an encoder's and a decoder's.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return [("", block_stack(model))]
+    names = {module: name for name, module in model.named_modules()}
+    found = []
+    for part in (model.get_encoder(), model.get_decoder()):
+        own = names[part]
+        found.append((own, [(f"{own}.{name}", block) for name, block in block_stack(part)]))
+    return found
 
 
 def block_stack(model: nn.Module) -> list[tuple[str, nn.Module]]:

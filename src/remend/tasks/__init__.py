@@ -1,5 +1,32 @@
 """What a request means for a model: which tokens go in, which logits are asked for, how an answer is decoded."""
 
-from remend.tasks.causal_lm import answers
+from __future__ import annotations
 
-__all__ = ["answers"]
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.tasks.causal_lm import CausalLM
+from remend.tasks.seq2seq import Seq2SeqLM
+from remend.tasks.task import Batch, Pair, Task
+
+__all__ = ["Batch", "CausalLM", "Pair", "Seq2SeqLM", "Task", "answers", "task_of"]
+
+
+def task_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None) -> Task:
+    """The task that a model is for, by its structure: one stack of blocks, or an encoder and a decoder."""
+    kind = Seq2SeqLM if getattr(model.config, "is_encoder_decoder", False) else CausalLM
+    return kind(model, tokenizer, autocast)
+
+
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int = 32
+) -> list[str]:
+    """The model's free answers (greedy, to its own end token) as text: to see what an edit that is applied does.
+
+    Raises:
+        RequestError: a prompt is empty, or leaves no room for an answer.
+    """
+    task = task_of(model, tokenizer)
+    return [task.text(answer) for answer in task.answers(prompts, max_new_tokens)]

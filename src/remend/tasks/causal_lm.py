@@ -1,126 +1,25 @@
-"""Causal language models: prompt → target, both token by token."""
+"""Causal language models: prompt → target, and token by token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
 
-from remend.core.branch import frozen
-from remend.core.layers import device_of
-from remend.core.losses import target_loss
-from remend.errors import ModelError, RequestError
-from remend.models.prefix import reach
+from remend.errors import RequestError
+from remend.tasks.task import Batch, Pair, Task, gather_at
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A tokenised prompt with its target; the target ends with the end token, where the tokenizer has one."""
+class CausalLM(Task):
+    """A causal language model: it goes on with the prompt.
 
-    prompt: tuple[int, ...]
-    target: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.target)
-
-    @property
-    def shown(self) -> tuple[int, ...]:
-        """The tokens that the model is shown: all but the last, which predicts nothing."""
-        return (*self.prompt, *self.target)[:-1]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some pairs as one right-padded batch, and where in it each target token is predicted.
-
-    Right padding: a causal model never sees what comes later, so positions are counted the same with and without it.
+    The target is separated from the prompt by one space (by none after a line break). Both are tokenised as one text
+    where that text begins with the prompt's own tokens, else apart; in either case the prompt's tokens are what the
+    model is given when the prompt alone is asked.
     """
-
-    input_ids: Int[Tensor, "row token"]
-    mask: Bool[Tensor, "row token"]
-    row: Int[Tensor, " target"]
-    position: Int[Tensor, " target"]
-    target: Int[Tensor, " target"]
-
-    @property
-    def rows(self) -> int:
-        """How many pairs the batch holds."""
-        return self.input_ids.shape[0]
-
-    @property
-    def predicting(self) -> Bool[Tensor, "row token"]:
-        """The tokens at which a target token is predicted."""
-        found = torch.zeros_like(self.mask)
-        found[self.row, self.position] = True
-        return found
-
-    def ordered(self, *groups: Sequence[int]) -> Batch:
-        """The same batch with its targets in another order: those of the rows of one group after the other's."""
-        rank = torch.cat([torch.tensor(group) for group in groups]).argsort().to(self.row.device)
-        order = rank[self.row].argsort(stable=True)
-        return replace(self, row=self.row[order], position=self.position[order], target=self.target[order])
-
-
-class CausalLM:
-    """A causal language model with its tokenizer, seen as something that is asked prompts and gives answers.
-
-    Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        autocast: a narrower dtype in which to multiply; by default that of the weights.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.autocast = autocast
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Module):
-            raise ModelError(f"{type(model).__name__} has no output layer over a vocabulary; it is no language model")
-        self.head = head
-        self.context = _context(model)
-        self._single_token = self.collate([Pair((0,), (0,))])
-
-    # -- text to tokens ------------------------------------------------------------------------------------------
-
-    def tokenise(self, prompt: str, target: str) -> Pair:
-        """Token ids of a prompt and its target.
-
-        The target is separated by one space (by none after a line break) and closed with the end token. Spaces around
-        either do not matter. Prompt and target are tokenised as one text
-        where that text begins with the prompt's own tokens, else apart; in either case the prompt's tokens are what the
-        model is given when the prompt alone is asked.
-
-        Raises:
-            RequestError: a side is empty, or both together are longer than the model's context.
-        """
-        asked = self.prompt_ids(prompt)
-        prompt = prompt.rstrip(" ")
-        space = "" if prompt[-1].isspace() else " "
-        whole = self._strip_end(self.tokenizer(prompt + space + target.strip()).input_ids)
-        if whole[: len(asked)] == asked and len(whole) > len(asked):
-            answer = whole[len(asked) :]
-        else:
-            answer = self.tokenizer(space + target.strip(), add_special_tokens=False).input_ids
-        if not answer or not target.strip():
-            raise RequestError(f"the target {target!r} holds no text that the tokenizer knows")
-        end = self.tokenizer.eos_token_id
-        pair = Pair(tuple(asked), (*answer, *([] if end is None else [end])))
-        if self.context is not None and len(pair) > self.context:
-            raise RequestError(
-                f"prompt and target take {len(pair)} tokens, the model's context holds {self.context}: "
-                f"shorten {'the target' if len(pair.target) > len(pair.prompt) else 'the prompt'} "
-                f"({(target if len(pair.target) > len(pair.prompt) else prompt)[:40]!r}…)"
-            )
-        return pair
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt that is asked: with the tokenizer's beginning tokens, without an end token.
@@ -135,8 +34,33 @@ class CausalLM:
             raise RequestError(f"the prompt {prompt!r} holds no text that the tokenizer knows")
         return ids
 
-    def _strip_end(self, ids: list[int]) -> list[int]:
-        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+    def answer_ids(self, asked: list[int], prompt: str, target: str) -> list[int]:
+        """The target's token ids after the prompt's, and the end token."""
+        prompt = prompt.rstrip(" ")
+        space = "" if prompt[-1].isspace() else " "
+        whole = self._strip_end(self.tokenizer(prompt + space + target).input_ids)
+        if whole[: len(asked)] == asked and len(whole) > len(asked):
+            answer = whole[len(asked) :]
+        else:
+            answer = self.tokenizer(space + target, add_special_tokens=False).input_ids
+        end = self.tokenizer.eos_token_id
+        return [*answer, *([] if end is None or not answer else [end])]
+
+    def length(self, pair: Pair) -> int:
+        """Prompt and target share the context."""
+        return len(pair)
+
+    def room(self, prompt: int, most: int) -> int:
+        """What the prompt leaves of the context."""
+        return most if self.context is None else min(most, self.context - prompt)
+
+    def entering(self, pair: Pair, stack: int) -> int:
+        """All that are shown."""
+        return len(pair.shown)
+
+    def tokens(self, batch: Batch, names: Iterable[str], predicting: bool) -> dict[str, Bool[Tensor, "row token"]]:
+        """The same at every module."""
+        return dict.fromkeys(names, batch.predicting if predicting else batch.mask)
 
     def collate(self, pairs: Sequence[Pair]) -> Batch:
         """One batch of ``pairs`` on the model's device."""
@@ -157,27 +81,6 @@ class CausalLM:
         parts = (ids, mask, torch.tensor(row), torch.tensor(position), torch.tensor(target))
         return Batch(*(part.to(device) for part in parts))
 
-    # -- running the model ---------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go: the device of the token embedding."""
-        return device_of(self.model.get_input_embeddings())
-
-    def target_logits(self, batch: Batch) -> Float[Tensor, "target vocabulary"]:
-        """The logits that predict each target token, and no others.
-
-        The hidden states are gathered on their way into the output layer, so the product with the vocabulary is taken
-        at the targets alone; whatever the model does to its logits afterwards (scaling, capping) still happens.
-        """
-        with _gather(self.head, batch.row, batch.position):
-            return self._run(batch)[0]
-
-    def target_states(self, batch: Batch) -> Float[Tensor, "target d"]:
-        """What the output layer sees at each target token: :meth:`logits` makes :meth:`target_logits` of it."""
-        hidden = reach(self.head, lambda: self._run(batch))
-        return hidden[batch.row.to(hidden.device), batch.position.to(hidden.device)]
-
     def _run(self, batch: Batch) -> Float[Tensor, "row token vocabulary"]:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             output = self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False)
@@ -185,99 +88,18 @@ class CausalLM:
         assert isinstance(logits, Tensor)
         return logits
 
-    def logits(self, states: Float[Tensor, "target d"]) -> Float[Tensor, "target vocabulary"]:
-        """The logits that the model makes of what its output layer sees.
-
-        The model runs on one token, with the layer's input replaced, so that it scales or caps its logits as ever; call
-        it with its blocks made hollow (:meth:`remend.models.prefix.Prefix.hollow`), or they run for nothing.
-        """
-        handle = self.head.register_forward_pre_hook(lambda head, args: (states[None], *args[1:]))
-        try:
-            return self._run(self._single_token)[0]
-        finally:
-            handle.remove()
-
-    def loss(self, batch: Batch) -> Float[Tensor, " row"]:
-        """−log p(target | prompt) of each pair, a target token's mean: the paper's l_e."""
-        return target_loss(self.target_logits(batch), batch.target, batch.row, batch.rows)
-
-    def answers(self, prompts: Sequence[str], max_new_tokens: int = 32, batch_size: int = 64) -> list[tuple[int, ...]]:
-        """Greedy answers, as token ids up to and with the end token (without it where the limit came first).
-
-        Prompts of one length go together, so nothing is ever padded.
-        """
-        ids = [self.prompt_ids(prompt) for prompt in prompts]
-        by_length: dict[int, list[int]] = {}
-        for index, prompt in enumerate(ids):
-            by_length.setdefault(len(prompt), []).append(index)
-        found: dict[int, tuple[int, ...]] = {}
-        for length, members in by_length.items():
-            room = max_new_tokens if self.context is None else min(max_new_tokens, self.context - length)
-            if room < 1:
-                raise RequestError(f"a prompt of {length} tokens leaves no room for an answer (context {self.context})")
-            for start in range(0, len(members), batch_size):
-                chunk = members[start : start + batch_size]
-                asked = torch.tensor([ids[i] for i in chunk], device=self.device)
-                with frozen(self.model), torch.no_grad():
-                    found |= zip(chunk, self._greedy(asked, room), strict=True)
-        return [found[i] for i in range(len(prompts))]
-
     def _greedy(self, asked: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]:
-        """The most probable token, ``room`` times or until every row has ended.
-
-        Not ``generate``: that follows the model's own generation settings too (repetition penalties, forced tokens),
-        and would then not be the argmax that evaluation reasons about.
-        """
-        end = self.tokenizer.eos_token_id
         rows = torch.arange(asked.shape[0], device=asked.device)
-        mask, step, cache = torch.ones_like(asked), asked, None
-        chosen: list[Tensor] = []
-        ended = torch.zeros_like(rows, dtype=torch.bool)
-        while len(chosen) < room and not bool(ended.all()):
-            with _gather(self.head, rows, torch.full_like(rows, step.shape[1] - 1)):
-                output = self.model(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True)
-            token = output.logits[0].argmax(-1)
-            chosen.append(token)
-            if end is not None:
-                ended |= token == end
-            step, cache = token[:, None], output.past_key_values
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        answers = torch.stack(chosen, 1).tolist()
-        return [tuple(row[: row.index(end) + 1]) if end in row else tuple(row) for row in answers]
+        shown: dict[str, Any] = {"input_ids": asked, "attention_mask": torch.ones_like(asked), "past_key_values": None}
 
-    def text(self, answer: Sequence[int]) -> str:
-        """An answer's token ids as text."""
-        return str(self.tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
+        def step(last: Tensor | None) -> Float[Tensor, "row vocabulary"]:
+            if last is not None:
+                shown["input_ids"] = last[:, None]
+                shown["attention_mask"] = torch.nn.functional.pad(shown["attention_mask"], (0, 1), value=1)
+            with gather_at(self.head, rows, torch.full_like(rows, shown["input_ids"].shape[1] - 1)):
+                output = self.model(**shown, use_cache=True)
+            shown["past_key_values"] = output.past_key_values
+            logits: Tensor = output.logits[0]
+            return logits
 
-
-def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int = 32
-) -> list[str]:
-    """The model's free answers (greedy, to its own end token) as text: to see what an edit that is applied does.
-
-    Raises:
-        RequestError: a prompt is empty, or leaves no room for an answer.
-    """
-    task = CausalLM(model, tokenizer)
-    return [task.text(answer) for answer in task.answers(prompts, max_new_tokens)]
-
-
-@contextmanager
-def _gather(head: nn.Module, row: Int[Tensor, " target"], position: Int[Tensor, " target"]) -> Iterator[None]:
-    """Within the block, ``head`` sees only the hidden states at the given rows and positions, as one long row."""
-
-    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]
-        return (hidden[row.to(hidden.device), position.to(hidden.device)][None], *args[1:])
-
-    handle = head.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _context(model: PreTrainedModel) -> int | None:
-    """How many tokens the model can read, or None where its configuration does not say."""
-    length = getattr(model.config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+        return self._decode(len(rows), room, step)

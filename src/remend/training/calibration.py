@@ -20,7 +20,7 @@ from remend.core.whitening import SecondMoment
 from remend.editors.mend import Mend, TokenRows
 from remend.errors import TrainingError
 from remend.models.sharding import gathered
-from remend.tasks.causal_lm import CausalLM, Pair
+from remend.tasks.task import Pair, Task
 from remend.training.constants import Constants
 from remend.training.episodes import Fact
 from remend.training.workers import Workers
@@ -129,7 +129,7 @@ def _fit_whiteners(
     return seen
 
 
-def _fit_whiteners_to_text(editor: Mend, task: CausalLM, text: Sequence[str], workers: Workers) -> None:
+def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], workers: Workers) -> None:
     """The same from a text's first tokens, in windows of one length."""
     modules = find_modules(task.model, editor.shapes)
     moments = {name: SecondMoment(d_in, editor.device) for name, (d_in, _) in editor.shapes.items()}
@@ -153,8 +153,9 @@ def _fit_whiteners_to_text(editor: Mend, task: CausalLM, text: Sequence[str], wo
     for some in batches[workers.rank :: workers.count]:
         batch = task.collate(some)
         found = inputs(task.model, modules, batch.rows, partial(task.target_logits, batch))
+        counted = task.tokens(batch, moments, predicting=False)
         for name, moment in moments.items():
-            moment.update(found[name], batch.mask.to(found[name].device))
+            moment.update(found[name], counted[name].to(found[name].device))
     for index, moment in enumerate(moments.values()):
         workers.sum(*moment.totals)
         setattr(editor, f"whitener_{index}", moment.whitener(editor.config.ridge))
@@ -169,7 +170,7 @@ def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[
         batch = constants.task.collate(pairs)
         with constants.prefix.resumed(constants.prefix_states(pairs)):
             found = inputs(constants.task.model, modules, batch.rows, partial(constants.task.target_logits, batch))
-        last = torch.tensor([len(pair.prompt) - 1 for pair in pairs])
+        last = batch.first.cpu()
         owners = torch.tensor([number for number, fact in enumerate(chunk) for _ in fact.prompts])
         near_owners = torch.tensor([n for n, fact in enumerate(chunk) for _ in fact.near], dtype=torch.long)
         for name, moment in moments.items():

@@ -14,7 +14,7 @@ from remend.core.branch import frozen
 from remend.core.capture import GradientFactors
 from remend.editors.mend import Mend, TokenRows
 from remend.models.prefix import Prefix
-from remend.tasks.causal_lm import Batch, CausalLM, Pair
+from remend.tasks.task import Batch, Pair, Task
 from remend.training.store import Entry, Store
 
 
@@ -37,7 +37,7 @@ class Constants:
 
     def __init__(
         self,
-        task: CausalLM,
+        task: Task,
         editor: Mend,
         prefix: Prefix,
         states: Store,
@@ -60,7 +60,7 @@ class Constants:
         def compute(batch: Batch, places: Sequence[int]) -> list[Entry]:
             with torch.no_grad():
                 states = self.prefix.states(lambda: self.task.target_logits(batch))
-            return [(own[: len(pairs[i].shown)],) for own, i in zip(states, places, strict=True)]
+            return [(own[: self._entering(pairs[i])],) for own, i in zip(states, places, strict=True)]
 
         found = self._look_up(self.states, [_prefix_key(pair) for pair in pairs], pairs, compute)
         padded = found[0][0].new_zeros(len(found), max(len(own) for (own,) in found), found[0][0].shape[-1])
@@ -74,7 +74,8 @@ class Constants:
         """What the output layer of the unedited model sees at each pair's targets, one pair after the other."""
 
         def compute(batch: Batch, places: Sequence[int]) -> list[Entry]:
-            own = None if prefix is None else prefix[list(places), : batch.input_ids.shape[1]]
+            longest = max(self._entering(pairs[i]) for i in places)
+            own = None if prefix is None else prefix[list(places), :longest]
             with torch.no_grad(), self.prefix.resumed(own):
                 states = self.task.target_states(batch)
             return [(part,) for part in states.split([len(pairs[i].target) for i in places])]
@@ -126,6 +127,9 @@ class Constants:
         """Write to disk what is to be kept there."""
         self.states.flush()
 
+    def _entering(self, pair: Pair) -> int:
+        return self.task.entering(pair, self.prefix.stack)
+
     def _look_up(
         self,
         store: Store,
@@ -160,7 +164,7 @@ def _entries(rows: Mapping[str, TokenRows]) -> list[Entry]:
 
 
 def _prefix_key(pair: Pair) -> str:
-    return _key("prefix", pair.shown)
+    return _key("prefix", pair.shown, len(pair.prompt))
 
 
 def _base_key(pair: Pair) -> str:

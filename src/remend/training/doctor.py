@@ -18,7 +18,8 @@ from remend.editors.mend import Mend
 from remend.errors import EditError, PrecisionError, RemendError
 from remend.models.structure import LAST, block_stack, choose_blocks
 from remend.request import EditRequest
-from remend.tasks.causal_lm import Batch, CausalLM
+from remend.tasks import task_of
+from remend.tasks.task import Batch, Task
 from remend.training.config import PRESETS, Resources, TrainingConfig
 from remend.training.memory import Estimate, available, estimate, resident
 from remend.training.trainer import Trainer
@@ -116,7 +117,7 @@ def examine(
     network, settings = preset
     resources = resources or Resources()
     editor = Mend.for_model(model, network, modules, layers=layers)
-    task = CausalLM(model, tokenizer, resources.autocast)
+    task = task_of(model, tokenizer, resources.autocast)
     chosen = replace(settings, batch_size=min(settings.batch_size, DOZEN))
     memory = estimate(Trainer(task, editor, requests, settings, resources))
     test = _SelfTest(task, editor, requests[:DOZEN], chosen, resources, on_check)
@@ -140,7 +141,7 @@ class _SelfTest:
 
     def __init__(
         self,
-        task: CausalLM,
+        task: Task,
         editor: Mend,
         requests: Sequence[EditRequest],
         settings: TrainingConfig,
@@ -235,7 +236,7 @@ def _reason(model: PreTrainedModel, modules: Sequence[str], layers: str | None) 
     return f"the MLPs of the last {chosen} of {every} blocks, as in the paper"
 
 
-def _advice(task: CausalLM, editor: Mend, resources: Resources, memory: Estimate) -> list[str]:
+def _advice(task: Task, editor: Mend, resources: Resources, memory: Estimate) -> list[str]:
     model, device = task.model, device_of(task.model)
     quantised = any(map(is_quantised, find_modules(model, editor.shapes).values()))
     found = []

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from remend.errors import TrainingError
 from remend.request import EditRequest
-from remend.tasks.causal_lm import CausalLM, Pair
+from remend.tasks.task import Pair, Task
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Episodes:
     """
 
     def __init__(
-        self, task: CausalLM, requests: Sequence[EditRequest], seed: int, near: float = 0.0, in_batch: float = 0.0
+        self, task: Task, requests: Sequence[EditRequest], seed: int, near: float = 0.0, in_batch: float = 0.0
     ) -> None:
         self.task = task
         self.seed = seed

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from remend.tasks.causal_lm import Pair
+from remend.tasks.task import Pair
 from remend.training.constants import Constants
 from remend.training.episodes import Episodes
 

@@ -18,7 +18,7 @@ from remend.models import sharding
 from remend.models.loading import choose_device
 from remend.request import EditRequest
 from remend.storage import MANIFEST, check_target, read_manifest
-from remend.tasks.causal_lm import CausalLM
+from remend.tasks import task_of
 from remend.training import checkpoint
 from remend.training.config import PRESETS, Resources, TrainingConfig
 from remend.training.episodes import EpisodeBatch, Episodes
@@ -126,7 +126,7 @@ def train(
         if sharded:  # only now: to know its base, the editor must see the whole weights
             sharding.shard(model, workers.device)
             chosen.to(workers.device)
-        task = CausalLM(model, tokenizer, autocast=resources.autocast)
+        task = task_of(model, tokenizer, autocast=resources.autocast)
         trainer = Trainer(task, chosen, requests, settings, resources, workers, text)
         unseen = Episodes(task, validation[: settings.validation_size], settings.seed, settings.near)
         run = _Run(trainer, unseen.fixed(settings.batch_size), started, budget_seconds, out)

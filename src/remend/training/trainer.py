@@ -21,7 +21,7 @@ from remend.errors import ConfigError, ModelError, NonFiniteError
 from remend.models.prefix import Prefix
 from remend.models.sharding import is_sharded
 from remend.request import EditRequest
-from remend.tasks.causal_lm import CausalLM, Pair
+from remend.tasks.task import Pair, Task
 from remend.training import calibration
 from remend.training.config import Resources, TrainingConfig
 from remend.training.constants import Constants
@@ -75,7 +75,7 @@ class Trainer:
 
     def __init__(
         self,
-        task: CausalLM,
+        task: Task,
         editor: Mend,
         requests: Sequence[EditRequest],
         config: TrainingConfig,
@@ -186,7 +186,9 @@ class Trainer:
     def state_bytes(self) -> int:
         """What the hidden states of all examples would take: those entering the cut, and the last ones at targets."""
         width = next(self.task.model.get_input_embeddings().parameters())
-        tokens = sum(len(pair.shown) * (self.prefix.depth > 0) + len(pair.target) for pair in self.episodes.pairs())
+        cut = self.prefix.depth > 0
+        entering = [self.task.entering(pair, self.prefix.stack) if cut else 0 for pair in self.episodes.pairs()]
+        tokens = sum(entering) + sum(len(pair.target) for pair in self.episodes.pairs())
         return tokens * width.shape[1] * width.element_size()
 
     # -- one step ------------------------------------------------------------------------------------------------
