@@ -16,7 +16,7 @@ from remend.edit import Edit
 from remend.editors.config import MendConfig
 from remend.editors.mend import Mend
 from remend.errors import EditError, PrecisionError, RemendError
-from remend.models.structure import LAST, block_stack, choose_blocks
+from remend.models.structure import named_stacks
 from remend.request import EditRequest
 from remend.tasks import task_of
 from remend.tasks.task import Batch, Task
@@ -126,7 +126,7 @@ def examine(
     return Diagnosis(
         model=editor.base.name,
         matrices=dict(editor.shapes),
-        reason=_reason(model, modules, layers),
+        reason=_reason(model, editor, modules, layers),
         editor_parameters=sum(parameter.numel() for parameter in editor.parameters()),
         memory=memory,
         training_seconds=test.training_seconds,
@@ -227,13 +227,17 @@ class _SelfTest:
         self.on_check(self.checks[-1])
 
 
-def _reason(model: PreTrainedModel, modules: Sequence[str], layers: str | None) -> str:
+def _reason(model: PreTrainedModel, editor: Mend, modules: Sequence[str], layers: str | None) -> str:
+    """Why these matrices."""
     if modules:
         return f"they match {' '.join(modules)}" + (f" in the blocks {layers}" if layers else "")
-    chosen, every = len(choose_blocks(model, layers or LAST)), len(block_stack(model))
+    every = [prefix for _, stack in named_stacks(model) for prefix, _ in stack]
+    chosen = [prefix for prefix in every if any(name.startswith(f"{prefix}.") for name in editor.shapes)]
     if layers:
-        return f"the MLPs of {chosen} of {every} blocks ({layers})"
-    return f"the MLPs of the last {chosen} of {every} blocks, as in the paper"
+        return f"the MLPs of {len(chosen)} of {len(every)} blocks ({layers})"
+    if len(named_stacks(model)) > 1:
+        return f"the MLPs of {len(chosen)} of {len(every)} blocks, the last of encoder or decoder"
+    return f"the MLPs of the last {len(chosen)} of {len(every)} blocks, as in the paper"
 
 
 def _advice(task: Task, editor: Mend, resources: Resources, memory: Estimate) -> list[str]:
