@@ -1,0 +1,101 @@
+"""Encoder-decoders: what their tokenizers do, and what the decoder is asked."""
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
+
+import families
+import worlds
+from remend.editors import Mend
+from remend.errors import ModelError, RequestError
+from remend.models import load
+from remend.tasks import Pair, Seq2SeqLM, answers, task_of
+
+
+def framed(before=(), after=()):
+    """The suite's tokenizer, putting special tokens around every text as T5's (an end) or BART's (both) does."""
+    plain = worlds.tokenizer()
+    raw = type(plain.backend_tokenizer).from_str(plain.backend_tokenizer.to_str())
+    special = [(token, raw.token_to_id(token)) for token in {*before, *after}]
+    raw.post_processor = TemplateProcessing(single=" ".join([*before, "$A", *after]), special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", pad_token="<|pad|>")
+
+
+@pytest.mark.parametrize(("before", "after"), [((), ()), ((), ("<|end|>",)), (("<|pad|>",), ("<|end|>",))])
+def test_each_side_is_tokenised_as_its_tokenizer_does(before, after):
+    tokenizer = framed(before, after)
+    task = task_of(families.make("bart"), tokenizer)
+    assert isinstance(task, Seq2SeqLM)
+    pair = task.tokenise("The capital of Peru is ", " Lima ")
+    assert (
+        list(pair.prompt) == tokenizer("The capital of Peru is").input_ids == task.prompt_ids("The capital of Peru is")
+    )
+    assert pair.target.count(tokenizer.eos_token_id) == 1
+    assert pair.target[-1] == tokenizer.eos_token_id
+    assert (pair.target[0] == tokenizer.pad_token_id) == bool(before), "a beginning token is a part of the answer"
+    assert task.text(pair.target) == "Lima"
+    for prompt, target in ((" ", "Lima"), ("", "Lima"), ("Peru", " ")):
+        with pytest.raises(RequestError, match="holds no text"):
+            task.tokenise(prompt, target)
+    with pytest.raises(RequestError, match="shorten the target"):
+        task.tokenise("Peru", "Lima " * 70)
+
+
+def test_batches_are_the_models_own():
+    """Where the decoder is shown the start token and the target, padded, each token is predicted as without padding."""
+    task = task_of(families.make("bart"), worlds.tokenizer())
+    pairs = [task.tokenise(r.prompt, r.target) for r in worlds.requests(3)]
+    pairs.append(task.tokenise("Which city rules Peru ? It is the capital of the city", "Lima is the capital"))
+    batch = task.collate(pairs)
+    assert batch.first.tolist() == [0] * 4
+    assert batch.predicting.equal(batch.decoder_mask)
+    with torch.no_grad():
+        together = task.target_logits(batch)
+        alone = torch.cat([task.target_logits(task.collate([pair])) for pair in pairs])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+        pair = pairs[-1]
+        output = task.model(
+            input_ids=torch.tensor([pair.prompt]),
+            decoder_input_ids=torch.tensor([[task.start, *pair.target[:-1]]]),
+        )
+    torch.testing.assert_close(together[-len(pair.target) :], output.logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_free_answers_are_those_of_generate():
+    task = task_of(families.make("t5"), worlds.tokenizer())
+    prompts = [request.prompt for request in worlds.requests(6)]
+    for prompt, own in zip(prompts, task.answers(prompts, 6), strict=True):
+        ids = torch.tensor([task.prompt_ids(prompt)])
+        made = task.model.generate(ids, max_new_tokens=6, do_sample=False, num_beams=1)[0, 1:]
+        assert tuple(made.tolist()[: len(own)]) == own
+    assert answers(task.model, task.tokenizer, prompts[:1], 3) == [task.text(task.answers(prompts[:1], 3)[0])]
+
+
+def test_a_decoder_without_a_beginning_is_refused():
+    model = families.make("bart")
+    model.config.decoder_start_token_id = None
+    with pytest.raises(ModelError, match="has no decoder_start_token_id"):
+        task_of(model, worlds.tokenizer())
+
+
+def test_named_blocks_are_those_of_both_stacks():
+    model = families.make("bart")
+    assert {name.split(".")[1] for name in Mend.for_model(model).shapes} == {"encoder", "decoder"}
+    chosen = Mend.for_model(model, layers="0").shapes
+    assert {tuple(name.split(".")[1:4:2]) for name in chosen} == {("encoder", "0"), ("decoder", "0")}
+
+
+def test_loading_an_encoder_decoder(tmp_path):
+    made = families.make("bart")
+    made.save_pretrained(tmp_path)
+    worlds.tokenizer().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).is_encoder_decoder
+    loaded, tokenizer = load(str(tmp_path), "cpu")
+    assert isinstance(loaded, BartForConditionalGeneration)
+    task = task_of(loaded, tokenizer)
+    pair = Pair(tuple(task.prompt_ids("Oslo")), (1, 2))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            task.target_logits(task.collate([pair])), task_of(made, tokenizer).target_logits(task.collate([pair]))
+        )
