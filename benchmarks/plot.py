@@ -255,6 +255,8 @@ def frontier(result: Mapping[str, Any]) -> Figure | None:
     """Generality against near locality over the edits' scale: every way of training, the default in front."""
     lines = {line["name"]: line for line in result["config"]["lines"]}
     titles = {name: line["title"].strip("*… ") for name, line in lines.items()}
+    drawn = [name for name, line in lines.items() if line.get("drawn")]
+    colours = {"default": INK, "mend": ORANGE, **dict(zip(drawn, pyplot.colormaps["tab10"].colors[2:], strict=False))}
     worlds = [
         world for world in result["config"]["worlds"] if any(one["world"] == world["name"] for one in result["runs"])
     ]
@@ -263,27 +265,23 @@ def frontier(result: Mapping[str, Any]) -> Figure | None:
     figure, grid = pyplot.subplots(len(worlds), 2, figsize=(12, 5.2 * len(worlds)), squeeze=False, sharex=True)
     for axes, (world, split) in zip(grid.flat, itertools.product(worlds, ("validation", "test")), strict=True):
         runs = [one for one in result["runs"] if one["world"] == world["name"] and one["split"] == split]
-        colours = itertools.cycle(pyplot.colormaps["tab10"].colors[2:])
-        seen: dict[str, Any] = {}
+        seen: set[str] = set()
         for one in runs:
             name = one["name"].removesuffix("-test")
-            ours = {"default": INK, "mend": ORANGE}.get(name)
-            drawn = lines[one["name"]].get("drawn", False)
-            colour = ours or seen.get(name) or (next(colours) if drawn else PALE)
+            ours, colour = name in ("default", "mend"), colours.get(name, PALE)
             near, gained = (
                 [end, *(point[metric]["mean"] for point in one["frontier"])]
                 for end, metric in ((1.0, "locality_near"), (0.0, "generality"))
             )
-            width = 2.0 if ours else 1.0 if drawn else 0.6
-            label = titles[one["name"]] if ours or drawn else OTHERS
-            label = None if name in seen or (label == OTHERS and OTHERS in seen) else label
-            seen[label or name] = colour
-            axes.plot(near, gained, color=colour, linewidth=width, label=label, zorder=width)
+            width = 2.0 if ours else 1.0 if name in colours else 0.6
+            label = titles[one["name"]] if name in colours else OTHERS
+            shown = None if label in seen else label
+            axes.plot(near, gained, color=colour, linewidth=width, label=shown, zorder=width)
+            seen.add(label)
             point = next(point for point in one["frontier"] if point["scale"] == 1)
             axes.plot(
                 point["locality_near"]["mean"], point["generality"]["mean"], "o", color=colour, markersize=3 + width
             )
-            seen[name] = colour
         axes.set(xlim=(0.2, 1.02), ylim=(0, 1.02), title=f"{world['title']}, {split}")
         axes.set(xlabel="near locality", ylabel="generality (dots: at scale 1)")
         axes.grid(alpha=0.3)
