@@ -95,6 +95,70 @@ ENCODER_DECODERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "pegasus": lambda: hf.PegasusForConditionalGeneration(hf.PegasusConfig(**_SIDES)),
 }
 
+
+class OddConfig(hf.PreTrainedConfig):
+    """Of a model that no library knows."""
+
+    model_type = "odd"
+
+    def __init__(self, breadth: int = 16, strata: int = BLOCKS, glyphs: int = VOCABULARY, **more: object) -> None:
+        self.breadth, self.strata, self.glyphs = breadth, strata, glyphs
+        super().__init__(**more)
+
+
+class Stratum(torch.nn.Module):
+    """A block: each token takes up the mean of those before it, then a gated MLP under names of its own."""
+
+    def __init__(self, breadth: int) -> None:
+        super().__init__()
+        self.mixing = torch.nn.Linear(breadth, breadth)
+        self.thinking = torch.nn.ModuleDict(
+            {
+                "door": torch.nn.Linear(breadth, 3 * breadth),
+                "broad": torch.nn.Linear(breadth, 3 * breadth),
+                "slim": torch.nn.Linear(3 * breadth, breadth),
+            }
+        )
+
+    def forward(self, stream: torch.Tensor, shade: torch.Tensor) -> torch.Tensor:
+        """``stream`` [row, token, breadth]; ``shade`` [row, token, 1], 1 at real tokens."""
+        before = (shade * self.mixing(stream)).cumsum(1) / shade.cumsum(1).clamp(min=1)
+        stream = stream + before.tanh()
+        inner = self.thinking["door"](stream).sigmoid() * self.thinking["broad"](stream)
+        return stream + self.thinking["slim"](inner)
+
+
+class OddModel(hf.PreTrainedModel):
+    """A causal language model without a cache, with odd names for everything."""
+
+    config_class = OddConfig
+
+    def __init__(self, config: OddConfig) -> None:
+        super().__init__(config)
+        self.glyphs = torch.nn.Embedding(config.glyphs, config.breadth)
+        self.pile = torch.nn.ModuleList(Stratum(config.breadth) for _ in range(config.strata))
+        self.say = torch.nn.Linear(config.breadth, config.glyphs, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The embedding."""
+        return self.glyphs
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        """The output layer."""
+        return self.say
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: object) -> hf.utils.ModelOutput:
+        """Logits for every token."""
+        shade = attention_mask[..., None].to(self.glyphs.weight.dtype)
+        stream = self.glyphs(input_ids)
+        for stratum in self.pile:
+            stream = stratum(stream, shade)
+        return hf.modeling_outputs.CausalLMOutput(logits=self.say(stream))
+
+
+DECODERS["a class that no library knows"] = lambda: OddModel(OddConfig(**_TOKENS))
+
 LANGUAGE_MODELS = {**DECODERS, **ENCODER_DECODERS}
 
 

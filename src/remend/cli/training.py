@@ -17,6 +17,7 @@ from remend.cli import options
 from remend.cli.words import plain
 
 if TYPE_CHECKING:
+    from remend.editors import Mend
     from remend.training import Progress as Step
 
 DOUBTFUL = 0.5
@@ -100,19 +101,26 @@ def train(
             bar.stop()
             console.print(_stopped(editor.trained, out), soft_wrap=True)
             raise typer.Exit(130) from None
-    if trained is not editor:  # it was there already
+    _tell(console, trained, out, fresh=trained is editor)
+    if json is not None and not console.quiet:
+        write_json(json, trained.trained)
+
+
+def _tell(console: Console, editor: Mend, out: Path, fresh: bool) -> None:
+    """How a run ended; one that is not ``fresh`` had ended before."""
+    if not fresh:
         console.print(
-            f"that run had ended, at step {trained.trained['steps']}: there is nothing to go on with, and nothing was "
+            f"that run had ended, at step {editor.trained['steps']}: there is nothing to go on with, and nothing was "
             "trained. A longer run begins anew, in another folder",
             soft_wrap=True,
         )
-    best = min(trained.trained["history"], key=lambda entry: entry["loss"])
-    measured = f"{_words(best)} (of {trained.trained.get('validation_requests', '?')} for validation)"
+    best = min(editor.trained["history"], key=lambda entry: entry["loss"])
+    measured = f"{_words(best)} (of {editor.trained.get('validation_requests', '?')} for validation)"
     console.print(f"best at step {best['step']:.0f}: {measured}; saved to [bold]{plain(out)}[/]", soft_wrap=True)
     if best["step"] == 0:
         console.print(
-            "[yellow]training made nothing better[/] than the closed form it began with: give more requests about more "
-            "subjects, or more time",
+            "[yellow]training made nothing better[/] than the untrained editor it began with: give more requests about "
+            "more subjects, or more time",
             soft_wrap=True,
         )
     if min(best["taken"], best["kept"]) < DOUBTFUL:
@@ -121,8 +129,6 @@ def train(
             "locality examples that the model answers well, or more time",
             soft_wrap=True,
         )
-    if json is not None and not console.quiet:
-        write_json(json, trained.trained)
 
 
 def _follow(bar: Progress, console: Console, batch_size: int) -> Callable[[Step], None]:

@@ -93,12 +93,13 @@ class CausalLM(Task):
         shown: dict[str, Any] = {"input_ids": asked, "attention_mask": torch.ones_like(asked), "past_key_values": None}
 
         def step(last: Tensor | None) -> Float[Tensor, "row vocabulary"]:
-            if last is not None:
-                shown["input_ids"] = last[:, None]
+            if last is not None:  # a model without a cache is shown everything again
+                cached = shown["past_key_values"] is not None
+                shown["input_ids"] = last[:, None] if cached else torch.cat([shown["input_ids"], last[:, None]], 1)
                 shown["attention_mask"] = torch.nn.functional.pad(shown["attention_mask"], (0, 1), value=1)
             with gather_at(self.head, rows, torch.full_like(rows, shown["input_ids"].shape[1] - 1)):
                 output = self.model(**shown, use_cache=True)
-            shown["past_key_values"] = output.past_key_values
+            shown["past_key_values"] = getattr(output, "past_key_values", None)
             logits: Tensor = output.logits[0]
             return logits
 
