@@ -8,9 +8,10 @@ from transformers import AutoConfig, BartForConditionalGeneration, PreTrainedTok
 import families
 import worlds
 from remend.editors import Mend
-from remend.errors import ModelError, RequestError
+from remend.errors import ConfigError, ModelError, RequestError, TrainingError
 from remend.models import load
 from remend.tasks import Pair, Seq2SeqLM, answers, task_of
+from remend.training import PRESETS, Trainer
 
 
 def framed(before=(), after=()):
@@ -84,6 +85,19 @@ def test_named_blocks_are_those_of_both_stacks():
     assert {name.split(".")[1] for name in Mend.for_model(model).shapes} == {"encoder", "decoder"}
     chosen = Mend.for_model(model, layers="0").shapes
     assert {tuple(name.split(".")[1:4:2]) for name in chosen} == {("encoder", "0"), ("decoder", "0")}
+
+
+def test_what_an_encoder_cannot_do_is_refused():
+    model, default = families.make("t5"), PRESETS["default"][0]
+    with pytest.raises(ConfigError, match="lies in the encoder, where no target is predicted"):
+        Mend.for_model(model, default, ["*encoder.block.0.*.wo"])
+    task = task_of(model, worlds.tokenizer())
+    trainer = Trainer(task, Mend.for_model(model, default), worlds.requests(8), PRESETS["default"][1], text=["Oslo"])
+    with (
+        pytest.raises(TrainingError, match="train without text"),
+        pytest.warns(UserWarning, match="Give a longer text"),
+    ):
+        trainer.calibrate()
 
 
 def test_loading_an_encoder_decoder(tmp_path):

@@ -25,8 +25,8 @@ from remend.core.symmetric import packed, unpacked
 from remend.edit import Edit
 from remend.editors.config import MendConfig
 from remend.editors.settling import Unedited, settled
-from remend.errors import FileError, RequestError
-from remend.models.structure import editable_modules
+from remend.errors import ConfigError, FileError, RequestError
+from remend.models.structure import editable_modules, named_stacks
 from remend.request import EditRequest
 from remend.storage import read_folder, take, write_folder
 from remend.tasks import task_of
@@ -109,9 +109,19 @@ class Mend(nn.Module):
                 the last three blocks, or their outputs only.
             seed: of the networks' initial weights; the global random state is left alone.
             layers: the blocks to edit, as ``last-3``, ``12-14`` or ``0.6-0.8`` of the depth.
+
+        Raises:
+            ModelError: there is nothing to edit, or nothing matches.
+            ConfigError: the choice makes no sense, or does not go with the settings.
         """
         config = config or MendConfig()
         chosen = editable_modules(model, modules, config.outputs_only, layers)
+        reading = [name for stack, _ in named_stacks(model)[:-1] for name in chosen if name.startswith(f"{stack}.")]
+        if reading and config.tokens == "target":
+            raise ConfigError(
+                f"{reading[0]} lies in the encoder, where no target is predicted, and these settings edit only where "
+                "one is: choose modules of the decoder, or the preset 'paper'"
+            )
         shapes = {name: dimensions(module) for name, module in chosen.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -49,15 +49,17 @@ class Prefix:
             stacks = [blocks for _, blocks in named_stacks(model)]
         except ModelError:  # no blocks: there is nothing to cut
             return
-        names = list(edited)
-        for stack, blocks in enumerate(stacks):
-            places = [_place(name, [prefix for prefix, _ in blocks]) for name in names]
-            if any(place is not None for place in places) or stack == len(stacks) - 1:
-                self.stack, self.blocks = stack, [block for _, block in blocks]
-                inside = [place for place in places if place is not None]
-                strange = len(stacks) == 1 and len(inside) < len(places)  # edited, and in no block
-                self.depth = 0 if strange else min(inside, default=0)
-                return
+        prefixes = [[prefix for prefix, _ in blocks] for blocks in stacks]
+        # Where each edited module lies; one in no block may come before all of them.
+        places = [
+            next(
+                ((stack, place) for stack, own in enumerate(prefixes) if (place := _place(name, own)) is not None),
+                (0, 0),
+            )
+            for name in edited
+        ]
+        self.stack, self.depth = min(places, default=(0, 0))
+        self.blocks = [block for _, block in stacks[self.stack]]
 
     def states(self, forward: Callable[[], object]) -> Float[Tensor, "row token d"]:
         """What enters the lowest edited block when ``forward`` runs the model; nothing above is computed."""

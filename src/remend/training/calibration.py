@@ -152,6 +152,10 @@ def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], worker
     batches = [windows[start : start + TEXT_BATCH] for start in range(0, len(windows), TEXT_BATCH)]
     for some in batches[workers.rank :: workers.count]:
         batch = task.collate(some)
+        if batch.decoder_ids is not None:
+            raise TrainingError(
+                "a text tells nothing of an encoder-decoder's decoder, which reads answers: train without text"
+            )
         found = inputs(task.model, modules, batch.rows, partial(task.target_logits, batch))
         counted = task.tokens(batch, moments, predicting=False)
         for name, moment in moments.items():
