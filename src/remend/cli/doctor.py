@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +14,7 @@ from remend.cli import options
 from remend.cli.words import plain
 
 if TYPE_CHECKING:
+    from remend.editors.config import MendConfig
     from remend.training.doctor import Check, Diagnosis
 
 _SIGNS = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[dim]–[/]"}
@@ -37,13 +40,20 @@ def doctor(
     seed: options.Seed = 0,
     json: options.Json = None,
 ) -> None:
-    """Examine a model before training: what would be edited, what that takes, and a self-test of half a minute."""
+    """Examine a model before training: what would be edited, what that takes, and a self-test of half a minute.
+
+    Of a config.json, or a folder without weights: what would be edited, and what it would take, without a self-test.
+    """
     from remend.data import read_source
     from remend.storage import write_json
     from remend.training import Resources
     from remend.training.doctor import examine
+    from remend.training.dry_run import only_configured
 
     chosen = options.preset(preset)
+    if only_configured(model):
+        _dry(model, chosen[0], modules or (), layers, dtype, json)
+        return
     requests = read_source(data)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     console = Console()
@@ -53,7 +63,7 @@ def doctor(
         console.print(f"{_SIGNS[check.passed]} {check.name}: {plain(check.found)}", soft_wrap=True, highlight=False)
 
     found = examine(base, tokenizer, requests, chosen, modules or (), resources, show, layers)
-    console.print(_matrices(found))
+    console.print(_matrices(found.matrices, found.reason))
     console.print(_costs(found))
     for sentence in found.advice:
         console.print(f"[yellow]→[/] {sentence}", soft_wrap=True)
@@ -63,12 +73,38 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _matrices(found: Diagnosis) -> Table:
-    table = Table(title=f"Would be edited: {plain(found.reason)}", title_justify="left")
+def _dry(
+    model: str, network: MendConfig, modules: Sequence[str], layers: str | None, dtype: str | None, json: Path | None
+) -> None:
+    """What the configuration alone tells."""
+    import torch
+
+    from remend.storage import write_json
+    from remend.training.dry_run import GPUS, dry_run
+
+    found = dry_run(model, network, modules, layers, getattr(torch, options.known_dtype(dtype) or "bfloat16"))
+    console = Console()
+    blocks = " + ".join(map(str, found.blocks))
+    console.print(f"{plain(model)}: {found.parameters / 1e9:,.2f} billion parameters, {blocks} blocks; no weights here")
+    console.print(_matrices(found.matrices, f"{len(found.matrices)} matrices"))
+    table = Table(title="What it takes, in GB; activations come on top", title_justify="left")
+    for column in ("GPUs", "each", "of that the model", "the editor", "training it"):
+        table.add_column(column, justify="right")
+    for count in GPUS:
+        parts = (found.gpu_bytes(count), found.model_bytes / count, found.editor_bytes, found.training_bytes)
+        table.add_row(str(count), *(f"{part / _GIGABYTE:,.1f}" for part in parts))
+    console.print(table)
+    console.print(f"editor networks: {found.editor_parameters / 1e6:,.1f} M parameters")
+    if json is not None:
+        write_json(json, found.to_json())
+
+
+def _matrices(matrices: Mapping[str, tuple[int, int]], reason: str) -> Table:
+    table = Table(title=f"Would be edited: {plain(reason)}", title_justify="left")
     table.add_column("matrix")
     table.add_column("inputs", justify="right")
     table.add_column("outputs", justify="right")
-    for name, (d_in, d_out) in found.matrices.items():
+    for name, (d_in, d_out) in matrices.items():
         table.add_row(plain(name), f"{d_in:,}", f"{d_out:,}")
     return table
 

@@ -71,6 +71,19 @@ def preset(name: str) -> tuple[MendConfig, TrainingConfig]:
     return PRESETS[name]
 
 
+def known_dtype(dtype: str | None) -> str | None:
+    """``dtype``, if it is one.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    from remend.errors import ConfigError, nearest
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"there is no dtype {dtype!r} for weights; {nearest(dtype, DTYPES)}")
+    return dtype
+
+
 def load_model(
     model: str, device: str, seed: int, dtype: str | None = None, quantise: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -79,10 +92,7 @@ def load_model(
     Raises:
         ConfigError: there is no such dtype.
     """
-    from remend.errors import ConfigError, nearest
-
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"there is no dtype {dtype!r} for weights; {nearest(dtype, DTYPES)}")
+    known_dtype(dtype)
     import torch
     from transformers.utils import logging
 

@@ -15,6 +15,7 @@ from remend.errors import ConfigError
 from remend.training.store import Store
 
 if TYPE_CHECKING:
+    from remend.editors.mend import Mend
     from remend.training.trainer import Trainer
 
 CPU_MICRO_BATCH = 8
@@ -133,10 +134,6 @@ def _needs(trainer: Trainer) -> _Needs:
     parameters = list(trainer.editor.parameters())
     editor, trained = _bytes([*parameters, *trainer.editor.buffers()]), _bytes(parameters)
     largest = max(_bytes([parameter]) for parameter in parameters)
-    widths = [d_in for d_in, _ in trainer.editor.shapes.values()]
-    config = trainer.editor.config
-    kept = 3 if config.contrast else 1 if config.ridge else 0  # moments of each matrix's inputs at a time
-    moments = 4 * kept * sum(d * d for d in widths) + 4 * 8 * max(widths) ** 2  # and one decomposition's workspace
     rows = _rows_an_episode(trainer)
     editor_pass, factors = 0.0, 0.0
     for key, names in trainer.editor.groups.items():
@@ -156,9 +153,17 @@ def _needs(trainer: Trainer) -> _Needs:
         ),
         editor_pass=int(editor_pass),
         model_pass=0,
-        calibration=moments if kept else 0,
+        calibration=moments_bytes(trainer.editor),
     )
     return _Needs(fixed, _kept_an_episode(trainer, rows))
+
+
+def moments_bytes(editor: Mend) -> int:
+    """What the moments of the layers' inputs take that are measured before the first step."""
+    widths = [d_in for d_in, _ in editor.shapes.values()]
+    kept = 3 if editor.config.contrast else 1 if editor.config.ridge else 0  # of each matrix, at a time
+    # … and one decomposition's workspace.
+    return 4 * kept * sum(d * d for d in widths) + 4 * 8 * max(widths) ** 2 if kept else 0
 
 
 def _rows_an_episode(trainer: Trainer) -> dict[str, float]:
