@@ -20,6 +20,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import common  # noqa: E402
+import dry_run  # noqa: E402
 import edit_cost  # noqa: E402
 import frontier  # noqa: E402
 import gpu  # noqa: E402
@@ -198,6 +199,27 @@ def test_frontiers_are_compared_at_one_locality():
     assert frontier.generality_at(run((1.0, 0.4), (0.96, 0.6), (0.94, 0.8), (0.5, 0.9))) == pytest.approx(0.7)
     assert frontier.generality_at(run((0.9, 0.4), (0.8, 0.6))) is None
     assert frontier.generality_at(run((1.0, 0.4), (0.96, 0.6))) is None
+
+
+def test_dry_run(measured):
+    shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 4, "vocab_size": 9}
+    shape |= {"num_attention_heads": 2}
+    experts = {"model_type": "mixtral", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1}
+    models = [{"name": "Small", "config": shape}, {"name": "Experts", "config": experts}]
+    rows = measured(dry_run, {"about": "A test.", "models": models})["rows"]
+    assert list(rows[0]["matrices"].values()) == [[40, 16]] * 3
+    assert "several experts" in rows[1]["refused"]
+    text = dry_run.table("A test.", rows)
+    assert "| Small | 0.0 billion | 3 × 40×16, to `model.layers.3.mlp.down_proj` |" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+def test_the_committed_dry_run_knows_the_sizes_that_were_published():
+    result = json.loads((FOLDER / "results" / "dry_run.json").read_text())
+    published = {model["name"]: model["parameters"] for model in result["config"]["models"]}
+    for row in result["rows"]:
+        if "refused" not in row:
+            assert row["parameters"] == pytest.approx(published[row["name"]], rel=0.01)
 
 
 def test_each_edit_is_taken_at_its_best_strength():

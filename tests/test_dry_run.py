@@ -45,7 +45,10 @@ def test_what_counts_as_a_configuration_alone(tmp_path):
     assert not only_configured(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", ["{}", "[", '{"model_type": "vit"}', '{"model_type": "no such"}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{}", "[", '{"model_type": "llama", "hidden_size": 16}', '{"model_type": "vit"}', '{"model_type": "no such"}'],
+)
 def test_what_is_no_configuration_of_a_language_model(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ModelError, match="is no configuration of a language model"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -95,7 +96,9 @@ def load(
         placed = _placement(config, target, device == MAP, dtype, quantise)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         loaded = kind.from_pretrained(source, config=config, **placed)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError,
+    ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "the folder" if Path(source).exists() else "taken for a hub id, since no folder has this name"
         where += f"; did you mean {ATLAS!r}?" if get_close_matches(model, [ATLAS]) else ""
