@@ -70,10 +70,14 @@ class Base:
                 "class or configuration. Load the model it was made for"
             )
 
+    def with_weights_of(self, model: nn.Module) -> Base:
+        """The identity of ``model``, which passed :meth:`check_architecture`, with respect to this base's modules."""
+        modules = find_modules(model, self.weights)
+        return Base(_name(model), self.config, {name: _weight_hash(module) for name, module in modules.items()})
+
     def changed(self, model: nn.Module) -> list[str]:
         """The modules whose weights are not those of this base."""
-        modules = find_modules(model, self.weights)
-        return [name for name, module in modules.items() if _weight_hash(module) != self.weights[name]]
+        return [name for name, own in self.with_weights_of(model).weights.items() if own != self.weights[name]]
 
     def check(self, model: nn.Module, what: str) -> None:
         """Raise :class:`WrongBaseError` unless ``model`` is this base: same configuration, same edited weights."""

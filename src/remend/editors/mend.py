@@ -304,7 +304,7 @@ class Mend(nn.Module):
         if not requests or isinstance(requests, EditRequest) or not all(isinstance(r, EditRequest) for r in requests):
             raise RequestError("give a list of at least one EditRequest(prompt=…, target=…)")
         self.base.check_architecture(model, "this editor")
-        base = Base.of(model, self.shapes)
+        base = self.base.with_weights_of(model)
         if base.weights != self.base.weights:
             warnings.warn(
                 f"this editor was trained for {self.base.name!r} with other weights than this model has; "
