@@ -1,6 +1,7 @@
 """Other ways to train or to edit that ``benchmarks/frontier.py`` measures beside what remend does.
 
-None of them moved the frontier, which is why they are here and not in the package: each line of the table names one.
+None of them moved the frontier clearly, which is why they are here and not in the package: each line of the table
+names one.
 """
 
 from __future__ import annotations
@@ -139,9 +140,7 @@ class SubjectToken(Mend):
     def capture(self, task: CausalLM, batch: Any, loss: Any = None) -> Any:
         """As :meth:`Mend.capture`, from that token alone."""
         predicting = torch.zeros_like(batch.mask)
-        first = torch.full((batch.rows,), batch.mask.shape[1], dtype=torch.long).scatter_reduce(
-            0, batch.row, batch.position, "amin"
-        )
+        first = batch.first.tolist()
         for row, ids in enumerate(batch.input_ids.tolist()):
             predicting[row, self.places[tuple(ids[: first[row] + 1])]] = True
         with patch("remend.tasks.task.Batch.predicting", predicting):

@@ -94,8 +94,7 @@ def load(
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         placed = _placement(config, target, device == MAP, dtype, quantise)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        loaded = kind.from_pretrained(source, config=config, **placed)
+        loaded = model_class(config).from_pretrained(source, config=config, **placed)
     except (
         OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError,
     ) as error:  # fmt: skip
@@ -110,6 +109,11 @@ def load(
         _check_quantised(loaded, quantise)
     _keep_differentiable(loaded)
     return loaded.eval(), tokenizer
+
+
+def model_class(config: Any) -> Any:
+    """What transformers loads a language model with, by its structure."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def _placement(

@@ -123,10 +123,15 @@ def _fit_whiteners(
         room -= sum(4 * values.numel() for own in rows.values() for values in (own.u, own.delta))
         if room >= 0:
             seen[number] = rows
+    _keep_whiteners(editor, moments, workers)
+    return seen
+
+
+def _keep_whiteners(editor: Mend, moments: Mapping[str, SecondMoment], workers: Workers) -> None:
+    """What the moments of all processes together say."""
     for index, moment in enumerate(moments.values()):
         workers.sum(*moment.totals)
         setattr(editor, f"whitener_{index}", moment.whitener(editor.config.ridge))
-    return seen
 
 
 def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], workers: Workers) -> None:
@@ -143,26 +148,24 @@ def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], worker
             break
     if not windows:
         raise TrainingError("the text to take second moments over is empty: give one that holds words, or none")
+    if task.collate(windows[:1]).decoder_ids is not None:
+        raise TrainingError(
+            "a text tells nothing of an encoder-decoder's decoder, which reads answers: train without text"
+        )
     if (tokens := sum(len(window.prompt) for window in windows)) < max(d_in for d_in, _ in editor.shapes.values()):
         warnings.warn(
             f"the text has {tokens} tokens, fewer than a matrix has inputs: most directions are not seen there, and "
-            " whitening does little. Give a longer text",
+            "whitening does little. Give a longer text",
             stacklevel=2,
         )
     batches = [windows[start : start + TEXT_BATCH] for start in range(0, len(windows), TEXT_BATCH)]
     for some in batches[workers.rank :: workers.count]:
         batch = task.collate(some)
-        if batch.decoder_ids is not None:
-            raise TrainingError(
-                "a text tells nothing of an encoder-decoder's decoder, which reads answers: train without text"
-            )
         found = inputs(task.model, modules, batch.rows, partial(task.target_logits, batch))
         counted = task.tokens(batch, moments, predicting=False)
         for name, moment in moments.items():
             moment.update(found[name], counted[name].to(found[name].device))
-    for index, moment in enumerate(moments.values()):
-        workers.sum(*moment.totals)
-        setattr(editor, f"whitener_{index}", moment.whitener(editor.config.ridge))
+    _keep_whiteners(editor, moments, workers)
 
 
 def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[Fact]], workers: Workers) -> None:

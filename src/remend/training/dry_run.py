@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig
 
 from remend.base import Base
 from remend.core.layers import dimensions
 from remend.editors.config import MendConfig
 from remend.editors.mend import Mend
 from remend.errors import ModelError
+from remend.models.loading import model_class
 from remend.models.structure import editable_modules, named_stacks
 from remend.training.config import PRESETS
-from remend.training.memory import moments_bytes
+from remend.training.memory import bytes_of, moments_bytes
 
 GPUS = (1, 2, 4, 8)
 """How many GPUs are thought of that share the model's weights."""
@@ -90,9 +90,8 @@ def dry_run(
     """
     try:
         config = AutoConfig.from_pretrained(path)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
-            model = kind.from_config(config)  # type: ignore[no-untyped-call]
+            model = model_class(config).from_config(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path} is no configuration of a language model that transformers knows: {reason}") from error
@@ -100,7 +99,7 @@ def dry_run(
     with torch.device("meta"):
         editor = Mend(network, Base("", "", {}), {name: dimensions(module) for name, module in chosen.items()})
     trained, parameters = list(editor.parameters()), sum(parameter.numel() for parameter in model.parameters())
-    optimiser = 2 * _bytes(trained) + max(_bytes([parameter]) for parameter in trained)
+    optimiser = 2 * bytes_of(trained) + max(bytes_of([parameter]) for parameter in trained)
     return DryRun(
         model=path,
         parameters=parameters,
@@ -108,10 +107,6 @@ def dry_run(
         matrices=dict(editor.shapes),
         editor_parameters=sum(parameter.numel() for parameter in trained),
         model_bytes=parameters * dtype.itemsize,
-        editor_bytes=_bytes([*trained, *editor.buffers()]),
+        editor_bytes=bytes_of([*trained, *editor.buffers()]),
         training_bytes=max(optimiser, moments_bytes(editor)),
     )
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

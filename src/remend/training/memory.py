@@ -130,10 +130,10 @@ def _reported(file: Path, key: str) -> int | None:
 
 def _needs(trainer: Trainer) -> _Needs:
     on_cpu = trainer.task.device.type == "cpu"
-    model = _bytes([*trainer.task.model.parameters(), *trainer.task.model.buffers()])
+    model = bytes_of([*trainer.task.model.parameters(), *trainer.task.model.buffers()])
     parameters = list(trainer.editor.parameters())
-    editor, trained = _bytes([*parameters, *trainer.editor.buffers()]), _bytes(parameters)
-    largest = max(_bytes([parameter]) for parameter in parameters)
+    editor, trained = bytes_of([*parameters, *trainer.editor.buffers()]), bytes_of(parameters)
+    largest = max(bytes_of([parameter]) for parameter in parameters)
     rows = _rows_an_episode(trainer)
     editor_pass, factors = 0.0, 0.0
     for key, names in trainer.editor.groups.items():
@@ -205,5 +205,6 @@ def _saved_bytes(action: Callable[[], object], own: set[int]) -> int:
     return sum(sizes.values())
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """What tensors take, also those without memory."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
