@@ -134,6 +134,12 @@ def test_a_text_without_words_is_refused(task):
         Trainer(task, editor, worlds.requests(10), SETTINGS, text=[" "]).calibrate()
 
 
+def test_a_text_too_short_to_whiten_with_is_said_to_be(task):
+    editor = Mend.for_model(task.model, MendConfig(rank=8, ridge=1e-4))
+    with pytest.warns(UserWarning, match="not seen there, and whitening does little. Give a longer text"):
+        Trainer(task, editor, worlds.requests(10), SETTINGS, text=["Oslo"]).calibrate()
+
+
 def test_the_batched_loss_is_the_mean_of_single_episodes(task, editor):
     trainer = Trainer(task, editor, worlds.requests(10), SETTINGS)
     together = trainer.losses(trainer.episodes.batch(0, 6))
