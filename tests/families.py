@@ -57,7 +57,24 @@ DECODERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         hf.FalconConfig(hidden_size=16, num_hidden_layers=BLOCKS, num_attention_heads=2, **_TOKENS)
     ),
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_GROUPED)),
+    "mixtral": lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
+    ),
+    "qwen3-moe": lambda: hf.Qwen3MoeForCausalLM(
+        # Experts narrower than the model, as in the real one, and a first block that has none.
+        hf.Qwen3MoeConfig(**_HEADS, moe_intermediate_size=8, num_experts=6, num_experts_per_tok=3, mlp_only_layers=[0])
+    ),
+    "gpt-oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            **_HEADS,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        )
+    ),
 }
+"""Of the mixtures of experts, GPT-OSS stores its matrices transposed and has biases."""
 
 _SIDES = {
     "d_model": 16,

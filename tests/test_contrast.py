@@ -104,7 +104,7 @@ def test_inputs_are_what_the_modules_are_called_with(task):
     found = inputs(task.model, modules, batch.rows, lambda: task.target_logits(batch))
     editor = Mend.for_model(task.model, MendConfig(rank=4))
     for name, factor in editor.capture(task, batch).items():
-        torch.testing.assert_close(found[name][batch.mask], factor.u[batch.mask])
+        torch.testing.assert_close(found[name].x[batch.mask], factor.u[batch.mask])
 
 
 def test_the_default_edits_outputs_at_target_tokens_and_each_answers_to_itself_with_one(task):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remend.core.layers import is_editable, is_quantised, weight_of
+from remend.core.experts import expert_linears
+from remend.core.layers import editable_layers, holder_of, is_editable, is_quantised, weight_of
 from remend.errors import FileError, ModelError, WrongBaseError, nearest
 from remend.storage import take
 
@@ -99,15 +100,27 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
     """
     found = {}
     for name in names:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            editable = [n for n, m in model.named_modules() if is_editable(m)]
-            raise ModelError(f"the model has no module {name!r}; {nearest(name, editable)}") from None
+        module = _module(model, name)
+        if module is None:
+            editable = [n for n, _ in editable_layers(model)]
+            raise ModelError(f"the model has no module {name!r}; {nearest(name, editable)}")
         if not is_editable(module):
-            raise ModelError(f"{name} is a {type(module).__name__}; a Linear or Conv1D layer was expected")
+            raise ModelError(
+                f"{name} is a {type(module).__name__}; a Linear or Conv1D layer, or experts, were expected"
+            )
         found[name] = module
     return found
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of some name, of experts the one that stands for their parameter of that name."""
+    parent, _, last = name.rpartition(".")
+    try:
+        holder = model.get_submodule(parent)
+    except AttributeError:
+        return None
+    own = getattr(holder, last, None)
+    return own if isinstance(own, nn.Module) else expert_linears(holder).get(last)
 
 
 def _name(model: nn.Module) -> str:
@@ -174,14 +187,15 @@ def _brought(module: nn.Module) -> AbstractContextManager[None]:
     """
     if not weight_of(module).is_meta:
         return nullcontext()
-    if not getattr(getattr(module, "_hf_hook", None), "offload", False):
+    holder = holder_of(module)
+    if not getattr(getattr(holder, "_hf_hook", None), "offload", False):
         raise ModelError(
             f"the weight of a {type(module).__name__} to edit has no values (it is on the device meta); load the model "
             "with remend.load, with device='map' if it is larger than one device's memory"
         )
     from accelerate.utils import align_module_device
 
-    brought: AbstractContextManager[None] = align_module_device(module, torch.device("cpu"))
+    brought: AbstractContextManager[None] = align_module_device(holder, torch.device("cpu"))
     return brought
 
 

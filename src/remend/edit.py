@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from remend.base import Base, find_modules
 from remend.core.branch import attach, detach
-from remend.core.layers import dense_in_layout, device_of, dimensions, is_quantised, weight_of
+from remend.core.layers import dense_in_layout, device_of, dimensions, experts_of, is_quantised, weight_of
 from remend.core.low_rank import LowRank, concatenate
 from remend.errors import EditError, FileError, PrecisionError
 from remend.request import EditRequest
@@ -132,6 +132,11 @@ class Edit:
                 raise EditError(
                     f"{name} has shape {dimensions(module)}, the edit {change.u.shape}, {change.delta.shape}"
                 )
+            count = (
+                0 if change.experts is None else int(torch.cat([change.experts, change.experts.new_zeros(1)]).max()) + 1
+            )
+            if (change.experts is None) != (experts_of(module) == 0) or count > experts_of(module):
+                raise EditError(f"{name} has {experts_of(module)} experts, the edit changes {count}")
         return modules
 
     # -- arithmetic ----------------------------------------------------------------------------------------------
@@ -179,6 +184,8 @@ class Edit:
         for name, change in self.changes.items():
             tensors[f"{name}.u"], tensors[f"{name}.delta"] = change.u, change.delta
             ranks[name] = change.rank
+            if change.experts is not None:
+                tensors[f"{name}.experts"] = change.experts
             if change.gate:
                 gates[name] = change.gate
         manifest = {
@@ -204,7 +211,8 @@ class Edit:
         ranks = take(manifest, "ranks", dict, path)
         gates = take(manifest, "gates", dict, path) if "gates" in manifest else {}
         changes = {name: _change(tensors, name, gates.get(name, 0.0), path) for name in ranks}
-        if len(tensors) != 2 * len(changes) or any(changes[name].rank != rank for name, rank in ranks.items()):
+        own = sum(2 if change.experts is None else 3 for change in changes.values())
+        if len(tensors) != own or any(changes[name].rank != rank for name, rank in ranks.items()):
             raise FileError(f"{path}: the factors are not those that the manifest lists; it was altered")
         if changes.keys() - base.weights.keys():
             raise FileError(f"{path}: the base does not cover every changed module; it was altered")
@@ -223,7 +231,12 @@ def _change(tensors: Mapping[str, Tensor], name: str, gate: object, path: str | 
         raise FileError(f"{path}: the factors of {name} are missing or do not fit together; it was altered")
     if not isinstance(gate, int | float) or not 0 <= gate < 1:
         raise FileError(f"{path}: the gate of {name} should be a number from 0 to below 1, it is {gate!r}")
-    return LowRank(u, delta, float(gate))
+    experts = tensors.get(f"{name}.experts")
+    if experts is not None and (
+        experts.is_floating_point() or experts.shape != u.shape[:1] or bool((experts < 0).any())
+    ):
+        raise FileError(f"{path}: the experts of {name} do not fit its factors; it was altered")
+    return LowRank(u, delta, float(gate), experts)
 
 
 def _refuse_unwritable(modules: Mapping[str, nn.Module]) -> None:

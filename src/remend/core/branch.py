@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from remend.core.layers import input_of
+from remend.core.layers import inputs_of
 from remend.core.low_rank import LowRank
 
 
@@ -31,9 +31,9 @@ class Branch:
         if self.change.u.device != output.device:
             self.change = self.change.to(output.device)
         dtype = self.change.u.dtype
-        x = input_of(args, kwargs).to(output.device, dtype)
+        x, experts = inputs_of(args, kwargs)
         with torch.autocast(output.device.type, enabled=False):
-            return (output.to(dtype) + self.change.branch(x)).to(output.dtype)
+            return (output.to(dtype) + self.change.branch(x.to(output.device, dtype), experts)).to(output.dtype)
 
 
 def attach(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> list[RemovableHandle]:

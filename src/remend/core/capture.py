@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from remend.core.branch import detach, frozen
-from remend.core.layers import input_of, is_plain
+from remend.core.layers import inputs_of, is_plain
+from remend.core.low_rank import LowRank
 from remend.errors import ModelError, NonFiniteError
 
 
@@ -27,15 +28,17 @@ class GradientFactors:
         u: the layer's input at every token.
         delta: the loss's gradient with respect to the layer's output; zero at tokens that do not count.
         active: the tokens that carry gradient: unmasked, and delta not zero. Only these are transformed.
+        experts: of a layer of experts, to whom each row goes; a token then has a row for each of its experts.
     """
 
     u: Float[Tensor, "episode token d_in"]
     delta: Float[Tensor, "episode token d_out"]
     active: Bool[Tensor, "episode token"]
+    experts: Int[Tensor, "episode token"] | None = None
 
-    def gradient(self) -> Float[Tensor, "episode d_out d_in"]:
-        """∇W, dense, for each episode. The size of the weight: for tests."""
-        return self.delta.mT @ self.u
+    def gradient(self, experts: int = 0) -> Float[Tensor, "episode *expert d_out d_in"]:
+        """∇W, dense, for each episode (of ``experts`` experts). The size of the weight: for tests."""
+        return LowRank(self.u, self.delta, experts=self.experts).dense(experts)
 
 
 class _Recorder:
@@ -51,6 +54,7 @@ class _Recorder:
         self.tokens = tokens
         self.inputs: list[Tensor] = []
         self.probes: list[Tensor] = []
+        self.experts: list[Tensor] = []
         self.closed = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -58,7 +62,10 @@ class _Recorder:
         if self.closed:  # recomputed: the same operations again, so that checkpointing finds what it saved
             return output + probe
         # A copy: a frozen layer's backward pass does not need its input, and autograd would not see it overwritten.
-        self.inputs.append(input_of(args, kwargs).detach().to(output.device, copy=True))
+        x, experts = inputs_of(args, kwargs)
+        self.inputs.append(x.detach().to(output.device, copy=True))
+        if experts is not None:
+            self.experts.append(experts.to(output.device, copy=True))
         self.probes.append(probe)
         return output + probe
 
@@ -67,7 +74,8 @@ class _Recorder:
         episodes, length = self.tokens.shape
         inputs, deltas, masks = [], [], []
         for x, probe, gradient in zip(self.inputs, self.probes, gradients, strict=True):
-            if x.shape[0] != episodes and x[..., 0].numel() != episodes * length:
+            rows = x[..., 0].numel()
+            if x.shape[0] != episodes and (rows % (episodes * length) if self.experts else rows != episodes * length):
                 raise ModelError(
                     f"a module to edit is called with an input of shape {tuple(x.shape)}, which cannot be divided "
                     f"among {episodes} episodes of {length} tokens; choose other modules"
@@ -76,6 +84,8 @@ class _Recorder:
             u = x.reshape(episodes, -1, x.shape[-1]).float()
             delta = delta.reshape(episodes, -1, delta.shape[-1]).float()
             mask = self.tokens.to(u.device)
+            if self.experts:  # as many rows of a token as it has experts
+                mask = mask.repeat_interleave(u.shape[1] // length, 1)
             if u.shape[1] != mask.shape[1]:  # another sequence than the batch's own (a layer over an encoder's output)
                 mask = mask.new_ones(u.shape[:2])
             # masked_fill, not a product: what stands at a padded position may be NaN, and NaN · 0 is NaN.
@@ -83,7 +93,8 @@ class _Recorder:
             inputs.append(u.masked_fill(~mask[..., None], 0))
             deltas.append(delta)
             masks.append(mask & (delta != 0).any(-1))
-        return GradientFactors(torch.cat(inputs, 1), torch.cat(deltas, 1), torch.cat(masks, 1))
+        experts = torch.cat([own.view(episodes, -1) for own in self.experts], 1) if self.experts else None
+        return GradientFactors(torch.cat(inputs, 1), torch.cat(deltas, 1), torch.cat(masks, 1), experts)
 
 
 def capture(
@@ -127,23 +138,45 @@ def capture(
     return losses.detach(), factors
 
 
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer is called with in one pass, as float32.
+
+    Some models flatten rows and tokens into one axis before their MLPs; here they are apart again.
+
+    Attributes:
+        x: the input; of experts a token's rows follow each other, one for each expert it goes to.
+        experts: of experts, to whom each goes.
+    """
+
+    x: Float[Tensor, "row token d"]
+    experts: Int[Tensor, "row token"] | None = None
+
+    def at(self, tokens: Int[Tensor, " row"], length: int) -> tuple[Tensor, Int[Tensor, "row slot"]]:
+        """The inputs [row, slot, d] at one token of each row, of ``length`` tokens, and to whom they go (0: to all)."""
+        rows, places, d = self.x.shape
+        slots, row = places // length, torch.arange(rows, device=self.x.device)
+        whose = self.x.new_zeros(rows, places, dtype=torch.long) if self.experts is None else self.experts
+        where = tokens.to(self.x.device)
+        return self.x.view(rows, length, slots, d)[row, where], whose.view(rows, length, slots)[row, where]
+
+
 @torch.no_grad()
 def inputs(
     model: nn.Module, modules: Mapping[str, nn.Module], rows: int, forward: Callable[[], object]
-) -> dict[str, Float[Tensor, "row token d"]]:
-    """What each module is called with when ``forward`` runs on ``rows`` rows, as float32; no gradient is taken.
-
-    Some models flatten rows and tokens into one axis before their MLPs; here they are apart again.
+) -> dict[str, LayerInput]:
+    """What each module is called with when ``forward`` runs on ``rows`` rows; no gradient is taken.
 
     Raises:
         ModelError: a module was not called.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, LayerInput] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def kept(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = input_of(args, kwargs).detach().float()
-            found[name] = x.reshape(rows, -1, x.shape[-1])
+            x, experts = inputs_of(args, kwargs)
+            x = x.detach().float().reshape(rows, -1, x.shape[-1])
+            found[name] = LayerInput(x, None if experts is None else experts.reshape(rows, -1))
 
         return kept
 

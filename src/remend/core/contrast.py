@@ -41,11 +41,13 @@ class Contrast:
 
         Args:
             keys: of prompts that ask for the facts; each ordered pair of two different ones of a fact counts.
-            owners: which fact each asks for, from 0.
+            owners: which fact each asks for.
             near: of the facts' neighbours; each counts with every prompt of its fact.
             near_owners: whose neighbours they are.
         """
-        count = int(owners.max()) + 1
+        everyone, numbers = torch.cat([owners, near_owners]).unique(return_inverse=True)
+        owners, near_owners = numbers.split([len(owners), len(near_owners)])
+        count = len(everyone)
         whole, around = (
             torch.zeros(count, rows.shape[1], device=rows.device).index_add_(0, whose, rows)
             for rows, whose in ((keys, owners), (near, near_owners))

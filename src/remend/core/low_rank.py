@@ -24,11 +24,14 @@ class LowRank:
         delta: what it writes to the layer's output for each, [rank, d_out] or [episode, rank, d_out].
         gate: if not 0, the change acts only where it is asked for: instead of ΔW x = deltaᵀ (u x) the layer's output
             gets deltaᵀ relu(u x − gate) / (1 − gate), the same where u x is 1. That is no change of a weight any more.
+        experts: of a weight that holds several experts' matrices (:mod:`remend.core.experts`), whose each pair is; it
+            acts on that expert's rows alone.
     """
 
     u: Float[Tensor, "*episode rank d_in"]
     delta: Float[Tensor, "*episode rank d_out"]
     gate: float = 0.0
+    experts: Int[Tensor, "*episode rank"] | None = None
 
     @property
     def rank(self) -> int:
@@ -40,26 +43,44 @@ class LowRank:
         """Whether there is an episode axis."""
         return self.u.dim() == 3
 
-    def dense(self) -> Float[Tensor, "*episode d_out d_in"]:
+    def dense(self, experts: int = 0) -> Float[Tensor, "*episode_expert d_out d_in"]:
         """ΔW itself. The size of the weight: for merging and for tests.
+
+        Args:
+            experts: of how many the weight holds the matrices, if of several: they have an axis of their own before
+                d_out.
 
         Raises:
             EditError: the change is gated.
         """
         self._refuse_gate("written into a weight")
-        return self.delta.mT @ self.u
+        if self.experts is None:
+            return self.delta.mT @ self.u
+        own = self.experts[..., None] == torch.arange(experts, device=self.u.device)
+        return torch.einsum("...re,...ro,...ri->...eoi", own.to(self.u.dtype), self.delta, self.u)
 
-    def branch(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
+    def branch(
+        self, x: Float[Tensor, "*rows d_in"], experts: Int[Tensor, " row"] | None = None
+    ) -> Float[Tensor, "*rows d_out"]:
         """ΔW x for every row of ``x``, as two thin products.
 
         With an episode axis, ``x`` must be ordered by episode, the same number of rows for each: its leading axes are
-        split evenly among the episodes.
+        split evenly among the episodes. ``experts`` says which expert's matrix each row goes through.
         """
         if not self.batched:
-            return self._gated(x @ self.u.mT) @ self.delta
-        own = x.reshape(self.u.shape[0], -1, x.shape[-1])
-        answers = self._gated(torch.bmm(own, self.u.mT))
+            return self._gated(self._own(x @ self.u.mT, experts)) @ self.delta
+        rows = x.reshape(self.u.shape[0], -1, x.shape[-1])
+        answers = self._gated(self._own(torch.bmm(rows, self.u.mT), experts))
         return torch.bmm(answers, self.delta).reshape(*x.shape[:-1], self.delta.shape[-1])
+
+    def _own(
+        self, answers: Float[Tensor, "*rows rank"], experts: Int[Tensor, " row"] | None
+    ) -> Float[Tensor, "*rows rank"]:
+        """Answers of each row to the pairs of its own expert; the others are zero."""
+        if self.experts is None or experts is None:
+            return answers
+        whose = experts.to(answers.device).view(answers.shape[:-1])
+        return answers * (whose[..., None] == self.experts[..., None, :])
 
     def _gated(self, answers: Float[Tensor, "*rows rank"]) -> Float[Tensor, "*rows rank"]:
         return torch.relu(answers - self.gate) / (1 - self.gate) if self.gate else answers
@@ -73,7 +94,14 @@ class LowRank:
 
     def select(self, episodes: Int[Tensor, " row"] | slice) -> LowRank:
         """The changes of some episodes."""
-        return replace(self, u=self.u[episodes], delta=self.delta[episodes])
+        experts = None if self.experts is None else self.experts[episodes]
+        return replace(self, u=self.u[episodes], delta=self.delta[episodes], experts=experts)
+
+    def first(self, episode: int, rank: int) -> LowRank:
+        """The change of one episode, with its first ``rank`` factor pairs: what follows is padding."""
+        own = self.select(torch.tensor([episode]))
+        experts = None if own.experts is None else own.experts[0, :rank]
+        return replace(own, u=own.u[0, :rank], delta=own.delta[0, :rank], experts=experts)
 
     def scaled(self, factor: float | Float[Tensor, "episode ranks 1"]) -> LowRank:
         """``factor`` · ΔW; with an episode axis, there may be a factor for each, or for each of its factor pairs."""
@@ -82,7 +110,8 @@ class LowRank:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LowRank:
         """The same change on another device, or in another dtype."""
-        return replace(self, u=self.u.to(device=device, dtype=dtype), delta=self.delta.to(device=device, dtype=dtype))
+        u, delta = (factor.to(device=device, dtype=dtype) for factor in (self.u, self.delta))
+        return replace(self, u=u, delta=delta, experts=None if self.experts is None else self.experts.to(device))
 
     def detach(self) -> LowRank:
         """The same change without its autograd history."""
@@ -91,17 +120,25 @@ class LowRank:
     def norm(self) -> Float[Tensor, "*episode"]:
         """‖ΔW‖ (Frobenius), from the factors' Gram matrices: ‖deltaᵀu‖² = Σ (u uᵀ) ∘ (delta deltaᵀ)."""
         gram = (self.u @ self.u.mT) * (self.delta @ self.delta.mT)
+        if self.experts is not None:
+            gram = gram * (self.experts[..., :, None] == self.experts[..., None, :])
         return gram.sum((-2, -1)).clamp(min=0).sqrt()
 
     def recompress(self, rank: int) -> LowRank:
         """The nearest change of at most ``rank`` pairs (truncated singular value decomposition, without forming ΔW).
 
-        Two QR factorisations leave a rank × rank core whose SVD is that of ΔW.
+        Two QR factorisations leave a rank × rank core whose SVD is that of ΔW. Of experts, each one's change is
+        compressed on its own.
 
         Raises:
             EditError: the change is gated.
         """
         self._refuse_gate("compressed")
+        if self.experts is not None:
+            own = [(expert, self.experts == expert) for expert in self.experts.unique().tolist()]
+            parts = [LowRank(self.u[rows], self.delta[rows]).recompress(rank) for _, rows in own]
+            whose = [self.experts.new_full((part.rank,), e) for part, (e, _) in zip(parts, own, strict=True)]
+            return replace(concatenate(parts), experts=torch.cat(whose)) if parts else self
         q_u, r_u = torch.linalg.qr(self.u.mT.float())
         q_d, r_d = torch.linalg.qr(self.delta.mT.float())
         left, values, right = torch.linalg.svd(r_d @ r_u.mT, full_matrices=False)
@@ -114,7 +151,10 @@ class LowRank:
 
 def concatenate(changes: Sequence[LowRank]) -> LowRank:
     """The sum of several changes of one weight: their factor pairs, side by side."""
-    return LowRank(torch.cat([c.u for c in changes], -2), torch.cat([c.delta for c in changes], -2), _gate(changes))
+    whose = [change.experts for change in changes if change.experts is not None]
+    experts = torch.cat(whose, -1) if whose else None
+    u, delta = torch.cat([c.u for c in changes], -2), torch.cat([c.delta for c in changes], -2)
+    return LowRank(u, delta, _gate(changes), experts)
 
 
 def stack(changes: Sequence[LowRank]) -> LowRank:
@@ -124,9 +164,10 @@ def stack(changes: Sequence[LowRank]) -> LowRank:
     def padded(factor: Tensor) -> Tensor:
         return torch.nn.functional.pad(factor, (0, 0, 0, rank - factor.shape[-2]))
 
-    return LowRank(
-        torch.stack([padded(c.u) for c in changes]), torch.stack([padded(c.delta) for c in changes]), _gate(changes)
-    )
+    whose = [torch.nn.functional.pad(c.experts, (0, rank - c.rank)) for c in changes if c.experts is not None]
+    experts = torch.stack(whose) if whose else None
+    u, delta = torch.stack([padded(c.u) for c in changes]), torch.stack([padded(c.delta) for c in changes])
+    return LowRank(u, delta, _gate(changes), experts)
 
 
 def _gate(changes: Sequence[LowRank]) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -50,11 +50,13 @@ class TokenRows:
         u: the matrix's inputs there, whitened if the editor whitens.
         delta: the loss's gradient with respect to its outputs.
         counts: how many of the rows belong to each episode.
+        experts: of a matrix of several experts, whose each row is.
     """
 
     u: Float[Tensor, "row d_in"]
     delta: Float[Tensor, "row d_out"]
     counts: tuple[int, ...]
+    experts: Int[Tensor, " row"] | None = None
 
 
 class Mend(nn.Module):
@@ -205,7 +207,8 @@ class Mend(nn.Module):
         found = {}
         for name, factor in factors.items():
             u, delta = factor.u[factor.active].to(self.device), factor.delta[factor.active].to(self.device)
-            found[name] = TokenRows(u, delta, tuple(factor.active.sum(1).tolist()))
+            experts = None if factor.experts is None else factor.experts[factor.active].to(self.device)
+            found[name] = TokenRows(u, delta, tuple(factor.active.sum(1).tolist()), experts)
         return found
 
     def whitened(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
@@ -222,7 +225,10 @@ class Mend(nn.Module):
         steps = dict(zip(self.shapes, self.alpha * self.unit, strict=True))
         for name, (u, delta) in self.transform(rows, ledger).items():
             table = _Table(rows[name].counts, self.device)
-            changes[name] = LowRank(table(self.whiten(u, name)), table(delta * -steps[name]), self.config.gate)
+            whose = rows[name].experts
+            experts = None if whose is None else table(whose[:, None])[..., 0]
+            u, delta = table(self.whiten(u, name)), table(delta * -steps[name])
+            changes[name] = LowRank(u, delta, self.config.gate, experts)
         return {name: changes[name] for name in self.shapes}
 
     def transform(
@@ -294,10 +300,7 @@ class Mend(nn.Module):
                 counts = {name: own.counts for name, own in rows.items()}
                 changes = settled(unedited, changes, self.config.settle, counts)
             for e in range(len(chunk)):
-                rank = {name: own.counts[e] for name, own in rows.items()}  # what follows is padding
-                found.append(
-                    {n: replace(c, u=c.u[e, : rank[n]], delta=c.delta[e, : rank[n]]) for n, c in changes.items()}
-                )
+                found.append({name: change.first(e, rows[name].counts[e]) for name, change in changes.items()})
         return found
 
     def _check(self, model: PreTrainedModel, requests: Sequence[EditRequest]) -> Base:
@@ -337,6 +340,6 @@ class _Table:
         slots = [episode * self.rank + place for episode, count in enumerate(counts) for place in range(count)]
         self.slot = torch.tensor(slots, dtype=torch.long, device=device)
 
-    def __call__(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "episode rank d"]:
+    def __call__(self, rows: Shaped[Tensor, "row d"]) -> Shaped[Tensor, "episode rank d"]:
         table = rows.new_zeros(self.episodes * self.rank, rows.shape[-1])
         return table.index_copy(0, self.slot, rows).view(self.episodes, self.rank, -1)

@@ -148,7 +148,8 @@ def settled(
         changes: what the edits do.
         settle: the factor of s.
         tokens: how many factor pairs of each change belong to each episode. Where they are as many as the target has
-            tokens, the first is the first token's; else (all tokens take part) all are scaled.
+            tokens (of experts: a multiple of that), the first is the first token's; else (all tokens take part) all are
+            scaled.
     """
     scales = (settle * taking_scales(unedited, changes)).sqrt()
     lengths = torch.bincount(unedited.batch.row).tolist()
@@ -156,8 +157,9 @@ def settled(
     for name, change in changes.items():
         factor = scales[:, None, None].expand(-1, change.rank, 1).clone()
         for episode, (own, length) in enumerate(zip(tokens[name], lengths, strict=True)):
-            if own == length:
-                factor[episode, 1:] = 1
+            slots = 1 if change.experts is None else own // length
+            if own and own == slots * length:
+                factor[episode, slots:] = 1
         found[name] = change.scaled(factor)
     return found
 

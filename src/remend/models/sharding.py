@@ -14,7 +14,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from remend.core.layers import is_plain
+from remend.core.layers import holder_of, is_plain
 from remend.errors import ModelError
 from remend.models.structure import block_stack
 
@@ -54,7 +54,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
 @contextmanager
 def gathered(model: nn.Module, module: nn.Module) -> Iterator[None]:
     """Within the block, a part of the model can be called on its own; all processes must come here."""
-    owners = [own for own in model.modules() if isinstance(own, FSDPModule) and module in own.modules()]
+    holder = holder_of(module)
+    owners = [own for own in model.modules() if isinstance(own, FSDPModule) and holder in own.modules()]
     for own in owners:
         own.unshard()
     try:

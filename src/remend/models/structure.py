@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from remend.base import find_modules
-from remend.core.layers import dimensions, is_editable
+from remend.core.experts import OUTPUT, ExpertLinear
+from remend.core.layers import dimensions, editable_layers
 from remend.errors import ConfigError, ModelError, nearest
 
 LAST = "last-3"
@@ -41,7 +42,7 @@ def editable_modules(
         ConfigError: a regular expression is malformed, or ``layers`` names no block.
         ModelError: nothing matches, or no stack of blocks with MLPs was found; the message names what exists.
     """
-    every = {name: module for name, module in model.named_modules() if is_editable(module)}
+    every = dict(editable_layers(model))
     for name in _shared(model, every):
         del every[name]
     if patterns:
@@ -63,8 +64,7 @@ def editable_modules(
         blocks = [(prefix, block) for prefix, block in blocks if prefix in writing]
     names = [name for prefix, block in blocks for name in mlp_matrices(prefix, block)]
     if outputs_only:
-        shapes = {name: dimensions(module) for name, module in find_modules(model, names).items()}
-        names = [name for name, (d_in, d_out) in shapes.items() if d_in > d_out]
+        names = [name for name, module in find_modules(model, names).items() if _narrows(module)]
     if not names:
         raise ModelError(
             f"{type(model).__name__}: found no MLP (a pair of linear layers that widens and narrows again) in its "
@@ -170,19 +170,24 @@ def mlp_matrices(prefix: str, block: nn.Module) -> list[str]:
     projection), and another narrows again, m → d, with the largest m > d. Attention has such pairs too where its heads
     are together wider than the model, but narrower than the MLP.
 
+    Where a block has experts (:mod:`remend.core.experts`), the MLP is theirs, however narrow each is.
+
     Raises:
-        ModelError: the MLP's weights are not matrices (experts stored as one tensor of three axes).
+        ModelError: the MLP's weights are no matrices that can be edited.
     """
+    layers = dict(editable_layers(block, prefix))
+    if experts := [name for name, module in layers.items() if isinstance(module, ExpertLinear)]:
+        return experts
     for name, parameter in block.named_parameters(prefix=prefix):
-        if parameter.dim() == 3:
+        if parameter.dim() == 3 and min(parameter.shape) > 1:
             raise ModelError(
-                f"{name} holds several experts in one tensor of shape {tuple(parameter.shape)}, which cannot be edited "
-                "yet; name other matrices with --modules (attention's, say)"
+                f"{name} is one tensor of shape {tuple(parameter.shape)} (of several experts, perhaps) in a module "
+                "that does not compute through transformers' interface for experts, so nothing can be captured there; "
+                "name other matrices with --modules (attention's, say)"
             )
     groups: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, module in block.named_modules(prefix=prefix):
-        if is_editable(module):
-            groups.setdefault(name.rpartition(".")[0], {})[name] = dimensions(module)
+    for name, module in layers.items():
+        groups.setdefault(name.rpartition(".")[0], {})[name] = dimensions(module)
     best: list[str] = []
     width = 0
     for members in groups.values():
@@ -191,6 +196,12 @@ def mlp_matrices(prefix: str, block: nn.Module) -> list[str]:
             if m > d and m > width and wide & set(members.values()):
                 width, best = m, [name for name, shape in members.items() if shape in {*wide, (m, d)}]
     return best
+
+
+def _narrows(module: nn.Module) -> bool:
+    """Whether a matrix of an MLP writes to the residual stream."""
+    d_in, d_out = dimensions(module)
+    return module.key == OUTPUT if isinstance(module, ExpertLinear) else d_in > d_out
 
 
 def _shared(model: nn.Module, editable: Mapping[str, nn.Module]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from remend.base import find_modules
 from remend.core.capture import inputs
 from remend.core.contrast import Contrast
-from remend.core.layers import is_quantised, weight_of
+from remend.core.layers import experts_of, is_quantised, weight_of
 from remend.core.statistics import RunningStatistics
 from remend.core.whitening import SecondMoment
 from remend.editors.mend import Mend, TokenRows
@@ -164,7 +164,8 @@ def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], worker
         found = inputs(task.model, modules, batch.rows, partial(task.target_logits, batch))
         counted = task.tokens(batch, moments, predicting=False)
         for name, moment in moments.items():
-            moment.update(found[name], counted[name].to(found[name].device))
+            x, mask = found[name].x, counted[name].to(found[name].x.device)
+            moment.update(x, mask.repeat_interleave(x.shape[1] // mask.shape[1], 1))
     _keep_whiteners(editor, moments, workers)
 
 
@@ -177,13 +178,17 @@ def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[
         batch = constants.task.collate(pairs)
         with constants.prefix.resumed(constants.prefix_states(pairs)):
             found = inputs(constants.task.model, modules, batch.rows, partial(constants.task.target_logits, batch))
-        last = batch.first.cpu()
+        length = batch.predicting.shape[1]
         owners = torch.tensor([number for number, fact in enumerate(chunk) for _ in fact.prompts])
         near_owners = torch.tensor([n for n, fact in enumerate(chunk) for _ in fact.near], dtype=torch.long)
         for name, moment in moments.items():
-            keys = found[name][torch.arange(len(pairs)), last].to(editor.device)
-            whose, of = owners.to(editor.device), near_owners.to(editor.device)
-            moment.update(keys[: len(owners)], whose, keys[len(owners) :], of)
+            # Experts answer to their own keys alone: a fact is as many facts as there are experts.
+            keys, experts = (part.to(editor.device) for part in found[name].at(batch.first, length))
+            count, slots = experts_of(modules[name]) or 1, keys.shape[1]
+            asked = slots * len(owners)
+            whose = torch.cat([owners, near_owners]).to(editor.device)[:, None] * count + experts
+            whose = whose.reshape(-1)
+            moment.update(keys.flatten(0, 1)[:asked], whose[:asked], keys.flatten(0, 1)[asked:], whose[asked:])
     for place, moment in enumerate(moments.values()):
         workers.sum(*moment.totals)
         whitener = getattr(editor, f"whitener_{place}")
@@ -248,10 +253,15 @@ def _measure_units(editor: Mend, constants: Constants, batches: Sequence[Sequenc
     }
     for name, (pseudo_u, pseudo_delta) in editor.transform(rows).items():
         inputs_there = torch.cat([factors[name].u[factors[name].active] for factors in observed])
-        module = modules[name]
+        module, whose = modules[name], [own[name].experts for own in found]
+        experts = (
+            [torch.cat([part.to(inputs_there.device) for part in whose if part is not None])]
+            if experts_of(module)
+            else []
+        )
         dtype = constants.task.model.dtype if is_quantised(module) else weight_of(module).dtype
         with gathered(constants.task.model, module):
-            output = module(inputs_there.to(dtype)).float()
+            output = module(inputs_there.to(dtype), *experts).float()
         matched = (inputs_there.to(editor.device) * editor.whiten(pseudo_u, name)).sum(1).abs().mean()
         answer = matched * pseudo_delta.square().mean().sqrt()
         unit = output.square().mean().sqrt().to(editor.device) / answer

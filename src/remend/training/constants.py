@@ -105,10 +105,12 @@ class Constants:
 
         keys = [_rows_key(pair) for pair in pairs]
         columns = list(zip(*self._look_up(self.factors, keys, pairs, compute), strict=True))
-        return {
-            name: TokenRows(torch.cat(u), torch.cat(delta), tuple(len(own) for own in u))
-            for name, u, delta in zip(names, columns[0::2], columns[1::2], strict=True)
-        }
+        found = {}
+        for name, u, delta, experts in zip(names, columns[0::3], columns[1::3], columns[2::3], strict=True):
+            whose = torch.cat(experts)
+            own = whose if len(whose) else None
+            found[name] = TokenRows(torch.cat(u), torch.cat(delta), tuple(len(part) for part in u), own)
+        return found
 
     def keep_rows(self, pairs: Sequence[Pair], rows: Mapping[str, TokenRows]) -> None:
         """Keep what the networks read of some edit pairs, so that :meth:`rows` finds it."""
@@ -158,8 +160,12 @@ class Constants:
 
 
 def _entries(rows: Mapping[str, TokenRows]) -> list[Entry]:
-    """What belongs to each episode: u and delta of one matrix after the other."""
-    parts = [values.split(own.counts) for own in rows.values() for values in (own.u, own.delta)]
+    """What belongs to each episode: u, delta and (often empty) experts of one matrix after the other."""
+    parts = []
+    for own in rows.values():
+        parts += [own.u.split(own.counts), own.delta.split(own.counts)]
+        nobody = own.u.new_zeros(0, dtype=torch.long)
+        parts.append([nobody] * len(own.counts) if own.experts is None else list(own.experts.split(own.counts)))
     return list(zip(*parts, strict=True))
 
 

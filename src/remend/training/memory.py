@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from remend.base import find_modules
+from remend.core.layers import experts_of
 from remend.core.low_rank import LowRank
 from remend.errors import ConfigError
 from remend.training.store import Store
@@ -176,15 +178,17 @@ def _rows_an_episode(trainer: Trainer) -> dict[str, float]:
 def _kept_an_episode(trainer: Trainer, rows: dict[str, float]) -> float:
     """Bytes that one of the longest episodes adds to a pass through the edited model, its backward pass included."""
     batch = trainer.episodes.longest(PROBED)
-    changes = {}
+    modules, changes = find_modules(trainer.task.model, trainer.editor.shapes), {}
     for name, (d_in, d_out) in trainer.editor.shapes.items():
         rank = max(1, round(rows[name]))
         u, delta = (
             torch.zeros(PROBED, rank, d, device=trainer.editor.device, requires_grad=True) for d in (d_in, d_out)
         )
-        changes[name] = LowRank(u, delta)
-    own = {tensor.untyped_storage().data_ptr() for tensor in trainer.task.model.parameters()}
-    kept = _saved_bytes(lambda: trainer.edited_losses(batch, changes, backward=True), own)
+        own = experts_of(modules[name])
+        experts = torch.zeros(PROBED, rank, dtype=torch.long, device=u.device) if own else None
+        changes[name] = LowRank(u, delta, experts=experts)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in trainer.task.model.parameters()}
+    kept = _saved_bytes(lambda: trainer.edited_losses(batch, changes, backward=True), weights)
     vocabulary = next(trainer.task.model.get_input_embeddings().parameters()).shape[0]
     targets = max(sum(len(pair.target) for pair in pairs) for pairs in (batch.neighbours, batch.locality))
     return (kept + 4 * 4 * targets * vocabulary) / PROBED  # logits of both models, their gradient, and a copy

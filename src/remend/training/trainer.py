@@ -276,7 +276,7 @@ class Trainer:
             for leaf, gradient in zip(leaves, reached, strict=True):
                 leaf.grad = gradient[places]  # where the backward pass adds
             some = {
-                name: replace(change, u=leaves[2 * i], delta=leaves[2 * i + 1])
+                name: replace(change.detach().select(places), u=leaves[2 * i], delta=leaves[2 * i + 1])
                 for i, (name, change) in enumerate(changes.items())
             }
             found.append(self.edited_losses(batch[places], some, backward=True))

@@ -1,0 +1,151 @@
+"""Experts that a layer keeps in one tensor: their matrices as a layer that can be captured at and edited.
+
+In a mixture of experts each token goes through a few of many MLPs, and transformers stores the matrices of all of them
+as one parameter [expert, d_out, d_in], with a forward pass that calls no layer to hook. Here such a parameter is an
+:class:`ExpertLinear`: called with one row for each token and each expert that it is routed to, and with who those
+experts are. An expert's gradient factors are the rows routed to it, and a change of the parameter is one list of factor
+pairs, each of which belongs to an expert and acts on that expert's rows alone.
+
+While such a layer is hooked, the experts compute their output through it, as another implementation of the interface
+that transformers has for that; without hooks they run as ever.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+IMPLEMENTATION = "remend"
+"""What the implementation is called where transformers looks for one."""
+
+OUTPUT = "down_proj"
+"""The matrices that write to the residual stream, in transformers' interface for experts."""
+
+_INPUTS = ("gate_up_proj", "up_proj")
+_HOLDER = "_expert_linears"
+
+
+class ExpertLinear(nn.Module):
+    """One matrix of all experts of a layer: a view, whose weight stays where it is.
+
+    Attributes:
+        owner: the module that holds the parameter.
+        key: the parameter's name there.
+    """
+
+    owner: Any
+    key: str
+
+    def __init__(self, owner: nn.Module, key: str) -> None:
+        super().__init__()
+        self.__dict__["owner"] = owner  # not as a submodule: it is the other way round
+        self.key = key
+
+    @property
+    def weight(self) -> Float[Tensor, "expert rows columns"]:
+        """The parameter itself, as its owner lays it out."""
+        weight: Tensor = getattr(self.owner, self.key)
+        return weight
+
+    @property
+    def transposed(self) -> bool:
+        """Whether each expert's matrix is stored as [d_in, d_out]."""
+        return bool(self.owner.is_transposed)
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return self.weight.shape[0]
+
+    def forward(self, x: Float[Tensor, "row d_in"], experts: Int[Tensor, " row"]) -> Float[Tensor, "row d_out"]:
+        """Each row times the matrix of its own expert."""
+        order = experts.argsort(stable=True)
+        counts = torch.bincount(experts, minlength=self.experts).tolist()
+        bias = getattr(self.owner, f"{self.key}_bias") if self.owner.has_bias else None
+        parts = []
+        for expert, rows in enumerate(x[order].split(counts)):
+            if len(rows):
+                weight = self.weight[expert].mT if self.transposed else self.weight[expert]
+                parts.append(nn.functional.linear(rows, weight, None if bias is None else bias[expert]))
+        return torch.cat(parts)[order.argsort()]
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As every module's; until the handle is removed, the owner computes through its :class:`ExpertLinear` s."""
+        return _Handle(super().register_forward_hook(*args, **kwargs), self.owner)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As :meth:`register_forward_hook`."""
+        return _Handle(super().register_forward_pre_hook(*args, **kwargs), self.owner)
+
+
+class _Handle(RemovableHandle):
+    """Takes a hook off, and with the last one leaves the owner's forward pass as it was."""
+
+    def __init__(self, plain: RemovableHandle, owner: nn.Module) -> None:
+        self.plain, self.owner = plain, owner
+        _route(owner)
+
+    def remove(self) -> None:
+        self.plain.remove()
+        _route(self.owner)
+
+
+def expert_linears(module: nn.Module) -> dict[str, ExpertLinear]:
+    """The matrices of a module that holds those of several experts, by parameter; empty for any other module.
+
+    Such modules are told by the attributes that transformers' interface for experts gives them.
+    """
+    if not all(hasattr(module, name) for name in ("is_transposed", "has_bias", "has_gate", "_apply_gate", "config")):
+        return {}
+    views: dict[str, ExpertLinear] | None = module.__dict__.get(_HOLDER)
+    if views is None:
+        keys = (_INPUTS[0] if module.has_gate else _INPUTS[1], OUTPUT)
+        views = {key: ExpertLinear(module, key) for key in keys if getattr(module, key, torch.empty(0)).dim() == 3}
+        views = views if len(views) == len(keys) else {}
+        module.__dict__[_HOLDER] = views
+    return views
+
+
+def _route(owner: nn.Module) -> None:
+    """Let ``owner`` compute through its :class:`ExpertLinear` s if one of them is hooked, else as ever.
+
+    Which implementation runs is a setting of the configuration, which other modules share: the owner gets a copy.
+    """
+    plain = owner.__dict__.get("_plain_config")
+    hooked = any(view._forward_hooks or view._forward_pre_hooks for view in expert_linears(owner).values())
+    if hooked and plain is None:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _routed)
+        owner.__dict__["_plain_config"] = owner.config
+        own: Any = copy.deepcopy(owner.config)
+        own._experts_implementation = IMPLEMENTATION
+        owner.config = own
+    elif not hooked and plain is not None:
+        owner.config = plain
+        del owner.__dict__["_plain_config"]
+
+
+def _routed(
+    owner: Any,
+    hidden: Float[Tensor, "token d"],
+    chosen: Int[Tensor, "token slot"],
+    weights: Float[Tensor, "token slot"],
+) -> Float[Tensor, "token d"]:
+    """An implementation of experts: a row for each token and slot, in that order, through both matrices."""
+    views = expert_linears(owner)
+    enter, leave = views[_INPUTS[0] if owner.has_gate else _INPUTS[1]], views[OUTPUT]
+    slots, experts = chosen.shape[-1], chosen.reshape(-1)
+    activation: Callable[[Tensor], Tensor] = owner._apply_gate if owner.has_gate else owner.act_fn
+    rows = leave(activation(enter(hidden.repeat_interleave(slots, 0), experts)), experts)
+    if getattr(owner, "has_post_expert_norm", False):
+        rows = owner.post_expert_norm(rows)
+    weighted = rows * weights.reshape(-1, 1)
+    found: Tensor = weighted.view(len(hidden), slots, -1).sum(1).to(hidden.dtype)
+    return found
