@@ -204,7 +204,8 @@ def test_frontiers_are_compared_at_one_locality():
 def test_dry_run(measured):
     shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 4, "vocab_size": 9}
     shape |= {"num_attention_heads": 2}
-    experts = {"model_type": "mixtral", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1}
+    experts = {"model_type": "llama4_text", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1}
+    experts |= {"num_local_experts": 2, "vocab_size": 9, "num_attention_heads": 2, "num_key_value_heads": 1}
     models = [{"name": "Small", "config": shape}, {"name": "Experts", "config": experts}]
     rows = measured(dry_run, {"about": "A test.", "models": models})["rows"]
     assert list(rows[0]["matrices"].values()) == [[40, 16]] * 3

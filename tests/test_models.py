@@ -24,7 +24,7 @@ def test_heads_wider_than_the_model_are_not_taken_for_the_mlp():
     assert all(".mlp." in name for name in editable_modules(model))
 
 
-def test_fused_projections_are_the_mlp_and_fused_experts_are_refused():
+def test_fused_projections_and_experts_are_the_mlp():
     from transformers import MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -32,8 +32,9 @@ def test_fused_projections_are_the_mlp_and_fused_experts_are_refused():
     assert list(editable_modules(Phi3ForCausalLM(Phi3Config(**sizes)))) == [
         f"model.layers.{block}.mlp.{layer}" for block in (0, 1) for layer in ("gate_up_proj", "down_proj")
     ]
-    with pytest.raises(ModelError, match="several experts in one tensor"):
-        editable_modules(MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2)))
+    assert list(editable_modules(MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2)))) == [
+        f"model.layers.{block}.mlp.experts.{layer}" for block in (0, 1) for layer in ("gate_up_proj", "down_proj")
+    ]
 
 
 def test_the_output_layer_and_shared_weights_are_left_out():

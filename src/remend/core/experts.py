@@ -6,23 +6,17 @@ as one parameter [expert, d_out, d_in], with a forward pass that calls no layer 
 experts are. An expert's gradient factors are the rows routed to it, and a change of the parameter is one list of factor
 pairs, each of which belongs to an expert and acts on that expert's rows alone.
 
-While such a layer is hooked, the experts compute their output through it, as another implementation of the interface
-that transformers has for that; without hooks they run as ever.
+While such a layer is hooked, the experts compute their output through it; without hooks they run as ever.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-
-IMPLEMENTATION = "remend"
-"""What the implementation is called where transformers looks for one."""
 
 OUTPUT = "down_proj"
 """The matrices that write to the residual stream, in transformers' interface for experts."""
@@ -112,40 +106,43 @@ def expert_linears(module: nn.Module) -> dict[str, ExpertLinear]:
     return views
 
 
+class _Routed:
+    """Another forward pass of experts, through their :class:`ExpertLinear` s; a class, so that it can be deep-copied.
+
+    Attributes:
+        plain: what stood in its place in the owner's dictionary, if anything.
+    """
+
+    def __init__(self, owner: Any, plain: object) -> None:
+        self.owner, self.plain = owner, plain
+
+    def __call__(
+        self, hidden: Float[Tensor, "token d"], chosen: Int[Tensor, "token slot"], weights: Float[Tensor, "token slot"]
+    ) -> Float[Tensor, "token d"]:
+        """A row for each token and slot, in that order, through both matrices; the slots are added up by weight."""
+        owner, views = self.owner, expert_linears(self.owner)
+        enter, leave = views[_INPUTS[0] if owner.has_gate else _INPUTS[1]], views[OUTPUT]
+        slots, experts = chosen.shape[-1], chosen.reshape(-1)
+        activation = owner._apply_gate if owner.has_gate else owner.act_fn
+        rows = leave(activation(enter(hidden.repeat_interleave(slots, 0), experts)), experts)
+        if getattr(owner, "has_post_expert_norm", False):
+            rows = owner.post_expert_norm(rows)
+        found: Tensor = (rows * weights.reshape(-1, 1)).view(len(hidden), slots, -1).sum(1)
+        return found.to(hidden.dtype)
+
+
 def _route(owner: nn.Module) -> None:
     """Let ``owner`` compute through its :class:`ExpertLinear` s if one of them is hooked, else as ever.
 
-    Which implementation runs is a setting of the configuration, which other modules share: the owner gets a copy.
+    As an attribute of the object, never of its class; where Accelerate has put one that moves weights to where they are
+    needed, in the place of what that calls.
     """
-    plain = owner.__dict__.get("_plain_config")
+    place = "_old_forward" if "_old_forward" in owner.__dict__ else "forward"
+    present = owner.__dict__.get(place)
     hooked = any(view._forward_hooks or view._forward_pre_hooks for view in expert_linears(owner).values())
-    if hooked and plain is None:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _routed)
-        owner.__dict__["_plain_config"] = owner.config
-        own: Any = copy.deepcopy(owner.config)
-        own._experts_implementation = IMPLEMENTATION
-        owner.config = own
-    elif not hooked and plain is not None:
-        owner.config = plain
-        del owner.__dict__["_plain_config"]
-
-
-def _routed(
-    owner: Any,
-    hidden: Float[Tensor, "token d"],
-    chosen: Int[Tensor, "token slot"],
-    weights: Float[Tensor, "token slot"],
-) -> Float[Tensor, "token d"]:
-    """An implementation of experts: a row for each token and slot, in that order, through both matrices."""
-    views = expert_linears(owner)
-    enter, leave = views[_INPUTS[0] if owner.has_gate else _INPUTS[1]], views[OUTPUT]
-    slots, experts = chosen.shape[-1], chosen.reshape(-1)
-    activation: Callable[[Tensor], Tensor] = owner._apply_gate if owner.has_gate else owner.act_fn
-    rows = leave(activation(enter(hidden.repeat_interleave(slots, 0), experts)), experts)
-    if getattr(owner, "has_post_expert_norm", False):
-        rows = owner.post_expert_norm(rows)
-    weighted = rows * weights.reshape(-1, 1)
-    found: Tensor = weighted.view(len(hidden), slots, -1).sum(1).to(hidden.dtype)
-    return found
+    if hooked and not isinstance(present, _Routed):
+        owner.__dict__[place] = _Routed(owner, present)
+    elif not hooked and isinstance(present, _Routed):
+        owner.__dict__.pop(place)
+        if present.plain is not None:
+            owner.__dict__[place] = present.plain
