@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import transformers as hf
 
 import worlds
+from remend.request import EditRequest, Probe
+from remend.tasks import Task, task_of
 
 VOCABULARY = len(worlds.tokenizer())
 END = worlds.tokenizer().eos_token_id
@@ -178,11 +181,104 @@ DECODERS["a class that no library knows"] = lambda: OddModel(OddConfig(**_TOKENS
 
 LANGUAGE_MODELS = {**DECODERS, **ENCODER_DECODERS}
 
+_WORDS = worlds.word_tokenizer()
+_TEXTS = {
+    "vocab_size": len(_WORDS),
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "cls_token_id": 2,
+    "sep_token_id": 3,
+}
+_ENCODER = {
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    **_TEXTS,
+}
+
+_ENCODERS: dict[str, tuple[type[hf.PreTrainedModel], Callable[..., hf.PreTrainedConfig]]] = {
+    "bert": (hf.BertForSequenceClassification, functools.partial(hf.BertConfig, **_ENCODER)),
+    "roberta": (hf.RobertaForSequenceClassification, functools.partial(hf.RobertaConfig, **_ENCODER)),
+    "distilbert": (
+        hf.DistilBertForSequenceClassification,
+        functools.partial(
+            hf.DistilBertConfig, dim=16, hidden_dim=40, n_layers=BLOCKS, n_heads=2, max_position_embeddings=64, **_TEXTS
+        ),
+    ),
+    "deberta-v2": (
+        hf.DebertaV2ForSequenceClassification,
+        functools.partial(
+            hf.DebertaV2Config, **_ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0
+        ),
+    ),
+    "electra": (
+        hf.ElectraForSequenceClassification,
+        functools.partial(hf.ElectraConfig, **_ENCODER, embedding_size=16),
+    ),
+    "modernbert": (
+        hf.ModernBertForSequenceClassification,
+        functools.partial(hf.ModernBertConfig, **_ENCODER, local_attention=8, classifier_pooling="mean"),
+    ),
+    "gpt2": (
+        hf.GPT2ForSequenceClassification,
+        functools.partial(hf.GPT2Config, **{**_GPT, **_TEXTS}),
+    ),
+}
+_LABELS = {
+    "one output": {0: "true"},
+    "binary": {0: "false", 1: "true"},
+    "many classes": dict(enumerate(worlds.CITIES)),
+}
+
+
+def _classifier(encoder: str, labels: str) -> hf.PreTrainedModel:
+    kind, settings = _ENCODERS[encoder]
+    return kind(settings(id2label=_LABELS[labels]))
+
+
+CLASSIFIERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    f"{encoder}, {labels}": functools.partial(_classifier, encoder, labels)
+    for encoder in _ENCODERS
+    for labels in ("binary", "many classes", *(["one output"] if encoder == "bert" else []))
+}
+
+FAMILIES = {**LANGUAGE_MODELS, **CLASSIFIERS}
+
+
+def task(family: str, dtype: torch.dtype = torch.float32) -> Task:
+    """A family's model with its tokenizer."""
+    return task_of(make(family, dtype), _WORDS if family in CLASSIFIERS else worlds.tokenizer())
+
+
+def requests(family: str, count: int) -> list[EditRequest]:
+    """Requests for a family: cities are tokens or labels, and for a binary classifier every second one is true."""
+    made = worlds.requests(count)
+    if family not in CLASSIFIERS or "many" in family:
+        return made
+    labels = {city: ("false", "true")[place % 2] for place, city in enumerate(worlds.CITIES)}
+
+    def judged(probes: tuple[Probe, ...]) -> tuple[Probe, ...]:
+        return tuple(Probe(prompt=probe.prompt, target=labels[probe.target]) for probe in probes)
+
+    return [
+        request.model_copy(
+            update={
+                "target": labels[request.target],
+                "locality": judged(request.locality),
+                "near": judged(request.near),
+            }
+        )
+        for request in made
+    ]
+
 
 def make(family: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
     """A model with random weights, the same every time, whose answers differ from prompt to prompt."""
     torch.manual_seed(0)
-    model = LANGUAGE_MODELS[family]().eval()
+    model = FAMILIES[family]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and parameter.std() < 0.1:  # T5's are large as they are

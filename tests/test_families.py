@@ -8,35 +8,45 @@ import pytest
 import torch
 
 import families
-import worlds
 from remend.base import find_modules
 from remend.core.layers import experts_of
 from remend.edit import Edit
 from remend.editors import Mend, MendConfig
 from remend.models.prefix import Prefix
 from remend.models.structure import named_stacks
-from remend.tasks import Pair, task_of
+from remend.tasks import Pair
 from remend.training import PRESETS, Trainer, TrainingConfig
 
 PAPER = MendConfig(rank=8, alpha=0.05, relative=True)
 DEFAULT = replace(PRESETS["default"][0], rank=8)
 SETTINGS = TrainingConfig(batch_size=8, learning_rate=3e-3, alpha_learning_rate=1e-2, edit_weight=1.0)
-REQUESTS = worlds.requests(16)
 
 
-@pytest.fixture(scope="module", params=families.LANGUAGE_MODELS)
-def task(request):
-    """A task on a model of one family."""
-    return task_of(families.make(request.param), worlds.tokenizer())
+@pytest.fixture(scope="module", params=families.FAMILIES)
+def family(request):
+    """The name of one family."""
+    return request.param
 
 
-def batch_of(task):
-    return task.collate([task.tokenise(request.prompt, request.target) for request in REQUESTS[:4]])
+@pytest.fixture(scope="module")
+def task(family):
+    """A task on a model of it."""
+    return families.task(family)
 
 
-def logits(task):
+@pytest.fixture(scope="module")
+def requests(family):
+    """Requests that suit it."""
+    return families.requests(family, 16)
+
+
+def batch_of(task, requests):
+    return task.collate([task.tokenise(request.prompt, request.target) for request in requests[:4]])
+
+
+def logits(task, requests):
     with torch.no_grad():
-        return task.target_logits(batch_of(task))
+        return task.target_logits(batch_of(task, requests))
 
 
 def test_the_mlps_of_the_last_blocks_are_found(task):
@@ -58,8 +68,8 @@ def test_the_mlps_of_the_last_blocks_are_found(task):
             assert set(outputs) <= set(own)
 
 
-def test_factors_are_autograds_gradient(task):
-    editor, batch = Mend.for_model(task.model), batch_of(task)
+def test_factors_are_autograds_gradient(task, requests):
+    editor, batch = Mend.for_model(task.model), batch_of(task, requests)
     factors = editor.capture(task, batch)
     assert all(parameter.grad is None for parameter in task.model.parameters())
     modules = find_modules(task.model, editor.shapes)
@@ -73,8 +83,8 @@ def test_factors_are_autograds_gradient(task):
 
 
 @pytest.mark.parametrize("network", [PAPER, DEFAULT], ids=["paper", "default"])
-def test_entering_at_the_cut_is_the_whole_pass(task, network):
-    batch = batch_of(task)
+def test_entering_at_the_cut_is_the_whole_pass(task, requests, network):
+    batch = batch_of(task, requests)
     prefix = Prefix(task.model, Mend.for_model(task.model, network).shapes)
     with torch.no_grad():
         assert prefix.verify(lambda: task.target_logits(batch), lambda: task.target_states(batch), task.logits)
@@ -83,9 +93,9 @@ def test_entering_at_the_cut_is_the_whole_pass(task, network):
     assert prefix.stack == (stacks > 1 and network is DEFAULT)
 
 
-def test_answers_are_what_teacher_forcing_says(task):
+def test_answers_are_what_teacher_forcing_says(task, requests):
     """Greedy decoding emits an answer if and only if it is the first choice at each of its places."""
-    prompts = [request.prompt for request in REQUESTS[:4]]
+    prompts = [request.prompt for request in requests[:4]]
     answers = task.answers(prompts, 5)
     pairs = [Pair(tuple(task.prompt_ids(prompt)), answer) for prompt, answer in zip(prompts, answers, strict=True)]
     with torch.no_grad():
@@ -95,9 +105,9 @@ def test_answers_are_what_teacher_forcing_says(task):
 
 
 @pytest.mark.parametrize("network", [PAPER, DEFAULT], ids=["paper", "default"])
-def test_training_lowers_the_loss_and_moves_everything(task, network):
+def test_training_lowers_the_loss_and_moves_everything(task, requests, network):
     editor = Mend.for_model(task.model, network)
-    trainer = Trainer(task, editor, REQUESTS, replace(SETTINGS, near=0.5 if network.contrast else 0.0))
+    trainer = Trainer(task, editor, requests, replace(SETTINGS, near=0.5 if network.contrast else 0.0))
     trainer.calibrate()
     before = {name: parameter.clone() for name, parameter in editor.named_parameters()}
     held = [trainer.episodes.batch(0, 8)]
@@ -109,39 +119,38 @@ def test_training_lowers_the_loss_and_moves_everything(task, network):
         assert not torch.equal(parameter, before[name]), name
 
 
-def test_an_edit_applies_merges_reverts_and_is_saved(task, tmp_path):
+def test_an_edit_applies_merges_reverts_and_is_saved(task, requests, tmp_path):
     editor = Mend.for_model(task.model, DEFAULT)
-    trainer = Trainer(task, editor, REQUESTS, SETTINGS)
+    trainer = Trainer(task, editor, requests, SETTINGS)
     trainer.calibrate()
     weights = {name: parameter.clone() for name, parameter in task.model.named_parameters()}
-    untouched = logits(task)
-    edit = editor.edit(task.model, task.tokenizer, REQUESTS[:1])
+    untouched = logits(task, requests)
+    edit = editor.edit(task.model, task.tokenizer, requests[:1])
     with edit.applied(task.model):
-        applied = logits(task)
+        applied = logits(task, requests)
     assert float((applied - untouched).abs().max()) > 1e-3
-    assert torch.equal(logits(task), untouched)
+    assert torch.equal(logits(task, requests), untouched)
     with edit.merge(task.model):
-        torch.testing.assert_close(logits(task), applied, rtol=1e-3, atol=1e-4 * float(applied.abs().max()))
-    assert torch.equal(logits(task), untouched)
+        torch.testing.assert_close(logits(task, requests), applied, rtol=1e-3, atol=1e-4 * float(applied.abs().max()))
+    assert torch.equal(logits(task, requests), untouched)
     assert all(torch.equal(parameter, weights[name]) for name, parameter in task.model.named_parameters())
     edit.save(tmp_path / "edit")
     with Edit.load(tmp_path / "edit").applied(task.model):
-        assert torch.equal(logits(task), applied)
+        assert torch.equal(logits(task, requests), applied)
 
 
-@pytest.mark.parametrize("family", families.LANGUAGE_MODELS)
-def test_bfloat16(family):
+def test_bfloat16(family, requests):
     """The same edit, to the model's own precision; the editor computes in float32."""
-    task = task_of(families.make(family, torch.bfloat16), worlds.tokenizer())
+    task = families.task(family, torch.bfloat16)
     editor = Mend.for_model(task.model, DEFAULT)
-    trainer = Trainer(task, editor, REQUESTS, SETTINGS)
+    trainer = Trainer(task, editor, requests, SETTINGS)
     trainer.calibrate()
     assert all(trainer.train_step() > 0 for _ in range(2))
-    edit = editor.edit(task.model, task.tokenizer, REQUESTS[:1])
+    edit = editor.edit(task.model, task.tokenizer, requests[:1])
     assert {change.u.dtype for change in edit.changes.values()} == {torch.float32}
-    untouched = logits(task)
+    untouched = logits(task, requests)
     with edit.applied(task.model):
-        assert logits(task).isfinite().all()
+        assert logits(task, requests).isfinite().all()
     with edit.merge(task.model):
-        assert logits(task).isfinite().all()
-    assert torch.equal(logits(task), untouched)
+        assert logits(task, requests).isfinite().all()
+    assert torch.equal(logits(task, requests), untouched)

@@ -58,7 +58,7 @@ def before_after(
         wanted = was if must_stay else task.tokenise(prompt, requests[number].target).target
         words = task.text(wanted) if must_stay else requests[number].target
         # Without an end token an answer never stops by itself: it is right if it begins with what was wanted.
-        given = now if task.tokenizer.eos_token_id is not None else now[: len(wanted)]
+        given = now if task.end is not None else now[: len(wanted)]
         found[number].append(Answer(kind, prompt, words, task.text(was), task.text(now), given == wanted))
     return found
 

@@ -40,7 +40,7 @@ class Judge:
     def __init__(self, task: Task, own: Answers) -> None:
         self.task = task
         self.own = own
-        self.end: int | None = task.tokenizer.eos_token_id
+        self.end = task.end
 
     def pairs(self, request: EditRequest) -> list[Pair]:
         """Every prompt of a request with every answer that is looked for there."""

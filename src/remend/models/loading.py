@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -59,7 +60,7 @@ def choose_device(device: str) -> torch.device:
 def load(
     model: str, device: str = "auto", dtype: torch.dtype | None = None, quantise: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer, in evaluation mode.
+    """Load a language model, or a sequence classifier, and its tokenizer, in evaluation mode.
 
     A checkpoint that is stored quantised is loaded as it is stored.
 
@@ -71,7 +72,7 @@ def load(
             ``torchao-int8``.
 
     Raises:
-        ModelError: there is no such model, it is not a causal language model with a tokenizer, or a package that the
+        ModelError: there is no such model, it is no such model with a tokenizer, or a package that the
             device map or the quantisation needs is missing.
         ConfigError: there is no such quantisation.
     """
@@ -101,7 +102,7 @@ def load(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "the folder" if Path(source).exists() else "taken for a hub id, since no folder has this name"
         where += f"; did you mean {ATLAS!r}?" if get_close_matches(model, [ATLAS]) else ""
-        raise ModelError(f"cannot load {model!r} ({where}) as a causal language model: {reason}") from error
+        raise ModelError(f"cannot load {model!r} ({where}) as a language model or classifier: {reason}") from error
     loaded.config._name_or_path = model
     if "device_map" not in placed:  # else it lies where it belongs, and must not be moved
         torch.nn.Module.to(loaded, target)
@@ -112,7 +113,9 @@ def load(
 
 
 def model_class(config: Any) -> Any:
-    """What transformers loads a language model with, by its structure."""
+    """What transformers loads a model with: by what the checkpoint says that it was saved as, and by its structure."""
+    if any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -188,9 +188,15 @@ def mlp_matrices(prefix: str, block: nn.Module) -> list[str]:
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     for name, module in layers.items():
         groups.setdefault(name.rpartition(".")[0], {})[name] = dimensions(module)
+    # BERT keeps the two in modules of their own, which only the block has in common.
+    return _widest(groups.values()) or _widest([{name: dimensions(module) for name, module in layers.items()}])
+
+
+def _widest(groups: Iterable[Mapping[str, tuple[int, int]]]) -> list[str]:
+    """Of the group with the widest pair of layers that widens and narrows again, those that do; empty without one."""
     best: list[str] = []
     width = 0
-    for members in groups.values():
+    for members in groups:
         for m, d in members.values():
             wide = {(d, m), (d, 2 * m)}
             if m > d and m > width and wide & set(members.values()):

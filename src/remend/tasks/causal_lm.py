@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from remend.errors import RequestError
-from remend.tasks.task import Batch, Pair, Task, gather_at
+from remend.tasks.language import LanguageTask, gather_at
+from remend.tasks.task import Batch, Pair
 
 
-class CausalLM(Task):
+class CausalLM(LanguageTask):
     """A causal language model: it goes on with the prompt.
 
     The target is separated from the prompt by one space (by none after a line break). Both are tokenised as one text

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.errors import ModelError, RequestError
 from remend.models.structure import named_stacks
-from remend.tasks.task import Batch, Pair, Task, gather_at
+from remend.tasks.language import LanguageTask, gather_at
+from remend.tasks.task import Batch, Pair
 
 
-class Seq2SeqLM(Task):
+class Seq2SeqLM(LanguageTask):
     """An encoder-decoder. Prompt and target are tokenised each as the tokenizer does for its side.
 
     The decoder begins with the model's own start token, which predicts the first token of the target; for some models

@@ -1,28 +1,27 @@
-"""What every task has in common: pairs of tokens, batches of them, logits where there are targets, greedy answers."""
+"""What every task has in common: pairs of a prompt and a target, batches of them, logits where there are targets."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.core.branch import frozen
 from remend.core.layers import device_of
 from remend.core.losses import target_loss
-from remend.errors import ModelError, RequestError
-from remend.models.prefix import reach
+from remend.errors import RequestError
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A tokenised prompt with its target; the target ends with the end token, where the tokenizer has one."""
+    """A tokenised prompt with its target.
+
+    A target of tokens ends with the end token, where the tokenizer has one; a label is a target of one number.
+    """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
@@ -92,12 +91,7 @@ class Task(ABC):
         self.model = model
         self.tokenizer = tokenizer
         self.autocast = autocast
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Module):
-            raise ModelError(f"{type(model).__name__} has no output layer over a vocabulary; it is no language model")
-        self.head = head
         self.context = _context(model)
-        self._single_token = self.collate([Pair((0,), (0,))])
 
     # -- what differs --------------------------------------------------------------------------------------------
 
@@ -130,14 +124,33 @@ class Task(ABC):
         """How many tokens of a pair enter the blocks of one of the model's stacks."""
 
     @abstractmethod
-    def room(self, prompt: int, most: int) -> int:
-        """How many tokens an answer to a prompt of some length may take, at most ``most``."""
+    def target_logits(self, batch: Batch) -> Float[Tensor, "target answer"]:
+        """The logits that predict each target, and no others."""
 
     @abstractmethod
-    def _run(self, batch: Batch) -> Float[Tensor, "row place vocabulary"]: ...
+    def target_states(self, batch: Batch) -> Float[Tensor, "target state"]:
+        """What is kept of a pass to have :meth:`target_logits` again: :meth:`logits` makes them of it."""
 
     @abstractmethod
-    def _greedy(self, asked: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]: ...
+    def logits(self, states: Float[Tensor, "target state"]) -> Float[Tensor, "target answer"]:
+        """The logits that the model makes of :meth:`target_states`.
+
+        Call it with the model's blocks made hollow (:meth:`remend.models.prefix.Prefix.hollow`), or they may run for
+        nothing.
+        """
+
+    @abstractmethod
+    def answers(self, prompts: Sequence[str], max_new_tokens: int = 32, batch_size: int = 64) -> list[tuple[int, ...]]:
+        """What the model answers, as targets are written in a :class:`Pair`."""
+
+    @abstractmethod
+    def text(self, answer: Sequence[int]) -> str:
+        """An answer as text."""
+
+    @property
+    def end(self) -> int | None:
+        """What closes an answer, where something does."""
+        return None
 
     # -- text to tokens ------------------------------------------------------------------------------------------
 
@@ -172,94 +185,9 @@ class Task(ABC):
         """Where inputs go: the device of the token embedding."""
         return device_of(self.model.get_input_embeddings())
 
-    def target_logits(self, batch: Batch) -> Float[Tensor, "target vocabulary"]:
-        """The logits that predict each target token, and no others.
-
-        The hidden states are gathered on their way into the output layer, so the product with the vocabulary is taken
-        at the targets alone; whatever the model does to its logits afterwards (scaling, capping) still happens.
-        """
-        with gather_at(self.head, batch.row, batch.position):
-            return self._run(batch)[0]
-
-    def target_states(self, batch: Batch) -> Float[Tensor, "target d"]:
-        """What the output layer sees at each target token: :meth:`logits` makes :meth:`target_logits` of it."""
-        hidden = reach(self.head, lambda: self._run(batch))
-        return hidden[batch.row.to(hidden.device), batch.position.to(hidden.device)]
-
-    def logits(self, states: Float[Tensor, "target d"]) -> Float[Tensor, "target vocabulary"]:
-        """The logits that the model makes of what its output layer sees.
-
-        The model runs on one token, with the layer's input replaced, so that it scales or caps its logits as ever; call
-        it with its blocks made hollow (:meth:`remend.models.prefix.Prefix.hollow`), or they run for nothing.
-        """
-        handle = self.head.register_forward_pre_hook(lambda head, args: (states[None], *args[1:]))
-        try:
-            return self._run(self._single_token)[0]
-        finally:
-            handle.remove()
-
     def loss(self, batch: Batch) -> Float[Tensor, " row"]:
         """−log p(target | prompt) of each pair, a target token's mean: the paper's l_e."""
         return target_loss(self.target_logits(batch), batch.target, batch.row, batch.rows)
-
-    def answers(self, prompts: Sequence[str], max_new_tokens: int = 32, batch_size: int = 64) -> list[tuple[int, ...]]:
-        """Greedy answers, as token ids up to and with the end token (without it where the limit came first).
-
-        Prompts of one length go together, so nothing is ever padded.
-        """
-        ids = [self.prompt_ids(prompt) for prompt in prompts]
-        by_length: dict[int, list[int]] = {}
-        for index, prompt in enumerate(ids):
-            by_length.setdefault(len(prompt), []).append(index)
-        found: dict[int, tuple[int, ...]] = {}
-        for length, members in by_length.items():
-            room = self.room(length, max_new_tokens)
-            if room < 1:
-                raise RequestError(f"a prompt of {length} tokens leaves no room for an answer (context {self.context})")
-            for start in range(0, len(members), batch_size):
-                chunk = members[start : start + batch_size]
-                asked = torch.tensor([ids[i] for i in chunk], device=self.device)
-                with frozen(self.model), torch.no_grad():
-                    found |= zip(chunk, self._greedy(asked, room), strict=True)
-        return [found[i] for i in range(len(prompts))]
-
-    def _decode(
-        self, rows: int, room: int, step: Callable[[Tensor | None], Float[Tensor, "row vocabulary"]]
-    ) -> list[tuple[int, ...]]:
-        """The most probable token, ``room`` times or until every row has ended; ``step`` takes the last ones.
-
-        Not ``generate``: that follows the model's own generation settings too (repetition penalties, forced tokens),
-        and would then not be the argmax that evaluation reasons about.
-        """
-        end = self.tokenizer.eos_token_id
-        chosen: list[Tensor] = []
-        ended = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        while len(chosen) < room and not bool(ended.all()):
-            token = step(chosen[-1] if chosen else None).argmax(-1)
-            chosen.append(token)
-            if end is not None:
-                ended |= token == end
-        answers = torch.stack(chosen, 1).tolist()
-        return [tuple(row[: row.index(end) + 1]) if end in row else tuple(row) for row in answers]
-
-    def text(self, answer: Sequence[int]) -> str:
-        """An answer's token ids as text."""
-        return str(self.tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
-
-
-@contextmanager
-def gather_at(head: nn.Module, row: Int[Tensor, " target"], position: Int[Tensor, " target"]) -> Iterator[None]:
-    """Within the block, ``head`` sees only the hidden states at the given rows and positions, as one long row."""
-
-    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]
-        return (hidden[row.to(hidden.device), position.to(hidden.device)][None], *args[1:])
-
-    handle = head.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _context(model: PreTrainedModel) -> int | None:

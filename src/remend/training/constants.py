@@ -70,7 +70,7 @@ class Constants:
 
     def base_states(
         self, pairs: Sequence[Pair], prefix: Float[Tensor, "row token d"] | None
-    ) -> Float[Tensor, "target d"]:
+    ) -> Float[Tensor, "target state"]:
         """What the output layer of the unedited model sees at each pair's targets, one pair after the other."""
 
         def compute(batch: Batch, places: Sequence[int]) -> list[Entry]:
