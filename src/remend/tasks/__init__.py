@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from remend.request import Prompt
 from remend.tasks.causal_lm import CausalLM
 from remend.tasks.seq2seq import Seq2SeqLM
 from remend.tasks.task import Batch, Pair, Task
@@ -21,7 +22,7 @@ def task_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast
 
 
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int = 32
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int = 32
 ) -> list[str]:
     """The model's free answers (greedy, to its own end token) as text: to see what an edit that is applied does.
 

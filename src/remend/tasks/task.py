@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from remend.core.layers import device_of
 from remend.core.losses import target_loss
 from remend.errors import ModelError, RequestError
 from remend.models.prefix import reach
+from remend.request import Prompt
+from remend.tasks.chat import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Task(ABC):
         self.model = model
         self.tokenizer = tokenizer
         self.autocast = autocast
+        self.chat = ChatTemplate(tokenizer)
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             raise ModelError(f"{type(model).__name__} has no output layer over a vocabulary; it is no language model")
@@ -102,15 +106,16 @@ class Task(ABC):
     # -- what differs --------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt that is asked.
 
         Raises:
-            RequestError: the prompt is empty, or nothing of it is left when tokenised.
+            RequestError: the prompt is empty, nothing of it is left when tokenised, or it is a conversation and the
+                tokenizer's chat template cannot write it.
         """
 
     @abstractmethod
-    def answer_ids(self, asked: list[int], prompt: str, target: str) -> list[int]:
+    def answer_ids(self, asked: list[int], prompt: Prompt, target: str) -> list[int]:
         """Token ids of a target (not empty, without spaces around it) after a prompt, its end token included."""
 
     @abstractmethod
@@ -141,10 +146,11 @@ class Task(ABC):
 
     # -- text to tokens ------------------------------------------------------------------------------------------
 
-    def tokenise(self, prompt: str, target: str) -> Pair:
+    def tokenise(self, prompt: Prompt, target: str) -> Pair:
         """Token ids of a prompt and its target.
 
-        Spaces around either do not matter; the target is closed with the end token.
+        Spaces around either do not matter; the target is closed with the end token, in a conversation with the one that
+        ends a turn.
 
         Raises:
             RequestError: a side is empty, or longer than the model's context.
@@ -158,9 +164,19 @@ class Task(ABC):
             raise RequestError(
                 f"prompt and target take {length} tokens, the model's context holds {self.context}: "
                 f"shorten {'the target' if len(pair.target) > len(pair.prompt) else 'the prompt'} "
-                f"({(target if len(pair.target) > len(pair.prompt) else prompt)[:40]!r}…)"
+                f"({(target if len(pair.target) > len(pair.prompt) else str(prompt))[:40]!r}…)"
             )
         return pair
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer: the tokenizer's end token, and the one that ends a turn of a conversation."""
+        return frozenset((self.tokenizer.eos_token_id, self.chat.end)) - {None}
+
+    @cached_property
+    def _nothing(self) -> list[int]:
+        """What the tokenizer makes of an empty text."""
+        return self._strip_end(list(self.tokenizer("").input_ids))
 
     def _strip_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
@@ -202,8 +218,10 @@ class Task(ABC):
         """−log p(target | prompt) of each pair, a target token's mean: the paper's l_e."""
         return target_loss(self.target_logits(batch), batch.target, batch.row, batch.rows)
 
-    def answers(self, prompts: Sequence[str], max_new_tokens: int = 32, batch_size: int = 64) -> list[tuple[int, ...]]:
-        """Greedy answers, as token ids up to and with the end token (without it where the limit came first).
+    def answers(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64
+    ) -> list[tuple[int, ...]]:
+        """Greedy answers, as token ids up to and with an end token (without it where the limit came first).
 
         Prompts of one length go together, so nothing is ever padded.
         """
@@ -231,20 +249,24 @@ class Task(ABC):
         Not ``generate``: that follows the model's own generation settings too (repetition penalties, forced tokens),
         and would then not be the argmax that evaluation reasons about.
         """
-        end = self.tokenizer.eos_token_id
+        ends = self.ends
+        closing = torch.tensor(sorted(ends), device=self.device)
         chosen: list[Tensor] = []
         ended = torch.zeros(rows, dtype=torch.bool, device=self.device)
         while len(chosen) < room and not bool(ended.all()):
             token = step(chosen[-1] if chosen else None).argmax(-1)
             chosen.append(token)
-            if end is not None:
-                ended |= token == end
-        answers = torch.stack(chosen, 1).tolist()
-        return [tuple(row[: row.index(end) + 1]) if end in row else tuple(row) for row in answers]
+            ended |= torch.isin(token, closing)
+        return [_up_to(row, ends) for row in torch.stack(chosen, 1).tolist()]
 
     def text(self, answer: Sequence[int]) -> str:
         """An answer's token ids as text."""
         return str(self.tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
+
+
+def _up_to(row: Sequence[int], ends: Container[int]) -> tuple[int, ...]:
+    """A row up to and with its first end token, or all of it."""
+    return tuple(row[: next((place for place, token in enumerate(row, start=1) if token in ends), len(row))])
 
 
 @contextmanager
