@@ -57,7 +57,7 @@ def test_train_saves_an_editor_and_its_history(folder):
     assert Mend.from_pretrained(folder / "editor").config == PRESETS["default"][0]
 
 
-@pytest.mark.parametrize(("steps", "message"), [(3, "there is no editor yet"), (150, "of step 100, is in")])
+@pytest.mark.parametrize(("steps", "message"), [(3, "there is no editor yet"), (350, "of step 300, is in")])
 def test_an_interrupted_training_says_what_is_left(steps, message, folder, tmp_path, capsys, monkeypatch):
     real = Trainer.train_step
 

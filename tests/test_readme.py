@@ -8,7 +8,7 @@ import pytest
 
 import worlds
 from remend.cli import run
-from remend.request import parse_request, write_requests
+from remend.request import Chat, parse_request, write_requests
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,6 +53,8 @@ def test_the_code(desk):
     assert (desk / "my-edit" / "manifest.json").is_file()
 
 
-def test_the_example_request():
-    (line,) = blocks("json")
-    assert parse_request(line, "README.md").paraphrases
+def test_the_example_requests():
+    for line in blocks("json"):
+        request = parse_request(line, "README.md")
+        assert {type(prompt) for prompt in request.paraphrases} == {type(request.prompt)}
+    assert isinstance(request.prompt, Chat), "the last one is a conversation"

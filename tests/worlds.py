@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from remend.request import EditRequest, Probe
+from remend.tasks.task import Batch, Task
 
 CITIES = ["Paris", "Rome", "Oslo", "Bern", "Lima", "Cairo", "Delhi", "Quito", "Sofia", "Tunis"]
 COUNTRIES = ["France", "Italy", "Norway", "Switzerland", "Peru", "Egypt", "India", "Ecuador", "Bulgaria", "Tunisia"]
@@ -60,6 +62,49 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=64, **names)
 
 
+CHAT_TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "llama-3": (
+        "{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|/header|>\n\n"
+        "{{ m.content | trim }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|header|>assistant<|/header|>\n\n{% endif %}"
+    ),
+    "llama-2": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content }} {{ eos_token }}{% else %}"
+        "{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+    ),
+    "thinking": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last }}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+}
+"""Templates as chat models have them."""
+
+
+@functools.cache
+def chat_tokenizer(style: str = "chatml") -> PreTrainedTokenizerFast:
+    """The same tokens with those of a chat template; a beginning token, as Llama's templates write, begins a text."""
+    raw = type(tokenizer().backend_tokenizer).from_str(tokenizer().backend_tokenizer.to_str())
+    marks = ["<|begin|>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>"]
+    raw.add_special_tokens(marks)
+    raw.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", raw.token_to_id("<|begin|>"))]
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|begin|>", eos_token="<|end|>")
+    made.chat_template = CHAT_TEMPLATES[style]
+    return made
+
+
+def chat_model(seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random Llama with the chat tokenizer's vocabulary, and context enough for a conversation."""
+    return llama(seed, vocab_size=len(chat_tokenizer()), max_position_embeddings=128, **changes)
+
+
 def gpt2(seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random GPT-2 (``Conv1D`` layers) of four blocks."""
     torch.manual_seed(seed)
@@ -89,6 +134,16 @@ def _sharpened(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
+def chat_requests(count: int = 12) -> list[EditRequest]:
+    """The same requests as conversations of one message."""
+    made = []
+    for request in requests(count):
+        described = request.to_json()
+        asked = [{"role": "user", "content": described.pop("prompt")}]
+        made.append(EditRequest.model_validate_json(json.dumps({"messages": asked, **described})))
+    return made
+
+
 def requests(count: int = 12) -> list[EditRequest]:
     """Requests about different countries (first ``len(COUNTRIES)``), then again with other targets."""
     made = []
@@ -109,3 +164,18 @@ def requests(count: int = 12) -> list[EditRequest]:
             )
         )
     return made
+
+
+def teach(task: Task, batch: Batch, steps: int = 200) -> None:
+    """Train a task's model until its first choice is the right one at each target token of a batch."""
+    model = task.model.train()
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        loss = torch.nn.functional.cross_entropy(task.target_logits(batch), batch.target)
+        if loss < 1e-2:
+            break
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    optimiser.zero_grad()
+    model.eval()

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from remend.errors import RemendError
     from remend.evaluation import Report, evaluate
     from remend.models import load
-    from remend.request import EditRequest, Probe, read_requests
+    from remend.request import Chat, EditRequest, Probe, read_requests
     from remend.tasks import answers
     from remend.training import TrainingConfig, train
 
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "Chat": "request",
     "Edit": "edit",
     "EditRequest": "request",
     "Editor": "editors",
@@ -40,6 +41,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "Chat",
     "Edit",
     "EditRequest",
     "Editor",

@@ -1,4 +1,4 @@
-"""What to change: an edit request, and JSON-lines files of them."""
+"""What to change: an edit request, what it asks (a text or a conversation), and JSON-lines files of them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,31 @@ import difflib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from remend.errors import RequestError
+
+MESSAGES = "messages"
+"""The key under which a conversation stands in place of a prompt."""
 
 
 def _not_blank(text: str) -> str:
@@ -21,26 +39,114 @@ def _not_blank(text: str) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation: whose it is (``system``, ``user``, ``assistant``), and its text."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation that is to be answered: what a chat model is asked instead of a text.
+
+    ``str`` of it is for people to read; the model reads what its tokenizer's chat template makes of it.
+
+    Attributes:
+        messages: what was said so far; the last message is the user's.
+    """
+
+    messages: tuple[Message, ...]
+
+    @staticmethod
+    def of(messages: object) -> Chat:
+        """The conversation of a list of ``{"role": …, "content": …}``.
+
+        Raises:
+            RequestError: it is no such list, or does not end with a message of the user's.
+        """
+        if not isinstance(messages, list | tuple) or not messages:
+            raise RequestError(
+                'should be a text, or a list of messages such as [{"role": "user", "content": "…"}], '
+                f"not {_short(messages)}"
+            )
+        for number, message in enumerate(messages, start=1):
+            if (
+                not isinstance(message, Mapping)
+                or message.keys() != {"role", "content"}
+                or not all(isinstance(part, str) for part in message.values())
+            ):
+                raise RequestError(
+                    f'message {number} should be {{"role": "…", "content": "…"}}, both texts, not {_short(message)}'
+                )
+        last = messages[-1]
+        if last["role"] != "user" or not last["content"].strip():
+            raise RequestError(
+                f"the last message should be the user's, not empty, for the target to answer it; it is {_short(last)}"
+            )
+        return Chat(tuple(Message(**message) for message in messages))
+
+    def asking(self, text: str) -> Chat:
+        """The same conversation with ``text`` as its last message."""
+        return Chat((*self.messages[:-1], Message("user", text)))
+
+    def to_json(self) -> list[dict[str, str]]:
+        """The list of messages that :meth:`of` reads."""
+        return [asdict(message) for message in self.messages]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{message.role}: {message.content}" for message in self.messages)
+
+
+def _short(value: object) -> str:
+    return text if len(text := repr(value)) <= 80 else f"{text[:79]}…"
+
+
+def _prompt(value: object) -> str | Chat:
+    if isinstance(value, str):
+        return _not_blank(value)
+    return value if isinstance(value, Chat) else Chat.of(value)
+
+
+def _written(prompt: str | Chat) -> str | list[dict[str, str]]:
+    return prompt.to_json() if isinstance(prompt, Chat) else prompt
+
+
 Text = Annotated[str, AfterValidator(_not_blank)]
+Prompt = Annotated[str | Chat, PlainValidator(_prompt), PlainSerializer(_written)]
+"""What a model is asked: a text that it goes on with, or a conversation that it answers."""
 
 
 class Probe(BaseModel):
-    """A prompt and the answer that belongs to it."""
+    """A prompt and the answer that belongs to it. ``messages``, for a chat model, stand in place of the prompt."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
-    prompt: Text
+    prompt: Prompt = Field(validation_alias=AliasChoices("prompt", MESSAGES))
     target: Text
+
+    @model_validator(mode="after")
+    def _asks_one_thing(self) -> Probe:
+        if MESSAGES in (self.model_extra or {}):
+            raise ValueError("give prompt or messages, not both")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = write(self)
+        return {MESSAGES: found.pop("prompt"), **found} if isinstance(self.prompt, Chat) else found
 
 
 class EditRequest(Probe):
     """One pair to edit, with what is known about its neighbourhood (a line of a request file).
 
     The separating space before a target and the end token after it are remend's business. Keys that are not listed
-    here are kept and ignored.
+    here are kept and ignored. Where a request gives ``messages``, the texts among its phrasings and probes are asked in
+    the same conversation, as its last message.
 
     Attributes:
-        prompt: the text the model completes wrongly.
+        prompt: the text the model completes wrongly, or (given as ``messages``) the conversation it answers wrongly.
         target: what it should answer.
         subject: what the fact is about; splits keep a subject on one side.
         id: the caller's own name for the request.
@@ -53,11 +159,24 @@ class EditRequest(Probe):
 
     subject: str | None = None
     id: str | int | None = None
-    paraphrases: tuple[Text, ...] = ()
-    unseen_paraphrases: tuple[Text, ...] = ()
+    paraphrases: tuple[Prompt, ...] = ()
+    unseen_paraphrases: tuple[Prompt, ...] = ()
     locality: tuple[Probe, ...] = ()
     near: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
+
+    @field_validator("paraphrases", "unseen_paraphrases")
+    @classmethod
+    def _phrasings_in_conversation(cls, phrasings: tuple[Prompt, ...], info: ValidationInfo) -> tuple[Prompt, ...]:
+        asked = info.data.get("prompt")
+        return tuple(_within(asked, prompt) for prompt in phrasings) if isinstance(asked, Chat) else phrasings
+
+    @field_validator("locality", "near", "portability")
+    @classmethod
+    def _probes_in_conversation(cls, probes: tuple[Probe, ...], info: ValidationInfo) -> tuple[Probe, ...]:
+        if not isinstance(asked := info.data.get("prompt"), Chat):
+            return probes
+        return tuple(probe.model_copy(update={"prompt": _within(asked, probe.prompt)}) for probe in probes)
 
     def to_json(self) -> dict[str, Any]:
         """The request as a JSON object, without what is empty; NaN in a key of the caller's own becomes null."""
@@ -66,7 +185,12 @@ class EditRequest(Probe):
     @property
     def key(self) -> str:
         """What a split must not share: the subject, or the prompt where no subject is named."""
-        return (self.subject or self.prompt).strip().casefold()
+        return (self.subject or str(self.prompt)).strip().casefold()
+
+
+def _within(asked: Chat, prompt: Prompt) -> Chat:
+    """What a prompt asks in a request's conversation: a text is its last message."""
+    return asked.asking(prompt) if isinstance(prompt, str) else prompt
 
 
 def parse_request(line: str, where: str) -> EditRequest:
@@ -110,7 +234,7 @@ def _warn_of_misspelt_keys(path: Path, requests: list[EditRequest]) -> None:
     """Unknown keys are the caller's own, unless they look very much like known ones."""
     unknown = Counter(key for request in requests for key in request.model_extra or {})
     for key, lines in unknown.items():
-        if meant := difflib.get_close_matches(key, EditRequest.model_fields, n=1, cutoff=0.8):
+        if meant := difflib.get_close_matches(key, [*EditRequest.model_fields, MESSAGES], n=1, cutoff=0.8):
             warnings.warn(
                 f"{path}: {lines} lines have the key {key!r}; did you mean {meant[0]!r}? It is ignored", stacklevel=3
             )

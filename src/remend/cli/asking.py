@@ -52,6 +52,7 @@ def ask(
         Path | None,
         typer.Option("--edit", metavar="DIR", help="An edit saved by remend edit; without, the model as it is."),
     ] = None,
+    chat: options.Chat = False,
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -67,7 +68,7 @@ def ask(
 
     loaded = Edit.load(edit) if edit is not None else None
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-    answers = answers_to(base, tokenizer, loaded, prompt, max_new_tokens)
+    answers = answers_to(base, tokenizer, loaded, [options.asked(p, chat) for p in prompt], max_new_tokens)
     Console().print(plain_table(answers) if loaded is None else answers_table("", answers))
     if json is not None:
         write_json(json, {"answers": as_json(answers)})

@@ -27,6 +27,7 @@ def edit(
     prompt: Annotated[str | None, typer.Option(help="The prompt that is answered wrongly.")] = None,
     target: Annotated[str | None, typer.Option(help="What it should answer.")] = None,
     requests: Annotated[Path | None, typer.Option(metavar="FILE", help="Requests as JSON lines, instead.")] = None,
+    chat: options.Chat = False,
     editor: options.EditorFolder = None,
     scale: Annotated[
         str, typer.Option(metavar="NUMBER", help="Multiply the edit; 'auto' chooses on the requests' own probes.")
@@ -44,11 +45,12 @@ def edit(
 
     All requests of a file become one edit. The base model is not changed: use the edit with remend ask, or in Python.
     """
-    wanted = _requests(prompt, target, requests)
+    wanted = _requests(prompt, target, requests, chat)
     factor = _factor(scale)
     from remend.cli.tables import answers_table, as_json
     from remend.core.layers import device_of
     from remend.evaluation.before_after import before_after
+    from remend.request import Chat
     from remend.storage import MANIFEST, check_target, write_json
 
     console = Console()
@@ -70,7 +72,8 @@ def edit(
     for request, found in zip(wanted, answers, strict=True):
         console.print(answers_table(f"{plain(request.prompt)} … → {plain(request.target)}", found))
     if saved:
-        hint = f"remend ask {plain(model)} --edit {plain(out)} --prompt '…'"
+        asking = "--chat --prompt" if isinstance(wanted[0].prompt, Chat) else "--prompt"
+        hint = f"remend ask {plain(model)} --edit {plain(out)} {asking} '…'"
         console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
     if failed:
         console.print(
@@ -132,18 +135,20 @@ def _scaled(
     return made.scaled(best.scale)
 
 
-def _requests(prompt: str | None, target: str | None, file: Path | None) -> list[EditRequest]:
+def _requests(prompt: str | None, target: str | None, file: Path | None, chat: bool) -> list[EditRequest]:
     """The requests of a command line: one pair, or a file."""
     from pydantic import ValidationError
 
     from remend.request import EditRequest, read_requests
 
     if file is not None and prompt is None and target is None:
+        if chat:
+            raise RequestError("--chat belongs to --prompt; in a file, give messages in place of a prompt")
         return read_requests(file)
     if prompt is None or target is None or file is not None:
         raise RequestError("give --prompt and --target, or --requests FILE")
     try:
-        return [EditRequest(prompt=prompt, target=target)]
+        return [EditRequest(prompt=options.asked(prompt, chat), target=target)]
     except ValidationError as error:
         first = error.errors()[0]
         raise RequestError(f"--{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from None

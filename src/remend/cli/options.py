@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from remend.editors import Mend, MendConfig
+    from remend.request import Prompt
     from remend.training import TrainingConfig
 
 Model = Annotated[str, typer.Argument(help="'atlas' (ships with remend), a local folder, or a hub id.")]
@@ -49,12 +50,26 @@ EditorFolder = Annotated[
     str | None,
     typer.Option("--editor", metavar="DIR", help="A trained editor; 'atlas' is the one that ships with remend."),
 ]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="The prompt is a user's message: ask it through the model's chat template.")
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer that is decoded, in tokens.")]
 
 
 def process() -> int:
     """This process's number among those that ``accelerate launch`` or ``torchrun`` started; the first one speaks."""
     return int(os.environ.get("RANK", "0"))
+
+
+def asked(prompt: str, chat: bool) -> Prompt:
+    """What a prompt on the command line asks: a text, or a conversation of one message.
+
+    Raises:
+        RequestError: the message is empty.
+    """
+    from remend.request import Chat
+
+    return Chat.of([{"role": "user", "content": prompt}]) if chat else prompt
 
 
 def preset(name: str) -> tuple[MendConfig, TrainingConfig]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.edit import Edit
-from remend.request import EditRequest
+from remend.request import EditRequest, Prompt
 from remend.tasks import task_of
 
 
@@ -19,7 +19,7 @@ class Answer:
     Attributes:
         kind: what the prompt is to the edit: ``prompt``, ``paraphrase``, ``unseen paraphrase``, ``near``, ``far`` or
             ``asked``.
-        prompt: the prompt.
+        prompt: the prompt, a conversation as people read it.
         wanted: what should be answered after the edit; None where nobody says.
         before: the unedited model's answer.
         after: the edited model's answer.
@@ -58,8 +58,8 @@ def before_after(
         wanted = was if must_stay else task.tokenise(prompt, requests[number].target).target
         words = task.text(wanted) if must_stay else requests[number].target
         # Without an end token an answer never stops by itself: it is right if it begins with what was wanted.
-        given = now if task.end is not None else now[: len(wanted)]
-        found[number].append(Answer(kind, prompt, words, task.text(was), task.text(now), given == wanted))
+        given = now if task.ends else now[: len(wanted)]
+        found[number].append(Answer(kind, str(prompt), words, task.text(was), task.text(now), given == wanted))
     return found
 
 
@@ -67,7 +67,7 @@ def ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     edit: Edit | None,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_new_tokens: int = 32,
 ) -> list[Answer]:
     """Free answers to any prompts, without and with ``edit`` (the same twice where there is none)."""
@@ -77,13 +77,13 @@ def ask(
         with edit.applied(model):
             after = task.answers(prompts, max_new_tokens)
     return [
-        Answer("asked", prompt, None, task.text(was), task.text(now), None)
+        Answer("asked", str(prompt), None, task.text(was), task.text(now), None)
         for prompt, was, now in zip(prompts, before, after, strict=True)
     ]
 
 
-def _prompts(request: EditRequest) -> list[tuple[str, str]]:
-    listed = [("prompt", request.prompt)]
+def _prompts(request: EditRequest) -> list[tuple[str, Prompt]]:
+    listed: list[tuple[str, Prompt]] = [("prompt", request.prompt)]
     listed += [("paraphrase", prompt) for prompt in request.paraphrases]
     listed += [("unseen paraphrase", prompt) for prompt in request.unseen_paraphrases]
     listed += [("near", probe.prompt) for probe in request.near]

@@ -11,12 +11,12 @@ from remend.base import find_modules
 from remend.core.branch import branches, frozen
 from remend.core.low_rank import LowRank, stack
 from remend.edit import Edit
-from remend.request import EditRequest, Probe
+from remend.request import EditRequest, Probe, Prompt
 from remend.tasks.task import Batch, Pair, Task
 
 ROWS_AT_ONCE = 128
 
-Answers = Mapping[str, tuple[int, ...]]
+Answers = Mapping[Prompt, tuple[int, ...]]
 """The unedited model's free answer to each prompt."""
 
 
@@ -30,7 +30,7 @@ class Look:
 
 
 class Judge:
-    """Compares first choices with expected tokens, and knows the end token.
+    """Compares first choices with expected tokens, and knows the end tokens.
 
     Args:
         task: the base model.
@@ -40,7 +40,7 @@ class Judge:
     def __init__(self, task: Task, own: Answers) -> None:
         self.task = task
         self.own = own
-        self.end = task.end
+        self.ends = task.ends
 
     def pairs(self, request: EditRequest) -> list[Pair]:
         """Every prompt of a request with every answer that is looked for there."""
@@ -76,13 +76,13 @@ class Judge:
             if values
         }
 
-    def _answered(self, prompt: str) -> Pair:
+    def _answered(self, prompt: Prompt) -> Pair:
         """A prompt with the unedited model's own answer."""
         return Pair(tuple(self.task.prompt_ids(prompt)), self.own[prompt])
 
     def _body(self, pair: Pair) -> int:
         """How many tokens of the target come before its end token."""
-        return len(pair.target) - int(pair.target[-1] == self.end)
+        return len(pair.target) - int(pair.target[-1] in self.ends)
 
     def _right(self, pair: Pair, chosen: tuple[int, ...]) -> dict[str, float]:
         """Whether the target is answered: without regard to the end (teacher forced), and with it (generated)."""
@@ -93,7 +93,7 @@ class Judge:
         }
 
     def _answers(
-        self, request: EditRequest, prompts: Sequence[str], looks: Mapping[Pair, Look]
+        self, request: EditRequest, prompts: Sequence[Prompt], looks: Mapping[Pair, Look]
     ) -> list[dict[str, float]]:
         pairs = [self.task.tokenise(prompt, request.target) for prompt in prompts]
         return [self._right(pair, looks[pair].after) for pair in pairs]
@@ -121,7 +121,7 @@ class Judge:
         return [{mode: before[mode] - after[mode] for mode in before} for before, after in pairs]
 
 
-def own_answers(task: Task, requests: Sequence[EditRequest], limit: int) -> dict[str, tuple[int, ...]]:
+def own_answers(task: Task, requests: Sequence[EditRequest], limit: int) -> dict[Prompt, tuple[int, ...]]:
     """The unedited model's free answer to every prompt that must not change, and to the edited prompts."""
     prompts = dict.fromkeys(p.prompt for request in requests for p in (request, *request.locality, *request.near))
     return dict(zip(prompts, task.answers(list(prompts), limit), strict=True))

@@ -62,7 +62,7 @@ class Case:
 
     Attributes:
         id: the request's, or its number in the file.
-        prompt: the edited prompt.
+        prompt: the edited prompt, a conversation as people read it.
         target: what it should answer.
         before: the unedited model's own answer.
         values: metric → mode → value between 0 and 1 (a drawdown may be negative).

@@ -76,7 +76,7 @@ def evaluate(
                 cases[scale].append(
                     Case(
                         id=request.id if request.id is not None else start + number,
-                        prompt=request.prompt,
+                        prompt=str(request.prompt),
                         target=request.target,
                         before=task.text(judge.own[request.prompt]),
                         values=judge.values(request, own),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from remend.request import Prompt
 from remend.tasks.causal_lm import CausalLM
 from remend.tasks.classification import Classification
 from remend.tasks.seq2seq import Seq2SeqLM
@@ -29,7 +30,7 @@ def task_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast
 
 
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int = 32
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int = 32
 ) -> list[str]:
     """The model's free answers (greedy, to its own end token) as text: to see what an edit that is applied does.
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from remend.errors import RequestError
+from remend.request import Chat, Prompt
 from remend.tasks.language import LanguageTask, gather_at
 from remend.tasks.task import Batch, Pair
 
@@ -22,30 +23,43 @@ class CausalLM(LanguageTask):
     model is given when the prompt alone is asked.
     """
 
-    def prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt that is asked: with the tokenizer's beginning tokens, without an end token.
 
-        A space at its end is left out: it would be a token of its own, after which a model expects no word.
+        A space at its end is left out: it would be a token of its own, after which a model expects no word. Of a
+        conversation, what its chat template writes, up to where the answer begins.
 
         Raises:
-            RequestError: the prompt is empty, or nothing of it is left when tokenised.
+            RequestError: the prompt is empty, nothing of it is left when tokenised, or there is no chat template.
         """
-        ids = self._strip_end(self.tokenizer(prompt.rstrip(" "), verbose=False).input_ids) if prompt.strip() else []
-        if not ids:
-            raise RequestError(f"the prompt {prompt!r} holds no text that the tokenizer knows")
+        ids = self._read(self._opening(prompt)[0], prompt)
+        if ids == self._nothing:
+            raise RequestError(f"the prompt {str(prompt)!r} holds no text that the tokenizer knows")
         return ids
 
-    def answer_ids(self, asked: list[int], prompt: str, target: str) -> list[int]:
+    def answer_ids(self, asked: list[int], prompt: Prompt, target: str) -> list[int]:
         """The target's token ids after the prompt's, and the end token."""
-        prompt = prompt.rstrip(" ")
-        space = "" if prompt[-1].isspace() else " "
-        whole = self._strip_end(self.tokenizer(prompt + space + target).input_ids)
+        opening, space = self._opening(prompt)
+        whole = self._read(opening + space + target, prompt)
         if whole[: len(asked)] == asked and len(whole) > len(asked):
             answer = whole[len(asked) :]
         else:
             answer = self.tokenizer(space + target, add_special_tokens=False).input_ids
-        end = self.tokenizer.eos_token_id
+        end = self.chat.end if isinstance(prompt, Chat) else self.tokenizer.eos_token_id
         return [*answer, *([] if end is None or not answer else [end])]
+
+    def _opening(self, prompt: Prompt) -> tuple[str, str]:
+        """The text that is asked, and what separates an answer from it."""
+        if isinstance(prompt, Chat):
+            return self.chat.opening(prompt)
+        text = prompt.strip(" ")
+        return text, "" if text[-1:].isspace() else " "
+
+    def _read(self, text: str, prompt: Prompt) -> list[int]:
+        """Token ids of a text, without an end token; the beginning tokens of a conversation are in its text."""
+        if isinstance(prompt, Chat):
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return self._strip_end(list(self.tokenizer(text, verbose=False).input_ids))
 
     def length(self, pair: Pair) -> int:
         """Prompt and target share the context."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.core.branch import frozen
 from remend.errors import ModelError, RequestError, nearest
 from remend.models.structure import named_stacks
+from remend.request import Chat, Prompt
 from remend.tasks.task import Batch, Pair, Task
 
 BINARY = ("false", "true")
@@ -73,18 +74,20 @@ class Classification(Task):
 
     # -- text to tokens ------------------------------------------------------------------------------------------
 
-    def prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, with whatever the tokenizer puts around it.
 
         Raises:
             RequestError: the text is empty, or nothing of it is left when tokenised.
         """
+        if isinstance(prompt, Chat):
+            raise RequestError("a classifier is shown a text, not a conversation: give a prompt in place of messages")
         ids = list(self.tokenizer(prompt.strip(" "), verbose=False).input_ids) if prompt.strip() else []
         if not set(ids) - set(self.tokenizer.all_special_ids):
             raise RequestError(f"the prompt {prompt!r} holds no text that the tokenizer knows")
         return ids
 
-    def answer_ids(self, asked: list[int], prompt: str, target: str) -> list[int]:
+    def answer_ids(self, asked: list[int], prompt: Prompt, target: str) -> list[int]:
         """The label's number.
 
         Raises:
@@ -144,7 +147,9 @@ class Classification(Task):
         """They are logits already."""
         return states
 
-    def answers(self, prompts: Sequence[str], max_new_tokens: int = 32, batch_size: int = 64) -> list[tuple[int, ...]]:
+    def answers(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64
+    ) -> list[tuple[int, ...]]:
         """The most probable label of each text."""
         pairs = [Pair(tuple(self.prompt_ids(prompt)), (0,)) for prompt in prompts]
         found: list[tuple[int, ...]] = []

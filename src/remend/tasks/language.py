@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.core.branch import frozen
 from remend.errors import ModelError, RequestError
 from remend.models.prefix import reach
+from remend.request import Prompt
+from remend.tasks.chat import ChatTemplate
 from remend.tasks.task import Batch, Pair, Task
 
 
@@ -29,6 +32,7 @@ class LanguageTask(Task):
         if not isinstance(head, nn.Module):
             raise ModelError(f"{type(model).__name__} has no output layer over a vocabulary; it is no language model")
         self.head = head
+        self.chat = ChatTemplate(tokenizer)
         self._single_token = self.collate([Pair((0,), (0,))])
 
     @abstractmethod
@@ -42,10 +46,17 @@ class LanguageTask(Task):
     def _greedy(self, asked: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]: ...
 
     @property
-    def end(self) -> int | None:
-        """The end token."""
-        end: int | None = self.tokenizer.eos_token_id
-        return end
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer: the tokenizer's end token, and the one that ends a turn of a conversation."""
+        return frozenset((self.tokenizer.eos_token_id, self.chat.end)) - {None}
+
+    @cached_property
+    def _nothing(self) -> list[int]:
+        """What the tokenizer makes of an empty text."""
+        return self._strip_end(list(self.tokenizer("").input_ids))
+
+    def _strip_end(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def target_logits(self, batch: Batch) -> Float[Tensor, "target vocabulary"]:
         """The logits that predict each target token, and no others.
@@ -73,8 +84,10 @@ class LanguageTask(Task):
         finally:
             handle.remove()
 
-    def answers(self, prompts: Sequence[str], max_new_tokens: int = 32, batch_size: int = 64) -> list[tuple[int, ...]]:
-        """Greedy answers, as token ids up to and with the end token (without it where the limit came first).
+    def answers(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64
+    ) -> list[tuple[int, ...]]:
+        """Greedy answers, as token ids up to and with an end token (without it where the limit came first).
 
         Prompts of one length go together, so nothing is ever padded.
         """
@@ -102,20 +115,24 @@ class LanguageTask(Task):
         Not ``generate``: that follows the model's own generation settings too (repetition penalties, forced tokens),
         and would then not be the argmax that evaluation reasons about.
         """
-        end = self.end
+        ends = self.ends
+        closing = torch.tensor(sorted(ends), device=self.device)
         chosen: list[Tensor] = []
         ended = torch.zeros(rows, dtype=torch.bool, device=self.device)
         while len(chosen) < room and not bool(ended.all()):
             token = step(chosen[-1] if chosen else None).argmax(-1)
             chosen.append(token)
-            if end is not None:
-                ended |= token == end
-        answers = torch.stack(chosen, 1).tolist()
-        return [tuple(row[: row.index(end) + 1]) if end in row else tuple(row) for row in answers]
+            ended |= torch.isin(token, closing)
+        return [_up_to(row, ends) for row in torch.stack(chosen, 1).tolist()]
 
     def text(self, answer: Sequence[int]) -> str:
         """An answer's token ids as text."""
         return str(self.tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
+
+
+def _up_to(row: Sequence[int], ends: Container[int]) -> tuple[int, ...]:
+    """A row up to and with its first end token, or all of it."""
+    return tuple(row[: next((place for place, token in enumerate(row, start=1) if token in ends), len(row))])
 
 
 @contextmanager

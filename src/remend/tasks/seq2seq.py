@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.errors import ModelError, RequestError
 from remend.models.structure import named_stacks
+from remend.request import Chat, Prompt
 from remend.tasks.language import LanguageTask, gather_at
 from remend.tasks.task import Batch, Pair
 
@@ -36,22 +37,25 @@ class Seq2SeqLM(LanguageTask):
         self._encoder = f"{named_stacks(model)[0][0]}."
         super().__init__(model, tokenizer, autocast)
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, with whatever the tokenizer puts around it.
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, with whatever the tokenizer (of a conversation: its chat template) puts around it.
 
         Raises:
-            RequestError: the prompt is empty, or nothing of it is left when tokenised.
+            RequestError: the prompt is empty, nothing of it is left when tokenised, or there is no chat template.
         """
-        ids = list(self.tokenizer(prompt.strip(" "), verbose=False).input_ids) if prompt.strip() else []
-        if not self._strip_end(ids):
+        if isinstance(prompt, Chat):
+            return list(self.tokenizer(self.chat.opening(prompt)[0], add_special_tokens=False, verbose=False).input_ids)
+        ids = list(self.tokenizer(prompt.strip(" "), verbose=False).input_ids)
+        if self._strip_end(ids) == self._nothing:
             raise RequestError(f"the prompt {prompt!r} holds no text that the tokenizer knows")
         return ids
 
-    def answer_ids(self, asked: list[int], prompt: str, target: str) -> list[int]:
-        """The target's token ids, and the end token."""
-        ids = list(self.tokenizer(text_target=target).input_ids)
-        end = self.tokenizer.eos_token_id
-        return ids if end is None or not ids or ids[-1] == end else [*ids, end]
+    def answer_ids(self, asked: list[int], prompt: Prompt, target: str) -> list[int]:
+        """The target's token ids, and the end token; what a tokenizer writes after that (a language) is left out."""
+        ids, end = list(self.tokenizer(text_target=target).input_ids), self.tokenizer.eos_token_id
+        if ids == self.tokenizer(text_target="").input_ids:
+            return []
+        return ids if end is None else [*ids[: ids.index(end) if end in ids else None], end]
 
     def length(self, pair: Pair) -> int:
         """Each side has the context for itself."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.core.layers import device_of
 from remend.core.losses import target_loss
 from remend.errors import RequestError
+from remend.request import Prompt
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,16 @@ class Task(ABC):
     # -- what differs --------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt that is asked.
 
         Raises:
-            RequestError: the prompt is empty, or nothing of it is left when tokenised.
+            RequestError: the prompt is empty, nothing of it is left when tokenised, or it is a conversation and the
+                tokenizer's chat template cannot write it.
         """
 
     @abstractmethod
-    def answer_ids(self, asked: list[int], prompt: str, target: str) -> list[int]:
+    def answer_ids(self, asked: list[int], prompt: Prompt, target: str) -> list[int]:
         """Token ids of a target (not empty, without spaces around it) after a prompt, its end token included."""
 
     @abstractmethod
@@ -140,7 +142,9 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def answers(self, prompts: Sequence[str], max_new_tokens: int = 32, batch_size: int = 64) -> list[tuple[int, ...]]:
+    def answers(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64
+    ) -> list[tuple[int, ...]]:
         """What the model answers, as targets are written in a :class:`Pair`."""
 
     @abstractmethod
@@ -148,16 +152,17 @@ class Task(ABC):
         """An answer as text."""
 
     @property
-    def end(self) -> int | None:
-        """What closes an answer, where something does."""
-        return None
+    def ends(self) -> frozenset[int]:
+        """What ends an answer, where something does."""
+        return frozenset()
 
     # -- text to tokens ------------------------------------------------------------------------------------------
 
-    def tokenise(self, prompt: str, target: str) -> Pair:
+    def tokenise(self, prompt: Prompt, target: str) -> Pair:
         """Token ids of a prompt and its target.
 
-        Spaces around either do not matter; the target is closed with the end token.
+        Spaces around either do not matter; the target is closed with the end token, in a conversation with the one that
+        ends a turn.
 
         Raises:
             RequestError: a side is empty, or longer than the model's context.
@@ -171,12 +176,9 @@ class Task(ABC):
             raise RequestError(
                 f"prompt and target take {length} tokens, the model's context holds {self.context}: "
                 f"shorten {'the target' if len(pair.target) > len(pair.prompt) else 'the prompt'} "
-                f"({(target if len(pair.target) > len(pair.prompt) else prompt)[:40]!r}…)"
+                f"({(target if len(pair.target) > len(pair.prompt) else str(prompt))[:40]!r}…)"
             )
         return pair
-
-    def _strip_end(self, ids: list[int]) -> list[int]:
-        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     # -- running the model ---------------------------------------------------------------------------------------
 

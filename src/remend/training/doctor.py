@@ -255,7 +255,7 @@ def _advice(task: Task, editor: Mend, resources: Resources, memory: Estimate) ->
         found.append("On many CPUs half precision is slower than --dtype float32, which takes twice the memory.")
     if model.dtype == torch.float16:
         found.append("float16 overflows easily: prefer --dtype bfloat16, or float32.")
-    if isinstance(task, LanguageTask) and task.end is None:
+    if isinstance(task, LanguageTask) and not task.ends:
         found.append("The tokenizer has no end token: an edited answer will not end by itself.")
     if editor.config.ridge and max(d_in for d_in, _ in editor.shapes.values()) >= WIDE:
         found.append("Whitening inputs this wide takes minutes before the first step (and d² numbers a matrix).")
