@@ -71,7 +71,7 @@ def test_an_interrupted_training_says_what_is_left(steps, message, folder, tmp_p
     arguments = ["--data", folder / "train.jsonl", "--out", tmp_path / "editor", "--device", "cpu"]
     assert remend("train", folder / "model", *arguments) == 130
     assert message in " ".join(capsys.readouterr().out.split())
-    assert (tmp_path / "editor").exists() is (steps == 150)
+    assert (tmp_path / "editor").exists() is (steps == 350)
 
 
 def test_edit_show_and_ask(folder, capsys):

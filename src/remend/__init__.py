@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from remend.errors import RemendError
     from remend.evaluation import Report, evaluate
     from remend.models import load
-    from remend.request import Chat, EditRequest, Probe, read_requests
+    from remend.request import Chat, EditRequest, Probe, TextPair, read_requests
     from remend.tasks import answers
     from remend.training import TrainingConfig, train
 
@@ -31,6 +31,7 @@ _ROOMS = {
     "Probe": "request",
     "RemendError": "errors",
     "Report": "evaluation",
+    "TextPair": "request",
     "TrainingConfig": "training",
     "answers": "tasks",
     "evaluate": "evaluation",
@@ -50,6 +51,7 @@ __all__ = [
     "Probe",
     "RemendError",
     "Report",
+    "TextPair",
     "TrainingConfig",
     "answers",
     "evaluate",

@@ -99,23 +99,38 @@ class Chat:
         return "\n".join(f"{message.role}: {message.content}" for message in self.messages)
 
 
+@dataclass(frozen=True)
+class TextPair:
+    """Two texts that a classifier is shown together, as a premise and a hypothesis: in JSON, a list of both."""
+
+    first: str
+    second: str
+
+    def __str__(self) -> str:
+        return f"{self.first} / {self.second}"
+
+
 def _short(value: object) -> str:
     return text if len(text := repr(value)) <= 80 else f"{text[:79]}…"
 
 
-def _prompt(value: object) -> str | Chat:
+def _prompt(value: object) -> str | Chat | TextPair:
     if isinstance(value, str):
         return _not_blank(value)
-    return value if isinstance(value, Chat) else Chat.of(value)
+    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value):
+        return TextPair(*map(_not_blank, value))
+    return value if isinstance(value, Chat | TextPair) else Chat.of(value)
 
 
-def _written(prompt: str | Chat) -> str | list[dict[str, str]]:
+def _written(prompt: str | Chat | TextPair) -> str | list[str] | list[dict[str, str]]:
+    if isinstance(prompt, TextPair):
+        return [prompt.first, prompt.second]
     return prompt.to_json() if isinstance(prompt, Chat) else prompt
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
-Prompt = Annotated[str | Chat, PlainValidator(_prompt), PlainSerializer(_written)]
-"""What a model is asked: a text that it goes on with, or a conversation that it answers."""
+Prompt = Annotated[str | Chat | TextPair, PlainValidator(_prompt), PlainSerializer(_written)]
+"""What a model is asked: a text that it goes on with or judges, a conversation that it answers, two texts to judge."""
 
 
 class Probe(BaseModel):
@@ -188,7 +203,7 @@ class EditRequest(Probe):
         return (self.subject or str(self.prompt)).strip().casefold()
 
 
-def _within(asked: Chat, prompt: Prompt) -> Chat:
+def _within(asked: Chat, prompt: Prompt) -> Prompt:
     """What a prompt asks in a request's conversation: a text is its last message."""
     return asked.asking(prompt) if isinstance(prompt, str) else prompt
 

@@ -50,6 +50,7 @@ class CausalLM(LanguageTask):
 
     def _opening(self, prompt: Prompt) -> tuple[str, str]:
         """The text that is asked, and what separates an answer from it."""
+        prompt = self._one_text(prompt)
         if isinstance(prompt, Chat):
             return self.chat.opening(prompt)
         text = prompt.strip(" ")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.core.branch import frozen
 from remend.errors import ModelError, RequestError, nearest
 from remend.models.structure import named_stacks
-from remend.request import Chat, Prompt
+from remend.request import Chat, Prompt, TextPair
 from remend.tasks.task import Batch, Pair, Task
 
 BINARY = ("false", "true")
@@ -75,16 +75,17 @@ class Classification(Task):
     # -- text to tokens ------------------------------------------------------------------------------------------
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, with whatever the tokenizer puts around it.
+        """Token ids of a text or a pair of texts, with whatever the tokenizer puts around them.
 
         Raises:
             RequestError: the text is empty, or nothing of it is left when tokenised.
         """
         if isinstance(prompt, Chat):
             raise RequestError("a classifier is shown a text, not a conversation: give a prompt in place of messages")
-        ids = list(self.tokenizer(prompt.strip(" "), verbose=False).input_ids) if prompt.strip() else []
+        texts = (prompt.first, prompt.second) if isinstance(prompt, TextPair) else (prompt,)
+        ids = list(self.tokenizer(*(text.strip() for text in texts), verbose=False).input_ids)
         if not set(ids) - set(self.tokenizer.all_special_ids):
-            raise RequestError(f"the prompt {prompt!r} holds no text that the tokenizer knows")
+            raise RequestError(f"the prompt {str(prompt)!r} holds no text that the tokenizer knows")
         return ids
 
     def answer_ids(self, asked: list[int], prompt: Prompt, target: str) -> list[int]:

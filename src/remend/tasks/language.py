@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.core.branch import frozen
 from remend.errors import ModelError, RequestError
 from remend.models.prefix import reach
-from remend.request import Prompt
+from remend.request import Chat, Prompt, TextPair
 from remend.tasks.chat import ChatTemplate
 from remend.tasks.task import Batch, Pair, Task
 
@@ -49,6 +49,15 @@ class LanguageTask(Task):
     def ends(self) -> frozenset[int]:
         """The tokens that end an answer: the tokenizer's end token, and the one that ends a turn of a conversation."""
         return frozenset((self.tokenizer.eos_token_id, self.chat.end)) - {None}
+
+    def _one_text(self, prompt: Prompt) -> str | Chat:
+        """A prompt, if it is one that a language model can be asked."""
+        if isinstance(prompt, TextPair):
+            raise RequestError(
+                f"{type(self.model).__name__} is a language model and is asked one text, not a pair "
+                f"({str(prompt)[:40]!r}…): write both as one prompt"
+            )
+        return prompt
 
     @cached_property
     def _nothing(self) -> list[int]:

@@ -43,6 +43,7 @@ class Seq2SeqLM(LanguageTask):
         Raises:
             RequestError: the prompt is empty, nothing of it is left when tokenised, or there is no chat template.
         """
+        prompt = self._one_text(prompt)
         if isinstance(prompt, Chat):
             return list(self.tokenizer(self.chat.opening(prompt)[0], add_special_tokens=False, verbose=False).input_ids)
         ids = list(self.tokenizer(prompt.strip(" "), verbose=False).input_ids)

@@ -1,0 +1,171 @@
+"""Classifiers: labels, where the head reads, pairs of texts, and the closed forms for two labels."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from torch.nn import functional
+
+import families
+import remend
+import worlds
+from remend.cli import run
+from remend.core.losses import locality_loss
+from remend.errors import ModelError, RequestError
+from remend.models.structure import editable_modules
+from remend.request import EditRequest, TextPair, parse_request
+from remend.tasks import Classification, Pair, task_of
+
+READING = {"bert": "first", "roberta": "first", "distilbert": "first", "deberta-v2": "first", "electra": "first"}
+READING |= {"modernbert": "all", "gpt2": "last"}
+
+
+@pytest.fixture(scope="module")
+def task():
+    return families.task("bert, binary")
+
+
+@pytest.mark.parametrize("encoder", READING)
+def test_where_the_head_reads_is_found(encoder):
+    task = families.task(f"{encoder}, binary")
+    assert isinstance(task, Classification)
+    assert task.reading == READING[encoder]
+    pairs = [task.tokenise(prompt, "true") for prompt in ("The capital of Peru is Lima", "Peru has Lima")]
+    batch = task.collate(pairs)
+    read = {"first": [0, 0], "last": [7, 4], "all": [0, 0]}[task.reading]
+    assert batch.first.tolist() == read
+    counted = task.tokens(batch, ["some"], predicting=True)["some"]
+    assert counted.sum(1).tolist() == ([8, 5] if task.reading == "all" else [1, 1])
+
+
+@pytest.mark.parametrize("family", families.CLASSIFIERS)
+def test_padding_changes_nothing(family):
+    task = families.task(family)
+    prompts = ["The capital of Peru is Lima", "Peru has Lima", "Which city rules Egypt ? It is Cairo"]
+    pairs = [Pair(tuple(task.prompt_ids(prompt)), (0,)) for prompt in prompts]
+    with torch.no_grad():
+        together = task.target_logits(task.collate(pairs))
+        apart = torch.cat([task.target_logits(task.collate([pair])) for pair in pairs])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_one_output_is_a_bernoulli_distribution_in_closed_form():
+    task = families.task("bert, one output")
+    assert task.labels == ("false", "true")
+    batch = task.collate([task.tokenise(r.prompt, r.target) for r in families.requests("bert, one output", 6)])
+    with torch.no_grad():
+        z = task.model(input_ids=batch.input_ids, attention_mask=batch.mask.long()).logits[:, 0]
+        logits = task.target_logits(batch)
+        expected = functional.binary_cross_entropy_with_logits(z, batch.target.float(), reduction="none")
+        torch.testing.assert_close(task.loss(batch), expected)
+        p, q = z.sigmoid(), (z + 0.7).sigmoid()
+        divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        found = locality_loss(logits, logits + torch.tensor([0, 0.7]), batch.row, 6)
+    torch.testing.assert_close(found, divergence, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_are_named_or_numbered(task):
+    assert task.tokenise("Peru has Lima", "TRUE ").target == (1,)
+    assert task.tokenise("Peru has Lima", "0").target == (0,)
+    assert task.text((1,)) == "true"
+    assert task.ends == frozenset()
+    for wrong in ("maybe", "2", "-1"):
+        with pytest.raises(RequestError, match=rf"no label '{wrong}'.*from 0 to 1"):
+            task.tokenise("Peru has Lima", wrong)
+    with pytest.raises(RequestError, match="no text"):
+        task.tokenise("   ", "true")
+    with pytest.raises(RequestError, match="context holds 64"):
+        task.tokenise("Peru " * 70, "true")
+
+
+def test_a_pair_of_texts_is_shown_as_two():
+    task = families.task("bert, binary")
+    request = parse_request('{"prompt": ["Peru has Lima", "It is Lima"], "target": "true"}', "here")
+    assert request.prompt == TextPair("Peru has Lima", "It is Lima")
+    assert parse_request(json.dumps(request.to_json()), "again") == request
+    shown = {}
+    handle = task.model.bert.embeddings.register_forward_pre_hook(
+        lambda module, args, kwargs: shown.update(kwargs), with_kwargs=True
+    )
+    with torch.no_grad():
+        batch = task.collate([task.tokenise(request.prompt, "true"), task.tokenise("The capital of Peru", "true")])
+        found = task.target_logits(batch)
+    handle.remove()
+    expected = worlds.word_tokenizer()("Peru has Lima", "It is Lima", return_tensors="pt")
+    assert batch.input_ids[0].tolist() == expected.input_ids[0].tolist()
+    assert shown["token_type_ids"][0].tolist() == [0] * 5 + [1] * 4
+    assert shown["token_type_ids"][1].sum() == 0
+    with torch.no_grad():
+        types = torch.tensor([[0] * 5 + [1] * 4])
+        right = task.model(input_ids=expected.input_ids, token_type_ids=types).logits[0]
+    torch.testing.assert_close(found[0], right, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RequestError, match="not a pair"):
+        task_of(worlds.gpt2(), worlds.tokenizer()).tokenise(request.prompt, "true")
+    with pytest.raises(RequestError, match="not a conversation"):
+        task.tokenise(remend.Chat.of([{"role": "user", "content": "Peru has Lima"}]), "true")
+
+
+def test_what_is_no_classifier_with_one_label_is_refused():
+    words, config = worlds.word_tokenizer(), families.make("bert, binary").config
+    with pytest.raises(ModelError, match="neither a language model nor a sequence classifier"):
+        task_of(hf.BertModel(config), words)
+    with pytest.raises(ModelError, match="several labels"):
+        task_of(
+            hf.BertForSequenceClassification(
+                hf.BertConfig(**{**config.to_dict(), "problem_type": "multi_label_classification"})
+            ),
+            words,
+        )
+    bart = hf.BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, vocab_size=40)
+    with pytest.raises(ModelError, match="encoder and a decoder"):
+        task_of(hf.BartForSequenceClassification(bart), words)
+
+
+def test_the_whole_way_from_a_folder(tmp_path, capsys):
+    """Train, evaluate, edit and ask from the command line, with a classifier that transformers saved."""
+    model = families.make("bert, binary")
+    model.save_pretrained(tmp_path / "model")
+    worlds.word_tokenizer().save_pretrained(tmp_path / "model")
+    remend.request.write_requests(tmp_path / "train.jsonl", families.requests("bert, binary", 30))
+    loaded, _ = remend.load(str(tmp_path / "model"), "cpu")
+    assert isinstance(loaded, hf.BertForSequenceClassification)
+    assert list(editable_modules(loaded, outputs_only=True)) == [
+        f"bert.encoder.layer.{block}.output.dense" for block in (1, 2, 3)
+    ]
+
+    def ran(*arguments):
+        assert run([str(argument) for argument in arguments]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    base, editor = tmp_path / "model", tmp_path / "editor"
+    ran("train", base, "--data", tmp_path / "train.jsonl", "--out", editor, "--budget-seconds", 4, "--device", "cpu")
+    ran(
+        "evaluate",
+        base,
+        "--editor",
+        editor,
+        "--data",
+        tmp_path / "train.jsonl",
+        "--device",
+        "cpu",
+        "--json",
+        tmp_path / "r.json",
+    )
+    assert json.loads((tmp_path / "r.json").read_text())["metrics"]
+    request = families.requests("bert, binary", 1)[0]
+    before = remend.answers(loaded, worlds.word_tokenizer(), [request.prompt])[0]
+    other = {"true": "false", "false": "true"}[before]
+    arguments = ("--prompt", request.prompt, "--target", other, "--out", tmp_path / "edit", "--device", "cpu")
+    run([str(a) for a in ("edit", base, "--editor", editor, *arguments)])
+    capsys.readouterr()
+    shown = ran("ask", base, "--edit", tmp_path / "edit", "--prompt", request.prompt, "--device", "cpu")
+    assert before in shown
+    edit = remend.Edit.load(tmp_path / "edit")
+    assert edit.requests[0].target == other
+    with pytest.raises(RequestError, match="no label"):
+        remend.Mend.from_pretrained(editor).edit(
+            loaded, worlds.word_tokenizer(), [EditRequest(prompt="Peru", target="x")]
+        )
