@@ -22,13 +22,39 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 PACKAGES = {"bnb-4bit": "bitsandbytes", "bnb-8bit": "bitsandbytes", "torchao-int8": "torchao"}
+CODES = "codes"  # behaves as those libraries do, and is there without them
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-WAYS = ["bfloat16", "map", "disk", pytest.param("gpu and memory", marks=GPU), *PACKAGES]
-QUANTISED = pytest.mark.parametrize("way", PACKAGES, indirect=True)
+WAYS = ["bfloat16", "map", "disk", pytest.param("gpu and memory", marks=GPU), CODES, *PACKAGES]
+BY_LIBRARIES = pytest.mark.parametrize("way", PACKAGES, indirect=True)
+QUANTISED = pytest.mark.parametrize("way", [CODES, *PACKAGES], indirect=True)
 DISK = {f"model.layers.{block}": "disk" if block in (1, 2) else "cpu" for block in range(4)}
 DISK |= {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
 GPU_AND_MEMORY = {part: 0 if place == "disk" else "cpu" for part, place in DISK.items()}
 REQUESTS = worlds.requests(40)
+
+
+class CodedLinear(torch.nn.Linear):
+    """A layer that stores its weight as codes of 8 bits, with a scale for each row, and multiplies with both."""
+
+    def __init__(self, plain):
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        scale = plain.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = torch.nn.Parameter((plain.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = plain.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+def coded(model):
+    """The model with its blocks' matrices stored as codes."""
+    for name in linear(model):
+        if name.startswith("model.layers."):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, CodedLinear(model.get_submodule(name)))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +86,8 @@ def load(way, folder):
             model = remend.load(str(folder), "map")[0]
         elif way == "bfloat16":
             model = remend.load(str(folder), "cpu", torch.bfloat16)[0]
+        elif way == CODES:
+            model = coded(remend.load(str(folder), "cpu")[0])
         else:
             model = remend.load(str(folder), "cpu", quantise=way)[0]
         return model
@@ -212,6 +240,7 @@ def test_a_changed_code_or_scale_is_noticed(way, task, editor):
         "bnb-4bit": lambda: weight.quant_state.absmax,
         "bnb-8bit": lambda: task.model.get_submodule(name).state.SCB,
         "torchao-int8": lambda: weight.scale,
+        CODES: lambda: task.model.get_submodule(name).scale,
     }[way]()
     codes = weight.qdata if way == "torchao-int8" else weight.data
     for part in (scales, codes):
@@ -223,7 +252,7 @@ def test_a_changed_code_or_scale_is_noticed(way, task, editor):
         edit.apply(task.model).revert()
 
 
-@QUANTISED
+@BY_LIBRARIES
 def test_a_checkpoint_that_is_stored_quantised(way, folder, tmp_path):
     model, tokenizer = remend.load(str(folder), "cpu", torch.bfloat16, way)
     model.save_pretrained(tmp_path)
@@ -235,7 +264,7 @@ def test_a_checkpoint_that_is_stored_quantised(way, folder, tmp_path):
         remend.load(str(tmp_path), "cpu", quantise=way)
 
 
-@QUANTISED
+@BY_LIBRARIES
 def test_quantising_conv1d_layers(way, tmp_path):
     model = worlds.gpt2(n_embd=64)
     model.save_pretrained(tmp_path)
