@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
 import remend
 
 SOURCE = Path(remend.__file__).parent
@@ -65,3 +67,28 @@ def test_importing_is_quick_and_has_no_effect():
         "assert 'torch' not in sys.modules, 'importing remend imports torch'; assert dict(os.environ) == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+NAMED = {
+    # Where a model's or a layer's class or name is compared with one, and why its structure does not tell.
+    "core/layers.py": "Conv1D",  # [d_in, d_out] beside Linear's [d_out, d_in]: a square weight looks the same
+    "models/loading.py": "ForSequenceClassification",  # which head a checkpoint has: told before there is a model
+}
+
+
+def test_models_are_told_by_structure_not_by_name():
+    """No comparison with a ``model_type`` or with the name of a class, but for the exceptions above."""
+    families = CONFIG_MAPPING_NAMES.keys() | CONFIG_MAPPING_NAMES.values()
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            calls = isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".endswith", ".startswith"))
+            if not (isinstance(node, ast.Compare) or calls):
+                continue
+            text = ast.unparse(node)
+            words = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and part.value}
+            named = "__name__" in text and any(isinstance(word, str) for word in words)
+            if named or "model_type" in text or words & families or any("For" in str(word) for word in words):
+                found.setdefault(path.relative_to(SOURCE).as_posix(), []).append(text)
+    assert found.keys() == NAMED.keys(), found
+    assert all(NAMED[name] in text for name, texts in found.items() for text in texts)
