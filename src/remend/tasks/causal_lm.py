@@ -11,7 +11,10 @@ from torch import Tensor
 
 from remend.errors import RequestError
 from remend.request import Chat, Prompt
-from remend.tasks.task import Batch, Pair, Task, gather_at
+from remend.tasks.task import Batch, Pair, Task, closed, gather_at
+
+_ANCHORS = "\n:.0"
+"""Characters of which one is a token of its own, whatever follows."""
 
 
 class CausalLM(Task):
@@ -40,12 +43,24 @@ class CausalLM(Task):
         """The target's token ids after the prompt's, and the end token."""
         opening, space = self._opening(prompt)
         whole = self._read(opening + space + target, prompt)
-        if whole[: len(asked)] == asked and len(whole) > len(asked):
-            answer = whole[len(asked) :]
-        else:
-            answer = self.tokenizer(space + target, add_special_tokens=False).input_ids
-        end = self.chat.end if isinstance(prompt, Chat) else self.tokenizer.eos_token_id
-        return [*answer, *([] if end is None or not answer else [end])]
+        goes_on = whole[: len(asked)] == asked
+        answer = whole[len(asked) :] if goes_on else self._apart(asked, whole, space + target)
+        if not self.decoded(answer).strip():  # a space alone is no answer
+            return []
+        return closed(answer, self.chat.end if isinstance(prompt, Chat) else self.tokenizer.eos_token_id)
+
+    def _apart(self, asked: list[int], whole: list[int], answer: str) -> list[int]:
+        """Token ids that go on from the prompt's to the same text as ``whole``, whose first tokens are others.
+
+        Some tokenizers put a space before any text, an answer too; behind another character, which is taken away again,
+        they do not.
+        """
+        for before in ("", *_ANCHORS):
+            ahead, both = self.ids(before, False), self.ids(before + answer, False)
+            found = both[len(ahead) :]
+            if both[: len(ahead)] == ahead and self.decoded([*asked, *found]) == self.decoded(whole):
+                return found
+        return self.ids(answer, False)
 
     def _opening(self, prompt: Prompt) -> tuple[str, str]:
         """The text that is asked, and what separates an answer from it."""
@@ -56,9 +71,7 @@ class CausalLM(Task):
 
     def _read(self, text: str, prompt: Prompt) -> list[int]:
         """Token ids of a text, without an end token; the beginning tokens of a conversation are in its text."""
-        if isinstance(prompt, Chat):
-            return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-        return self._strip_end(list(self.tokenizer(text, verbose=False).input_ids))
+        return self.ids(text, False) if isinstance(prompt, Chat) else self._strip_end(self.ids(text))
 
     def length(self, pair: Pair) -> int:
         """Prompt and target share the context."""
