@@ -171,11 +171,11 @@ def teach(task: Task, batch: Batch, steps: int = 200) -> None:
     model = task.model.train()
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(steps):
-        loss = torch.nn.functional.cross_entropy(task.target_logits(batch), batch.target)
-        if loss < 1e-2:
+        losses = torch.nn.functional.cross_entropy(task.target_logits(batch), batch.target, reduction="none")
+        if losses.max() < 0.5:  # below log 2, the target is more likely than all else together
             break
         optimiser.zero_grad()
-        loss.backward()
+        losses.mean().backward()
         optimiser.step()
     optimiser.zero_grad()
     model.eval()

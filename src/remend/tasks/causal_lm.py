@@ -11,8 +11,11 @@ from torch import Tensor
 
 from remend.errors import RequestError
 from remend.request import Chat, Prompt
-from remend.tasks.language import LanguageTask, gather_at
+from remend.tasks.language import LanguageTask, closed, gather_at
 from remend.tasks.task import Batch, Pair
+
+_ANCHORS = "\n:.0"
+"""Characters of which one is a token of its own, whatever follows."""
 
 
 class CausalLM(LanguageTask):
@@ -41,12 +44,24 @@ class CausalLM(LanguageTask):
         """The target's token ids after the prompt's, and the end token."""
         opening, space = self._opening(prompt)
         whole = self._read(opening + space + target, prompt)
-        if whole[: len(asked)] == asked and len(whole) > len(asked):
-            answer = whole[len(asked) :]
-        else:
-            answer = self.tokenizer(space + target, add_special_tokens=False).input_ids
-        end = self.chat.end if isinstance(prompt, Chat) else self.tokenizer.eos_token_id
-        return [*answer, *([] if end is None or not answer else [end])]
+        goes_on = whole[: len(asked)] == asked
+        answer = whole[len(asked) :] if goes_on else self._apart(asked, whole, space + target)
+        if not self.decoded(answer).strip():  # a space alone is no answer
+            return []
+        return closed(answer, self.chat.end if isinstance(prompt, Chat) else self.tokenizer.eos_token_id)
+
+    def _apart(self, asked: list[int], whole: list[int], answer: str) -> list[int]:
+        """Token ids that go on from the prompt's to the same text as ``whole``, whose first tokens are others.
+
+        Some tokenizers put a space before any text, an answer too; behind another character, which is taken away again,
+        they do not.
+        """
+        for before in ("", *_ANCHORS):
+            ahead, both = self.ids(before, False), self.ids(before + answer, False)
+            found = both[len(ahead) :]
+            if both[: len(ahead)] == ahead and self.decoded([*asked, *found]) == self.decoded(whole):
+                return found
+        return self.ids(answer, False)
 
     def _opening(self, prompt: Prompt) -> tuple[str, str]:
         """The text that is asked, and what separates an answer from it."""
@@ -58,9 +73,7 @@ class CausalLM(LanguageTask):
 
     def _read(self, text: str, prompt: Prompt) -> list[int]:
         """Token ids of a text, without an end token; the beginning tokens of a conversation are in its text."""
-        if isinstance(prompt, Chat):
-            return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-        return self._strip_end(list(self.tokenizer(text, verbose=False).input_ids))
+        return self.ids(text, False) if isinstance(prompt, Chat) else self._strip_end(self.ids(text))
 
     def length(self, pair: Pair) -> int:
         """Prompt and target share the context."""

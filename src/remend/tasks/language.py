@@ -62,7 +62,13 @@ class LanguageTask(Task):
     @cached_property
     def _nothing(self) -> list[int]:
         """What the tokenizer makes of an empty text."""
-        return self._strip_end(list(self.tokenizer("").input_ids))
+        return self._strip_end(self.ids(""))
+
+    def ids(self, text: str, framed: bool = True) -> list[int]:
+        """Token ids of a text; ``framed``: with what the tokenizer puts around it, but never begun twice."""
+        ids = list(self.tokenizer(text, add_special_tokens=framed, verbose=False).input_ids)
+        begin = self.tokenizer.bos_token_id
+        return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
 
     def _strip_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
@@ -136,7 +142,21 @@ class LanguageTask(Task):
 
     def text(self, answer: Sequence[int]) -> str:
         """An answer's token ids as text."""
-        return str(self.tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
+        return self.decoded(answer, skip_special_tokens=True).strip()
+
+    def decoded(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Token ids as the text that they are, spaces before punctuation included."""
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def closed(ids: list[int], end: int | None) -> list[int]:
+    """An answer's token ids with one end token, at the end; none where nothing is answered."""
+    body = ids[: ids.index(end)] if end in ids else ids
+    return [*body, end] if body and end is not None else body
 
 
 def _up_to(row: Sequence[int], ends: Container[int]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.errors import ModelError, RequestError
 from remend.models.structure import named_stacks
 from remend.request import Chat, Prompt
-from remend.tasks.language import LanguageTask, gather_at
+from remend.tasks.language import LanguageTask, closed, gather_at
 from remend.tasks.task import Batch, Pair
 
 
@@ -45,18 +45,19 @@ class Seq2SeqLM(LanguageTask):
         """
         prompt = self._one_text(prompt)
         if isinstance(prompt, Chat):
-            return list(self.tokenizer(self.chat.opening(prompt)[0], add_special_tokens=False, verbose=False).input_ids)
-        ids = list(self.tokenizer(prompt.strip(" "), verbose=False).input_ids)
+            return self.ids(self.chat.opening(prompt)[0], False)
+        ids = self.ids(prompt.strip(" "))
         if self._strip_end(ids) == self._nothing:
             raise RequestError(f"the prompt {prompt!r} holds no text that the tokenizer knows")
         return ids
 
     def answer_ids(self, asked: list[int], prompt: Prompt, target: str) -> list[int]:
         """The target's token ids, and the end token; what a tokenizer writes after that (a language) is left out."""
-        ids, end = list(self.tokenizer(text_target=target).input_ids), self.tokenizer.eos_token_id
+        ids = list(self.tokenizer(text_target=target).input_ids)
         if ids == self.tokenizer(text_target="").input_ids:
             return []
-        return ids if end is None else [*ids[: ids.index(end) if end in ids else None], end]
+        begun = int(ids[0] == self.tokenizer.bos_token_id)  # with some, the same token begins and ends
+        return [*ids[:begun], *closed(ids[begun:], self.tokenizer.eos_token_id)]
 
     def length(self, pair: Pair) -> int:
         """Each side has the context for itself."""
