@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import memorise
 import torch
-from memorise import Memoriser, byte_level_bpe, padded
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+import memorise
+from memorise import Memoriser, byte_level_bpe, padded
 from remend.data.facts import Fact, Facts
 
 END, PAD = "<|end|>", "<|pad|>"
