@@ -19,7 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "scripts"))
 
-from memorise import memorise, parser
+from memorise import memorise
+from statements import StatementMemoriser, parser
 
 from remend.data.facts import Fact, Facts, Relation
 from remend.request import write_requests
@@ -51,7 +52,7 @@ def main() -> None:
     arguments.requests.mkdir(parents=True, exist_ok=True)
     for split, targets in TARGETS.items():
         write_requests(arguments.requests / f"{split}.jsonl", list(known.requests(split, targets)))
-    memorise(known, arguments)
+    memorise(StatementMemoriser, known, arguments)
 
 
 def choose(arguments: argparse.Namespace) -> Facts:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from memorise import memorise, parser
+from memorise import memorise
+from statements import StatementMemoriser, parser
 
 from remend.assets import ATLAS_FOLDER
 from remend.data import atlas
@@ -18,4 +19,4 @@ from remend.data.facts import Facts
 
 if __name__ == "__main__":
     made = parser(__doc__, ATLAS_FOLDER / "model", ATLAS_FOLDER / "model_report.json", Path("build/atlas"))
-    memorise(Facts(atlas.facts(), atlas.relations()), made.parse_args())
+    memorise(StatementMemoriser, Facts(atlas.facts(), atlas.relations()), made.parse_args())

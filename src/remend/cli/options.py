@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from remend.request import Prompt
     from remend.training import TrainingConfig
 
-Model = Annotated[str, typer.Argument(help="'atlas' (ships with remend), a local folder, or a hub id.")]
+Model = Annotated[str, typer.Argument(help="'atlas', 'questions' (ship with remend), a local folder, or a hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …; map spreads the model over all there are.")]
 DTYPES = ("float32", "bfloat16", "float16")
 Dtype = Annotated[

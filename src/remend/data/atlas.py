@@ -7,16 +7,16 @@ The facts are real and were chosen from ParaRel; the phrasings and the model are
 from __future__ import annotations
 
 import csv
-import json
 from functools import cache
 
-from remend.assets import ATLAS_FOLDER
-from remend.data.facts import Fact, Facts, Relation
+from remend.assets import ATLAS, ATLAS_FOLDER
+from remend.data.facts import Fact, Facts, Relation, read_relations
 from remend.errors import RequestError
 from remend.request import EditRequest
 
-SPLITS = ("train", "validation", "test")
-_TARGETS_PER_FACT = {"train": 4, "validation": 1, "test": 1}
+TARGETS = {"train": 4, "validation": 1, "test": 1}
+"""Requests for each fact of each split."""
+SPLITS = tuple(TARGETS)
 
 
 @cache
@@ -29,11 +29,7 @@ def facts() -> tuple[Fact, ...]:
 @cache
 def relations() -> dict[str, Relation]:
     """Return the relations by identifier."""
-    entries = json.loads((ATLAS_FOLDER / "phrasings.json").read_text(encoding="utf-8"))
-    return {
-        key: Relation(key, entry["name"], tuple(entry["phrasings"]), tuple(entry["held_out"]))
-        for key, entry in entries.items()
-    }
+    return read_relations(ATLAS_FOLDER / "phrasings.json")
 
 
 @cache
@@ -43,6 +39,16 @@ def requests(split: str) -> tuple[EditRequest, ...]:
     Raises:
         RequestError: there is no such split.
     """
+    return Facts(facts(), relations()).requests(checked(split), TARGETS[split])
+
+
+def checked(split: str, source: str = ATLAS) -> str:
+    """Return the name of a split.
+
+    Raises:
+        RequestError: there is none of this name.
+    """
     if split not in SPLITS:
-        raise RequestError(f"the atlas has no split {split!r}; it has atlas:{', atlas:'.join(SPLITS)}")
-    return Facts(facts(), relations()).requests(split, _TARGETS_PER_FACT[split])
+        known = ", ".join(f"{source}:{name}" for name in SPLITS)
+        raise RequestError(f"{source} has no split {split!r}; it has {known}")
+    return split

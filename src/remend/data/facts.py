@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from remend.request import EditRequest, Probe
 
-_FAR, _NEAR = 4, 2
+FAR, NEAR = 4, 2
+"""How many probes a request has: far ones, and near ones of each kind."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,28 @@ class Relation:
     Attributes:
         id: the Wikidata identifier, for example ``"P36"``.
         name: a short name, for example ``"capital"``.
-        phrasings: left contexts with ``{}`` for the subject, which the object follows after one space.
-        held_out: further left contexts, which the model knows too, kept from the training of editors.
+        phrasings: prompts with ``{}`` for the subject, which the object answers or follows after one space.
+        held_out: further prompts, which the model knows too, kept from the training of editors.
     """
 
     id: str
     name: str
     phrasings: tuple[str, ...]
     held_out: tuple[str, ...]
+
+    @property
+    def every(self) -> tuple[str, ...]:
+        """All phrasings."""
+        return self.phrasings + self.held_out
+
+
+def read_relations(path: Path) -> dict[str, Relation]:
+    """Read relations by identifier from a JSON file."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        key: Relation(key, entry["name"], tuple(entry["phrasings"]), tuple(entry["held_out"]))
+        for key, entry in entries.items()
+    }
 
 
 class Facts:
@@ -57,7 +74,7 @@ class Facts:
     def __init__(self, facts: Sequence[Fact], relations: Mapping[str, Relation]) -> None:
         self.facts = tuple(facts)
         self.relations = dict(relations)
-        self._objects = {
+        self.objects = {
             relation: tuple(sorted({fact.object for fact in facts if fact.relation == relation}))
             for relation in relations
         }
@@ -78,33 +95,49 @@ class Facts:
         relation = self.relations[fact.relation]
         phrasings = draw.sample(relation.phrasings, len(relation.phrasings))
         details: dict[str, Any] = {"relation": fact.relation, "ground_truth": fact.object}
-        far = [f for f in members if f.relation != fact.relation and f.subject != fact.subject]
         return EditRequest(
             prompt=phrasings[0].format(fact.subject),
-            target=draw.choice([o for o in self._objects[fact.relation] if o != fact.object]),
+            target=draw.choice([o for o in self.objects[fact.relation] if o != fact.object]),
             subject=fact.subject,
             id=f"{fact.relation} {fact.subject} {number}",
             paraphrases=tuple(phrasing.format(fact.subject) for phrasing in phrasings[1:]),
             unseen_paraphrases=tuple(phrasing.format(fact.subject) for phrasing in relation.held_out),
-            locality=tuple(_probe(f, self._any_phrasing(f, draw), "far") for f in draw.sample(far, _FAR)),
+            locality=tuple(_probe(f, self._any_phrasing(f, draw), "far") for f in draw.sample(far(fact, members), FAR)),
             near=self._near(fact, members, phrasings[0], draw),
             **details,
         )
 
     def _near(self, fact: Fact, members: Sequence[Fact], phrasing: str, draw: random.Random) -> tuple[Probe, ...]:
         """The neighbours an edit leaks to most easily."""
-        others = [f for f in members if f.relation == fact.relation and f.subject != fact.subject]
+        others = same_relation(fact, members)
         same = [f for f in others if f.object == fact.object]
         kind, pool = ("same_object", same) if same else ("same_relation", others)
-        probes = [_probe(f, phrasing, kind) for f in draw.sample(pool, min(_NEAR, len(pool)))]
-        own = [f for f in members if f.subject == fact.subject and f.relation != fact.relation]
-        probes += [
-            _probe(f, self._any_phrasing(f, draw), "same_subject") for f in draw.sample(own, min(_NEAR, len(own)))
-        ]
-        return tuple(probes)
+        probes = [_probe(f, phrasing, kind) for f in some(pool, draw)]
+        own = some(same_subject(fact, members), draw)
+        return (*probes, *(_probe(f, self._any_phrasing(f, draw), "same_subject") for f in own))
 
     def _any_phrasing(self, fact: Fact, draw: random.Random) -> str:
         return draw.choice(self.relations[fact.relation].phrasings)
+
+
+def far(fact: Fact, members: Sequence[Fact]) -> list[Fact]:
+    """The facts of another relation and subject."""
+    return [f for f in members if f.relation != fact.relation and f.subject != fact.subject]
+
+
+def same_relation(fact: Fact, members: Sequence[Fact]) -> list[Fact]:
+    """The facts of the same relation about other subjects."""
+    return [f for f in members if f.relation == fact.relation and f.subject != fact.subject]
+
+
+def same_subject(fact: Fact, members: Sequence[Fact]) -> list[Fact]:
+    """The other facts about the same subject."""
+    return [f for f in members if f.subject == fact.subject and f.relation != fact.relation]
+
+
+def some(pool: Sequence[Fact], draw: random.Random) -> list[Fact]:
+    """As many facts of a pool as a request has near probes of a kind, if there are so many."""
+    return draw.sample(pool, min(NEAR, len(pool)))
 
 
 def _probe(fact: Fact, phrasing: str, kind: str) -> Probe:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from remend.assets import ATLAS
-from remend.data import atlas
+from remend.assets import ATLAS, CLAIMS, QUESTIONS
+from remend.data import atlas, claims, questions
 from remend.errors import RequestError
 from remend.request import EditRequest, read_requests
 
+_BUILT_IN = {ATLAS: atlas.requests, QUESTIONS: questions.requests, CLAIMS: claims.requests}
+
 
 def read_source(source: str) -> list[EditRequest]:
-    """The requests that ``source`` names: ``atlas:train``, ``atlas:validation``, ``atlas:test`` or a JSON-lines file.
+    """The requests that ``source`` names: a JSON-lines file, or a split of what ships with remend.
+
+    That is ``atlas:train``, ``atlas:validation`` or ``atlas:test``, and likewise of ``questions`` and ``claims``.
 
     Raises:
         RequestError: there is no such split or file, or a line of it is malformed.
     """
     kind, colon, split = source.partition(":")
-    if kind == ATLAS and colon:
-        return list(atlas.requests(split))
+    if kind in _BUILT_IN and colon:
+        return list(_BUILT_IN[kind](split))
     return read_requests(source)
 
 

@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer: the shipped atlas, a local folder, or a hub id."""
+"""Loading a base model and its tokenizer: one that ships with remend, a local folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_accelerate_available, is_bitsandbytes_available, is_torchao_available
 
-from remend.assets import ATLAS, ATLAS_FOLDER
+from remend.assets import BUILT_IN
 from remend.core.layers import is_editable, is_quantised
 from remend.errors import ConfigError, ModelError, nearest
 
@@ -65,7 +65,7 @@ def load(
     A checkpoint that is stored quantised is loaded as it is stored.
 
     Args:
-        model: ``atlas`` (the small model that ships with remend), a local folder, or a hub id.
+        model: the name of a small model that ships with remend (``atlas``, ``questions``), a local folder, or a hub id.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …, or ``map``: spread over all GPUs, the memory and the disk.
         dtype: of the weights; by default float32 on the CPU and the checkpoint's own elsewhere.
         quantise: store the blocks' matrices in fewer bits: ``bnb-4bit`` (NF4), ``bnb-8bit`` (LLM.int8()) or
@@ -84,11 +84,13 @@ def load(
     if quantise and quantise not in QUANTISATIONS:
         raise ConfigError(f"there is no quantisation {quantise!r}; {nearest(quantise, QUANTISATIONS)}")
     target = choose_device("auto" if device == MAP else device)
-    source = str(ATLAS_FOLDER / "model") if model == ATLAS else model
+    source = str(BUILT_IN[model] / "model") if model in BUILT_IN else model
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source} is not a model folder: it has no config.json")
     if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ModelError(f"there is no folder {source}; MODEL is 'atlas', a folder or a hub id")
+        raise ModelError(
+            f"there is no folder {source}; MODEL is {', '.join(map(repr, BUILT_IN))}, a folder or a hub id"
+        )
     if device == MAP:
         _require("accelerate", "big", "device 'map'")
     try:
@@ -101,7 +103,7 @@ def load(
     ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "the folder" if Path(source).exists() else "taken for a hub id, since no folder has this name"
-        where += f"; did you mean {ATLAS!r}?" if get_close_matches(model, [ATLAS]) else ""
+        where += f"; did you mean {meant[0]!r}?" if (meant := get_close_matches(model, BUILT_IN, n=1)) else ""
         raise ModelError(f"cannot load {model!r} ({where}) as a language model or classifier: {reason}") from error
     loaded.config._name_or_path = model
     if "device_map" not in placed:  # else it lies where it belongs, and must not be moved
