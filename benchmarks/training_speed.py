@@ -39,7 +39,7 @@ import common
 from remend.base import find_modules
 from remend.core.branch import frozen
 from remend.core.products import product
-from remend.editors.mend import TokenRows
+from remend.editors.rows import TokenRows
 from remend.tasks.causal_lm import Pair
 from remend.training import Resources, Trainer
 from remend.training.memory import estimate

@@ -1,7 +1,7 @@
 """Other ways to train or to edit that ``benchmarks/frontier.py`` measures beside what remend does.
 
 None of them moved the frontier clearly, which is why they are here and not in the package: each line of the table
-names one.
+names one. ``wide`` is what the package does with inputs much wider than the worlds' models have.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from remend.base import find_modules
+from remend.base import Base, find_modules
 from remend.core.branch import branches
 from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.whitening import SecondMoment
+from remend.editors.config import MendConfig
 from remend.editors.mend import EDIT_BATCH, Mend
 from remend.editors.settling import Unedited, settled
 from remend.request import EditRequest
@@ -113,7 +114,7 @@ class WhitenedDelta(Mend):
             batch = task.collate([task.tokenise(r.prompt, r.target) for r in requests[start : start + EDIT_BATCH]])
             for name, factors in self.capture(task, batch).items():
                 moments[name].update(factors.delta, factors.active)
-        self.delta_whiteners = {name: moment.whitener(self.RIDGE) for name, moment in moments.items()}
+        self.delta_whiteners = {name: moment.whitener(self.RIDGE).inner for name, moment in moments.items()}
 
     def whitened(self, rows: Any) -> Any:
         """As :meth:`Mend.whitened`, δ too."""
@@ -124,6 +125,15 @@ class WhitenedDelta(Mend):
         """As :meth:`Mend.transform`, with δ̃ in the layer's coordinates."""
         found = super().transform(rows, ledger)
         return {name: (u, delta @ self.delta_whiteners[name]) for name, (u, delta) in found.items()}
+
+
+class Wide(Mend):
+    """Whitening and contrast as for inputs so wide that they are told apart in some of their directions only."""
+
+    DIRECTIONS = 256
+
+    def __init__(self, config: MendConfig, base: Base, shapes: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__(config, base, shapes, dict.fromkeys(shapes, self.DIRECTIONS))
 
 
 class SubjectToken(Mend):
@@ -193,6 +203,7 @@ VARIANTS = {
     "bounded": Variant(trainer=Bounded),
     "small": Variant(trainer=Small),
     "whitened-delta": Variant(editor=WhitenedDelta),
+    "wide": Variant(editor=Wide),
     "subject-token": Variant(editor=SubjectToken),
     "several-steps": Variant(editor=SeveralSteps),
 }

@@ -54,7 +54,7 @@ def fitted(keys, near):
 
 def test_contrast_is_what_its_definition_says():
     keys, near = facts(20, 6, 0.5)
-    found = fitted(keys, near).operator(None, 0.7, 1e-3)
+    found = fitted(keys, near).operator(0.7, 1e-3).inner
     every = torch.stack(list(itertools.chain(*keys))).double()
     moment = every.T @ every / len(every)
     same = torch.stack([torch.outer(a, b) for own in keys for a, b in itertools.permutations(own, 2)]).double().mean(0)
@@ -68,7 +68,7 @@ def test_contrast_is_what_its_definition_says():
 
 def test_contrast_tells_paraphrases_from_neighbours_of_unseen_facts():
     d = 48
-    operator = fitted(*facts(600, d, 0.7)).operator(None, 1.0, 1e-3)
+    operator = fitted(*facts(600, d, 0.7)).operator(1.0, 1e-3).inner
     torch.manual_seed(0)
     torch.randn(600, d)
     relations = torch.randn(4, d)  # the same relations, other subjects
@@ -85,7 +85,7 @@ def test_contrast_tells_paraphrases_from_neighbours_of_unseen_facts():
 
 
 def test_contrast_of_too_few_facts_is_left_alone():
-    found = fitted(*facts(4, 64, 0.7)).operator(None, 1.0, 1e-2)
+    found = fitted(*facts(4, 64, 0.7)).operator(1.0, 1e-2).inner
     torch.testing.assert_close(found, found[0, 0] * torch.eye(64))
     assert found[0, 0] > 0
 
@@ -94,7 +94,7 @@ def test_without_paraphrases_keys_are_left_as_they_are():
     contrast = Contrast(4, CPU)
     keys = torch.randn(50, 4)
     contrast.update(keys, torch.arange(50), torch.empty(0, 4), torch.empty(0, dtype=torch.long))
-    found = contrast.operator(None, 1.0, 1e-3)
+    found = contrast.operator(1.0, 1e-3).inner
     torch.testing.assert_close(found, torch.eye(4) / keys.square().sum(1).mean())
 
 

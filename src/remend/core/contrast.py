@@ -14,14 +14,24 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from remend.core.symmetric import Symmetric
+
 LEAST = 0.1
 """The least mean answer of a key to itself, as a share of the number of dimensions, that contrast is trusted with."""
 
 
 class Contrast:
-    """Second moments of one matrix's keys: of all, of prompts with paraphrases, of prompts with neighbours."""
+    """Second moments of one matrix's keys: of all, of prompts with paraphrases, of prompts with neighbours.
 
-    def __init__(self, d: int, device: torch.device) -> None:
+    Args:
+        d: the keys' dimensions.
+        device: where sums are kept.
+        whitener: what whitens keys, if anything. With a basis, they are told apart in its directions only.
+    """
+
+    def __init__(self, d: int, device: torch.device, whitener: Symmetric | None = None) -> None:
+        self.whitener = whitener
+        d = d if whitener is None else len(whitener.within)
         self.all, self.same, self.near = (torch.zeros(d, d, device=device) for _ in range(3))
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
 
@@ -45,6 +55,8 @@ class Contrast:
             near: of the facts' neighbours; each counts with every prompt of its fact.
             near_owners: whose neighbours they are.
         """
+        if self.whitener is not None:
+            keys, near = self.whitener.coordinates(keys), self.whitener.coordinates(near)
         everyone, numbers = torch.cat([owners, near_owners]).unique(return_inverse=True)
         owners, near_owners = numbers.split([len(owners), len(near_owners)])
         count = len(everyone)
@@ -59,8 +71,8 @@ class Contrast:
         self.near += whole.T @ around
         self.counts += torch.stack([sizes.sum(), (sizes * (sizes - 1)).sum(), (sizes * neighbours).sum()])
 
-    def operator(self, whitener: Float[Tensor, "d d"] | None, weight: float, ridge: float) -> Float[Tensor, "d d"]:
-        """C⁻¹ (B − weight · N) C⁻¹, symmetric, times what makes the mean of k·(operator k) over all keys 1.
+    def operator(self, weight: float, ridge: float) -> Symmetric:
+        """C⁻¹ (B − weight · N) C⁻¹, times what makes the mean of k·(operator k) over all keys 1.
 
         It takes a key to the ũ above, and that back to coordinates in which the product with another key is meant.
 
@@ -69,20 +81,20 @@ class Contrast:
         out, and if that does not suffice, everything (the identity: keys are whitened already).
 
         Args:
-            whitener: keys are multiplied with it first, if given.
             weight: of the neighbours.
             ridge: the floor of C's eigenvalues, as a share of their mean.
         """
         counts = self.counts.clamp(min=1).tolist()
         means = [part.cpu().double() / n for part, n in zip((self.all, self.same, self.near), counts, strict=True)]
-        if whitener is not None:
-            own = whitener.cpu().double()
+        basis = None
+        if self.whitener is not None:
+            own, basis = self.whitener.within.cpu().double(), self.whitener.basis
             means = [own @ mean @ own for mean in means]
         moment, same, near = ((mean + mean.T) / 2 for mean in means)
         values, vectors = torch.linalg.eigh(moment)
         floor = ridge * values.mean()
         if floor <= 0:  # a matrix whose input is always zero
-            return torch.eye(len(values), device=self.all.device)
+            return Symmetric(torch.eye(len(values), device=self.all.device), basis)
         inverse = (vectors / (values.clamp(min=0) + floor)) @ vectors.T
         for wanted in (same - weight * near, same):
             operator = inverse @ wanted @ inverse
@@ -91,5 +103,4 @@ class Contrast:
                 break
         else:
             operator, answer = torch.eye(len(values)), float(moment.trace())
-        scaled: Tensor = (operator / answer).float().to(self.all.device)
-        return scaled
+        return Symmetric((operator / answer).float().to(self.all.device), basis)

@@ -1,12 +1,46 @@
-"""Symmetric matrices in files: one half says everything."""
+"""Symmetric operators on a layer's inputs, dense or not; and symmetric matrices in files: one half says all."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """A symmetric operator on vectors of d dimensions: dense, or made of what it does in k directions and outside.
+
+    Attributes:
+        inner: without a basis the operator's matrix [d, d]. With one, its matrix in the basis's coordinates [k, k], and
+            what lies outside is taken to zero; or its eigenvalues [k + 1], one for each direction of the basis and the
+            last for all that lies outside.
+        basis: orthonormal directions.
+    """
+
+    inner: Float[Tensor, "k k"] | Float[Tensor, " eigenvalue"]
+    basis: Float[Tensor, "d k"] | None = None
+
+    def __call__(self, x: Float[Tensor, "*row d"]) -> Float[Tensor, "*row d"]:
+        """What it makes of each row; with a basis in k · d operations, and never as a d × d matrix."""
+        if self.basis is None:
+            return x @ self.inner
+        if self.inner.dim() > 1:
+            return x @ self.basis @ self.inner @ self.basis.T
+        outside = self.inner[-1]
+        return outside * x + (x @ self.basis * (self.inner[:-1] - outside)) @ self.basis.T
+
+    def coordinates(self, x: Float[Tensor, "*row d"]) -> Float[Tensor, "*row k"]:
+        """Vectors in the basis's coordinates; as they are, if there is none."""
+        return x if self.basis is None else x @ self.basis
+
+    @property
+    def within(self) -> Float[Tensor, "k k"]:
+        """The operator's matrix in these coordinates."""
+        return self.inner if self.inner.dim() > 1 else self.inner[:-1].diag()
 
 
 def packed(symmetric: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:

@@ -6,12 +6,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from remend.core.symmetric import Symmetric
+
 
 class SecondMoment:
-    """C = E[u uᵀ] of one layer's input, over the tokens of many batches."""
+    """C = E[u uᵀ] of one layer's input, over the tokens of many batches.
 
-    def __init__(self, d: int, device: torch.device) -> None:
-        self.total = torch.zeros(d, d, device=device)
+    Args:
+        d: the input's dimensions.
+        device: where sums are kept.
+        columns: of what is summed, where that is not C itself.
+    """
+
+    def __init__(self, d: int, device: torch.device, columns: int | None = None) -> None:
+        self.total = torch.zeros(d, columns or d, device=device)
         self.fourth = torch.zeros((), device=device)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -33,12 +41,12 @@ class SecondMoment:
     def update(self, u: Float[Tensor, "episode token d"], tokens: Bool[Tensor, "episode token"]) -> None:
         """Add the inputs at the given tokens."""
         rows = u[tokens].to(self.total.device)
-        self.total += rows.T @ rows
+        self._add(rows)
         self.fourth += rows.square().sum(1).square().sum()
         self.counts += torch.tensor([rows.shape[0], u.shape[0]], device=self.counts.device)
 
-    def whitener(self, ridge: float) -> Float[Tensor, "d d"]:
-        """(C + floor · mean eigenvalue · I)^(−1/2), symmetric, scaled so that whitened inputs keep their mean square.
+    def whitener(self, ridge: float) -> Symmetric:
+        """(C + floor · mean eigenvalue · I)^(−1/2), scaled so that whitened inputs keep their mean square.
 
         The floor is ``ridge``, or more where C is known from too little: then a direction that happened not to occur
         would be blown up the first time it does. How much more is Ledoit and Wolf's shrinkage (2004): their optimal
@@ -47,17 +55,31 @@ class SecondMoment:
         Args:
             ridge: the share of the mean eigenvalue below which a direction counts as noise.
         """
-        total = self.total.cpu() if self.total.device.type == "mps" else self.total  # which has no float64
-        moment = total.double() / max(self.tokens, 1)
-        values, vectors = torch.linalg.eigh(moment)
-        values = values.clamp(min=0)
+        values, vectors = self._spectrum()
         mean = values.mean()
         if mean == 0:  # a layer whose input is always zero: there is nothing to whiten, and nothing to edit
-            return torch.eye(len(values), device=self.total.device)
+            return self._operator(torch.ones_like(values), vectors, torch.ones_like(mean))
         roots = (values + max(ridge, self._shrinkage(values)) * mean).rsqrt()
         kept = (values * roots.square()).mean()  # mean square of a whitened input's dimension
-        whitener: Tensor = (vectors * roots) @ vectors.T * (mean / kept).sqrt()
-        return whitener.float().to(self.total.device)
+        return self._operator(roots, vectors, (mean / kept).sqrt())
+
+    def _mean(self) -> Float[Tensor, "d _columns"]:
+        """The sum's mean over tokens, in float64."""
+        total = self.total.cpu() if self.total.device.type == "mps" else self.total  # which has no float64
+        return total.double() / max(self.tokens, 1)
+
+    def _add(self, rows: Float[Tensor, "row d"]) -> None:
+        self.total += rows.T @ rows
+
+    def _spectrum(self) -> tuple[Float[Tensor, " d"], Float[Tensor, "d _k"]]:
+        """All eigenvalues of C; eigenvectors, of those at least that differ."""
+        values, vectors = torch.linalg.eigh(self._mean())
+        return values.clamp(min=0), vectors
+
+    def _operator(self, roots: Float[Tensor, " d"], vectors: Float[Tensor, "d _k"], scale: Tensor) -> Symmetric:
+        """``scale`` times what has the eigenvalues ``roots``."""
+        whitener = (vectors * roots) @ vectors.T * scale
+        return Symmetric(whitener.float().to(self.total.device))
 
     def _shrinkage(self, values: Float[Tensor, " d"]) -> float:
         """ρ / (1 − ρ), with ρ = E‖û ûᵀ − C‖² / n over ‖C − mean eigenvalue · I‖² (Ledoit and Wolf, section 3)."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,9 +21,11 @@ from remend.core.layers import device_of, dimensions
 from remend.core.ledger import Ledger
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.network import EditorNetwork
-from remend.core.symmetric import packed, unpacked
+from remend.core.sketch import directions_of
+from remend.core.symmetric import Symmetric, packed, unpacked
 from remend.edit import Edit
 from remend.editors.config import MendConfig
+from remend.editors.rows import Table, TokenRows
 from remend.editors.settling import Unedited, settled
 from remend.errors import ConfigError, FileError, RequestError
 from remend.models.structure import editable_modules, named_stacks
@@ -35,28 +37,8 @@ from remend.tasks.task import Batch, Task
 FORMAT = "remend.editor/1"
 EDIT_BATCH = 32
 """Requests whose gradients are taken in one pass; bounds the memory, does not change the result."""
-SYMMETRIC = ("whitener_", "contrast_")
-"""Tensors that are symmetric matrices, of which half is stored."""
-
 LEAST_ANSWER = 0.2
 """Contrast scales ũ by 1 / (u·ũ), but by no more than if u·ũ were this; its mean over the training prompts is 1."""
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """One matrix's tokens that carry gradient, of all episodes of a batch, one episode after the other.
-
-    Attributes:
-        u: the matrix's inputs there, whitened if the editor whitens.
-        delta: the loss's gradient with respect to its outputs.
-        counts: how many of the rows belong to each episode.
-        experts: of a matrix of several experts, whose each row is.
-    """
-
-    u: Float[Tensor, "row d_in"]
-    delta: Float[Tensor, "row d_out"]
-    counts: tuple[int, ...]
-    experts: Int[Tensor, " row"] | None = None
 
 
 class Mend(nn.Module):
@@ -67,17 +49,28 @@ class Mend(nn.Module):
         base: the model it is for.
         shapes: (d_in, d_out) of each edited module, by name.
         groups: the modules of each shape, which share a network.
+        directions: in how many directions inputs are whitened and contrasted, by name, where not in all.
         unit: what α counts in, for each matrix; 1 unless step sizes are relative.
         trained: what its training recorded (settings, steps, seconds, validation history); empty before.
     """
 
     unit: Float[Tensor, " matrix"]
 
-    def __init__(self, config: MendConfig, base: Base, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        config: MendConfig,
+        base: Base,
+        shapes: Mapping[str, tuple[int, int]],
+        directions: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.base = base
         self.shapes = dict(shapes)
+        if directions is None:
+            found = {name: directions_of(d_in) for name, (d_in, _) in shapes.items() if config.ridge}
+            directions = {name: k for name, k in found.items() if k}
+        self.directions = dict(directions)
         self.trained: dict[str, Any] = {}
         self.groups: dict[str, list[str]] = {}
         for name, (d_in, d_out) in self.shapes.items():
@@ -87,9 +80,12 @@ class Mend(nn.Module):
         )
         self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.alpha))
         self.register_buffer("unit", torch.ones(len(self.shapes)))
-        for index, (d_in, _) in enumerate(self.shapes.values()):
-            self.register_buffer(f"whitener_{index}", torch.eye(d_in) if config.ridge else None)
-            self.register_buffer(f"contrast_{index}", torch.eye(d_in) if config.contrast else None)
+        for index, (name, (d_in, _)) in enumerate(self.shapes.items()):
+            k = self.directions.get(name)  # the parts of a Symmetric operator each
+            whitener = torch.ones(k + 1) if k else torch.eye(d_in)
+            self.register_buffer(f"basis_{index}", torch.eye(d_in, k) if k else None)
+            self.register_buffer(f"whitener_{index}", whitener if config.ridge else None)
+            self.register_buffer(f"contrast_{index}", torch.eye(k or d_in) if config.contrast else None)
 
     # -- making and keeping --------------------------------------------------------------------------------------
 
@@ -142,12 +138,14 @@ class Mend(nn.Module):
         config = from_json(MendConfig, take(manifest, "config", dict, path))
         shapes = _shapes(take(manifest, "shapes", dict, path), path)
         with torch.device("meta"):
-            editor = cls(config, Base.read(take(manifest, "base", dict, path), path), shapes)
+            editor = cls(
+                config, Base.read(take(manifest, "base", dict, path), path), shapes, _directions(shapes, tensors)
+            )
         try:
             # Stored as float16 where size matters; the editor always computes in float32.
-            wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-            wide |= {name: unpacked(wide[name]) for name in wide if name.startswith(SYMMETRIC)}
-            editor.load_state_dict(wide, assign=True)
+            found = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+            found |= {name: unpacked(found[name]) for name in _symmetric(editor.state_dict()) & found.keys()}
+            editor.load_state_dict(found, assign=True)
         except RuntimeError as error:
             raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
         editor.trained = take(manifest, "trained", dict, path)
@@ -161,7 +159,7 @@ class Mend(nn.Module):
         """
         state = self.state_dict()
         tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
-        tensors |= {name: packed(tensors[name]) for name in tensors if name.startswith(SYMMETRIC)}
+        tensors |= {name: packed(tensors[name]) for name in _symmetric(state)}
         manifest = {
             "editor": "mend",
             "config": to_json(self.config),
@@ -191,8 +189,18 @@ class Mend(nn.Module):
 
     def whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
         """Inputs of a matrix in its whitened coordinates, or, the operator being symmetric, ũ back from there."""
-        operator = getattr(self, f"whitener_{self.place(name)}")
-        return u if operator is None else u @ operator
+        whitener = self.operator("whitener", name)
+        return u if whitener is None else whitener(u)
+
+    def operator(self, kind: str, name: str) -> Symmetric | None:
+        """The ``whitener`` of a matrix, or its ``contrast``, if the editor has one."""
+        inner, basis = (getattr(self, f"{part}_{self.place(name)}") for part in (kind, "basis"))
+        return None if inner is None else Symmetric(inner, basis)
+
+    def keep_operator(self, kind: str, name: str, operator: Symmetric) -> None:
+        """Replace it by a measured one."""
+        for part, value in ((kind, operator.inner), ("basis", operator.basis)):
+            setattr(self, f"{part}_{self.place(name)}", value)
 
     def place(self, name: str) -> int:
         """The number of an edited matrix."""
@@ -224,7 +232,7 @@ class Mend(nn.Module):
         changes: dict[str, LowRank] = {}
         steps = dict(zip(self.shapes, self.alpha * self.unit, strict=True))
         for name, (u, delta) in self.transform(rows, ledger).items():
-            table = _Table(rows[name].counts, self.device)
+            table = Table(rows[name].counts, self.device)
             whose = rows[name].experts
             experts = None if whose is None else table(whose[:, None])[..., 0]
             u, delta = table(self.whiten(u, name)), table(delta * -steps[name])
@@ -246,9 +254,9 @@ class Mend(nn.Module):
         self, pseudo: Float[Tensor, "row d_in"], u: Float[Tensor, "row d_in"], key: str, matrix: int
     ) -> Float[Tensor, "row d_in"]:
         """ũ, out of the network's normalised units, turned by contrast and scaled to u·ũ = 1."""
-        statistics, place = self.network(key).u_statistics, self.place(self.groups[key][matrix])
-        plain = pseudo * statistics.deviation()[matrix] + statistics.mean[matrix]
-        aimed = plain @ getattr(self, f"contrast_{place}")
+        statistics, contrast = self.network(key).u_statistics, self.operator("contrast", self.groups[key][matrix])
+        assert contrast is not None
+        aimed = contrast(pseudo * statistics.deviation()[matrix] + statistics.mean[matrix])
         found: Tensor = aimed / (aimed * u).sum(1, keepdim=True).clamp(min=LEAST_ANSWER)
         return found
 
@@ -331,15 +339,12 @@ def _shapes(described: Mapping[str, Any], path: Path) -> dict[str, tuple[int, in
     return {name: (d_in, d_out) for name, (d_in, d_out) in described.items()}
 
 
-class _Table:
-    """Puts the vectors of a batch's tokens into one zero-filled [episode, rank, d] table, packed to the front."""
+def _symmetric(state: Mapping[str, Tensor]) -> set[str]:
+    """Which tensors of an editor are symmetric matrices, of which half is stored."""
+    return {name for name, t in state.items() if name.startswith(("whitener_", "contrast_")) and t.dim() == 2}
 
-    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
-        self.episodes = len(counts)
-        self.rank = max(*counts, 1)
-        slots = [episode * self.rank + place for episode, count in enumerate(counts) for place in range(count)]
-        self.slot = torch.tensor(slots, dtype=torch.long, device=device)
 
-    def __call__(self, rows: Shaped[Tensor, "row d"]) -> Shaped[Tensor, "episode rank d"]:
-        table = rows.new_zeros(self.episodes * self.rank, rows.shape[-1])
-        return table.index_copy(0, self.slot, rows).view(self.episodes, self.rank, -1)
+def _directions(shapes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """In how many directions the whiteners of a saved editor tell inputs apart, where not in all."""
+    found = {name: tensors.get(f"basis_{index}") for index, name in enumerate(shapes)}
+    return {name: basis.shape[1] for name, basis in found.items() if basis is not None and basis.dim() == 2}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -15,9 +15,11 @@ from remend.base import find_modules
 from remend.core.capture import inputs
 from remend.core.contrast import Contrast
 from remend.core.layers import experts_of, is_quantised, weight_of
+from remend.core.sketch import SketchedMoment, random_test_matrix
 from remend.core.statistics import RunningStatistics
 from remend.core.whitening import SecondMoment
-from remend.editors.mend import Mend, TokenRows
+from remend.editors.mend import Mend
+from remend.editors.rows import TokenRows
 from remend.errors import TrainingError
 from remend.models.sharding import gathered
 from remend.tasks.task import Pair, Task
@@ -104,6 +106,19 @@ def warm(
         constants.prefix_states(batch)
 
 
+def _second_moments(editor: Mend) -> dict[str, SecondMoment]:
+    """Nothing seen yet; those of wide matrices of one width share their random vectors."""
+    test_matrix = cache(random_test_matrix)
+    found: dict[str, SecondMoment] = {}
+    for name, (d_in, _) in editor.shapes.items():
+        directions = editor.directions.get(name)
+        if directions:
+            found[name] = SketchedMoment(test_matrix(d_in, directions, editor.device), directions)
+        else:
+            found[name] = SecondMoment(d_in, editor.device)
+    return found
+
+
 def _fit_whiteners(
     editor: Mend, constants: Constants, batches: Sequence[Sequence[Pair]], workers: Workers
 ) -> dict[int, dict[str, TokenRows]]:
@@ -112,7 +127,7 @@ def _fit_whiteners(
     Returns:
         The active rows of the first batches, by number: of so many as the store of gradient factors has room for.
     """
-    moments = {name: SecondMoment(d_in, editor.device) for name, (d_in, _) in editor.shapes.items()}
+    moments = _second_moments(editor)
     seen: dict[int, dict[str, TokenRows]] = {}
     room = constants.factors.budget
     for number, batch in enumerate(batches):
@@ -129,15 +144,15 @@ def _fit_whiteners(
 
 def _keep_whiteners(editor: Mend, moments: Mapping[str, SecondMoment], workers: Workers) -> None:
     """What the moments of all processes together say."""
-    for index, moment in enumerate(moments.values()):
+    for name, moment in moments.items():
         workers.sum(*moment.totals)
-        setattr(editor, f"whitener_{index}", moment.whitener(editor.config.ridge))
+        editor.keep_operator("whitener", name, moment.whitener(editor.config.ridge))
 
 
 def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], workers: Workers) -> None:
     """The same from a text's first tokens, in windows of one length."""
     modules = find_modules(task.model, editor.shapes)
-    moments = {name: SecondMoment(d_in, editor.device) for name, (d_in, _) in editor.shapes.items()}
+    moments = _second_moments(editor)
     length = min(TEXT_WINDOW, task.context or TEXT_WINDOW)
     windows: list[Pair] = []
     for passage in text:
@@ -152,10 +167,11 @@ def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], worker
         raise TrainingError(
             "a text tells nothing of an encoder-decoder's decoder, which reads answers: train without text"
         )
-    if (tokens := sum(len(window.prompt) for window in windows)) < max(d_in for d_in, _ in editor.shapes.values()):
+    wanted = max(editor.directions.get(name, d_in) for name, (d_in, _) in editor.shapes.items())
+    if (tokens := sum(len(window.prompt) for window in windows)) < wanted:
         warnings.warn(
-            f"the text has {tokens} tokens, fewer than a matrix has inputs: most directions are not seen there, and "
-            "whitening does little. Give a longer text",
+            f"the text has {tokens} tokens, and inputs are whitened in {wanted} directions: most are not seen there, "
+            "and whitening does little. Give a longer text",
             stacklevel=2,
         )
     batches = [windows[start : start + TEXT_BATCH] for start in range(0, len(windows), TEXT_BATCH)]
@@ -172,7 +188,10 @@ def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], worker
 def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[Fact]], workers: Workers) -> None:
     """One contrast operator a matrix, from its keys at the last token of every fact's prompts and their neighbours'."""
     modules = find_modules(constants.task.model, editor.shapes)
-    moments = {name: Contrast(d_in, editor.device) for name, (d_in, _) in editor.shapes.items()}
+    moments = {
+        name: Contrast(d_in, editor.device, editor.operator("whitener", name))
+        for name, (d_in, _) in editor.shapes.items()
+    }
     for chunk in chunks:
         pairs = _prompts(chunk)
         batch = constants.task.collate(pairs)
@@ -189,10 +208,9 @@ def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[
             whose = torch.cat([owners, near_owners]).to(editor.device)[:, None] * count + experts
             whose = whose.reshape(-1)
             moment.update(keys.flatten(0, 1)[:asked], whose[:asked], keys.flatten(0, 1)[asked:], whose[asked:])
-    for place, moment in enumerate(moments.values()):
+    for name, moment in moments.items():
         workers.sum(*moment.totals)
-        whitener = getattr(editor, f"whitener_{place}")
-        setattr(editor, f"contrast_{place}", moment.operator(whitener, editor.config.contrast, CONTRAST_RIDGE))
+        editor.keep_operator("contrast", name, moment.operator(editor.config.contrast, CONTRAST_RIDGE))
 
 
 def _chunks(facts: Sequence[Fact]) -> list[list[Fact]]:

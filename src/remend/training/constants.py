@@ -12,7 +12,8 @@ from torch import Tensor
 
 from remend.core.branch import frozen
 from remend.core.capture import GradientFactors
-from remend.editors.mend import Mend, TokenRows
+from remend.editors.mend import Mend
+from remend.editors.rows import TokenRows
 from remend.models.prefix import Prefix
 from remend.tasks.task import Batch, Pair, Task
 from remend.training.store import Entry, Store

@@ -30,8 +30,6 @@ DOZEN = 12
 TEST_SECONDS = 20.0
 TEST_STEPS = 12
 TIMED_EDITS = 3
-WIDE = 8_192
-"""From this input width on, decomposing a layer's input covariance takes minutes on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -257,8 +255,9 @@ def _advice(task: Task, editor: Mend, resources: Resources, memory: Estimate) ->
         found.append("float16 overflows easily: prefer --dtype bfloat16, or float32.")
     if isinstance(task, LanguageTask) and not task.ends:
         found.append("The tokenizer has no end token: an edited answer will not end by itself.")
-    if editor.config.ridge and max(d_in for d_in, _ in editor.shapes.values()) >= WIDE:
-        found.append("Whitening inputs this wide takes minutes before the first step (and d² numbers a matrix).")
+    if editor.directions:
+        widest, k = max(d_in for d_in, _ in editor.shapes.values()), max(editor.directions.values())
+        found.append(f"Of inputs {widest:,} wide, {k:,} directions are told apart; the others are taken to be alike.")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
     if free is not None and memory.total - (resident() if device.type == "cpu" else memory.model) > free:
         found.append(

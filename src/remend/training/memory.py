@@ -13,6 +13,7 @@ from torch import Tensor
 from remend.base import find_modules
 from remend.core.layers import experts_of
 from remend.core.low_rank import LowRank
+from remend.core.sketch import sketch_width
 from remend.errors import ConfigError
 from remend.training.store import Store
 
@@ -162,10 +163,18 @@ def _needs(trainer: Trainer) -> _Needs:
 
 def moments_bytes(editor: Mend) -> int:
     """What the moments of the layers' inputs take that are measured before the first step."""
-    widths = [d_in for d_in, _ in editor.shapes.values()]
-    kept = 3 if editor.config.contrast else 1 if editor.config.ridge else 0  # of each matrix, at a time
-    # … and one decomposition's workspace.
-    return 4 * kept * sum(d * d for d in widths) + 4 * 8 * max(widths) ** 2 if kept else 0
+    if not editor.config.ridge and not editor.config.contrast:
+        return 0
+    inputs, keys, tests, largest = 0, 0, {}, 0
+    for name, (d, _) in editor.shapes.items():
+        k = editor.directions.get(name)
+        columns = sketch_width(d, k) if k else d
+        inputs += d * columns if editor.config.ridge else 0
+        keys += 3 * (k or d) ** 2 if editor.config.contrast else 0
+        tests[d] = d * columns if k else 0  # matrices of one width share the random vectors
+        largest = max(largest, d * columns)
+    # Those of inputs and those of keys exist one after the other; then one decomposition's workspace.
+    return 4 * max(inputs + sum(tests.values()), keys) + 4 * 8 * largest
 
 
 def _rows_an_episode(trainer: Trainer) -> dict[str, float]:
