@@ -16,11 +16,11 @@ from torch import Tensor
 from remend.core.symmetric import Symmetric
 from remend.core.whitening import SecondMoment
 
-WIDE = 4_096
-"""Up to this many inputs operators are dense: 67 MB each, and a decomposition takes a minute on a CPU."""
+WIDE = 8_192
+"""Up to this many inputs operators are dense: 268 MB each, and a decomposition takes minutes on a CPU."""
 
-DIRECTIONS = 1_024
-"""Directions in which wider inputs are told apart."""
+DIRECTIONS = 4_096
+"""Directions in which wider inputs are told apart: many, since few cost locality (line ``wide`` of the frontier)."""
 
 OVERSAMPLING = 128
 """Random vectors beyond the directions that are wanted: the last of those would be found badly without."""

@@ -1,0 +1,154 @@
+"""Inputs too wide for dense operators: a sketch finds their leading directions, used as the dense form is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import worlds
+from remend.core import sketch
+from remend.core.contrast import Contrast
+from remend.core.sketch import SketchedMoment, directions_of, nystrom, random_test_matrix
+from remend.core.symmetric import Symmetric
+from remend.core.whitening import SecondMoment
+from remend.edit import Edit
+from remend.editors import Mend
+from remend.tasks.causal_lm import CausalLM
+from remend.training import PRESETS, Trainer, TrainingConfig
+from remend.training.memory import moments_bytes
+
+D = 60
+DEFAULT = replace(PRESETS["default"][0], rank=8)
+SETTINGS = TrainingConfig(batch_size=8, learning_rate=3e-3, alpha_learning_rate=1e-2, edit_weight=1.0, near=0.5)
+
+
+def inputs(decay=0.7, tokens=400):
+    """Vectors whose second moment has eigenvalues that fall by ``decay`` from one to the next."""
+    generator = torch.Generator().manual_seed(0)
+    turned = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
+    scales = decay ** (torch.arange(D) / 2)
+    return (torch.randn(10, tokens // 10, D, generator=generator) * scales) @ turned.T
+
+
+def moments(u, directions):
+    every = torch.ones(u.shape[:2], dtype=torch.bool)
+    dense = SecondMoment(D, u.device)
+    sketched = SketchedMoment(random_test_matrix(D, directions, u.device), directions)
+    for moment in (dense, sketched):
+        moment.update(u, every)
+    return dense, sketched
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """As if the tiny models' inputs were wide."""
+    monkeypatch.setattr(sketch, "WIDE", 20)
+    monkeypatch.setattr(sketch, "DIRECTIONS", 12)
+    monkeypatch.setattr(sketch, "OVERSAMPLING", 4)
+
+
+def test_only_wide_inputs_are_sketched():
+    assert directions_of(sketch.WIDE) is None
+    assert directions_of(65_536) == sketch.DIRECTIONS
+    assert Mend.for_model(worlds.llama(), DEFAULT).directions == {}
+
+
+def test_leading_eigenvectors_are_found():
+    u = inputs().reshape(-1, D).double()
+    moment = u.T @ u / len(u)
+    test = random_test_matrix(D, 20, u.device).double()
+    values, vectors = nystrom(moment @ test, test, 20)
+    right = torch.linalg.eigvalsh(moment).flip(0)[:20]
+    torch.testing.assert_close(values[:10], right[:10], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(20).double(), rtol=1e-6, atol=1e-6)
+    projected = vectors @ (vectors.T @ moment @ vectors) @ vectors.T
+    assert (projected - moment).norm() < 1e-2 * moment.norm()
+
+
+def test_whitening_is_close_to_the_dense_one():
+    u = inputs()
+    dense, sketched = (moment.whitener(1e-2) for moment in moments(u, 40))
+    assert sketched.basis.shape == (D, 40)
+    assert sketched.inner.shape == (41,)
+    x = u.reshape(-1, D)
+    assert (sketched(x) - dense(x)).norm() < 0.02 * dense(x).norm()
+
+
+def test_with_all_directions_but_one_of_a_flat_rest_it_is_the_dense_one():
+    u = inputs(decay=0.5)
+    dense, sketched = (moment.whitener(1e-3) for moment in moments(u, D - 1))
+    x = u.reshape(-1, D)
+    torch.testing.assert_close(sketched(x), dense(x), rtol=1e-3, atol=1e-3)
+
+
+def test_two_halves_add_up_to_the_whole():
+    u = inputs()
+    _, whole = moments(u, 10)
+    parts = [moments(half, 10)[1] for half in (u[:5], u[5:])]
+    for total, first, second in zip(whole.totals, *(part.totals for part in parts), strict=True):
+        torch.testing.assert_close(first + second, total, rtol=1e-4, atol=1e-4)
+
+
+def test_contrast_acts_within_the_basis():
+    """In coordinates of the basis it is the dense contrast of the projected keys."""
+    torch.manual_seed(0)
+    facts = torch.randn(60, D)
+    keys = (facts[:, None] + 0.3 * torch.randn(60, 3, D)).reshape(-1, D)
+    owners = torch.arange(60).repeat_interleave(3)
+    basis = torch.linalg.qr(torch.randn(D, 8)).Q
+    wide = Contrast(D, keys.device, Symmetric(torch.linspace(2, 1, 9), basis))
+    dense = Contrast(8, keys.device, Symmetric(torch.linspace(2, 1, 9)[:8].diag()))
+    none = torch.empty(0, dtype=torch.long)
+    wide.update(keys, owners, torch.empty(0, D), none)
+    dense.update(keys @ basis, owners, torch.empty(0, 8), none)
+    found, right = wide.operator(1.0, 1e-3), dense.operator(1.0, 1e-3)
+    torch.testing.assert_close(found.inner, right.inner)
+    x = torch.randn(5, D)
+    torch.testing.assert_close(found(x), right(x @ basis) @ basis.T)
+    assert wide.all.shape == (8, 8)
+
+
+def test_an_editor_of_a_wide_model_trains_saves_and_edits(wide, tmp_path):
+    task = CausalLM(worlds.llama(), worlds.tokenizer())
+    requests = worlds.requests(24)
+    editor = Mend.for_model(task.model, DEFAULT)
+    assert set(editor.directions.values()) == {12}
+    trainer = Trainer(task, editor, requests, SETTINGS)
+    trainer.calibrate()
+    assert not any(tensor.shape == (40, 40) for tensor in editor.buffers()), "nothing is dense"
+    held = [trainer.episodes.batch(0, 8)]
+    first = trainer.validate(held)["loss"]
+    for _ in range(12):
+        trainer.train_step()
+    assert trainer.validate(held)["loss"] < first
+    editor.save_pretrained(tmp_path / "editor")
+    loaded = Mend.from_pretrained(tmp_path / "editor")
+    assert loaded.directions == editor.directions
+    for name, tensor in editor.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    editor.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    edits = [own.edit(task.model, task.tokenizer, requests[:1]) for own in (editor, loaded)]
+    for name, change in edits[0].changes.items():
+        assert torch.equal(edits[1].changes[name].u, change.u)
+    edits[0].save(tmp_path / "edit")
+    with Edit.load(tmp_path / "edit").applied(task.model):
+        assert task.answers([requests[0].prompt])
+    halved = Mend.from_pretrained(tmp_path / "half").edit(task.model, task.tokenizer, requests[:1])
+    for name, change in edits[0].changes.items():
+        assert (halved.changes[name].dense() - change.dense()).norm() < 0.02 * change.dense().norm()
+
+
+def test_a_saved_editor_keeps_its_directions_whatever_the_constants_are(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sketch, "WIDE", 20)
+        patch.setattr(sketch, "DIRECTIONS", 12)
+        Mend.for_model(worlds.llama(), DEFAULT).save_pretrained(tmp_path / "editor")
+    assert set(Mend.from_pretrained(tmp_path / "editor").directions.values()) == {12}
+
+
+def test_the_estimate_follows_the_form(wide):
+    narrow = moments_bytes(Mend.for_model(worlds.llama(), DEFAULT))
+    sketch.DIRECTIONS = 4
+    assert moments_bytes(Mend.for_model(worlds.llama(), DEFAULT)) < narrow
