@@ -91,23 +91,52 @@ def test_two_halves_add_up_to_the_whole():
         torch.testing.assert_close(first + second, total, rtol=1e-4, atol=1e-4)
 
 
-def test_contrast_acts_within_the_basis():
-    """In coordinates of the basis it is the dense contrast of the projected keys."""
-    torch.manual_seed(0)
-    facts = torch.randn(60, D)
-    keys = (facts[:, None] + 0.3 * torch.randn(60, 3, D)).reshape(-1, D)
-    owners = torch.arange(60).repeat_interleave(3)
-    basis = torch.linalg.qr(torch.randn(D, 8)).Q
-    wide = Contrast(D, keys.device, Symmetric(torch.linspace(2, 1, 9), basis))
-    dense = Contrast(8, keys.device, Symmetric(torch.linspace(2, 1, 9)[:8].diag()))
-    none = torch.empty(0, dtype=torch.long)
-    wide.update(keys, owners, torch.empty(0, D), none)
-    dense.update(keys @ basis, owners, torch.empty(0, 8), none)
-    found, right = wide.operator(1.0, 1e-3), dense.operator(1.0, 1e-3)
-    torch.testing.assert_close(found.inner, right.inner)
-    x = torch.randn(5, D)
-    torch.testing.assert_close(found(x), right(x @ basis) @ basis.T)
-    assert wide.all.shape == (8, 8)
+def contrast(whitener, noise=0.3, facts=200):
+    """Of facts that paraphrases share in all directions, and neighbours in half of them."""
+    generator = torch.Generator().manual_seed(1)
+    scales, turned = 0.8 ** torch.arange(D), torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
+    found = Contrast(D, turned.device, whitener)
+    for _ in range(2):  # in two parts, as batches
+        own = torch.randn(facts, 1, D, generator=generator)
+        keys = own + noise * torch.randn(facts, 3, D, generator=generator)
+        near = own * (torch.arange(D) % 2) + torch.randn(facts, 2, D, generator=generator)
+        keys, near = ((rows * scales @ turned.T).reshape(-1, D) for rows in (keys, near))
+        numbers = torch.arange(facts)
+        found.update(keys, numbers.repeat_interleave(3), near, numbers.repeat_interleave(2))
+    return found, keys
+
+
+def test_contrast_is_the_dense_one_of_moments_that_are_flat_outside():
+    """Written out as d × d matrices, with what lies outside of the basis replaced by its mean over directions."""
+    basis = torch.linalg.qr(torch.randn(D, 8, generator=torch.Generator().manual_seed(2))).Q
+    gains = torch.linspace(2, 1, 9)
+    wide, _ = contrast(Symmetric(gains, basis))
+    dense, _ = contrast(None)
+    inside = basis @ basis.T
+    outside = torch.eye(D) - inside
+    assert wide.all.shape == (9, 9)
+    for name in ("all", "same", "near"):
+        moment = getattr(dense, name)
+        flat = inside @ moment @ inside + (outside @ moment).trace() / (D - 8) * outside
+        setattr(dense, name, flat)
+    dense.whitener = Symmetric(Symmetric(gains, basis)(torch.eye(D)))
+    found, right = wide.operator(0.7, 1e-7), dense.operator(0.7, 1e-7)
+    torch.testing.assert_close(found(torch.eye(D)), right.inner, rtol=1e-2, atol=1e-2 * float(right.inner.abs().max()))
+
+
+def test_contrast_with_all_directions_but_one_is_the_dense_one():
+    _, keys = contrast(None)
+    dense, sketched = (moment.whitener(1e-3) for moment in moments(keys[None], D - 1))
+    operators = [contrast(whitener)[0].operator(1.0, 1e-3) for whitener in (dense, sketched)]
+    answers = [operator(whitener(keys)) for operator, whitener in zip(operators, (dense, sketched), strict=True)]
+    assert (answers[1] - answers[0]).norm() < 1e-2 * answers[0].norm()
+
+
+def test_contrast_of_too_few_facts_leaves_wide_keys_as_they_are():
+    basis = torch.linalg.qr(torch.randn(D, 30, generator=torch.Generator().manual_seed(2))).Q
+    found = contrast(Symmetric(torch.ones(31), basis), noise=30.0, facts=4)[0].operator(1.0, 1e-3)
+    torch.testing.assert_close(found.inner, found.inner[0, 0] * torch.eye(31))
+    assert found.inner[0, 0] > 0
 
 
 def test_an_editor_of_a_wide_model_trains_saves_and_edits(wide, tmp_path):

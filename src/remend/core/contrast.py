@@ -26,13 +26,17 @@ class Contrast:
     Args:
         d: the keys' dimensions.
         device: where sums are kept.
-        whitener: what whitens keys, if anything. With a basis, they are told apart in its directions only.
+        whitener: what whitens keys, if anything. With a basis, moments are taken in its coordinates; what lies outside
+            is taken to be alike in all directions there, and its mean over them is the moment's last entry.
     """
 
     def __init__(self, d: int, device: torch.device, whitener: Symmetric | None = None) -> None:
         self.whitener = whitener
-        d = d if whitener is None else len(whitener.within)
-        self.all, self.same, self.near = (torch.zeros(d, d, device=device) for _ in range(3))
+        self.basis = None if whitener is None else whitener.basis
+        self.within = d if self.basis is None else self.basis.shape[1]
+        self.outside = d - self.within
+        size = d if self.basis is None else self.within + 1
+        self.all, self.same, self.near = (torch.zeros(size, size, device=device) for _ in range(3))
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
 
     @property
@@ -55,8 +59,6 @@ class Contrast:
             near: of the facts' neighbours; each counts with every prompt of its fact.
             near_owners: whose neighbours they are.
         """
-        if self.whitener is not None:
-            keys, near = self.whitener.coordinates(keys), self.whitener.coordinates(near)
         everyone, numbers = torch.cat([owners, near_owners]).unique(return_inverse=True)
         owners, near_owners = numbers.split([len(owners), len(near_owners)])
         count = len(everyone)
@@ -64,12 +66,21 @@ class Contrast:
             torch.zeros(count, rows.shape[1], device=rows.device).index_add_(0, whose, rows)
             for rows, whose in ((keys, owners), (near, near_owners))
         )
-        moment = keys.T @ keys
+        moment = self._products(keys, keys)
         sizes, neighbours = torch.bincount(owners, minlength=count), torch.bincount(near_owners, minlength=count)
         self.all += moment
-        self.same += whole.T @ whole - moment
-        self.near += whole.T @ around
+        self.same += self._products(whole, whole) - moment
+        self.near += self._products(whole, around)
         self.counts += torch.stack([sizes.sum(), (sizes * (sizes - 1)).sum(), (sizes * neighbours).sum()])
+
+    def _products(self, one: Float[Tensor, "row d"], other: Float[Tensor, "row d"]) -> Float[Tensor, "n n"]:
+        """Σ a bᵀ over the rows of both; with a basis, of their coordinates."""
+        if self.basis is None:
+            return one.T @ other
+        a, b = one @ self.basis, other @ self.basis
+        apart = ((one - a @ self.basis.T) * (other - b @ self.basis.T)).sum() / self.outside
+        found: Tensor = torch.block_diag(a.T @ b, apart)
+        return found
 
     def operator(self, weight: float, ridge: float) -> Symmetric:
         """C⁻¹ (B − weight · N) C⁻¹, times what makes the mean of k·(operator k) over all keys 1.
@@ -77,8 +88,9 @@ class Contrast:
         It takes a key to the ũ above, and that back to coordinates in which the product with another key is meant.
 
         What was seen of too few facts is noise, and does more harm than good. Then little of the keys is found to be
-        shared: where the mean of u·ũ is less than :data:`LEAST` of the number of dimensions, the neighbours are left
-        out, and if that does not suffice, everything (the identity: keys are whitened already).
+        shared: where the mean of u·ũ, in the directions that are told apart, is less than :data:`LEAST` of their
+        number, the neighbours are left out, and if that does not suffice, everything (the identity: keys are whitened
+        already).
 
         Args:
             weight: of the neighbours.
@@ -86,21 +98,22 @@ class Contrast:
         """
         counts = self.counts.clamp(min=1).tolist()
         means = [part.cpu().double() / n for part, n in zip((self.all, self.same, self.near), counts, strict=True)]
-        basis = None
         if self.whitener is not None:
-            own, basis = self.whitener.within.cpu().double(), self.whitener.basis
+            own = self.whitener.matrix.cpu().double()
             means = [own @ mean @ own for mean in means]
         moment, same, near = ((mean + mean.T) / 2 for mean in means)
         values, vectors = torch.linalg.eigh(moment)
         floor = ridge * values.mean()
         if floor <= 0:  # a matrix whose input is always zero
-            return Symmetric(torch.eye(len(values), device=self.all.device), basis)
+            return Symmetric(torch.eye(len(values), device=self.all.device), self.basis)
         inverse = (vectors / (values.clamp(min=0) + floor)) @ vectors.T
         for wanted in (same - weight * near, same):
             operator = inverse @ wanted @ inverse
-            answer = float((operator * moment).sum())
-            if answer >= LEAST * len(values):
+            answer = float((operator * moment)[: self.within, : self.within].sum())
+            if answer >= LEAST * self.within:
                 break
         else:
-            operator, answer = torch.eye(len(values)), float(moment.trace())
-        return Symmetric((operator / answer).float().to(self.all.device), basis)
+            operator, answer = torch.eye(len(values)), float(moment[: self.within, : self.within].trace())
+        if self.basis is not None:
+            answer += self.outside * float(operator[-1, -1] * moment[-1, -1])
+        return Symmetric((operator / answer).float().to(self.all.device), self.basis)

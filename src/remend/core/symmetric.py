@@ -15,32 +15,29 @@ class Symmetric:
     """A symmetric operator on vectors of d dimensions: dense, or made of what it does in k directions and outside.
 
     Attributes:
-        inner: without a basis the operator's matrix [d, d]. With one, its matrix in the basis's coordinates [k, k], and
-            what lies outside is taken to zero; or its eigenvalues [k + 1], one for each direction of the basis and the
-            last for all that lies outside.
+        inner: without a basis, the operator's matrix [d, d]. With one, its matrix in k + 1 coordinates, or the diagonal
+            of that: k of the basis, and the last for all that lies outside, which is multiplied with one number.
         basis: orthonormal directions.
     """
 
-    inner: Float[Tensor, "k k"] | Float[Tensor, " eigenvalue"]
+    inner: Float[Tensor, "n n"] | Float[Tensor, " n"]
     basis: Float[Tensor, "d k"] | None = None
 
     def __call__(self, x: Float[Tensor, "*row d"]) -> Float[Tensor, "*row d"]:
         """What it makes of each row; with a basis in k · d operations, and never as a d × d matrix."""
         if self.basis is None:
             return x @ self.inner
+        within = x @ self.basis
         if self.inner.dim() > 1:
-            return x @ self.basis @ self.inner @ self.basis.T
-        outside = self.inner[-1]
-        return outside * x + (x @ self.basis * (self.inner[:-1] - outside)) @ self.basis.T
-
-    def coordinates(self, x: Float[Tensor, "*row d"]) -> Float[Tensor, "*row k"]:
-        """Vectors in the basis's coordinates; as they are, if there is none."""
-        return x if self.basis is None else x @ self.basis
+            turned, outside = within @ self.inner[:-1, :-1], self.inner[-1, -1]
+        else:
+            turned, outside = within * self.inner[:-1], self.inner[-1]
+        return outside * x + (turned - outside * within) @ self.basis.T
 
     @property
-    def within(self) -> Float[Tensor, "k k"]:
-        """The operator's matrix in these coordinates."""
-        return self.inner if self.inner.dim() > 1 else self.inner[:-1].diag()
+    def matrix(self) -> Float[Tensor, "n n"]:
+        """``inner`` as a matrix."""
+        return self.inner if self.inner.dim() > 1 else self.inner.diag()
 
 
 def packed(symmetric: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:

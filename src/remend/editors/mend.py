@@ -85,7 +85,7 @@ class Mend(nn.Module):
             whitener = torch.ones(k + 1) if k else torch.eye(d_in)
             self.register_buffer(f"basis_{index}", torch.eye(d_in, k) if k else None)
             self.register_buffer(f"whitener_{index}", whitener if config.ridge else None)
-            self.register_buffer(f"contrast_{index}", torch.eye(k or d_in) if config.contrast else None)
+            self.register_buffer(f"contrast_{index}", torch.eye(k + 1 if k else d_in) if config.contrast else None)
 
     # -- making and keeping --------------------------------------------------------------------------------------
 
