@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import worlds
+from remend.core import sketch
 from remend.editors import Mend
 from remend.errors import ConfigError
 from remend.models import sharding
@@ -50,6 +51,14 @@ def run(out=None, seen=lambda progress: None, family="gpt2", **more):
     return train(model, worlds.tokenizer(), train_on, validate_on, **settings), losses
 
 
+def wide_run():
+    """One in which inputs are wide enough to be told apart in some directions only."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"WIDE": 20, "DIRECTIONS": 12, "OVERSAMPLING": 4}.items():
+            patch.setattr(sketch, name, value)
+        return run()
+
+
 def kept(editor, losses):
     """What a run gave, as tensors."""
     history = torch.tensor([[entry["loss"], entry["taken"], entry["kept"]] for entry in editor.trained["history"]])
@@ -77,6 +86,7 @@ def main(folder):
         "whole": run(folder / "whole", track=["tensorboard"] if find_spec("tensorboard") else []),
         "resumed": interrupted(folder),
         "again": run(folder / "whole", resume=True),
+        "wide": wide_run(),
         "cached": run(resources=Resources(cache_folder=folder / "cache")),
     }
     os.environ["ACCELERATE_USE_FSDP"] = "true"

@@ -48,7 +48,7 @@ def test_whitened_inputs_have_no_direction_in_common(d, ridge):
     tokens = torch.ones(400, 5, dtype=torch.bool)
     tokens[:, 4:] = False
     moment = SecondMoment(d, torch.device("cpu"))
-    for part, mask in zip(u.split(1), tokens.split(1), strict=True):
+    for part, mask in zip(u.split(8), tokens.split(8), strict=True):
         moment.update(part, mask)
     before = u[tokens]
     after = moment.whitener(ridge)(before)

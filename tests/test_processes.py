@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import processes
 import worlds
+from remend.core.symmetric import Symmetric
 from remend.editors import Mend
 from remend.errors import ConfigError, ModelError
 from remend.models.loading import choose_device, load
@@ -71,6 +72,17 @@ def test_two_processes_train_the_editor_that_one_would(folder):
 
 def test_all_processes_have_the_same_editor(folder):
     assert equal(left(folder, "whole", 0), left(folder, "whole", 1))
+
+
+def test_processes_find_the_same_directions_of_wide_inputs(folder):
+    """Directions may be turned among those of nearly the same size: what is compared is what operators do."""
+    one, two = processes.kept(*processes.wide_run()), left(folder, "wide")
+    assert equal(two, left(folder, "wide", 1))
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-3, atol=0)
+    x = torch.randn(20, len(one["basis_0"]), generator=torch.Generator().manual_seed(0))
+    for kind in ("whitener_0", "contrast_0"):
+        done, expected = (Symmetric(found[kind], found["basis_0"])(x) for found in (two, one))
+        assert (done - expected).norm() < 1e-3 * expected.norm(), kind
 
 
 def test_only_the_first_process_logs(folder):

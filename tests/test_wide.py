@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import worlds
 from remend.core import sketch
@@ -16,7 +18,7 @@ from remend.core.whitening import SecondMoment
 from remend.edit import Edit
 from remend.editors import Mend
 from remend.tasks.causal_lm import CausalLM
-from remend.training import PRESETS, Trainer, TrainingConfig
+from remend.training import PRESETS, Trainer, TrainingConfig, train
 from remend.training.memory import moments_bytes
 
 D = 60
@@ -167,6 +169,56 @@ def test_an_editor_of_a_wide_model_trains_saves_and_edits(wide, tmp_path):
     halved = Mend.from_pretrained(tmp_path / "half").edit(task.model, task.tokenizer, requests[:1])
     for name, change in edits[0].changes.items():
         assert (halved.changes[name].dense() - change.dense()).norm() < 0.02 * change.dense().norm()
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes of all tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.found |= {tuple(own.shape) for own in tree_leaves(made) if isinstance(own, torch.Tensor)}
+        return made
+
+
+@pytest.mark.parametrize("directions", [12, None])
+def test_no_matrix_of_the_inputs_squared_is_ever_made(directions, wide, monkeypatch):
+    d = 53  # which nothing else is
+    monkeypatch.setattr(sketch, "WIDE", 20 if directions else d)
+    model = worlds.llama(intermediate_size=d)
+    task = CausalLM(model, worlds.tokenizer())
+    with Shapes() as shapes:
+        editor = Mend.for_model(model, DEFAULT)
+        trainer = Trainer(task, editor, worlds.requests(24), SETTINGS)
+        trainer.calibrate()
+        trainer.train_step()
+        editor.edit(model, task.tokenizer, worlds.requests(2))
+    assert any(shape[-1:] == (d,) for shape in shapes.found)
+    assert any(shape[-2:] == (d, d) for shape in shapes.found) == (directions is None)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(wide, tmp_path):
+    def run(out, stop=None, resume=False):
+        def interrupt(progress):
+            if progress.step == stop:
+                raise KeyboardInterrupt
+
+        config = replace(SETTINGS, max_steps=6, validate_every=3, validation_size=8, decay=True)
+        editor = Mend.for_model(worlds.llama(), DEFAULT, seed=0)
+        more = {"config": config, "editor": editor, "out": out, "on_progress": interrupt, "checkpoint_minutes": 0.0}
+        return train(worlds.llama(), worlds.tokenizer(), worlds.requests(30), resume=resume, **more)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "halted", stop=4)
+    assert (tmp_path / "halted.checkpoints").exists()
+    resumed = run(tmp_path / "halted", resume=True)
+    assert "basis_0" in whole.state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
 def test_a_saved_editor_keeps_its_directions_whatever_the_constants_are(tmp_path, monkeypatch):
