@@ -1,0 +1,158 @@
+"""A BERT from nothing that tells true claims about given facts from false ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import processors
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from memorise import Memoriser, byte_level_bpe, padded
+from remend.data.claims import LABELS, Claim, Claims
+from remend.data.facts import Fact
+
+PAD, BEGIN, END, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """A claim as tokens, with its label, or with its object masked.
+
+    Attributes:
+        relation: the identifier of the fact's relation.
+        tokens: the claim.
+        label: the class, or ``IGNORED`` where the object is masked.
+        restored: what each masked token was, ``IGNORED`` at the others.
+    """
+
+    relation: str
+    tokens: tuple[int, ...]
+    label: int
+    restored: tuple[int, ...]
+
+
+class ClaimMemoriser(Memoriser):
+    """A BERT that knows which claims are true, in every phrasing.
+
+    A label tells little about a fact; so the model also learns to restore objects that are masked, as BERT was
+    pre-trained.
+    """
+
+    model_class = BertForSequenceClassification
+    measure = "accuracy"
+    least = 0.98
+    known: Claims
+
+    def train_tokenizer(self) -> PreTrainedTokenizerFast:
+        """A space goes before every claim, so that a name is made of the same tokens wherever it stands."""
+        texts = (
+            Claim(fact, fact.object).text(phrasing) for fact in self.known.facts for phrasing in self.phrasings(fact)
+        )
+        raw = byte_level_bpe(texts, self.args.vocabulary, (PAD, BEGIN, END, MASK), prefix_space=True)
+        raw.post_processor = processors.TemplateProcessing(
+            single=f"{BEGIN} $A {END}", special_tokens=[(name, raw.token_to_id(name)) for name in (BEGIN, END)]
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=raw,
+            pad_token=PAD,
+            cls_token=BEGIN,
+            sep_token=END,
+            mask_token=MASK,
+            model_max_length=64,
+            model_input_names=["input_ids", "attention_mask"],
+        )
+
+    def build(self) -> Any:
+        """A binary classifier."""
+        config = BertConfig(
+            vocab_size=len(self.tokenizer),
+            hidden_size=self.args.width,
+            num_hidden_layers=self.args.layers,
+            num_attention_heads=self.args.heads,
+            intermediate_size=4 * self.args.width,
+            max_position_embeddings=64,
+            type_vocab_size=1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=self.tokenizer.pad_token_id,
+            id2label=dict(enumerate(LABELS)),
+            label2id={label: number for number, label in enumerate(LABELS)},
+        )
+        return BertForSequenceClassification(config)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The stack's blocks."""
+        return self.model.bert.encoder.layer
+
+    def example(self, tokenizer: PreTrainedTokenizerBase, claim: Claim, phrasing: str, masked: bool = False) -> Example:
+        """A claim with its label, or with its object masked and no label."""
+        before = len(Claim(claim.fact, "\0").text(phrasing).partition("\0")[0])
+        encoded = tokenizer(claim.text(phrasing), return_offsets_mapping=True)
+        tokens, spans = encoded.input_ids, encoded.offset_mapping
+        inside = [n for n, (a, b) in enumerate(spans) if a < before + len(claim.object) and b > before]
+        restored = [IGNORED] * len(tokens)
+        restored[inside[0]] = tokenizer(claim.fact.object, add_special_tokens=False).input_ids[0]
+        if masked:
+            for place in inside:
+                restored[place], tokens[place] = tokens[place], tokenizer.mask_token_id
+        label = IGNORED if masked else LABELS.index(claim.label)
+        return Example(claim.fact.relation, tuple(tokens), label, tuple(restored))
+
+    def examples(self, rng: random.Random) -> list[Example]:
+        """Of each fact, in a few phrasings, a true claim, a false one, and a masked one."""
+        return [
+            example
+            for fact in self.facts
+            for phrasing in rng.sample(self.phrasings(fact), self.args.phrasings)
+            for example in (
+                self.example(self.tokenizer, Claim(fact, fact.object), phrasing),
+                self.example(self.tokenizer, self.known.false(fact, rng), phrasing),
+                self.example(self.tokenizer, Claim(fact, fact.object), phrasing, masked=True),
+            )
+        ]
+
+    def length(self, example: Example) -> int:
+        """All tokens."""
+        return len(example.tokens)
+
+    def losses(self, batch: list[Example]) -> tuple[Tensor, Tensor]:
+        """The mean losses of labels and of restored tokens, and of labels alone."""
+        hidden, logits = self.read(self.model, batch)
+        labels = torch.tensor([example.label for example in batch], device=logits.device)
+        restored = padded([example.restored for example in batch], IGNORED, logits.device)
+        label = functional.cross_entropy(logits, labels, ignore_index=IGNORED)
+        places = restored != IGNORED
+        tokens = hidden[places] @ self.model.get_input_embeddings().weight.T
+        rest = functional.cross_entropy(tokens, restored[places], reduction="sum") / places.sum().clamp(min=1)
+        return label + rest, label
+
+    def read(self, model: Any, batch: list[Example]) -> tuple[Tensor, Tensor]:
+        """The hidden states of all tokens and the logits of the classes."""
+        tokens = padded([example.tokens for example in batch], model.config.pad_token_id, model.device)
+        output = model.bert(input_ids=tokens, attention_mask=(tokens != model.config.pad_token_id).long())
+        return output.last_hidden_state, model.classifier(output.pooler_output)
+
+    def check(self, model: Any, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[tuple[str, bool]]:
+        """Whether the true claim about each fact and a false one are told rightly, in every phrasing."""
+        draw = random.Random("check")
+        asked = [
+            self.example(tokenizer, claim, phrasing)
+            for fact in facts
+            for phrasing in self.phrasings(fact)
+            for claim in (Claim(fact, fact.object), self.known.false(fact, draw))
+        ]
+        asked.sort(key=self.length)
+        results = []
+        for start in range(0, len(asked), 256):
+            batch = asked[start : start + 256]
+            with torch.no_grad():
+                chosen = self.read(model, batch)[1].argmax(-1).tolist()
+            results += [(e.relation, e.label == label) for e, label in zip(batch, chosen, strict=True)]
+        return results
