@@ -102,6 +102,13 @@ def test_a_pair_of_texts_is_shown_as_two():
         types = torch.tensor([[0] * 5 + [1] * 4])
         right = task.model(input_ids=expected.input_ids, token_type_ids=types).logits[0]
     torch.testing.assert_close(found[0], right, rtol=1e-4, atol=1e-5)
+    words = worlds.word_tokenizer()
+    asked = [["Peru has Lima", "It is Lima"], request.prompt]
+    assert len(set(remend.answers(task.model, words, asked))) == 1
+    with pytest.raises(RequestError, match="a list of prompts"):
+        remend.answers(task.model, words, "Peru has Lima")
+    with pytest.raises(RequestError, match="this list has 3"):
+        remend.answers(task.model, words, [["Peru", "has", "Lima"]])
     with pytest.raises(RequestError, match="not a pair"):
         task_of(worlds.gpt2(), worlds.tokenizer()).tokenise(request.prompt, "true")
     with pytest.raises(RequestError, match="not a conversation"):

@@ -114,10 +114,18 @@ def _short(value: object) -> str:
     return text if len(text := repr(value)) <= 80 else f"{text[:79]}…"
 
 
-def _prompt(value: object) -> str | Chat | TextPair:
+def as_prompt(value: object) -> str | Chat | TextPair:
+    """What a prompt is, as a request gives it: a text, a list of two, or a list of messages.
+
+    Raises:
+        ValueError: a text is empty.
+        RequestError: it is none of these.
+    """
     if isinstance(value, str):
         return _not_blank(value)
-    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value):
+    if isinstance(value, list | tuple) and value and all(isinstance(text, str) for text in value):
+        if len(value) != 2:
+            raise RequestError(f"should be one text, or a list of two for a classifier; this list has {len(value)}")
         return TextPair(*map(_not_blank, value))
     return value if isinstance(value, Chat | TextPair) else Chat.of(value)
 
@@ -129,7 +137,7 @@ def _written(prompt: str | Chat | TextPair) -> str | list[str] | list[dict[str, 
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
-Prompt = Annotated[str | Chat | TextPair, PlainValidator(_prompt), PlainSerializer(_written)]
+Prompt = Annotated[str | Chat | TextPair, PlainValidator(as_prompt), PlainSerializer(_written)]
 """What a model is asked: a text that it goes on with or judges, a conversation that it answers, two texts to judge."""
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.request import Prompt
+from remend.errors import RequestError
+from remend.request import Prompt, as_prompt
 from remend.tasks.causal_lm import CausalLM
 from remend.tasks.classification import Classification
 from remend.tasks.seq2seq import Seq2SeqLM
@@ -30,12 +32,21 @@ def task_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast
 
 
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int = 32
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt | Sequence[Any]],
+    max_new_tokens: int = 32,
 ) -> list[str]:
     """The model's free answers (greedy, to its own end token) as text: to see what an edit that is applied does.
 
     Raises:
-        RequestError: a prompt is empty, or leaves no room for an answer.
+        RequestError: ``prompts`` is no list, or one of them is empty, or leaves no room for an answer.
     """
+    if isinstance(prompts, str):
+        raise RequestError(f"give a list of prompts, not one text: [{prompts[:40]!r}]")
+    try:
+        asked = [as_prompt(prompt) for prompt in prompts]
+    except ValueError as error:
+        raise RequestError(f"a prompt {error}") from None
     task = task_of(model, tokenizer)
-    return [task.text(answer) for answer in task.answers(prompts, max_new_tokens)]
+    return [task.text(answer) for answer in task.answers(asked, max_new_tokens)]

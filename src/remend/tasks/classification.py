@@ -100,8 +100,8 @@ class Classification(Task):
         if target.isdecimal() and int(target) < len(names):
             return [int(target)]
         raise RequestError(
-            f"the model has no label {target!r}; {nearest(target, self.labels)}. Its number, from 0 to "
-            f"{len(names) - 1}, will do too"
+            f"the model has no label {target!r}; {nearest(target, self.labels)} (a number from 0 to {len(names) - 1} "
+            "will do too)"
         )
 
     def text(self, answer: Sequence[int]) -> str:
