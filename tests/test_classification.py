@@ -170,6 +170,14 @@ def test_the_whole_way_from_a_folder(tmp_path, capsys):
     capsys.readouterr()
     shown = ran("ask", base, "--edit", tmp_path / "edit", "--prompt", request.prompt, "--device", "cpu")
     assert before in shown
+    two = ("--pair", "--prompt", "Peru has Lima", "--prompt", "It is Lima")
+    pair = ("--keep-failed", *two, "--target", other, "--out", tmp_path / "pair")
+    run([str(a) for a in ("edit", base, "--editor", editor, *pair, "--device", "cpu")])
+    assert "--edit " + str(tmp_path / "pair") + " --pair --prompt '…' --prompt '…'" in capsys.readouterr().out
+    assert remend.Edit.load(tmp_path / "pair").requests[0].prompt == TextPair("Peru has Lima", "It is Lima")
+    assert "Peru has Lima / It is Lima" in ran("ask", base, "--edit", tmp_path / "pair", *two, "--device", "cpu")
+    assert run(["doctor", str(base), "--device", "cpu"]) == 2
+    assert "give --data" in capsys.readouterr().err
     edit = remend.Edit.load(tmp_path / "edit")
     assert edit.requests[0].target == other
     with pytest.raises(RequestError, match="no label"):

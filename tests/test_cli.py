@@ -1,6 +1,7 @@
 """The command line as a person uses it: what it prints, writes and returns."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -101,6 +102,26 @@ def test_edit_show_and_ask(folder, capsys):
     assert plain["before"] == plain["after"]
 
 
+def test_an_editor_that_learnt_too_little_is_warned_of(folder, capsys):
+    """When it is trained, and whenever it is used."""
+    assert (
+        min(json.loads((folder / "training.json").read_text())["history"][-1][key] for key in ("taken", "kept")) < 0.5
+    )
+    arguments = ["--editor", folder / "editor", "--data", folder / "test.jsonl", "--limit", 2, "--device", "cpu"]
+    assert not remend("evaluate", folder / "model", *arguments)
+    assert re.search(
+        r"editor is not fit for use: .* [0-9]+% of its edits took", " ".join(capsys.readouterr().err.split())
+    )
+
+
+def test_an_edit_to_the_answer_already_given_says_so(folder, tmp_path, capsys):
+    assert not remend("ask", folder / "model", "--prompt", "Oslo is", "--json", tmp_path / "ask.json")
+    answer = json.loads((tmp_path / "ask.json").read_text())["answers"][0]["before"]
+    arguments = ["--prompt", "Oslo is", "--target", answer, "--out", tmp_path / "edit", "--keep-failed"]
+    remend("edit", folder / "model", "--editor", folder / "editor", *arguments, "--device", "cpu")
+    assert "1 of 1 targets are what the unedited model answers already" in " ".join(capsys.readouterr().out.split())
+
+
 def test_an_edit_that_does_not_take_is_not_saved(folder, capsys):
     weak = Mend.from_pretrained(folder / "editor")
     weak.alpha.data.mul_(0)
@@ -116,7 +137,7 @@ def test_text_is_printed_as_it_is(folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     odd = ["--prompt", "[INST] Oslo [/INST] is", "--target", "[bold]", "--out", folder / "odd", "--keep-failed"]
     remend("edit", folder / "model", "--editor", folder / "editor", *odd, "--device", "cpu")
-    assert "[INST] Oslo [/INST] is … → [bold]" in capsys.readouterr().out
+    assert "[INST] Oslo [/INST] is → [bold]" in capsys.readouterr().out
     manifest = json.loads((folder / "odd" / "manifest.json").read_text())
     manifest["created"], manifest["editor"]["name"] = "[/x]", "\x1b]0;title\x07"
     (folder / "odd" / "manifest.json").write_text(json.dumps(manifest))
@@ -262,7 +283,7 @@ def test_the_version(capsys):
         ),
         (["edit", "{}/model", *EDITOR, "--out", "x", "--requests", "{}/empty.jsonl"], 2, "holds no request"),
         (["evaluate", "{}/model", "--editor", "{}/cut", "--data", "{}/test.jsonl"], 1, "truncated or altered"),
-        (["ask", "{}/model", "--prompt", ""], 2, "holds no text"),
+        (["ask", "{}/model", "--prompt", ""], 2, "--prompt: must not be empty"),
         (
             ["edit", "{}/model", *EDITOR, "--out", "{}/train.jsonl/x", "--prompt", "p", "--target", "t"],
             1,
@@ -279,6 +300,20 @@ def test_the_version(capsys):
         (["ask", "./nope", "--prompt", "p"], 1, "there is no folder ./nope"),
         (["show", "{}/editor"], 1, "holds a remend.editor/1, not a remend.edit/1"),
         (["sohw"], 2, "No such command"),
+        (["ask", "{}/model", "--pair", "--prompt", "p"], 2, "--pair takes --prompt twice"),
+        (["ask", "{}/model", "--pair", "--chat", "--prompt", "p"], 2, "give one of them"),
+        (["ask", "{}/model", "--pair", "--prompt", "p", "--prompt", "q"], 2, "asked one text, not a pair"),
+        (
+            ["edit", "{}/model", *EDITOR, "--out", "x", "--pair", "--requests", "{}/test.jsonl"],
+            2,
+            "a list of two texts",
+        ),
+        (
+            ["edit", "{}/model", *EDITOR, "--out", "x", "--prompt", "p", "--prompt", "q", "--target", "t"],
+            2,
+            "one edit at a time, not 2",
+        ),
+        (["doctor", "{}/llama/config.json", "--memory", "8"], 2, "--memory is for a model with weights"),
         (
             ["evaluate", "{}/model", "--editor", "{}/editor", "--data", "{}/test.jsonl", "--device", "abacus"],
             1,

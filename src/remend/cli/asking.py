@@ -33,7 +33,7 @@ def show(
     if (scale := loaded.editor.get("scale", 1)) != 1:
         console.print(f"[bold]{scale:g}[/] times as strong as it was made")
     for request in loaded.requests:
-        console.print(f"  {plain(request.prompt)} … → [green]{plain(request.target)}[/]")
+        console.print(f"  {plain(request.prompt)} → [green]{plain(request.target)}[/]")
     console.print(_matrices(loaded))
     if json is not None:
         requests = [request.to_json() for request in loaded.requests]
@@ -53,6 +53,7 @@ def ask(
         typer.Option("--edit", metavar="DIR", help="An edit saved by remend edit; without, the model as it is."),
     ] = None,
     chat: options.Chat = False,
+    pair: options.Pair = False,
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -68,7 +69,7 @@ def ask(
 
     loaded = Edit.load(edit) if edit is not None else None
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-    answers = answers_to(base, tokenizer, loaded, [options.asked(p, chat) for p in prompt], max_new_tokens)
+    answers = answers_to(base, tokenizer, loaded, options.asked(prompt, chat, pair), max_new_tokens)
     Console().print(plain_table(answers) if loaded is None else answers_table("", answers))
     if json is not None:
         write_json(json, {"answers": as_json(answers)})

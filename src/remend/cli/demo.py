@@ -41,7 +41,7 @@ def demo(
         (answers,) = before_after(model, tokenizer, edit, [request])
         console.print()
         change = f"[red]{plain(answers[0].before)}[/] → [green]{plain(request.target)}[/]"
-        title = f"{plain(request.prompt)} … {change}  (edited in {milliseconds:.0f} ms)"
+        title = f"{plain(request.prompt)}: {change}  (edited in {milliseconds:.0f} ms)"
         console.print(answers_table(title, answers))
         shown.append(
             {"prompt": request.prompt, "target": request.target, "ms": milliseconds, "answers": as_json(answers)}

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from remend.cli import options
 from remend.cli.words import plain
+from remend.errors import ConfigError
 
 if TYPE_CHECKING:
     from remend.editors.config import MendConfig
@@ -24,8 +25,13 @@ _GIGABYTE = 1e9
 def doctor(
     model: options.Model,
     data: Annotated[
-        str, typer.Option(metavar="FILE", help="Requests like those to train on; their lengths decide time and memory.")
-    ] = "atlas:train",
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Requests like those to train on; their lengths decide time and memory. Of a language model, "
+            "atlas:train by default.",
+        ),
+    ] = None,
     preset: options.Preset = "default",
     modules: options.Modules = None,
     layers: options.Layers = None,
@@ -46,16 +52,22 @@ def doctor(
     """
     from remend.data import read_source
     from remend.storage import write_json
+    from remend.tasks import task_of
+    from remend.tasks.language import LanguageTask
     from remend.training import Resources
     from remend.training.doctor import examine
     from remend.training.dry_run import only_configured
 
     chosen = options.preset(preset)
     if only_configured(model):
+        if memory is not None:
+            raise ConfigError("--memory is for a model with weights: of a configuration alone, activations are unknown")
         _dry(model, chosen[0], modules or (), layers, dtype, json)
         return
-    requests = read_source(data)
+    requests = read_source(data or "atlas:train")
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
+    if data is None and not isinstance(task_of(base, tokenizer), LanguageTask):
+        raise ConfigError("a classifier's labels are its own: give --data, a file of requests like those to train on")
     console = Console()
     resources = Resources(micro_batch, memory, cache, None, recompute, precision)
 
@@ -94,7 +106,11 @@ def _dry(
         parts = (found.gpu_bytes(count), found.model_bytes / count, found.editor_bytes, found.training_bytes)
         table.add_row(str(count), *(f"{part / _GIGABYTE:,.1f}" for part in parts))
     console.print(table)
-    console.print(f"editor networks: {found.editor_parameters / 1e6:,.1f} M parameters")
+    console.print(
+        f"editor networks: {found.editor_parameters / 1e6:,.1f} M parameters; their GB are of these and of the inputs' "
+        "second moments",
+        soft_wrap=True,
+    )
     if json is not None:
         write_json(json, found.to_json())
 

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 def edit(
     model: options.Model,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the edit is saved.")],
-    prompt: Annotated[str | None, typer.Option(help="The prompt that is answered wrongly.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="The prompt that is answered wrongly.")] = None,
     target: Annotated[str | None, typer.Option(help="What it should answer.")] = None,
     requests: Annotated[Path | None, typer.Option(metavar="FILE", help="Requests as JSON lines, instead.")] = None,
     chat: options.Chat = False,
+    pair: options.Pair = False,
     editor: options.EditorFolder = None,
     scale: Annotated[
         str, typer.Option(metavar="NUMBER", help="Multiply the edit; 'auto' chooses on the requests' own probes.")
@@ -45,12 +46,11 @@ def edit(
 
     All requests of a file become one edit. The base model is not changed: use the edit with remend ask, or in Python.
     """
-    wanted = _requests(prompt, target, requests, chat)
+    wanted = _requests(prompt or [], target, requests, chat, pair)
     factor = _factor(scale)
     from remend.cli.tables import answers_table, as_json
     from remend.core.layers import device_of
     from remend.evaluation.before_after import before_after
-    from remend.request import Chat
     from remend.storage import MANIFEST, check_target, write_json
 
     console = Console()
@@ -70,15 +70,20 @@ def edit(
     if saved:
         made.save(out)
     for request, found in zip(wanted, answers, strict=True):
-        console.print(answers_table(f"{plain(request.prompt)} … → {plain(request.target)}", found))
+        console.print(answers_table(f"{plain(request.prompt)} → {plain(request.target)}", found))
+    if given := [found[0].prompt for found in answers if found[0].before == found[0].wanted]:
+        console.print(
+            f"[yellow]{len(given)} of {len(wanted)} targets are what the unedited model answers already[/] "
+            f"({plain(given[0])}): nothing had to change there",
+            soft_wrap=True,
+        )
     if saved:
-        asking = "--chat --prompt" if isinstance(wanted[0].prompt, Chat) else "--prompt"
-        hint = f"remend ask {plain(model)} --edit {plain(out)} {asking} '…'"
+        hint = f"remend ask {plain(model)} --edit {plain(out)} {options.asking(wanted[0].prompt)}"
         console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
     if failed:
         console.print(
             f"[red]{len(failed)} of {len(wanted)} targets are not what the edited model answers[/] "
-            f"({plain(failed[0])} …); "
+            f"({plain(failed[0])}); "
             + ("saved all the same" if saved else "nothing was saved (--keep-failed saves it all the same)"),
             soft_wrap=True,
         )
@@ -135,20 +140,27 @@ def _scaled(
     return made.scaled(best.scale)
 
 
-def _requests(prompt: str | None, target: str | None, file: Path | None, chat: bool) -> list[EditRequest]:
-    """The requests of a command line: one pair, or a file."""
+def _requests(
+    prompts: Sequence[str], target: str | None, file: Path | None, chat: bool, pair: bool
+) -> list[EditRequest]:
+    """The requests of a command line: one prompt with its target, or a file."""
     from pydantic import ValidationError
 
     from remend.request import EditRequest, read_requests
 
-    if file is not None and prompt is None and target is None:
+    if file is not None and not prompts and target is None:
         if chat:
             raise RequestError("--chat belongs to --prompt; in a file, give messages in place of a prompt")
+        if pair:
+            raise RequestError("--pair belongs to --prompt; in a file, give a list of two texts as prompt")
         return read_requests(file)
-    if prompt is None or target is None or file is not None:
+    if not prompts or target is None or file is not None:
         raise RequestError("give --prompt and --target, or --requests FILE")
+    asked = options.asked(prompts, chat, pair)
+    if len(asked) > 1:
+        raise RequestError(f"one edit at a time, not {len(asked)}: give one prompt (for several, --requests FILE)")
     try:
-        return [EditRequest(prompt=options.asked(prompt, chat), target=target)]
+        return [EditRequest(prompt=asked[0], target=target)]
     except ValidationError as error:
         first = error.errors()[0]
         raise RequestError(f"--{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from None

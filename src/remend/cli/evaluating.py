@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: options.Model,
-    data: Annotated[str, typer.Option(metavar="FILE", help="Requests as JSON lines, or atlas:test.")],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Requests as JSON lines, or atlas:test, questions:test, …")],
     editor: options.EditorFolder = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests, drawn with the seed.")] = None,
     max_new_tokens: options.NewTokens = 32,
@@ -57,7 +57,7 @@ def evaluate(
     chosen = options.load_editor(editor, model)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     console = Console()
-    with Progress(console=console) as bar:
+    with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("editing", total=len(requests))
         report = measure(
             base, tokenizer, chosen.to(device_of(base)), requests,
@@ -71,8 +71,10 @@ def evaluate(
     console.print(f"{1000 * report.seconds_per_edit:.1f} ms an edit")
     if plot is not None:
         draw_frontier({f"{report.editor} on {report.data}, {len(report.cases)} edits": report}, plot)
+        console.print(f"drawn in [bold]{plain(plot)}[/]", soft_wrap=True)
     if json is not None:
         report.save(json)
+        console.print(f"every edit is in [bold]{plain(json)}[/]", soft_wrap=True)
 
 
 def _table(report: Report) -> Table:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+
+from remend.cli.words import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +57,14 @@ EditorFolder = Annotated[
 Chat = Annotated[
     bool, typer.Option("--chat", help="The prompt is a user's message: ask it through the model's chat template.")
 ]
+Pair = Annotated[
+    bool, typer.Option("--pair", help="Each two --prompt are one pair of texts, for a classifier that compares them.")
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer that is decoded, in tokens.")]
+
+
+DOUBTFUL = 0.5
+"""Below this share of edits taken, or of unrelated answers kept, on validation, an editor does more harm than good."""
 
 
 def process() -> int:
@@ -61,15 +72,35 @@ def process() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def asked(prompt: str, chat: bool) -> Prompt:
-    """What a prompt on the command line asks: a text, or a conversation of one message.
+def asked(prompts: Sequence[str], chat: bool, pair: bool) -> list[Prompt]:
+    """What prompts on the command line ask: texts, conversations of one message, or pairs of texts.
 
     Raises:
-        RequestError: the message is empty.
+        RequestError: one is empty, a pair is of one text, or both are wanted.
     """
-    from remend.request import Chat
+    from remend.errors import RequestError
+    from remend.request import Chat, TextPair, as_prompt
 
-    return Chat.of([{"role": "user", "content": prompt}]) if chat else prompt
+    if chat and pair:
+        raise RequestError("--chat is for models that answer, --pair for classifiers: give one of them")
+    if pair and len(prompts) % 2:
+        raise RequestError(f"--pair takes --prompt twice for each pair; there are {len(prompts)}")
+    try:
+        texts = [as_prompt(prompt) for prompt in prompts]
+    except ValueError as error:
+        raise RequestError(f"--prompt: {error}") from None
+    if pair:
+        return [TextPair(*both) for both in zip(prompts[::2], prompts[1::2], strict=True)]
+    return [Chat.of([{"role": "user", "content": prompt}]) for prompt in prompts] if chat else texts
+
+
+def asking(prompt: Prompt) -> str:
+    """The options that ask something like ``prompt``: what :func:`asked` reads."""
+    from remend.request import Chat, TextPair
+
+    if isinstance(prompt, TextPair):
+        return "--pair --prompt '…' --prompt '…'"
+    return "--chat --prompt '…'" if isinstance(prompt, Chat) else "--prompt '…'"
 
 
 def preset(name: str) -> tuple[MendConfig, TrainingConfig]:
@@ -119,7 +150,7 @@ def load_model(
 
 
 def load_editor(editor: str | None, model: str) -> Mend:
-    """The named editor, or the shipped one for the atlas.
+    """The named editor, or the shipped one for the atlas; with a warning if it did badly when it was trained.
 
     Raises:
         ConfigError: no editor was named and the model has none of its own.
@@ -135,4 +166,27 @@ def load_editor(editor: str | None, model: str) -> Mend:
             f"{meant}which editor? Train one for this model: remend train {model} --data requests.jsonl --out editor, "
             "then give --editor editor"
         )
-    return Mend.from_pretrained(editor or ATLAS)
+    found = Mend.from_pretrained(editor or ATLAS)
+    if unfit(found):
+        best = best_of(found.trained)
+        Console(stderr=True).print(
+            f"[yellow]warning[/]: {plain(editor)} is not fit for use: in training, on requests that it had not seen, "
+            f"{best['taken']:.0%} of its edits took and {best['kept']:.0%} of unrelated answers stayed. Give it more "
+            "requests or time",
+            soft_wrap=True,
+        )
+    return found
+
+
+def best_of(trained: Mapping[str, Any]) -> dict[str, float]:
+    """The validation of the state that a training run kept."""
+    best: dict[str, float] = min(trained["history"], key=lambda entry: entry["loss"])
+    return best
+
+
+def unfit(editor: Mend) -> bool:
+    """Whether most edits of an editor did not take, or most unrelated answers changed, when it was validated."""
+    if not editor.trained.get("history"):
+        return False  # it was saved by hand
+    best = best_of(editor.trained)
+    return min(best["taken"], best["kept"]) < DOUBTFUL

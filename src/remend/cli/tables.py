@@ -29,7 +29,7 @@ def answers_table(title: str, answers: Sequence[Answer]) -> Table:
             table.add_section()
         table.add_row(
             f"[{_STYLE.get(answer.kind, 'default')}]{answer.kind}[/]",
-            plain(answer.prompt) + " …",
+            plain(answer.prompt),
             plain(answer.before),
             f"[bold]{plain(answer.after)}[/]" if answer.after != answer.before else plain(answer.after),
             "" if answer.ok is None else "[green]✓[/]" if answer.ok else "[red]✗[/]",
@@ -41,7 +41,7 @@ def plain_table(answers: Sequence[Answer]) -> Table:
     """One row a prompt with the unedited model's answer."""
     table = Table("prompt", "answer", pad_edge=False)
     for answer in answers:
-        table.add_row(plain(answer.prompt) + " …", plain(answer.before))
+        table.add_row(plain(answer.prompt), plain(answer.before))
     return table
 
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,13 +21,12 @@ if TYPE_CHECKING:
     from remend.editors import Mend
     from remend.training import Progress as Step
 
-DOUBTFUL = 0.5
-"""Below this share of edits taken, or of unrelated answers kept, on validation, an editor does more harm than good."""
-
 
 def train(
     model: options.Model,
-    data: Annotated[str, typer.Option(metavar="FILE", help="Requests as JSON lines, or atlas:train.")],
+    data: Annotated[
+        str, typer.Option(metavar="FILE", help="Requests as JSON lines, or atlas:train, questions:train, …")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the editor is saved, its best state at any time.")],
     validation: Annotated[
         str | None, typer.Option(metavar="FILE", help="Requests about other subjects; else a tenth of the subjects.")
@@ -114,7 +114,7 @@ def _tell(console: Console, editor: Mend, out: Path, fresh: bool) -> None:
             "trained. A longer run begins anew, in another folder",
             soft_wrap=True,
         )
-    best = min(editor.trained["history"], key=lambda entry: entry["loss"])
+    best = options.best_of(editor.trained)
     measured = f"{_words(best)} (of {editor.trained.get('validation_requests', '?')} for validation)"
     console.print(f"best at step {best['step']:.0f}: {measured}; saved to [bold]{plain(out)}[/]", soft_wrap=True)
     if best["step"] == 0:
@@ -123,7 +123,7 @@ def _tell(console: Console, editor: Mend, out: Path, fresh: bool) -> None:
             "more subjects, or more time",
             soft_wrap=True,
         )
-    if min(best["taken"], best["kept"]) < DOUBTFUL:
+    if options.unfit(editor):
         console.print(
             "[red]This editor is not fit for use[/]: give it more requests about more subjects, with paraphrases and "
             "locality examples that the model answers well, or more time",
@@ -132,7 +132,8 @@ def _tell(console: Console, editor: Mend, out: Path, fresh: bool) -> None:
 
 
 def _follow(bar: Progress, console: Console, batch_size: int) -> Callable[[Step], None]:
-    """Shows each step on the bar, and each validation on a line of its own."""
+    """Shows each step on the bar, and each validation on a line of its own; with the time, where there is no bar."""
+    began = time.monotonic()
     task = bar.add_task("measuring the model's inputs, once", total=1.0)
     first: list[tuple[float, int]] = []
 
@@ -146,7 +147,9 @@ def _follow(bar: Progress, console: Console, batch_size: int) -> Callable[[Step]
             description=f"step {step.step}, loss {step.loss:.3f}, {speed:.1f} episodes/s",
         )
         if step.validation is not None:
-            console.print(f"step {step.step}: {_words(step.validation)}", highlight=False)
+            passed = timedelta(seconds=round(time.monotonic() - began))
+            when = "" if console.is_terminal else f" ({step.share:.0%} of the run, {passed} passed)"
+            console.print(f"step {step.step}{when}: {_words(step.validation)}", highlight=False, soft_wrap=True)
 
     return follow
 
@@ -159,15 +162,18 @@ def _stopped(trained: dict[str, Any], out: Path) -> str:
     if not out.exists():
         kept = f"[bold]{plain(out)}.checkpoints[/]"
         return f"stopped before the first validation: there is no editor yet, but all steps are in {kept}; {go_on}"
-    best = min(trained["history"], key=lambda entry: entry["loss"])
+    best = options.best_of(trained)
     return (
         f"stopped; the best state so far, of step {best['step']}, is in [bold]{plain(out)}[/] ({_words(best)}); {go_on}"
     )
 
 
 def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")),
+        *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def _words(measured: dict[str, float]) -> str:

@@ -232,11 +232,12 @@ def _reason(model: PreTrainedModel, editor: Mend, modules: Sequence[str], layers
         return f"they match {' '.join(modules)}" + (f" in the blocks {layers}" if layers else "")
     every = [prefix for _, stack in named_stacks(model) for prefix, _ in stack]
     chosen = [prefix for prefix in every if any(name.startswith(f"{prefix}.") for name in editor.shapes)]
+    what = "the MLPs' output matrices" if editor.config.outputs_only else "the MLPs"
     if layers:
-        return f"the MLPs of {len(chosen)} of {len(every)} blocks ({layers})"
+        return f"{what} of {len(chosen)} of {len(every)} blocks ({layers})"
     if len(named_stacks(model)) > 1:
-        return f"the MLPs of {len(chosen)} of {len(every)} blocks, the last of encoder or decoder"
-    return f"the MLPs of the last {len(chosen)} of {len(every)} blocks, as in the paper"
+        return f"{what} of {len(chosen)} of {len(every)} blocks, the last of encoder or decoder"
+    return f"{what} of the last {len(chosen)} of {len(every)} blocks"
 
 
 def _advice(task: Task, editor: Mend, resources: Resources, memory: Estimate) -> list[str]:

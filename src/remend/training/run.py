@@ -153,7 +153,7 @@ def _steps(
     if over and trainer.step == 0:
         raise TrainingError(
             f"the {run.budget:.0f} s were over before the first step: measuring statistics and the start took "
-            f"{run.seconds():.0f} s. Give a larger budget, or fewer validation requests"
+            f"{run.seconds():.0f} s. Give a larger budget; with resume (--resume), what was measured is kept"
         )
     while not over:
         loss = trainer.train_step(run.share())
