@@ -201,7 +201,10 @@ _ENCODER = {
 
 _ENCODERS: dict[str, tuple[type[hf.PreTrainedModel], Callable[..., hf.PreTrainedConfig]]] = {
     "bert": (hf.BertForSequenceClassification, functools.partial(hf.BertConfig, **_ENCODER)),
-    "roberta": (hf.RobertaForSequenceClassification, functools.partial(hf.RobertaConfig, **_ENCODER)),
+    "roberta": (
+        hf.RobertaForSequenceClassification,
+        functools.partial(hf.RobertaConfig, **_ENCODER, type_vocab_size=1),
+    ),
     "distilbert": (
         hf.DistilBertForSequenceClassification,
         functools.partial(

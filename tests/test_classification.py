@@ -115,6 +115,17 @@ def test_a_pair_of_texts_is_shown_as_two():
         task.tokenise(remend.Chat.of([{"role": "user", "content": "Peru has Lima"}]), "true")
 
 
+@pytest.mark.parametrize("name", ["roberta, binary", "deberta-v2, binary", "distilbert, binary"])
+def test_a_pair_of_texts_goes_to_models_that_know_no_segments(name):
+    """RoBERTa's table of segments has one row, DeBERTa's none; DistilBERT takes no such input."""
+    task = families.task(name)
+    pair = task.tokenise(TextPair("Peru has Lima", "It is Lima"), "true")
+    with torch.no_grad():
+        found = task.target_logits(task.collate([pair]))
+        expected = task.model(input_ids=torch.tensor([pair.prompt])).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_no_classifier_with_one_label_is_refused():
     words, config = worlds.word_tokenizer(), families.make("bert, binary").config
     with pytest.raises(ModelError, match="neither a language model nor a sequence classifier"):

@@ -636,7 +636,7 @@ def test_the_doctor_finds_a_healthy_model_healthy_and_leaves_it_alone(model, sna
     assert found.healthy
     assert [check.passed for check in found.checks] == [True] * 6
     assert list(found.matrices) == list(Mend.for_model(model).shapes)
-    assert found.reason == "the MLPs' output matrices of the last 3 of 4 blocks"
+    assert found.reason == "the MLPs of the last 3 of 4 blocks"
     assert found.training_seconds > 0
     assert found.memory.total > 0
 

@@ -59,7 +59,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
     raw.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=64, **names)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's own
+    return PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=64, model_input_names=inputs, **names)
 
 
 CHAT_TEMPLATES = {

@@ -49,7 +49,11 @@ class Classification(Task):
         self.padding: int = next(token for token in padding if token is not None)
         names = getattr(model.config, "id2label", None) or {}
         self.labels = BINARY if len(names) == 1 else tuple(str(names[number]) for number in sorted(names))
-        self.paired = "token_type_ids" in inspect.signature(model.forward).parameters
+        self.segments = (  # whether the second of two texts is told from the first, as RoBERTa for one does not
+            "token_type_ids" in inspect.signature(model.forward).parameters
+            and "token_type_ids" in tokenizer.model_input_names
+            and getattr(model.config, "type_vocab_size", 2) > 1
+        )
         self.reading = self._reading()
 
     def _reading(self) -> str:
@@ -162,7 +166,7 @@ class Classification(Task):
 
     def _run(self, ids: Tensor, mask: Tensor | None = None) -> Float[Tensor, "row label"]:
         shown = {"input_ids": ids, "attention_mask": (torch.ones_like(ids) if mask is None else mask).long()}
-        if self.paired and (end := self.tokenizer.sep_token_id) is not None:  # the second text, up to its end
+        if self.segments and (end := self.tokenizer.sep_token_id) is not None:  # the second text, up to its end
             ends = (ids == end).long()
             shown["token_type_ids"] = (ends.cumsum(1) - ends).clamp(max=1) * shown["attention_mask"]
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
