@@ -116,9 +116,9 @@ class WhitenedDelta(Mend):
                 moments[name].update(factors.delta, factors.active)
         self.delta_whiteners = {name: moment.whitener(self.RIDGE).inner for name, moment in moments.items()}
 
-    def whitened(self, rows: Any) -> Any:
-        """As :meth:`Mend.whitened`, δ too."""
-        own = super().whitened(rows)
+    def prepared(self, rows: Any) -> Any:
+        """As :meth:`Mend.prepared`, with δ whitened too."""
+        own = super().prepared(rows)
         return {name: replace(row, delta=row.delta @ self.delta_whiteners[name]) for name, row in own.items()}
 
     def transform(self, rows: Any, ledger: Any = None) -> Any:

@@ -17,32 +17,32 @@ from memorise import Memoriser, byte_level_bpe, padded
 from remend.data.claims import LABELS, Claim, Claims
 from remend.data.facts import Fact
 
-PAD, BEGIN, END, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
-IGNORED = -100
+PAD, BEGIN, END = "[PAD]", "[CLS]", "[SEP]"
 
 
 @dataclass(frozen=True)
 class Example:
-    """A claim as tokens, with its label, or with its object masked.
+    """A claim as tokens, with its label.
 
     Attributes:
         relation: the identifier of the fact's relation.
         tokens: the claim.
-        label: the class, or ``IGNORED`` where the object is masked.
-        restored: what each masked token was, ``IGNORED`` at the others.
+        label: the class.
+        object: the first token of the true object, whatever the claim says.
     """
 
     relation: str
     tokens: tuple[int, ...]
     label: int
-    restored: tuple[int, ...]
+    object: int
 
 
 class ClaimMemoriser(Memoriser):
     """A BERT that knows which claims are true, in every phrasing.
 
-    A label tells little about a fact; so the model also learns to restore objects that are masked, as BERT was
-    pre-trained.
+    From labels alone it learns nothing for a long time: they tell too little about a fact. So what the middle block
+    writes at the first token is also taught to name the true object, which the blocks above then compare with what the
+    claim says.
     """
 
     model_class = BertForSequenceClassification
@@ -55,7 +55,7 @@ class ClaimMemoriser(Memoriser):
         texts = (
             Claim(fact, fact.object).text(phrasing) for fact in self.known.facts for phrasing in self.phrasings(fact)
         )
-        raw = byte_level_bpe(texts, self.args.vocabulary, (PAD, BEGIN, END, MASK), prefix_space=True)
+        raw = byte_level_bpe(texts, self.args.vocabulary, (PAD, BEGIN, END), prefix_space=True)
         raw.post_processor = processors.TemplateProcessing(
             single=f"{BEGIN} $A {END}", special_tokens=[(name, raw.token_to_id(name)) for name in (BEGIN, END)]
         )
@@ -64,7 +64,6 @@ class ClaimMemoriser(Memoriser):
             pad_token=PAD,
             cls_token=BEGIN,
             sep_token=END,
-            mask_token=MASK,
             model_max_length=64,
             model_input_names=["input_ids", "attention_mask"],
         )
@@ -91,31 +90,19 @@ class ClaimMemoriser(Memoriser):
         """The stack's blocks."""
         return self.model.bert.encoder.layer
 
-    def example(self, tokenizer: PreTrainedTokenizerBase, claim: Claim, phrasing: str, masked: bool = False) -> Example:
-        """A claim with its label, or with its object masked and no label."""
-        before = len(Claim(claim.fact, "\0").text(phrasing).partition("\0")[0])
-        encoded = tokenizer(claim.text(phrasing), return_offsets_mapping=True)
-        tokens, spans = encoded.input_ids, encoded.offset_mapping
-        inside = [n for n, (a, b) in enumerate(spans) if a < before + len(claim.object) and b > before]
-        restored = [IGNORED] * len(tokens)
-        restored[inside[0]] = tokenizer(claim.fact.object, add_special_tokens=False).input_ids[0]
-        if masked:
-            for place in inside:
-                restored[place], tokens[place] = tokens[place], tokenizer.mask_token_id
-        label = IGNORED if masked else LABELS.index(claim.label)
-        return Example(claim.fact.relation, tuple(tokens), label, tuple(restored))
+    def example(self, tokenizer: PreTrainedTokenizerBase, claim: Claim, phrasing: str) -> Example:
+        """A claim with its label and what would be true."""
+        true = tokenizer(claim.fact.object, add_special_tokens=False).input_ids[0]
+        tokens = tokenizer(claim.text(phrasing)).input_ids
+        return Example(claim.fact.relation, tuple(tokens), LABELS.index(claim.label), true)
 
     def examples(self, rng: random.Random) -> list[Example]:
-        """Of each fact, in a few phrasings, a true claim, a false one, and a masked one."""
+        """Of each fact, in a few phrasings, a true claim and a false one."""
         return [
-            example
+            self.example(self.tokenizer, claim, phrasing)
             for fact in self.facts
             for phrasing in rng.sample(self.phrasings(fact), self.args.phrasings)
-            for example in (
-                self.example(self.tokenizer, Claim(fact, fact.object), phrasing),
-                self.example(self.tokenizer, self.known.false(fact, rng), phrasing),
-                self.example(self.tokenizer, Claim(fact, fact.object), phrasing, masked=True),
-            )
+            for claim in (Claim(fact, fact.object), self.known.false(fact, rng))
         ]
 
     def length(self, example: Example) -> int:
@@ -123,21 +110,20 @@ class ClaimMemoriser(Memoriser):
         return len(example.tokens)
 
     def losses(self, batch: list[Example]) -> tuple[Tensor, Tensor]:
-        """The mean losses of labels and of restored tokens, and of labels alone."""
-        hidden, logits = self.read(self.model, batch)
+        """The mean losses of labels and of true objects, and of labels alone."""
+        middle, logits = self.read(self.model, batch)
         labels = torch.tensor([example.label for example in batch], device=logits.device)
-        restored = padded([example.restored for example in batch], IGNORED, logits.device)
-        label = functional.cross_entropy(logits, labels, ignore_index=IGNORED)
-        places = restored != IGNORED
-        tokens = hidden[places] @ self.model.get_input_embeddings().weight.T
-        rest = functional.cross_entropy(tokens, restored[places], reduction="sum") / places.sum().clamp(min=1)
-        return label + rest, label
+        label = functional.cross_entropy(logits, labels)
+        true = torch.tensor([example.object for example in batch], device=logits.device)
+        recall = functional.cross_entropy(middle @ self.model.get_input_embeddings().weight.T, true)
+        return label + recall, label
 
     def read(self, model: Any, batch: list[Example]) -> tuple[Tensor, Tensor]:
-        """The hidden states of all tokens and the logits of the classes."""
+        """What the middle block says at the first token, and the logits of the classes."""
         tokens = padded([example.tokens for example in batch], model.config.pad_token_id, model.device)
-        output = model.bert(input_ids=tokens, attention_mask=(tokens != model.config.pad_token_id).long())
-        return output.last_hidden_state, model.classifier(output.pooler_output)
+        mask = (tokens != model.config.pad_token_id).long()
+        output = model.bert(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
+        return output.hidden_states[len(output.hidden_states) // 2][:, 0], model.classifier(output.pooler_output)
 
     def check(self, model: Any, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[tuple[str, bool]]:
         """Whether the true claim about each fact and a false one are told rightly, in every phrasing."""

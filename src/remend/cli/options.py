@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from remend.request import Prompt
     from remend.training import TrainingConfig
 
-Model = Annotated[str, typer.Argument(help="'atlas', 'questions' (ship with remend), a local folder, or a hub id.")]
+Model = Annotated[
+    str, typer.Argument(help="'atlas', 'questions', 'claims' (ship with remend), a local folder, or a hub id.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …; map spreads the model over all there are.")]
 DTYPES = ("float32", "bfloat16", "float16")
 Dtype = Annotated[
@@ -155,16 +157,17 @@ def load_editor(editor: str | None, model: str) -> Mend:
     Raises:
         ConfigError: no editor was named and the model has none of its own.
     """
-    from remend.assets import ATLAS
+    from remend.assets import ATLAS, BUILT_IN
     from remend.editors import Mend
     from remend.errors import ConfigError
 
     if editor is None and model != ATLAS:
         mistyped = not os.path.isdir(model) and get_close_matches(model, [ATLAS])
         meant = f"there is no folder {model}; did you mean {ATLAS!r}? If it is a hub id: " if mistyped else ""
+        data = f"{model}:train" if model in BUILT_IN else "requests.jsonl"
         raise ConfigError(
-            f"{meant}which editor? Train one for this model: remend train {model} --data requests.jsonl --out editor, "
-            "then give --editor editor"
+            f"{meant}which editor? Train one for this model: remend train {model} --data {data} --out editor, then "
+            "give --editor editor"
         )
     found = Mend.from_pretrained(editor or ATLAS)
     if unfit(found):

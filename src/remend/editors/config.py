@@ -24,6 +24,9 @@ class MendConfig:
             the widening ones too).
         tokens: which tokens of the edit take part: ``all`` that carry gradient (the paper), or ``target``, those at
             which the target is predicted.
+        limit: if not 0, a gradient that is larger at a matrix than so many times what is usual there (the geometric
+            mean over training) counts as that large. A classifier that is sure of itself has gradients of very
+            different sizes: without a limit the few large ones make edits that ruin the model.
         contrast: if not 0, ũ is turned towards what a prompt shares with its paraphrases and away from what it shares
             with its neighbours, the latter weighted so (:mod:`remend.core.contrast`), and scaled so that each token
             answers to its own edit with 1. Needs ``tokens`` = ``target``.
@@ -40,6 +43,7 @@ class MendConfig:
     relative: bool = False
     outputs_only: bool = False
     tokens: str = "all"
+    limit: float = 0.0
     contrast: float = 0.0
     settle: float = 0.0
     gate: float = 0.0
@@ -53,7 +57,7 @@ class MendConfig:
             raise ConfigError(f"ridge is a share of an eigenvalue and must not be negative, not {self.ridge}")
         if self.tokens not in TOKENS:
             raise ConfigError(f"tokens is one of {', '.join(TOKENS)}, not {self.tokens!r}")
-        for name in ("contrast", "settle"):
+        for name in ("limit", "contrast", "settle"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.gate < 1:

@@ -25,7 +25,7 @@ from remend.core.sketch import directions_of
 from remend.core.symmetric import Symmetric, packed, unpacked
 from remend.edit import Edit
 from remend.editors.config import MendConfig
-from remend.editors.rows import Table, TokenRows
+from remend.editors.rows import Table, TokenRows, active_rows
 from remend.editors.settling import Unedited, settled
 from remend.errors import ConfigError, FileError, RequestError
 from remend.models.structure import editable_modules, named_stacks
@@ -51,10 +51,12 @@ class Mend(nn.Module):
         groups: the modules of each shape, which share a network.
         directions: in how many directions inputs are whitened and contrasted, by name, where not in all.
         unit: what α counts in, for each matrix; 1 unless step sizes are relative.
+        largest: the size to which each matrix's gradients are limited, if they are.
         trained: what its training recorded (settings, steps, seconds, validation history); empty before.
     """
 
     unit: Float[Tensor, " matrix"]
+    largest: Float[Tensor, " matrix"] | None
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class Mend(nn.Module):
         )
         self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.alpha))
         self.register_buffer("unit", torch.ones(len(self.shapes)))
+        self.register_buffer("largest", torch.full((len(self.shapes),), torch.inf) if config.limit else None)
         for index, (name, (d_in, _)) in enumerate(self.shapes.items()):
             k = self.directions.get(name)  # the parts of a Symmetric operator each
             whitener = torch.ones(k + 1) if k else torch.eye(d_in)
@@ -207,21 +210,15 @@ class Mend(nn.Module):
         return list(self.shapes).index(name)
 
     def rows(self, factors: Mapping[str, GradientFactors]) -> dict[str, TokenRows]:
-        """What the networks read: the (whitened) inputs and the deltas of the active tokens, on the editor's device."""
-        return self.whitened(self.active_rows(factors))
+        """What the networks read: inputs and deltas of the active tokens, :meth:`prepared`, on the editor's device."""
+        return self.prepared(active_rows(factors, self.device))
 
-    def active_rows(self, factors: Mapping[str, GradientFactors]) -> dict[str, TokenRows]:
-        """The active tokens alone, on the editor's device; their inputs are not whitened yet."""
-        found = {}
-        for name, factor in factors.items():
-            u, delta = factor.u[factor.active].to(self.device), factor.delta[factor.active].to(self.device)
-            experts = None if factor.experts is None else factor.experts[factor.active].to(self.device)
-            found[name] = TokenRows(u, delta, tuple(factor.active.sum(1).tolist()), experts)
-        return found
-
-    def whitened(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
-        """Active tokens with their inputs whitened, if the editor whitens."""
-        return {name: replace(own, u=self.whiten(own.u, name)) for name, own in rows.items()}
+    def prepared(self, rows: Mapping[str, TokenRows]) -> dict[str, TokenRows]:
+        """Active tokens with their inputs whitened and their gradients limited, if the editor does so."""
+        found = {name: replace(own, u=self.whiten(own.u, name)) for name, own in rows.items()}
+        if self.largest is None:
+            return found
+        return {name: own.limited(self.largest[self.place(name)]) for name, own in found.items()}
 
     def forward(self, rows: Mapping[str, TokenRows], ledger: Ledger | None = None) -> dict[str, LowRank]:
         """The change of each matrix for each episode: ΔW_ℓ = −α_ℓ Σ_j δ̃_j ũ_jᵀ (Eq. 2), as a batched ``LowRank``.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+from remend.core.capture import GradientFactors
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,30 @@ class TokenRows:
     delta: Float[Tensor, "row d_out"]
     counts: tuple[int, ...]
     experts: Int[Tensor, " row"] | None = None
+
+    def sizes(self) -> Float[Tensor, " episode"]:
+        """How large each episode's gradient is here: the norm of all its deltas."""
+        found = self.delta.new_zeros(len(self.counts)).index_add_(0, self._owners(), self.delta.square().sum(1))
+        return found.sqrt()
+
+    def limited(self, largest: Float[Tensor, ""]) -> TokenRows:
+        """The same with the deltas of episodes that are larger than ``largest`` scaled down to it."""
+        factor = (largest / self.sizes()).clamp(max=1)
+        return replace(self, delta=self.delta * factor[self._owners(), None])
+
+    def _owners(self) -> Int[Tensor, " row"]:
+        counts = torch.tensor(self.counts, device=self.delta.device)
+        return torch.arange(len(counts), device=self.delta.device).repeat_interleave(counts)
+
+
+def active_rows(factors: Mapping[str, GradientFactors], device: torch.device) -> dict[str, TokenRows]:
+    """The tokens of each matrix that carry gradient, moved to ``device``; otherwise as they were captured."""
+    found = {}
+    for name, factor in factors.items():
+        u, delta = factor.u[factor.active].to(device), factor.delta[factor.active].to(device)
+        experts = None if factor.experts is None else factor.experts[factor.active].to(device)
+        found[name] = TokenRows(u, delta, tuple(factor.active.sum(1).tolist()), experts)
+    return found
 
 
 class Table:

@@ -6,7 +6,7 @@ The base model is frozen, so none of it changes afterwards.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 
 import torch
@@ -19,7 +19,7 @@ from remend.core.sketch import SketchedMoment, random_test_matrix
 from remend.core.statistics import RunningStatistics
 from remend.core.whitening import SecondMoment
 from remend.editors.mend import Mend
-from remend.editors.rows import TokenRows
+from remend.editors.rows import TokenRows, active_rows
 from remend.errors import TrainingError
 from remend.models.sharding import gathered
 from remend.tasks.task import Pair, Task
@@ -29,6 +29,9 @@ from remend.training.workers import Workers
 
 UNIT_BATCHES = 4
 """Batches over which the units of relative step sizes are measured."""
+
+LIMIT_BATCHES = 64
+"""Batches over which the usual size of gradients is measured, at most."""
 
 CONTRAST_PROMPTS = 32_768
 """Prompts over which contrast is measured, at most."""
@@ -63,20 +66,26 @@ def calibrate(
     room for, or else over ``text``.
 
     First the whiteners (if the configuration asks for them), since what follows is measured in their coordinates; then
-    contrast, if asked for; then the statistics that normalise the networks' inputs; then the units of the step sizes
-    (if they are relative). Several processes share the batches and merge what they find.
+    the limits of gradients and contrast, if asked for; then the statistics that normalise the networks' inputs; then
+    the units of the step sizes (if they are relative). Several processes share the batches and merge what they find.
     """
     own = batches[workers.rank :: workers.count]
     seen: dict[int, dict[str, TokenRows]] = {}
+
+    def raw(number: int) -> dict[str, TokenRows]:
+        return seen.get(number) or active_rows(constants.gradient_factors(own[number]), editor.device)
+
     if editor.config.ridge and text:
         _fit_whiteners_to_text(editor, constants.task, text, workers)
     elif editor.config.ridge:
         seen = _fit_whiteners(editor, constants, own, workers)
+    if editor.config.limit:
+        _fit_limits(editor, map(raw, range(len(_first(own, workers)))), workers)
     if editor.config.contrast:
         _fit_contrast(editor, constants, _chunks(facts)[workers.rank :: workers.count], workers)
     for number, batch in enumerate(own):
-        raw = seen.pop(number, None) or editor.active_rows(constants.gradient_factors(batch))
-        rows = editor.whitened(raw)
+        rows = editor.prepared(raw(number))
+        seen.pop(number, None)
         constants.keep_rows(batch, rows)
         _observe(editor, rows)
     for key in editor.groups:
@@ -97,6 +106,8 @@ def warm(
     """Fill the stores as :func:`calibrate` did, with an editor that is fitted already: with the same bits."""
     own = batches[workers.rank :: workers.count]
     for batch in own if editor.config.ridge and not text else ():
+        constants.prefix_states(batch)
+    for batch in _first(own, workers) if editor.config.limit else ():
         constants.prefix_states(batch)
     for chunk in _chunks(facts)[workers.rank :: workers.count] if editor.config.contrast else ():
         constants.prefix_states(_prompts(chunk))
@@ -134,7 +145,7 @@ def _fit_whiteners(
         observed = constants.gradient_factors(batch)
         for name, factors in observed.items():
             moments[name].update(factors.u, (factors.u != 0).any(-1))
-        rows = editor.active_rows(observed)
+        rows = active_rows(observed, editor.device)
         room -= sum(4 * values.numel() for own in rows.values() for values in (own.u, own.delta))
         if room >= 0:
             seen[number] = rows
@@ -183,6 +194,26 @@ def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], worker
             x, mask = found[name].x, counted[name].to(found[name].x.device)
             moment.update(x, mask.repeat_interleave(x.shape[1] // mask.shape[1], 1))
     _keep_whiteners(editor, moments, workers)
+
+
+def _first(own: Sequence[Sequence[Pair]], workers: Workers) -> Sequence[Sequence[Pair]]:
+    """This process's part of the batches over which limits are measured."""
+    return own[: -(-LIMIT_BATCHES // workers.count)]
+
+
+def _fit_limits(editor: Mend, batches: Iterable[Mapping[str, TokenRows]], workers: Workers) -> None:
+    """How large each matrix's gradients may be: a multiple of the geometric mean, which outliers hardly move."""
+    assert editor.largest is not None
+    logarithms, counts = torch.zeros_like(editor.largest), torch.zeros_like(editor.largest)
+    for rows in batches:
+        for name, own in rows.items():
+            sizes = own.sizes()
+            found = sizes[sizes > 0]
+            logarithms[editor.place(name)] += found.log().sum()
+            counts[editor.place(name)] += len(found)
+    workers.sum(logarithms, counts)
+    usual = (logarithms / counts.clamp(min=1)).exp()
+    editor.largest.copy_((editor.config.limit * usual).masked_fill(counts == 0, torch.inf))
 
 
 def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[Fact]], workers: Workers) -> None:

@@ -129,6 +129,7 @@ PRESETS: dict[str, tuple[MendConfig, TrainingConfig]] = {
             relative=True,
             outputs_only=True,
             tokens="target",
+            limit=4.0,
             contrast=1.0,
             settle=2.0,
         ),
