@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,29 @@ def test_relative_step_sizes_follow_the_size_of_the_layer(task):
         found.append(float(moved.detach().square().mean().sqrt() / output.detach().square().mean().sqrt()))
     assert 0.02 < found[0] < 2
     assert 0.3 < found[1] / found[0] < 3
+
+
+@pytest.mark.parametrize("text", [(), ["The capital of Norway is Oslo"]], ids=["prompts", "text"])
+def test_gradients_far_above_the_usual_size_are_limited(task, text, tmp_path):
+    """To a multiple of their geometric mean, in their own direction; whatever inputs are whitened over."""
+    requests = worlds.requests(10)
+    editor = Mend.for_model(task.model, MendConfig(rank=8, ridge=1e-4, limit=1.1))
+    trainer = Trainer(task, editor, requests, SETTINGS, text=text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the text is short
+        trainer.calibrate()
+    observed = trainer.constants.gradient_factors([task.tokenise(r.prompt, r.target) for r in requests])
+    rows = editor.rows(observed)
+    for name, largest in zip(editor.shapes, editor.largest.tolist(), strict=True):
+        deltas = [part[own] for part, own in zip(observed[name].delta, observed[name].active, strict=True)]
+        sizes = torch.stack([part.norm() for part in deltas])
+        assert largest == pytest.approx(1.1 * float(sizes.log().mean().exp()), rel=1e-4)
+        assert 0 < (sizes > largest).sum() < len(sizes)
+        for part, size, found in zip(deltas, sizes, rows[name].delta.split(rows[name].counts), strict=True):
+            torch.testing.assert_close(found, part * min(1.0, largest / float(size)))
+    editor.save_pretrained(tmp_path / "editor")
+    assert torch.equal(Mend.from_pretrained(tmp_path / "editor").largest, editor.largest)
+    assert Mend.for_model(task.model, NETWORK).largest is None
 
 
 def test_whitening_can_take_its_second_moments_from_a_text(task):
@@ -338,6 +362,8 @@ def test_wrong_network_settings():
         MendConfig(rank=0)
     with pytest.raises(ConfigError, match="alpha is"):
         MendConfig(alpha=-1e-4)
+    with pytest.raises(ConfigError, match="limit must not be negative"):
+        MendConfig(limit=-1.0)
 
 
 def test_a_bfloat16_base_trains_a_float32_editor():
