@@ -67,7 +67,7 @@ def test_a_malformed_line_is_named(line, message, tmp_path):
 def test_keys_that_look_misspelt_are_pointed_out(tmp_path):
     file = tmp_path / "requests.jsonl"
     file.write_text('{"prompt": "p", "target": "t", "paraphrase": ["q"], "relation": "P36"}\n' * 2)
-    with pytest.warns(UserWarning, match="2 lines have the key 'paraphrase'; did you mean 'paraphrases'"):
+    with pytest.warns(UserWarning, match=r"'paraphrase' \(in 2 of 2 lines\) is ignored; did you mean 'paraphrases'"):
         read_requests(file)
 
 

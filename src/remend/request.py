@@ -259,7 +259,8 @@ def _warn_of_misspelt_keys(path: Path, requests: list[EditRequest]) -> None:
     for key, lines in unknown.items():
         if meant := difflib.get_close_matches(key, [*EditRequest.model_fields, MESSAGES], n=1, cutoff=0.8):
             warnings.warn(
-                f"{path}: {lines} lines have the key {key!r}; did you mean {meant[0]!r}? It is ignored", stacklevel=3
+                f"{path}: the key {key!r} (in {lines} of {len(requests)} lines) is ignored; did you mean {meant[0]!r}?",
+                stacklevel=3,
             )
 
 

@@ -89,7 +89,8 @@ class Episodes:
         self.episodes = [self._prepare(number, request) for number, request in enumerate(requests)]
         if len({episode.subject for episode in self.episodes}) < 2:
             raise TrainingError(
-                f"all {len(requests)} requests are about one subject: locality needs examples about another"
+                f"no two of the requests ({len(requests)}) are about different subjects: locality needs examples about "
+                "another"
             )
         self._permutation = lru_cache(maxsize=2)(self._shuffled)
 
