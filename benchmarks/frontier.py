@@ -85,7 +85,7 @@ def run(world: Mapping[str, Any], line: Mapping[str, Any], seed: int, scales: Se
         text = read_text(common.HERE.parent / line["text"]) if "text" in line else ()
         editor = remend.train(base, tokenizer, learnt, validation, editor=editor, config=settings, text=text)
     seconds = time.process_time() - began
-    report = remend.evaluate(base, tokenizer, editor, judged, scales=scales)
+    report = remend.evaluate(base, tokenizer, editor, judged, scales=scales, baselines=False)
     frontier = [
         {
             "scale": scale,
@@ -105,7 +105,7 @@ def run(world: Mapping[str, Any], line: Mapping[str, Any], seed: int, scales: Se
         "seconds": seconds,
         "steps": editor.trained.get("steps", settings.max_steps),
         "edits": len(judged),
-        "milliseconds_an_edit": 1000 * report.seconds_per_edit,
+        "milliseconds_an_edit": 1000 * report.runs[0].seconds_per_edit,
         "frontier": frontier,
         "best": best(report),
     }

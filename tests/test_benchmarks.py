@@ -10,7 +10,7 @@ import torch
 
 import remend
 from remend.data import read_source
-from remend.evaluation.report import Case, Report
+from remend.evaluation.report import Case, Report, Run
 from remend.request import write_requests
 from remend.storage import write_json
 from remend.tasks.causal_lm import CausalLM
@@ -229,7 +229,7 @@ def test_each_edit_is_taken_at_its_best_strength():
         return [Case(0, "", "", "", {m: {"generated": v} for m, v in own.items()}) for own in named]
 
     at = {0.5: cases((1, 0.5, 1), (1, 0, 0.5)), 1.0: cases((1, 1, 0), (1, 1, 0.25))}
-    found = frontier.best(Report("", "", at[1.0], 0.0, {}, at))
+    found = frontier.best(Report("", "", [Run(1, at[1.0], 0.0)], frontier=at))
     assert found == {"reliability": 1, "generality": 0.75, "locality_near": 0.625}
 
 

@@ -214,8 +214,8 @@ def test_training_evaluation_and_edits(chat, tmp_path):
     assert all(trainer.train_step() > 0 for _ in range(3))
     report = evaluate(chat.model, chat.tokenizer, editor, requests[10:13])
     assert {"reliability", "generality", "locality_near", "locality_far"} <= report.metrics().keys()
-    assert report.to_json()["cases"][0]["before"] == requests[0].target
-    assert report.to_json()["cases"][0]["prompt"] == f"user: {worlds.requests(1)[0].prompt}"
+    assert report.to_json()["runs"][0]["cases"][0]["before"] == requests[0].target
+    assert report.to_json()["runs"][0]["cases"][0]["prompt"] == f"user: {worlds.requests(1)[0].prompt}"
     edit = editor.edit(chat.model, chat.tokenizer, requests[:1])
     edit.save(tmp_path / "edit")
     assert Edit.load(tmp_path / "edit").requests == tuple(requests[:1])

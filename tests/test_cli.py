@@ -151,10 +151,13 @@ def test_evaluate_writes_a_report(folder):
     data = ["--data", folder / "test.jsonl", "--json", folder / "report.json", "--limit", 5]
     assert remend("evaluate", folder / "model", "--editor", folder / "editor", *data, "--device", "cpu") == 0
     report = json.loads((folder / "report.json").read_text())
-    assert report["schema"] == "remend.report/1"
-    assert report["edits"] == 5
-    assert set(report["metrics"]["reliability"]) == {"teacher_forced", "generated"}
-    assert set(report["metrics"]["reliability"]["generated"]) == {"mean", "ci95", "n"}
+    assert report["schema"] == "remend.report/2"
+    (run,) = report["runs"]
+    assert len(run["cases"]) == 5
+    assert set(run["metrics"]["reliability"]) == {"teacher_forced", "generated", "contains", "token_f1"}
+    assert set(run["metrics"]["reliability"]["generated"]) == {"mean", "ci95", "n"}
+    assert set(report["baselines"]) == {"unedited", "in_context"}
+    assert not (folder / "report.json.partial").exists()
 
 
 def test_evaluate_shows_and_draws_the_frontier(folder, capsys):
@@ -168,7 +171,7 @@ def test_evaluate_shows_and_draws_the_frontier(folder, capsys):
     assert [point["scale"] for point in points] == [0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0]
     assert not remend("evaluate", folder / "model", "--editor", folder / "editor", *data, "--no-frontier")
     assert "the edits, scaled" not in capsys.readouterr().out
-    assert "frontier" not in json.loads((folder / "frontier.json").read_text())
+    assert json.loads((folder / "frontier.json").read_text())["frontier"] == []
 
 
 def test_an_edit_can_be_scaled(folder, capsys):
@@ -225,7 +228,7 @@ def test_the_version(capsys):
         (
             ["evaluate", "{}/model", *EDITOR, "--data", "{}/test.jsonl", "--no-frontier", "--plot", "x.png"],
             2,
-            "--no-frontier leaves it out",
+            "leave --no-frontier and --protocol away",
         ),
         (
             ["evaluate", "{}/model", *EDITOR, "--data", "{}/bare.jsonl", "--plot", "x.png"],

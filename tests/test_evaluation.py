@@ -16,7 +16,7 @@ from remend.errors import ConfigError, FileError, NonFiniteError, RequestError
 from remend.evaluation import evaluate
 from remend.evaluation.before_after import before_after
 from remend.evaluation.plot import check_plot, draw_frontier
-from remend.evaluation.report import Case, Report, Summary
+from remend.evaluation.report import Case, Report, Run, Summary
 from remend.evaluation.scale import SCALES, choose_scale
 from remend.request import EditRequest, Probe
 from remend.tasks.causal_lm import CausalLM
@@ -44,7 +44,7 @@ def test_an_editor_that_does_nothing(task):
     report = evaluate(task.model, task.tokenizer, nothing, worlds.requests(40), max_new_tokens=5)
     means = {name: {mode: s.mean for mode, s in modes.items()} for name, modes in report.metrics().items()}
     for name in ("locality_far", "locality_near"):
-        assert means[name] == {"teacher_forced": 1.0, "generated": 1.0}
+        assert means[name] == {"teacher_forced": 1.0, "generated": 1.0, "contains": 1.0, "token_f1": 1.0}
     assert means["accuracy_drawdown"] == {"teacher_forced": 0.0, "generated": 0.0}
     for name in ("reliability", "generality", "generality_unseen", "edit_success"):
         assert means[name]["generated"] == 0.0
@@ -108,7 +108,11 @@ def test_known_answers_give_known_values(world):
         EditRequest(prompt="The capital of Peru is", target="Rome", subject="Peru", locality=(right,)),
     ]  # fmt: skip
     report = evaluate(world.model, world.tokenizer, nothing, requests)
-    means = {name: (modes["generated"].mean, modes["generated"].n) for name, modes in report.metrics().items()}
+    means = {
+        name: (modes["generated"].mean, modes["generated"].n)
+        for name, modes in report.metrics().items()
+        if "generated" in modes
+    }
     assert means == {
         "reliability": (0.5, 2),
         "generality": (0.5, 1),
@@ -116,6 +120,7 @@ def test_known_answers_give_known_values(world):
         "edit_success": (pytest.approx((2 / 3 + 0) / 2), 2),
         "locality_far": (1.0, 2),
         "locality_near": (1.0, 1),
+        "locality_adversarial": (1.0, 2),
         "accuracy_drawdown": (0.0, 2),
         "portability": (0.25, 1),
     }
@@ -168,19 +173,21 @@ def test_summaries():
 
 def test_the_report_file(tmp_path):
     modes = {"teacher_forced": 1.0, "generated": 0.0}
-    report = Report("toy", "some.jsonl", [Case("a", "p", "t", "b", {"reliability": modes})], 0.5, {"torch": "x"})
+    case = Case("a", "p", "t", "b", {"reliability": modes})
+    report = Report("toy", "some.jsonl", [Run(1, [case], 0.5)], {"torch": "x"})
     report.save(tmp_path / "report.json")
     found = json.loads((tmp_path / "report.json").read_text())
-    assert found["schema"] == "remend.report/1"
-    assert found["metrics"] == {
+    assert found["schema"] == "remend.report/2"
+    (run,) = found["runs"]
+    assert run["metrics"] == {
         "reliability": {
             "teacher_forced": {"mean": 1.0, "ci95": [1.0, 1.0], "n": 1},
             "generated": {"mean": 0.0, "ci95": [0.0, 0.0], "n": 1},
         }
     }
-    assert found["cost"]["seconds_per_edit"] == 0.5
-    assert found["cost"]["peak_memory_bytes"] > 1e6
-    assert found["cases"][0]["values"]["reliability"] == modes
+    assert run["seconds_per_edit"] == 0.5
+    assert found["peak_memory_bytes"] > 1e6
+    assert run["cases"][0]["values"]["reliability"] == modes
 
 
 def test_edits_of_different_modules_are_each_applied_whole(world):
@@ -227,20 +234,21 @@ def test_the_frontier_is_what_scaled_edits_do(task, editor, tmp_path):
     report = evaluate(task.model, task.tokenizer, editor, requests, max_new_tokens=5, scales=(0.5, 1.0, 2.0))
     assert list(report.frontier) == [0.5, 1.0, 2.0]
     assert report.frontier[1.0] == report.cases
+    free = ("generated", "teacher_forced")
 
     class Scaled:
         def edit_each(self, model, tokenizer, some):
             return [edit.scaled(2.0) for edit in editor.edit_each(model, tokenizer, some)]
 
     alone = evaluate(task.model, task.tokenizer, Scaled(), requests, max_new_tokens=5)
-    assert [case.values for case in alone.cases] == [case.values for case in report.frontier[2.0]]
+    for one, other in zip(alone.cases, report.frontier[2.0], strict=True):
+        assert one.values.keys() == other.values.keys()
+        for name, modes in other.values.items():
+            assert {m: one.values[name][m] for m in modes if m in free} == {m: modes[m] for m in modes if m in free}
     report.save(tmp_path / "report.json")
-    saved = json.loads((tmp_path / "report.json").read_text())["frontier"]
-    assert [point["scale"] for point in saved] == [0.5, 1.0, 2.0]
-    assert (
-        saved[1]["metrics"]["reliability"]
-        == json.loads((tmp_path / "report.json").read_text())["metrics"]["reliability"]
-    )
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert [point["scale"] for point in saved["frontier"]] == [0.5, 1.0, 2.0]
+    assert saved["frontier"][1]["metrics"]["reliability"] == saved["runs"][0]["metrics"]["reliability"]
 
 
 def test_near_probes_are_also_reported_by_their_kind(task, editor):

@@ -57,6 +57,8 @@ def main() -> None:
     stored = remend.Mend.from_pretrained(arguments.out).to(editor.device)
     report = remend.evaluate(model, tokenizer, stored, remend.read_source("atlas:validation"), data="atlas:validation")
     for name, modes in report.metrics().items():
+        if "generated" not in modes:
+            continue
         console.print(f"{name}: {modes['generated'].mean:.4f} (n = {modes['generated'].n})", highlight=False)
     console.print(f"{editor.trained['seconds']:.0f} s, {size / 1e6:.1f} MB in {arguments.out}", soft_wrap=True)
     if size > LARGEST:

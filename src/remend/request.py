@@ -177,7 +177,10 @@ class EditRequest(Probe):
         unseen_paraphrases: phrasings for evaluation only.
         locality: unrelated prompts whose answers must stay (far neighbours).
         near: related prompts whose answers must stay (another subject, or another relation of the same subject).
-        portability: prompts whose answers follow from the edit.
+        portability: prompts whose answers follow from the edit; with a ``kind``, each kind is measured.
+        formats: the same request in another form: a question for a completion, a conversation for a text.
+        negated: prompts that deny the fact ("The capital of Canada is not"), whose answer must not be the target.
+        generation: prompts to be continued freely, for the fluency of what follows.
     """
 
     subject: str | None = None
@@ -187,8 +190,11 @@ class EditRequest(Probe):
     locality: tuple[Probe, ...] = ()
     near: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
+    formats: tuple[Prompt, ...] = ()
+    negated: tuple[Prompt, ...] = ()
+    generation: tuple[Prompt, ...] = ()
 
-    @field_validator("paraphrases", "unseen_paraphrases")
+    @field_validator("paraphrases", "unseen_paraphrases", "negated", "generation")
     @classmethod
     def _phrasings_in_conversation(cls, phrasings: tuple[Prompt, ...], info: ValidationInfo) -> tuple[Prompt, ...]:
         asked = info.data.get("prompt")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -17,58 +18,77 @@ from remend.errors import ConfigError
 
 if TYPE_CHECKING:
     from remend.evaluation import Report
+    from remend.evaluation.report import Run
 
 
 def evaluate(
     model: options.Model,
     data: Annotated[str, typer.Option(metavar="FILE", help="Requests as JSON lines, or atlas:test, questions:test, …")],
     editor: options.EditorFolder = None,
+    protocol: Annotated[
+        str,
+        typer.Option(help="single: each edit alone. batched: several at once. sequential: one after another."),
+    ] = "single",
+    edits: Annotated[
+        str | None, typer.Option(metavar="1,5,25,…", help="batched, sequential: how many edits at work at once.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests, drawn with the seed.")] = None,
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     quantise: options.Quantise = None,
     seed: options.Seed = 0,
-    frontier: Annotated[bool, typer.Option(help="Also judge the edits at 0.25 to 2 times their strength.")] = True,
+    baselines: Annotated[
+        bool, typer.Option(help="Also judge the unedited model, as it is and with the fact in its prompt.")
+    ] = True,
+    frontier: Annotated[bool, typer.Option(help="Also judge single edits at 0.25 to 2 times their strength.")] = True,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A text on which to measure perplexity after each edit.")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it.")] = 1024,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw that as a picture (.png, .svg, .pdf).")
+        Path | None, typer.Option(metavar="FILE", help="Draw the frontier as a picture (.png, .svg, .pdf).")
     ] = None,
     json: options.Json = None,
+    resume: Annotated[bool, typer.Option(help="Go on with what a stopped run left beside --json.")] = False,
 ) -> None:
-    """Make each edit from the untouched model and measure success, generality and locality over the whole file.
+    """Make the edits of a whole file and measure success, generality and locality.
 
     An editor that is right at one strength may be so by luck: the frontier shows what more and less strength would do.
     """
     from remend.core.layers import device_of
     from remend.data import read_source
+    from remend.data.sources import read_text
     from remend.evaluation import evaluate as measure
     from remend.evaluation.plot import check_plot, draw_frontier
-    from remend.evaluation.single import SCALES
+    from remend.evaluation.protocols import SCALES
 
+    frontier = frontier and protocol == "single"
     if plot is not None:
         check_plot(plot)
         if not frontier:
-            raise ConfigError("--plot draws the frontier, and --no-frontier leaves it out: give one of them")
+            raise ConfigError("--plot draws the frontier of single edits: leave --no-frontier and --protocol away")
+    if resume and json is None:
+        raise ConfigError("--resume goes on with what lies beside the report: give the same --json FILE as before")
     requests = read_source(data)
     if limit is not None and limit < len(requests):
         requests = [requests[i] for i in sorted(random.Random(seed).sample(range(len(requests)), limit))]
     if plot is not None and not any(request.near for request in requests):
         raise ConfigError(f"{data}: no request names near prompts, so there is no near locality to draw (--plot)")
+    passages = [] if text is None else read_text(text)
     chosen = options.load_editor(editor, model)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     console = Console()
     with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("editing", total=len(requests))
+        task = bar.add_task("editing", total=None)
         report = measure(
             base, tokenizer, chosen.to(device_of(base)), requests,
-            data=data, max_new_tokens=max_new_tokens, scales=SCALES if frontier else (),
-            name=Path(editor or model).name,
-            on_progress=lambda done, _: bar.update(task, completed=done),
+            protocol=protocol, edits=_numbers(edits), baselines=baselines, scales=SCALES if frontier else (),
+            text=passages, text_tokens=text_tokens, data=data, name=Path(editor or model).name,
+            max_new_tokens=max_new_tokens, journal=None if json is None else json.with_name(f"{json.name}.partial"),
+            resume=resume, on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
-    console.print(_table(report))
-    if report.frontier:
-        console.print(_frontier(report))
-    console.print(f"{1000 * report.seconds_per_edit:.1f} ms an edit")
+    print_report(report, console)
     if plot is not None:
         draw_frontier({f"{report.editor} on {report.data}, {len(report.cases)} edits": report}, plot)
         console.print(f"drawn in [bold]{plain(plot)}[/]", soft_wrap=True)
@@ -77,23 +97,69 @@ def evaluate(
         console.print(f"every edit is in [bold]{plain(json)}[/]", soft_wrap=True)
 
 
-def _table(report: Report) -> Table:
-    count = len(report.cases)
-    title = f"{count} single edit{'s' if count > 1 else ''} of {plain(report.model)}, {plain(report.data)}"
-    table = Table(title=title, title_justify="left")
-    for column in ("metric", "generated", "95 %", "teacher forced", "edits"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
-    for name, modes in report.metrics().items():
-        free, forced = modes["generated"], modes["teacher_forced"]
-        interval = f"{free.ci95[0]:.3f} – {free.ci95[1]:.3f}"
-        table.add_row(name.replace("_", " "), f"[bold]{free.mean:.3f}[/]", interval, f"{forced.mean:.3f}", str(free.n))
+def _numbers(text: str | None) -> list[int]:
+    """The numbers of a list such as ``1,5,25``."""
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        raise ConfigError(f"--edits is a list of numbers such as 1,5,25, not {wrong[0]!r} in it")
+    return [int(part) for part in parts]
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The figures as tables."""
+    for run in report.runs:
+        console.print(_table(report, run))
+    if report.frontier:
+        console.print(_frontier(report))
+    for reason, count in report.left_out.items():
+        console.print(f"not judged: {count} {plain(reason)}")
+    if report.text:
+        console.print(
+            f"perplexity of the unedited model on {report.text['tokens']:,.0f} tokens of text: "
+            f"{report.text['perplexity']:.2f}"
+        )
+    console.print(f"{1000 * report.runs[-1].seconds_per_edit:.1f} ms an edit")
+
+
+def _table(report: Report, run: Run) -> Table:
+    from remend.evaluation.report import metrics_of
+
+    count = len(run.cases)
+    how = {"single": "single edit", "batched": f"edit, {run.edits} at once", "sequential": "edit, one after another"}
+    kind, _, rest = how[report.protocol].partition(",")
+    title = f"{count} {kind}{'s' if count > 1 else ''}{',' + rest if rest else ''} of {plain(report.model)}, "
+    table = Table(title=title + plain(report.data), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    beside = {name: metrics_of(cases) for name, cases in report.baselines.items()}
+    columns = ("metric", "generated", "95 %", "teacher\nforced", *(name.replace("_", "\n") for name in beside))
+    for column in columns:
+        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
+    parent = ""
+    for name, modes in run.metrics().items():
+        if parent and name.startswith(f"{parent}_"):  # one kind of what stands above it
+            label = f"– {name.removeprefix(f'{parent}_')}"
+        else:
+            label, parent = name, name
+        free = modes.get("generated") or modes["value"]
+        others = [own[name].get("generated") or own[name]["value"] if name in own else None for own in beside.values()]
+        table.add_row(
+            label.replace("_", " ") + ("" if free.n == count else f" ({free.n})"),
+            f"[bold]{_figure(free.mean)}[/]",
+            f"{_figure(free.ci95[0])}–{_figure(free.ci95[1])}",
+            _figure(modes["teacher_forced"].mean) if "teacher_forced" in modes else "",
+            *("" if other is None else _figure(other.mean) for other in others),
+        )
     return table
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}" if abs(value) < 100_000 else f"{value:.1e}"
 
 
 def _frontier(report: Report) -> Table:
     """Generated answers at each scale, with a bar for each share."""
     found = {
-        scale: {n: m["generated"].mean for n, m in own.items()} for scale, own in report.frontier_metrics().items()
+        scale: {n: m["generated"].mean for n, m in own.items() if "generated" in m}
+        for scale, own in report.frontier_metrics().items()
     }
     shown = [n for n in ("reliability", "generality", "locality_near", "locality_far") if n in found[1.0]]
     table = Table(title="the edits, scaled", title_justify="left")

@@ -1,180 +1,262 @@
-"""Looking at prompts with and without an edit, and judging what is seen there."""
+"""What an edit's request asks of it, and the value of each metric that follows from what was seen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
-import torch
+from remend.evaluation.before_after import Answer
+from remend.evaluation.changes import after_fact, fitting
+from remend.evaluation.looking import SHORT, Question, View, body_length
+from remend.evaluation.metrics import contains, exact_match, ngram_entropy, repetition, token_f1
+from remend.request import Chat, EditRequest, Probe, Prompt
+from remend.tasks.task import Task
 
-from remend.base import find_modules
-from remend.core.branch import branches, frozen
-from remend.core.low_rank import LowRank, stack
-from remend.edit import Edit
-from remend.request import EditRequest, Probe, Prompt
-from remend.tasks.task import Batch, Pair, Task
+T = TypeVar("T")
+Values = dict[str, dict[str, float]]
+"""Metric → mode → value."""
 
-ROWS_AT_ONCE = 128
-
-Answers = Mapping[Prompt, tuple[int, ...]]
-"""The unedited model's free answer to each prompt."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """One prompt looked at with and without the edit: what to expect, and the first choice at each of its tokens."""
-
-    pair: Pair
-    before: tuple[int, ...]
-    after: tuple[int, ...]
+VALUE = "value"
+"""The one mode of a metric that has no teacher-forced and generated side."""
 
 
 class Judge:
-    """Compares first choices with expected tokens, and knows the end tokens.
+    """Knows which prompts belong to a request and what is wanted there, and values what was seen.
 
     Args:
         task: the base model.
-        own: its own answers to the prompts that must not change, and to the edited ones.
+        requests: all that will be judged.
+        limit: how many tokens a free answer may have.
     """
 
-    def __init__(self, task: Task, own: Answers) -> None:
+    def __init__(self, task: Task, requests: Sequence[EditRequest], limit: int = 32) -> None:
         self.task = task
-        self.own = own
-        self.ends = task.ends
+        self.limit = limit
+        prompts = dict.fromkeys(prompt for request in requests for prompt in self._every(request))
+        self.own = dict(zip(prompts, task.answers(list(prompts), limit), strict=True))
+        """The unedited model's free answer to every prompt."""
 
-    def pairs(self, request: EditRequest) -> list[Pair]:
-        """Every prompt of a request with every answer that is looked for there."""
-        task = self.task
-        prompts = (request.prompt, *request.paraphrases, *request.unseen_paraphrases)
-        pairs = [task.tokenise(prompt, request.target) for prompt in prompts]
-        pairs += [task.tokenise(probe.prompt, probe.target) for probe in request.portability]
-        for probe in (*request.locality, *request.near):
-            pairs += [task.tokenise(probe.prompt, probe.target), self._answered(probe.prompt)]
-        return list(dict.fromkeys(pairs))
+    def questions(self, request: EditRequest) -> list[Question]:
+        """All that is looked at for a request: each prompt along what is wanted there."""
+        found = self._targets(request, (request.prompt, *_phrasings(request)))
+        found += [self._given(probe) for probe in (*request.portability, *request.locality, *request.near)]
+        kept = [probe.prompt for probe in (*request.locality, *request.near)]
+        found += map(
+            self.own_question,
+            (request.prompt, *kept, *self.adversarial(request), *request.negated, *request.generation),
+        )
+        return list(dict.fromkeys(found))
 
-    def values(self, request: EditRequest, looks: Mapping[Pair, Look]) -> dict[str, dict[str, float]]:
-        """Every metric that this request has data for, by mode."""
-        kinds: dict[str, list[Probe]] = {}
-        for probe in request.near:
-            if isinstance(kind := (probe.model_extra or {}).get("kind"), str):
-                kinds.setdefault(f"locality_near_{kind}", []).append(probe)
-        portable = [looks[self.task.tokenise(probe.prompt, probe.target)] for probe in request.portability]
-        collected = {
-            "reliability": self._answers(request, [request.prompt], looks),
-            "generality": self._answers(request, request.paraphrases, looks),
-            "generality_unseen": self._answers(request, request.unseen_paraphrases, looks),
-            "edit_success": self._answers(request, [request.prompt, *request.paraphrases], looks),
-            "locality_far": self._kept(request.locality, looks),
-            "locality_near": self._kept(request.near, looks),
-            **{name: self._kept(probes, looks) for name, probes in kinds.items()},
-            "accuracy_drawdown": self._lost(request.locality, looks),
-            "portability": [self._right(look.pair, look.after) for look in portable],
-        }
-        return {
-            name: {mode: sum(v[mode] for v in values) / len(values) for mode in values[0]}
-            for name, values in collected.items()
-            if values
-        }
+    def target_length(self, request: EditRequest) -> int:
+        """How many tokens the target has, without its end."""
+        (asked,) = self._targets(request, (request.prompt,))
+        return body_length(self.task, asked.expected)
 
-    def _answered(self, prompt: Prompt) -> Pair:
-        """A prompt with the unedited model's own answer."""
-        return Pair(tuple(self.task.prompt_ids(prompt)), self.own[prompt])
+    def adversarial(self, request: EditRequest) -> list[Prompt]:
+        """Unrelated prompts with the edit put before them as a sentence (Hoelscher-Obermaier et al., 2305.17553).
 
-    def _body(self, pair: Pair) -> int:
-        """How many tokens of the target come before its end token."""
-        return len(pair.target) - int(pair.target[-1] in self.ends)
-
-    def _right(self, pair: Pair, chosen: tuple[int, ...]) -> dict[str, float]:
-        """Whether the target is answered: without regard to the end (teacher forced), and with it (generated)."""
-        body = self._body(pair)
-        return {
-            "teacher_forced": float(chosen[:body] == pair.target[:body]),
-            "generated": float(chosen == pair.target),
-        }
-
-    def _answers(
-        self, request: EditRequest, prompts: Sequence[Prompt], looks: Mapping[Pair, Look]
-    ) -> list[dict[str, float]]:
-        pairs = [self.task.tokenise(prompt, request.target) for prompt in prompts]
-        return [self._right(pair, looks[pair].after) for pair in pairs]
-
-    def _kept(self, probes: Sequence[Probe], looks: Mapping[Pair, Look]) -> list[dict[str, float]]:
-        """Whether each answer is what the unedited model answered.
-
-        Teacher forced: token by token, along the answer that the request names. Generated: the model's own free answer.
+        A model that answers them with the edit's target listens to the words of the edit, not to the question. Those
+        that do not fit into the model's context are left out.
         """
-        found = []
-        for probe in probes:
-            given, own = looks[self.task.tokenise(probe.prompt, probe.target)], looks[self._answered(probe.prompt)]
-            body = self._body(given.pair)
-            found.append(
-                {
-                    "teacher_forced": float(given.before[:body] == given.after[:body]),
-                    "generated": float(own.after == own.pair.target),
-                }
-            )
-        return found
+        found = (fitting(self.task, after_fact(request, probe.prompt), SHORT) for probe in request.locality)
+        return [prompt for prompt in found if prompt is not None]
 
-    def _lost(self, probes: Sequence[Probe], looks: Mapping[Pair, Look]) -> list[dict[str, float]]:
-        found = [looks[self.task.tokenise(probe.prompt, probe.target)] for probe in probes]
-        pairs = [(self._right(look.pair, look.before), self._right(look.pair, look.after)) for look in found]
-        return [{mode: before[mode] - after[mode] for mode in before} for before, after in pairs]
+    def unchanged(self, request: EditRequest) -> dict[Prompt, tuple[int, ...]]:
+        """The free answers to a request's prompts before any change."""
+        return {prompt: self.own[prompt] for prompt in self._every(request)}
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def values(self, request: EditRequest, view: View) -> Values:
+        """Every metric that the request has data for, by mode; what could not be asked is absent, never 0."""
+        asked, phrased, formats = (
+            self._targets(request, own) for own in ((request.prompt,), request.paraphrases, request.formats)
+        )
+        wanted = {
+            "reliability": asked,
+            "generality": phrased,
+            "generality_unseen": self._targets(request, request.unseen_paraphrases),
+            "edit_success": [*asked, *phrased],
+            **_by_kind("portability", [(kind_of(probe), self._given(probe)) for probe in request.portability]),
+            **_by_kind(
+                "format_shift",
+                [(form_of(question.prompt), question) for question in formats],
+            ),
+        }
+        kept = {
+            "far": [(probe.prompt, self._given(probe)) for probe in request.locality],
+            **_by_kind("near", [(kind_of(probe), (probe.prompt, self._given(probe))) for probe in request.near]),
+            "adversarial": [(prompt, self.own_question(prompt)) for prompt in self.adversarial(request)],
+        }
+        found: Values = {name: _mean(self._right(question, view) for question in own) for name, own in wanted.items()}
+        for name, places in kept.items():
+            found[f"locality_{name}"] = _mean(self._kept(prompt, along, view) for prompt, along in places)
+            found[f"kl_{name}"] = _mean(self._divergence(prompt, view) for prompt, _ in places)
+        found["accuracy_drawdown"] = _mean(self._lost(probe, view) for probe in request.locality)
+        found["portability_negated"] = _mean(self._denied(request, prompt, view) for prompt in request.negated)
+        found |= self._confidence(asked[0], view)
+        found |= self._fluency(request, view)
+        return {name: values for name, values in found.items() if values}
+
+    def _right(self, question: Question, view: View) -> dict[str, float]:
+        """Whether an answer is given: along it, without regard to its end, and freely."""
+        seen = view.seen.get(question)
+        if seen is None:
+            return {}
+        body = body_length(self.task, question.expected)
+        forced = float(seen.after[:body] == question.expected[:body])
+        return {"teacher_forced": forced, **self._freely(question, view)}
+
+    def _kept(self, prompt: Prompt, along: Question, view: View) -> dict[str, float]:
+        """Whether the unedited model's answer stayed: its first choices ``along`` an answer, and freely its own."""
+        seen = view.seen.get(along)
+        if seen is None:
+            return {}
+        body = body_length(self.task, along.expected)
+        forced = float(seen.before[:body] == seen.after[:body])
+        return {"teacher_forced": forced, **self._freely(self.own_question(prompt), view)}
+
+    def _freely(self, question: Question, view: View) -> dict[str, float]:
+        """How the free answer compares with what was looked for; where it was not decoded, whether it is the same."""
+        if question.prompt not in view.answers:
+            return {"generated": float(view.seen[question].after == question.expected)}
+        wanted, answer = self.task.text(question.expected), self._told(question, view.answers[question.prompt])
+        return {
+            "generated": exact_match(answer, wanted),
+            "contains": contains(answer, wanted),
+            "token_f1": token_f1(answer, wanted),
+        }
+
+    def _told(self, question: Question, answer: tuple[int, ...]) -> str:
+        """A free answer's text. Where nothing ends answers, it is as long as what was looked for."""
+        return self.task.text(answer if self.task.ends else answer[: len(question.expected)])
+
+    def _divergence(self, prompt: Prompt, view: View) -> dict[str, float]:
+        seen = view.seen.get(self.own_question(prompt))
+        return {} if seen is None else {VALUE: seen.divergence}
+
+    def _lost(self, probe: Probe, view: View) -> dict[str, float]:
+        """1 where the true answer was given before and is not any more, −1 where it is the other way round."""
+        question = self._given(probe)
+        seen = view.seen.get(question)
+        if seen is None:
+            return {}
+        body, expected = body_length(self.task, question.expected), question.expected
+        forced = float(seen.before[:body] == expected[:body]) - float(seen.after[:body] == expected[:body])
+        if probe.prompt in view.answers:
+            answers = (self.own[probe.prompt], view.answers[probe.prompt])
+            was, now = (exact_match(self._told(question, own), self.task.text(expected)) for own in answers)
+        else:
+            was, now = (float(own == expected) for own in (seen.before, seen.after))
+        return {"teacher_forced": forced, "generated": was - now}
+
+    def _denied(self, request: EditRequest, prompt: Prompt, view: View) -> dict[str, float]:
+        """1 where a prompt that denies the fact is not answered with it."""
+        answer = view.answers.get(prompt)
+        return {} if answer is None else {VALUE: 1 - contains(self.task.text(answer), request.target)}
+
+    def _confidence(self, question: Question, view: View) -> Values:
+        """The probability of the target, and its first token's rank."""
+        seen = view.seen.get(question)
+        if seen is None:
+            return {}
+        return {
+            "target_probability": {VALUE: math.exp(seen.log_p)},
+            "target_rank": {VALUE: float(seen.rank)},
+        }
+
+    def _fluency(self, request: EditRequest, view: View) -> Values:
+        """How varied free continuations are."""
+        told = [view.answers[prompt] for prompt in request.generation if prompt in view.answers]
+        return {
+            "fluency": _mean({VALUE: ngram_entropy(answer)} for answer in told),
+            "repetition": _mean({VALUE: repetition(answer)} for answer in told),
+        }
+
+    # -- for people ----------------------------------------------------------------------------------------------
+
+    def answers(self, request: EditRequest, view: View) -> list[Answer]:
+        """Every prompt's answer before and after the change, in words."""
+        target, text = request.target, self.task.text
+        rows: list[tuple[str, Prompt, str | None]] = [("prompt", request.prompt, target)]
+        rows += [("paraphrase", prompt, target) for prompt in request.paraphrases]
+        rows += [("unseen paraphrase", prompt, target) for prompt in request.unseen_paraphrases]
+        rows += [(f"as a {form_of(prompt)}", prompt, target) for prompt in request.formats]
+        rows += [(kind_of(probe) or "portability", probe.prompt, probe.target) for probe in request.portability]
+        rows += [("negated", prompt, None) for prompt in request.negated]
+        for kind, probes in (("near", request.near), ("far", request.locality)):
+            rows += [(kind, probe.prompt, text(self.own[probe.prompt])) for probe in probes]
+        rows += [("adversarial", prompt, text(self.own[prompt])) for prompt in self.adversarial(request)]
+        rows += [("generation", prompt, None) for prompt in request.generation]
+        return [
+            Answer(kind, str(prompt), wanted, text(self.own[prompt]), *self._after(kind, prompt, wanted, request, view))
+            for kind, prompt, wanted in rows
+            if prompt in view.answers
+        ]
+
+    def _after(
+        self, kind: str, prompt: Prompt, wanted: str | None, request: EditRequest, view: View
+    ) -> tuple[str, bool | None]:
+        after = self.task.text(view.answers[prompt])
+        if kind == "negated":
+            return after, not contains(after, request.target)
+        if wanted is None:
+            return after, None
+        asked = (
+            self.own_question(prompt) if kind in KEPT else Question(prompt, self.task.tokenise(prompt, wanted).target)
+        )
+        return after, bool(exact_match(self._told(asked, view.answers[prompt]), self.task.text(asked.expected)))
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def _targets(self, request: EditRequest, prompts: Iterable[Prompt]) -> list[Question]:
+        return [Question(prompt, self.task.tokenise(prompt, request.target).target) for prompt in prompts]
+
+    def _given(self, probe: Probe) -> Question:
+        return Question(probe.prompt, self.task.tokenise(probe.prompt, probe.target).target)
+
+    def own_question(self, prompt: Prompt) -> Question:
+        """A prompt, along the unedited model's own answer."""
+        return Question(prompt, self.own[prompt])
+
+    def _every(self, request: EditRequest) -> list[Prompt]:
+        probes = (*request.portability, *request.locality, *request.near)
+        own = (request.prompt, *_phrasings(request), *request.negated, *request.generation)
+        return [*own, *(probe.prompt for probe in probes), *self.adversarial(request)]
 
 
-def own_answers(task: Task, requests: Sequence[EditRequest], limit: int) -> dict[Prompt, tuple[int, ...]]:
-    """The unedited model's free answer to every prompt that must not change, and to the edited prompts."""
-    prompts = dict.fromkeys(p.prompt for request in requests for p in (request, *request.locality, *request.near))
-    return dict(zip(prompts, task.answers(list(prompts), limit), strict=True))
+KEPT = ("near", "far", "adversarial")
+"""The kinds of prompt whose answer must stay."""
 
 
-@torch.no_grad()
-def look(
-    task: Task, edits: Sequence[Edit], wanted: Sequence[Sequence[Pair]], scales: Sequence[float] = (1.0,)
-) -> list[list[dict[Pair, Look]]]:
-    """The first choices at every wanted pair's target, before and after its own edit; rows of all edits go together.
+def kind_of(probe: Probe) -> str:
+    """The kind that a probe says it is of, or nothing."""
+    kind = (probe.model_extra or {}).get("kind")
+    return kind if isinstance(kind, str) else ""
 
-    Args:
-        task: the base model.
-        edits: the edits.
-        wanted: for each edit the pairs to look at.
-        scales: what the edits are multiplied with; what is there without an edit is looked at once for all.
 
-    Returns:
-        For each scale, for each edit, what was seen.
-    """
-    changes = _stacked(edits)
-    modules = find_modules(task.model, changes)
-    rows = [(number, pair) for number, pairs in enumerate(wanted) for pair in pairs]
-    rows.sort(key=lambda row: len(row[1]))  # rows of like length pad least
-    found: list[list[dict[Pair, Look]]] = [[{} for _ in edits] for _ in scales]
-    with frozen(task.model):
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            chunk = rows[start : start + ROWS_AT_ONCE]
-            batch = task.collate([pair for _, pair in chunk])
-            episodes = torch.tensor([number for number, _ in chunk])
-            selected = {name: change.select(episodes.to(change.u.device)) for name, change in changes.items()}
-            before = _first_choices(task, batch)
-            for scale, seen in zip(scales, found, strict=True):
-                with branches(modules, {name: change.scaled(scale) for name, change in selected.items()}):
-                    after = _first_choices(task, batch)
-                for (number, pair), b, a in zip(chunk, before, after, strict=True):
-                    seen[number][pair] = Look(pair, b, a)
+def form_of(prompt: Prompt) -> str:
+    """``chat``, ``question`` or ``completion``: how a prompt asks."""
+    if isinstance(prompt, Chat):
+        return "chat"
+    return "question" if str(prompt).rstrip().endswith(("?", "？", "؟")) else "completion"
+
+
+def _phrasings(request: EditRequest) -> tuple[Prompt, ...]:
+    return (*request.paraphrases, *request.unseen_paraphrases, *request.formats)
+
+
+def _by_kind(name: str, places: Sequence[tuple[str, T]]) -> dict[str, list[T]]:
+    """All places under ``name``, and those of each kind under ``name_kind``."""
+    found: dict[str, list[T]] = {name: [place for _, place in places]}
+    for kind, place in places:
+        if kind:
+            found.setdefault(f"{name}_{kind}", []).append(place)
     return found
 
 
-def _stacked(edits: Sequence[Edit]) -> dict[str, LowRank]:
-    """One batched change for each module that any of the edits touches; an edit that does not adds nothing there."""
-    stacked = {}
-    for name in dict.fromkeys(name for edit in edits for name in edit.changes):
-        like = next(edit.changes[name] for edit in edits if name in edit.changes)
-        nothing = replace(like, u=like.u[:0], delta=like.delta[:0])
-        stacked[name] = stack([edit.changes.get(name, nothing) for edit in edits])
-    return stacked
-
-
-def _first_choices(task: Task, batch: Batch) -> list[tuple[int, ...]]:
-    """The most probable token at each position that predicts a target token, row by row."""
-    chosen: list[list[int]] = [[] for _ in range(batch.rows)]
-    for row, token in zip(batch.row.tolist(), task.target_logits(batch).argmax(-1).tolist(), strict=True):
-        chosen[row].append(token)
-    return [tuple(tokens) for tokens in chosen]
+def _mean(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each mode over the places where something was found; of none, nothing."""
+    found = [values for values in several if values]
+    return {mode: math.fsum(values[mode] for values in found) / len(found) for mode in found[0]} if found else {}

@@ -45,7 +45,7 @@ def draw_frontier(reports: Mapping[str, Report], path: Path) -> None:
     lowest = 1.0
     for name, report in reports.items():
         at = {
-            scale: {metric: modes["generated"].mean for metric, modes in own.items()}
+            scale: {metric: modes["generated"].mean for metric, modes in own.items() if "generated" in modes}
             for scale, own in report.frontier_metrics().items()
         }
         success = "generality" if "generality" in at[1.0] else "reliability"

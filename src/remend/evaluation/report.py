@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,32 @@ import transformers
 
 import remend
 from remend.errors import NonFiniteError
+from remend.evaluation.before_after import Answer
 from remend.storage import write_json
 
-SCHEMA = "remend.report/1"
-MODES = ("teacher_forced", "generated")
+SCHEMA = "remend.report/2"
 RESAMPLES = 1_000
 METRICS = (
     "reliability",
     "generality",
     "generality_unseen",
     "edit_success",
+    "format_shift",
+    "portability",
     "locality_far",
     "locality_near",
+    "locality_adversarial",
     "accuracy_drawdown",
-    "portability",
+    "perplexity_drawdown",
+    "kl_far",
+    "kl_near",
+    "kl_adversarial",
+    "target_probability",
+    "target_rank",
+    "fluency",
+    "repetition",
 )
-"""In the order in which they are reported."""
+"""In the order in which they are reported; what begins with a name stands after it."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +68,18 @@ class Summary:
 
 @dataclass(frozen=True)
 class Case:
-    """What one edit did: the value of each metric that its request has data for, by mode.
+    """What was found for one edit: the value of each metric that its request has data for, by mode.
 
     Attributes:
         id: the request's, or its number in the file.
         prompt: the edited prompt, a conversation as people read it.
         target: what it should answer.
         before: the unedited model's own answer.
-        values: metric → mode → value between 0 and 1 (a drawdown may be negative).
+        values: metric → mode → value. Modes are ``teacher_forced``, ``generated``, ``contains`` and ``token_f1``, or
+            ``value`` where there is one only.
+        about: what results are broken down by: ``relation``, ``target_tokens``, and ``confidence``, the probability of
+            the unedited model's own answer.
+        answers: every prompt's answer before and after.
     """
 
     id: str | int
@@ -73,6 +87,44 @@ class Case:
     target: str
     before: str
     values: Mapping[str, Mapping[str, float]]
+    about: Mapping[str, str | float] = field(default_factory=dict)
+    answers: Sequence[Answer] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object of the report."""
+        return {
+            "id": self.id,
+            "prompt": self.prompt,
+            "target": self.target,
+            "before": self.before,
+            "about": dict(self.about),
+            "values": {name: dict(modes) for name, modes in self.values.items()},
+            "answers": [asdict(answer) for answer in self.answers],
+        }
+
+    @staticmethod
+    def of(found: Mapping[str, Any]) -> Case:
+        """The case of such an object, which was checked already."""
+        return Case(**{**found, "answers": tuple(Answer(**answer) for answer in found["answers"])})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One number of edits at work in the model at once, and what was found then.
+
+    Attributes:
+        edits: how many.
+        cases: of all edits, each judged while so many are at work.
+        seconds_per_edit: wall time of making an edit, evaluation not included.
+    """
+
+    edits: int
+    cases: Sequence[Case]
+    seconds_per_edit: float
+
+    def metrics(self) -> dict[str, dict[str, Summary]]:
+        """Each metric that has data, by mode. One without data is absent, never 0."""
+        return metrics_of(self.cases)
 
 
 @dataclass(frozen=True)
@@ -82,47 +134,76 @@ class Report:
     Attributes:
         model: what was edited.
         data: where the requests are from.
-        cases: one entry an edit.
-        seconds_per_edit: wall time of making an edit, evaluation not included.
+        editor: the name of what made the edits.
+        protocol: ``single``, ``batched`` or ``sequential``.
+        runs: by how many edits were at work; of single edits there is one.
+        baselines: what was found without any edit (``unedited``), and with the fact in the prompt (``in_context``).
+        frontier: single edits multiplied by each of some scales, if that was asked for.
+        text: of the text that perplexity was measured on, its ``tokens`` and ``perplexity`` before any edit.
+        left_out: how many requests or prompts were not judged, by reason.
         environment: versions, device and threads.
-        editor: the name of what made the edits, if it was told.
-        frontier: the same cases with the edits multiplied by each of some scales, if that was asked for.
     """
 
     model: str
     data: str
-    cases: Sequence[Case]
-    seconds_per_edit: float
+    runs: Sequence[Run]
     environment: Mapping[str, Any] = field(default_factory=dict)
-    frontier: Mapping[float, Sequence[Case]] = field(default_factory=dict)
     editor: str = ""
+    protocol: str = "single"
+    baselines: Mapping[str, Sequence[Case]] = field(default_factory=dict)
+    frontier: Mapping[float, Sequence[Case]] = field(default_factory=dict)
+    text: Mapping[str, float] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def cases(self) -> Sequence[Case]:
+        """Those of the run with the most edits: of single edits, all there are."""
+        return self.runs[-1].cases
 
     def metrics(self) -> dict[str, dict[str, Summary]]:
-        """Each metric that has data, by mode. One without data is absent, never 0."""
-        return _metrics(self.cases)
+        """Each metric of that run, by mode. One without data is absent, never 0."""
+        return metrics_of(self.cases)
 
     def frontier_metrics(self) -> dict[float, dict[str, dict[str, Summary]]]:
         """The same at each scale of the frontier."""
-        return {scale: _metrics(cases) for scale, cases in self.frontier.items()}
+        return {scale: metrics_of(cases) for scale, cases in self.frontier.items()}
+
+    def retention(self) -> list[list[float]]:
+        """Of sequential edits, for each run the share of its own prompt that each edit made so far still answers.
+
+        Row j, column i: 1 if edit i is still there after the edits of run j, else 0; rows grow from run to run.
+        """
+        if self.protocol != "sequential":
+            return []
+        return [[case.values["reliability"]["generated"] for case in run.cases] for run in self.runs]
 
     def to_json(self) -> dict[str, Any]:
-        """The report as schema ``remend.report/1``."""
+        """The report as an object of :data:`SCHEMA`."""
         at_scales = {scale: _as_json(metrics) for scale, metrics in self.frontier_metrics().items()}
-        frontier = [{"scale": scale, "metrics": metrics} for scale, metrics in at_scales.items()]
         return {
             "schema": SCHEMA,
             "model": self.model,
             "data": self.data,
-            **({"editor": self.editor} if self.editor else {}),
-            "edits": len(self.cases),
-            "metrics": _as_json(self.metrics()),
-            **({"frontier": frontier} if frontier else {}),
-            "cost": {"seconds_per_edit": self.seconds_per_edit, "peak_memory_bytes": peak_memory()},
-            "environment": dict(self.environment),
-            "cases": [
-                {"id": c.id, "prompt": c.prompt, "target": c.target, "before": c.before, "values": dict(c.values)}
-                for c in self.cases
+            "editor": self.editor,
+            "protocol": self.protocol,
+            "runs": [
+                {
+                    "edits": run.edits,
+                    "seconds_per_edit": run.seconds_per_edit,
+                    "metrics": _as_json(run.metrics()),
+                    "cases": [case.to_json() for case in run.cases],
+                }
+                for run in self.runs
             ],
+            "baselines": {
+                name: {"metrics": _as_json(metrics_of(cases)), "cases": [case.to_json() for case in cases]}
+                for name, cases in self.baselines.items()
+            },
+            "frontier": [{"scale": scale, "metrics": metrics} for scale, metrics in at_scales.items()],
+            "text": dict(self.text),
+            "left_out": dict(self.left_out),
+            "peak_memory_bytes": peak_memory(),
+            "environment": dict(self.environment),
         }
 
     def save(self, path: str | Path) -> None:
@@ -130,12 +211,14 @@ class Report:
         write_json(path, self.to_json())
 
 
-def _metrics(cases: Sequence[Case]) -> dict[str, dict[str, Summary]]:
+def metrics_of(cases: Sequence[Case]) -> dict[str, dict[str, Summary]]:
+    """The mean over edits of each metric that has data, by mode."""
     found: dict[str, dict[str, Summary]] = {}
     names = dict.fromkeys(name for case in cases for name in case.values)
     for name in sorted(names, key=_order):
         having = [case.values[name] for case in cases if name in case.values]
-        found[name] = {mode: Summary.of([values[mode] for values in having]) for mode in MODES}
+        modes = dict.fromkeys(mode for values in having for mode in values)
+        found[name] = {mode: Summary.of([values[mode] for values in having if mode in values]) for mode in modes}
     return found
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.edit import Edit
-from remend.evaluation.judging import Judge, look, own_answers
+from remend.evaluation.changes import Together
+from remend.evaluation.judging import Judge
+from remend.evaluation.looking import look
 from remend.request import EditRequest
 from remend.tasks import task_of
 
@@ -16,6 +18,8 @@ SCALES = tuple(round(0.5 * 2 ** (step / 4), 3) for step in range(9))
 """0.5 to 2, in steps of a fourth of an octave."""
 
 KEPT = ("locality_near", "locality_far")
+UNASKED = ("unseen_paraphrases", "portability", "formats", "negated", "generation")
+"""What a request has for evaluation alone: nothing is chosen by it."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,15 @@ def choose_scale(
     """
     edit.base.check(model, "this edit")
     task = task_of(model, tokenizer)
-    judge = Judge(task, own_answers(task, requests, max_new_tokens))
-    asked = [request.model_copy(update={"unseen_paraphrases": (), "portability": ()}) for request in requests]
-    pairs = list(dict.fromkeys(pair for request in asked for pair in judge.pairs(request)))
+    asked = [request.model_copy(update=dict.fromkeys(UNASKED, ())) for request in requests]
+    judge = Judge(task, asked, max_new_tokens)
+    changes = [Together(task, edit.scaled(scale), free=False) for scale in SCALES]
     tried = []
-    for scale, (seen,) in zip(SCALES, look(task, [edit], [pairs], SCALES), strict=True):
-        values = [{name: own["generated"] for name, own in judge.values(r, seen).items()} for r in asked]
+    for scale, views in zip(SCALES, look(task, changes, [judge.questions(request) for request in asked]), strict=True):
+        values = [
+            {name: modes["generated"] for name, modes in judge.values(request, view).items() if "generated" in modes}
+            for request, view in zip(asked, views, strict=True)
+        ]
         tried.append(
             Scaled(
                 scale,

@@ -1,0 +1,215 @@
+"""Judging some requests after some changes, and the three protocols on top of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import ParamSpec, TypeVar
+
+from remend.edit import Edit
+from remend.editors.protocol import Editor
+from remend.evaluation.changes import Apart, Change, InContext, Nothing, Together
+from remend.evaluation.journal import Journal
+from remend.evaluation.judging import VALUE, Judge, Values
+from remend.evaluation.looking import View, look
+from remend.evaluation.report import Case, Run
+from remend.evaluation.text import TextSample
+from remend.request import EditRequest
+from remend.tasks.task import Task
+
+EDITS_AT_ONCE = 64
+"""Requests that are edited and judged together, of single edits; bounds the memory, does not change the result."""
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class Bench:
+    """A model, an editor and what it is put to the test with.
+
+    Args:
+        task: the unedited model.
+        editor: what makes edits.
+        requests: what to edit.
+        judge: what values the result.
+        text: what perplexity is measured on, if it is.
+        journal: where what was found is kept.
+        on_progress: called with the number of edits that were judged.
+
+    Attributes:
+        left_out: how many requests or prompts were not judged, by reason.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        editor: Editor,
+        requests: Sequence[EditRequest],
+        judge: Judge,
+        text: TextSample | None,
+        journal: Journal,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        self.task, self.editor, self.requests, self.judge = task, editor, requests, judge
+        self.text, self.journal, self.on_progress = text, journal, on_progress
+        self.left_out: Counter[str] = Counter()
+
+    # -- protocols -----------------------------------------------------------------------------------------------
+
+    def single(self, scales: Sequence[float]) -> tuple[list[Run], dict[float, list[Case]]]:
+        """Each edit from the untouched model, judged alone; and the same edits at each of ``scales``."""
+        every = dict.fromkeys((1.0, *scales))
+        found: dict[float, list[Case]] = {scale: [] for scale in every}
+        total = 0.0
+        for start in range(0, len(self.requests), EDITS_AT_ONCE):
+            chunk = self.requests[start : start + EDITS_AT_ONCE]
+            kept = self._find(f"single-{start}")
+            if kept is None:
+                seconds, edits = _timed(self.editor.edit_each, self.task.model, self.task.tokenizer, chunk)
+                changes = [Apart(self.task, edits, scale, free=scale == 1) for scale in every]
+                kept = self._keep(f"single-{start}", seconds, self._judged(chunk, start, changes))
+            total += kept[0]
+            for own, cases in zip(found.values(), kept[1], strict=True):
+                own += cases
+            self.on_progress(len(chunk))
+        frontier = {scale: found[scale] for scale in sorted(every)} if scales else {}
+        return [Run(1, found[1.0], total / len(self.requests))], frontier
+
+    def batched(self, sizes: Sequence[int]) -> list[Run]:
+        """So many edits at once, for each of the sizes; each is judged while all of its batch are at work."""
+        runs = []
+        for size in sizes:
+            whole = len(self.requests) - len(self.requests) % size
+            if rest := len(self.requests) - whole:
+                self.left_out[f"requests that do not fill a batch of {size}"] += rest
+            found: list[Case] = []
+            total = 0.0
+            for start in range(0, whole, size):
+                chunk = self.requests[start : start + size]
+                kept = self._find(f"batched-{size}-{start}")
+                if kept is None:
+                    seconds, edit = _timed(self.editor.edit, self.task.model, self.task.tokenizer, chunk)
+                    judged = self._judged(chunk, start, [Together(self.task, edit)])
+                    kept = self._keep(f"batched-{size}-{start}", seconds, judged)
+                total += kept[0]
+                found += kept[1][0]
+                self.on_progress(size)
+            runs.append(Run(size, found, total / whole))
+        return runs
+
+    def sequential(self, sizes: Sequence[int]) -> list[Run]:
+        """One edit after another, each made of the model with all earlier ones; all so far are judged at each size."""
+        if unused := len(self.requests) - sizes[-1]:
+            self.left_out["requests after the last edit"] += unused
+        runs: list[Run] = []
+        edit: Edit | None = None
+        done, total = 0, 0.0
+        for size in sizes:
+            kept = self._find(f"after-{size}")
+            if kept is None:
+                seconds, made = _timed(self._chained, edit, self.requests[done:size])
+                self.journal.keep_edit(size, made)
+                judged = self._judged(self.requests[:size], 0, [Together(self.task, made)])
+                edit = made
+                kept = self._keep(f"after-{size}", seconds, judged)
+            else:
+                edit = self.journal.find_edit(size)
+            total += kept[0]
+            runs.append(Run(size, kept[1][0], total / size))
+            self.on_progress(size - done)
+            done = size
+        return runs
+
+    def baselines(self) -> dict[str, list[Case]]:
+        """The floor and the ceiling: the model as it is, and with the fact in its prompt."""
+        names = ("unedited", "in_context")
+        found: dict[str, list[Case]] = {name: [] for name in names}
+        for start in range(0, len(self.requests), EDITS_AT_ONCE):
+            chunk = self.requests[start : start + EDITS_AT_ONCE]
+            kept = self._find(f"baselines-{start}")
+            if kept is None:
+                changes = [Nothing(self.task), InContext(self.task, chunk)]
+                kept = self._keep(f"baselines-{start}", 0.0, self._judged(chunk, start, changes))
+            for name, cases in zip(names, kept[1], strict=True):
+                found[name] += cases
+            self.on_progress(len(chunk))
+        return found
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _chained(self, edit: Edit | None, requests: Sequence[EditRequest]) -> Edit:
+        """``edit`` and then one for each request, made of the model as the earlier ones leave it."""
+        for request in requests:
+            with nullcontext() if edit is None else edit.applied(self.task.model):
+                new = self.editor.edit(self.task.model, self.task.tokenizer, [request])
+            edit = new if edit is None else _reduced(edit + new)
+        assert edit is not None
+        return edit
+
+    def _judged(self, requests: Sequence[EditRequest], start: int, changes: Sequence[Change]) -> list[list[Case]]:
+        """The cases after each change; ``start`` numbers requests that have no name."""
+        questions = [self.judge.questions(request) for request in requests]
+        views = look(self.task, changes, questions, self.judge.limit)
+        found = []
+        for change, own in zip(changes, views, strict=True):
+            costs = self._drawdowns(change, len(requests))
+            found.append(
+                [
+                    self._case(request, start + number, view, cost)
+                    for number, (request, view, cost) in enumerate(zip(requests, own, costs, strict=True))
+                ]
+            )
+        return found
+
+    def _drawdowns(self, change: Change, requests: int) -> list[Values]:
+        """How much worse the text is predicted after each request's edit, where that is measured."""
+        if self.text is None or not change.free or not isinstance(change, Apart | Together):
+            return [{} for _ in range(requests)]
+        apart = isinstance(change, Apart)
+        after = self.text.after(change, requests if apart else 1) * (1 if apart else requests)
+        return [{"perplexity_drawdown": {VALUE: own - self.text.perplexity}} for own in after]
+
+    def _case(self, request: EditRequest, number: int, view: View, more: Values) -> Case:
+        judge = self.judge
+        seen = view.seen.get(judge.own_question(request.prompt))
+        about: dict[str, str | float] = {"target_tokens": judge.target_length(request)}
+        if isinstance(relation := (request.model_extra or {}).get("relation"), str):
+            about["relation"] = relation
+        if seen is not None:
+            about["confidence"] = math.exp(seen.log_p_before)
+        return Case(
+            id=request.id if request.id is not None else number,
+            prompt=str(request.prompt),
+            target=request.target,
+            before=self.task.text(judge.own[request.prompt]),
+            values=judge.values(request, view) | more,
+            about=about,
+            answers=judge.answers(request, view),
+        )
+
+    def _find(self, part: str) -> tuple[float, list[list[Case]]] | None:
+        kept = self.journal.find(part)
+        return kept and (kept["seconds"], [[Case.of(case) for case in cases] for cases in kept["cases"]])
+
+    def _keep(self, part: str, seconds: float, cases: list[list[Case]]) -> tuple[float, list[list[Case]]]:
+        found = [[case.to_json() for case in own] for own in cases]
+        self.journal.keep(part, {"seconds": seconds, "cases": found})
+        return seconds, cases
+
+
+def _timed(make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[float, T]:
+    began = time.perf_counter()
+    made = make(*args, **kwargs)
+    return time.perf_counter() - began, made
+
+
+def _reduced(edit: Edit) -> Edit:
+    """The same edit in fewer factor pairs, once there are more than a full matrix has."""
+    full = {name: min(change.u.shape[-1], change.delta.shape[-1]) for name, change in edit.changes.items()}
+    if not any(change.rank > 2 * full[name] and not change.gate for name, change in edit.changes.items()):
+        return edit
+    return replace(edit, changes={name: change.recompress(full[name]) for name, change in edit.changes.items()})

@@ -1,0 +1,136 @@
+"""What can lie between before and after: edits, another checkpoint, the fact in the prompt, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from remend.base import find_modules
+from remend.core.branch import branches
+from remend.core.low_rank import LowRank, stack
+from remend.edit import Edit
+from remend.request import Chat, EditRequest, Message, Prompt, TextPair
+from remend.tasks.task import Task
+
+
+class Change:
+    """What happens to a model for some requests, which are told apart by number.
+
+    By itself it is another model, whatever made it: its task.
+
+    Args:
+        task: the model that is asked afterwards.
+        free: whether its free answers are wanted, too.
+    """
+
+    acts = True
+    """Whether the model says anything else afterwards than it did before."""
+
+    def __init__(self, task: Task, free: bool = True) -> None:
+        self.task = task
+        self.free = free
+
+    def asked(self, number: int, prompt: Prompt, room: int) -> Prompt | None:
+        """What is asked afterwards in a prompt's place; None where it is too long with ``room`` tokens of an answer."""
+        return prompt
+
+    @contextmanager
+    def acting(self, numbers: Sequence[int]) -> Iterator[None]:
+        """Within it the model is changed; row i of what goes through it belongs to request ``numbers[i]``."""
+        yield
+
+
+class Nothing(Change):
+    """The model stays as it is."""
+
+    acts = False
+
+
+class Apart(Change):
+    """Each request's own edit, acting on its own rows alone.
+
+    Args:
+        task: the base model.
+        edits: one for each request.
+        scale: what they are multiplied with.
+        free: whether free answers are wanted.
+    """
+
+    def __init__(self, task: Task, edits: Sequence[Edit], scale: float = 1.0, free: bool = True) -> None:
+        super().__init__(task, free)
+        self.changes = {name: change.scaled(scale) for name, change in _stacked(edits).items()}
+        self.modules = find_modules(task.model, self.changes)
+
+    @contextmanager
+    def acting(self, numbers: Sequence[int]) -> Iterator[None]:
+        """The rows' own edits as side branches."""
+        rows = torch.tensor(numbers)
+        own = {name: change.select(rows.to(change.u.device)) for name, change in self.changes.items()}
+        with branches(self.modules, own):
+            yield
+
+
+class Together(Change):
+    """One edit for all requests."""
+
+    def __init__(self, task: Task, edit: Edit, free: bool = True) -> None:
+        super().__init__(task, free)
+        self.edit = edit
+
+    @contextmanager
+    def acting(self, numbers: Sequence[int]) -> Iterator[None]:
+        """The edit, whoever asks."""
+        with self.edit.applied(self.task.model):
+            yield
+
+
+class InContext(Change):
+    """Nothing but the fact put before each prompt: what a model does that is told, rather than edited.
+
+    The request's prompt and target as a sentence, as in-context editing is done without demonstrations (Zheng et al.,
+    arXiv 2305.12740); in a conversation, as an earlier turn of it.
+
+    Args:
+        task: the base model.
+        requests: what to tell.
+    """
+
+    def __init__(self, task: Task, requests: Sequence[EditRequest]) -> None:
+        super().__init__(task)
+        self.requests = requests
+
+    def asked(self, number: int, prompt: Prompt, room: int) -> Prompt | None:
+        """The prompt after the fact; None where both do not fit into the model's context."""
+        return fitting(self.task, after_fact(self.requests[number], prompt), room)
+
+
+def after_fact(request: EditRequest, prompt: Prompt) -> Prompt | None:
+    """A prompt with what the request says put before it; None where they are not of one kind."""
+    said, target = request.prompt, request.target
+    if isinstance(said, Chat) and isinstance(prompt, Chat):
+        return Chat((*said.messages, Message("assistant", target), prompt.messages[-1]))
+    if isinstance(said, TextPair) and isinstance(prompt, TextPair):
+        return TextPair(f"{said.first} {said.second} {target}. {prompt.first}", prompt.second)
+    if isinstance(said, str) and isinstance(prompt, str):
+        return f"{said} {target}. {prompt}"
+    return None
+
+
+def fitting(task: Task, prompt: Prompt | None, room: int) -> Prompt | None:
+    """A prompt, if the model's context holds it with ``room`` tokens of an answer."""
+    if prompt is None or task.context is None:
+        return prompt
+    return prompt if len(task.prompt_ids(prompt)) + room <= task.context else None
+
+
+def _stacked(edits: Sequence[Edit]) -> dict[str, LowRank]:
+    """One batched change for each module that any of the edits touches; an edit that does not adds nothing there."""
+    stacked = {}
+    for name in dict.fromkeys(name for edit in edits for name in edit.changes):
+        like = next(edit.changes[name] for edit in edits if name in edit.changes)
+        nothing = replace(like, u=like.u[:0], delta=like.delta[:0])
+        stacked[name] = stack([edit.changes.get(name, nothing) for edit in edits])
+    return stacked

@@ -1,0 +1,95 @@
+"""What an evaluation has found so far, on disk, so that one that was stopped can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from remend.edit import Edit
+from remend.editors.protocol import Editor
+from remend.errors import FileError
+from remend.request import EditRequest
+from remend.storage import write_json
+
+SAMPLED = 256
+"""Values of each parameter that a model is told by."""
+
+
+class Journal:
+    """A folder that keeps one JSON object for each finished part of an evaluation; without a folder, nothing is kept.
+
+    Args:
+        folder: where; None to keep nothing.
+        about: what the evaluation is of. A folder that is about something else is refused.
+        resume: whether to go on with what is there; otherwise it is removed first.
+
+    Raises:
+        FileError: the folder is of another evaluation.
+    """
+
+    def __init__(self, folder: Path | None, about: str = "", resume: bool = False) -> None:
+        self.folder = folder
+        if folder is None:
+            return
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "about.json"
+        if not known.exists():
+            write_json(known, {"about": about})
+        elif json.loads(known.read_text(encoding="utf-8")) != {"about": about}:
+            raise FileError(
+                f"{folder} is of an evaluation with another model, editor, data or settings: give the same ones, or "
+                "leave --resume away to begin anew"
+            )
+
+    def find(self, part: str) -> Any | None:
+        """What was kept of a part, or None."""
+        if self.folder is None or not (file := self._file(part)).exists():
+            return None
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def keep(self, part: str, found: Any) -> None:
+        """Keep what was found, whole or not at all."""
+        if self.folder is not None:
+            write_json(self._file(part), found)
+
+    def find_edit(self, number: int) -> Edit | None:
+        """The edit that was kept under a number."""
+        return None if self.folder is None else Edit.load(self.folder / f"edit-{number}")
+
+    def keep_edit(self, number: int, edit: Edit) -> None:
+        """Keep an edit; after the part that it belongs to is kept, it can be gone on from."""
+        if self.folder is not None:
+            edit.save(self.folder / f"edit-{number}")
+
+    def close(self) -> None:
+        """The evaluation is done: remove the folder."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder)
+
+    def _file(self, part: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{part}.json"
+
+
+def about(model: PreTrainedModel, editor: Editor, requests: Sequence[EditRequest], settings: dict[str, Any]) -> str:
+    """A short name for an evaluation: the same model, editor, requests and settings give the same."""
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for request in requests:
+        found.update(json.dumps(request.to_json(), sort_keys=True).encode())
+    found.update(type(editor).__qualname__.encode())
+    for module in (model, editor):
+        for name, value in module.state_dict().items() if isinstance(module, nn.Module) else ():
+            found.update(f"{name} {tuple(value.shape)}".encode())
+            if value.numel() and not value.is_meta:
+                found.update(str(value.flatten()[:SAMPLED].to("cpu", torch.float64).tolist()).encode())
+    return found.hexdigest()

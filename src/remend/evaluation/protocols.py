@@ -1,0 +1,149 @@
+"""How edits are put to the test: alone, several at once, or one after another; always beside the unedited model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.editors.protocol import Editor
+from remend.errors import ConfigError, RequestError
+from remend.evaluation.bench import Bench
+from remend.evaluation.journal import Journal, about
+from remend.evaluation.judging import Judge
+from remend.evaluation.report import Case, Report, environment
+from remend.evaluation.text import TextSample
+from remend.request import EditRequest
+from remend.tasks import task_of
+
+PROTOCOLS = ("single", "batched", "sequential")
+SCALES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
+"""What edits are multiplied with for a frontier; at 0 they do nothing, which needs no measuring."""
+TEXT_TOKENS = 1_024
+"""Tokens of a text that perplexity is measured on, by default."""
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    *,
+    protocol: str = "single",
+    edits: Sequence[int] = (),
+    baselines: bool = True,
+    scales: Sequence[float] = (),
+    text: Sequence[str] = (),
+    text_tokens: int = TEXT_TOKENS,
+    data: str = "",
+    name: str = "",
+    max_new_tokens: int = 32,
+    journal: Path | None = None,
+    resume: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Edit the model as each request asks, and measure what changed and what did not.
+
+    ``single``: each edit is made from the untouched model and judged alone. ``batched``: so many at once, by
+    :meth:`Editor.edit`, for each of the numbers ``edits``; all of a batch are judged while all are at work. A last
+    batch that is not full is left out (and counted). ``sequential``: each edit is made of the model with all earlier
+    ones at work, and after each of the numbers ``edits`` all edits so far are judged.
+
+    What is measured, if the requests have data for it, each with its mean over edits:
+
+    - ``reliability`` (the prompt), ``generality`` (paraphrases), ``generality_unseen``, ``edit_success`` (prompt and
+      paraphrases together, paper Eq. 1), ``format_shift`` (question, completion, chat), ``portability``, and the last
+      two for each kind of prompt (``portability_negated``: prompts that deny the fact and are not answered with it);
+    - ``locality_far``, ``locality_near`` (and for each kind) and ``locality_adversarial``: the share of prompts whose
+      answer is the unedited model's; ``kl_…``, the divergence there; ``accuracy_drawdown``, what is lost of the far
+      prompts' true answers; ``perplexity_drawdown``, the text's perplexity that the edit adds;
+    - ``target_probability`` and ``target_rank``, ``fluency`` and ``repetition``.
+
+    :mod:`remend.evaluation.metrics` defines them.
+
+    Args:
+        model: the unedited model; left as it was.
+        tokenizer: the model's.
+        editor: anything that makes edits.
+        requests: what to edit.
+        protocol: one of :data:`PROTOCOLS`.
+        edits: of ``batched`` and ``sequential``, how many are at work at once; by default all.
+        baselines: whether the unedited model is judged too, as it is and with the fact in its prompt.
+        scales: of ``single``, multiples of each edit that are judged too, for the frontier of success and locality.
+        text: passages on which perplexity is measured after each edit.
+        text_tokens: how many tokens of it.
+        data: where the requests come from, for the report.
+        name: of the editor, for the report.
+        max_new_tokens: how far answers are decoded.
+        journal: a folder for what was found so far; removed when all is done.
+        resume: whether to go on with what that folder holds.
+        on_progress: called with (parts done, parts in all).
+
+    Raises:
+        RequestError: there is no request, or one does not fit the model's context.
+        ConfigError: the settings do not go together.
+        FileError: the journal is of another evaluation.
+    """
+    if not requests:
+        raise RequestError("there is no request to evaluate on")
+    sizes = _sizes(protocol, edits, scales, len(requests))
+    task = task_of(model, tokenizer)
+    settings = {"protocol": protocol, "edits": sizes, "scales": list(scales), "limit": max_new_tokens}
+    settings |= {"baselines": baselines, "text": list(text), "text_tokens": text_tokens}
+    kept = Journal(journal, about(model, editor, requests, settings) if journal else "", resume)
+    done, total = 0, _total(protocol, sizes, len(requests)) + len(requests) * baselines
+
+    def advance(edits: int) -> None:
+        nonlocal done
+        done += edits
+        on_progress(done, total)
+
+    sample = TextSample(task, text, text_tokens) if text else None
+    bench = Bench(task, editor, requests, Judge(task, requests, max_new_tokens), sample, kept, advance)
+    found = bench.baselines() if baselines else {}
+    frontier: dict[float, list[Case]] = {}
+    if protocol == "single":
+        runs, frontier = bench.single(scales)
+    else:
+        runs = bench.batched(sizes) if protocol == "batched" else bench.sequential(sizes)
+    report = Report(
+        model=str(model.config._name_or_path),
+        data=data,
+        editor=name,
+        protocol=protocol,
+        runs=runs,
+        baselines=found,
+        frontier=frontier,
+        text={} if sample is None else {"tokens": sample.tokens, "perplexity": sample.perplexity},
+        left_out=bench.left_out,
+        environment=environment(task.device),
+    )
+    kept.close()
+    return report
+
+
+def _sizes(protocol: str, edits: Sequence[int], scales: Sequence[float], requests: int) -> list[int]:
+    """How many edits are to be at work at once, in order."""
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"the protocol is one of {', '.join(PROTOCOLS)}, not {protocol!r}")
+    if protocol == "single":
+        if edits:
+            raise ConfigError("single edits are alone in the model: give edits with batched or sequential")
+        return [1]
+    if scales:
+        raise ConfigError(f"scales are of single edits: leave them away with {protocol}")
+    if wrong := [size for size in edits if not 1 <= size <= requests]:
+        raise ConfigError(
+            f"there are {requests} requests, so from 1 to {requests} edits can be at work, not {wrong[0]}"
+        )
+    return sorted(set(edits)) or [requests]
+
+
+def _total(protocol: str, sizes: Sequence[int], requests: int) -> int:
+    """How many edits will be judged or, of a sequence, made."""
+    return {
+        "single": requests,
+        "batched": sum(requests - requests % size for size in sizes),
+        "sequential": max(sizes),
+    }[protocol]
