@@ -92,20 +92,26 @@ class Facts:
 
     def _request(self, fact: Fact, members: Sequence[Fact], number: int) -> EditRequest:
         draw = random.Random(f"{fact.relation} {fact.subject} {number}")
-        relation = self.relations[fact.relation]
-        phrasings = draw.sample(relation.phrasings, len(relation.phrasings))
+        phrasings, target = self._asked(fact, number, draw)
+        unseen = [phrasing for phrasing in self.relations[fact.relation].held_out if phrasing not in phrasings]
         details: dict[str, Any] = {"relation": fact.relation, "ground_truth": fact.object}
         return EditRequest(
             prompt=phrasings[0].format(fact.subject),
-            target=draw.choice([o for o in self.objects[fact.relation] if o != fact.object]),
+            target=target,
             subject=fact.subject,
             id=f"{fact.relation} {fact.subject} {number}",
             paraphrases=tuple(phrasing.format(fact.subject) for phrasing in phrasings[1:]),
-            unseen_paraphrases=tuple(phrasing.format(fact.subject) for phrasing in relation.held_out),
+            unseen_paraphrases=tuple(phrasing.format(fact.subject) for phrasing in unseen),
             locality=tuple(_probe(f, self._any_phrasing(f, draw), "far") for f in draw.sample(far(fact, members), FAR)),
             near=self._near(fact, members, phrasings[0], draw),
             **details,
         )
+
+    def _asked(self, fact: Fact, number: int, draw: random.Random) -> tuple[list[str], str]:
+        """The phrasings of one of a fact's requests, that of the prompt first, and the target."""
+        phrasings = self.relations[fact.relation].phrasings
+        shuffled = draw.sample(phrasings, len(phrasings))
+        return shuffled, draw.choice([o for o in self.objects[fact.relation] if o != fact.object])
 
     def _near(self, fact: Fact, members: Sequence[Fact], phrasing: str, draw: random.Random) -> tuple[Probe, ...]:
         """The neighbours an edit leaks to most easily."""
