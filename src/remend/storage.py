@@ -155,11 +155,20 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         FileError: it cannot be written there.
     """
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write one text file (UTF-8) under a temporary name, then rename it.
+
+    Raises:
+        FileError: it cannot be written there.
+    """
     path = Path(path)
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(staged, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        _write(staged, text.encode())
         staged.replace(path)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror}; choose another place") from None
