@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: options.Model,
-    data: Annotated[str, typer.Option(metavar="FILE", help="Requests as JSON lines, or atlas:test, questions:test, …")],
+    data: options.Data,
     editor: options.EditorFolder = None,
     protocol: Annotated[
         str,
@@ -57,8 +57,7 @@ def evaluate(
     An editor that is right at one strength may be so by luck: the frontier shows what more and less strength would do.
     """
     from remend.core.layers import device_of
-    from remend.data import read_source
-    from remend.data.sources import read_text
+    from remend.data import read_source, read_text
     from remend.evaluation import evaluate as measure
     from remend.evaluation.plot import check_plot, draw_frontier
     from remend.evaluation.protocols import SCALES
