@@ -209,6 +209,7 @@ def _elements(text: _Growing) -> Iterator[tuple[str, Any]]:
     """The elements of an array, each decoded as soon as all of it was read."""
     text.held = text.held.lstrip().removeprefix("[")
     if _next(text) == "]":
+        text.held = text.held.lstrip()[1:]
         return
     while True:
         value, end = _element(text)
