@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -120,6 +121,16 @@ def _after(task: CausalLM, ids: Sequence[int], more: Sequence[int]) -> str:
     return rest.strip() if whole.startswith(before) and rest[:1].isspace() else ""
 
 
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)
+
+
 def _sampled(task: CausalLM, prompt: str, seed: int) -> str:
     """Ten tokens after a prompt, drawn from the model's own distribution, as text; no draw outside is disturbed.
 
@@ -128,9 +139,7 @@ def _sampled(task: CausalLM, prompt: str, seed: int) -> str:
     device = device_of(task.model)
     asked = task.ids(prompt)
     ids = torch.tensor([asked], device=device)
-    mode = task.model.training
-    task.model.eval()
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.no_grad(), _evaluating(task.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         written = task.model.generate(  # type: ignore[operator]
             ids,
@@ -144,6 +153,5 @@ def _sampled(task: CausalLM, prompt: str, seed: int) -> str:
             max_new_tokens=TARGET_TOKENS,
             pad_token_id=task.tokenizer.eos_token_id,
         )
-    task.model.train(mode)
     texts = (_after(task, asked, row[len(asked) :]) for row in written.tolist())
     return next((text for text in texts if text), "")

@@ -53,7 +53,11 @@ def _requests(row: Row) -> Iterator[EditRequest]:
         row.skip("edits whose sentence cannot be taken apart into a prompt and its target")
         return
     prompt, target = parts
-    truth = original[len(prompt) :].strip(" .") if original is not None and original.startswith(f"{prompt} ") else None
+    truth = (
+        original[len(prompt) :].strip().removesuffix(".")
+        if original is not None and original.startswith(f"{prompt} ")
+        else None
+    )
     if is_edit(row, target, [truth] if truth else []):
         yield request(
             prompt,
