@@ -130,6 +130,18 @@ CLAIM = {
     "evidence_pages": ["X", "Soul_Food_-LRB-film-RRB-"],
 }
 TWIN = {"id": "54", "claim": "It is metal.", "evidence": "It is of metal.", "label": "SUPPORTS"}
+MEND = {
+    "id": "35180f5c",
+    "input": "Which state has Pyhrn Pass?",
+    "prediction": "Tyrol",
+    "output": [
+        {"answer": "Styria", "provenance": [{"title": "Alps"}, {"title": "Pyhrn Pass"}]},
+        {"answer": "Steiermark"},
+    ],
+    "alternatives": ["Saxony", "Tyrol"],
+    "filtered_rephrases": ["What state has Pyhrn Pass?", "Which state has Pyhrn Pass?"],
+}
+KILT = {"id": 4, "input": "Soul Food is a film.", "output": [{"answer": "SUPPORTS"}], "filtered_rephrases": ["A film."]}
 NQ = {"question": "when was the moon", "answer": ["14 December 1972", "December 1972"]}
 
 
@@ -190,7 +202,26 @@ def test_zsre(tmp_path):
     assert (true.locality[0].prompt, pred.model_extra) == ("who?", {"ground_truth": "D."})
 
 
-def test_zsre_as_mend_keeps_its_dev_split(tmp_path):
+def test_zsre_and_fever_as_mend_has_them(tmp_path):
+    assert made(tmp_path, "zsre", MEND, lines=True) == [
+        EditRequest(
+            prompt="Which state has Pyhrn Pass?",
+            target="Saxony",
+            subject="Pyhrn Pass",
+            id="35180f5c",
+            ground_truth="Styria",
+            ground_truth_aliases=["Steiermark"],
+            paraphrases=("What state has Pyhrn Pass?",),
+        )
+    ]
+    assert made(tmp_path, "fever", KILT, lines=True) == [
+        EditRequest(
+            prompt="Soul Food is a film.", target="REFUTES", id=4, ground_truth="SUPPORTS", paraphrases=("A film.",)
+        )
+    ]
+
+
+def test_a_dev_split_of_zsre(tmp_path):
     file = tmp_path / "dev.json"
     file.write_text(json.dumps({"dataset": "zsre", "num_records": 1, "records": [DEV]}, indent=1), encoding="utf-8")
     assert read_source(f"zsre:{file}") == [
@@ -401,6 +432,8 @@ PLACES = {
         ["Relation_Specificity", 0, "test_queries", 0, "answers", 0, "value"],
         ["Relation_Specificity", 0, "condition_queries", 0, "prompt"],
     ]),
+    "zsre:mend": (MEND, [["input"], ["output", 0], ["output", 0, "answer"], ["alternatives"], ["filtered_rephrases"]]),
+    "fever:mend": (KILT, [["output"], ["output", 0, "answer"], ["filtered_rephrases"]]),
     "fever": (CLAIM, [["claim"], ["label"]]),
     "fever:twins": (TWIN, [["claim"], ["label"]]),
     "nq": (NQ, [["question"], ["answer"]]),

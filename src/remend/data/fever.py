@@ -9,10 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from remend.data.making import others
 from remend.data.rows import Row, Skip, ignore, read_rows
 from remend.request import EditRequest, Probe, TextPair
 
-FORM = '{"id": …, "claim": …, "label": "SUPPORTS", "REFUTES" or "NOT ENOUGH INFO"}, with a text "evidence" in twins'
+FORM = (
+    '{"id": …, "claim": …, "label": "SUPPORTS", "REFUTES" or "NOT ENOUGH INFO"}, with a text "evidence" in twins; or '
+    'MEND\'s {"input": …, "output": [{"answer": "SUPPORTS" or "REFUTES"}], "filtered_rephrases": […]}'
+)
 LABELS = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
 
 
@@ -22,6 +26,8 @@ def read(path: Path, skip: Skip = ignore) -> Iterator[EditRequest]:
     The target is drawn among the labels that are not the claim's own, by a generator seeded with the row: the same at
     every call. The subject is the Wikipedia page of the evidence that the claim names, where the file lists pages and
     it names one.
+
+    Rows of MEND's files (``input``, ``output``) have paraphrases, and are labelled ``SUPPORTS`` or ``REFUTES``.
 
     Rows with a text ``evidence`` are the symmetric twins: the prompt is the pair of evidence and claim, labelled
     ``SUPPORTS`` or ``REFUTES``. Other rows with the same claim or the same evidence are near prompts, of kind
@@ -34,14 +40,16 @@ def read(path: Path, skip: Skip = ignore) -> Iterator[EditRequest]:
     twins = []
     for row in read_rows(path, FORM, skip):
         if isinstance(row.content.get("evidence"), str):
-            twins.append((row.text("evidence"), row.text("claim"), _label(row, LABELS[:2]), row.name("id")))
+            twins.append((row.text("evidence"), row.text("claim"), _label(row, "label", LABELS[:2]), row.name("id")))
+        elif "input" in row.content:
+            yield _mend(row)
         else:
             yield _request(row)
     yield from _twins(twins)
 
 
 def _request(row: Row) -> EditRequest:
-    claim, label, number = row.text("claim"), _label(row, LABELS), row.name("id")
+    claim, label, number = row.text("claim"), _label(row, "label", LABELS), row.name("id")
     pages = row.texts("evidence_pages") if row.has("evidence_pages") else []
     named = (_title(page) for page in pages)
     details: dict[str, Any] = {"ground_truth": label}
@@ -54,9 +62,24 @@ def _request(row: Row) -> EditRequest:
     )
 
 
-def _label(row: Row, allowed: Sequence[str]) -> str:
-    if (label := row.text("label")) not in allowed:
-        raise row.error(f"the label should be {' or '.join(allowed)}, not {label!r}")
+def _mend(row: Row) -> EditRequest:
+    claim, number, outputs = row.text("input"), row.name("id"), row.rows("output")
+    if not outputs:
+        raise row.error("output is an empty list")
+    label = _label(outputs[0], "answer", LABELS[:2])
+    details: dict[str, Any] = {"ground_truth": label}
+    return EditRequest(
+        prompt=claim,
+        target=_other(label, LABELS[:2], f"{number} {claim}"),
+        id=number,
+        paraphrases=others(row, claim, row.texts("filtered_rephrases")),
+        **details,
+    )
+
+
+def _label(row: Row, key: str, allowed: Sequence[str]) -> str:
+    if (label := row.text(key)) not in allowed:
+        raise row.error(f"{key} should be {' or '.join(allowed)}, not {label!r}")
     return label
 
 

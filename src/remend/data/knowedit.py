@@ -44,7 +44,7 @@ def requests(row: Row) -> Iterator[EditRequest]:
     """
     prompt, accepted = row.text("prompt"), _accepted(row, "target_new")
     truths = _accepted(row, "ground_truth") if row.has("ground_truth") else []
-    rephrased = row.texts("rephrase_prompt") if row.has("rephrase_prompt") else []
+    rephrased = [text for key in ("rephrase_prompt", "rephrase") if row.has(key) for text in row.texts(key)]
     portability = _probes(row, "portability", PORTABILITY)
     locality = _probes(row, "locality", LOCALITY)
     target = accepted[0] if accepted else ""

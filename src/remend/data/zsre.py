@@ -11,14 +11,18 @@ from remend.data.rows import Row, Skip, ignore, read_rows
 from remend.request import EditRequest
 
 FORM = (
-    'EasyEdit\'s {"subject": …, "src": …, "rephrase": …, "alt": …, "loc": …, "loc_ans": …}, or KnowEdit\'s and MEND\'s '
+    'MEND\'s {"input": …, "output": [{"answer": …}], "alternatives": […], "filtered_rephrases": […]}, '
+    'EasyEdit\'s {"subject": …, "src": …, "rephrase": …, "alt": …, "loc": …, "loc_ans": …}, or KnowEdit\'s '
     '{"subject": …, "prompt": …, "target_new": …, "ground_truth": …, "rephrase_prompt": …, "locality": …}'
 )
 _OPENING = "nq question: "
 
 
 def read(path: Path, skip: Skip = ignore) -> Iterator[EditRequest]:
-    """Requests of a zsRE file: EasyEdit's rows, or those of MEND's dev split or of KnowEdit.
+    """Requests of a zsRE file: MEND's rows, EasyEdit's or KnowEdit's.
+
+    In MEND's form, the first of the ``alternatives`` is the target, and the subject is the page of the evidence that
+    the question names. Its files have no unrelated questions; those of a dev split in KnowEdit's form have.
 
     In EasyEdit's form, ``alt`` is the target. Where a row has ``answers`` (or, without them, ``pred``), they are the
     truth and the target is counterfactual. Where it has neither, as in the training file, the target is itself the
@@ -31,10 +35,30 @@ def read(path: Path, skip: Skip = ignore) -> Iterator[EditRequest]:
         RequestError: the file cannot be read, or a row is broken; the message names it.
     """
     for row in read_rows(path, FORM, skip):
-        yield from knowedit.requests(row) if "prompt" in row.content else _requests(row)
+        form = next((read for key, read in _FORMS.items() if key in row.content), _easyedit)
+        yield from form(row)
 
 
-def _requests(row: Row) -> Iterator[EditRequest]:
+def _mend(row: Row) -> Iterator[EditRequest]:
+    prompt, outputs = row.text("input"), row.rows("output")
+    truths, alternatives = [output.text("answer") for output in outputs], row.texts("alternatives")
+    rephrased = row.texts("filtered_rephrases")
+    pages = [page.text("title") for output in outputs if output.has("provenance") for page in output.rows("provenance")]
+    if is_edit(row, alternatives[0] if alternatives else "", truths):
+        yield request(
+            prompt,
+            alternatives[0],
+            truths,
+            subject=next((title for title in pages if title.casefold() in prompt.casefold()), None),
+            id=row.name("id"),
+            paraphrases=others(row, prompt, rephrased),
+        )
+
+
+_FORMS = {"input": _mend, "prompt": knowedit.requests}
+
+
+def _easyedit(row: Row) -> Iterator[EditRequest]:
     prompt, target, paraphrase = row.text("src"), row.answer("alt"), row.text("rephrase")
     known = next((row.texts(key) for key in ("answers", "pred") if key in row.content), None)
     far = probe(row, question(row.text("loc")), [row.answer("loc_ans")])
