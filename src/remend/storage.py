@@ -11,9 +11,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import safetensors
 from safetensors.torch import load_file, save_file
@@ -155,11 +155,13 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         FileError: it cannot be written there.
     """
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write one text file (UTF-8) under a temporary name, then rename it.
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[TextIO]:
+    """A text file to write that takes its name only when all of it is on disk; after an exception it is gone.
 
     Raises:
         FileError: it cannot be written there.
@@ -168,7 +170,10 @@ def write_text(path: str | Path, text: str) -> None:
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(staged, text.encode())
+        with staged.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         staged.replace(path)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror}; choose another place") from None

@@ -27,7 +27,7 @@ def doctor(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE",
+            metavar="SOURCE",
             help="Requests like those to train on; their lengths decide time and memory. Of a language model, "
             "atlas:train by default.",
         ),

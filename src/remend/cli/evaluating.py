@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: options.Model,
-    data: Annotated[str, typer.Option(metavar="FILE", help="Requests as JSON lines, or atlas:test, questions:test, …")],
+    data: options.Data,
     editor: options.EditorFolder = None,
     edited_model: Annotated[
         str | None,
@@ -64,8 +64,7 @@ def evaluate(
     An editor that is right at one strength may be so by luck: the frontier shows what more and less strength would do.
     """
     from remend.core.layers import device_of
-    from remend.data import read_source
-    from remend.data.sources import read_text
+    from remend.data import read_source, read_text
     from remend.evaluation import evaluate as measure
     from remend.evaluation import evaluate_checkpoints
     from remend.evaluation.page import write_page

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 Model = Annotated[
     str, typer.Argument(help="'atlas', 'questions', 'claims' (ship with remend), a local folder, or a hub id.")
 ]
+Data = Annotated[
+    str,
+    typer.Option(metavar="SOURCE", help="Requests as JSON lines, atlas:train …, or counterfact:FILE, zsre:FILE …"),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …; map spreads the model over all there are.")]
 DTYPES = ("float32", "bfloat16", "float16")
 Dtype = Annotated[

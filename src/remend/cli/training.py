@@ -24,12 +24,10 @@ if TYPE_CHECKING:
 
 def train(
     model: options.Model,
-    data: Annotated[
-        str, typer.Option(metavar="FILE", help="Requests as JSON lines, or atlas:train, questions:train, …")
-    ],
+    data: options.Data,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the editor is saved, its best state at any time.")],
     validation: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Requests about other subjects; else a tenth of the subjects.")
+        str | None, typer.Option(metavar="SOURCE", help="Requests about other subjects; else a tenth of the subjects.")
     ] = None,
     preset: options.Preset = "default",
     text: Annotated[
@@ -44,6 +42,10 @@ def train(
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="How often the whole state is saved.")] = 5.0,
     track: Annotated[
         list[str] | None, typer.Option(help="tensorboard, wandb or trackio: logs of every step, in DIR.logs.")
+    ] = None,
+    allow_shared: Annotated[
+        list[str] | None,
+        typer.Option(help="subjects, prompts or facts that both sides may have in common, which else is an error."),
     ] = None,
     modules: options.Modules = None,
     layers: options.Layers = None,
@@ -95,6 +97,7 @@ def train(
                 resume=resume,
                 checkpoint_minutes=checkpoint_minutes,
                 track=track or (),
+                allow_shared=allow_shared or (),
                 on_progress=_follow(bar, console, settings.batch_size),
             )
         except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from remend.evaluation.plot import check_matplotlib, pictures, svg
 from remend.evaluation.report import Report, Summary, metrics_of
-from remend.storage import write_text
+from remend.storage import whole_file
 
 WORDS = {
     "reliability": "the edited prompt itself is answered with the target",
@@ -57,7 +57,8 @@ def write_page(report: Report, path: str | Path) -> None:
         pictures={name: Markup(svg(draw())) for name, draw in pictures(report).items()},
         cases=_embedded(_cases(report)),
     )
-    write_text(path, page)
+    with whole_file(path) as file:
+        file.write(page)
 
 
 def figure(value: float) -> str:

@@ -64,6 +64,7 @@ def train(
     resume: bool = False,
     checkpoint_minutes: float = CHECKPOINT_MINUTES,
     track: Sequence[str] = (),
+    allow_shared: Sequence[str] = (),
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Mend:
     """Train a MEND editor for ``model`` and return its best state by validation loss.
@@ -91,12 +92,14 @@ def train(
         checkpoint_minutes: how often the whole state is saved; it also is at SIGINT (Ctrl-C) and SIGTERM.
         track: ``tensorboard``, ``wandb`` or ``trackio``: log every step and validation; in ``<out>.logs``, beside
             ``out``.
+        allow_shared: ``subjects``, ``prompts`` or ``facts`` that training and validation may have in common; what they
+            share is an error otherwise.
         on_progress: called after every step.
 
     Raises:
-        ConfigError: there is no such tracker, or a package that it needs is missing.
-        TrainingError: training and validation share a subject, no gradient reaches some tensor, or the checkpoint is
-            of another run.
+        ConfigError: there is no such tracker, or a package that it needs is missing; ``allow_shared`` names no kind.
+        TrainingError: training and validation share a subject, a prompt or a fact, no gradient reaches some tensor, or
+            the checkpoint is of another run.
         FileError: something stands at ``out`` already.
         NonFiniteError: something became NaN or infinite; the message names layer and batch.
         KeyboardInterrupt: the run was interrupted; the checkpoint is written.
@@ -120,7 +123,7 @@ def train(
         workers.wait()  # until all have looked, nobody writes
         if finished is not None:
             return finished
-        requests, validation = split(requests, validation, settings)
+        requests, validation = split(requests, validation, settings, allow_shared)
         chosen = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
         _check_fresh(chosen, model)
         if sharded:  # only now: to know its base, the editor must see the whole weights

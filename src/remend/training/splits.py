@@ -1,10 +1,12 @@
-"""Training and validation requests that share no subject."""
+"""Training and validation requests that share no subject, prompt or fact."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
+from remend.data.leaks import asked, checked, shared
 from remend.errors import TrainingError
 from remend.request import EditRequest
 from remend.training.config import TrainingConfig
@@ -14,26 +16,64 @@ HELD_OUT_SHARE = 0.1
 
 
 def split(
-    requests: Sequence[EditRequest], validation: Sequence[EditRequest] | None, config: TrainingConfig
+    requests: Sequence[EditRequest],
+    validation: Sequence[EditRequest] | None,
+    config: TrainingConfig,
+    allow_shared: Iterable[str] = (),
 ) -> tuple[list[EditRequest], list[EditRequest]]:
-    """Training and validation requests that share no subject; validation in an order drawn with the seed."""
+    """Training and validation requests that share nothing; validation in an order drawn with the seed.
+
+    Where no validation is given, some subjects are held out, together with all that are asked in the same words.
+
+    Raises:
+        TrainingError: both sides share subjects, prompts or facts (unless named in ``allow_shared``), or one is empty.
+        ConfigError: ``allow_shared`` names something else.
+    """
+    allowed = checked(allow_shared)
     if validation is None:
-        subjects = sorted({request.key for request in requests})
-        random.Random(f"{config.seed} held out").shuffle(subjects)
-        held_out = set(subjects[: max(2, round(len(subjects) * HELD_OUT_SHARE))])
-        validation = [request for request in requests if request.key in held_out]
-        requests = [request for request in requests if request.key not in held_out]
-    shared = sorted({request.key for request in requests} & {request.key for request in validation})
-    if shared:
-        raise TrainingError(
-            f"training and validation share {len(shared)} subjects ({', '.join(shared[:3])} …): what is measured there "
-            "would be remembered, not learnt. Move each subject to one side"
-        )
+        group = _groups(requests, by_prompt="prompts" not in allowed)
+        names = sorted(set(group.values()))
+        random.Random(f"{config.seed} held out").shuffle(names)
+        held_out = set(names[: max(2, round(len(names) * HELD_OUT_SHARE))])
+        validation = [request for request in requests if group[request.key] in held_out]
+        requests = [request for request in requests if group[request.key] not in held_out]
+    _check(requests, validation, allowed)
     if not requests or not validation:
         raise TrainingError(
             f"{len(requests)} training and {len(validation)} validation requests: at least two subjects are needed on "
-            "each side (a file of one request cannot teach an editor)"
+            "each side, with different prompts (a file of one request cannot teach an editor)"
         )
     shuffled = list(validation)
     random.Random(f"{config.seed} validation").shuffle(shuffled)
     return list(requests), shuffled
+
+
+def _check(requests: Sequence[EditRequest], validation: Sequence[EditRequest], allowed: frozenset[str]) -> None:
+    for kind, both in shared(requests, validation).items():
+        if both and kind not in allowed:
+            examples = ", ".join(text if len(text) <= 60 else f"{text[:59]}…" for text in both[:3])
+            raise TrainingError(
+                f"training and validation share {len(both)} {kind} ({examples}{' …' if len(both) > 3 else ''}): what "
+                "is measured there would be remembered, not learnt. Move each to one side, or say that it is meant: "
+                f"allow_shared=[{kind!r}] (--allow-shared {kind})"
+            )
+
+
+def _groups(requests: Sequence[EditRequest], by_prompt: bool) -> dict[str, str]:
+    """For each subject, the first of those that it must stay together with, since they are asked in the same words."""
+    leader = {request.key: request.key for request in requests}
+
+    def first(key: str) -> str:
+        while leader[key] != key:
+            leader[key] = key = leader[leader[key]]
+        return key
+
+    asking: dict[str, list[str]] = defaultdict(list)
+    for request in requests if by_prompt else ():
+        for prompt in asked(request):
+            asking[prompt].append(request.key)
+    for keys in asking.values():
+        for key in keys[1:]:
+            low, high = sorted((first(keys[0]), first(key)))
+            leader[high] = low
+    return {key: first(key) for key in leader}
