@@ -123,6 +123,26 @@ def test_the_scale_at_which_an_edit_takes_is_found(world, monkeypatch):
         torch.testing.assert_close(change.delta[:, 0], changes[name].delta[:, 0] * (2 * scales).sqrt()[:, None])
 
 
+def test_what_is_answered_already_is_not_unlearnt(world):
+    """An edit that would make the model give up the answer that it is asked for is scaled to nothing."""
+    editor = remend.Mend.from_pretrained("atlas")
+    requests = [
+        request.model_copy(update={"target": request.model_extra["ground_truth"]})
+        for request in atlas.requests("test")[:32]
+    ]
+    batch = world.collate([world.tokenise(request.prompt, request.target) for request in requests])
+    unedited = Unedited(world, batch, editor.shapes)
+    with torch.no_grad():
+        changes = editor(editor.rows(editor.capture(world, batch, unedited.loss)))
+    against = {name: change.scaled(-50.0) for name, change in changes.items()}
+    unlearnt = unedited.margins(against) <= 0
+    assert unlearnt.any()
+    counts = dict.fromkeys(changes, torch.bincount(batch.row).tolist())
+    for name, change in settled(unedited, against, 2.0, counts).items():
+        assert not change.delta[unlearnt, 0].any()
+        torch.testing.assert_close(change.delta[~unlearnt, 0], against[name].delta[~unlearnt, 0])
+
+
 def test_an_edit_goes_all_the_way(world, tmp_path):
     before = {name: tensor.clone() for name, tensor in world.model.state_dict().items()}
     editor = remend.Mend.from_pretrained("atlas")

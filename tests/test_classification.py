@@ -172,7 +172,7 @@ def test_the_whole_way_from_a_folder(tmp_path, capsys):
         "--json",
         tmp_path / "r.json",
     )
-    assert json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert json.loads((tmp_path / "r.json").read_text())["runs"][0]["metrics"]
     request = families.requests("bert, binary", 1)[0]
     before = remend.answers(loaded, worlds.word_tokenizer(), [request.prompt])[0]
     other = {"true": "false", "false": "true"}[before]

@@ -228,7 +228,7 @@ def test_the_version(capsys):
         (
             ["evaluate", "{}/model", *EDITOR, "--data", "{}/test.jsonl", "--no-frontier", "--plot", "x.png"],
             2,
-            "leave --no-frontier and --protocol away",
+            "leave --no-frontier, --protocol and --edited-model",
         ),
         (
             ["evaluate", "{}/model", *EDITOR, "--data", "{}/bare.jsonl", "--plot", "x.png"],

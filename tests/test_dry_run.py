@@ -64,4 +64,4 @@ def test_the_command(tmp_path, capsys):
     assert "no weights here" in shown
     assert set(json.loads(out.read_text())["gpu_bytes"]) == set(map(str, GPUS))
     assert run(["doctor", str(tmp_path), "--layers", "9"]) == 2
-    assert "names none of this model's 4 blocks" in capsys.readouterr().err
+    assert "names no blocks, or more than there are: 4." in capsys.readouterr().err

@@ -15,7 +15,7 @@ from remend.edit import Edit
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError
 from remend.evaluation import evaluate
 from remend.evaluation.before_after import before_after
-from remend.evaluation.plot import check_plot, draw_frontier
+from remend.evaluation.plot import check_plot, frontier, save
 from remend.evaluation.report import Case, Report, Run, Summary
 from remend.evaluation.scale import SCALES, choose_scale
 from remend.request import EditRequest, Probe
@@ -305,7 +305,7 @@ def test_a_scale_without_any_probe_is_the_one_nearest_to_one(task):
 def test_a_frontier_can_be_drawn(task, editor, tmp_path):
     pytest.importorskip("matplotlib")
     report = evaluate(task.model, task.tokenizer, editor, worlds.requests(6), max_new_tokens=5, scales=(0.5, 2.0))
-    draw_frontier({"tiny": report}, tmp_path / "frontier.png")
+    save(frontier({"tiny": report}), tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"a picture's name ends with \.pdf, \.png, \.svg"):
         check_plot(tmp_path / "frontier.txt")

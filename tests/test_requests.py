@@ -54,6 +54,11 @@ def test_all_keys_a_byte_order_mark_and_blank_lines(tmp_path):
         (b'{"prompt": "p", "target": "t", "paraphrases": [""]}', "line 2: paraphrases.0: .*must not be empty"),
         (b'{"prompt": "p", "target": "t", "locality": [{"prompt": "a"}]}', "line 2: locality.0.target: Field required"),
         (b'{"prompt": "p", "target": "t", "id": 1.5}', "line 2: id"),
+        (b'{"prompt": ["p", "q"], "target": "t", "paraphrases": ["r"]}', "line 2: .*pair of texts and 'r' is one text"),
+        (
+            b'{"prompt": "p", "target": "t", "near": [{"prompt": ["q", "r"], "target": "t"}]}',
+            "line 2: .* a pair of texts",
+        ),
         (b'{"prompt": "caf\xe9", "target": "t"}', "line 2: byte 16 is not UTF-8 .*0xe9.* save the file as UTF-8"),
     ],
 )
@@ -68,6 +73,10 @@ def test_keys_that_look_misspelt_are_pointed_out(tmp_path):
     file = tmp_path / "requests.jsonl"
     file.write_text('{"prompt": "p", "target": "t", "paraphrase": ["q"], "relation": "P36"}\n' * 2)
     with pytest.warns(UserWarning, match=r"'paraphrase' \(in 2 of 2 lines\) is ignored; did you mean 'paraphrases'"):
+        read_requests(file)
+    probe = '{"prompt": "q", "target": "r", "knid": "a"}'
+    file.write_text(f'{{"prompt": "p", "target": "t", "near": [{probe}, {probe}]}}\n')
+    with pytest.warns(UserWarning, match=r"probes' key 'knid' \(in 1 of 1 lines\) is ignored; did you mean 'kind'"):
         read_requests(file)
 
 

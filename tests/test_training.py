@@ -13,7 +13,7 @@ from remend.config import from_json, to_json
 from remend.core.whitening import SecondMoment
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError, TrainingError, WrongBaseError
-from remend.request import EditRequest
+from remend.request import EditRequest, Probe
 from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS, Trainer, TrainingConfig, train
 from remend.training.episodes import Episodes
@@ -191,6 +191,22 @@ def test_locality_examples_are_about_other_subjects(task):
         for edit, neighbour, locality in zip(batch.edits, batch.neighbours, batch.locality, strict=True):
             assert neighbour in prepared[edit].neighbours
             assert locality.prompt not in {edit.prompt, neighbour.prompt}
+
+
+def test_a_request_with_one_paraphrase_also_learns_to_take_on_its_own_prompt(task):
+    request = worlds.requests(1)[0]
+    several = [f"{phrase} {request.subject} is" for phrase in ("It", "The city of", "Which city of")]
+    for count, own in ((0, True), (1, True), (2, False), (3, False)):
+        some = request.model_copy(update={"paraphrases": tuple(several[:count])})
+        (episode, _) = Episodes(task, [some, worlds.requests(2)[1]], 0).episodes
+        assert (episode.edit in episode.neighbours) == own
+        assert len(episode.neighbours) == count + own
+
+
+def test_requests_that_cannot_be_read_are_named(task):
+    long = worlds.requests(2)[0].model_copy(update={"near": (Probe(prompt="The " * 70, target="Rome"),), "id": "mine"})
+    with pytest.raises(RequestError, match=r"mine: prompt and target take .* tokens"):
+        Episodes(task, [long, worlds.requests(2)[1]], 0)
 
 
 def test_requests_without_paraphrases_or_locality_can_be_learnt_from():

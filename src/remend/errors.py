@@ -18,7 +18,8 @@ A message says what arrived, what was allowed and what to do next. What is not l
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class RemendError(Exception):
@@ -68,3 +69,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return "known: " + (", ".join(names) if names else "none")
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Within it, a :class:`RequestError` says which request it is about."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{what}: {error}") from None

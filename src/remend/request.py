@@ -31,6 +31,8 @@ from remend.errors import RequestError
 
 MESSAGES = "messages"
 """The key under which a conversation stands in place of a prompt."""
+KIND = "kind"
+"""The key under which a probe says of what kind it is; each kind is measured."""
 
 
 def _not_blank(text: str) -> str:
@@ -198,13 +200,12 @@ class EditRequest(Probe):
     @classmethod
     def _phrasings_in_conversation(cls, phrasings: tuple[Prompt, ...], info: ValidationInfo) -> tuple[Prompt, ...]:
         asked = info.data.get("prompt")
-        return tuple(_within(asked, prompt) for prompt in phrasings) if isinstance(asked, Chat) else phrasings
+        return tuple(_within(asked, prompt) for prompt in phrasings)
 
     @field_validator("locality", "near", "portability")
     @classmethod
     def _probes_in_conversation(cls, probes: tuple[Probe, ...], info: ValidationInfo) -> tuple[Probe, ...]:
-        if not isinstance(asked := info.data.get("prompt"), Chat):
-            return probes
+        asked = info.data.get("prompt")
         return tuple(probe.model_copy(update={"prompt": _within(asked, probe.prompt)}) for probe in probes)
 
     def to_json(self) -> dict[str, Any]:
@@ -217,9 +218,20 @@ class EditRequest(Probe):
         return (self.subject or str(self.prompt)).strip().casefold()
 
 
-def _within(asked: Chat, prompt: Prompt) -> Prompt:
-    """What a prompt asks in a request's conversation: a text is its last message."""
-    return asked.asking(prompt) if isinstance(prompt, str) else prompt
+def _within(asked: Prompt | None, prompt: Prompt) -> Prompt:
+    """What a prompt asks beside a request's own: in a conversation, a text is the last message.
+
+    Raises:
+        ValueError: one is a text, the other a pair of texts.
+    """
+    if isinstance(asked, Chat) and isinstance(prompt, str):
+        return asked.asking(prompt)
+    if asked is not None and isinstance(asked, TextPair) != isinstance(prompt, TextPair):
+        kinds = ("a pair of texts", "one text") if isinstance(asked, TextPair) else ("one text", "a pair of texts")
+        raise ValueError(
+            f"the request's prompt is {kinds[0]} and {str(prompt)[:40]!r} is {kinds[1]}: give the same kind"
+        )
+    return prompt
 
 
 def parse_request(line: str, where: str) -> EditRequest:
@@ -261,11 +273,18 @@ def write_requests(path: str | Path, requests: list[EditRequest]) -> None:
 
 def _warn_of_misspelt_keys(path: Path, requests: list[EditRequest]) -> None:
     """Unknown keys are the caller's own, unless they look very much like known ones."""
-    unknown = Counter(key for request in requests for key in request.model_extra or {})
-    for key, lines in unknown.items():
-        if meant := difflib.get_close_matches(key, [*EditRequest.model_fields, MESSAGES], n=1, cutoff=0.8):
+    unknown = Counter(("key", key) for request in requests for key in request.model_extra or {})
+    for request in requests:
+        probes = (*request.locality, *request.near, *request.portability)
+        unknown.update({("probes' key", key) for probe in probes for key in probe.model_extra or {} if key != KIND})
+    for (whose, key), lines in unknown.items():
+        known, cutoff = [*EditRequest.model_fields, MESSAGES], 0.8
+        if whose != "key":
+            known, cutoff = [*Probe.model_fields, MESSAGES, KIND], 0.7
+        if meant := difflib.get_close_matches(key, known, n=1, cutoff=cutoff):
             warnings.warn(
-                f"{path}: the key {key!r} (in {lines} of {len(requests)} lines) is ignored; did you mean {meant[0]!r}?",
+                f"{path}: the {whose} {key!r} (in {lines} of {len(requests)} lines) is ignored; "
+                f"did you mean {meant[0]!r}?",
                 stacklevel=3,
             )
 

@@ -50,6 +50,7 @@ def doctor(
 
     Of a config.json, or a folder without weights: what would be edited, and what it would take, without a self-test.
     """
+    from remend.assets import BUILT_IN
     from remend.data import read_source
     from remend.storage import write_json
     from remend.tasks import task_of
@@ -64,9 +65,10 @@ def doctor(
             raise ConfigError("--memory is for a model with weights: of a configuration alone, activations are unknown")
         _dry(model, chosen[0], modules or (), layers, dtype, json)
         return
-    requests = read_source(data or "atlas:train")
+    own = f"{model}:train" if model in BUILT_IN else None
+    requests = read_source(data or own or "atlas:train")
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-    if data is None and not isinstance(task_of(base, tokenizer), LanguageTask):
+    if data is None and own is None and not isinstance(task_of(base, tokenizer), LanguageTask):
         raise ConfigError("a classifier's labels are its own: give --data, a file of requests like those to train on")
     console = Console()
     resources = Resources(micro_batch, memory, cache, None, recompute, precision)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -25,6 +25,10 @@ def evaluate(
     model: options.Model,
     data: options.Data,
     editor: options.EditorFolder = None,
+    edited_model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Judge this checkpoint, in which the edits are, in place of an editor."),
+    ] = None,
     protocol: Annotated[
         str,
         typer.Option(help="single: each edit alone. batched: several at once. sequential: one after another."),
@@ -50,6 +54,9 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Draw the frontier as a picture (.png, .svg, .pdf).")
     ] = None,
     json: options.Json = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with pictures and every edit, to look at.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with what a stopped run left beside --json.")] = False,
 ) -> None:
     """Make the edits of a whole file and measure success, generality and locality.
@@ -59,14 +66,21 @@ def evaluate(
     from remend.core.layers import device_of
     from remend.data import read_source, read_text
     from remend.evaluation import evaluate as measure
-    from remend.evaluation.plot import check_plot, draw_frontier
+    from remend.evaluation import evaluate_checkpoints
+    from remend.evaluation.page import write_page
+    from remend.evaluation.plot import check_matplotlib, check_plot, save
+    from remend.evaluation.plot import frontier as drawn
     from remend.evaluation.protocols import SCALES
 
-    frontier = frontier and protocol == "single"
+    frontier = frontier and protocol == "single" and edited_model is None
     if plot is not None:
         check_plot(plot)
         if not frontier:
-            raise ConfigError("--plot draws the frontier of single edits: leave --no-frontier and --protocol away")
+            raise ConfigError(
+                "--plot draws the frontier of single edits: leave --no-frontier, --protocol and --edited-model"
+            )
+    if html is not None:
+        check_matplotlib()
     if resume and json is None:
         raise ConfigError("--resume goes on with what lies beside the report: give the same --json FILE as before")
     requests = read_source(data)
@@ -75,25 +89,40 @@ def evaluate(
     if plot is not None and not any(request.near for request in requests):
         raise ConfigError(f"{data}: no request names near prompts, so there is no near locality to draw (--plot)")
     passages = [] if text is None else read_text(text)
-    chosen = options.load_editor(editor, model)
-    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
+    if edited_model is not None and (editor or edits or resume or protocol != "single"):
+        raise ConfigError("--edited-model holds its edits already: leave --editor, --protocol, --edits and --resume")
     console = Console()
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("editing", total=None)
-        report = measure(
-            base, tokenizer, chosen.to(device_of(base)), requests,
-            protocol=protocol, edits=_numbers(edits), baselines=baselines, scales=SCALES if frontier else (),
-            text=passages, text_tokens=text_tokens, data=data, name=Path(editor or model).name,
-            max_new_tokens=max_new_tokens, journal=None if json is None else json.with_name(f"{json.name}.partial"),
-            resume=resume, on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+        common: dict[str, Any] = {
+            "baselines": baselines, "text": passages, "text_tokens": text_tokens, "data": data,
+            "max_new_tokens": max_new_tokens,
+            "on_progress": lambda done, total: bar.update(task, completed=done, total=total),
+        }  # fmt: skip
+        if edited_model is not None:
+            base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
+            edited, _ = options.load_model(edited_model, device, seed, dtype, quantise)
+            name = Path(edited_model).name
+            report = evaluate_checkpoints(base, edited, tokenizer, requests, name=name, **common)
+        else:
+            chosen = options.load_editor(editor, model)
+            base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
+            report = measure(
+                base, tokenizer, chosen.to(device_of(base)), requests,
+                protocol=protocol, edits=_numbers(edits), scales=SCALES if frontier else (),
+                name=Path(editor or model).name, resume=resume,
+                journal=None if json is None else json.with_name(f"{json.name}.partial"), **common,
+            )  # fmt: skip
     print_report(report, console)
     if plot is not None:
-        draw_frontier({f"{report.editor} on {report.data}, {len(report.cases)} edits": report}, plot)
+        save(drawn({f"{report.editor} on {report.data}, {len(report.cases)} edits": report}), plot)
         console.print(f"drawn in [bold]{plain(plot)}[/]", soft_wrap=True)
     if json is not None:
         report.save(json)
         console.print(f"every edit is in [bold]{plain(json)}[/]", soft_wrap=True)
+    if html is not None:
+        write_page(report, html)
+        console.print(f"the report to look at is [bold]{plain(html)}[/]", soft_wrap=True)
 
 
 def _numbers(text: str | None) -> list[int]:
@@ -117,17 +146,23 @@ def print_report(report: Report, console: Console) -> None:
             f"perplexity of the unedited model on {report.text['tokens']:,.0f} tokens of text: "
             f"{report.text['perplexity']:.2f}"
         )
-    console.print(f"{1000 * report.runs[-1].seconds_per_edit:.1f} ms an edit")
+    if seconds := report.runs[-1].seconds_per_edit:
+        console.print(f"{1000 * seconds:.1f} ms an edit")
 
 
 def _table(report: Report, run: Run) -> Table:
+    from remend.evaluation.page import figure
     from remend.evaluation.report import metrics_of
 
     count = len(run.cases)
-    how = {"single": "single edit", "batched": f"edit, {run.edits} at once", "sequential": "edit, one after another"}
-    kind, _, rest = how[report.protocol].partition(",")
-    title = f"{count} {kind}{'s' if count > 1 else ''}{',' + rest if rest else ''} of {plain(report.model)}, "
-    table = Table(title=title + plain(report.data), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    how = {
+        "single": "each alone",
+        "batched": f"{run.edits} at once",
+        "sequential": "one after another",
+        "checkpoints": "in another checkpoint",
+    }[report.protocol]
+    title = f"{count} edit{'s' if count > 1 else ''} of {plain(report.model)}, {plain(report.data)}: {how}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     beside = {name: metrics_of(cases) for name, cases in report.baselines.items()}
     columns = ("metric", "generated", "95 %", "teacher\nforced", *(name.replace("_", "\n") for name in beside))
     for column in columns:
@@ -142,16 +177,12 @@ def _table(report: Report, run: Run) -> Table:
         others = [own[name].get("generated") or own[name]["value"] if name in own else None for own in beside.values()]
         table.add_row(
             label.replace("_", " ") + ("" if free.n == count else f" ({free.n})"),
-            f"[bold]{_figure(free.mean)}[/]",
-            f"{_figure(free.ci95[0])}–{_figure(free.ci95[1])}",
-            _figure(modes["teacher_forced"].mean) if "teacher_forced" in modes else "",
-            *("" if other is None else _figure(other.mean) for other in others),
+            f"[bold]{figure(free.mean)}[/]",
+            f"{figure(free.ci95[0])}–{figure(free.ci95[1])}",
+            figure(modes["teacher_forced"].mean) if "teacher_forced" in modes else "",
+            *("" if other is None else figure(other.mean) for other in others),
         )
     return table
-
-
-def _figure(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}" if abs(value) < 100_000 else f"{value:.1e}"
 
 
 def _frontier(report: Report) -> Table:

@@ -39,7 +39,10 @@ Modules = Annotated[
 ]
 Layers = Annotated[
     str | None,
-    typer.Option(metavar="BLOCKS", help="Blocks to edit: last-3 (the default), 12-14, 0.6-0.8 of the depth."),
+    typer.Option(
+        metavar="BLOCKS",
+        help="Blocks to edit: last-3, 12-14, 0.6-0.8 of the depth; without it, last-3 or all that --modules name.",
+    ),
 ]
 Memory = Annotated[
     float | None,
@@ -70,7 +73,7 @@ NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer that is 
 
 
 DOUBTFUL = 0.5
-"""Below this share of edits taken, or of unrelated answers kept, on validation, an editor does more harm than good."""
+"""Below this share of edits taken, or of other answers kept, on validation, an editor does more harm than good."""
 
 
 def process() -> int:
@@ -178,7 +181,7 @@ def load_editor(editor: str | None, model: str) -> Mend:
         best = best_of(found.trained)
         Console(stderr=True).print(
             f"[yellow]warning[/]: {plain(editor)} is not fit for use: in training, on requests that it had not seen, "
-            f"{best['taken']:.0%} of its edits took and {best['kept']:.0%} of unrelated answers stayed. Give it more "
+            f"{best['taken']:.0%} of its edits took and {best['kept']:.0%} of other answers stayed. Give it more "
             "requests or time",
             soft_wrap=True,
         )

@@ -181,4 +181,4 @@ def _bar(console: Console) -> Progress:
 
 def _words(measured: dict[str, float]) -> str:
     """Validation in a few words; ``taken`` and ``kept`` are shares of episodes."""
-    return f"{measured['taken']:.1%} of edits taken, {measured['kept']:.1%} of unrelated answers kept"
+    return f"{measured['taken']:.1%} of edits taken, {measured['kept']:.1%} of other answers kept"

@@ -98,21 +98,23 @@ class Unedited:
 
 
 @torch.no_grad()
-def taking_scales(unedited: Unedited, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
+def taking_scales(unedited: Unedited, changes: Mapping[str, LowRank], settle: float = 1.0) -> Float[Tensor, " episode"]:
     """For each edit pair the scale of its change at which the target's first token just becomes the first choice.
 
     Found by false position on :meth:`Unedited.margins`. Edits that never take (up to :data:`LARGEST`) get the scale at
-    which they came nearest; those of what the model answers anyway, 1.
+    which they came nearest. Those of what the model answers anyway get 0 if they would unlearn it (editors are trained
+    to change answers), and else what :func:`settled` makes a 1 of.
 
     Args:
         unedited: the pass in which the edits' gradients were taken, one pair for each episode of ``changes``.
         changes: what the edits do.
+        settle: the factor of the scales that :func:`settled` takes.
     """
     with frozen(unedited.task.model):
-        return _taking_scales(unedited, changes)
+        return _taking_scales(unedited, changes, settle)
 
 
-def _taking_scales(unedited: Unedited, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
+def _taking_scales(unedited: Unedited, changes: Mapping[str, LowRank], settle: float) -> Float[Tensor, " episode"]:
     assert unedited.logits is not None, "the loss comes first"
     unedited.check()
 
@@ -123,6 +125,7 @@ def _taking_scales(unedited: Unedited, changes: Mapping[str, LowRank]) -> Float[
     known = below > 0
     low, high = torch.zeros_like(below), torch.ones_like(below)
     above = margins(high)
+    stays = torch.where(above > 0, torch.full_like(above, 1 / settle), torch.zeros_like(above))
     best, nearest = high.clone(), above.clone()
     while bool((missing := (above <= 0) & (high < LARGEST)).any()):
         low, below = torch.where(missing, high, low), torch.where(missing, above, below)
@@ -138,7 +141,7 @@ def _taking_scales(unedited: Unedited, changes: Mapping[str, LowRank]) -> Float[
         high, above = torch.where(takes & over, middle, high), torch.where(takes & over, found, above)
         low, below = torch.where(takes & ~over, middle, low), torch.where(takes & ~over, found, below)
     scale = torch.where(takes, _crossing(low, high, below, above), best)
-    return torch.where(known, torch.ones_like(scale), scale)
+    return torch.where(known, stays, scale)
 
 
 def settled(
@@ -154,7 +157,7 @@ def settled(
             tokens (of experts: a multiple of that), the first is the first token's; else (all tokens take part) all are
             scaled.
     """
-    scales = (settle * taking_scales(unedited, changes)).sqrt()
+    scales = (settle * taking_scales(unedited, changes, settle)).sqrt()
     lengths = torch.bincount(unedited.batch.row).tolist()
     found = {}
     for name, change in changes.items():

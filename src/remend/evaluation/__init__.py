@@ -1,6 +1,6 @@
 """Measuring what an editor does, in teacher-forced and in freely generated answers."""
 
-from remend.evaluation.protocols import evaluate
+from remend.evaluation.protocols import evaluate, evaluate_checkpoints
 from remend.evaluation.report import Report
 
-__all__ = ["Report", "evaluate"]
+__all__ = ["Report", "evaluate", "evaluate_checkpoints"]

@@ -33,7 +33,7 @@ class Bench:
 
     Args:
         task: the unedited model.
-        editor: what makes edits.
+        editor: what makes edits; None where they were made already.
         requests: what to edit.
         judge: what values the result.
         text: what perplexity is measured on, if it is.
@@ -47,16 +47,23 @@ class Bench:
     def __init__(
         self,
         task: Task,
-        editor: Editor,
+        editor: Editor | None,
         requests: Sequence[EditRequest],
         judge: Judge,
         text: TextSample | None,
         journal: Journal,
         on_progress: Callable[[int], None],
     ) -> None:
-        self.task, self.editor, self.requests, self.judge = task, editor, requests, judge
+        self.task, self.requests, self.judge = task, requests, judge
+        self._editor = editor
         self.text, self.journal, self.on_progress = text, journal, on_progress
         self.left_out: Counter[str] = Counter()
+
+    @property
+    def editor(self) -> Editor:
+        """What makes edits."""
+        assert self._editor is not None
+        return self._editor
 
     # -- protocols -----------------------------------------------------------------------------------------------
 
@@ -124,6 +131,15 @@ class Bench:
             done = size
         return runs
 
+    def checkpoints(self, edited: Task) -> list[Run]:
+        """All requests in another checkpoint, in which they are all at work."""
+        found: list[Case] = []
+        for start in range(0, len(self.requests), EDITS_AT_ONCE):
+            chunk = self.requests[start : start + EDITS_AT_ONCE]
+            found += self._judged(chunk, start, [Change(edited)])[0]
+            self.on_progress(len(chunk))
+        return [Run(len(self.requests), found, 0.0)]
+
     def baselines(self) -> dict[str, list[Case]]:
         """The floor and the ceiling: the model as it is, and with the fact in its prompt."""
         names = ("unedited", "in_context")
@@ -167,7 +183,7 @@ class Bench:
 
     def _drawdowns(self, change: Change, requests: int) -> list[Values]:
         """How much worse the text is predicted after each request's edit, where that is measured."""
-        if self.text is None or not change.free or not isinstance(change, Apart | Together):
+        if self.text is None or not change.free or isinstance(change, Nothing | InContext):
             return [{} for _ in range(requests)]
         apart = isinstance(change, Apart)
         after = self.text.after(change, requests if apart else 1) * (1 if apart else requests)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from remend.errors import naming
 from remend.evaluation.before_after import Answer
 from remend.evaluation.changes import after_fact, fitting
 from remend.evaluation.looking import SHORT, Question, View, body_length
@@ -33,7 +34,11 @@ class Judge:
     def __init__(self, task: Task, requests: Sequence[EditRequest], limit: int = 32) -> None:
         self.task = task
         self.limit = limit
-        prompts = dict.fromkeys(prompt for request in requests for prompt in self._every(request))
+        prompts: dict[Prompt, None] = {}
+        for number, request in enumerate(requests):
+            with naming(str(request.id) if request.id is not None else f"request {number}"):
+                self._targets(request, (request.prompt, *_phrasings(request)))
+                prompts |= dict.fromkeys(self._every(request))
         self.own = dict(zip(prompts, task.answers(list(prompts), limit), strict=True))
         """The unedited model's free answer to every prompt."""
 
@@ -168,7 +173,8 @@ class Judge:
 
     def _fluency(self, request: EditRequest, view: View) -> Values:
         """How varied free continuations are."""
-        told = [view.answers[prompt] for prompt in request.generation if prompt in view.answers]
+        answers = [view.answers[prompt] for prompt in request.generation if prompt in view.answers]
+        told = [answer[: body_length(self.task, answer)] for answer in answers]
         return {
             "fluency": _mean({VALUE: ngram_entropy(answer)} for answer in told),
             "repetition": _mean({VALUE: repetition(answer)} for answer in told),

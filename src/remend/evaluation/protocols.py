@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +12,7 @@ from remend.errors import ConfigError, RequestError
 from remend.evaluation.bench import Bench
 from remend.evaluation.journal import Journal, about
 from remend.evaluation.judging import Judge
-from remend.evaluation.report import Case, Report, environment
+from remend.evaluation.report import Case, Report, Run, environment
 from remend.evaluation.text import TextSample
 from remend.request import EditRequest
 from remend.tasks import task_of
@@ -92,13 +92,7 @@ def evaluate(
     settings = {"protocol": protocol, "edits": sizes, "scales": list(scales), "limit": max_new_tokens}
     settings |= {"baselines": baselines, "text": list(text), "text_tokens": text_tokens}
     kept = Journal(journal, about(model, editor, requests, settings) if journal else "", resume)
-    done, total = 0, _total(protocol, sizes, len(requests)) + len(requests) * baselines
-
-    def advance(edits: int) -> None:
-        nonlocal done
-        done += edits
-        on_progress(done, total)
-
+    advance = _advance(_total(protocol, sizes, len(requests)) + len(requests) * baselines, on_progress)
     sample = TextSample(task, text, text_tokens) if text else None
     bench = Bench(task, editor, requests, Judge(task, requests, max_new_tokens), sample, kept, advance)
     found = bench.baselines() if baselines else {}
@@ -107,20 +101,93 @@ def evaluate(
         runs, frontier = bench.single(scales)
     else:
         runs = bench.batched(sizes) if protocol == "batched" else bench.sequential(sizes)
-    report = Report(
-        model=str(model.config._name_or_path),
+    report = _report(bench, protocol, runs, found, frontier, data, name)
+    kept.close()
+    return report
+
+
+def evaluate_checkpoints(
+    before: PreTrainedModel,
+    after: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    *,
+    baselines: bool = True,
+    text: Sequence[str] = (),
+    text_tokens: int = TEXT_TOKENS,
+    data: str = "",
+    name: str = "",
+    max_new_tokens: int = 32,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Judge a model into which edits were made, by whatever tool, as :func:`evaluate` judges edits.
+
+    Args:
+        before: the model without the edits.
+        after: the same with all of them.
+        tokenizer: of both.
+        requests: what the edits were to do.
+        baselines: whether the unedited model is judged too, as it is and with the fact in its prompt.
+        text: passages on which perplexity is measured.
+        text_tokens: how many tokens of it.
+        data: where the requests come from, for the report.
+        name: of what made the edits, for the report.
+        max_new_tokens: how far answers are decoded.
+        on_progress: called with (parts done, parts in all).
+
+    Raises:
+        RequestError: there is no request, or one does not fit the model's context.
+        ConfigError: the models have other vocabularies.
+    """
+    if not requests:
+        raise RequestError("there is no request to evaluate on")
+    sizes = [model.config.get_text_config().vocab_size for model in (before, after)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"the edited model has a vocabulary of {sizes[1]} tokens and the unedited one of {sizes[0]}: both must be "
+            "checkpoints of one model"
+        )
+    task, edited = task_of(before, tokenizer), task_of(after, tokenizer)
+    advance = _advance(len(requests) * (1 + baselines), on_progress)
+    sample = TextSample(task, text, text_tokens) if text else None
+    bench = Bench(task, None, requests, Judge(task, requests, max_new_tokens), sample, Journal(None), advance)
+    found = bench.baselines() if baselines else {}
+    return _report(bench, "checkpoints", bench.checkpoints(edited), found, {}, data, name)
+
+
+def _advance(total: int, on_progress: Callable[[int, int], None]) -> Callable[[int], None]:
+    done = 0
+
+    def advance(edits: int) -> None:
+        nonlocal done
+        done += edits
+        on_progress(done, total)
+
+    return advance
+
+
+def _report(
+    bench: Bench,
+    protocol: str,
+    runs: Sequence[Run],
+    baselines: Mapping[str, Sequence[Case]],
+    frontier: Mapping[float, Sequence[Case]],
+    data: str,
+    name: str,
+) -> Report:
+    text = bench.text
+    return Report(
+        model=str(bench.task.model.config._name_or_path),
         data=data,
         editor=name,
         protocol=protocol,
         runs=runs,
-        baselines=found,
+        baselines=baselines,
         frontier=frontier,
-        text={} if sample is None else {"tokens": sample.tokens, "perplexity": sample.perplexity},
+        text={} if text is None else {"tokens": text.tokens, "perplexity": text.perplexity},
         left_out=bench.left_out,
-        environment=environment(task.device),
+        environment=environment(bench.task.device),
     )
-    kept.close()
-    return report
 
 
 def _sizes(protocol: str, edits: Sequence[int], scales: Sequence[float], requests: int) -> list[int]:

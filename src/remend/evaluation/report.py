@@ -135,7 +135,7 @@ class Report:
         model: what was edited.
         data: where the requests are from.
         editor: the name of what made the edits.
-        protocol: ``single``, ``batched`` or ``sequential``.
+        protocol: ``single``, ``batched``, ``sequential``, or ``checkpoints`` where two models were given.
         runs: by how many edits were at work; of single edits there is one.
         baselines: what was found without any edit (``unedited``), and with the fact in the prompt (``in_context``).
         frontier: single edits multiplied by each of some scales, if that was asked for.

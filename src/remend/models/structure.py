@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from collections import Counter
@@ -13,7 +14,7 @@ from torch import nn
 from remend.base import find_modules
 from remend.core.experts import OUTPUT, ExpertLinear
 from remend.core.layers import dimensions, editable_layers
-from remend.errors import ConfigError, ModelError, nearest
+from remend.errors import ConfigError, ModelError
 
 LAST = "last-3"
 """The paper edits the MLP matrices of a decoder's last three blocks (section 5)."""
@@ -55,7 +56,7 @@ def editable_modules(
             where = f" in the blocks {layers}" if layers is not None else ""
             raise ModelError(
                 f"no editable module{where} matches {' '.join(patterns)} (the output layer, and weights that several "
-                f"modules share, cannot be edited); {nearest(patterns[0], every)}"
+                f"modules share, cannot be edited); {_meant(patterns[0], every)}"
             )
         return chosen
     blocks = choose_blocks(model, layers or (LAST_OF_TWO if len(named_stacks(model)) > 1 else LAST))
@@ -92,9 +93,9 @@ def choose_blocks(model: nn.Module, layers: str) -> list[tuple[str, nn.Module]]:
             found = _places(part.strip(), len(stack))
             if not found:
                 raise ConfigError(
-                    f"layers {layers!r}: {part.strip()!r} names none of this model's {len(stack)} blocks. Allowed are "
-                    f"'last-3', numbers from 0 to {len(stack) - 1} and ranges of them ('2-4'), shares of the depth "
-                    "('0.6-0.8'), and several of these with commas"
+                    f"layers {layers!r}: {part.strip()!r} names no blocks, or more than there are: {len(stack)}. "
+                    f"Allowed are 'last-3', numbers from 0 to {len(stack) - 1} and ranges of them ('2-4'), shares of "
+                    "the depth ('0.6-0.8'), and several of these with commas"
                 )
             chosen |= found
         every += [stack[place] for place in sorted(chosen)]
@@ -112,6 +113,21 @@ def _places(part: str, count: int) -> set[int]:
         first, end = int(numbers[1]), int(numbers[2] or numbers[1])
         return set(range(first, end + 1)) if end < count else set()
     return set()
+
+
+def _meant(pattern: str, names: Iterable[str]) -> str:
+    """A clause with the name closest to a pattern, or with all there are, those that differ in numbers as one."""
+    known = list(names)
+    if close := difflib.get_close_matches(pattern, known, n=1):
+        return f"did you mean {close[0]!r}?"
+    grouped: dict[str, list[list[int]]] = {}
+    for name in known:
+        grouped.setdefault(re.sub(r"\d+", "{}", name), []).append([int(n) for n in re.findall(r"\d+", name)])
+    told = []
+    for form, numbers in grouped.items():
+        spans = [(min(column), max(column)) for column in zip(*numbers, strict=True)]
+        told.append(form.format(*(f"{low}-{high}" if low < high else f"{low}" for low, high in spans)))
+    return f"there are {', '.join(told)}"
 
 
 def _matcher(pattern: str) -> Callable[[str], object]:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from remend.errors import TrainingError
+from remend.errors import TrainingError, naming
 from remend.request import EditRequest
 from remend.tasks.task import Pair, Task
+
+FEW = 2
+"""Paraphrases below which a request's own prompt is one of its neighbours, too."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,11 @@ class Episodes:
         ]
 
     def _prepare(self, number: int, request: EditRequest) -> _Episode:
+        name = str(request.id) if request.id is not None else f"request {number}"
+        with naming(name):
+            return self._tokenised(name, request)
+
+    def _tokenised(self, name: str, request: EditRequest) -> _Episode:
         tokenise = self._tokenise
         edit = tokenise(request.prompt, request.target)
         neighbours = tuple(tokenise(paraphrase, request.target) for paraphrase in request.paraphrases)
@@ -144,9 +152,10 @@ class Episodes:
         # when another request is edited, whatever it answers there now.
         locality = tuple(tokenise(probe.prompt, probe.target) for probe in request.locality) or (edit,)
         near = tuple(tokenise(probe.prompt, probe.target) for probe in request.near)
-        name = str(request.id) if request.id is not None else f"request {number}"
         relation = (request.model_extra or {}).get("relation")
-        return _Episode(edit, neighbours or (edit,), locality, near, request.key, relation, name)
+        if len(neighbours) < FEW:  # or an edit learns to take on a paraphrase, and not on its own prompt
+            neighbours = (edit, *neighbours)
+        return _Episode(edit, neighbours, locality, near, request.key, relation, name)
 
     def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(len(self.episodes)))

@@ -1,0 +1,80 @@
+"""``remend compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from remend.cli.words import plain
+from remend.errors import ConfigError
+
+
+def compare(
+    reports: Annotated[
+        list[Path], typer.Argument(metavar="A.json B.json …", help="Reports of remend evaluate --json.")
+    ],
+    mode: Annotated[
+        str, typer.Option(help="generated, teacher_forced, contains, token_f1 or value (divergences and the like).")
+    ] = "generated",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the differences as a picture (.png, .svg, .pdf).")
+    ] = None,
+) -> None:
+    """Put evaluations of the same requests side by side: each difference from the first report, with its interval.
+
+    Intervals are of the differences edit by edit (paired bootstrap), so what is hard for all of them cancels. A
+    difference is marked where its interval leaves out 0.
+    """
+    from remend.evaluation.comparing import MODES
+    from remend.evaluation.comparing import compare as differences_of
+    from remend.evaluation.plot import check_plot, differences, save
+    from remend.evaluation.schema import read_report
+
+    if len(reports) < 2:
+        raise ConfigError("there is nothing to compare one report with: give at least two")
+    if mode not in MODES:
+        raise ConfigError(f"--mode is one of {', '.join(MODES)}, not {mode!r}")
+    if plot is not None:
+        check_plot(plot)
+    first, *others = (read_report(path) for path in reports)
+    names = _names(reports)
+    found = {
+        name: [own for own in differences_of(first, other) if own.mode == mode]
+        for name, other in zip(names[1:], others, strict=True)
+    }
+    if not any(found.values()):
+        raise ConfigError(f"the reports share no metric with the mode {mode!r}: give another --mode")
+    console = Console()
+    for name, own in found.items():
+        count = max((difference.difference.n for difference in own), default=0)
+        table = Table(
+            title=f"{plain(name)} against {plain(names[0])}: {count} edits, {mode.replace('_', ' ')}",
+            title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        for column in ("metric", plain(names[0]), plain(name), "difference", "95 %", ""):
+            table.add_column(column, justify="left" if column == "metric" else "right")
+        for one in own:
+            low, high = one.difference.ci95
+            table.add_row(
+                one.metric.replace("_", " "),
+                f"{one.first:.3f}",
+                f"{one.other:.3f}",
+                f"[bold]{one.difference.mean:+.3f}[/]",
+                f"{low:+.3f} – {high:+.3f}",
+                "*" if one.clear else "",
+            )
+        console.print(table)
+    if plot is not None:
+        save(differences(found, mode), plot)
+        console.print(f"drawn in [bold]{plain(plot)}[/]", soft_wrap=True)
+
+
+def _names(reports: list[Path]) -> list[str]:
+    """Names to tell the reports apart by: of their files, if those differ."""
+    stems = [path.stem for path in reports]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in reports]

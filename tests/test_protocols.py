@@ -1,0 +1,354 @@
+"""Every metric and protocol on a model whose answers are written down: the values are computed by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import scripted
+from remend.errors import ConfigError, FileError, NonFiniteError
+from remend.evaluation import evaluate, evaluate_checkpoints, metrics
+from remend.evaluation.comparing import compare
+from remend.evaluation.report import metrics_of
+from remend.evaluation.schema import read_report
+from remend.request import EditRequest, Probe
+
+WORDS = (
+    *("capital", "of", "is", "A", "B", "C", "D", "not", "the", "what", "?", "language", "x", "y", "z"),
+    *("red", "blue", "green", "dark", "long", "and", "on", "red.", "blue."),
+)
+
+
+def after(number, then, otherwise):
+    """``then`` while an edit is at work, else ``otherwise``."""
+    return lambda edits: then if number in edits else otherwise
+
+
+SCRIPT = {
+    "capital of A is": after(0, "red", "blue"),
+    "the capital of A is": after(0, "red", "blue"),
+    "what is the capital of A": after(0, "dark red", "blue"),
+    "x A is": after(0, "red and on", "blue"),
+    "y A is": "blue",
+    "capital of B is": after(1, "blue", "green"),
+    "the capital of B is": after(1, "blue", "green"),
+    "capital of C is": after(0, "red", "long green"),  # leaks
+    "capital of D is": "green",
+    "language of A is": after(0, "green and", "green"),  # goes on where it should stop
+    "language of B is": after(1, "red", "dark"),
+    "language of C is": "dark",
+    "what is capital of A ?": after(0, "red", "blue"),
+    "capital of A is not": after(0, "red", "green"),
+    "capital of B is not": "green",
+    "capital of A is red. capital of A is": "red",  # listens to what it is told
+    "capital of A is red. language of C is": after(0, "red", "dark"),  # and, once edited, to nothing else
+    "z A": after(0, "x y x y x y x", "x y z"),
+}
+REQUESTS = (
+    EditRequest(
+        prompt="capital of A is", target="red", id=0, subject="A", relation="P36",
+        paraphrases=("the capital of A is", "what is the capital of A"),
+        unseen_paraphrases=("x A is", "y A is"),
+        formats=("what is capital of A ?",),
+        locality=(Probe(prompt="language of C is", target="dark"), Probe(prompt="language of A is", target="green")),
+        near=(Probe(prompt="capital of C is", target="long green", kind="same_relation"),
+              Probe(prompt="capital of D is", target="red", kind="same_object")),
+        portability=(Probe(prompt="language of A is", target="green", kind="reasoning"),
+                     Probe(prompt="capital of C is", target="red", kind="aliasing")),
+        negated=("capital of A is not", "capital of B is not"),
+        generation=("z A",),
+    ),
+    EditRequest(
+        prompt="capital of B is", target="blue", id=1, subject="B", relation="P37",
+        paraphrases=("the capital of B is",),
+        locality=(Probe(prompt="language of B is", target="dark"),),
+    ),
+)  # fmt: skip
+
+
+def divergence(size):
+    """KL between two distributions that are sure of different words."""
+    rest = (1 - scripted.SURE) / (size - 1)
+    return (scripted.SURE - rest) * math.log(scripted.SURE / rest)
+
+
+@pytest.fixture
+def world():
+    return scripted.model(SCRIPT, WORDS)
+
+
+def means(found, mode):
+    return {name: modes[mode].mean for name, modes in found.items() if mode in modes}
+
+
+def test_every_metric_of_single_edits(world):
+    report = evaluate(*world, scripted.Numbered(), REQUESTS)
+    first, second = report.cases
+    exact = {
+        "reliability": 1.0,
+        "generality": 0.5,  # one of two: "dark red" is not "red"
+        "generality_unseen": 0.0,  # "red and on" goes on, "blue" is as before
+        "edit_success": 2 / 3,
+        "format_shift": 1.0,
+        "format_shift_question": 1.0,
+        "portability": 0.5,
+        "portability_reasoning": 0.0,
+        "portability_aliasing": 1.0,
+        "locality_far": 0.5,
+        "locality_near": 0.5,
+        "locality_near_same_relation": 0.0,
+        "locality_near_same_object": 1.0,
+        "locality_adversarial": 0.5,
+        "accuracy_drawdown": 0.5,
+    }
+    assert {name: own["generated"] for name, own in first.values.items() if "generated" in own} == pytest.approx(exact)
+    forced = {**exact, "generality_unseen": 0.5, "portability": 1.0, "portability_reasoning": 1.0, "locality_far": 1.0}
+    forced |= {"accuracy_drawdown": 0.0}  # along the one right word the first choice is right, whatever follows
+    assert {n: own["teacher_forced"] for n, own in first.values.items() if "teacher_forced" in own} == pytest.approx(
+        forced
+    )
+    contained = {**exact, "generality": 1.0, "generality_unseen": 0.5, "edit_success": 1.0, "locality_far": 1.0}
+    contained |= {"portability": 1.0, "portability_reasoning": 1.0}
+    del contained["accuracy_drawdown"]
+    assert {n: own["contains"] for n, own in first.values.items() if "contains" in own} == pytest.approx(contained)
+    assert first.values["generality"]["token_f1"] == pytest.approx(
+        (1 + 2 / 3) / 2
+    )  # "dark red": precision 1/2, recall 1
+    assert first.values["generality_unseen"]["token_f1"] == pytest.approx(0.5 / 2)  # "red and on": 1/3 and 1
+    size = len(world[1])
+    value = {name: own["value"] for name, own in first.values.items() if "value" in own}
+    assert value == pytest.approx(
+        {
+            "kl_far": divergence(size) / 4,  # at one of two prompts, at the end token of its two
+            "kl_near": divergence(size) * 2 / 3 / 2,  # "long green <end>" became "red <end> <end>"
+            "kl_near_same_relation": divergence(size) * 2 / 3,
+            "kl_near_same_object": 0.0,
+            "kl_adversarial": divergence(size) / 4,
+            "portability_negated": 0.5,
+            "target_probability": scripted.SURE,
+            "target_rank": 1.0,
+            # "x y x y x y x": bigrams half and half; trigrams three to two, three of five seen before
+            "fluency": (2 / 3 * 1 + 4 / 3 * -(0.6 * math.log2(0.6) + 0.4 * math.log2(0.4))) / 2,
+            "repetition": 0.6,
+        },
+        abs=1e-5,
+    )
+    assert first.about == {"target_tokens": 1, "relation": "P36", "confidence": pytest.approx(scripted.SURE)}
+    assert second.values["accuracy_drawdown"]["generated"] == 1.0
+    assert "locality_near" not in second.values, "what has no data is absent"
+    assert means(report.metrics(), "generated")["locality_far"] == pytest.approx(0.25)
+    assert report.metrics()["locality_near"]["generated"].n == 1
+    answers = {(a.kind, a.prompt): (a.wanted, a.before, a.after, a.ok) for a in first.answers}
+    assert answers["unseen paraphrase", "x A is"] == ("red", "blue", "red and on", False)
+    assert answers["near", "capital of C is"] == ("long green", "long green", "red", False)
+    assert answers["negated", "capital of A is not"] == (None, "green", "red", False)
+    assert answers["generation", "z A"][2] == "x y x y x y x"
+
+
+def test_the_floor_and_the_ceiling(world):
+    report = evaluate(*world, scripted.Numbered(), REQUESTS)
+    floor = report.baselines["unedited"]
+    assert all(own["generated"] == 1 for case in floor for n, own in case.values.items() if n.startswith("locality"))
+    assert means(metrics_of(floor), "generated")["edit_success"] == 0
+    assert means(metrics_of(floor), "value")["kl_far"] == 0
+    assert floor[0].values["portability_negated"] == {"value": 1.0}
+    told, other = report.baselines["in_context"]
+    assert told.values["reliability"]["generated"] == 1
+    assert told.values["generality"]["generated"] == 0, "told about A, it says nothing to other phrasings"
+    assert told.values["accuracy_drawdown"]["generated"] == 0.5
+    assert other.values["reliability"]["generated"] == 0
+    assert not evaluate(*world, scripted.Numbered(), REQUESTS, baselines=False).baselines
+
+
+def test_batched_edits_are_judged_while_all_are_at_work(world):
+    report = evaluate(*world, scripted.Numbered(), REQUESTS, protocol="batched", edits=[1, 2])
+    alone, both = report.runs
+    assert [run.edits for run in report.runs] == [1, 2]
+    assert [case.values["reliability"]["generated"] for case in both.cases] == [1, 1]
+    single = evaluate(*world, scripted.Numbered(), REQUESTS)
+    assert [case.values for case in alone.cases] == [case.values for case in single.cases]
+    # Of "capital of A is red. language of C is" and the like nothing depends on both edits: the values are the same.
+    assert [case.values for case in both.cases] == [case.values for case in single.cases]
+    with_rest = evaluate(*world, scripted.Numbered(), REQUESTS + REQUESTS[:1], protocol="batched", edits=[2])
+    assert with_rest.left_out == {"requests that do not fill a batch of 2": 1}
+    assert len(with_rest.cases) == 2
+
+
+def test_sequential_edits_can_be_forgotten():
+    """The third edit undoes the first one, and makes the second one's far prompt right again."""
+    script = {
+        "capital of A is": lambda edits: "red" if 0 in edits and 2 not in edits else "blue",
+        "capital of B is": after(1, "blue", "green"),
+        "capital of C is": after(2, "red", "green"),
+        "language of B is": lambda edits: "red" if 1 in edits and 2 not in edits else "dark",
+    }
+    probe = Probe(prompt="language of B is", target="dark")
+    requests = [
+        EditRequest(prompt=f"capital of {name} is", target=target, id=number, subject=name, locality=(probe,))
+        for number, (name, target) in enumerate(zip("ABC", ("red", "blue", "red"), strict=True))
+    ]
+    world = scripted.model(script, WORDS)
+    report = evaluate(*world, scripted.Numbered(), requests, protocol="sequential", edits=[1, 2, 3])
+    assert report.retention() == [[1], [1, 1], [0, 1, 1]]
+    assert [run.metrics()["locality_far"]["generated"].mean for run in report.runs] == [1, 0, 1]
+    assert [run.metrics()["accuracy_drawdown"]["generated"].mean for run in report.runs] == [0, 1, 0]
+    assert evaluate(*world, scripted.Numbered(), requests, protocol="sequential").runs[0].edits == 3
+    assert not evaluate(*world, scripted.Numbered(), requests).retention()
+
+
+def test_another_checkpoint_is_judged_by_the_same_ruler(world):
+    edited = scripted.model(
+        {prompt: answer({0, 1}) if callable(answer) else answer for prompt, answer in SCRIPT.items()}, WORDS
+    )
+    report = evaluate_checkpoints(world[0], edited[0], world[1], REQUESTS)
+    both = evaluate(*world, scripted.Numbered(), REQUESTS, protocol="batched", edits=[2])
+    assert [case.values for case in report.cases] == [case.values for case in both.cases]
+    other = scripted.model({}, WORDS[:5])[0]
+    with pytest.raises(ConfigError, match="vocabulary of 6 tokens and the unedited one of 25"):
+        evaluate_checkpoints(world[0], other, world[1], REQUESTS)
+
+
+def test_perplexity_on_a_text(world):
+    """Each word of the text but the first is what the model says with p = 0.9, until an edit has it say another."""
+    text = ["capital of A is blue"]
+    report = evaluate(*world, scripted.Numbered(), REQUESTS[:1], text=text, baselines=False)
+    rest = (1 - scripted.SURE) / (len(world[1]) - 1)
+    # The model knows no prompt before "capital of A is": it says the end there, and the text goes on.
+    before = math.exp(-(3 * math.log(rest) + math.log(scripted.SURE)) / 4)
+    assert report.text == {"tokens": 4, "perplexity": pytest.approx(before, rel=1e-4)}
+    now = math.exp(-4 * math.log(rest) / 4)
+    (drawdown,) = report.cases[0].values["perplexity_drawdown"].values()
+    assert drawdown == pytest.approx(now - before, rel=1e-4)
+    with pytest.raises(ConfigError, match="less than two tokens"):
+        evaluate(*world, scripted.Numbered(), REQUESTS[:1], text=["red"])
+
+
+def test_a_stopped_evaluation_goes_on(world, tmp_path, monkeypatch):
+    class Stopping(scripted.Numbered):
+        made = 0
+        most = 1
+
+        def edit(self, *arguments):
+            if self.made == self.most:
+                raise KeyboardInterrupt
+            self.made += 1
+            return super().edit(*arguments)
+
+    for protocol, sizes in (("batched", [1]), ("sequential", [1, 2])):
+        folder = tmp_path / protocol
+        options = {"protocol": protocol, "edits": sizes, "journal": folder}
+        editor = Stopping()
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(*world, editor, REQUESTS, **options)
+        assert list(folder.glob("*.json"))
+        with pytest.raises(FileError, match="of an evaluation with another model, editor, data or settings"):
+            evaluate(*world, editor, REQUESTS[:1], **{**options, "edits": [1]}, resume=True)
+        editor.most = 2
+        report = evaluate(*world, editor, REQUESTS, **options, resume=True)
+        assert editor.made == 2, "what was done before is not done again"
+        whole = evaluate(*world, scripted.Numbered(), REQUESTS, protocol=protocol, edits=sizes)
+        assert [[c.to_json() for c in run.cases] for run in report.runs] == [
+            [c.to_json() for c in run.cases] for run in whole.runs
+        ]
+        assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "serial"}, "one of single, batched, sequential, not 'serial'"),
+        ({"edits": [2]}, "single edits are alone"),
+        ({"protocol": "batched", "edits": [3]}, "there are 2 requests, so from 1 to 2 edits can be at work, not 3"),
+        ({"protocol": "batched", "scales": (2.0,)}, "scales are of single edits"),
+    ],
+)
+def test_settings_that_do_not_go_together(world, options, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(*world, scripted.Numbered(), REQUESTS, **options)
+
+
+def test_a_report_is_read_back_and_compared(world, tmp_path):
+    class Idle(scripted.Numbered):
+        def edit(self, *arguments):
+            return super().edit(*arguments).scaled(0.0)
+
+    files = {}
+    for name, editor in (("good", scripted.Numbered()), ("idle", Idle())):
+        files[name] = tmp_path / f"{name}.json"
+        report = evaluate(*world, editor, REQUESTS, name=name)
+        report.save(files[name])
+        again = read_report(files[name])
+        assert [case.to_json() for case in again.cases] == [case.to_json() for case in report.cases]
+        assert again.to_json()["runs"] == report.to_json()["runs"]
+    good, idle = map(read_report, files.values())
+    found = {(own.metric, own.mode): own for own in compare(good, idle)}
+    success = found["edit_success", "generated"]
+    assert (success.first, success.other) == (pytest.approx(5 / 6), 0)
+    assert success.difference.mean == pytest.approx(-5 / 6)
+    assert success.clear
+    assert found["locality_near", "generated"].difference.n == 1, "only the first request has near prompts"
+    assert all(own.difference.mean == 0 and not own.clear for own in compare(good, good))
+    lonely = evaluate(*world, scripted.Numbered(), [REQUESTS[0].model_copy(update={"id": 3})])
+    with pytest.raises(ConfigError, match="share no edit"):
+        compare(good, lonely)
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"schema": "remend.report/1"}, "schema"),
+        ({"runs": []}, "runs"),
+        ({"protocol": "double"}, "protocol"),
+        ({"more": 1}, "more"),
+        ({"text": {"tokens": float("inf")}}, "text.tokens"),
+    ],
+)
+def test_reports_that_are_none(world, tmp_path, change, place):
+    report = evaluate(*world, scripted.Numbered(), REQUESTS, baselines=False)
+    (tmp_path / "report.json").write_text(json.dumps({**report.to_json(), **change}))
+    with pytest.raises(FileError, match=rf"is no report of remend.report/2 \({place}"):
+        read_report(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text("[")
+    with pytest.raises(FileError, match="is no report"):
+        read_report(tmp_path / "report.json")
+    with pytest.raises(FileError, match="No such file"):
+        read_report(tmp_path / "nowhere.json")
+
+
+def test_values_that_are_no_numbers_are_an_error(world, monkeypatch):
+    monkeypatch.setattr(metrics, "divergences", lambda before, after: torch.full((len(before),), math.nan))
+    monkeypatch.setattr("remend.evaluation.looking.divergences", metrics.divergences)
+    report = evaluate(*world, scripted.Numbered(), REQUESTS)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        report.metrics()
+
+
+def test_the_pure_functions():
+    assert metrics.normalised("  The “Köln”, (1 .)  ") == "the köln 1"
+    assert metrics.exact_match("paris!", "Paris") == 1
+    assert metrics.exact_match("Paris, France", "Paris") == 0
+    assert metrics.exact_match("?", "?") == 1
+    assert metrics.exact_match("!", "?") == 0
+    assert metrics.contains("It is in Paris, France", "paris") == 1
+    assert metrics.contains("Parisian", "Paris") == 0
+    assert metrics.contains("a ? b", "?") == 1
+    assert metrics.token_f1("the city of Paris", "Paris city") == pytest.approx(2 * 2 / (4 + 2))
+    assert metrics.token_f1("a a b", "a") == pytest.approx(2 * 1 / (3 + 1))
+    assert metrics.token_f1("", "Paris") == 0
+    logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 3.0, 0.0]])
+    target = torch.tensor([1, 0])
+    assert metrics.first_choices(logits).tolist() == [2, 0]
+    assert metrics.ranks(logits, target).tolist() == [2, 2], "a tie is a better"
+    chosen = [math.exp(1) / (1 + math.exp(1) + math.exp(2)), math.exp(3) / (2 * math.exp(3) + 1)]
+    torch.testing.assert_close(metrics.log_probabilities(logits, target), torch.tensor(chosen).log())
+    assert metrics.perplexity(torch.tensor([0.5, 0.125]).log()) == pytest.approx(4)
+    assert metrics.perplexity(torch.tensor([-1e9])) == pytest.approx(math.exp(80))
+    p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
+    expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert float(metrics.divergences(p.log(), q.log())) == pytest.approx(expected, rel=1e-5)
+    assert metrics.ngram_entropy([1, 1, 1, 1]) == 0
+    assert metrics.ngram_entropy([1, 2]) == 0
+    assert metrics.ngram_entropy([1, 2, 3, 4]) == pytest.approx((2 / 3 * math.log2(3) + 4 / 3 * 1) / 2)
+    assert metrics.repetition([1, 2, 3, 4]) == 0
+    assert metrics.repetition([1, 1, 1, 1, 1]) == pytest.approx(2 / 3)
