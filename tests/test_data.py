@@ -397,6 +397,8 @@ def test_what_changes_nothing_is_left_out_and_told(tmp_path):
         "edits without a target": 1,
         "probes without an answer": 1,
     }
+    with pytest.warns(UserWarning, match="left out 1 edits to the answer that is true already, .* 2 requests remain"):
+        assert read_source(f"zsre:{tmp_path / 'data.json'}") == requests
     with pytest.raises(RequestError, match="none of its rows is an edit"):
         made(tmp_path, "zsre", {**ZSRE, "alt": ""})
 

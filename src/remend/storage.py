@@ -155,8 +155,17 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         FileError: it cannot be written there.
     """
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write one text file (UTF-8) under a temporary name, then rename it.
+
+    Raises:
+        FileError: it cannot be written there.
+    """
     with whole_file(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(text)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from remend.data.making import DOUBLE
 from remend.data.registry import BUILT_IN, DATA_SETS
 from remend.data.rows import Skip, ignore
 from remend.errors import RequestError, nearest
@@ -25,11 +28,18 @@ def read_source(source: str) -> list[EditRequest]:
     - the path of a JSON-lines file of requests.
 
     FILE is a path, or ``hf:owner/name/file.json`` on the Hugging Face hub (without a file, where there is only one).
+    Of what a data set's reader leaves out of a file, a warning tells.
 
     Raises:
         RequestError: there is no such split or file, or a row of it is malformed.
     """
-    return list(iterate_source(source))
+    left_out: Counter[str] = Counter()
+    requests = list(iterate_source(source, lambda reason: left_out.update([reason])))
+    del left_out[DOUBLE]  # nothing is lost by that
+    if left_out:
+        told = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+        warnings.warn(f"{source}: left out {told}; {len(requests)} requests remain", stacklevel=2)
+    return requests
 
 
 def iterate_source(source: str, skip: Skip = ignore) -> Iterator[EditRequest]:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from remend.evaluation.plot import check_matplotlib, pictures, svg
 from remend.evaluation.report import Report, Summary, metrics_of
-from remend.storage import whole_file
+from remend.storage import write_text
 
 WORDS = {
     "reliability": "the edited prompt itself is answered with the target",
@@ -57,8 +57,7 @@ def write_page(report: Report, path: str | Path) -> None:
         pictures={name: Markup(svg(draw())) for name, draw in pictures(report).items()},
         cases=_embedded(_cases(report)),
     )
-    with whole_file(path) as file:
-        file.write(page)
+    write_text(path, page)
 
 
 def figure(value: float) -> str:
