@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from remend.errors import RequestError
+from remend.storage import write_text
 
 MESSAGES = "messages"
 """The key under which a conversation stands in place of a prompt."""
@@ -266,9 +267,13 @@ def read_requests(path: str | Path) -> list[EditRequest]:
 
 
 def write_requests(path: str | Path, requests: list[EditRequest]) -> None:
-    """Write requests as JSON lines, leaving out what is empty."""
+    """Write requests as JSON lines, leaving out what is empty; the whole file, or nothing.
+
+    Raises:
+        FileError: it cannot be written there.
+    """
     lines = [json.dumps(request.to_json(), ensure_ascii=False) for request in requests]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _warn_of_misspelt_keys(path: Path, requests: list[EditRequest]) -> None:

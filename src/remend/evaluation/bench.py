@@ -24,6 +24,9 @@ from remend.tasks.task import Task
 EDITS_AT_ONCE = 64
 """Requests that are edited and judged together, of single edits; bounds the memory, does not change the result."""
 
+BASELINES = ("unedited", "in_context")
+"""What edits are judged beside: the model as it is, and with the fact in its prompt."""
+
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -67,24 +70,28 @@ class Bench:
 
     # -- protocols -----------------------------------------------------------------------------------------------
 
-    def single(self, scales: Sequence[float]) -> tuple[list[Run], dict[float, list[Case]]]:
-        """Each edit from the untouched model, judged alone; and the same edits at each of ``scales``."""
+    def single(
+        self, scales: Sequence[float], baselines: bool
+    ) -> tuple[list[Run], dict[float, list[Case]], dict[str, list[Case]]]:
+        """Each edit from the untouched model, judged alone; the same edits at each of ``scales``; and the baselines."""
         every = dict.fromkeys((1.0, *scales))
-        found: dict[float, list[Case]] = {scale: [] for scale in every}
+        found: dict[float | str, list[Case]] = {name: [] for name in (*every, *(BASELINES if baselines else ()))}
         total = 0.0
         for start in range(0, len(self.requests), EDITS_AT_ONCE):
             chunk = self.requests[start : start + EDITS_AT_ONCE]
             kept = self._find(f"single-{start}")
             if kept is None:
                 seconds, edits = _timed(self.editor.edit_each, self.task.model, self.task.tokenizer, chunk)
-                changes = [Apart(self.task, edits, scale, free=scale == 1) for scale in every]
+                changes: list[Change] = [Apart(self.task, edits, scale, free=scale == 1) for scale in every]
+                changes += self._beside(chunk) if baselines else []
                 kept = self._keep(f"single-{start}", seconds, self._judged(chunk, start, changes))
             total += kept[0]
             for own, cases in zip(found.values(), kept[1], strict=True):
                 own += cases
             self.on_progress(len(chunk))
         frontier = {scale: found[scale] for scale in sorted(every)} if scales else {}
-        return [Run(1, found[1.0], total / len(self.requests))], frontier
+        beside = {name: found[name] for name in BASELINES} if baselines else {}
+        return [Run(1, found[1.0], total / len(self.requests))], frontier, beside
 
     def batched(self, sizes: Sequence[int]) -> list[Run]:
         """So many edits at once, for each of the sizes; each is judged while all of its batch are at work."""
@@ -142,16 +149,14 @@ class Bench:
 
     def baselines(self) -> dict[str, list[Case]]:
         """The floor and the ceiling: the model as it is, and with the fact in its prompt."""
-        names = ("unedited", "in_context")
-        found: dict[str, list[Case]] = {name: [] for name in names}
+        found: dict[str, list[Case]] = {name: [] for name in BASELINES}
         for start in range(0, len(self.requests), EDITS_AT_ONCE):
             chunk = self.requests[start : start + EDITS_AT_ONCE]
             kept = self._find(f"baselines-{start}")
             if kept is None:
-                changes = [Nothing(self.task), InContext(self.task, chunk)]
-                kept = self._keep(f"baselines-{start}", 0.0, self._judged(chunk, start, changes))
-            for name, cases in zip(names, kept[1], strict=True):
-                found[name] += cases
+                kept = self._keep(f"baselines-{start}", 0.0, self._judged(chunk, start, self._beside(chunk)))
+            for own, cases in zip(found.values(), kept[1], strict=True):
+                own += cases
             self.on_progress(len(chunk))
         return found
 
@@ -165,6 +170,10 @@ class Bench:
             edit = new if edit is None else _reduced(edit + new)
         assert edit is not None
         return edit
+
+    def _beside(self, requests: Sequence[EditRequest]) -> list[Change]:
+        """What :data:`BASELINES` names."""
+        return [Nothing(self.task), InContext(self.task, requests)]
 
     def _judged(self, requests: Sequence[EditRequest], start: int, changes: Sequence[Change]) -> list[list[Case]]:
         """The cases after each change; ``start`` numbers requests that have no name."""

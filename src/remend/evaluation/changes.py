@@ -103,8 +103,11 @@ class InContext(Change):
         self.requests = requests
 
     def asked(self, number: int, prompt: Prompt, room: int) -> Prompt | None:
-        """The prompt after the fact; None where both do not fit into the model's context."""
-        return fitting(self.task, after_fact(self.requests[number], prompt), room)
+        """The prompt after the fact; None where both do not fit into the context, or the fact stands there already."""
+        request = self.requests[number]
+        if isinstance(prompt, str) and prompt.startswith(f"{request.prompt} {request.target}. "):
+            return None
+        return fitting(self.task, after_fact(request, prompt), room)
 
 
 def after_fact(request: EditRequest, prompt: Prompt) -> Prompt | None:

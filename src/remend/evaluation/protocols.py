@@ -92,13 +92,14 @@ def evaluate(
     settings = {"protocol": protocol, "edits": sizes, "scales": list(scales), "limit": max_new_tokens}
     settings |= {"baselines": baselines, "text": list(text), "text_tokens": text_tokens}
     kept = Journal(journal, about(model, editor, requests, settings) if journal else "", resume)
-    advance = _advance(_total(protocol, sizes, len(requests)) + len(requests) * baselines, on_progress)
+    apart = baselines and protocol != "single"
+    advance = _advance(_total(protocol, sizes, len(requests)) + len(requests) * apart, on_progress)
     sample = TextSample(task, text, text_tokens) if text else None
     bench = Bench(task, editor, requests, Judge(task, requests, max_new_tokens), sample, kept, advance)
-    found = bench.baselines() if baselines else {}
+    found = bench.baselines() if apart else {}
     frontier: dict[float, list[Case]] = {}
     if protocol == "single":
-        runs, frontier = bench.single(scales)
+        runs, frontier, found = bench.single(scales, baselines)
     else:
         runs = bench.batched(sizes) if protocol == "batched" else bench.sequential(sizes)
     report = _report(bench, protocol, runs, found, frontier, data, name)
