@@ -17,7 +17,7 @@ from remend.cli.words import plain
 from remend.errors import ConfigError
 
 if TYPE_CHECKING:
-    from remend.evaluation import Report
+    from remend.evaluation import Ability, Report
     from remend.evaluation.report import Run
 
 
@@ -50,6 +50,18 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="A text on which to measure perplexity after each edit.")
     ] = None,
     text_tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it.")] = 1024,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,…",
+            help="Also measure general ability in these tasks of lm-evaluation-harness, without edits and with those "
+            "of the last run at work; of single edits, with the first one alone.",
+        ),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with YAML files of tasks, beside lm-eval's own.")
+    ] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Only so many samples of each task.")] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the frontier as a picture (.png, .svg, .pdf).")
     ] = None,
@@ -83,6 +95,7 @@ def evaluate(
         check_matplotlib()
     if resume and json is None:
         raise ConfigError("--resume goes on with what lies beside the report: give the same --json FILE as before")
+    ability = _ability(lm_eval, lm_eval_path, lm_eval_limit)
     requests = read_source(data)
     if limit is not None and limit < len(requests):
         requests = [requests[i] for i in sorted(random.Random(seed).sample(range(len(requests)), limit))]
@@ -95,8 +108,8 @@ def evaluate(
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("editing", total=None)
         common: dict[str, Any] = {
-            "baselines": baselines, "text": passages, "text_tokens": text_tokens, "data": data,
-            "max_new_tokens": max_new_tokens,
+            "baselines": baselines, "text": passages, "text_tokens": text_tokens, "ability": ability,
+            "data": data, "max_new_tokens": max_new_tokens,
             "on_progress": lambda done, total: bar.update(task, completed=done, total=total),
         }  # fmt: skip
         if edited_model is not None:
@@ -125,6 +138,17 @@ def evaluate(
         console.print(f"the report to look at is [bold]{plain(html)}[/]", soft_wrap=True)
 
 
+def _ability(tasks: str | None, folder: Path | None, limit: int | None) -> Ability | None:
+    """What general ability is measured in, if it is."""
+    from remend.evaluation import Ability
+
+    if tasks is not None:
+        return Ability(tuple(part.strip() for part in tasks.split(",")), folder, limit)
+    if folder is not None or limit is not None:
+        raise ConfigError("--lm-eval-path and --lm-eval-limit are of --lm-eval: name the tasks, --lm-eval TASK,…")
+    return None
+
+
 def _numbers(text: str | None) -> list[int]:
     """The numbers of a list such as ``1,5,25``."""
     parts = [] if text is None else [part.strip() for part in text.split(",")]
@@ -139,6 +163,8 @@ def print_report(report: Report, console: Console) -> None:
         console.print(_table(report, run))
     if report.frontier:
         console.print(_frontier(report))
+    if report.general:
+        console.print(_general(report))
     for reason, count in report.left_out.items():
         console.print(f"not judged: {count} {plain(reason)}")
     if report.text:
@@ -199,4 +225,22 @@ def _frontier(report: Report) -> Table:
     for scale, own in found.items():
         bars = [f"{own[name]:.3f} {'█' * round(5 * own[name])}" for name in shown]
         table.add_row(f"{scale:g}", *bars, style="bold" if scale == 1 else None)
+    return table
+
+
+def _general(report: Report) -> Table:
+    """lm-eval's tasks before and after."""
+    from remend.evaluation.ability import after_what
+    from remend.evaluation.page import figure
+
+    title = f"general ability (lm-eval), after {after_what(report)}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("task", "metric", "before", "after", "difference"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for task, metrics in report.general.items():
+        for metric, both in metrics.items():
+            before, after = both["before"], both["after"]
+            table.add_row(
+                plain(task), plain(metric), figure(before), f"[bold]{figure(after)}[/]", f"{after - before:+.3f}"
+            )
     return table

@@ -45,6 +45,7 @@ class Bench:
 
     Attributes:
         left_out: how many requests or prompts were not judged, by reason.
+        chained: of a sequence, all edits that were made so far, as one.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Bench:
         self._editor = editor
         self.text, self.journal, self.on_progress = text, journal, on_progress
         self.left_out: Counter[str] = Counter()
+        self.chained: Edit | None = None
 
     @property
     def editor(self) -> Editor:
@@ -136,6 +138,7 @@ class Bench:
             runs.append(Run(size, kept[1][0], total / size))
             self.on_progress(size - done)
             done = size
+        self.chained = edit
         return runs
 
     def checkpoints(self, edited: Task) -> list[Run]:
@@ -159,6 +162,22 @@ class Bench:
                 own += cases
             self.on_progress(len(chunk))
         return found
+
+    def at_work(self, protocol: str, size: int) -> Edit:
+        """One edit to stand for the whole evaluation: all of a sequence, the last batch, or the first single edit.
+
+        Args:
+            protocol: how the edits were judged.
+            size: how many were at work at once, at most.
+        """
+        model, tokenizer = self.task.model, self.task.tokenizer
+        if protocol == "single":
+            return self.editor.edit_each(model, tokenizer, self.requests[:1])[0]
+        if protocol == "batched":
+            whole = len(self.requests) - len(self.requests) % size
+            return self.editor.edit(model, tokenizer, self.requests[whole - size : whole])
+        assert self.chained is not None
+        return self.chained
 
     # -- parts ---------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from remend.evaluation.ability import after_what
 from remend.evaluation.plot import check_matplotlib, pictures, svg
 from remend.evaluation.report import Report, Summary, metrics_of
 from remend.storage import write_text
@@ -51,6 +52,7 @@ def write_page(report: Report, path: str | Path) -> None:
     page = environment.from_string(source).render(
         report=report,
         figure=figure,
+        after_what=after_what(report),
         tables=[
             _table(report, run.metrics(), f"{run.edits} at work" if len(report.runs) > 1 else "") for run in report.runs
         ],

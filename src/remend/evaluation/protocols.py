@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.editors.protocol import Editor
 from remend.errors import ConfigError, RequestError
+from remend.evaluation.ability import Ability, Scores, before_after
 from remend.evaluation.bench import Bench
 from remend.evaluation.journal import Journal, about
 from remend.evaluation.judging import Judge
@@ -36,6 +37,7 @@ def evaluate(
     scales: Sequence[float] = (),
     text: Sequence[str] = (),
     text_tokens: int = TEXT_TOKENS,
+    ability: Ability | None = None,
     data: str = "",
     name: str = "",
     max_new_tokens: int = 32,
@@ -73,6 +75,8 @@ def evaluate(
         scales: of ``single``, multiples of each edit that are judged too, for the frontier of success and locality.
         text: passages on which perplexity is measured after each edit.
         text_tokens: how many tokens of it.
+        ability: what of lm-evaluation-harness to examine the model in, without any edit and after all of a sequence,
+            after the last batch (of the largest number of edits), or, of ``single``, after the first edit alone.
         data: where the requests come from, for the report.
         name: of the editor, for the report.
         max_new_tokens: how far answers are decoded.
@@ -91,18 +95,29 @@ def evaluate(
     task = task_of(model, tokenizer)
     settings = {"protocol": protocol, "edits": sizes, "scales": list(scales), "limit": max_new_tokens}
     settings |= {"baselines": baselines, "text": list(text), "text_tokens": text_tokens}
+    if ability is not None:
+        settings["ability"] = [list(ability.tasks), str(ability.folder), ability.limit]
     kept = Journal(journal, about(model, editor, requests, settings) if journal else "", resume)
     apart = baselines and protocol != "single"
     advance = _advance(_total(protocol, sizes, len(requests)) + len(requests) * apart, on_progress)
     sample = TextSample(task, text, text_tokens) if text else None
     bench = Bench(task, editor, requests, Judge(task, requests, max_new_tokens), sample, kept, advance)
+    before = {} if ability is None else _scores(kept, "general-before", lambda: ability.measure(model, tokenizer))
     found = bench.baselines() if apart else {}
     frontier: dict[float, list[Case]] = {}
     if protocol == "single":
         runs, frontier, found = bench.single(scales, baselines)
     else:
         runs = bench.batched(sizes) if protocol == "batched" else bench.sequential(sizes)
-    report = _report(bench, protocol, runs, found, frontier, data, name)
+    general = {}
+    if ability is not None:
+
+        def edited() -> Scores:
+            with bench.at_work(protocol, sizes[-1]).applied(model):
+                return ability.measure(model, tokenizer)
+
+        general = before_after(before, _scores(kept, "general-after", edited))
+    report = _report(bench, protocol, runs, found, frontier, data, name, general)
     kept.close()
     return report
 
@@ -116,6 +131,7 @@ def evaluate_checkpoints(
     baselines: bool = True,
     text: Sequence[str] = (),
     text_tokens: int = TEXT_TOKENS,
+    ability: Ability | None = None,
     data: str = "",
     name: str = "",
     max_new_tokens: int = 32,
@@ -131,6 +147,7 @@ def evaluate_checkpoints(
         baselines: whether the unedited model is judged too, as it is and with the fact in its prompt.
         text: passages on which perplexity is measured.
         text_tokens: how many tokens of it.
+        ability: what of lm-evaluation-harness to examine both models in.
         data: where the requests come from, for the report.
         name: of what made the edits, for the report.
         max_new_tokens: how far answers are decoded.
@@ -153,7 +170,8 @@ def evaluate_checkpoints(
     sample = TextSample(task, text, text_tokens) if text else None
     bench = Bench(task, None, requests, Judge(task, requests, max_new_tokens), sample, Journal(None), advance)
     found = bench.baselines() if baselines else {}
-    return _report(bench, "checkpoints", bench.checkpoints(edited), found, {}, data, name)
+    general = {} if ability is None else before_after(*(ability.measure(own, tokenizer) for own in (before, after)))
+    return _report(bench, "checkpoints", bench.checkpoints(edited), found, {}, data, name, general)
 
 
 def _advance(total: int, on_progress: Callable[[int, int], None]) -> Callable[[int], None]:
@@ -167,6 +185,15 @@ def _advance(total: int, on_progress: Callable[[int, int], None]) -> Callable[[i
     return advance
 
 
+def _scores(kept: Journal, part: str, measure: Callable[[], Scores]) -> Scores:
+    """What was measured before this evaluation was stopped, or is now."""
+    found: Scores | None = kept.find(part)
+    if found is None:
+        found = measure()
+        kept.keep(part, found)
+    return found
+
+
 def _report(
     bench: Bench,
     protocol: str,
@@ -175,6 +202,7 @@ def _report(
     frontier: Mapping[float, Sequence[Case]],
     data: str,
     name: str,
+    general: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> Report:
     text = bench.text
     return Report(
@@ -187,6 +215,7 @@ def _report(
         frontier=frontier,
         text={} if text is None else {"tokens": text.tokens, "perplexity": text.perplexity},
         left_out=bench.left_out,
+        general=general,
         environment=environment(bench.task.device),
     )
 

@@ -142,6 +142,7 @@ class Report:
         text: of the text that perplexity was measured on, its ``tokens`` and ``perplexity`` before any edit.
         left_out: how many requests or prompts were not judged, by reason.
         environment: versions, device and threads.
+        general: of lm-eval's tasks, if that was asked for: task → metric → ``before`` and ``after``.
     """
 
     model: str
@@ -154,6 +155,7 @@ class Report:
     frontier: Mapping[float, Sequence[Case]] = field(default_factory=dict)
     text: Mapping[str, float] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    general: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
     @property
     def cases(self) -> Sequence[Case]:
@@ -202,6 +204,9 @@ class Report:
             "frontier": [{"scale": scale, "metrics": metrics} for scale, metrics in at_scales.items()],
             "text": dict(self.text),
             "left_out": dict(self.left_out),
+            "general": {
+                task: {metric: dict(both) for metric, both in own.items()} for task, own in self.general.items()
+            },
             "peak_memory_bytes": peak_memory(),
             "environment": dict(self.environment),
         }

@@ -62,6 +62,11 @@ class _Point(_Object):
     metrics: _Metrics
 
 
+class _BeforeAfter(_Object):
+    before: FiniteFloat
+    after: FiniteFloat
+
+
 class _Report(_Object):
     schema_: Annotated[Literal["remend.report/2"], Field(alias="schema")]
     model: str
@@ -73,6 +78,7 @@ class _Report(_Object):
     frontier: list[_Point]
     text: Share
     left_out: dict[str, int]
+    general: dict[str, dict[str, _BeforeAfter]] = Field(default_factory=dict)  # not in reports of before
     peak_memory_bytes: int | None
     environment: dict[str, JsonValue]
 
@@ -106,6 +112,9 @@ def read_report(path: str | Path) -> Report:
         baselines={name: _cases(baseline.cases) for name, baseline in found.baselines.items()},
         text=found.text,
         left_out=found.left_out,
+        general={
+            task: {metric: both.model_dump() for metric, both in own.items()} for task, own in found.general.items()
+        },
         environment=found.environment,
     )
 
