@@ -163,10 +163,13 @@ def test_evaluate_writes_a_report(folder):
 def test_evaluate_shows_and_draws_the_frontier(folder, capsys):
     pytest.importorskip("matplotlib")
     data = ["--data", folder / "test.jsonl", "--json", folder / "frontier.json", "--limit", 3, "--device", "cpu"]
-    picture = folder / "frontier.png"
-    assert not remend("evaluate", folder / "model", "--editor", folder / "editor", *data, "--plot", picture)
+    page, pictures = folder / "report.html", folder / "pictures"
+    drawn = ["--html", page, "--pictures", pictures]
+    assert not remend("evaluate", folder / "model", "--editor", folder / "editor", *data, *drawn)
     assert "the edits, scaled" in capsys.readouterr().out
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (pictures / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (pictures / "distance.svg").read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     points = json.loads((folder / "frontier.json").read_text())["frontier"]
     assert [point["scale"] for point in points] == [0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0]
     assert not remend("evaluate", folder / "model", "--editor", folder / "editor", *data, "--no-frontier")
@@ -221,20 +224,17 @@ def test_the_version(capsys):
             "--scale is a positive number or 'auto'",
         ),
         (
-            ["evaluate", "{}/model", *EDITOR, "--data", "{}/test.jsonl", "--plot", "x.jpg"],
+            ["evaluate", "{}/model", *EDITOR, "--data", "{}/test.jsonl", "--edits", "1,b", "--protocol", "batched"],
             2,
-            "a picture's name ends with",
+            "a list of numbers such as 1,5,25, not 'b'",
         ),
         (
-            ["evaluate", "{}/model", *EDITOR, "--data", "{}/test.jsonl", "--no-frontier", "--plot", "x.png"],
+            ["evaluate", "{}/model", *EDITOR, "--data", "{}/test.jsonl", "--edited-model", "{}/model"],
             2,
-            "leave --no-frontier, --protocol and --edited-model",
+            "holds its edits already",
         ),
-        (
-            ["evaluate", "{}/model", *EDITOR, "--data", "{}/bare.jsonl", "--plot", "x.png"],
-            2,
-            "no near locality to draw",
-        ),
+        (["evaluate", "{}/model", *EDITOR, "--data", "{}/test.jsonl", "--resume"], 2, "give the same --json FILE"),
+        (["compare", "{}/report.json"], 2, "at least two"),
         (["edit", "{}/model", "--out", "x", "--prompt", "p", "--target", "t"], 2, "which editor?"),
         (["edit", "atlass", "--out", "x", "--prompt", "p", "--target", "t"], 2, "did you mean 'atlas'?"),
         (["edit", "{}/model", "--out", "x", "--prompt", "p", "--target", ""], 2, "must not be empty"),

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from remend.cli import options
+from remend.cli.reports import print_report
 from remend.cli.words import plain
 from remend.errors import ConfigError
 
 if TYPE_CHECKING:
-    from remend.evaluation import Ability, Report
-    from remend.evaluation.report import Run
+    from remend.evaluation import Ability
 
 
 def evaluate(
@@ -62,12 +60,12 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="A folder with YAML files of tasks, beside lm-eval's own.")
     ] = None,
     lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Only so many samples of each task.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the frontier as a picture (.png, .svg, .pdf).")
-    ] = None,
     json: options.Json = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page with pictures and every edit, to look at.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write each of the page's pictures as PNG and SVG.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with what a stopped run left beside --json.")] = False,
 ) -> None:
@@ -80,18 +78,11 @@ def evaluate(
     from remend.evaluation import evaluate as measure
     from remend.evaluation import evaluate_checkpoints
     from remend.evaluation.page import write_page
-    from remend.evaluation.plot import check_matplotlib, check_plot, save
-    from remend.evaluation.plot import frontier as drawn
+    from remend.evaluation.plot import check_matplotlib, draw_all
     from remend.evaluation.protocols import SCALES
 
     frontier = frontier and protocol == "single" and edited_model is None
-    if plot is not None:
-        check_plot(plot)
-        if not frontier:
-            raise ConfigError(
-                "--plot draws the frontier of single edits: leave --no-frontier, --protocol and --edited-model"
-            )
-    if html is not None:
+    if html is not None or pictures is not None:
         check_matplotlib()
     if resume and json is None:
         raise ConfigError("--resume goes on with what lies beside the report: give the same --json FILE as before")
@@ -99,8 +90,6 @@ def evaluate(
     requests = read_source(data)
     if limit is not None and limit < len(requests):
         requests = [requests[i] for i in sorted(random.Random(seed).sample(range(len(requests)), limit))]
-    if plot is not None and not any(request.near for request in requests):
-        raise ConfigError(f"{data}: no request names near prompts, so there is no near locality to draw (--plot)")
     passages = [] if text is None else read_text(text)
     if edited_model is not None and (editor or edits or resume or protocol != "single"):
         raise ConfigError("--edited-model holds its edits already: leave --editor, --protocol, --edits and --resume")
@@ -127,15 +116,15 @@ def evaluate(
                 journal=None if json is None else json.with_name(f"{json.name}.partial"), **common,
             )  # fmt: skip
     print_report(report, console)
-    if plot is not None:
-        save(drawn({f"{report.editor} on {report.data}, {len(report.cases)} edits": report}), plot)
-        console.print(f"drawn in [bold]{plain(plot)}[/]", soft_wrap=True)
     if json is not None:
         report.save(json)
         console.print(f"every edit is in [bold]{plain(json)}[/]", soft_wrap=True)
     if html is not None:
         write_page(report, html)
         console.print(f"the report to look at is [bold]{plain(html)}[/]", soft_wrap=True)
+    if pictures is not None:
+        drawn = draw_all(report, pictures)
+        console.print(f"drawn in [bold]{plain(pictures)}[/]: {', '.join(drawn)}", soft_wrap=True)
 
 
 def _ability(tasks: str | None, folder: Path | None, limit: int | None) -> Ability | None:
@@ -155,92 +144,3 @@ def _numbers(text: str | None) -> list[int]:
     if wrong := [part for part in parts if not part.isdecimal()]:
         raise ConfigError(f"--edits is a list of numbers such as 1,5,25, not {wrong[0]!r} in it")
     return [int(part) for part in parts]
-
-
-def print_report(report: Report, console: Console) -> None:
-    """The figures as tables."""
-    for run in report.runs:
-        console.print(_table(report, run))
-    if report.frontier:
-        console.print(_frontier(report))
-    if report.general:
-        console.print(_general(report))
-    for reason, count in report.left_out.items():
-        console.print(f"not judged: {count} {plain(reason)}")
-    if report.text:
-        console.print(
-            f"perplexity of the unedited model on {report.text['tokens']:,.0f} tokens of text: "
-            f"{report.text['perplexity']:.2f}"
-        )
-    if seconds := report.runs[-1].seconds_per_edit:
-        console.print(f"{1000 * seconds:.1f} ms an edit")
-
-
-def _table(report: Report, run: Run) -> Table:
-    from remend.evaluation.page import figure
-    from remend.evaluation.report import metrics_of
-
-    count = len(run.cases)
-    how = {
-        "single": "each alone",
-        "batched": f"{run.edits} at once",
-        "sequential": "one after another",
-        "checkpoints": "in another checkpoint",
-    }[report.protocol]
-    title = f"{count} edit{'s' if count > 1 else ''} of {plain(report.model)}, {plain(report.data)}: {how}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    beside = {name: metrics_of(cases) for name, cases in report.baselines.items()}
-    columns = ("metric", "generated", "95 %", "teacher\nforced", *(name.replace("_", "\n") for name in beside))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
-    parent = ""
-    for name, modes in run.metrics().items():
-        if parent and name.startswith(f"{parent}_"):  # one kind of what stands above it
-            label = f"– {name.removeprefix(f'{parent}_')}"
-        else:
-            label, parent = name, name
-        free = modes.get("generated") or modes["value"]
-        others = [own[name].get("generated") or own[name]["value"] if name in own else None for own in beside.values()]
-        table.add_row(
-            label.replace("_", " ") + ("" if free.n == count else f" ({free.n})"),
-            f"[bold]{figure(free.mean)}[/]",
-            f"{figure(free.ci95[0])}–{figure(free.ci95[1])}",
-            figure(modes["teacher_forced"].mean) if "teacher_forced" in modes else "",
-            *("" if other is None else figure(other.mean) for other in others),
-        )
-    return table
-
-
-def _frontier(report: Report) -> Table:
-    """Generated answers at each scale, with a bar for each share."""
-    found = {
-        scale: {n: m["generated"].mean for n, m in own.items() if "generated" in m}
-        for scale, own in report.frontier_metrics().items()
-    }
-    shown = [n for n in ("reliability", "generality", "locality_near", "locality_far") if n in found[1.0]]
-    table = Table(title="the edits, scaled", title_justify="left")
-    table.add_column("scale", justify="right")
-    for name in shown:
-        table.add_column(name.replace("_", " "))
-    for scale, own in found.items():
-        bars = [f"{own[name]:.3f} {'█' * round(5 * own[name])}" for name in shown]
-        table.add_row(f"{scale:g}", *bars, style="bold" if scale == 1 else None)
-    return table
-
-
-def _general(report: Report) -> Table:
-    """lm-eval's tasks before and after."""
-    from remend.evaluation.ability import after_what
-    from remend.evaluation.page import figure
-
-    title = f"general ability (lm-eval), after {after_what(report)}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("task", "metric", "before", "after", "difference"):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
-    for task, metrics in report.general.items():
-        for metric, both in metrics.items():
-            before, after = both["before"], both["after"]
-            table.add_row(
-                plain(task), plain(metric), figure(before), f"[bold]{figure(after)}[/]", f"{after - before:+.3f}"
-            )
-    return table

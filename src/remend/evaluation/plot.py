@@ -48,7 +48,7 @@ def check_matplotlib() -> None:
         ConfigError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("pictures need matplotlib: pip install 'remend[plots]', or leave --plot and --html away")
+        raise ConfigError("pictures need matplotlib: pip install 'remend[plots]', or leave the pictures away")
 
 
 def pictures(report: Report) -> dict[str, Callable[[], Figure]]:
@@ -76,6 +76,16 @@ def save(figure: Figure, path: Path) -> None:
 
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def draw_all(report: Report, folder: Path) -> list[str]:
+    """Write all pictures of a report into a folder, each as PNG and SVG, and return their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = pictures(report)
+    for name, draw in drawn.items():
+        for suffix in (".png", ".svg"):
+            save(draw(), folder / f"{name}{suffix}")
+    return list(drawn)
 
 
 def svg(figure: Figure) -> str:
