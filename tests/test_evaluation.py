@@ -15,7 +15,7 @@ from remend.edit import Edit
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError
 from remend.evaluation import evaluate
 from remend.evaluation.before_after import before_after
-from remend.evaluation.plot import check_plot, frontier, save
+from remend.evaluation.plot import check_plot, frontier, groups, save
 from remend.evaluation.report import Case, Report, Run, Summary
 from remend.evaluation.scale import SCALES, choose_scale
 from remend.request import EditRequest, Probe
@@ -311,3 +311,13 @@ def test_a_frontier_can_be_drawn(task, editor, tmp_path):
         check_plot(tmp_path / "frontier.txt")
     with pytest.raises(FileError, match="is no folder"):
         check_plot(tmp_path / "nowhere" / "frontier.png")
+
+
+def test_cases_are_grouped_whole():
+    """Every case is in one group, also where many have the same number, or numbers that are written alike."""
+    for numbers in ([1, 1, 1, 2, 2, 3], [0.99901 + n * 1e-6 for n in range(40)], [n / 40 for n in range(40)], [5]):
+        cases = [Case(n, "", "", "", {}, {"confidence": float(number)}) for n, number in enumerate(numbers)]
+        found = groups(cases, "confidence")
+        assert sorted(case.id for own in found.values() for case in own) == list(range(len(numbers)))
+        assert all(name.endswith(f"({len(own)})") for name, own in found.items())
+    assert list(groups([Case(0, "", "", "", {}, {"relation": "P36"})], "relation")) == ["P36 (1)"]

@@ -108,7 +108,13 @@ def _axes(name: str, width: float = 6.4, height: float = 4.0) -> Iterator[tuple[
     from matplotlib import pyplot
 
     inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style: Any = {**dict.fromkeys(inks, INK), "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}
+    style: Any = {
+        **dict.fromkeys(inks, INK),
+        "svg.fonttype": "none",
+        "legend.frameon": False,
+        "svg.hashsalt": name,
+        "font.size": 9,
+    }
     style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": cycler(color=COLOURS)}
     with mpl.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
@@ -215,9 +221,10 @@ def groups(cases: Sequence[Case], by: str) -> dict[str, list[Case]]:
         own = ordered[start:end]
         if own:
             low, high = (float(case.about[by]) for case in (own[0], own[-1]))
-            found[f"{low:.3g}" + (f"–{high:.3g}" if high > low else "") + f" ({len(own)})"] = own
+            names = dict.fromkeys((f"{low:.3g}", f"{high:.3g}"))
+            found.setdefault("–".join(names), []).extend(own)  # ranges that are written alike are one
         start = end
-    return found
+    return {f"{name} ({len(own)})": own for name, own in found.items()}
 
 
 WORDS = {
