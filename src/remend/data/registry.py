@@ -60,7 +60,7 @@ DATA_SETS = {
     "mquake": DataSet(
         "edits, one or several a case, and questions of several hops that follow from them",
         mquake.FORM,
-        "MIT",
+        "see its page",
         "https://github.com/princeton-nlp/MQuAKE",
         mquake.read,
     ),
