@@ -192,7 +192,7 @@ class Bench:
 
     def _beside(self, requests: Sequence[EditRequest]) -> list[Change]:
         """What :data:`BASELINES` names."""
-        return [Nothing(self.task), InContext(self.task, requests)]
+        return [Nothing(self.task, self.judge.own), InContext(self.task, requests)]
 
     def _judged(self, requests: Sequence[EditRequest], start: int, changes: Sequence[Change]) -> list[list[Case]]:
         """The cases after each change; ``start`` numbers requests that have no name."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -28,6 +29,8 @@ class Change:
 
     acts = True
     """Whether the model says anything else afterwards than it did before."""
+    known: Mapping[Prompt, tuple[int, ...]] = MappingProxyType({})
+    """Free answers afterwards that are known beforehand."""
 
     def __init__(self, task: Task, free: bool = True) -> None:
         self.task = task
@@ -44,9 +47,18 @@ class Change:
 
 
 class Nothing(Change):
-    """The model stays as it is."""
+    """The model stays as it is.
+
+    Args:
+        task: the model.
+        answers: its free answers, which need not be decoded again.
+    """
 
     acts = False
+
+    def __init__(self, task: Task, answers: Mapping[Prompt, tuple[int, ...]]) -> None:
+        super().__init__(task)
+        self.known = answers
 
 
 class Apart(Change):

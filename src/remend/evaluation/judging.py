@@ -67,10 +67,6 @@ class Judge:
         found = (fitting(self.task, after_fact(request, probe.prompt), SHORT) for probe in request.locality)
         return [prompt for prompt in found if prompt is not None]
 
-    def unchanged(self, request: EditRequest) -> dict[Prompt, tuple[int, ...]]:
-        """The free answers to a request's prompts before any change."""
-        return {prompt: self.own[prompt] for prompt in self._every(request)}
-
     # -- values --------------------------------------------------------------------------------------------------
 
     def values(self, request: EditRequest, view: View) -> Values:
@@ -84,10 +80,7 @@ class Judge:
             "generality_unseen": self._targets(request, request.unseen_paraphrases),
             "edit_success": [*asked, *phrased],
             **_by_kind("portability", [(kind_of(probe), self._given(probe)) for probe in request.portability]),
-            **_by_kind(
-                "format_shift",
-                [(form_of(question.prompt), question) for question in formats],
-            ),
+            **_by_kind("format_shift", [(form_of(question.prompt), question) for question in formats]),
         }
         kept = {
             "far": [(probe.prompt, self._given(probe)) for probe in request.locality],

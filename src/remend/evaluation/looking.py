@@ -168,7 +168,9 @@ def _with_answers(change: Change, seen: Sequence[Mapping[Question, Seen]], limit
     ends = change.task.ends
     for own, answers in zip(seen, known, strict=True):
         for question, one in own.items():
-            if one.after == question.expected and (not ends or question.expected[-1] in ends):
+            if question.prompt in change.known:
+                answers[question.prompt] = change.known[question.prompt]
+            elif one.after == question.expected and (not ends or question.expected[-1] in ends):
                 answers[question.prompt] = question.expected
     missing: dict[int, list[tuple[int, Prompt, Prompt]]] = {}
     for number, (own, answers) in enumerate(zip(seen, known, strict=True)):
