@@ -177,6 +177,24 @@ def test_evaluate_shows_and_draws_the_frontier(folder, capsys):
     assert json.loads((folder / "frontier.json").read_text())["frontier"] == []
 
 
+def test_a_stopped_evaluation_says_how_to_go_on(folder, capsys, monkeypatch):
+    def stop(*arguments, journal, **more):
+        if journal is not None:
+            journal.mkdir()
+            (journal / "single-0.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("remend.evaluation.evaluate", stop)
+    arguments = ["evaluate", folder / "model", "--editor", folder / "editor", "--data", folder / "test.jsonl"]
+    assert remend(*arguments) == 130
+    assert "nothing is kept" in capsys.readouterr().err
+    assert remend(*arguments, "--json", folder / "stopped.json") == 130
+    assert "go on with the same command and --resume" in capsys.readouterr().err
+    monkeypatch.setattr("remend.evaluation.evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert remend(*arguments, "--json", folder / "stopped.json", "--resume") == 130
+    assert "going on: 1 parts were done before" in capsys.readouterr().err
+
+
 def test_an_edit_can_be_scaled(folder, capsys):
     common = ["edit", folder / "model", *(str(a).format(folder) for a in EDITOR), "--keep-failed", "--overwrite"]
     request = ["--prompt", "Oslo is", "--target", "Rome", "--max-new-tokens", 4]

@@ -190,7 +190,9 @@ def test_sequential_edits_can_be_forgotten():
     ]
     world = scripted.model(script, WORDS)
     report = evaluate(*world, scripted.Numbered(), requests, protocol="sequential", edits=[1, 2, 3])
-    assert report.retention() == [[1], [1, 1], [0, 1, 1]]
+    assert report.retention() == [[1], [1, 1], [0, 1, 1]] == report.to_json()["retention"]
+    floors = [report.beside(run)["unedited"]["accuracy_drawdown"]["generated"] for run in report.runs]
+    assert [floor.n for floor in floors] == [1, 2, 3], "each run stands beside the same requests"
     assert [run.metrics()["locality_far"]["generated"].mean for run in report.runs] == [1, 0, 1]
     assert [run.metrics()["accuracy_drawdown"]["generated"].mean for run in report.runs] == [0, 1, 0]
     assert evaluate(*world, scripted.Numbered(), requests, protocol="sequential").runs[0].edits == 3
@@ -220,6 +222,8 @@ def test_perplexity_on_a_text(world):
     now = math.exp(-4 * math.log(rest) / 4)
     (drawdown,) = report.cases[0].values["perplexity_drawdown"].values()
     assert drawdown == pytest.approx(now - before, rel=1e-4)
+    both = evaluate(*world, scripted.Numbered(), REQUESTS, protocol="batched", text=text, baselines=False)
+    assert both.metrics()["perplexity_drawdown"]["value"].n == 1, "what is measured once counts once"
     with pytest.raises(ConfigError, match="less than two tokens"):
         evaluate(*world, scripted.Numbered(), REQUESTS[:1], text=["red"])
 

@@ -41,19 +41,26 @@ def compare(
         raise ConfigError(f"--mode is one of {', '.join(MODES)}, not {mode!r}")
     if plot is not None:
         check_plot(plot)
-    first, *others = (read_report(path) for path in reports)
     names = _names(reports)
+    read = dict(zip(names, map(read_report, reports), strict=True))
+    first, *others = read.values()
     found = {
-        name: [own for own in differences_of(first, other) if own.mode == mode]
+        name: [own for own in differences_of(first, other, (names[0], name)) if own.mode == mode]
         for name, other in zip(names[1:], others, strict=True)
     }
     if not any(found.values()):
         raise ConfigError(f"the reports share no metric with the mode {mode!r}: give another --mode")
     console = Console()
+    for name, report in read.items():
+        run = report.runs[-1]
+        at_work = "" if report.protocol == "single" else f", {run.edits} at work"
+        console.print(f"{plain(name)}: {len(run.cases)} edits, {report.protocol}{at_work}")
+    if len({(report.protocol, report.runs[-1].edits) for report in read.values()}) > 1:
+        console.print("[yellow]these are not alike: differences are of the protocols, too[/]")
     for name, own in found.items():
         count = max((difference.difference.n for difference in own), default=0)
         table = Table(
-            title=f"{plain(name)} against {plain(names[0])}: {count} edits, {mode.replace('_', ' ')}",
+            title=f"{plain(name)} against {plain(names[0])}: {count} edits that both have, {mode.replace('_', ' ')}",
             title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
         )  # fmt: skip
         for column in ("metric", plain(names[0]), plain(name), "difference", "95 %", ""):

@@ -90,7 +90,7 @@ def show(
 def convert(
     source: Source,
     out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Where the requests are written, as JSON lines.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="passages: the model whose continuations are the targets.")
     ] = None,

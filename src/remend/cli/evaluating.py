@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,7 +97,8 @@ def evaluate(
     if edited_model is not None and (editor or edits or resume or protocol != "single"):
         raise ConfigError("--edited-model holds its edits already: leave --editor, --protocol, --edits and --resume")
     console = Console()
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    partial = None if json is None else json.with_name(f"{json.name}.partial")
+    with _kept(partial, resume), Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("editing", total=None)
         common: dict[str, Any] = {
             "baselines": baselines, "text": passages, "text_tokens": text_tokens, "ability": ability,
@@ -112,9 +116,10 @@ def evaluate(
             report = measure(
                 base, tokenizer, chosen.to(device_of(base)), requests,
                 protocol=protocol, edits=_numbers(edits), scales=SCALES if frontier else (),
-                name=Path(editor or model).name, resume=resume,
-                journal=None if json is None else json.with_name(f"{json.name}.partial"), **common,
+                name=Path(editor or model).name, journal=partial, resume=resume, **common,
             )  # fmt: skip
+    settings = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens, "text": text and str(text)}
+    report = replace(report, settings={name: value for name, value in settings.items() if value is not None})
     print_report(report, console)
     if json is not None:
         report.save(json)
@@ -136,6 +141,23 @@ def _ability(tasks: str | None, folder: Path | None, limit: int | None) -> Abili
     if folder is not None or limit is not None:
         raise ConfigError("--lm-eval-path and --lm-eval-limit are of --lm-eval: name the tasks, --lm-eval TASK,…")
     return None
+
+
+@contextmanager
+def _kept(partial: Path | None, resume: bool) -> Iterator[None]:
+    """Says what is gone on from and, if it is stopped, what is kept: on standard error, where nobody parses it."""
+    console = Console(stderr=True)
+    if resume and partial is not None:
+        done = len([file for file in partial.glob("*.json") if file.name != "about.json"])
+        console.print(f"going on: {done} parts were done before")
+    try:
+        yield
+    except KeyboardInterrupt:
+        if partial is None:
+            console.print("stopped; nothing is kept (with --json FILE, a stopped evaluation can go on)")
+        else:
+            console.print(f"stopped; go on with the same command and --resume ({plain(partial)})", soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def _numbers(text: str | None) -> list[int]:

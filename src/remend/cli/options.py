@@ -61,7 +61,7 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also 
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]
 EditorFolder = Annotated[
     str | None,
-    typer.Option("--editor", metavar="DIR", help="A trained editor; 'atlas' is the one that ships with remend."),
+    typer.Option("--editor", metavar="DIR", help="A trained editor; the atlas's own may be left out."),
 ]
 Chat = Annotated[
     bool, typer.Option("--chat", help="The prompt is a user's message: ask it through the model's chat template.")

@@ -19,6 +19,8 @@ def print_report(report: Report, console: Console) -> None:
     """The figures as tables."""
     for run in report.runs:
         console.print(_table(report, run))
+    for run, kept in zip(report.runs, report.retention(), strict=False):
+        console.print(f"after {run.edits} edits, {sum(kept):.0f} of them are still there: their own prompt is answered")
     if report.frontier:
         console.print(_frontier(report))
     if report.general:
@@ -36,7 +38,6 @@ def print_report(report: Report, console: Console) -> None:
 
 def _table(report: Report, run: Run) -> Table:
     from remend.evaluation.page import figure
-    from remend.evaluation.report import metrics_of
 
     count = len(run.cases)
     how = {
@@ -47,8 +48,14 @@ def _table(report: Report, run: Run) -> Table:
     }[report.protocol]
     title = f"{count} edit{'s' if count > 1 else ''} of {plain(report.model)}, {plain(report.data)}: {how}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    beside = {name: metrics_of(cases) for name, cases in report.baselines.items()}
-    columns = ("metric", "generated", "95 %", "teacher\nforced", *(name.replace("_", "\n") for name in beside))
+    beside = report.beside(run)
+    columns = (
+        "metric",
+        "generated\nor value",
+        "95 %",
+        "teacher\nforced",
+        *(name.replace("_", "\n") for name in beside),
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     parent = ""
@@ -62,7 +69,7 @@ def _table(report: Report, run: Run) -> Table:
         table.add_row(
             label.replace("_", " ") + ("" if free.n == count else f" ({free.n})"),
             f"[bold]{figure(free.mean)}[/]",
-            f"{figure(free.ci95[0])}–{figure(free.ci95[1])}",
+            "" if free.n == 1 else f"{figure(free.ci95[0])}–{figure(free.ci95[1])}",
             figure(modes["teacher_forced"].mean) if "teacher_forced" in modes else "",
             *("" if other is None else figure(other.mean) for other in others),
         )

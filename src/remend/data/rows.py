@@ -196,7 +196,10 @@ def _lines(text: _Growing) -> Iterator[tuple[str, Any]]:
             continue
         text.held = later
         if line.strip():
-            value, end = _decoded(line.strip(), text.where)
+            try:
+                value, end = _decoded(line.strip(), text.where)
+            except _BrokenError as error:
+                raise RequestError(str(error)) from None
             if rest := line.strip()[end:].strip():
                 raise RequestError(f"{text.where}: after its object the line goes on with {short(rest)}; one a line")
             yield text.where, value
@@ -243,7 +246,7 @@ def _element(text: _Growing) -> tuple[Any, int]:
         except _BrokenError as error:
             # What is broken far from the end of the text stays so, however much is read.
             if not (error.may_go_on and text.grow(max(CHUNK, len(text.held)))):
-                raise
+                raise RequestError(str(error)) from None
             continue
         if end < len(text.held) or not text.grow():  # a number may go on
             return value, end
@@ -260,7 +263,8 @@ def _decoded(text: str, where: str) -> tuple[Any, int]:
     try:
         return _DECODER.raw_decode(text)
     except json.JSONDecodeError as error:
-        broken = _BrokenError(f"{where}: broken JSON ({error.msg}) at {short(text[error.pos : error.pos + 20])}")
+        place = f"at {short(text[error.pos : error.pos + 20])}" if text[error.pos :].strip() else "where the file ends"
+        broken = _BrokenError(f"{where}: broken JSON ({error.msg}) {place}")
         broken.may_go_on = error.pos >= len(text) - _NEAR_END or "Unterminated" in error.msg
         raise broken from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists within lists without end

@@ -19,8 +19,12 @@ def read_text(path: str | Path) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read as plain UTF-8 text ({error}): name a text file") from None
+        raise RequestError(f"{path} cannot be read as plain UTF-8 text ({_why(error)}): name a text file") from None
     passages = [passage for passage in _BLANK.split(text) if passage.strip()]
     if not passages:
         raise RequestError(f"{path} holds no text: name a file with ordinary text, as long as you have it")
     return passages
+
+
+def _why(error: OSError | UnicodeDecodeError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -21,8 +21,8 @@ from remend.evaluation.text import TextSample
 from remend.request import EditRequest
 from remend.tasks.task import Task
 
-EDITS_AT_ONCE = 64
-"""Requests that are edited and judged together, of single edits; bounds the memory, does not change the result."""
+EDITS_AT_ONCE = 32
+"""Requests that are judged together and then kept, of single edits; does not change the result."""
 
 BASELINES = ("unedited", "in_context")
 """What edits are judged beside: the model as it is, and with the fact in its prompt."""
@@ -213,9 +213,9 @@ class Bench:
         """How much worse the text is predicted after each request's edit, where that is measured."""
         if self.text is None or not change.free or isinstance(change, Nothing | InContext):
             return [{} for _ in range(requests)]
-        apart = isinstance(change, Apart)
-        after = self.text.after(change, requests if apart else 1) * (1 if apart else requests)
-        return [{"perplexity_drawdown": {VALUE: own - self.text.perplexity}} for own in after]
+        after = self.text.after(change, requests if isinstance(change, Apart) else 1)
+        found: list[Values] = [{"perplexity_drawdown": {VALUE: own - self.text.perplexity}} for own in after]
+        return found + [{}] * (requests - len(found))  # what is measured once counts once
 
     def _case(self, request: EditRequest, number: int, view: View, more: Values) -> Case:
         judge = self.judge

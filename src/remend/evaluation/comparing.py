@@ -33,8 +33,15 @@ class Difference:
         return not self.difference.ci95[0] <= 0 <= self.difference.ci95[1]
 
 
-def compare(first: Report, other: Report) -> list[Difference]:
-    """Every metric and mode that both reports have, over the edits that both have.
+def compare(
+    first: Report, other: Report, names: tuple[str, str] = ("the first report", "the other")
+) -> list[Difference]:
+    """Every metric and mode that both reports have, over the edits that both have: of each report's last run.
+
+    Args:
+        first: what is compared with.
+        other: what is compared.
+        names: what messages call them.
 
     Raises:
         ConfigError: they share no edit, so there is nothing to compare.
@@ -42,8 +49,8 @@ def compare(first: Report, other: Report) -> list[Difference]:
     pairs = list(_paired(first.cases, other.cases))
     if not pairs:
         raise ConfigError(
-            f"{first.data or 'the first report'} and {other.data or 'the other'} share no edit (by id, prompt and "
-            "target): evaluate both on the same requests"
+            f"{names[0]} and {names[1]} share no edit (by id, prompt and target): evaluate both on the same requests, "
+            "with the same --limit and --seed"
         )
     found = []
     shared = metrics_of([one for one, _ in pairs])

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from remend.evaluation.ability import after_what
 from remend.evaluation.plot import check_matplotlib, pictures, svg
-from remend.evaluation.report import Report, Summary, metrics_of
+from remend.evaluation.report import Report, Run
 from remend.storage import write_text
 
 WORDS = {
@@ -53,9 +53,7 @@ def write_page(report: Report, path: str | Path) -> None:
         report=report,
         figure=figure,
         after_what=after_what(report),
-        tables=[
-            _table(report, run.metrics(), f"{run.edits} at work" if len(report.runs) > 1 else "") for run in report.runs
-        ],
+        tables=[_table(report, run, f"{run.edits} at work" if len(report.runs) > 1 else "") for run in report.runs],
         pictures={name: Markup(svg(draw())) for name, draw in pictures(report).items()},
         cases=_embedded(_cases(report)),
     )
@@ -67,11 +65,11 @@ def figure(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}" if abs(value) < 100_000 else f"{value:.1e}"
 
 
-def _table(report: Report, metrics: dict[str, dict[str, Summary]], title: str) -> dict[str, Any]:
+def _table(report: Report, run: Run, title: str) -> dict[str, Any]:
     """Rows of the headline table."""
-    beside = {name: metrics_of(cases) for name, cases in report.baselines.items()}
+    beside = report.beside(run)
     rows = []
-    for name, modes in metrics.items():
+    for name, modes in run.metrics().items():
         free = modes.get("generated") or modes["value"]
         others = [own.get(name, {}) for own in beside.values()]
         rows.append(

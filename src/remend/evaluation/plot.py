@@ -164,7 +164,7 @@ def distance(report: Report) -> Figure:
     """Answers that stay, from the nearest prompts to the farthest, beside what the fact in the prompt does."""
     told = {"edited": report.metrics()}
     if "in_context" in report.baselines:
-        told["fact in the prompt"] = metrics_of(report.baselines["in_context"])
+        told["fact in the prompt"] = report.beside(report.runs[-1])["in_context"]
     names = [name for name in told["edited"] if name.startswith("locality_near_")]
     names = sorted(names, key=lambda name: -told["edited"][name.replace("locality", "kl")]["value"].mean)
     names += [f"locality_{kind}" for kind in ("near", "adversarial", "far") if f"locality_{kind}" in told["edited"]]
@@ -195,7 +195,11 @@ def distributions(report: Report) -> Figure:
             places = [edge + width * (number - (len(shown) - 1) / 2) for edge in edges]
             heights = [count / len(values) for count in counts]
             axes.bar(places, heights, width, label=name.replace("_", " "))
-        axes.set(xlabel="share of an edit's prompts, generated", ylabel="share of edits", ylim=(0, 1.02))
+        axes.set(
+            xlabel="share of an edit's prompts, generated, to the nearest tenth",
+            ylabel="share of edits",
+            ylim=(0, 1.02),
+        )
         axes.set_xticks(edges)
         axes.set_title("Edits by how many of their prompts came out right")
         axes.legend(fontsize=8)

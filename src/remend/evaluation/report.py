@@ -140,6 +140,7 @@ class Report:
         baselines: what was found without any edit (``unedited``), and with the fact in the prompt (``in_context``).
         frontier: single edits multiplied by each of some scales, if that was asked for.
         text: of the text that perplexity was measured on, its ``tokens`` and ``perplexity`` before any edit.
+        settings: what else was asked for, such as ``seed`` and ``limit`` of the command line.
         left_out: how many requests or prompts were not judged, by reason.
         environment: versions, device and threads.
         general: of lm-eval's tasks, if that was asked for: task → metric → ``before`` and ``after``.
@@ -155,12 +156,17 @@ class Report:
     frontier: Mapping[float, Sequence[Case]] = field(default_factory=dict)
     text: Mapping[str, float] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     general: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
     @property
     def cases(self) -> Sequence[Case]:
         """Those of the run with the most edits: of single edits, all there are."""
         return self.runs[-1].cases
+
+    def beside(self, run: Run) -> dict[str, dict[str, dict[str, Summary]]]:
+        """The baselines' metrics for the same requests as a run's: it may have taken the first of them only."""
+        return {name: metrics_of(cases[: len(run.cases)]) for name, cases in self.baselines.items()}
 
     def metrics(self) -> dict[str, dict[str, Summary]]:
         """Each metric of that run, by mode. One without data is absent, never 0."""
@@ -202,7 +208,9 @@ class Report:
                 for name, cases in self.baselines.items()
             },
             "frontier": [{"scale": scale, "metrics": metrics} for scale, metrics in at_scales.items()],
+            "retention": self.retention(),
             "text": dict(self.text),
+            "settings": dict(self.settings),
             "left_out": dict(self.left_out),
             "general": {
                 task: {metric: dict(both) for metric, both in own.items()} for task, own in self.general.items()

@@ -76,7 +76,9 @@ class _Report(_Object):
     runs: Annotated[list[_Run], Field(min_length=1)]
     baselines: dict[str, _Baseline]
     frontier: list[_Point]
+    retention: list[list[FiniteFloat]]
     text: Share
+    settings: dict[str, JsonValue]
     left_out: dict[str, int]
     general: dict[str, dict[str, _BeforeAfter]] = Field(default_factory=dict)  # not in reports of before
     peak_memory_bytes: int | None
@@ -112,6 +114,7 @@ def read_report(path: str | Path) -> Report:
         baselines={name: _cases(baseline.cases) for name, baseline in found.baselines.items()},
         text=found.text,
         left_out=found.left_out,
+        settings=found.settings,
         general={
             task: {metric: both.model_dump() for metric, both in own.items()} for task, own in found.general.items()
         },
