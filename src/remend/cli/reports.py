@@ -19,8 +19,9 @@ def print_report(report: Report, console: Console) -> None:
     """The figures as tables."""
     for run in report.runs:
         console.print(_table(report, run))
-    for run, kept in zip(report.runs, report.retention(), strict=False):
-        console.print(f"after {run.edits} edits, {sum(kept):.0f} of them are still there: their own prompt is answered")
+    if kept := report.retention():
+        told = ", ".join(f"{sum(row):.0f} of {len(row)}" for row in kept)
+        console.print(f"edits that are still there (their own prompt is answered): {told}")
     if report.frontier:
         console.print(_frontier(report))
     if report.general:
