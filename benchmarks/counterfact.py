@@ -171,7 +171,8 @@ def write(arguments: argparse.Namespace, known: CounterFacts, report: remend.Rep
             continue
         mean, low, high, _ = figures["edited"][metric]["generated"]
         cells = [f"{mean:.3f}", f"{low:.3f} – {high:.3f}", f"{figures['edited'][metric]['teacher_forced'][0]:.3f}"]
-        cells += [f"{figures[name][metric]['generated'][0]:.3f}" for name in report.baselines]
+        beside = [figures[name].get(metric) for name in report.baselines]
+        cells += ["" if own is None else f"{own['generated'][0]:.3f}" for own in beside]
         lines.append(f"| {words} | {' | '.join(cells)} |")
     arguments.result.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
