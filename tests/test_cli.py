@@ -177,6 +177,34 @@ def test_evaluate_shows_and_draws_the_frontier(folder, capsys):
     assert json.loads((folder / "frontier.json").read_text())["frontier"] == []
 
 
+def test_reports_are_compared(folder, tmp_path, capsys):
+    common = [
+        "evaluate",
+        folder / "model",
+        "--editor",
+        folder / "editor",
+        "--data",
+        folder / "test.jsonl",
+        "--no-frontier",
+    ]
+    for name, more in (("a", []), ("b", ["--protocol", "batched"])):
+        (tmp_path / name).mkdir()
+        assert not remend(*common, *more, "--device", "cpu", "--json", tmp_path / name / "report.json")
+    capsys.readouterr()
+    first, other = (tmp_path / name / "report.json" for name in "ab")
+    assert not remend("compare", first, first)
+    shown = capsys.readouterr().out
+    assert "not alike" not in shown
+    assert "*" not in shown, "nothing differs from itself"
+    assert not remend("compare", first, other, "--mode", "value", "--plot", tmp_path / "difference.png")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "these are not alike" in shown
+    assert "kl far" in shown
+    assert (tmp_path / "difference.png").read_bytes().startswith(b"\x89PNG")
+    assert remend("compare", first, other, "--mode", "free") == 2
+    assert "one of generated, teacher_forced" in capsys.readouterr().err
+
+
 def test_a_stopped_evaluation_says_how_to_go_on(folder, capsys, monkeypatch):
     def stop(*arguments, journal, **more):
         if journal is not None:

@@ -82,6 +82,8 @@ def compare(
 
 
 def _names(reports: list[Path]) -> list[str]:
-    """Names to tell the reports apart by: of their files, if those differ."""
-    stems = [path.stem for path in reports]
-    return stems if len(set(stems)) == len(stems) else [str(path) for path in reports]
+    """Names to tell the reports apart by: of their files, or their paths, or with a number."""
+    for names in ([path.stem for path in reports], [str(path) for path in reports]):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({number})" for number, path in enumerate(reports, start=1)]
