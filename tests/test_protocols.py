@@ -258,6 +258,25 @@ def test_a_stopped_evaluation_goes_on(world, tmp_path, monkeypatch):
         assert not folder.exists()
 
 
+def test_a_folder_of_something_else_is_left_alone(world, tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(FileError, match="holds something else"):
+        evaluate(*world, scripted.Numbered(), REQUESTS, journal=tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+def test_a_sequence_that_was_killed_while_it_was_judged_goes_on(world, tmp_path, monkeypatch):
+    """Its edit was kept already, what it does was not yet."""
+    options = {"protocol": "sequential", "edits": [1, 2], "journal": tmp_path / "kept"}
+    monkeypatch.setattr("remend.evaluation.bench.Bench._keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*world, scripted.Numbered(), REQUESTS, baselines=False, **options)
+    monkeypatch.undo()
+    assert (tmp_path / "kept" / "edit-1").is_dir()
+    report = evaluate(*world, scripted.Numbered(), REQUESTS, baselines=False, **options, resume=True)
+    assert report.retention() == [[1], [1, 1]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -120,9 +120,10 @@ def evaluate(
             )  # fmt: skip
     settings = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens, "text": text and str(text)}
     report = replace(report, settings={name: value for name, value in settings.items() if value is not None})
+    if json is not None:
+        report.save(json)  # before anything else can go wrong
     print_report(report, console)
     if json is not None:
-        report.save(json)
         console.print(f"every edit is in [bold]{plain(json)}[/]", soft_wrap=True)
     if html is not None:
         write_page(report, html)

@@ -32,17 +32,19 @@ class Journal:
         resume: whether to go on with what is there; otherwise it is removed first.
 
     Raises:
-        FileError: the folder is of another evaluation.
+        FileError: the folder is of another evaluation, or holds something else.
     """
 
     def __init__(self, folder: Path | None, about: str = "", resume: bool = False) -> None:
         self.folder = folder
         if folder is None:
             return
+        known = folder / "about.json"
+        if folder.exists() and not known.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileError(f"{folder} holds something else than a stopped evaluation: it is left alone; name another")
         if folder.exists() and not resume:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        known = folder / "about.json"
         if not known.exists():
             write_json(known, {"about": about})
         elif json.loads(known.read_text(encoding="utf-8")) != {"about": about}:
