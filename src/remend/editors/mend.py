@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -25,9 +24,10 @@ from remend.core.sketch import directions_of
 from remend.core.symmetric import Symmetric, packed, unpacked
 from remend.edit import Edit
 from remend.editors.config import MendConfig
+from remend.editors.protocol import Traits, checked
 from remend.editors.rows import Table, TokenRows, active_rows
 from remend.editors.settling import Unedited, settled
-from remend.errors import ConfigError, FileError, RequestError
+from remend.errors import ConfigError, FileError
 from remend.models.structure import editable_modules, named_stacks
 from remend.request import EditRequest
 from remend.storage import read_folder, take, write_folder
@@ -55,6 +55,7 @@ class Mend(nn.Module):
         trained: what its training recorded (settings, steps, seconds, validation history); empty before.
     """
 
+    traits: ClassVar[Traits] = Traits("mend", "Mitchell et al., ICLR 2022 (arXiv 2110.11309)", "training")
     unit: Float[Tensor, " matrix"]
     largest: Float[Tensor, " matrix"] | None
 
@@ -275,7 +276,7 @@ class Mend(nn.Module):
             WrongBaseError: the editor was trained for another kind of model.
             NonFiniteError: the model's weights or activations hold NaN or infinity.
         """
-        base = self._check(model, requests)
+        base = checked(self.base, model, requests)
         parts = self._changes(task_of(model, tokenizer), requests)
         changes = {name: concatenate([part[name] for part in parts]) for name in self.shapes}
         return Edit(changes, base, tuple(requests), self._signature())
@@ -284,7 +285,7 @@ class Mend(nn.Module):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
     ) -> list[Edit]:
         """One edit for each request, each made from the unedited model; batched inside. Errors as :meth:`edit`."""
-        base = self._check(model, requests)
+        base = checked(self.base, model, requests)
         parts = self._changes(task_of(model, tokenizer), requests)
         signature = self._signature()
         return [Edit(part, base, (request,), signature) for request, part in zip(requests, parts, strict=True)]
@@ -307,19 +308,6 @@ class Mend(nn.Module):
             for e in range(len(chunk)):
                 found.append({name: change.first(e, rows[name].counts[e]) for name, change in changes.items()})
         return found
-
-    def _check(self, model: PreTrainedModel, requests: Sequence[EditRequest]) -> Base:
-        if not requests or isinstance(requests, EditRequest) or not all(isinstance(r, EditRequest) for r in requests):
-            raise RequestError("give a list of at least one EditRequest(prompt=…, target=…)")
-        self.base.check_architecture(model, "this editor")
-        base = self.base.with_weights_of(model)
-        if base.weights != self.base.weights:
-            warnings.warn(
-                f"this editor was trained for {self.base.name!r} with other weights than this model has; "
-                "its edits may be worse: evaluate them",
-                stacklevel=3,
-            )
-        return base
 
     def _signature(self) -> dict[str, Any]:
         return {

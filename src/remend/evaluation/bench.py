@@ -109,7 +109,7 @@ class Bench:
                 kept = self._find(f"batched-{size}-{start}")
                 if kept is None:
                     seconds, edit = _timed(self.editor.edit, self.task.model, self.task.tokenizer, chunk)
-                    judged = self._judged(chunk, start, [Together(self.task, edit)])
+                    judged = self._judged(self._unedited_probes(chunk), start, [Together(self.task, edit)])
                     kept = self._keep(f"batched-{size}-{start}", seconds, judged)
                 total += kept[0]
                 found += kept[1][0]
@@ -129,7 +129,7 @@ class Bench:
             if kept is None:
                 seconds, made = _timed(self._chained, edit, self.requests[done:size])
                 self.journal.keep_edit(size, made)
-                judged = self._judged(self.requests[:size], 0, [Together(self.task, made)])
+                judged = self._judged(self._unedited_probes(self.requests[:size]), 0, [Together(self.task, made)])
                 edit = made
                 kept = self._keep(f"after-{size}", seconds, judged)
             else:
@@ -189,6 +189,21 @@ class Bench:
             edit = new if edit is None else _reduced(edit + new)
         assert edit is not None
         return edit
+
+    def _unedited_probes(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
+        """The same requests without the locality and near prompts that one of them edits: those are meant to change."""
+        edited = {p for r in requests for p in (r.prompt, *r.paraphrases, *r.unseen_paraphrases, *r.formats)}
+        found = []
+        for request in requests:
+            kept = {
+                kind: tuple(probe for probe in getattr(request, kind) if probe.prompt not in edited)
+                for kind in ("locality", "near")
+            }
+            changed = len(request.locality) + len(request.near) - sum(map(len, kept.values()))
+            if changed:
+                self.left_out["locality prompts that another edit at work changes on purpose"] += changed
+            found.append(request.model_copy(update=kept))
+        return found
 
     def _beside(self, requests: Sequence[EditRequest]) -> list[Change]:
         """What :data:`BASELINES` names."""
