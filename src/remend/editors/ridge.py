@@ -1,0 +1,185 @@
+"""The editor that needs no training: keys and gradients of the request alone, and a ridge regression.
+
+After UltraEdit (Gu et al., arXiv 2505.14679): each target token of a request wants its matrix's output to move against
+the gradient there, and ΔW is the closed-form ridge solution that maps the tokens' keys to the wanted moves. Two things
+differ. Keys are whitened by the second moment of the matrix's inputs over ordinary text (the model's own writing, where
+none is given), not standardised by the statistics of earlier edits: those do not exist for the first edit, and would
+make an edit depend on what was edited before. And how strong an edit must be is looked up, not set: what a request
+wants is scaled to a multiple of the least that makes the model answer with the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.base import Base, find_modules
+from remend.core.capture import capture
+from remend.core.layers import device_of, dimensions, experts_of, weight_of
+from remend.core.low_rank import LowRank
+from remend.core.symmetric import Symmetric
+from remend.edit import Edit
+from remend.editors.background import stretches, whiteners
+from remend.editors.protocol import Traits, checked
+from remend.editors.rows import Table, TokenRows, active_rows
+from remend.editors.settling import Unedited, taking_scales
+from remend.errors import ConfigError
+from remend.models.structure import editable_modules
+from remend.request import EditRequest
+from remend.tasks import task_of
+from remend.tasks.task import Task
+
+EDIT_BATCH = 32
+
+
+@dataclass(frozen=True)
+class RidgeConfig:
+    """Settings of the training-free editor; chosen on the atlas's validation split.
+
+    Attributes:
+        strength: an edit is so many times as strong as would just do: more reaches more paraphrases, and neighbours.
+        ridge: λ of the regression, as a share of a key's mean answer to itself.
+        floor: what the whitening adds to every eigenvalue of the keys, as a share of their mean.
+    """
+
+    strength: float = 2.0
+    ridge: float = 0.01
+    floor: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "ridge", "floor"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+class Ridge:
+    """The training-free editor.
+
+    Attributes:
+        config: its settings.
+        base: the model it is for.
+        whitening: of each edited matrix, what whitens its inputs.
+    """
+
+    traits: ClassVar[Traits] = Traits("ridge", "after Gu et al. (arXiv 2505.14679)", "nothing", batches=True)
+
+    def __init__(self, config: RidgeConfig, base: Base, whitening: dict[str, Symmetric]) -> None:
+        self.config, self.base, self.whitening = config, base, whitening
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: Sequence[str] = (),
+        config: RidgeConfig | None = None,
+        modules: Sequence[str] = (),
+        layers: str | None = None,
+        seed: int = 0,
+    ) -> Ridge:
+        """The editor for ``model``; by default of the narrowing MLP matrices of the last three blocks.
+
+        Args:
+            model: the base model.
+            tokenizer: the model's.
+            text: passages like those that the model meets; by default it writes some itself.
+            config: settings.
+            modules: globs of the matrices to edit.
+            layers: the blocks to look in.
+            seed: of what the model writes.
+
+        Raises:
+            ModelError: there is nothing to edit, or nothing matches.
+            ConfigError: the text is empty, or a matrix belongs to several experts.
+        """
+        config = config or RidgeConfig()
+        chosen = editable_modules(model, modules, outputs_only=True, layers=layers)
+        if several := [name for name, module in chosen.items() if experts_of(module)]:
+            raise ConfigError(f"{several[0]} holds several experts' matrices, which ridge cannot edit: use MEND")
+        task = task_of(model, tokenizer)
+        found = whiteners(task, chosen, stretches(task, text, seed), config.floor)
+        return cls(config, Base.of(model, chosen), found)
+
+    def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
+        """One edit for all ``requests``: each one's tokens get what it wants, whatever the others' keys answer.
+
+        Raises:
+            RequestError: there is no request, or one does not fit the model's context.
+            WrongBaseError: the editor is for another kind of model.
+            NonFiniteError: the model's weights or activations hold NaN or infinity.
+        """
+        base = checked(self.base, model, requests)
+        wanted = self._wanted(task_of(model, tokenizer), requests)
+        changes = {}
+        for name, parts in wanted.items():
+            keys, moves = torch.cat([own[0] for own in parts]), torch.cat([own[1] for own in parts])
+            changes[name] = self._solved(name, keys, moves)
+        return Edit(changes, base, tuple(requests), self._signature())
+
+    def edit_each(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+    ) -> list[Edit]:
+        """One edit for each request, each made from the unedited model. Errors as :meth:`edit`."""
+        base = checked(self.base, model, requests)
+        wanted = self._wanted(task_of(model, tokenizer), requests)
+        return [
+            Edit({name: self._solved(name, *own[e]) for name, own in wanted.items()}, base, (r,), self._signature())
+            for e, r in enumerate(requests)
+        ]
+
+    def _solved(self, name: str, keys: Float[Tensor, "row d_in"], moves: Float[Tensor, "row d_out"]) -> LowRank:
+        """ΔW = Vᵀ (K Kᵀ + λ I)⁻¹ K in whitened coordinates: a pair for each key."""
+        answers = keys @ keys.mT
+        lam = self.config.ridge * answers.diagonal().mean().clamp(min=1e-12)
+        identity = torch.eye(len(keys), device=keys.device)
+        return LowRank(self.whitening[name](keys), torch.linalg.solve(answers + lam * identity, moves))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _wanted(
+        self, task: Task, requests: Sequence[EditRequest]
+    ) -> dict[str, list[tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]]]:
+        """Of each matrix, for each request: its tokens' whitened keys, and how the output there should move."""
+        pairs = [task.tokenise(request.prompt, request.target) for request in requests]
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.whitening}
+        modules = find_modules(task.model, self.whitening)
+        for start in range(0, len(pairs), EDIT_BATCH):
+            batch = task.collate(pairs[start : start + EDIT_BATCH])
+            unedited = Unedited(task, batch, self.whitening)
+            factors = capture(task.model, modules, task.tokens(batch, self.whitening, True), unedited.loss)[1]
+            rows = active_rows(factors, device_of(task.model.get_input_embeddings()))
+            keys = {name: self.whitening[name](own.u) for name, own in rows.items()}
+            moves = {name: -own.delta * _unit(own, modules[name]) for name, own in rows.items()}
+            alone = {name: self._alone(name, keys[name], moves[name], rows[name]) for name in rows}
+            scales = self.config.strength * taking_scales(unedited, alone)
+            for name, own in rows.items():
+                for e, (k, v) in enumerate(zip(*(x[name].split(own.counts) for x in (keys, moves)), strict=True)):
+                    found[name].append((k, scales[e] * v))
+        return found
+
+    def _alone(
+        self, name: str, keys: Float[Tensor, "row d_in"], moves: Float[Tensor, "row d_out"], rows: TokenRows
+    ) -> LowRank:
+        """What each request of a batch would make by itself, as a batched change."""
+        parts = [self._solved(name, k, v) for k, v in zip(*(x.split(rows.counts) for x in (keys, moves)), strict=True)]
+        table = Table(rows.counts, keys.device)
+        return LowRank(table(torch.cat([own.u for own in parts])), table(torch.cat([own.delta for own in parts])))
+
+    def _signature(self) -> dict[str, object]:
+        return {"name": self.traits.name, **asdict(self.config)}
+
+
+def _unit(rows: TokenRows, module: torch.nn.Module) -> Float[Tensor, "row 1"]:
+    """What makes each request's gradient as large as a matrix's usual output: matrices then share an edit evenly."""
+    sizes = rows.sizes().clamp(min=1e-30)
+    counts = torch.tensor(rows.counts, device=sizes.device)
+    weight = weight_of(module).detach().float()
+    output = rows.u.norm(dim=1).mean() * weight.norm().to(sizes.device) / dimensions(module)[0] ** 0.5
+    found: Tensor = (output / sizes).repeat_interleave(counts)[:, None]
+    return found
