@@ -16,7 +16,7 @@ from remend.cli.words import plain
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from remend.editors import Mend, MendConfig
+    from remend.editors import Mend, MendConfig, Trainable
     from remend.request import Prompt
     from remend.training import TrainingConfig
 
@@ -194,7 +194,7 @@ def best_of(trained: Mapping[str, Any]) -> dict[str, float]:
     return best
 
 
-def unfit(editor: Mend) -> bool:
+def unfit(editor: Trainable) -> bool:
     """Whether most edits of an editor did not take, or most unrelated answers changed, when it was validated."""
     if not editor.trained.get("history"):
         return False  # it was saved by hand

@@ -18,7 +18,7 @@ from remend.cli import options
 from remend.cli.words import plain
 
 if TYPE_CHECKING:
-    from remend.editors import Mend
+    from remend.editors import Trainable
     from remend.training import Progress as Step
 
 
@@ -109,7 +109,7 @@ def train(
         write_json(json, trained.trained)
 
 
-def _tell(console: Console, editor: Mend, out: Path, fresh: bool) -> None:
+def _tell(console: Console, editor: Trainable, out: Path, fresh: bool) -> None:
     """How a run ended; one that is not ``fresh`` had ended before."""
     if not fresh:
         console.print(

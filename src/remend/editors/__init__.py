@@ -2,6 +2,7 @@
 
 from remend.editors.config import MendConfig
 from remend.editors.mend import Mend
-from remend.editors.protocol import Editor
+from remend.editors.protocol import Editor, Traits
+from remend.editors.registry import EDITORS, TRAINED, Trainable, load_trained
 
-__all__ = ["Editor", "Mend", "MendConfig"]
+__all__ = ["EDITORS", "TRAINED", "Editor", "Mend", "MendConfig", "Trainable", "Traits", "load_trained"]

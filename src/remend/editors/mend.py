@@ -24,6 +24,7 @@ from remend.core.sketch import directions_of
 from remend.core.symmetric import Symmetric, packed, unpacked
 from remend.edit import Edit
 from remend.editors.config import MendConfig
+from remend.editors.learned import FORMAT, read_shapes
 from remend.editors.protocol import Traits, checked
 from remend.editors.rows import Table, TokenRows, active_rows
 from remend.editors.settling import Unedited, settled
@@ -34,7 +35,6 @@ from remend.storage import read_folder, take, write_folder
 from remend.tasks import task_of
 from remend.tasks.task import Batch, Task
 
-FORMAT = "remend.editor/1"
 EDIT_BATCH = 32
 """Requests whose gradients are taken in one pass; bounds the memory, does not change the result."""
 LEAST_ANSWER = 0.2
@@ -140,7 +140,7 @@ class Mend(nn.Module):
         path = ATLAS_FOLDER / "editor" if path == ATLAS else Path(path)
         manifest, tensors = read_folder(path, FORMAT)
         config = from_json(MendConfig, take(manifest, "config", dict, path))
-        shapes = _shapes(take(manifest, "shapes", dict, path), path)
+        shapes = read_shapes(take(manifest, "shapes", dict, path), path)
         with torch.device("meta"):
             editor = cls(
                 config, Base.read(take(manifest, "base", dict, path), path), shapes, _directions(shapes, tensors)
@@ -179,6 +179,12 @@ class Mend(nn.Module):
     def device(self) -> torch.device:
         """Where the editor's parameters are."""
         return self.alpha.device
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it was fitted to a model, or trained."""
+        seen = (self.network(key).u_statistics.count.sum() for key in self.groups)
+        return bool(self.trained) or any(int(count) for count in seen)
 
     def capture(
         self, task: Task, batch: Batch, loss: Callable[[], Float[Tensor, " episode"]] | None = None
@@ -315,13 +321,6 @@ class Mend(nn.Module):
             "rank": self.config.rank,
             "alpha": dict(zip(self.shapes, (self.alpha * self.unit).tolist(), strict=True)),
         }
-
-
-def _shapes(described: Mapping[str, Any], path: Path) -> dict[str, tuple[int, int]]:
-    for name, shape in described.items():
-        if not (isinstance(shape, list) and len(shape) == 2 and all(type(d) is int and d > 0 for d in shape)):
-            raise FileError(f"{path}: the shape of {name} should be [d_in, d_out], it is {shape!r}")
-    return {name: (d_in, d_out) for name, (d_in, d_out) in described.items()}
 
 
 def _symmetric(state: Mapping[str, Tensor]) -> set[str]:

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.config import to_json
 from remend.core.layers import device_of
-from remend.editors.mend import FORMAT, Mend
+from remend.editors import Trainable, load_trained
+from remend.editors.learned import FORMAT, Learned
+from remend.editors.mend import Mend
 from remend.errors import FileError, TrainingError
 from remend.models import sharding
 from remend.models.loading import choose_device
@@ -21,6 +23,7 @@ from remend.storage import MANIFEST, check_target, read_manifest
 from remend.tasks import task_of
 from remend.training import checkpoint
 from remend.training.config import PRESETS, Resources, TrainingConfig
+from remend.training.direct import DirectTrainer
 from remend.training.episodes import EpisodeBatch, Episodes
 from remend.training.signals import interruptible
 from remend.training.splits import split
@@ -56,7 +59,7 @@ def train(
     *,
     preset: str = "default",
     config: TrainingConfig | None = None,
-    editor: Mend | None = None,
+    editor: Trainable | None = None,
     resources: Resources | None = None,
     text: Sequence[str] = (),
     budget_seconds: float | None = None,
@@ -66,8 +69,8 @@ def train(
     track: Sequence[str] = (),
     allow_shared: Sequence[str] = (),
     on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> Mend:
-    """Train a MEND editor for ``model`` and return its best state by validation loss.
+) -> Trainable:
+    """Train an editor for ``model`` and return its best state by validation loss.
 
     With ``out``, the run can be interrupted at any moment and gone on with: its checkpoints lie beside that folder
     until it ends. On the CPU a run that ends by its steps then ends with the very editor that it would have ended
@@ -124,13 +127,14 @@ def train(
         if finished is not None:
             return finished
         requests, validation = split(requests, validation, settings, allow_shared)
-        chosen = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
+        chosen: Trainable = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
         _check_fresh(chosen, model)
         if sharded:  # only now: to know its base, the editor must see the whole weights
             sharding.shard(model, workers.device)
             chosen.to(workers.device)
         task = task_of(model, tokenizer, autocast=resources.autocast)
-        trainer = Trainer(task, chosen, requests, settings, resources, workers, text)
+        kind = DirectTrainer if isinstance(chosen, Learned) else Trainer
+        trainer = kind(task, chosen, requests, settings, resources, workers, text)  # type: ignore[arg-type]
         unseen = Episodes(task, validation[: settings.validation_size], settings.seed, settings.near)
         run = _Run(trainer, unseen.fixed(settings.batch_size), started, budget_seconds, out)
         if not (resume and run.restore()):
@@ -173,7 +177,7 @@ def _steps(
             run.save()
 
 
-def _prepare_out(out: str | Path | None, resume: bool) -> Mend | None:
+def _prepare_out(out: str | Path | None, resume: bool) -> Trainable | None:
     """Check that ``out`` may be written; the editor in it if the run to go on with is finished already."""
     if out is None:
         if resume:
@@ -184,7 +188,7 @@ def _prepare_out(out: str | Path | None, resume: bool) -> Mend | None:
     if not resume or left:
         return None
     if (Path(out) / MANIFEST).exists() and read_manifest(out, FORMAT).get("trained", {}).get("finished"):
-        return Mend.from_pretrained(out)
+        return load_trained(out)
     warnings.warn(f"no checkpoint was written for {out} yet: the run begins anew", stacklevel=3)
     return None
 
@@ -210,13 +214,12 @@ def _named(measured: Mapping[str, float]) -> dict[str, float]:
     return {f"validation/{name}": value for name, value in measured.items()}
 
 
-def _check_fresh(editor: Mend, model: PreTrainedModel) -> None:
+def _check_fresh(editor: Trainable, model: PreTrainedModel) -> None:
     """An editor to train must be for this very model, and not have been fitted before."""
     editor.base.check(model, "this editor")
-    if editor.trained or any(int(network.u_statistics.count.sum()) for network in map(editor.network, editor.groups)):
+    if editor.fitted:
         raise TrainingError(
-            "this editor was trained already: its networks belong to the statistics it has. Train a new one "
-            "(Mend.for_model)"
+            "this editor was trained already: its networks belong to the statistics it has. Train a new one (for_model)"
         )
 
 
@@ -283,7 +286,7 @@ class _Run:
         self.started = time.monotonic()  # getting ready again is not counted: the budget is for going on
         return True
 
-    def finish(self) -> Mend:
+    def finish(self) -> Trainable:
         """The best state, loaded into the editor and saved with the whole history."""
         editor = self.trainer.editor
         editor.load_state_dict({**editor.state_dict(), **self.standing.best})

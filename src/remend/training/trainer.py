@@ -14,6 +14,7 @@ from torch import Tensor
 
 from remend.base import find_modules, fingerprint
 from remend.core.branch import branches, frozen
+from remend.core.ledger import Ledger
 from remend.core.losses import locality_loss, target_loss
 from remend.core.low_rank import LowRank
 from remend.editors.mend import EDIT_BATCH, Mend
@@ -236,7 +237,7 @@ class Trainer:
     @torch.no_grad()
     def losses(self, batch: EpisodeBatch) -> EpisodeLosses:
         """Edit the model for every episode, and look at its neighbour and its locality example."""
-        changes = self.editor(self.constants.rows(batch.edits))
+        changes = self._changes(batch)
         found = []
         for places in self._parts(batch):
             found.append(
@@ -245,6 +246,11 @@ class Trainer:
         return EpisodeLosses(
             *(torch.cat([getattr(part, field.name) for part in found]) for field in fields(EpisodeLosses))
         )
+
+    def _changes(self, batch: EpisodeBatch, ledger: Ledger | None = None) -> dict[str, LowRank]:
+        """What each episode's edit changes; differentiable in the editor's parameters."""
+        found: dict[str, LowRank] = self.editor(self.constants.rows(batch.edits), ledger)
+        return found
 
     def _own(self, step: int, turn: int = 0) -> EpisodeBatch:
         """This process's share of a step's batch."""
@@ -268,7 +274,7 @@ class Trainer:
         self.optimiser.clear()
         found = []
         parts = self._parts(batch)
-        changes = self.editor(self.constants.rows(batch.edits), self.optimiser.ledger)
+        changes = self._changes(batch, self.optimiser.ledger)
         factors = [factor for change in changes.values() for factor in (change.u, change.delta)]
         reached = [torch.zeros_like(factor) for factor in factors]
         for places in parts:
@@ -280,7 +286,8 @@ class Trainer:
                 for i, (name, change) in enumerate(changes.items())
             }
             found.append(self.edited_losses(batch[places], some, backward=True))
-        torch.autograd.backward(factors, reached)
+        learning = [place for place, factor in enumerate(factors) if factor.requires_grad]
+        torch.autograd.backward([factors[i] for i in learning], [reached[i] for i in learning])
         return found
 
     def edited_losses(

@@ -1,0 +1,64 @@
+"""Training the editors whose changes are computed from the pairs themselves: the outer loop is MEND's (Alg. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from remend.base import find_modules
+from remend.core.capture import capture
+from remend.core.ledger import Ledger
+from remend.core.low_rank import LowRank
+from remend.editors.learned import Learned
+from remend.request import EditRequest
+from remend.tasks.task import Task
+from remend.training.config import Resources, TrainingConfig
+from remend.training.episodes import EpisodeBatch
+from remend.training.trainer import Trainer
+from remend.training.workers import Workers
+
+UNIT_BATCHES = 4
+"""Batches over which the units of the steps are measured."""
+
+
+class DirectTrainer(Trainer):
+    """A :class:`Trainer` of a :class:`Learned` editor: nothing of an edit pair is kept but what enters the cut."""
+
+    editor: Learned  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        task: Task,
+        editor: Learned,
+        requests: Sequence[EditRequest],
+        config: TrainingConfig,
+        resources: Resources | None = None,
+        workers: Workers | None = None,
+        text: Sequence[str] = (),
+    ) -> None:
+        resources = resources or Resources()
+        fitting = replace(resources, micro_batch=resources.micro_batch or config.batch_size)
+        super().__init__(task, editor, requests, config, fitting, workers, text)  # type: ignore[arg-type]
+
+    def calibrate(self) -> None:
+        """Find negatives and measure the units of the steps."""
+        self._mine()
+        task, editor = self.task, self.editor
+        batch = task.collate([pair for batch in self._calibration_batches()[:UNIT_BATCHES] for pair in batch])
+        tokens = task.tokens(batch, editor.shapes, predicting=False)
+        modules = find_modules(task.model, editor.shapes)
+        editor.fit(task, capture(task.model, modules, tokens, lambda: task.loss(batch))[1])
+
+    def warm(self, held_out: Sequence[EpisodeBatch]) -> None:
+        """Find negatives again; what else was looked up is looked up again when it is needed."""
+        self._mine()
+
+    def _look_up(self, batch: EpisodeBatch) -> None:
+        """Nothing of an edit is kept."""
+
+    def _changes(self, batch: EpisodeBatch, ledger: Ledger | None = None) -> dict[str, LowRank]:
+        return self.editor.changes(self.task, batch.edits, self.prefix, self.constants.prefix_states(batch.edits))
+
+    def _mine(self) -> None:
+        if self.config.near:
+            super()._mine()
