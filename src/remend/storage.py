@@ -96,6 +96,15 @@ def _is_ours(file: Path) -> bool:
     return isinstance(found, dict) and str(found.get("format")).startswith("remend.")
 
 
+def read_format(path: str | Path) -> str:
+    """What a folder's manifest says that it is; empty where it has none, which :func:`read_manifest` explains."""
+    try:
+        found = json.loads((Path(path) / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return str(found.get("format")) if isinstance(found, dict) else ""
+
+
 def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
     """The manifest of a folder written by :func:`write_folder`, checked for its kind but not against the tensors.
 

@@ -19,7 +19,7 @@ from remend.core.layers import inputs_of, is_quantised, weight_of
 from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank
 from remend.editors.learned import Learned
-from remend.editors.protocol import Traits
+from remend.editors.traits import Traits
 from remend.errors import ConfigError
 from remend.models.prefix import Prefix
 from remend.tasks.task import Batch, Pair, Task

@@ -24,7 +24,7 @@ from remend.core.layers import device_of, dimensions, experts_of, is_quantised, 
 from remend.core.losses import locality_loss, target_loss
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
-from remend.editors.protocol import Traits, checked
+from remend.editors.traits import Traits, checked
 from remend.errors import ConfigError
 from remend.models.prefix import Prefix
 from remend.models.structure import editable_modules

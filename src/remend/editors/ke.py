@@ -16,7 +16,7 @@ from remend.base import Base, find_modules
 from remend.core.capture import capture
 from remend.core.low_rank import LowRank
 from remend.editors.learned import Learned
-from remend.editors.protocol import Traits
+from remend.editors.traits import Traits
 from remend.errors import ConfigError
 from remend.models.prefix import Prefix
 from remend.tasks.task import Pair, Task

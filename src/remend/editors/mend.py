@@ -25,9 +25,9 @@ from remend.core.symmetric import Symmetric, packed, unpacked
 from remend.edit import Edit
 from remend.editors.config import MendConfig
 from remend.editors.learned import FORMAT, read_shapes
-from remend.editors.protocol import Traits, checked
 from remend.editors.rows import Table, TokenRows, active_rows
 from remend.editors.settling import Unedited, settled
+from remend.editors.traits import Traits, checked
 from remend.errors import ConfigError, FileError
 from remend.models.structure import editable_modules, named_stacks
 from remend.request import EditRequest

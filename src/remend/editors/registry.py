@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.editors.cache import Cache
 from remend.editors.enn import Enn
 from remend.editors.finetune import FineTune, FineTuneLocal
+from remend.editors.in_context import InContext
 from remend.editors.ke import Ke
 from remend.editors.learned import FORMAT, Learned
 from remend.editors.mend import Mend
+from remend.editors.protocol import Editor
 from remend.editors.ridge import Ridge
-from remend.errors import FileError
+from remend.errors import ConfigError, FileError, nearest
 from remend.storage import read_manifest
 
 Trainable = Mend | Learned
@@ -18,11 +25,43 @@ Trainable = Mend | Learned
 TRAINED: dict[str, type[Mend] | type[Learned]] = {"mend": Mend, "ke": Ke, "enn": Enn}
 """Those that are trained before their first edit."""
 
-EDITORS: dict[str, type] = {
-    **TRAINED,
-    **{kind.traits.name: kind for kind in (FineTune, FineTuneLocal, Ridge)},
+UNTRAINED: dict[str, type[Any]] = {
+    kind.traits.name: kind for kind in (Ridge, FineTune, FineTuneLocal, Cache, InContext)
 }
+"""Those that can edit any model at once."""
+
+EDITORS: dict[str, type[Any]] = {**TRAINED, **UNTRAINED}
 """All of them."""
+
+
+def make(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Sequence[str] = (), seed: int = 0
+) -> Editor:
+    """An editor that needs no training, for a model.
+
+    Args:
+        name: one of :data:`UNTRAINED`.
+        model: the base model.
+        tokenizer: the model's.
+        text: passages of ordinary text, for those that measure what the model reads.
+        seed: of whatever is drawn.
+
+    Raises:
+        ConfigError: there is no such editor, or it needs something that is missing.
+        ModelError: there is nothing in the model that it could edit.
+    """
+    if name in TRAINED:
+        raise ConfigError(
+            f"{name} is trained before its first edit: remend train … --method {name} --out DIR, then DIR"
+        )
+    if name not in UNTRAINED:
+        raise ConfigError(f"there is no editor {name!r}, nor a folder of that name; {nearest(name, UNTRAINED)}")
+    kind = UNTRAINED[name]
+    if issubclass(kind, FineTune | InContext):
+        found: Editor = kind.for_model(model)
+    else:
+        found = kind.for_model(model, tokenizer, text, seed=seed)
+    return found
 
 
 def load_trained(path: str | Path) -> Trainable:

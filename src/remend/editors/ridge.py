@@ -26,9 +26,9 @@ from remend.core.low_rank import LowRank
 from remend.core.symmetric import Symmetric
 from remend.edit import Edit
 from remend.editors.background import stretches, whiteners
-from remend.editors.protocol import Traits, checked
 from remend.editors.rows import Table, TokenRows, active_rows
 from remend.editors.settling import Unedited, taking_scales
+from remend.editors.traits import Traits, checked
 from remend.errors import ConfigError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
 from remend.edit import Edit
+from remend.editors.edits import AnyEdit
+from remend.editors.in_context import ContextEdit
 from remend.editors.protocol import Editor
-from remend.evaluation.changes import Apart, Change, InContext, Nothing, Together
+from remend.errors import ConfigError
+from remend.evaluation.changes import Apart, Change, Nothing, Told, together
 from remend.evaluation.journal import Journal
 from remend.evaluation.judging import VALUE, Judge, Values
 from remend.evaluation.looking import View, look
@@ -62,7 +65,7 @@ class Bench:
         self._editor = editor
         self.text, self.journal, self.on_progress = text, journal, on_progress
         self.left_out: Counter[str] = Counter()
-        self.chained: Edit | None = None
+        self.chained: AnyEdit | None = None
 
     @property
     def editor(self) -> Editor:
@@ -84,9 +87,7 @@ class Bench:
             kept = self._find(f"single-{start}")
             if kept is None:
                 seconds, edits = _timed(self.editor.edit_each, self.task.model, self.task.tokenizer, chunk)
-                changes: list[Change] = [Apart(self.task, edits, scale, free=scale == 1) for scale in every]
-                changes += self._beside(chunk) if baselines else []
-                kept = self._keep(f"single-{start}", seconds, self._judged(chunk, start, changes))
+                kept = self._keep(f"single-{start}", seconds, self._apart(chunk, start, edits, every, baselines))
             total += kept[0]
             for own, cases in zip(found.values(), kept[1], strict=True):
                 own += cases
@@ -106,10 +107,11 @@ class Bench:
             total = 0.0
             for start in range(0, whole, size):
                 chunk = self.requests[start : start + size]
+                asked = self._unedited_probes(chunk)
                 kept = self._find(f"batched-{size}-{start}")
                 if kept is None:
                     seconds, edit = _timed(self.editor.edit, self.task.model, self.task.tokenizer, chunk)
-                    judged = self._judged(self._unedited_probes(chunk), start, [Together(self.task, edit)])
+                    judged = self._judged(asked, start, [together(self.task, edit, size)])
                     kept = self._keep(f"batched-{size}-{start}", seconds, judged)
                 total += kept[0]
                 found += kept[1][0]
@@ -122,14 +124,15 @@ class Bench:
         if unused := len(self.requests) - sizes[-1]:
             self.left_out["requests after the last edit"] += unused
         runs: list[Run] = []
-        edit: Edit | None = None
+        edit: AnyEdit | None = None
         done, total = 0, 0.0
         for size in sizes:
+            asked = self._unedited_probes(self.requests[:size])
             kept = self._find(f"after-{size}")
             if kept is None:
                 seconds, made = _timed(self._chained, edit, self.requests[done:size])
                 self.journal.keep_edit(size, made)
-                judged = self._judged(self._unedited_probes(self.requests[:size]), 0, [Together(self.task, made)])
+                judged = self._judged(asked, 0, [together(self.task, made, size)])
                 edit = made
                 kept = self._keep(f"after-{size}", seconds, judged)
             else:
@@ -163,7 +166,7 @@ class Bench:
             self.on_progress(len(chunk))
         return found
 
-    def at_work(self, protocol: str, size: int) -> Edit:
+    def at_work(self, protocol: str, size: int) -> AnyEdit:
         """One edit to stand for the whole evaluation: all of a sequence, the last batch, or the first single edit.
 
         Args:
@@ -181,12 +184,33 @@ class Bench:
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _chained(self, edit: Edit | None, requests: Sequence[EditRequest]) -> Edit:
+    def _apart(
+        self,
+        requests: Sequence[EditRequest],
+        start: int,
+        edits: Sequence[AnyEdit],
+        scales: Iterable[float],
+        beside: bool,
+    ) -> list[list[Case]]:
+        """The cases of each request's own edit at each scale; low-rank ones are judged in one pass."""
+        low_rank = [edit for edit in edits if isinstance(edit, Edit)]
+        if len(low_rank) == len(edits):
+            changes: list[Change] = [Apart(self.task, low_rank, scale, free=scale == 1) for scale in scales]
+            return self._judged(requests, start, [*changes, *(self._beside(requests) if beside else [])])
+        if list(scales) != [1.0]:
+            raise ConfigError(f"a {type(edits[0]).__name__} cannot be scaled: leave the scales away (--no-frontier)")
+        found = [
+            self._judged([one], start + place, [together(self.task, edit, 1), *(self._beside([one]) if beside else [])])
+            for place, (one, edit) in enumerate(zip(requests, edits, strict=True))
+        ]
+        return [[case for own in column for case in own] for column in zip(*found, strict=True)]
+
+    def _chained(self, edit: AnyEdit | None, requests: Sequence[EditRequest]) -> AnyEdit:
         """``edit`` and then one for each request, made of the model as the earlier ones leave it."""
         for request in requests:
-            with nullcontext() if edit is None else edit.applied(self.task.model):
+            with nullcontext() if edit is None or isinstance(edit, ContextEdit) else edit.applied(self.task.model):
                 new = self.editor.edit(self.task.model, self.task.tokenizer, [request])
-            edit = new if edit is None else _reduced(edit + new)
+            edit = new if edit is None else _reduced(edit + new)  # type: ignore[operator]  # of one editor, so of one kind
         assert edit is not None
         return edit
 
@@ -207,7 +231,8 @@ class Bench:
 
     def _beside(self, requests: Sequence[EditRequest]) -> list[Change]:
         """What :data:`BASELINES` names."""
-        return [Nothing(self.task, self.judge.own), InContext(self.task, requests)]
+        told = [ContextEdit((request,)) for request in requests]
+        return [Nothing(self.task, self.judge.own), Told(self.task, told)]
 
     def _judged(self, requests: Sequence[EditRequest], start: int, changes: Sequence[Change]) -> list[list[Case]]:
         """The cases after each change; ``start`` numbers requests that have no name."""
@@ -226,7 +251,7 @@ class Bench:
 
     def _drawdowns(self, change: Change, requests: int) -> list[Values]:
         """How much worse the text is predicted after each request's edit, where that is measured."""
-        if self.text is None or not change.free or isinstance(change, Nothing | InContext):
+        if self.text is None or not change.free or isinstance(change, Nothing | Told):
             return [{} for _ in range(requests)]
         after = self.text.after(change, requests if isinstance(change, Apart) else 1)
         found: list[Values] = [{"perplexity_drawdown": {VALUE: own - self.text.perplexity}} for own in after]
@@ -266,8 +291,10 @@ def _timed(make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[flo
     return time.perf_counter() - began, made
 
 
-def _reduced(edit: Edit) -> Edit:
+def _reduced(edit: AnyEdit) -> AnyEdit:
     """The same edit in fewer factor pairs, once there are more than a full matrix has."""
+    if not isinstance(edit, Edit):
+        return edit
     full = {name: min(change.u.shape[-1], change.delta.shape[-1]) for name, change in edit.changes.items()}
     if not any(change.rank > 2 * full[name] and not change.gate for name, change in edit.changes.items()):
         return edit

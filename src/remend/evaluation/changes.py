@@ -13,7 +13,10 @@ from remend.base import find_modules
 from remend.core.branch import branches
 from remend.core.low_rank import LowRank, stack
 from remend.edit import Edit
-from remend.request import Chat, EditRequest, Message, Prompt, TextPair
+from remend.editors.cache import CacheEdit
+from remend.editors.edits import AnyEdit
+from remend.editors.in_context import ContextEdit
+from remend.request import Prompt
 from remend.tasks.task import Task
 
 
@@ -88,7 +91,7 @@ class Apart(Change):
 class Together(Change):
     """One edit for all requests."""
 
-    def __init__(self, task: Task, edit: Edit, free: bool = True) -> None:
+    def __init__(self, task: Task, edit: Edit | CacheEdit, free: bool = True) -> None:
         super().__init__(task, free)
         self.edit = edit
 
@@ -99,46 +102,26 @@ class Together(Change):
             yield
 
 
-class InContext(Change):
-    """Nothing but the fact put before each prompt: what a model does that is told, rather than edited.
-
-    The request's prompt and target as a sentence, as in-context editing is done without demonstrations (Zheng et al.,
-    arXiv 2305.12740); in a conversation, as an earlier turn of it.
+class Told(Change):
+    """Facts put before each prompt: what a model does that is told, rather than edited.
 
     Args:
         task: the base model.
-        requests: what to tell.
+        edits: for each request what it is told.
     """
 
-    def __init__(self, task: Task, requests: Sequence[EditRequest]) -> None:
+    def __init__(self, task: Task, edits: Sequence[ContextEdit]) -> None:
         super().__init__(task)
-        self.requests = requests
+        self.edits = edits
 
     def asked(self, number: int, prompt: Prompt, room: int) -> Prompt | None:
-        """The prompt after the fact; None where both do not fit into the context, or the fact stands there already."""
-        request = self.requests[number]
-        if isinstance(prompt, str) and prompt.startswith(f"{request.prompt} {request.target}. "):
-            return None
-        return fitting(self.task, after_fact(request, prompt), room)
+        """The prompt after the facts; None where they do not fit into the context, or stand there already."""
+        return self.edits[number].told(self.task, prompt, room)
 
 
-def after_fact(request: EditRequest, prompt: Prompt) -> Prompt | None:
-    """A prompt with what the request says put before it; None where they are not of one kind."""
-    said, target = request.prompt, request.target
-    if isinstance(said, Chat) and isinstance(prompt, Chat):
-        return Chat((*said.messages, Message("assistant", target), prompt.messages[-1]))
-    if isinstance(said, TextPair) and isinstance(prompt, TextPair):
-        return TextPair(f"{said.first} {said.second} {target}. {prompt.first}", prompt.second)
-    if isinstance(said, str) and isinstance(prompt, str):
-        return f"{said} {target}. {prompt}"
-    return None
-
-
-def fitting(task: Task, prompt: Prompt | None, room: int) -> Prompt | None:
-    """A prompt, if the model's context holds it with ``room`` tokens of an answer."""
-    if prompt is None or task.context is None:
-        return prompt
-    return prompt if len(task.prompt_ids(prompt)) + room <= task.context else None
+def together(task: Task, edit: AnyEdit, requests: int) -> Change:
+    """One edit, of whatever kind, for so many requests."""
+    return Told(task, [edit] * requests) if isinstance(edit, ContextEdit) else Together(task, edit)
 
 
 def _stacked(edits: Sequence[Edit]) -> dict[str, LowRank]:

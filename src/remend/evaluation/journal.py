@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from remend.edit import Edit
+from remend.editors.edits import AnyEdit, load_edit
 from remend.editors.protocol import Editor
 from remend.errors import FileError
 from remend.request import EditRequest
@@ -64,11 +64,11 @@ class Journal:
         if self.folder is not None:
             write_json(self._file(part), found)
 
-    def find_edit(self, number: int) -> Edit | None:
+    def find_edit(self, number: int) -> AnyEdit | None:
         """The edit that was kept under a number."""
-        return None if self.folder is None else Edit.load(self.folder / f"edit-{number}")
+        return None if self.folder is None else load_edit(self.folder / f"edit-{number}")
 
-    def keep_edit(self, number: int, edit: Edit) -> None:
+    def keep_edit(self, number: int, edit: AnyEdit) -> None:
         """Keep an edit; after the part that it belongs to is kept, it can be gone on from."""
         if self.folder is not None:
             edit.save(self.folder / f"edit-{number}")

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from remend.editors.in_context import after_fact, fitting
 from remend.errors import naming
 from remend.evaluation.before_after import Answer
-from remend.evaluation.changes import after_fact, fitting
 from remend.evaluation.looking import SHORT, Question, View, body_length
 from remend.evaluation.metrics import contains, exact_match, ngram_entropy, repetition, token_f1
 from remend.request import Chat, EditRequest, Probe, Prompt
