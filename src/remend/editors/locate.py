@@ -8,6 +8,7 @@ the second moment C = E[k kᵀ] of the keys of ordinary text tells.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,7 +27,6 @@ from remend.editors.subjects import Reading
 from remend.editors.traits import Traits
 from remend.errors import ConfigError
 from remend.models.prefix import Prefix
-from remend.models.structure import named_stacks
 from remend.tasks.task import Task
 
 
@@ -44,7 +44,7 @@ class MemitConfig(LocateConfig):
             dimensions: an ordinary key's kᵀC⁻¹k.
     """
 
-    weight: float = 1.0
+    weight: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,8 +63,8 @@ class Rome(Located):
 
     @staticmethod
     def places(count: int) -> list[int]:
-        """The block at 0.4 of the depth, and never the last."""
-        return [max(0, min(round(0.4 * count), count - 2))]
+        """The block at a sixth of the depth: the fifth of 28 or 32, where later work on larger models edits too."""
+        return [max(0, min(round(count / 6), count - 2))]
 
     @classmethod
     def _matrices(cls, model: PreTrainedModel, layers: str | None) -> dict[str, nn.Module]:
@@ -88,7 +88,7 @@ class Rome(Located):
         found = []
         for some in chunks(readings):
             sites = Sites(task, some, prefix)
-            keys, offsets = sites.keys(name, module), tuned(sites, module, self.config)
+            keys, offsets = sites.keys(name, module), tuned(sites, module, self._block(task.model, name), self.config)
             inverse = self._inverse(name, keys)
             u = (inverse / (keys.to(inverse) * inverse).sum(1, keepdim=True)).to(keys)
             found += [{name: LowRank(u[e : e + 1], offsets[e : e + 1].to(u))} for e in range(len(some))]
@@ -109,8 +109,8 @@ class Memit(Located):
 
     @staticmethod
     def places(count: int) -> list[int]:
-        """The blocks from 0.2 to 0.5 of the depth."""
-        return list(range(round(0.2 * count), max(round(0.5 * count), round(0.2 * count) + 1)))
+        """The blocks from 0.11 to 0.28 of the depth: the third to the eighth of 32."""
+        return list(range(math.floor(0.11 * count), math.ceil(0.28 * count)))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -130,8 +130,7 @@ class Memit(Located):
         """The changes of one chunk's requests, each by itself (as episodes), or of all chunks' together."""
         modules = find_modules(task.model, self.shapes)
         prefix, last = Prefix(task.model, self.shapes), list(self.shapes)[-1]
-        blocks = named_stacks(task.model)[0][1]
-        block = next(block for name, block in blocks if last.startswith(f"{name}."))
+        block = self._block(task.model, last)
         goals = torch.cat([_goals(Sites(task, some, prefix), modules[last], block, self.config) for some in parts])
         changes: dict[str, LowRank] = {}
         for place, name in enumerate(self.shapes):
@@ -160,7 +159,7 @@ class Memit(Located):
 
 def _goals(sites: Sites, module: nn.Module, block: nn.Module, config: LocateConfig) -> Float[Tensor, "request d"]:
     """z: what the last block should give at the subject of each prompt by itself (Eq. 16)."""
-    offsets = tuned(sites, module, config)
+    offsets = tuned(sites, module, block, config)
     with frozen(sites.task.model), adding(block, sites, None) as written, adding(module, sites, offsets):
         sites.resumed()
     return sites.by_itself(written[0])

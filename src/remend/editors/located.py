@@ -205,6 +205,10 @@ class Located:
         parts = self._apart(task, [reading(task, request, self.begun) for request in requests])
         return [Edit(part, base, (request,), self._signature()) for part, request in zip(parts, requests, strict=True)]
 
+    def _block(self, model: PreTrainedModel, name: str) -> nn.Module:
+        """The block that an edited matrix lies in."""
+        return next(block for prefix, block in named_stacks(model)[0][1] if name.startswith(f"{prefix}."))
+
     def _signature(self) -> dict[str, Any]:
         return {"name": self.traits.name, **asdict(self.config)}
 

@@ -28,15 +28,15 @@ from remend.tasks.task import Batch, Task
 class LocateConfig:
     """Settings that ROME and MEMIT share.
 
-    Sizes are shares of what the matrix writes at the subject, so that one setting suits models of any scale.
+    Sizes are shares of what the block gives at the subject, so that one setting suits models of any scale.
 
     Attributes:
         steps: of Adam on the offsets, at most.
-        learning_rate: Adam's, as a share of the output's root mean square.
+        learning_rate: Adam's, as a share of the root mean square of what the block gives.
         enough: a request's tuning ends when its −log p(target) is below this, in nats a token.
         kl_weight: of KL(p_edited ‖ p_base) of what follows the subject alone: what the model takes it to be.
-        decay: of ‖δ‖² / ‖output‖².
-        largest: ‖δ‖ is limited to so many times the output's norm.
+        decay: of the offset's squared size.
+        largest: the size to which an offset is limited.
         beginnings: how many random stretches of text the prompt is read behind, beside by itself.
         floor: what is added to every eigenvalue of the keys' second moment, as a share of their mean, at least.
     """
@@ -131,21 +131,23 @@ def adding(module: nn.Module, sites: Sites, offsets: Float[Tensor, "request d"] 
         detach([handle])
 
 
-def tuned(sites: Sites, module: nn.Module, config: LocateConfig) -> Float[Tensor, "request d_out"]:
+def tuned(sites: Sites, module: nn.Module, block: nn.Module, config: LocateConfig) -> Float[Tensor, "request d_out"]:
     """δ of each request: added to what ``module`` writes at the subject, it makes the model answer with the target.
 
     Minimises, for each request, −log p(target) averaged over its contexts, and ``kl_weight`` times the divergence of
-    what follows the subject alone (ROME, Eq. 4), and ``decay`` ‖δ‖² / ‖Wk‖². A request that is good enough stays.
+    what follows the subject alone (ROME, Eq. 4), and ``decay`` ‖δ‖² / ‖h‖², with h what the module's ``block`` gives
+    there. A request that is good enough stays.
 
     Raises:
         NonFiniteError: the model's loss is NaN or infinite.
     """
     with torch.inference_mode(False), torch.no_grad(), frozen(sites.task.model):
-        with adding(module, sites, None) as written:
+        with adding(block, sites, None) as streams:
             base = sites.resumed()
-        usual = sites.by_itself(written[0]).norm(dim=1, keepdim=True).clamp(min=1e-6)
-        unit = usual / written[0].shape[1] ** 0.5
-        values = torch.zeros_like(sites.by_itself(written[0]))
+        stream = sites.by_itself(streams[0])
+        usual = stream.norm(dim=1, keepdim=True).clamp(min=1e-6)
+        unit = usual / stream.shape[1] ** 0.5
+        values = torch.zeros_like(stream)
         optimiser = torch.optim.Adam([values], lr=config.learning_rate)
         going = torch.ones(sites.requests, dtype=torch.bool, device=values.device)
         for _ in range(config.steps):
