@@ -180,6 +180,7 @@ def _unit(rows: TokenRows, module: torch.nn.Module) -> Float[Tensor, "row 1"]:
     sizes = rows.sizes().clamp(min=1e-30)
     counts = torch.tensor(rows.counts, device=sizes.device)
     weight = weight_of(module).detach().float()
-    output = rows.u.norm(dim=1).mean() * weight.norm().to(sizes.device) / dimensions(module)[0] ** 0.5
+    read = torch.stack([own.norm(dim=1).mean() if len(own) else own.sum() for own in rows.u.split(rows.counts)])
+    output = read * weight.norm().to(sizes.device) / dimensions(module)[0] ** 0.5
     found: Tensor = (output / sizes).repeat_interleave(counts)[:, None]
     return found
