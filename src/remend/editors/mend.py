@@ -25,6 +25,7 @@ from remend.core.symmetric import Symmetric, packed, unpacked
 from remend.edit import Edit
 from remend.editors.config import MendConfig
 from remend.editors.learned import FORMAT, read_shapes
+from remend.editors.networks import grouped, new_network
 from remend.editors.rows import Table, TokenRows, active_rows
 from remend.editors.settling import Unedited, settled
 from remend.editors.traits import Traits, checked
@@ -42,13 +43,13 @@ LEAST_ANSWER = 0.2
 
 
 class Mend(nn.Module):
-    """The editor: one network for each weight shape, one step size α for each edited matrix.
+    """The editor: one network for each weight shape (or matrix), one step size α for each edited matrix.
 
     Attributes:
         config: its settings.
         base: the model it is for.
         shapes: (d_in, d_out) of each edited module, by name.
-        groups: the modules of each shape, which share a network.
+        groups: the modules of each shape, which share a network; each module by itself without sharing.
         directions: in how many directions inputs are whitened and contrasted, by name, where not in all.
         unit: what α counts in, for each matrix; 1 unless step sizes are relative.
         largest: the size to which each matrix's gradients are limited, if they are.
@@ -75,11 +76,9 @@ class Mend(nn.Module):
             directions = {name: k for name, k in found.items() if k}
         self.directions = dict(directions)
         self.trained: dict[str, Any] = {}
-        self.groups: dict[str, list[str]] = {}
-        for name, (d_in, d_out) in self.shapes.items():
-            self.groups.setdefault(f"{d_in}x{d_out}", []).append(name)
+        self.groups = grouped(self.shapes, config.share)
         self.networks = nn.ModuleDict(
-            {key: EditorNetwork(*self.shapes[names[0]], len(names), config.rank) for key, names in self.groups.items()}
+            {key: new_network(config, *self.shapes[names[0]], len(names)) for key, names in self.groups.items()}
         )
         self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.alpha))
         self.register_buffer("unit", torch.ones(len(self.shapes)))
@@ -258,14 +257,14 @@ class Mend(nn.Module):
         self, pseudo: Float[Tensor, "row d_in"], u: Float[Tensor, "row d_in"], key: str, matrix: int
     ) -> Float[Tensor, "row d_in"]:
         """ũ, out of the network's normalised units, turned by contrast and scaled to u·ũ = 1."""
-        statistics, contrast = self.network(key).u_statistics, self.operator("contrast", self.groups[key][matrix])
+        contrast = self.operator("contrast", self.groups[key][matrix])
         assert contrast is not None
-        aimed = contrast(pseudo * statistics.deviation()[matrix] + statistics.mean[matrix])
+        aimed = contrast(self.network(key).restored(pseudo, matrix))
         found: Tensor = aimed / (aimed * u).sum(1, keepdim=True).clamp(min=LEAST_ANSWER)
         return found
 
     def network(self, key: str) -> EditorNetwork:
-        """The network of one weight shape, a key of :attr:`groups`."""
+        """The network of a key of :attr:`groups`."""
         network = self.networks[key]
         assert isinstance(network, EditorNetwork)
         return network
