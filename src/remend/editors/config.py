@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from remend.errors import ConfigError
 
 TOKENS = ("all", "target")
+AGGREGATES = ("sum", "least-squares")
 TRANSFORMS = ("both", "u", "delta", "smaller")
 
 
@@ -45,6 +46,8 @@ class MendConfig:
         transforms: which of u and δ the networks read and transform: ``both``, ``u``, ``delta``, or ``smaller``, for
             each matrix the one of fewer dimensions (u, if they have as many). The other one makes up the edit as it
             is: not normalised, but whitened, limited or aimed by contrast where the settings above say so.
+        aggregate: how several requests become one edit: ``sum`` (section 3.1), or ``least-squares``, after which each
+            still acts at its own tokens as if it were alone (:mod:`remend.core.aggregate`).
     """
 
     rank: int = 1920
@@ -61,6 +64,7 @@ class MendConfig:
     normalise: bool = True
     identity: bool = True
     transforms: str = "both"
+    aggregate: str = "sum"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -71,6 +75,8 @@ class MendConfig:
             raise ConfigError(f"ridge is a share of an eigenvalue and must not be negative, not {self.ridge}")
         if self.tokens not in TOKENS:
             raise ConfigError(f"tokens is one of {', '.join(TOKENS)}, not {self.tokens!r}")
+        if self.aggregate not in AGGREGATES:
+            raise ConfigError(f"aggregate is one of {', '.join(AGGREGATES)}, not {self.aggregate!r}")
         if self.transforms not in TRANSFORMS:
             raise ConfigError(f"transforms is one of {', '.join(TRANSFORMS)}, not {self.transforms!r}")
         for name in ("limit", "contrast", "settle"):
