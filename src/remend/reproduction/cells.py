@@ -111,6 +111,7 @@ class Scale:
         seeds: how many times each cell is measured.
         requests: test requests of each, of single edits.
         steps: of every training, at most.
+        train: requests of every training, at most; a tenth as many for validation.
         many: test requests of each, of several edits at once; a multiple of the largest number at once.
         text_tokens: on which perplexity is measured.
         memory: widths of the models whose training memory is measured.
@@ -119,12 +120,13 @@ class Scale:
     seeds: int = 3
     requests: int = 100
     steps: int = 1_500
+    train: int = 100_000
     many: int = 125
     text_tokens: int = 256
     memory: Sequence[int] = field(default=(128, 256, 512, 768))
 
 
 FULL = Scale()
-QUICK = Scale(seeds=1, requests=12, steps=40, many=125, text_tokens=64, memory=(64, 128))
+QUICK = Scale(seeds=1, requests=12, steps=40, train=320, many=125, text_tokens=64, memory=(64, 128))
 
 Progress = Callable[[str], None]

@@ -157,7 +157,7 @@ EDITORS = Table(
         ),
     ),
     "The paper's columns are its small models' (Table 4): distilGPT-2, BART-base and BERT-base. KE and ENN are trained "
-    "on the same requests and with the same near negatives as `default`; MEND as published sees random locality examples.",
+    "on the same requests and near negatives as `default`; MEND as published sees random locality examples.",
 )  # fmt: skip
 
 TOGETHER = Table(

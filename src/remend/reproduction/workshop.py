@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from remend.evaluation import evaluate
 from remend.evaluation.report import environment, metrics_of
 from remend.reproduction.cells import GATE, METHODS, SAME_TRAINING, Cell, Progress, Scale
 from remend.reproduction.worlds import Inhabited, World
+from remend.request import EditRequest
 from remend.storage import MANIFEST, write_json
 from remend.training import train
 
@@ -46,7 +47,7 @@ class Workshop:
         self.folder, self.worlds, self.scale, self.on_progress = folder, worlds, scale, on_progress
         self._inhabited: dict[str, Inhabited] = {}
         about = folder / "about.json"
-        described = {"requests": scale.requests, "steps": scale.steps, "many": scale.many, "tokens": scale.text_tokens}
+        described = asdict(replace(scale, seeds=0, memory=[]))  # more seeds, or widths, go on with what is there
         if about.exists() and json.loads(about.read_text(encoding="utf-8")) != described:
             raise ConfigError(f"{folder} holds results of another size of run: choose another folder for this one")
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,10 +145,19 @@ class Workshop:
         editor = kind.for_model(home.model, method.config, seed=cell.seed, **where)
         self.on_progress(f"{cell.id}: training")
         return train(
-            home.model, home.tokenizer, home.requests("train"), home.requests("validation"),
+            home.model, home.tokenizer, *self._requests(home),
             config=config, editor=editor, out=out, resume=unfinished.exists(),
             on_progress=lambda p: self.on_progress(f"{cell.id}: training {p.share:.0%}"),
         )  # fmt: skip
+
+    def _requests(self, home: Inhabited) -> tuple[list[EditRequest], list[EditRequest]]:
+        """What an editor is trained and validated on."""
+        draw, most = random.Random(f"{home.world.name} training"), self.scale.train
+        train, validation = home.requests("train"), home.requests("validation")
+        return (
+            train if len(train) <= most else draw.sample(train, most),
+            validation if len(validation) <= most // 10 else draw.sample(validation, most // 10),
+        )
 
     def _file(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.id.replace('/', '-')}.json"
