@@ -173,7 +173,7 @@ def test_a_recipe_runs(name, kitchen, tmp_path):
     recipe = SHIPPED[name]
     given, out = kitchen(recipe), tmp_path / "out"
     told = []
-    report = run_recipe(recipe, out, **given, limit=4 if recipe.text else 8, max_steps=2, on_progress=told.append)
+    report = run_recipe(recipe, out, **given, limit=3 if recipe.text else 8, max_steps=2, on_progress=told.append)
     metrics = report.metrics()
     measured = "perplexity_drawdown" if recipe.text else "accuracy_drawdown"
     assert {"edit_success", "generality", "locality_far", measured} <= metrics.keys()
@@ -302,7 +302,10 @@ def test_a_misspelt_key_of_the_paper_s_figures(tmp_path):
 
 
 def test_no_recipe_of_that_name(tmp_path):
-    with pytest.raises(ConfigError, match=r"there is no recipe 'gpt-j-6', nor a file of that name; did you mean 'gpt"):
+    with pytest.raises(
+        ConfigError,
+        match=r"there is no recipe 'gpt-j-6', nor a JSON file of that name with the same keys; did you mean 'gpt-j-6b'",
+    ):
         load_recipe("gpt-j-6")
     (tmp_path / "bad.json").write_text('{"name": ')
     with pytest.raises(ConfigError, match=r"bad\.json: Invalid JSON"):

@@ -21,7 +21,7 @@ from remend.editors.mend import Mend
 from remend.errors import ConfigError, FileError, nearest
 from remend.evaluation import Report, evaluate
 from remend.reproduction.ingredients import Ingredients, Pantry, load_model, overlap
-from remend.reproduction.summary import summary
+from remend.reproduction.summary import call, summary
 from remend.storage import MANIFEST, write_json, write_text
 from remend.training import train as train_editor
 from remend.training.checkpoint import folder_of
@@ -87,7 +87,7 @@ class Recipe(BaseModel):
         seeds: with which the row is measured; a run uses one of them.
         config: of the model, as far as memory depends on it.
         memory_gb: of weights, editor and optimiser on one GPU, in GB, as a dry run counts them; activations and what is
-            kept of examples (1 GB, unless less is asked for) come on top.
+            kept of examples (1 GB at most) come on top.
         hours: a guess at how long a run of one seed takes.
         time_basis: how it was guessed.
         note: what differs from the paper, and what to look out for.
@@ -200,8 +200,8 @@ def load_recipe(name: str | Path) -> Recipe:
     path = Path(name)
     if not path.is_file():
         raise ConfigError(
-            f"there is no recipe {str(name)!r}, nor a file of that name; {nearest(str(name), recipes())} A recipe of "
-            "your own is a JSON file with the same keys"
+            f"there is no recipe {str(name)!r}, nor a JSON file of that name with the same keys; "
+            f"{nearest(str(name), recipes())}"
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -281,6 +281,7 @@ def run_recipe(
     """
     out = Path(out)
     used = Ingredients.of(recipe, model, writer, train, validation, test, text)
+    passages = used.passages()
     network, settings = recipe.settings(seed, max_steps)
     about = {"recipe": recipe.model_dump(mode="json"), "ingredients": used.to_json(), "seed": settings.seed}
     _claim(out, {**about, "limit": limit, "max_steps": max_steps}, resume)
@@ -309,7 +310,7 @@ def run_recipe(
         editor,
         requests["test"],
         baselines=False,
-        text=used.passages(),
+        text=passages,
         data=used.test,
         name=recipe.name,
         journal=journal,
@@ -320,7 +321,7 @@ def run_recipe(
     kept: dict[str, Any] = {
         "recipe": recipe.name, **used.to_json(), "seed": settings.seed, "limit": limit, "max_steps": max_steps,
         "steps": editor.trained["steps"], **took, "shared_with_training": overlap(requests),
-        "command": command or _call(recipe, out, used, settings.seed, limit, max_steps),
+        "command": command or call(recipe, out, used, settings.seed, limit, max_steps),
     }  # fmt: skip
     report = replace(report, settings={name: value for name, value in kept.items() if value is not None})
     report.save(out / "report.json")
@@ -345,11 +346,3 @@ def _claim(out: Path, about: dict[str, Any], resume: bool) -> None:
                 f"{out} is of a run with another {', '.join(other)}: give the same to go on with it, or another folder"
             )
     write_json(file, about)
-
-
-def _call(recipe: Recipe, out: Path, used: Ingredients, seed: int, limit: int | None, max_steps: int | None) -> str:
-    """The call in Python that does the same."""
-    given = {name: value for name, value in used.to_json().items() if value != getattr(recipe, name)}
-    options = {**given, "seed": seed, "limit": limit, "max_steps": max_steps}
-    told = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
-    return f"run_recipe(load_recipe({recipe.name!r}), {str(out)!r}{told})"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from remend.evaluation.report import Report, Summary, peak_memory
 
 if TYPE_CHECKING:
+    from remend.reproduction.ingredients import Ingredients
     from remend.reproduction.recipe import Recipe
 
 FIGURES = {
@@ -81,3 +83,11 @@ def _taken(recipe: Recipe, report: Report) -> list[str]:
         "",
         f"The time was expected so: {recipe.time_basis}",
     ]
+
+
+def call(recipe: Recipe, out: Path, used: Ingredients, seed: int, limit: int | None, max_steps: int | None) -> str:
+    """The call in Python that does the same again."""
+    given = {name: value for name, value in used.to_json().items() if value != getattr(recipe, name)}
+    options = {**given, "seed": seed, "limit": limit, "max_steps": max_steps}
+    told = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+    return f"run_recipe(load_recipe({recipe.name!r}), {str(out)!r}{told})"
