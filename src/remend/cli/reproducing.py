@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from remend.cli import options
 from remend.cli.words import plain
 from remend.errors import ConfigError
 
@@ -25,9 +26,12 @@ def reproduce(
     recipe: Annotated[
         str | None, typer.Argument(help="A recipe for a full-size model; without one, the tables in miniature.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything is kept; a stopped run goes on.")] = Path(
-        "reproduction"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where everything is kept and gone on from; else reproduction, or the recipe."
+        ),
+    ] = None,
     tables: Annotated[str, typer.Option(metavar="3,5,…", help="Tables: 3 (with 4), 5, 6, 9, 11, memory.")] = (
         "3,5,6,9,11,memory"
     ),
@@ -43,16 +47,41 @@ def reproduce(
     quick: Annotated[bool, typer.Option("--quick", help="Every cell, on less data and in minutes.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many times each cell is measured.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that compute cells.")] = 1,
+    model: Annotated[str | None, typer.Option(help="Of a recipe: a folder or hub id, in place of its own.")] = None,
+    train: Annotated[str | None, typer.Option(metavar="SOURCE", help="Of a recipe: requests to train on.")] = None,
+    validation: Annotated[str | None, typer.Option(metavar="SOURCE", help="Of a recipe: to validate on.")] = None,
+    test: Annotated[str | None, typer.Option(metavar="SOURCE", help="Of a recipe: requests to judge.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of a recipe: requests of each split, to try it.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Of a recipe: of training, to try it.")] = None,
+    device: options.Device = "auto",
+    recipes: Annotated[bool, typer.Option("--recipes", help="List the recipes and exit.")] = False,
 ) -> None:
     """Compare editors as the paper does, on small models, and say which of its findings hold.
 
     What was computed is kept in --out and never computed again; a run that was stopped goes on with the same command.
+    A RECIPE trains and judges MEND for one row of the paper's tables, or for a model of today, at full size: the name
+    of one that ships with remend, or a JSON file.
     """
     from remend.reproduction.cells import FULL, QUICK
     from remend.reproduction.tables import TABLES
 
+    if recipes:
+        _list()
+        return
     if recipe is not None:
-        raise ConfigError(f"there is no recipe {recipe!r}")
+        given: dict[str, Any] = {
+            "model": model,
+            "train": train,
+            "validation": validation,
+            "test": test,
+            "max_steps": max_steps,
+        }
+        given |= {"text": text and str(text), "writer": writer and str(writer), "limit": limit, "device": device}
+        _recipe(recipe, out or Path(Path(recipe).stem), given)
+        return
+    if any(own is not None for own in (model, train, validation, test, limit, max_steps)):
+        raise ConfigError("--model, --train, --validation, --test, --limit and --max-steps are of a recipe: name one")
+    out = out or Path("reproduction")
     wanted = [part.strip() for part in tables.split(",")]
     if unknown := [name for name in wanted if name not in (*TABLES, "memory")]:
         raise ConfigError(f"there is no table {unknown[0]!r} here; there are {', '.join(TABLES)} and memory")
@@ -68,6 +97,37 @@ def reproduce(
     _compute(console, shop, cells, jobs, writer, text)
     command = _command(out, writer, text, quick, seeds)
     _write(console, shop, [name for name in wanted if name in TABLES], "memory" in wanted, command)
+
+
+def _list() -> None:
+    """The recipes with what they take."""
+    from rich.table import Table
+
+    from remend.reproduction.recipe import recipes
+
+    table = Table()
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("model", "paper: success / drawdown", "GB", "hours (a guess)"):
+        table.add_column(heading, overflow="fold")
+    for name, own in recipes().items():
+        paper = own.paper
+        told = "" if paper is None else f"{paper.edit_success} / {paper.drawdown}"
+        table.add_row(name, own.model or "to be given", told, f"{own.memory_gb:.0f}", f"{own.hours:g}")
+    Console().print(table)
+
+
+def _recipe(name: str, out: Path, given: dict[str, Any]) -> None:
+    """Run one recipe, and say where its summary is."""
+    from remend.reproduction.recipe import load_recipe, run_recipe
+
+    console = Console()
+    typed = [f"--{key.replace('_', '-')} {value}" for key, value in given.items() if value and value != "auto"]
+    command = " ".join(["remend reproduce", name, f"--out {out}", *typed])
+    with console.status("reading") as status:
+        run_recipe(
+            load_recipe(name), out, command=command, on_progress=lambda what: status.update(plain(what)), **given
+        )
+    console.print(f"the figures, beside the paper's, are in [bold]{plain(out / 'summary.md')}[/]", soft_wrap=True)
 
 
 def _workshop(out: Path, scale: Scale, writer: Path | None, text: Path | None) -> Workshop:

@@ -78,7 +78,7 @@ def write(
     write_text(folder / "tables.md", markdown(filled, memory, about))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("remend.reproduction").joinpath("tables.html.j2").read_text(encoding="utf-8")
-    drawn = Markup(picture(memory)) if memory else ""
+    drawn = Markup(picture(memory)) if any(own["added"] for own in memory) else ""
     page = environment.from_string(source).render(filled=filled, memory=memory, about=about, picture=drawn)
     write_text(folder / "tables.html", page)
     write_json(
