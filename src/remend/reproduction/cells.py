@@ -15,11 +15,11 @@ FAITHFUL = MendConfig(relative=True, alpha=0.1)
 """MEND as the paper has it; step sizes in units in which one start suits every model."""
 
 AS_PUBLISHED = TrainingConfig(
-    batch_size=10, learning_rate=3e-4, alpha_learning_rate=5e-3, decay=True, max_steps=1_500, validate_every=250
+    batch_size=10, learning_rate=3e-4, alpha_learning_rate=5e-3, decay=True, max_steps=1_000, validate_every=250
 )
 """The paper's outer loop (c_e = 0.1, random locality examples), with learning rates for models of this size."""
 
-WITH_NEAR = replace(PRESETS["default"][1], max_steps=1_500, validate_every=250)
+WITH_NEAR = replace(PRESETS["default"][1], max_steps=1_000, validate_every=250)
 """The outer loop of ``default``: eight of ten locality examples are near negatives."""
 
 
@@ -119,7 +119,7 @@ class Scale:
 
     seeds: int = 3
     requests: int = 100
-    steps: int = 1_500
+    steps: int = 1_000
     train: int = 100_000
     many: int = 125
     text_tokens: int = 256

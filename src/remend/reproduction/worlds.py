@@ -19,6 +19,8 @@ from remend.storage import write_text
 PASSAGES = "passages"
 SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.1, "text": 0.1}
 """Parts of the held-out text: of three kinds of request, and of what perplexity is measured on."""
+WORDS = 40
+"""Of each passage only so much is used: training goes three times as fast as with the paper's hundred tokens."""
 MOST = {"train": 1_200, "validation": 100, "test": 200}
 """Requests that are made of passages."""
 
@@ -104,7 +106,8 @@ class Inhabited:
         """The part of the held-out text that belongs to a split; none where there is no text."""
         if self.world.text is None:
             return []
-        every = [passage for passage in read_text(self.world.text) if not passage.lstrip().startswith("=")]
+        long = (passage.split() for passage in read_text(self.world.text) if not passage.lstrip().startswith("="))
+        every = [" ".join(words[:WORDS]) for words in long]
         start = 0.0
         for name, share in SPLITS.items():
             end = start + share
