@@ -59,9 +59,19 @@ class SecondMoment:
         mean = values.mean()
         if mean == 0:  # a layer whose input is always zero: there is nothing to whiten, and nothing to edit
             return self._operator(torch.ones_like(values), vectors, torch.ones_like(mean))
-        roots = (values + max(ridge, self._shrinkage(values)) * mean).rsqrt()
+        shrinkage = self._shrinkage(float(values.square().sum()), float(mean), len(values))
+        roots = (values + max(ridge, shrinkage) * mean).rsqrt()
         kept = (values * roots.square()).mean()  # mean square of a whitened input's dimension
         return self._operator(roots, vectors, (mean / kept).sqrt())
+
+    def covariance(self, ridge: float) -> Float[Tensor, "d d"]:
+        """C with the floor that :meth:`whitener` adds to every eigenvalue, so that it has an inverse."""
+        found = self._mean()
+        if float(found.trace()) == 0:  # a layer whose input is always zero
+            return torch.eye(len(found), device=found.device)
+        mean, size = float(found.trace()) / len(found), float(found.square().sum())
+        floor = max(ridge, self._shrinkage(size, mean, len(found))) * mean
+        return ((found + found.mT) / 2 + floor * torch.eye(len(found)).to(found)).float()
 
     def _mean(self) -> Float[Tensor, "d _columns"]:
         """The sum's mean over tokens, in float64."""
@@ -81,10 +91,12 @@ class SecondMoment:
         whitener = (vectors * roots) @ vectors.T * scale
         return Symmetric(whitener.float().to(self.total.device))
 
-    def _shrinkage(self, values: Float[Tensor, " d"]) -> float:
-        """ρ / (1 − ρ), with ρ = E‖û ûᵀ − C‖² / n over ‖C − mean eigenvalue · I‖² (Ledoit and Wolf, section 3)."""
-        size = float(values.square().sum())
+    def _shrinkage(self, size: float, mean: float, d: int) -> float:
+        """ρ / (1 − ρ), with ρ = E‖û ûᵀ − C‖² / n over ‖C − mean eigenvalue · I‖² (Ledoit and Wolf, section 3).
+
+        ``size`` is ‖C‖², the sum of the squared eigenvalues.
+        """
         spread = (float(self.fourth) / self.tokens - size) / self.prompts
-        distance = size - len(values) * float(values.mean()) ** 2
+        distance = size - d * mean**2
         weight = min(max(spread, 0.0) / distance, 0.999) if distance > 0 else 0.999
         return weight / (1 - weight)

@@ -45,11 +45,16 @@ def stretches(task: Task, text: Sequence[str], seed: int = 0) -> list[Pair]:
     return [Pair(own, own[:1]) for own in shown] if _writes(task) else _answered(task, shown)
 
 
-@torch.no_grad()
 def whiteners(
     task: Task, modules: Mapping[str, nn.Module], pairs: Sequence[Pair], ridge: float
 ) -> dict[str, Symmetric]:
     """For each matrix what whitens its inputs over some stretches; the identity where nothing reaches it."""
+    return {name: moment.whitener(ridge) for name, moment in second_moments(task, modules, pairs).items()}
+
+
+@torch.no_grad()
+def second_moments(task: Task, modules: Mapping[str, nn.Module], pairs: Sequence[Pair]) -> dict[str, SecondMoment]:
+    """For each matrix the second moment of its inputs at every token of some stretches."""
     moments: dict[str, SecondMoment] = {}
     for start in range(0, len(pairs), BATCH):
         batch = task.collate(pairs[start : start + BATCH])
@@ -59,7 +64,7 @@ def whiteners(
             moment = moments.setdefault(name, SecondMoment(seen.x.shape[-1], seen.x.device))
             mask = counted[name].to(seen.x.device)
             moment.update(seen.x, mask.repeat_interleave(seen.x.shape[1] // mask.shape[1], 1))
-    return {name: moment.whitener(ridge) for name, moment in moments.items()}
+    return moments
 
 
 def _writes(task: Task) -> bool:

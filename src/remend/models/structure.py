@@ -65,7 +65,7 @@ def editable_modules(
         blocks = [(prefix, block) for prefix, block in blocks if prefix in writing]
     names = [name for prefix, block in blocks for name in mlp_matrices(prefix, block)]
     if outputs_only:
-        names = [name for name, module in find_modules(model, names).items() if _narrows(module)]
+        names = [name for name, module in find_modules(model, names).items() if narrows(module)]
     if not names:
         raise ModelError(
             f"{type(model).__name__}: found no MLP (a pair of linear layers that widens and narrows again) in its "
@@ -220,7 +220,7 @@ def _widest(groups: Iterable[Mapping[str, tuple[int, int]]]) -> list[str]:
     return best
 
 
-def _narrows(module: nn.Module) -> bool:
+def narrows(module: nn.Module) -> bool:
     """Whether a matrix of an MLP writes to the residual stream."""
     d_in, d_out = dimensions(module)
     return module.key == OUTPUT if isinstance(module, ExpertLinear) else d_in > d_out
