@@ -1,4 +1,4 @@
-"""The paper, written literally: dense, slow, one edit at a time. The package must agree with it.
+"""The paper, written literally, with its ablations: dense, slow, one edit at a time. The package must agree with it.
 
 Nothing here uses the package's mathematics. Weights are materialised, one episode is one backward pass, every token
 goes through Eq. 3 by itself, and statistics are taken over a list of all tokens at once.
@@ -98,11 +98,16 @@ def relu(x):
 
 
 class Reference(nn.Module):
-    """Eq. 2 and 3 for every edited matrix: shared U, V and b for each shape, own s, o and α for each matrix."""
+    """Eq. 2 and 3 for every edited matrix: shared U, V and b for each shape, own s, o and α for each matrix.
 
-    def __init__(self, model, names, parameters, edit_weight):
+    And as section 5.4 ablates it: own U, V and b for each matrix (not ``share``), inputs as they are (not
+    ``normalise``), only u or only δ transformed (``transforms``). How U starts is a matter of ``parameters``.
+    """
+
+    def __init__(self, model, names, parameters, edit_weight, share=True, normalise=True, transforms="both"):
         super().__init__()
         self.model, self.names, self.edit_weight = [model], names, edit_weight
+        self.normalise, self.transforms = normalise, transforms
         modules = dict(model.named_modules())
         self.shape = {}
         for name in names:
@@ -111,7 +116,8 @@ class Reference(nn.Module):
         self.place = {}
         for name in names:
             same = [n for n in names if self.shape[n] == self.shape[name]]
-            self.place[name] = ("networks.{}x{}".format(*self.shape[name]), same.index(name))
+            key = "networks.{}x{}".format(*self.shape[name])
+            self.place[name] = (key, same.index(name)) if share else ("networks." + name.replace(".", "/"), 0)
         self.p = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
 
     def take_statistics(self, texts, ridge):
@@ -123,17 +129,29 @@ class Reference(nn.Module):
         self.u_norm = {n: statistics([self.white[n] @ u for f in found for u, _ in f[n][0]]) for n in self.names}
         self.d_norm = {n: statistics([d for f in found for _, d in f[n][0]]) for n in self.names}
 
+    def reads(self, name):
+        """Which of u and δ the network of a matrix transforms."""
+        d_in, d_out = self.shape[name]
+        if self.transforms == "smaller":
+            return ["u"] if d_in <= d_out else ["delta"]
+        return ["u", "delta"] if self.transforms == "both" else [self.transforms]
+
     def g(self, name, u, d):
         """Eq. 3 for one token of one matrix."""
         key, index = self.place[name]
-        p = self.p
+        p, reads = self.p, self.reads(name)
         (u_mean, u_std), (d_mean, d_std) = self.u_norm[name], self.d_norm[name]
-        z = torch.cat([(self.white[name] @ u - u_mean) / u_std, (d - d_mean) / d_std])
+        u = self.white[name] @ u
+        parts = {"u": u, "delta": d}
+        if self.normalise:
+            parts = {"u": (u - u_mean) / u_std, "delta": (d - d_mean) / d_std}
+        z = torch.cat([parts[part] for part in reads])
         inner = p[f"{key}.first.up"] @ (p[f"{key}.first.down"] @ z) + p[f"{key}.first.bias"]
         h = z + relu(p[f"{key}.first.scale"][index] * inner + p[f"{key}.first.offset"][index])
         inner = p[f"{key}.second.up"] @ (p[f"{key}.second.down"] @ h)
         out = h + relu(p[f"{key}.second.scale"][index] * inner + p[f"{key}.second.offset"][index])
-        return self.white[name] @ out[: len(u)], out[len(u) :]
+        new = {"u": u, "delta": d, **dict(zip(reads, out.split([len(parts[part]) for part in reads]), strict=True))}
+        return self.white[name] @ new["u"], new["delta"]
 
     def edited_weights(self, text):
         """W̃ = W − α Σ_j δ̃_j ũ_jᵀ for every edited matrix, in the layer's own layout."""

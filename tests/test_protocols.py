@@ -175,6 +175,22 @@ def test_batched_edits_are_judged_while_all_are_at_work(world):
     assert len(with_rest.cases) == 2
 
 
+def test_what_another_edit_at_work_changes_is_no_locality():
+    """A probe that asks for a fact that is edited too is meant to change, in whatever phrasing it asks."""
+    probes = [Probe(prompt=prompt, target="green") for prompt in ("the capital of B is", "capital of D is")]
+    first = REQUESTS[0].model_copy(update={"locality": tuple(probes), "near": (probes[0],)})
+    requests = (first, REQUESTS[1])
+    world = scripted.model(SCRIPT, WORDS)
+    alone = evaluate(*world, scripted.Numbered(), requests, protocol="batched", edits=[1])
+    both = evaluate(*world, scripted.Numbered(), requests, protocol="batched", edits=[2])
+    assert {"locality_far", "locality_near"} <= alone.cases[0].values.keys()
+    assert "locality_near" not in both.cases[0].values
+    assert both.cases[0].values["locality_far"]["generated"] == 1
+    assert both.left_out == {"locality prompts that another edit at work changes on purpose": 2}
+    after = evaluate(*world, scripted.Numbered(), requests, protocol="sequential")
+    assert after.left_out == both.left_out
+
+
 def test_sequential_edits_can_be_forgotten():
     """The third edit undoes the first one, and makes the second one's far prompt right again."""
     script = {

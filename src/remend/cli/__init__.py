@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from remend.cli import asking, comparing, data, demo, doctor, editing, evaluating, options, training
+from remend.cli import asking, comparing, data, demo, doctor, editing, evaluating, options, reproducing, training
 from remend.cli.words import plain
 from remend.errors import ConfigError, RemendError, RequestError
 
@@ -51,6 +51,7 @@ app.command()(doctor.doctor)
 app.command()(training.train)
 app.command()(evaluating.evaluate)
 app.command()(comparing.compare)
+app.command()(reproducing.reproduce)
 app.add_typer(data.app, name="data")
 
 

@@ -25,18 +25,20 @@ def demo(
     """
     from remend.cli.tables import answers_table, as_json
     from remend.data import read_source
+    from remend.edit import Edit
     from remend.evaluation.before_after import before_after
     from remend.storage import write_json
 
     console = Console()
     model, tokenizer = options.load_model("atlas", device, seed)
-    editor = options.load_editor("atlas", "atlas")
+    editor = options.find_editor("atlas", "atlas")(model, tokenizer)
     requests = random.Random(seed).sample(read_source("atlas:test"), count)
     editor.edit_each(model, tokenizer, requests[:1])  # the first call warms up; it is not timed
     shown = []
     for request in requests:
         began = time.perf_counter()
         edit = editor.edit(model, tokenizer, [request])
+        assert isinstance(edit, Edit)
         milliseconds = 1000 * (time.perf_counter() - began)
         (answers,) = before_after(model, tokenizer, edit, [request])
         console.print()

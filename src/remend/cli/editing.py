@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from remend.edit import Edit
+    from remend.evaluation.assurance import Assurance
     from remend.request import EditRequest
 
 
@@ -30,6 +31,7 @@ def edit(
     chat: options.Chat = False,
     pair: options.Pair = False,
     editor: options.EditorFolder = None,
+    statistics: options.Statistics = None,
     scale: Annotated[
         str, typer.Option(metavar="NUMBER", help="Multiply the edit; 'auto' chooses on the requests' own probes.")
     ] = "1",
@@ -49,7 +51,8 @@ def edit(
     wanted = _requests(prompt or [], target, requests, chat, pair)
     factor = _factor(scale)
     from remend.cli.tables import answers_table, as_json
-    from remend.core.layers import device_of
+    from remend.edit import Edit
+    from remend.evaluation.assurance import assure
     from remend.evaluation.before_after import before_after
     from remend.storage import MANIFEST, check_target, write_json
 
@@ -57,9 +60,15 @@ def edit(
     check_target(out)
     if not overwrite and (out / MANIFEST).exists():
         raise FileError(f"{out} holds an edit or an editor already: choose another folder, or give --overwrite")
-    chosen = options.load_editor(editor, model)
+    chosen = options.find_editor(editor, model, statistics, seed)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-    made = chosen.to(device_of(base)).edit(base, tokenizer, wanted)
+    maker = chosen(base, tokenizer)
+    made = maker.edit(base, tokenizer, wanted)
+    if not isinstance(made, Edit):
+        raise ConfigError(
+            f"{editor} changes no weight, so there is no edit to save: measure it with remend evaluate, or use it in "
+            "Python"
+        )
     if factor is None:
         made = _scaled(console, base, tokenizer, made, wanted, max_new_tokens)
     elif factor != 1:
@@ -80,6 +89,9 @@ def edit(
     if saved:
         hint = f"remend ask {plain(model)} --edit {plain(out)} {options.asking(wanted[0].prompt)}"
         console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
+    sure = None if maker.traits.needs == "training" else assure(base, tokenizer, made, wanted, seed=seed)
+    if sure is not None:
+        _tell(console, sure, maker.traits.name)
     if failed:
         console.print(
             f"[red]{len(failed)} of {len(wanted)} targets are not what the edited model answers[/] "
@@ -89,10 +101,23 @@ def edit(
         )
     if json is not None:
         out_name = str(out) if saved else None
-        content = {"taken": not failed, "out": out_name, "scale": made.editor.get("scale", 1.0)}
+        content: dict[str, Any] = {"taken": not failed, "out": out_name, "scale": made.editor.get("scale", 1.0)}
+        content |= {"editor": maker.traits.name, **({} if sure is None else {"assurance": sure.to_json()})}
         write_json(json, {**content, "answers": [as_json(found) for found in answers]})
     if not saved:
         raise typer.Exit(1)
+
+
+def _tell(console: Console, found: Assurance, editor: str) -> None:
+    """How sure one can be of an edit by an editor that was not trained for the model."""
+    verdict = "[green]likely what was wanted[/]" if found.sure else "[yellow]doubtful[/]: look at more of its answers"
+    held = f"holds after {found.in_context:.0%} of other beginnings, " if found.in_context is not None else ""
+    console.print(
+        f"made by [bold]{editor}[/], which was not trained for this model. The target has a probability of "
+        f"{found.probability:.2f}, {held}and {found.elsewhere:.1%} of the model's choices on other input stayed: "
+        f"{verdict}. A trained editor stays nearer to its subject (remend train)",
+        soft_wrap=True,
+    )
 
 
 def _factor(scale: str) -> float | None:

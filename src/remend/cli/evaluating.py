@@ -30,6 +30,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="DIR", help="Judge this checkpoint, in which the edits are, in place of an editor."),
     ] = None,
+    statistics: options.Statistics = None,
     protocol: Annotated[
         str,
         typer.Option(help="single: each edit alone. batched: several at once. sequential: one after another."),
@@ -76,7 +77,6 @@ def evaluate(
 
     An editor that is right at one strength may be so by luck: the frontier shows what more and less strength would do.
     """
-    from remend.core.layers import device_of
     from remend.data import read_source, read_text
     from remend.evaluation import evaluate as measure
     from remend.evaluation import evaluate_checkpoints
@@ -111,10 +111,10 @@ def evaluate(
             name = Path(edited_model).name
             report = evaluate_checkpoints(base, edited, tokenizer, requests, name=name, **common)
         else:
-            chosen = options.load_editor(editor, model)
+            chosen = options.find_editor(editor, model, statistics, seed)
             base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
             report = measure(
-                base, tokenizer, chosen.to(device_of(base)), requests,
+                base, tokenizer, chosen(base, tokenizer), requests,
                 protocol=protocol, edits=_numbers(edits), scales=SCALES if frontier else (),
                 name=Path(editor or model).name, journal=partial, resume=resume, **common,
             )  # fmt: skip

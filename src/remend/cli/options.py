@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ from remend.cli.words import plain
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from remend.editors import Mend, MendConfig, Trainable
+    from remend.editors import Editor, MendConfig, Trainable
     from remend.request import Prompt
     from remend.training import TrainingConfig
 
@@ -61,7 +61,16 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also 
 Seed = Annotated[int, typer.Option(help="Of every random draw.")]
 EditorFolder = Annotated[
     str | None,
-    typer.Option("--editor", metavar="DIR", help="A trained editor; the atlas's own may be left out."),
+    typer.Option(
+        "--editor",
+        metavar="DIR|NAME",
+        help="A trained editor, or one that needs no training: ridge (the default where a model has none), finetune, "
+        "finetune-local, and of remend evaluate also cache and in-context.",
+    ),
+]
+Statistics = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Plain text on which an untrained editor measures what the model reads."),
 ]
 Chat = Annotated[
     bool, typer.Option("--chat", help="The prompt is a user's message: ask it through the model's chat template.")
@@ -158,34 +167,56 @@ def load_model(
     return load(model, device, getattr(torch, dtype) if dtype else None, quantise)
 
 
-def load_editor(editor: str | None, model: str) -> Mend:
-    """The named editor, or the shipped one for the atlas; with a warning if it did badly when it was trained.
+RIDGE = "ridge"
+"""The editor for a model that none was trained for."""
+
+
+def find_editor(
+    editor: str | None, model: str, text: Path | None = None, seed: int = 0
+) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], Editor]:
+    """What gives the editor once the model is loaded: a trained one, one that needs no training, or the atlas's own.
+
+    Where none is named and the model has none of its own, it is :data:`RIDGE`. A trained one that did badly in training
+    is warned of.
 
     Raises:
-        ConfigError: no editor was named and the model has none of its own.
+        ConfigError: there is no such editor.
+        FileError: the folder holds none.
     """
-    from remend.assets import ATLAS, BUILT_IN
-    from remend.editors import Mend
-    from remend.errors import ConfigError
+    from remend.assets import ATLAS, ATLAS_FOLDER, BUILT_IN
+    from remend.core.layers import device_of
+    from remend.data import read_text
+    from remend.editors import EDITORS, UNTRAINED, load_trained, make
+    from remend.errors import ConfigError, nearest
 
-    if editor is None and model != ATLAS:
-        mistyped = not os.path.isdir(model) and get_close_matches(model, [ATLAS])
-        meant = f"there is no folder {model}; did you mean {ATLAS!r}? If it is a hub id: " if mistyped else ""
-        data = f"{model}:train" if model in BUILT_IN else "requests.jsonl"
+    mistyped = (
+        editor is None and model not in BUILT_IN and not os.path.isdir(model) and get_close_matches(model, [ATLAS])
+    )
+    if mistyped:
         raise ConfigError(
-            f"{meant}which editor? Train one for this model: remend train {model} --data {data} --out editor, then "
-            "give --editor editor"
+            f"there is no folder {model}; did you mean {ATLAS!r}? If it is a hub id, give --editor {RIDGE}"
         )
-    found = Mend.from_pretrained(editor or ATLAS)
+    name = editor or (ATLAS if model == ATLAS else RIDGE)
+    if name in UNTRAINED:
+        passages = read_text(text) if text is not None else ()
+        return lambda base, tokenizer: make(name, base, tokenizer, passages, seed)
+    if name in EDITORS and not os.path.isdir(name):
+        raise ConfigError(
+            f"{name} is trained for a model first: remend train {model} --method {name} --data requests.jsonl --out "
+            "DIR, then --editor DIR"
+        )
+    if name != ATLAS and not os.path.exists(name) and os.sep not in name:
+        raise ConfigError(f"there is no editor {name!r}, nor a folder of that name; {nearest(name, EDITORS)}")
+    found = load_trained(ATLAS_FOLDER / "editor" if name == ATLAS else name)
     if unfit(found):
         best = best_of(found.trained)
         Console(stderr=True).print(
-            f"[yellow]warning[/]: {plain(editor)} is not fit for use: in training, on requests that it had not seen, "
+            f"[yellow]warning[/]: {plain(name)} is not fit for use: in training, on requests that it had not seen, "
             f"{best['taken']:.0%} of its edits took and {best['kept']:.0%} of other answers stayed. Give it more "
             "requests or time",
             soft_wrap=True,
         )
-    return found
+    return lambda base, tokenizer: found.to(device_of(base))
 
 
 def best_of(trained: Mapping[str, Any]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from remend.cli import options
 from remend.cli.words import plain
+from remend.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from remend.editors import Trainable
@@ -29,6 +30,9 @@ def train(
     validation: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Requests about other subjects; else a tenth of the subjects.")
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="mend, or one to compare it with: ke (KnowledgeEditor), enn (editable neural network).")
+    ] = "mend",
     preset: options.Preset = "default",
     text: Annotated[
         Path | None,
@@ -63,13 +67,15 @@ def train(
 ) -> None:
     """Train an editor for a model. Stopped with Ctrl-C or killed, it goes on with --resume as if it never had been."""
     from remend.data import read_source, read_text
-    from remend.editors import Mend
+    from remend.editors import TRAINED
     from remend.storage import write_json
     from remend.training import Resources
     from remend.training import train as train_editor
     from remend.training.run import check_out
 
     network, settings = options.preset(preset)
+    if method not in TRAINED:
+        raise ConfigError(f"there is no method {method!r}; {nearest(method, TRAINED)}")
     passages = read_text(text) if text else ()
     check_out(out, resume)
     requests = read_source(data)
@@ -77,7 +83,7 @@ def train(
     settings = replace(settings, seed=seed, max_steps=max_steps or settings.max_steps)
     resources = Resources(micro_batch, memory, cache, cache_folder, recompute, precision)
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-    editor = Mend.for_model(base, network, modules or (), seed, layers)
+    editor = TRAINED[method].for_model(base, network if method == "mend" else None, modules or (), seed, layers)
     console = Console(quiet=options.process() > 0)  # of several processes, the first one speaks
     several = f" in {count} processes" if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1 else ""
     console.print(f"{len(requests)} requests{several}; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)

@@ -18,11 +18,12 @@ from remend.core.statistics import RunningStatistics
 class LowRankResidual(nn.Module):
     """One layer of Eq. 3: z ↦ z + σ(s_ℓ ⊙ (U V z + b) + o_ℓ), with scale s_ℓ and offset o_ℓ for each edited matrix ℓ.
 
-    U starts at zero, so the layer starts as the identity, and V Xavier-uniform (appendix A). σ is a ReLU whose
-    derivative at 0 is 1: with U = 0 every pre-activation *is* 0, and with the usual derivative nothing would learn.
+    U starts at zero, so the layer starts as the identity, and V Xavier-uniform (appendix A); without ``identity`` U
+    does too (section 5.4). σ is a ReLU whose derivative at 0 is 1: with U = 0 every pre-activation *is* 0, and with the
+    usual derivative nothing would learn.
     """
 
-    def __init__(self, d: int, rank: int, matrices: int, bias: bool) -> None:
+    def __init__(self, d: int, rank: int, matrices: int, bias: bool, identity: bool = True) -> None:
         super().__init__()
         self.down = nn.Parameter(torch.empty(rank, d))
         self.up = nn.Parameter(torch.zeros(d, rank))
@@ -30,6 +31,8 @@ class LowRankResidual(nn.Module):
         self.scale = nn.Parameter(torch.ones(matrices, d))
         self.offset = nn.Parameter(torch.zeros(matrices, d))
         nn.init.xavier_uniform_(self.down)
+        if not identity:
+            nn.init.xavier_uniform_(self.up)
 
     def forward(
         self, z: Float[Tensor, "row d"], counts: Sequence[int], ledger: Ledger | None = None
@@ -110,17 +113,36 @@ class EditorNetwork(nn.Module):
 
     The input is normalised to zero mean and unit variance per dimension, with statistics of the training set taken
     before training (the base model is frozen, so they never change); the output stays in normalised units, as in Eq. 3.
+
+    Args:
+        d_in: of u.
+        d_out: of δ.
+        matrices: how many edited matrices share the network.
+        rank: the inner width; that of z where it is smaller.
+        reads: ``both``, or which of ``u`` and ``delta`` makes up z; the other one is given back as it came.
+        normalised: whether the input is normalised. The statistics are taken either way.
+        identity: whether the network starts as the identity.
     """
 
-    def __init__(self, d_in: int, d_out: int, matrices: int, rank: int) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        matrices: int,
+        rank: int,
+        reads: str = "both",
+        normalised: bool = True,
+        identity: bool = True,
+    ) -> None:
         super().__init__()
-        d = d_in + d_out
-        rank = min(rank, d)
         self.d_in, self.d_out, self.matrices = d_in, d_out, matrices
+        self.reads, self.normalised = reads, normalised
+        self.width = {"both": d_in + d_out, "u": d_in, "delta": d_out}[reads]
+        rank = min(rank, self.width)
         self.u_statistics = RunningStatistics(matrices, d_in)
         self.delta_statistics = RunningStatistics(matrices, d_out)
-        self.first = LowRankResidual(d, rank, matrices, bias=True)
-        self.second = LowRankResidual(d, rank, matrices, bias=False)
+        self.first = LowRankResidual(self.width, rank, matrices, bias=True, identity=identity)
+        self.second = LowRankResidual(self.width, rank, matrices, bias=False, identity=identity)
 
     @torch.no_grad()
     def normalise(
@@ -128,17 +150,28 @@ class EditorNetwork(nn.Module):
     ) -> Float[Tensor, "row d"]:
         """Z = concat(norm(u), norm(δ)) of each matrix's rows, with its own statistics, one matrix after the other.
 
-        Rows of zeros may follow (:func:`remend.core.products.even`).
+        Only one of the two where the network reads only one. Rows of zeros may follow
+        (:func:`remend.core.products.even`).
         """
         device, rows = self.first.down.device, sum(map(len, u))
-        z = torch.empty(even(rows, device), self.d_in + self.d_out, device=device)
+        z = torch.empty(even(rows, device), self.width, device=device)
         z[rows:] = 0
-        parts = ((u, self.u_statistics, z[:, : self.d_in]), (delta, self.delta_statistics, z[:, self.d_in :]))
-        for values, statistics, room in parts:
-            scale = statistics.deviation().reciprocal()
+        # Where u is read it comes first, where δ is it comes last; what is not read is left out.
+        parts = ((u, self.u_statistics, z[:, : self.d_in]), (delta, self.delta_statistics, z[:, -self.d_out :]))
+        for values, statistics, room in {"both": parts, "u": parts[:1], "delta": parts[1:]}[self.reads]:
+            scale = statistics.deviation().reciprocal() if self.normalised else None
             for matrix, part in enumerate(_segments([len(own) for own in values])):
-                torch.sub(values[matrix], statistics.mean[matrix], out=room[part]).mul_(scale[matrix])
+                if scale is None:
+                    room[part] = values[matrix]
+                else:
+                    torch.sub(values[matrix], statistics.mean[matrix], out=room[part]).mul_(scale[matrix])
         return z
+
+    def restored(self, pseudo: Float[Tensor, "row d_in"], matrix: int) -> Float[Tensor, "row d_in"]:
+        """A matrix's ũ in the units of u: out of the normalised ones, if it is in them."""
+        if self.reads == "delta" or not self.normalised:
+            return pseudo
+        return pseudo * self.u_statistics.deviation()[matrix] + self.u_statistics.mean[matrix]
 
     def forward(
         self,
@@ -149,4 +182,7 @@ class EditorNetwork(nn.Module):
         """The pseudo-activations ũ and pseudo-deltas δ̃ of each matrix's tokens; all go through together."""
         counts = [len(own) for own in u]
         z = self.second(self.first(self.normalise(u, delta), counts, ledger), counts, ledger)
-        return [own.split((self.d_in, self.d_out), 1) for own in z[: sum(counts)].split(counts)]
+        found = z[: sum(counts)].split(counts)
+        if self.reads == "both":
+            return [own.split((self.d_in, self.d_out), 1) for own in found]
+        return list(zip(found, delta, strict=True) if self.reads == "u" else zip(u, found, strict=True))

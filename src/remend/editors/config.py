@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from remend.errors import ConfigError
 
 TOKENS = ("all", "target")
+AGGREGATES = ("sum", "least-squares")
+TRANSFORMS = ("both", "u", "delta", "smaller")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,17 @@ class MendConfig:
         gate: if not 0, edits act only on keys that answer to them with more than this (their own answer with 1): fewer
             neighbours change, but an edit is no low-rank change of weights any more, and cannot be merged, compressed
             or exported as an adapter. Needs ``contrast``.
+        share: whether all edited matrices of one shape share an editor network (section 3.2); if not, each has its own.
+            This and the following three are the paper's ablations (section 5.4, Table 6), there to be compared with.
+        normalise: whether the networks read u and δ with zero mean and unit variance per dimension (section 3.2); if
+            not, as they are, for which no one step size suits all models: ``relative`` helps.
+        identity: whether U starts at zero, so that the networks start as the identity (appendix A); if not, it starts
+            Xavier-uniform as V does.
+        transforms: which of u and δ the networks read and transform: ``both``, ``u``, ``delta``, or ``smaller``, for
+            each matrix the one of fewer dimensions (u, if they have as many). The other one makes up the edit as it
+            is: not normalised, but whitened, limited or aimed by contrast where the settings above say so.
+        aggregate: how several requests become one edit: ``sum`` (section 3.1), or ``least-squares``, after which each
+            still acts at its own tokens as if it were alone (:mod:`remend.core.aggregate`).
     """
 
     rank: int = 1920
@@ -47,6 +60,11 @@ class MendConfig:
     contrast: float = 0.0
     settle: float = 0.0
     gate: float = 0.0
+    share: bool = True
+    normalise: bool = True
+    identity: bool = True
+    transforms: str = "both"
+    aggregate: str = "sum"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -57,6 +75,10 @@ class MendConfig:
             raise ConfigError(f"ridge is a share of an eigenvalue and must not be negative, not {self.ridge}")
         if self.tokens not in TOKENS:
             raise ConfigError(f"tokens is one of {', '.join(TOKENS)}, not {self.tokens!r}")
+        if self.aggregate not in AGGREGATES:
+            raise ConfigError(f"aggregate is one of {', '.join(AGGREGATES)}, not {self.aggregate!r}")
+        if self.transforms not in TRANSFORMS:
+            raise ConfigError(f"transforms is one of {', '.join(TRANSFORMS)}, not {self.transforms!r}")
         for name in ("limit", "contrast", "settle"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")

@@ -125,6 +125,7 @@ class FineTune:
         """Settings where none are given."""
         return FineTuneConfig()
 
+    @torch.inference_mode(False)  # a server may have it on
     def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
         """One edit for all ``requests``: the model is tuned on all of them together; it is not changed itself.
 
@@ -138,6 +139,7 @@ class FineTune:
         run.run()
         return Edit(run.changes(0), base, tuple(requests), self._signature())
 
+    @torch.inference_mode(False)
     def edit_each(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
     ) -> list[Edit]:
@@ -218,7 +220,7 @@ class _Tuning:
     def run(self) -> None:
         """Tune all episodes to their end."""
         active = list(range(len(self.episodes)))
-        with frozen(self.task.model), torch.inference_mode(False), torch.enable_grad():
+        with frozen(self.task.model), torch.enable_grad():
             for _ in range(self.config.steps):
                 for pairs in self._batches(active):
                     taken = self._step(active, pairs)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.base import Base, find_modules
 from remend.config import from_json, to_json
+from remend.core.aggregate import definite, least_squares
 from remend.core.capture import GradientFactors, capture
 from remend.core.layers import device_of, dimensions
 from remend.core.ledger import Ledger
@@ -25,8 +26,10 @@ from remend.core.symmetric import Symmetric, packed, unpacked
 from remend.edit import Edit
 from remend.editors.config import MendConfig
 from remend.editors.learned import FORMAT, read_shapes
+from remend.editors.networks import grouped, new_network
 from remend.editors.rows import Table, TokenRows, active_rows
 from remend.editors.settling import Unedited, settled
+from remend.editors.stored import directions_in, symmetric_of
 from remend.editors.traits import Traits, checked
 from remend.errors import ConfigError, FileError
 from remend.models.structure import editable_modules, named_stacks
@@ -42,13 +45,13 @@ LEAST_ANSWER = 0.2
 
 
 class Mend(nn.Module):
-    """The editor: one network for each weight shape, one step size α for each edited matrix.
+    """The editor: one network for each weight shape (or matrix), one step size α for each edited matrix.
 
     Attributes:
         config: its settings.
         base: the model it is for.
         shapes: (d_in, d_out) of each edited module, by name.
-        groups: the modules of each shape, which share a network.
+        groups: the modules of each shape, which share a network; each module by itself without sharing.
         directions: in how many directions inputs are whitened and contrasted, by name, where not in all.
         unit: what α counts in, for each matrix; 1 unless step sizes are relative.
         largest: the size to which each matrix's gradients are limited, if they are.
@@ -75,11 +78,9 @@ class Mend(nn.Module):
             directions = {name: k for name, k in found.items() if k}
         self.directions = dict(directions)
         self.trained: dict[str, Any] = {}
-        self.groups: dict[str, list[str]] = {}
-        for name, (d_in, d_out) in self.shapes.items():
-            self.groups.setdefault(f"{d_in}x{d_out}", []).append(name)
+        self.groups = grouped(self.shapes, config.share)
         self.networks = nn.ModuleDict(
-            {key: EditorNetwork(*self.shapes[names[0]], len(names), config.rank) for key, names in self.groups.items()}
+            {key: new_network(config, *self.shapes[names[0]], len(names)) for key, names in self.groups.items()}
         )
         self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.alpha))
         self.register_buffer("unit", torch.ones(len(self.shapes)))
@@ -143,12 +144,12 @@ class Mend(nn.Module):
         shapes = read_shapes(take(manifest, "shapes", dict, path), path)
         with torch.device("meta"):
             editor = cls(
-                config, Base.read(take(manifest, "base", dict, path), path), shapes, _directions(shapes, tensors)
+                config, Base.read(take(manifest, "base", dict, path), path), shapes, directions_in(shapes, tensors)
             )
         try:
             # Stored as float16 where size matters; the editor always computes in float32.
             found = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-            found |= {name: unpacked(found[name]) for name in _symmetric(editor.state_dict()) & found.keys()}
+            found |= {name: unpacked(found[name]) for name in symmetric_of(editor.state_dict()) & found.keys()}
             editor.load_state_dict(found, assign=True)
         except RuntimeError as error:
             raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
@@ -163,7 +164,7 @@ class Mend(nn.Module):
         """
         state = self.state_dict()
         tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
-        tensors |= {name: packed(tensors[name]) for name in _symmetric(state)}
+        tensors |= {name: packed(tensors[name]) for name in symmetric_of(state)}
         manifest = {
             "editor": "mend",
             "config": to_json(self.config),
@@ -258,14 +259,14 @@ class Mend(nn.Module):
         self, pseudo: Float[Tensor, "row d_in"], u: Float[Tensor, "row d_in"], key: str, matrix: int
     ) -> Float[Tensor, "row d_in"]:
         """ũ, out of the network's normalised units, turned by contrast and scaled to u·ũ = 1."""
-        statistics, contrast = self.network(key).u_statistics, self.operator("contrast", self.groups[key][matrix])
+        contrast = self.operator("contrast", self.groups[key][matrix])
         assert contrast is not None
-        aimed = contrast(pseudo * statistics.deviation()[matrix] + statistics.mean[matrix])
+        aimed = contrast(self.network(key).restored(pseudo, matrix))
         found: Tensor = aimed / (aimed * u).sum(1, keepdim=True).clamp(min=LEAST_ANSWER)
         return found
 
     def network(self, key: str) -> EditorNetwork:
-        """The network of one weight shape, a key of :attr:`groups`."""
+        """The network of a key of :attr:`groups`."""
         network = self.networks[key]
         assert isinstance(network, EditorNetwork)
         return network
@@ -273,9 +274,10 @@ class Mend(nn.Module):
     # -- editing -------------------------------------------------------------------------------------------------
 
     def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
-        """One edit for all ``requests``: each is transformed on its own, the updates are summed (paper, section 3.1).
+        """One edit for all ``requests``: each is transformed on its own, then they are summed or solved for together.
 
-        ``model`` is not changed; the edit acts once it is applied or merged.
+        As ``aggregate`` says (paper, section 3.1; :mod:`remend.core.aggregate`). ``model`` is not changed; the edit
+        acts once it is applied or merged.
 
         Raises:
             RequestError: there is no request, or one does not fit the model's context.
@@ -283,9 +285,21 @@ class Mend(nn.Module):
             NonFiniteError: the model's weights or activations hold NaN or infinity.
         """
         base = checked(self.base, model, requests)
-        parts = self._changes(task_of(model, tokenizer), requests)
+        keys: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
+        parts = self._changes(task_of(model, tokenizer), requests, keys)
         changes = {name: concatenate([part[name] for part in parts]) for name in self.shapes}
+        if self.config.aggregate == "least-squares" and len(requests) > 1:
+            changes = {name: self._solved(name, change, torch.cat(keys[name])) for name, change in changes.items()}
         return Edit(changes, base, tuple(requests), self._signature())
+
+    @torch.no_grad()
+    def _solved(self, name: str, summed: LowRank, inputs: Float[Tensor, "row d_in"]) -> LowRank:
+        """The edits whose sum is given, each of which acts at its own input as if it were alone."""
+        moves = (inputs * summed.u).sum(1, keepdim=True) * summed.delta
+        contrast = self.operator("contrast", name)
+        metric = None if contrast is None else definite(contrast)
+        found = least_squares(self.whiten(inputs, name), moves, metric, gate=summed.gate, experts=summed.experts)
+        return replace(found, u=self.whiten(found.u, name))
 
     def edit_each(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
@@ -298,15 +312,20 @@ class Mend(nn.Module):
 
     @torch.inference_mode(False)  # a server may have it on; gradients could not be taken in it
     @torch.no_grad()
-    def _changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
-        """The changes that each request makes by itself."""
+    def _changes(
+        self, task: Task, requests: Sequence[EditRequest], inputs: Mapping[str, list[Tensor]] | None = None
+    ) -> list[dict[str, LowRank]]:
+        """The changes that each request makes by itself; each matrix's inputs there are added to ``inputs``."""
         pairs = [task.tokenise(request.prompt, request.target) for request in requests]
         found: list[dict[str, LowRank]] = []
         for start in range(0, len(pairs), EDIT_BATCH):
             chunk = pairs[start : start + EDIT_BATCH]
             batch = task.collate(chunk)
             unedited = Unedited(task, batch, self.shapes)
-            rows = self.rows(self.capture(task, batch, unedited.loss))
+            read = active_rows(self.capture(task, batch, unedited.loss), self.device)
+            for name, into in (inputs or {}).items():
+                into.append(read[name].u)
+            rows = self.prepared(read)
             changes = self(rows)
             if self.config.settle:
                 counts = {name: own.counts for name, own in rows.items()}
@@ -321,14 +340,3 @@ class Mend(nn.Module):
             "rank": self.config.rank,
             "alpha": dict(zip(self.shapes, (self.alpha * self.unit).tolist(), strict=True)),
         }
-
-
-def _symmetric(state: Mapping[str, Tensor]) -> set[str]:
-    """Which tensors of an editor are symmetric matrices, of which half is stored."""
-    return {name for name, t in state.items() if name.startswith(("whitener_", "contrast_")) and t.dim() == 2}
-
-
-def _directions(shapes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """In how many directions the whiteners of a saved editor tell inputs apart, where not in all."""
-    found = {name: tensors.get(f"basis_{index}") for index, name in enumerate(shapes)}
-    return {name: basis.shape[1] for name, basis in found.items() if basis is not None and basis.dim() == 2}

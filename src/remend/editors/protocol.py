@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,6 +12,7 @@ from remend.editors.traits import Traits
 from remend.request import EditRequest
 
 
+@runtime_checkable
 class Editor(Protocol):
     """Something that turns requests into edits of a model, and never touches the model itself."""
 

@@ -11,7 +11,7 @@ wants is scaled to a multiple of the least that makes the model answer with the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.base import Base, find_modules
+from remend.core.aggregate import least_squares
 from remend.core.capture import capture
 from remend.core.layers import device_of, dimensions, experts_of, weight_of
 from remend.core.low_rank import LowRank
@@ -135,10 +136,8 @@ class Ridge:
 
     def _solved(self, name: str, keys: Float[Tensor, "row d_in"], moves: Float[Tensor, "row d_out"]) -> LowRank:
         """ΔW = Vᵀ (K Kᵀ + λ I)⁻¹ K in whitened coordinates: a pair for each key."""
-        answers = keys @ keys.mT
-        lam = self.config.ridge * answers.diagonal().mean().clamp(min=1e-12)
-        identity = torch.eye(len(keys), device=keys.device)
-        return LowRank(self.whitening[name](keys), torch.linalg.solve(answers + lam * identity, moves))
+        found = least_squares(keys, moves, ridge=self.config.ridge)
+        return replace(found, u=self.whitening[name](found.u))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -180,6 +179,7 @@ def _unit(rows: TokenRows, module: torch.nn.Module) -> Float[Tensor, "row 1"]:
     sizes = rows.sizes().clamp(min=1e-30)
     counts = torch.tensor(rows.counts, device=sizes.device)
     weight = weight_of(module).detach().float()
-    output = rows.u.norm(dim=1).mean() * weight.norm().to(sizes.device) / dimensions(module)[0] ** 0.5
+    read = torch.stack([own.norm(dim=1).mean() if len(own) else own.sum() for own in rows.u.split(rows.counts)])
+    output = read * weight.norm().to(sizes.device) / dimensions(module)[0] ** 0.5
     found: Tensor = (output / sizes).repeat_interleave(counts)[:, None]
     return found

@@ -155,6 +155,12 @@ def _identity(trainer: Trainer) -> dict[str, Any]:
 
 def _check(trainer: Trainer, found: Mapping[str, Any], path: Path) -> None:
     expected = _identity(trainer)
+    # A setting that the release which wrote it did not have yet was what it is by default.
+    defaults = {
+        "training settings": to_json(type(trainer.config)()),
+        "editor settings": to_json(type(trainer.editor.config)()),
+    }
+    found = {**found, **{key: {**values, **found.get(key, {})} for key, values in defaults.items()}}
     if differ := [said for key in expected for said in _differences(key, found.get(key), expected[key])]:
         raise TrainingError(
             f"{path} is a checkpoint of another run: {'; '.join(differ)}. A run goes on as it began: give the same "

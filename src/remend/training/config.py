@@ -132,6 +132,7 @@ PRESETS: dict[str, tuple[MendConfig, TrainingConfig]] = {
             limit=4.0,
             contrast=1.0,
             settle=2.0,
+            aggregate="least-squares",
         ),
         TrainingConfig(
             near=0.8,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from remend.core.branch import frozen
 from remend.core.capture import GradientFactors
-from remend.editors.mend import Mend
+from remend.editors import Mend, Trainable
 from remend.editors.rows import TokenRows
 from remend.models.prefix import Prefix
 from remend.tasks.task import Batch, Pair, Task
@@ -39,7 +39,7 @@ class Constants:
     def __init__(
         self,
         task: Task,
-        editor: Mend,
+        editor: Trainable,
         prefix: Prefix,
         states: Store,
         factors: Store,
@@ -95,6 +95,7 @@ class Constants:
     def gradient_factors(self, pairs: Sequence[Pair]) -> dict[str, GradientFactors]:
         """The whole gradient factors of each pair: every token's, not kept."""
         with self.prefix.resumed(self.prefix_states(pairs)):
+            assert isinstance(self.editor, Mend)  # of others, no gradient is asked for
             return self.editor.capture(self.task, self.task.collate(pairs))
 
     def rows(self, pairs: Sequence[Pair]) -> dict[str, TokenRows]:
@@ -102,6 +103,7 @@ class Constants:
         names = list(self.editor.shapes)
 
         def compute(batch: Batch, places: Sequence[int]) -> list[Entry]:
+            assert isinstance(self.editor, Mend)
             return _entries(self.editor.rows(self.gradient_factors([pairs[i] for i in places])))
 
         keys = [_rows_key(pair) for pair in pairs]

@@ -38,7 +38,7 @@ class DirectTrainer(Trainer):
     ) -> None:
         resources = resources or Resources()
         fitting = replace(resources, micro_batch=resources.micro_batch or config.batch_size)
-        super().__init__(task, editor, requests, config, fitting, workers, text)  # type: ignore[arg-type]
+        super().__init__(task, editor, requests, config, fitting, workers, text)
 
     def calibrate(self) -> None:
         """Find negatives and measure the units of the steps."""
@@ -49,12 +49,11 @@ class DirectTrainer(Trainer):
         modules = find_modules(task.model, editor.shapes)
         editor.fit(task, capture(task.model, modules, tokens, lambda: task.loss(batch))[1])
 
-    def warm(self, held_out: Sequence[EpisodeBatch]) -> None:
-        """Find negatives again; what else was looked up is looked up again when it is needed."""
-        self._mine()
+    def _warm_calibration(self) -> None:
+        """Nothing that was measured is kept."""
 
-    def _look_up(self, batch: EpisodeBatch) -> None:
-        """Nothing of an edit is kept."""
+    def _look_up_edits(self, batch: EpisodeBatch) -> None:
+        self.constants.prefix_states(batch.edits)
 
     def _changes(self, batch: EpisodeBatch, ledger: Ledger | None = None) -> dict[str, LowRank]:
         return self.editor.changes(self.task, batch.edits, self.prefix, self.constants.prefix_states(batch.edits))

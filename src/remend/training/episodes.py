@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from jaxtyping import Bool, Float
+from torch import Tensor
+
 from remend.errors import TrainingError, naming
 from remend.request import EditRequest
 from remend.tasks.task import Pair, Task
@@ -41,6 +44,27 @@ class EpisodeBatch:
     def probes(self) -> list[Pair]:
         """For each episode its neighbour and its locality example, in this order: 2e and 2e + 1."""
         return [pair for both in zip(self.neighbours, self.locality, strict=True) for pair in both]
+
+
+@dataclass(frozen=True)
+class EpisodeLosses:
+    """What a batch of episodes gave, one number an episode.
+
+    Attributes:
+        edit: −log p_edited(y'|x') of the neighbour, nats a token.
+        locality: KL(p_base ‖ p_edited) on the locality example, nats a token.
+        taken: whether greedy decoding of the neighbour gives the whole target and the end token.
+        kept: whether the edited model's first choice at every locality token is the base model's.
+    """
+
+    edit: Float[Tensor, " episode"]
+    locality: Float[Tensor, " episode"]
+    taken: Bool[Tensor, " episode"]
+    kept: Bool[Tensor, " episode"]
+
+    def finite(self) -> Bool[Tensor, " episode"]:
+        """Which episodes' losses are numbers."""
+        return (self.edit + self.locality).isfinite()
 
 
 @dataclass(frozen=True)

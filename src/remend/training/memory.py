@@ -143,8 +143,10 @@ def _needs(trainer: Trainer) -> _Needs:
         network = trainer.editor.network(key)
         d, rank = network.d_in + network.d_out, network.first.down.shape[0]
         own = sum(rows[name] for name in names)
-        # Of each row ten vectors of the width and three of the rank exist when the backward pass begins.
-        editor_pass += 4 * own * (10 * d + 3 * rank) * trainer.config.batch_size / trainer.workers.count
+        # Of each row ten vectors of the width and three of the rank exist when the backward pass begins; four of what
+        # the network does not read.
+        vectors = 10 * network.width + 4 * (d - network.width) + 3 * rank
+        editor_pass += 4 * own * vectors * trainer.config.batch_size / trainer.workers.count
         factors += 4 * own * d * len(trainer.episodes)
     fixed = Estimate(
         process=max(0, resident() - model - editor) if on_cpu else 0,

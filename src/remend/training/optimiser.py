@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from remend.core.ledger import Ledger
-from remend.editors.mend import Mend
+from remend.editors import Trainable
 from remend.errors import TrainingError
 from remend.training.config import TrainingConfig
 from remend.training.workers import Workers
@@ -52,13 +52,13 @@ class Optimiser:
         adam: the moments.
     """
 
-    def __init__(self, editor: Mend, config: TrainingConfig, workers: Workers, product_dtype: torch.dtype) -> None:
+    def __init__(self, editor: Trainable, config: TrainingConfig, workers: Workers, product_dtype: torch.dtype) -> None:
         self.config = config
         self.workers = workers
         self.ledger = Ledger(product_dtype)
         self.names = {parameter: name for name, parameter in editor.named_parameters()}
         self._unmoved = dict(self.names)
-        networks = list(editor.networks.parameters())
+        networks = [parameter for parameter in self.names if parameter is not editor.alpha]
         rates = (networks, config.learning_rate), ([editor.alpha], config.alpha_learning_rate)
         self.adam = torch.optim.Adam([{"params": own, "lr": rate, "full": rate} for own, rate in rates], fused=True)
 

@@ -134,7 +134,7 @@ def train(
             chosen.to(workers.device)
         task = task_of(model, tokenizer, autocast=resources.autocast)
         kind = DirectTrainer if isinstance(chosen, Learned) else Trainer
-        trainer = kind(task, chosen, requests, settings, resources, workers, text)  # type: ignore[arg-type]
+        trainer: Trainer = kind(task, chosen, requests, settings, resources, workers, text)  # type: ignore[arg-type]
         unseen = Episodes(task, validation[: settings.validation_size], settings.seed, settings.near)
         run = _Run(trainer, unseen.fixed(settings.batch_size), started, budget_seconds, out)
         if not (resume and run.restore()):

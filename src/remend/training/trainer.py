@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import NoReturn, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from remend.base import find_modules, fingerprint
@@ -17,6 +17,7 @@ from remend.core.branch import branches, frozen
 from remend.core.ledger import Ledger
 from remend.core.losses import locality_loss, target_loss
 from remend.core.low_rank import LowRank
+from remend.editors import Trainable
 from remend.editors.mend import EDIT_BATCH, Mend
 from remend.errors import ConfigError, ModelError, NonFiniteError
 from remend.models.prefix import Prefix
@@ -26,7 +27,7 @@ from remend.tasks.task import Pair, Task
 from remend.training import calibration
 from remend.training.config import Resources, TrainingConfig
 from remend.training.constants import Constants
-from remend.training.episodes import EpisodeBatch, Episodes
+from remend.training.episodes import EpisodeBatch, EpisodeLosses, Episodes
 from remend.training.memory import fitting_micro_batch
 from remend.training.negatives import mine
 from remend.training.optimiser import Optimiser
@@ -39,27 +40,6 @@ STATISTICS_REQUESTS = 2_048
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class EpisodeLosses:
-    """What a batch of episodes gave, one number an episode.
-
-    Attributes:
-        edit: −log p_edited(y'|x') of the neighbour, nats a token.
-        locality: KL(p_base ‖ p_edited) on the locality example, nats a token.
-        taken: whether greedy decoding of the neighbour gives the whole target and the end token.
-        kept: whether the edited model's first choice at every locality token is the base model's.
-    """
-
-    edit: Float[Tensor, " episode"]
-    locality: Float[Tensor, " episode"]
-    taken: Bool[Tensor, " episode"]
-    kept: Bool[Tensor, " episode"]
-
-    def finite(self) -> Bool[Tensor, " episode"]:
-        """Which episodes' losses are numbers."""
-        return (self.edit + self.locality).isfinite()
-
-
 class Trainer:
     """One training run, step by step; :func:`remend.train` runs it whole.
 
@@ -69,15 +49,18 @@ class Trainer:
     Neither ever holds a gradient of the base model's weights, nor more than one of the editor's (:class:`Optimiser`).
 
     Attributes:
+        editor: what is trained.
         step: how many steps were made.
         optimiser: moves the editor's parameters.
         micro_batch: episodes that go through the edited model together; halved when a GPU's memory does not suffice.
     """
 
+    editor: Mend
+
     def __init__(
         self,
         task: Task,
-        editor: Mend,
+        editor: Trainable,
         requests: Sequence[EditRequest],
         config: TrainingConfig,
         resources: Resources | None = None,
@@ -85,7 +68,7 @@ class Trainer:
         text: Sequence[str] = (),
     ) -> None:
         self.task = task
-        self.editor = editor
+        self.editor = editor  # type: ignore[assignment]  # of others, DirectTrainer does what MEND's does here
         self.config = config
         self.text = text
         self.resources = resources or Resources()
@@ -128,8 +111,7 @@ class Trainer:
         The stores then hold the same bits: rounding depends on which examples were computed together.
         """
         self._mine()
-        facts, batches = self.episodes.facts(), self._calibration_batches()
-        calibration.warm(self.editor, self.constants, batches, self.measuring, facts, self.text)
+        self._warm_calibration()
         for batch in held_out[self.measuring.rank :: self.measuring.count]:
             self._look_up(batch)
         prepared = self.episodes.episodes
@@ -144,6 +126,10 @@ class Trainer:
             for turn in range(self.config.hardest):
                 self._look_up(self._own(step, turn))
 
+    def _warm_calibration(self) -> None:
+        facts, batches = self.episodes.facts(), self._calibration_batches()
+        calibration.warm(self.editor, self.constants, batches, self.measuring, facts, self.text)
+
     def _mine(self) -> None:
         if self.config.near or self.editor.config.contrast:
             mine(self.episodes, self.constants)
@@ -152,11 +138,14 @@ class Trainer:
         return self.episodes.edits(STATISTICS_REQUESTS, min(self.config.batch_size, EDIT_BATCH))
 
     def _look_up(self, batch: EpisodeBatch) -> None:
-        self.constants.rows(batch.edits)
+        self._look_up_edits(batch)
         for places in self._parts(batch):
             part = batch[places]
             states = self.constants.prefix_states(part.probes())
             self.constants.base_logits(part.locality, None if states is None else states[1::2])
+
+    def _look_up_edits(self, batch: EpisodeBatch) -> None:
+        self.constants.rows(batch.edits)
 
     def _verify_prefix(self) -> None:
         """Check on two examples that the model can be entered again at the cut; if not, say so and do without."""

@@ -1,0 +1,132 @@
+"""How sure one can be of an edit that no trained editor vouches for: what it does where nobody gave examples."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.core.branch import frozen
+from remend.edit import Edit
+from remend.editors.background import stretches
+from remend.request import EditRequest
+from remend.tasks import task_of
+from remend.tasks.task import Pair, Task
+
+CONTEXTS, WORDS = 16, 3
+"""How many other beginnings an edited prompt is asked after, and of how many tokens."""
+FEWEST = 4
+"""Beginnings that the unedited model must bear, for their share to say something."""
+ELSEWHERE = 128
+"""Stretches of other input at which the model's choices are compared."""
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Assurance:
+    """What was measured of an edit beyond its own prompts.
+
+    Attributes:
+        probability: of the whole target after the prompt; the mean over the requests.
+        in_context: the share of other beginnings after which the prompt still gets its target, of those after which
+            the unedited model still gives its own answer; None where it never does.
+        elsewhere: the share of the model's choices on other input that stayed.
+    """
+
+    probability: float
+    in_context: float | None
+    elsewhere: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether all that could be measured is such that the edit is likely to be what was wanted."""
+        held = self.in_context is None or self.in_context >= 0.75
+        return self.probability >= 0.5 and held and self.elsewhere >= 0.98
+
+    def to_json(self) -> dict[str, float | bool | None]:
+        """The figures and the verdict."""
+        return {**asdict(self), "sure": self.sure}
+
+
+@torch.no_grad()
+def assure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edit: Edit,
+    requests: Sequence[EditRequest],
+    text: Sequence[str] = (),
+    seed: int = 0,
+) -> Assurance:
+    """Measure an edit where its requests name no examples.
+
+    Args:
+        model: the unedited model; left as it was.
+        tokenizer: the model's.
+        edit: what was made of the requests.
+        requests: what it is for.
+        text: other input; by default what the model writes by itself (of classifiers and encoder-decoders: random
+            tokens).
+        seed: of what is drawn. It is another one than editors take, or an edit would be examined on what it was fitted
+            to.
+    """
+    task = task_of(model, tokenizer)
+    other = stretches(task, text, seed + 1)
+    draw = random.Random(f"{seed} assurance")
+    asked = [task.tokenise(request.prompt, request.target) for request in requests]
+    within = [Pair(_begun(task, other, pair.prompt, draw), pair.target) for pair in asked for _ in range(CONTEXTS)]
+    elsewhere = draw.sample(other, min(ELSEWHERE, len(other)))
+    if task.ends and not model.config.is_encoder_decoder:  # a decoder chooses after every token
+        elsewhere = [Pair(own.prompt[:1], own.prompt[1:]) for own in elsewhere if len(own.prompt) > 1]
+    alone, begun, before = (_looked(task, some).first for some in (asked, within, elsewhere))
+    with edit.applied(model):
+        own, held, after = (_looked(task, some) for some in (asked, within, elsewhere))
+    known = _opening(begun, within) == _opening(alone, asked).repeat_interleave(CONTEXTS)
+    return Assurance(
+        probability=float(own.log_p.exp().mean()),
+        in_context=float(held.whole[known].float().mean()) if int(known.sum()) >= FEWEST else None,
+        elsewhere=float((before == after.first).float().mean()) if len(before) else 1.0,
+    )
+
+
+def _begun(task: Task, other: Sequence[Pair], prompt: tuple[int, ...], draw: random.Random) -> tuple[int, ...]:
+    """A prompt after the beginning of something else, if both fit into the model's context."""
+    start = draw.choice(other).prompt[:WORDS]
+    special = set(task.tokenizer.all_special_ids)
+    lead = next((i for i, token in enumerate(prompt) if token not in special), 0)
+    begun = (*prompt[:lead], *(token for token in start if token not in special), *prompt[lead:])
+    return begun if task.context is None or len(begun) < task.context - WORDS else prompt
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """First choices along some pairs, whether each pair's are its whole target, and that one's log probability."""
+
+    first: Tensor
+    whole: Tensor
+    log_p: Tensor
+
+
+def _opening(first: Tensor, pairs: Sequence[Pair]) -> Tensor:
+    """The first choice at each pair's first target."""
+    lengths = torch.tensor([len(pair.target) for pair in pairs])
+    return first[lengths.cumsum(0) - lengths]
+
+
+def _looked(task: Task, pairs: Sequence[Pair]) -> _Looked:
+    chosen, right, log_p = [], [], []
+    for start in range(0, len(pairs), BATCH):
+        batch = task.collate(pairs[start : start + BATCH])
+        with frozen(task.model):
+            logits = task.target_logits(batch).float()
+        first = logits.argmax(-1)
+        own = torch.ones(batch.rows, dtype=torch.bool, device=batch.row.device)
+        own[batch.row[first != batch.target]] = False
+        along = logits.log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
+        chosen.append(first.cpu())
+        right.append(own.cpu())
+        log_p.append(torch.zeros(batch.rows, device=along.device).index_add_(0, batch.row, along).cpu())
+    return _Looked(*(torch.cat(part) if part else torch.zeros(0) for part in (chosen, right, log_p)))

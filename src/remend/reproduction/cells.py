@@ -1,0 +1,132 @@
+"""What is measured: one editor on one world, with one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from remend.editors.config import MendConfig
+from remend.editors.enn import EnnConfig
+from remend.editors.ke import KeConfig
+from remend.training.config import PRESETS, TrainingConfig
+
+FAITHFUL = MendConfig(relative=True, alpha=0.1)
+"""MEND as the paper has it; step sizes in units in which one start suits every model."""
+
+AS_PUBLISHED = TrainingConfig(
+    batch_size=10, learning_rate=3e-4, alpha_learning_rate=5e-3, decay=True, max_steps=1_000, validate_every=250
+)
+"""The paper's outer loop (c_e = 0.1, random locality examples), with learning rates for models of this size."""
+
+WITH_NEAR = replace(PRESETS["default"][1], max_steps=1_000, validate_every=250)
+"""The outer loop of ``default``: eight of ten locality examples are near negatives."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """An editor with its settings.
+
+    Attributes:
+        editor: its name among :data:`remend.editors.EDITORS`.
+        title: how tables call it.
+        config: its settings; its own default without.
+        training: how it is trained, if it is.
+        attention: whether attention's matrices are edited in place of the MLPs'.
+        keeps: whether it is given locality examples at edit time (FT+KL).
+    """
+
+    editor: str
+    title: str
+    config: Any = None
+    training: TrainingConfig | None = None
+    attention: bool = False
+    keeps: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "ft": Method("finetune", "FT"),
+    "ft-kl": Method("finetune", "FT+KL", keeps=True),
+    "ft-local": Method("finetune-local", "finetune-local"),
+    "ke": Method("ke", "KE", KeConfig(), WITH_NEAR),
+    "enn": Method("enn", "ENN", EnnConfig(), WITH_NEAR),
+    "mend-paper": Method("mend", "MEND, as published", FAITHFUL, AS_PUBLISHED),
+    "mend": Method("mend", "MEND, `default`", PRESETS["default"][0], WITH_NEAR),
+    "ridge": Method("ridge", "ridge"),
+    "cache": Method("cache", "cache"),
+    "in-context": Method("in-context", "in context"),
+    "mend-sum": Method("mend", "MEND, `default`, summed", PRESETS["default"][0], WITH_NEAR),
+    "mend-gate": Method("mend", "MEND, `default`, gated", PRESETS["default"][0], WITH_NEAR),
+    "no-sharing": Method("mend", "no sharing", replace(FAITHFUL, share=False), AS_PUBLISHED),
+    "no-norm": Method("mend", "no norm", replace(FAITHFUL, normalise=False), AS_PUBLISHED),
+    "no-identity": Method("mend", "no identity init", replace(FAITHFUL, identity=False), AS_PUBLISHED),
+    "only-u": Method("mend", "only u", replace(FAITHFUL, transforms="u"), AS_PUBLISHED),
+    "only-delta": Method("mend", "only δ", replace(FAITHFUL, transforms="delta"), AS_PUBLISHED),
+    "only-smaller": Method("mend", "only the smaller", replace(FAITHFUL, transforms="smaller"), AS_PUBLISHED),
+    "attention": Method("mend", "attention", FAITHFUL, AS_PUBLISHED, attention=True),
+}
+"""Every editor of the tables."""
+
+SAME_TRAINING = {"mend-sum": "mend", "mend-gate": "mend"}
+"""Methods that only use another's trained editor in another way."""
+GATE = 0.1
+"""Below this share of its own answer a gated edit does not act; chosen on the atlas's validation split."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number's worth of work.
+
+    Attributes:
+        world: on which model.
+        method: with which editor.
+        edits: how many edits are at work at once.
+        seed: of training and of the choice of test requests.
+    """
+
+    world: str
+    method: str
+    edits: int = 1
+    seed: int = 0
+
+    @property
+    def id(self) -> str:
+        """Its name, with which it is computed by itself."""
+        return f"{self.world}/{self.method}/{self.edits}/{self.seed}"
+
+    @staticmethod
+    def parse(name: str) -> Cell | None:
+        """The cell of a name, if it is one."""
+        parts = name.split("/")
+        if len(parts) != 4 or parts[1] not in METHODS or not (parts[2].isdecimal() and parts[3].isdecimal()):
+            return None
+        return Cell(parts[0], parts[1], int(parts[2]), int(parts[3]))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything is computed.
+
+    Attributes:
+        seeds: how many times each cell is measured.
+        requests: test requests of each, of single edits.
+        steps: of every training, at most.
+        train: requests of every training, at most; a tenth as many for validation.
+        many: test requests of each, of several edits at once; a multiple of the largest number at once.
+        text_tokens: on which perplexity is measured.
+        memory: widths of the models whose training memory is measured.
+    """
+
+    seeds: int = 3
+    requests: int = 100
+    steps: int = 1_000
+    train: int = 100_000
+    many: int = 125
+    text_tokens: int = 256
+    memory: Sequence[int] = field(default=(128, 256, 512, 768))
+
+
+FULL = Scale()
+QUICK = Scale(seeds=1, requests=12, steps=40, train=320, many=125, text_tokens=64, memory=(64, 128))
+
+Progress = Callable[[str], None]

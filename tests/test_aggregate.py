@@ -1,0 +1,76 @@
+"""Many edits as one: the least-squares solution against its dense form, and what it does at each edit's keys."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import remend
+from remend.core.aggregate import FLOOR, definite, least_squares
+from remend.core.symmetric import Symmetric
+
+
+def random_metric(d, generator):
+    root = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return Symmetric(root @ root.T + 0.1 * torch.eye(d))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 12), d_in=st.integers(2, 9), d_out=st.integers(1, 7), seed=st.integers(0, 1000))
+def test_it_is_the_dense_solution(rows, d_in, d_out, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(rows, d_in, generator=generator, dtype=torch.float64)
+    moves = torch.randn(rows, d_out, generator=generator, dtype=torch.float64)
+    for metric in (None, random_metric(d_in, generator)):
+        m = torch.eye(d_in, dtype=torch.float64) if metric is None else metric.inner
+        answers = keys @ m @ keys.T
+        system = answers + 0.05 * answers.diagonal().mean() * torch.eye(rows)
+        dense = moves.T @ torch.linalg.inv(system) @ keys @ m
+        torch.testing.assert_close(least_squares(keys, moves, metric).dense(), dense, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("gate", [0.0, 0.3])
+def test_each_key_gets_its_move(gate):
+    torch.manual_seed(0)
+    keys, moves = torch.randn(10, 32) + 1, torch.randn(10, 8)  # all alike: each answers to the others'
+    change = least_squares(keys, moves, ridge=1e-6, gate=gate)
+    torch.testing.assert_close(change.branch(keys), moves, rtol=1e-3, atol=1e-3)
+    summed = least_squares(keys[:1], moves[:1], ridge=1e-6, gate=gate)
+    assert (summed.branch(keys[1:2]) - moves[1:2]).norm() > 0.5
+
+
+def test_experts_do_not_answer_to_each_other():
+    torch.manual_seed(0)
+    keys, moves, whose = torch.randn(6, 16) + 1, torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+    change = least_squares(keys, moves, ridge=1e-6, experts=whose)
+    torch.testing.assert_close(change.branch(keys, whose), moves, rtol=1e-3, atol=1e-3)
+    own = least_squares(keys[whose == 1], moves[whose == 1], ridge=1e-6)
+    torch.testing.assert_close(change.dense(2)[1], own.dense(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_metric_is_made_definite():
+    values = torch.tensor([1.0, 0.5, -0.2, 0.001])
+    basis = torch.linalg.qr(torch.randn(6, 3))[0]
+    for metric in (Symmetric(values.diag()), Symmetric(values, basis)):
+        kept = definite(metric).matrix.diagonal()
+        torch.testing.assert_close(kept, torch.tensor([1.0, 0.5, FLOOR, FLOOR]))
+
+
+def test_edits_together_act_as_each_alone():
+    """Of 75 edits at once nearly all take; of their sum hardly more than half."""
+    model, tokenizer = remend.load("atlas")
+    editor = remend.Mend.from_pretrained("atlas")
+    requests = random.Random(0).sample(remend.read_source("atlas:validation"), 75)
+    assert editor.config.aggregate == "least-squares"
+    before = remend.answers(model, tokenizer, [r.prompt for r in requests])
+    edit = editor.edit(model, tokenizer, requests)
+    with edit.applied(model):
+        found = remend.answers(model, tokenizer, [r.prompt for r in requests])
+    assert sum(one == r.target for one, r in zip(found, requests, strict=True)) >= 72, found
+    editor.config = type(editor.config)(**{**editor.config.__dict__, "aggregate": "sum"})
+    with editor.edit(model, tokenizer, requests).applied(model):
+        summed = remend.answers(model, tokenizer, [r.prompt for r in requests])
+    assert sum(one == r.target for one, r in zip(summed, requests, strict=True)) < 60
+    assert remend.answers(model, tokenizer, [r.prompt for r in requests]) == before

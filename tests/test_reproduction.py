@@ -1,0 +1,193 @@
+"""The paper's tables in miniature: cells are computed once, tables filled, findings judged, and all of it drawn."""
+
+import json
+import math
+
+import pytest
+
+from remend.cli import run
+from remend.errors import ConfigError
+from remend.reproduction import TABLES, Cell, Scale, Workshop, cells, worlds
+from remend.reproduction.cells import METHODS
+from remend.reproduction.memory import METHODS as MEASURED
+from remend.reproduction.memory import measure
+from remend.reproduction.results import Figure, Results
+from remend.reproduction.tables import CACHE, EDITORS, TOGETHER
+
+TINY = Scale(seeds=2, requests=4, steps=2, train=40, many=4, text_tokens=32, memory=(256,))
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    """Only the smallest world, and hardly any of it."""
+    only = {"claims": worlds.worlds()["claims"]}
+    monkeypatch.setattr(worlds, "worlds", lambda writer=None, text=None: only)
+    for name in ("FULL", "QUICK"):
+        monkeypatch.setattr(cells, name, TINY)
+    return only
+
+
+class Made:
+    """Results that are written down."""
+
+    def __init__(self, success, drawdown=None, locality=None):
+        self._success, self._drawdown, self._locality = success, drawdown or {}, locality or {}
+
+    def success(self, world, method, edits=1):
+        return self._success.get((world, method, edits), math.nan)
+
+    def drawdown(self, world, method, edits=1):
+        return self._drawdown.get((world, method, edits), math.nan)
+
+    def locality(self, world, method, kind):
+        return self._locality.get((world, method, kind), math.nan)
+
+
+def test_every_table_names_methods_and_worlds_that_exist():
+    known = {"passages", *worlds.worlds()}
+    for table in TABLES.values():
+        assert set(table.methods) <= METHODS.keys()
+        assert {world for world, _ in table.columns} <= known
+        for method, world, edits in table.paper:
+            assert method in table.methods, (table.name, method)
+            assert (world, edits) in table.columns, (table.name, world, edits)
+        assert table.findings
+
+
+def test_cells_have_names():
+    cell = Cell("facts", "mend-gate", 125, 2)
+    assert Cell.parse(cell.id) == cell
+    for wrong in ("facts/mend/1", "facts/mnd/1/0", "facts/mend/one/0", ""):
+        assert Cell.parse(wrong) is None
+
+
+def test_findings_hold_or_not():
+    cached = {("questions", "cache", 1): 0.95, ("claims", "cache", 1): 0.99}
+    well, fails = CACHE.findings
+    assert well.holds(Made(cached)) is True
+    assert well.holds(Made({**cached, ("claims", "cache", 1): 0.5})) is False
+    assert well.holds(Made({})) is None
+    assert fails.holds(Made(cached)) is None
+    assert fails.holds(Made({("passages", "cache", 1): 0.01, ("passages", "mend-paper", 1): 0.9})) is True
+    bar = TOGETHER.findings[-1]
+    both = {("facts", "mend", 125): 0.96, ("facts", "mend-gate", 125): 0.9}
+    costs = {("facts", "mend", 125): 0.02, ("facts", "mend-gate", 125): 0.0}
+    assert bar.holds(Made(both, costs)) is False, "success and drawdown must be one method's"
+    assert bar.holds(Made(both, {**costs, ("facts", "mend", 125): 0.01})) is True
+    best = EDITORS.findings[-1]
+    equal = {("facts", m, 1): 0.9 for m in ("mend", "ke", "enn")}
+    places = {("facts", m, k): 0.9 for m in ("mend", "ke", "enn") for k in ("far", "near")}
+    assert best.holds(Made(equal, locality=places)) is True
+    assert best.holds(Made(equal, locality={**places, ("facts", "ke", "near"): 0.95})) is False
+
+
+def test_intervals_over_seeds():
+    assert Figure.of([0.5]) == Figure(0.5, None, 1)
+    figure = Figure.of([0.4, 0.5, 0.6])
+    assert figure.mean == pytest.approx(0.5)
+    assert figure.half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    assert figure.text() == "0.500 ± 0.248"
+
+
+def test_a_run_is_gone_on_with_and_drawn(claims, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert run(["reproduce", "--out", str(out), "--tables", "11,memory"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "paper: a cache does well on questions and claims" in told
+    kept = {file: file.read_bytes() for file in (out / "cells").iterdir()}
+    assert len(kept) == 4  # two methods, two seeds
+    markdown, page = ((out / f"tables.{kind}").read_text() for kind in ("md", "html"))
+    assert "## Table 11: a cache of edits" in markdown
+    assert "remend reproduce --out out --tables 11" in markdown
+    assert "±" in markdown
+    assert "<svg" in page
+    assert "not measured</span>: paper: a cache fails on generation" in page
+    content = json.loads((out / "tables.json").read_text())
+    assert content["tables"][0]["rows"].keys() == {"cache", "mend-paper"}
+    assert {own["method"] for own in content["memory"]} == set(MEASURED)
+    monkeypatch.setattr(Workshop, "measure", lambda *_: pytest.fail("a cell was computed twice"))
+    assert run(["reproduce", "--out", str(out), "--tables", "11"]) == 0
+    assert {file: file.read_bytes() for file in (out / "cells").iterdir()} == kept
+
+
+def test_one_cell_gives_the_figures_of_the_table(claims, tmp_path, capsys):
+    for out in ("one", "other"):
+        assert run(["reproduce", "--out", str(tmp_path / out), "--cell", "claims/mend-paper/2/1"]) == 0
+    told = capsys.readouterr().out
+    assert "edit success" in told
+    name = "cells/claims-mend-paper-2-1.json"
+    one, other = (json.loads((tmp_path / out / name).read_text())["figures"] for out in ("one", "other"))
+    assert one == other
+    assert one["edit_success"]["n"] == 4
+
+
+@pytest.mark.parametrize("method", ["ft-kl", "ft-local", "ke", "enn", "mend-sum", "mend-gate", "only-u", "attention"])
+def test_every_kind_of_method_is_computed(claims, tmp_path, method):
+    shop = Workshop(tmp_path, claims, TINY)
+    found = shop.measure(Cell("claims", method))
+    assert 0 <= found["figures"]["edit_success"]["mean"] <= 1
+    assert found["figures"]["accuracy_drawdown"]["n"] == 4
+    shop.compute([Cell("claims", method)])
+    assert Results(shop).success("claims", method) == found["figures"]["edit_success"]["mean"]
+
+
+def test_passages_are_parted_and_edited(tmp_path):
+    import worlds as tiny
+
+    model = tiny.gpt2(n_positions=64)
+    model.save_pretrained(tmp_path / "writer")
+    tiny.tokenizer().save_pretrained(tmp_path / "writer")
+    pairs = list(zip(tiny.COUNTRIES, tiny.CITIES, strict=True))
+    lines = [
+        " ".join(f"The city {b} of {a} {number} is {number}" for number in range(start, start + 3))
+        for start in range(0, 80, 10)
+        for a, b in pairs
+    ]
+    (tmp_path / "text.txt").write_text("\n\n".join(lines))
+    found = worlds.worlds(tmp_path / "writer", tmp_path / "text.txt")
+    shop = Workshop(tmp_path / "out", found, TINY)
+    home = shop.home("passages")
+    parts = {split: set(home.passages(split)) for split in worlds.SPLITS}
+    assert sum(map(len, parts.values())) == len(set(lines))
+    assert not parts["train"] & parts["test"]
+    figures = shop.measure(Cell("passages", "mend-paper"))["figures"]
+    assert {"edit_success", "perplexity_drawdown"} <= figures.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tables", "4"], "there is no table '4' here; there are 3, 5, 6, 9, 11 and memory"),
+        (["--cell", "claims/mend/1"], "is no cell: it is WORLD/METHOD/EDITS/SEED"),
+        (["--cell", "seas/mend/1/0"], "there is no world 'seas' here"),
+        (["gpt-jay"], "there is no recipe 'gpt-jay'"),
+        (["--limit", "3"], "are of a recipe: name one"),
+    ],
+)
+def test_wrong_use(claims, tmp_path, capsys, arguments, message):
+    assert run(["reproduce", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_of_another_size_is_refused(claims, tmp_path):
+    Workshop(tmp_path, claims, TINY)
+    Workshop(tmp_path, claims, TINY)
+    with pytest.raises(ConfigError, match="another size of run"):
+        Workshop(tmp_path, claims, Scale())
+
+
+def test_a_writer_needs_a_text(tmp_path):
+    with pytest.raises(ConfigError, match="give both, or none"):
+        worlds.worlds(tmp_path, None)
+
+
+def test_memory_is_measured_once(tmp_path, monkeypatch):
+    found = measure(tmp_path, [256])
+    assert all(own["added"] > 0 and own["parameters"] > 0 for own in found)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("measured twice"))
+    assert measure(tmp_path, [256]) == found
+
+
+def test_recipes_are_listed(capsys):
+    assert run(["reproduce", "--recipes"]) == 0
+    assert "gpt-j-6b" in capsys.readouterr().out
