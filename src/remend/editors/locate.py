@@ -44,7 +44,8 @@ class MemitConfig(LocateConfig):
             dimensions: an ordinary key's kᵀC⁻¹k.
     """
 
-    weight: float = 0.1
+    largest: float = 1.5  # the offsets of many requests add up where their keys are alike
+    weight: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()

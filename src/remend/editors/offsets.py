@@ -45,8 +45,8 @@ class LocateConfig:
     learning_rate: float = 0.5
     enough: float = 0.05
     kl_weight: float = 0.0625
-    decay: float = 0.02
-    largest: float = 4.0
+    decay: float = 0.002
+    largest: float = 2.0
     beginnings: int = 5
     floor: float = 0.01
 
@@ -93,10 +93,14 @@ class Sites:
             return self.logits()
 
     def keys(self, name: str, module: nn.Module) -> Float[Tensor, "request d_in"]:
-        """k*: a matrix's input at the subject, the mean over the contexts of each request (ROME, Eq. 3)."""
+        """k*: a matrix's input at the subject, the mean over the contexts of each request (ROME, Eq. 3).
+
+        The prompt by itself weighs as much as all the others together: it is what must be answered.
+        """
         found = inputs(self.task.model, {name: module}, self.batch.rows, self.resumed)[name]
         own = found.at(self.places, self.length)[0][:, 0]
-        return own.view(self.requests, self.each, -1)[:, : self.asked].mean(1)
+        alone, *others = own.view(self.requests, self.each, -1)[:, : self.asked].unbind(1)
+        return (alone + sum(others) / len(others)) / 2 if others else alone
 
     def at_subject(self, output: Float[Tensor, "*row_token d"]) -> Float[Tensor, "row d"]:
         """What a module gives at the subject of each row; some models flatten rows and tokens into one axis."""
