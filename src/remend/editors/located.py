@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -86,7 +86,7 @@ class Located:
         config: Any = None,
         layers: str | None = None,
         seed: int = 0,
-    ) -> Self:
+    ) -> Any:
         """The editor for ``model``, of the stack that reads prompts: of an encoder-decoder, the encoder.
 
         Args:
@@ -159,7 +159,7 @@ class Located:
         return write_folder(path, FORMAT, manifest, tensors)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Self:
+    def from_pretrained(cls, path: str | Path) -> Any:
         """Load an editor that :meth:`save_pretrained` wrote.
 
         Raises:
