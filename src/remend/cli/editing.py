@@ -27,6 +27,9 @@ def edit(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the edit is saved.")],
     prompt: Annotated[list[str] | None, typer.Option(help="The prompt that is answered wrongly.")] = None,
     target: Annotated[str | None, typer.Option(help="What it should answer.")] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="What the prompt is about, as it stands there; rome and memit need it.")
+    ] = None,
     requests: Annotated[Path | None, typer.Option(metavar="FILE", help="Requests as JSON lines, instead.")] = None,
     chat: options.Chat = False,
     pair: options.Pair = False,
@@ -49,6 +52,8 @@ def edit(
     All requests of a file become one edit. The base model is not changed: use the edit with remend ask, or in Python.
     """
     wanted = _requests(prompt or [], target, requests, chat, pair)
+    if subject is not None:
+        wanted = _about(subject, wanted, requests)
     factor = _factor(scale)
     from remend.cli.tables import answers_table, as_json
     from remend.edit import Edit
@@ -106,6 +111,15 @@ def edit(
         write_json(json, {**content, "answers": [as_json(found) for found in answers]})
     if not saved:
         raise typer.Exit(1)
+
+
+def _about(subject: str, wanted: list[EditRequest], file: Path | None) -> list[EditRequest]:
+    """The request of the command line with its subject."""
+    if file is not None:
+        raise RequestError("--subject belongs to --prompt; in a file, give subject in each request")
+    if not subject.strip():
+        raise RequestError("--subject: must not be empty")
+    return [request.model_copy(update={"subject": subject}) for request in wanted]
 
 
 def _tell(console: Console, found: Assurance, editor: str) -> None:

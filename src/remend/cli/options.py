@@ -65,7 +65,7 @@ EditorFolder = Annotated[
         "--editor",
         metavar="DIR|NAME",
         help="A trained editor, or one that needs no training: ridge (the default where a model has none), finetune, "
-        "finetune-local, and of remend evaluate also cache and in-context.",
+        "finetune-local, with --statistics rome and memit, and of remend evaluate also cache and in-context.",
     ),
 ]
 Statistics = Annotated[

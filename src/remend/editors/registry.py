@@ -14,6 +14,7 @@ from remend.editors.finetune import FineTune, FineTuneLocal
 from remend.editors.in_context import InContext
 from remend.editors.ke import Ke
 from remend.editors.learned import FORMAT, Learned
+from remend.editors.locate import Memit, Rome
 from remend.editors.mend import Mend
 from remend.editors.protocol import Editor
 from remend.editors.ridge import Ridge
@@ -26,7 +27,7 @@ TRAINED: dict[str, type[Mend] | type[Learned]] = {"mend": Mend, "ke": Ke, "enn":
 """Those that are trained before their first edit."""
 
 UNTRAINED: dict[str, type[Any]] = {
-    kind.traits.name: kind for kind in (Ridge, FineTune, FineTuneLocal, Cache, InContext)
+    kind.traits.name: kind for kind in (Ridge, FineTune, FineTuneLocal, Rome, Memit, Cache, InContext)
 }
 """Those that can edit any model at once."""
 
@@ -57,6 +58,8 @@ def make(
     if name not in UNTRAINED:
         raise ConfigError(f"there is no editor {name!r}, nor a folder of that name; {nearest(name, UNTRAINED)}")
     kind = UNTRAINED[name]
+    if kind.traits.needs == "text" and not text:
+        raise ConfigError(f"{name} measures what the model reads on a text: give one (--statistics FILE)")
     if issubclass(kind, FineTune | InContext):
         found: Editor = kind.for_model(model)
     else:

@@ -11,8 +11,9 @@ from remend.editors.enn import EnnConfig
 from remend.editors.ke import KeConfig
 from remend.training.config import PRESETS, TrainingConfig
 
-FAITHFUL = MendConfig(relative=True, alpha=0.1)
-"""MEND as the paper has it; step sizes in units in which one start suits every model."""
+FAITHFUL = MendConfig(rank=384, relative=True, alpha=0.1)
+"""MEND as the paper has it, for models of this size: the rank is about half of a matrix's two dimensions together, as
+the paper's 1,920 is for distilGPT-2, and step sizes are in units in which one start suits every model."""
 
 AS_PUBLISHED = TrainingConfig(
     batch_size=10, learning_rate=3e-4, alpha_learning_rate=5e-3, decay=True, max_steps=1_000, validate_every=250
