@@ -156,18 +156,21 @@ class SubjectToken(Mend):
         with patch("remend.tasks.task.Batch.predicting", predicting):
             return super().capture(task, batch, loss)
 
-    def _changes(self, task: CausalLM, requests: Sequence[EditRequest]) -> Any:
+    def _changes(self, task: CausalLM, requests: Sequence[EditRequest], inputs: Any = None) -> Any:
         self.prepare(task, requests)
-        return super()._changes(task, requests)
+        return super()._changes(task, requests, inputs)
 
 
 class SeveralSteps(Mend):
-    """An edit in three steps, each of a third, from the gradient of the model that the steps before have edited."""
+    """An edit in three steps, each of a third, from the gradient of the model that the steps before have edited.
+
+    Of single requests; the inputs with which several would be solved for together are not collected.
+    """
 
     STEPS = 3
 
     @torch.no_grad()
-    def _changes(self, task: CausalLM, requests: Sequence[EditRequest]) -> Any:
+    def _changes(self, task: CausalLM, requests: Sequence[EditRequest], inputs: Any = None) -> Any:
         found: list[dict[str, LowRank]] = []
         modules = find_modules(task.model, self.shapes)
         for start in range(0, len(requests), EDIT_BATCH):

@@ -235,12 +235,11 @@ def test_trained_editors_are_saved_and_read_back(editor, world, name, tmp_path):
     ]
     assert torch.equal(*found)
     for other in TRAINED.keys() - {name}:
-        if name != "mend" and other != "mend":
-            with pytest.raises(FileError, match=name):
-                TRAINED[other].from_pretrained(tmp_path / "editor")
+        with pytest.raises(FileError, match=f"holds the editor '{name}', not '{other}'"):
+            TRAINED[other].from_pretrained(tmp_path / "editor")
 
 
-@pytest.mark.parametrize("name", TRAINED.keys() - {"mend"}, indirect=True)
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "mend"], indirect=True)
 def test_a_stopped_training_goes_on(world, name, tmp_path):
     """A run that is interrupted and gone on with ends with the editor of a run that was not."""
     task, requests = world
@@ -266,7 +265,7 @@ def test_a_stopped_training_goes_on(world, name, tmp_path):
         assert torch.equal(value, parts.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("name", TRAINED.keys() - {"mend"}, indirect=True)
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "mend"], indirect=True)
 def test_training_moves_every_tensor(editor, world, name):
     task, _ = world
     fresh = dict(TRAINED[name].for_model(task.model).named_parameters())

@@ -11,6 +11,7 @@ import remend
 import worlds
 from remend.base import find_modules
 from remend.edit import Edit
+from remend.editors import load_editor, load_trained
 from remend.editors.locate import Memit, MemitConfig, Rome, RomeConfig
 from remend.editors.offsets import Sites, adding, tuned
 from remend.editors.subjects import _by_beginning, beginnings, reading, subject_place
@@ -343,7 +344,8 @@ def test_a_broken_model(name):
 def test_saved_and_read_back(editor, world, name, tmp_path):
     task, requests = world
     editor.save_pretrained(tmp_path / "editor")
-    again = type(editor).from_pretrained(tmp_path / "editor")
+    again = load_editor(tmp_path / "editor")
+    assert type(again) is type(editor)
     assert (again.config, again.base, again.shapes, again.begun) == (
         editor.config, editor.base, editor.shapes, editor.begun,
     )  # fmt: skip
@@ -353,6 +355,8 @@ def test_saved_and_read_back(editor, world, name, tmp_path):
         assert torch.equal(one.changes[matrix].delta, other.changes[matrix].delta)
     one.save(tmp_path / "edit")
     assert Edit.load(tmp_path / "edit").editor["name"] == name
+    with pytest.raises(FileError, match="not trained"):
+        load_trained(tmp_path / "editor")
     with pytest.raises(FileError, match=f"holds the editor '{name}'"):
         (Memit if name == "rome" else Rome).from_pretrained(tmp_path / "editor")
     manifest = json.loads((tmp_path / "editor" / "manifest.json").read_text())

@@ -186,7 +186,7 @@ def find_editor(
     from remend.assets import ATLAS, ATLAS_FOLDER, BUILT_IN
     from remend.core.layers import device_of
     from remend.data import read_text
-    from remend.editors import EDITORS, UNTRAINED, load_trained, make
+    from remend.editors import EDITORS, TRAINED, UNTRAINED, load_editor, make
     from remend.errors import ConfigError, nearest
 
     mistyped = (
@@ -207,7 +207,9 @@ def find_editor(
         )
     if name != ATLAS and not os.path.exists(name) and os.sep not in name:
         raise ConfigError(f"there is no editor {name!r}, nor a folder of that name; {nearest(name, EDITORS)}")
-    found = load_trained(ATLAS_FOLDER / "editor" if name == ATLAS else name)
+    found: Any = load_editor(ATLAS_FOLDER / "editor" if name == ATLAS else name)
+    if found.traits.name not in TRAINED:
+        return lambda base, tokenizer: found
     if unfit(found):
         best = best_of(found.trained)
         Console(stderr=True).print(

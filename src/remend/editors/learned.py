@@ -13,21 +13,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.base import Base, find_modules
-from remend.config import from_json, to_json
 from remend.core.capture import GradientFactors
 from remend.core.layers import device_of, dimensions, experts_of, is_quantised, weight_of
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
+from remend.editors.stored import FORMAT, described, read_editor
 from remend.editors.traits import Traits, checked
 from remend.errors import ConfigError, FileError
 from remend.models.prefix import Prefix
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
-from remend.storage import read_folder, take, write_folder
+from remend.storage import take, write_folder
 from remend.tasks import task_of
 from remend.tasks.task import Pair, Task
 
-FORMAT = "remend.editor/1"
 EDIT_BATCH = 32
 
 
@@ -180,13 +179,7 @@ class Learned(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write the editor to a folder (safetensors and a JSON manifest)."""
-        manifest = {
-            "editor": self.traits.name,
-            "config": to_json(self.config),
-            "base": asdict(self.base),
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "trained": self.trained,
-        }
+        manifest = {**described(self), "trained": self.trained}
         return write_folder(path, FORMAT, manifest, self.state_dict())
 
     @classmethod
@@ -197,34 +190,18 @@ class Learned(nn.Module):
             FileError: the folder is missing, damaged, altered, of an unknown version, or of another kind of editor.
         """
         path = Path(path)
-        manifest, tensors = read_folder(path, FORMAT)
-        if manifest.get("editor") != cls.traits.name:
-            raise FileError(f"{path} holds the editor {manifest.get('editor')!r}, not {cls.traits.name!r}")
-        config = from_json(cls.configuration, take(manifest, "config", dict, path))
-        shapes = read_shapes(take(manifest, "shapes", dict, path), path)
-        editor = cls(config, Base.read(take(manifest, "base", dict, path), path), shapes)
+        found = read_editor(path, cls.traits.name, cls.configuration)
+        editor = cls(found.config, found.base, found.shapes)
         try:
-            editor.expect(tensors)
-            editor.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()})
+            editor.expect(found.tensors)
+            editor.load_state_dict({name: tensor.clone() for name, tensor in found.tensors.items()})
         except (RuntimeError, KeyError) as error:
             raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
-        editor.trained = take(manifest, "trained", dict, path)
+        editor.trained = take(found.manifest, "trained", dict, path)
         return editor
 
     def expect(self, tensors: Mapping[str, Tensor]) -> None:
         """Make room for saved tensors whose sizes are the model's."""
-
-
-def read_shapes(described: Mapping[str, Any], path: Path) -> dict[str, tuple[int, int]]:
-    """The (d_in, d_out) of each edited module that a manifest lists.
-
-    Raises:
-        FileError: one is no pair of sizes.
-    """
-    for name, shape in described.items():
-        if not (isinstance(shape, list) and len(shape) == 2 and all(type(d) is int and d > 0 for d in shape)):
-            raise FileError(f"{path}: the shape of {name} should be [d_in, d_out], it is {shape!r}")
-    return {name: (d_in, d_out) for name, (d_in, d_out) in described.items()}
 
 
 def _without_padding(change: LowRank, episode: int, shared: int) -> LowRank:

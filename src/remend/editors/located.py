@@ -15,20 +15,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.base import Base, find_modules
-from remend.config import from_json, to_json
 from remend.core.layers import dimensions, experts_of
 from remend.core.low_rank import LowRank
 from remend.core.symmetric import packed, unpacked
 from remend.edit import Edit
 from remend.editors.background import second_moments, stretches
-from remend.editors.learned import FORMAT, read_shapes
 from remend.editors.offsets import LocateConfig
+from remend.editors.stored import FORMAT, described, read_editor
 from remend.editors.subjects import Reading, beginnings, reading
 from remend.editors.traits import Traits, checked
 from remend.errors import ConfigError, FileError, ModelError
 from remend.models.structure import choose_blocks, mlp_matrices, named_stacks, narrows
 from remend.request import EditRequest
-from remend.storage import read_folder, take, write_folder
+from remend.storage import take, write_folder
 from remend.tasks import task_of
 from remend.tasks.task import Task
 
@@ -148,13 +147,7 @@ class Located:
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write the editor to a folder (safetensors and a JSON manifest), so that C is taken only once."""
-        manifest = {
-            "editor": self.traits.name,
-            "config": to_json(self.config),
-            "base": asdict(self.base),
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "beginnings": list(self.begun),
-        }
+        manifest = {**described(self), "beginnings": list(self.begun)}
         tensors = {f"covariance_{place}": packed(own) for place, own in enumerate(self.covariances.values())}
         return write_folder(path, FORMAT, manifest, tensors)
 
@@ -166,20 +159,16 @@ class Located:
             FileError: the folder is missing, damaged, altered, of an unknown version, or of another kind of editor.
         """
         path = Path(path)
-        manifest, tensors = read_folder(path, FORMAT)
-        if manifest.get("editor") != cls.traits.name:
-            raise FileError(f"{path} holds the editor {manifest.get('editor')!r}, not {cls.traits.name!r}")
-        config = from_json(cls.configuration, take(manifest, "config", dict, path))
-        base = Base.read(take(manifest, "base", dict, path), path)
-        shapes = read_shapes(take(manifest, "shapes", dict, path), path)
-        begun = take(manifest, "beginnings", list, path)
+        own = read_editor(path, cls.traits.name, cls.configuration)
+        begun = take(own.manifest, "beginnings", list, path)
         found = {
-            name: unpacked(tensors.get(f"covariance_{place}", torch.zeros(0))) for place, name in enumerate(shapes)
+            name: unpacked(own.tensors.get(f"covariance_{place}", torch.zeros(0)))
+            for place, name in enumerate(own.shapes)
         }
-        wrong = [name for name, (d_in, _) in shapes.items() if found[name].shape != (d_in, d_in)]
-        if wrong or len(tensors) != len(shapes) or not all(isinstance(own, str) for own in begun):
+        wrong = [name for name, (d_in, _) in own.shapes.items() if found[name].shape != (d_in, d_in)]
+        if wrong or len(own.tensors) != len(own.shapes) or not all(isinstance(text, str) for text in begun):
             raise FileError(f"{path}: the tensors do not fit the shapes that the manifest lists; it was altered")
-        return cls(config, base, found, shapes, begun)
+        return cls(own.config, own.base, found, own.shapes, begun)
 
     # -- editing -------------------------------------------------------------------------------------------------
 

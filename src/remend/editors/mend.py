@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.base import Base, find_modules
-from remend.config import from_json, to_json
 from remend.core.aggregate import definite, least_squares
 from remend.core.capture import GradientFactors, capture
 from remend.core.layers import device_of, dimensions
@@ -25,16 +24,15 @@ from remend.core.sketch import directions_of
 from remend.core.symmetric import Symmetric, packed, unpacked
 from remend.edit import Edit
 from remend.editors.config import MendConfig
-from remend.editors.learned import FORMAT, read_shapes
 from remend.editors.networks import grouped, new_network
 from remend.editors.rows import Table, TokenRows, active_rows
 from remend.editors.settling import Unedited, settled
-from remend.editors.stored import directions_in, symmetric_of
+from remend.editors.stored import FORMAT, described, directions_in, read_editor, symmetric_of
 from remend.editors.traits import Traits, checked
 from remend.errors import ConfigError, FileError
 from remend.models.structure import editable_modules, named_stacks
 from remend.request import EditRequest
-from remend.storage import read_folder, take, write_folder
+from remend.storage import take, write_folder
 from remend.tasks import task_of
 from remend.tasks.task import Batch, Task
 
@@ -136,24 +134,20 @@ class Mend(nn.Module):
         """Load an editor that :meth:`save_pretrained` wrote; ``atlas`` is the one that ships with remend.
 
         Raises:
-            FileError: the folder is missing, damaged, altered, or of an unknown version.
+            FileError: the folder is missing, damaged, altered, of an unknown version, or of another kind of editor.
         """
         path = ATLAS_FOLDER / "editor" if path == ATLAS else Path(path)
-        manifest, tensors = read_folder(path, FORMAT)
-        config = from_json(MendConfig, take(manifest, "config", dict, path))
-        shapes = read_shapes(take(manifest, "shapes", dict, path), path)
+        stored = read_editor(path, cls.traits.name, MendConfig)
         with torch.device("meta"):
-            editor = cls(
-                config, Base.read(take(manifest, "base", dict, path), path), shapes, directions_in(shapes, tensors)
-            )
+            editor = cls(stored.config, stored.base, stored.shapes, directions_in(stored.shapes, stored.tensors))
         try:
             # Stored as float16 where size matters; the editor always computes in float32.
-            found = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+            found = {name: t.float() if t.is_floating_point() else t for name, t in stored.tensors.items()}
             found |= {name: unpacked(found[name]) for name in symmetric_of(editor.state_dict()) & found.keys()}
             editor.load_state_dict(found, assign=True)
         except RuntimeError as error:
             raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
-        editor.trained = take(manifest, "trained", dict, path)
+        editor.trained = take(stored.manifest, "trained", dict, path)
         return editor
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -165,14 +159,7 @@ class Mend(nn.Module):
         state = self.state_dict()
         tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
         tensors |= {name: packed(tensors[name]) for name in symmetric_of(state)}
-        manifest = {
-            "editor": "mend",
-            "config": to_json(self.config),
-            "base": asdict(self.base),
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "trained": self.trained,
-        }
-        return write_folder(path, FORMAT, manifest, tensors)
+        return write_folder(path, FORMAT, {**described(self), "trained": self.trained}, tensors)
 
     # -- the method ----------------------------------------------------------------------------------------------
 

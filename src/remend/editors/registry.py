@@ -13,11 +13,13 @@ from remend.editors.enn import Enn
 from remend.editors.finetune import FineTune, FineTuneLocal
 from remend.editors.in_context import InContext
 from remend.editors.ke import Ke
-from remend.editors.learned import FORMAT, Learned
+from remend.editors.learned import Learned
 from remend.editors.locate import Memit, Rome
+from remend.editors.located import Located
 from remend.editors.mend import Mend
 from remend.editors.protocol import Editor
 from remend.editors.ridge import Ridge
+from remend.editors.stored import FORMAT
 from remend.errors import ConfigError, FileError, nearest
 from remend.storage import read_manifest
 
@@ -33,6 +35,12 @@ UNTRAINED: dict[str, type[Any]] = {
 
 EDITORS: dict[str, type[Any]] = {**TRAINED, **UNTRAINED}
 """All of them."""
+
+STORED: dict[str, type[Any]] = {
+    **TRAINED,
+    **{name: kind for name, kind in UNTRAINED.items() if issubclass(kind, Located)},
+}
+"""Those that are kept in folders: what they learnt or measured takes a while."""
 
 
 def make(
@@ -67,13 +75,26 @@ def make(
     return found
 
 
-def load_trained(path: str | Path) -> Trainable:
-    """The trained editor that a folder holds, of whatever kind.
+def load_editor(path: str | Path) -> Trainable | Located:
+    """The editor that a folder holds, of whatever kind.
 
     Raises:
         FileError: the folder is missing, damaged, altered, of an unknown version, or of an unknown kind.
     """
     kind = read_manifest(path, FORMAT).get("editor")
-    if kind not in TRAINED:
-        raise FileError(f"{path} holds an editor of the kind {kind!r}; this release knows {', '.join(TRAINED)}")
-    return TRAINED[kind].from_pretrained(path)
+    if kind not in STORED:
+        raise FileError(f"{path} holds an editor of the kind {kind!r}; this release knows {', '.join(STORED)}")
+    found: Trainable | Located = STORED[kind].from_pretrained(path)
+    return found
+
+
+def load_trained(path: str | Path) -> Trainable:
+    """The trained editor that a folder holds.
+
+    Raises:
+        FileError: as :func:`load_editor`; or the editor there is of a kind that is not trained.
+    """
+    found = load_editor(path)
+    if not isinstance(found, Trainable):
+        raise FileError(f"{path} holds the editor {found.traits.name!r}, which is not trained; load_editor reads it")
+    return found

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.config import to_json
 from remend.core.layers import device_of
 from remend.editors import Trainable, load_trained
-from remend.editors.learned import FORMAT, Learned
+from remend.editors.learned import Learned
 from remend.editors.mend import Mend
+from remend.editors.stored import FORMAT
 from remend.errors import FileError, TrainingError
 from remend.models import sharding
 from remend.models.loading import choose_device
