@@ -9,6 +9,7 @@ import torch
 import scripted
 from remend.errors import ConfigError, FileError, NonFiniteError
 from remend.evaluation import evaluate, evaluate_checkpoints, metrics
+from remend.evaluation.company import in_company
 from remend.evaluation.comparing import compare
 from remend.evaluation.report import metrics_of
 from remend.evaluation.schema import read_report
@@ -189,6 +190,24 @@ def test_what_another_edit_at_work_changes_is_no_locality():
     assert both.left_out == {"locality prompts that another edit at work changes on purpose": 2}
     after = evaluate(*world, scripted.Numbered(), requests, protocol="sequential")
     assert after.left_out == both.left_out
+
+
+def test_what_is_about_another_edited_subject_is_near():
+    """A far prompt is far from its own request only, once others are edited too."""
+    probes = tuple(Probe(prompt=f"language of {name} is", target="dark") for name in ("B", "AB", "the B C", "D", "A"))
+    requests = [
+        EditRequest(prompt=f"capital of {name} is", target="red", subject=name, locality=probes)
+        for name in ("A", "b c")
+    ]
+    (first, second), left_out = in_company(requests)
+    assert left_out == 0
+    assert [p.prompt for p in first.locality] == [f"language of {name} is" for name in ("B", "AB", "D", "A")]
+    assert [p.prompt for p in first.near] == ["language of the B C is"]
+    assert [p.prompt for p in second.near] == ["language of A is"]
+    alone, left_out = in_company([requests[0]])
+    assert alone == [requests[0]]
+    unnamed = [request.model_copy(update={"subject": None}) for request in requests]
+    assert in_company(unnamed)[0] == unnamed
 
 
 def test_sequential_edits_can_be_forgotten():

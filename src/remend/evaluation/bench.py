@@ -16,6 +16,7 @@ from remend.editors.in_context import ContextEdit
 from remend.editors.protocol import Editor
 from remend.errors import ConfigError
 from remend.evaluation.changes import Apart, Change, Nothing, Told, together
+from remend.evaluation.company import in_company
 from remend.evaluation.journal import Journal
 from remend.evaluation.judging import VALUE, Judge, Values
 from remend.evaluation.looking import View, look
@@ -107,7 +108,7 @@ class Bench:
             total = 0.0
             for start in range(0, whole, size):
                 chunk = self.requests[start : start + size]
-                asked = self._unedited_probes(chunk)
+                asked = self._in_company(chunk)
                 kept = self._find(f"batched-{size}-{start}")
                 if kept is None:
                     seconds, edit = _timed(self.editor.edit, self.task.model, self.task.tokenizer, chunk)
@@ -127,7 +128,7 @@ class Bench:
         edit: AnyEdit | None = None
         done, total = 0, 0.0
         for size in sizes:
-            asked = self._unedited_probes(self.requests[:size])
+            asked = self._in_company(self.requests[:size])
             kept = self._find(f"after-{size}")
             if kept is None:
                 seconds, made = _timed(self._chained, edit, self.requests[done:size])
@@ -214,19 +215,11 @@ class Bench:
         assert edit is not None
         return edit
 
-    def _unedited_probes(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
-        """The same requests without the locality and near prompts that one of them edits: those are meant to change."""
-        edited = {p for r in requests for p in (r.prompt, *r.paraphrases, *r.unseen_paraphrases, *r.formats)}
-        found = []
-        for request in requests:
-            kept = {
-                kind: tuple(probe for probe in getattr(request, kind) if probe.prompt not in edited)
-                for kind in ("locality", "near")
-            }
-            changed = len(request.locality) + len(request.near) - sum(map(len, kept.values()))
-            if changed:
-                self.left_out["locality prompts that another edit at work changes on purpose"] += changed
-            found.append(request.model_copy(update=kept))
+    def _in_company(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
+        """The same requests with what is still theirs to judge while all of them are at work."""
+        found, changed = in_company(requests)
+        if changed:
+            self.left_out["locality prompts that another edit at work changes on purpose"] += changed
         return found
 
     def _beside(self, requests: Sequence[EditRequest]) -> list[Change]:

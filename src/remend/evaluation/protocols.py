@@ -50,7 +50,8 @@ def evaluate(
     ``single``: each edit is made from the untouched model and judged alone. ``batched``: so many at once, by
     :meth:`Editor.edit`, for each of the numbers ``edits``; all of a batch are judged while all are at work. A last
     batch that is not full is left out (and counted). ``sequential``: each edit is made of the model with all earlier
-    ones at work, and after each of the numbers ``edits`` all edits so far are judged.
+    ones at work, and after each of the numbers ``edits`` all edits so far are judged. In these two, what must stay is
+    asked of the whole: :mod:`remend.evaluation.company`.
 
     What is measured, if the requests have data for it, each with its mean over edits:
 
