@@ -121,7 +121,9 @@ def test_one_cell_gives_the_figures_of_the_table(claims, tmp_path, capsys):
     assert one["edit_success"]["n"] == 4
 
 
-@pytest.mark.parametrize("method", ["ft-kl", "ft-local", "ke", "enn", "mend-sum", "mend-gate", "only-u", "attention"])
+@pytest.mark.parametrize(
+    "method", ["ft-kl", "ft-local", "ke", "enn", "mend-sum", "mend-gate", "only-u", "attention", "ridge-gate", "memit"]
+)
 def test_every_kind_of_method_is_computed(claims, tmp_path, method):
     shop = Workshop(tmp_path, claims, TINY)
     found = shop.measure(Cell("claims", method))

@@ -131,9 +131,12 @@ def _recipe(name: str, out: Path, given: dict[str, Any]) -> None:
 
 
 def _workshop(out: Path, scale: Scale, writer: Path | None, text: Path | None) -> Workshop:
+    from transformers.utils import logging
+
     from remend.reproduction.workshop import Workshop
     from remend.reproduction.worlds import worlds
 
+    logging.disable_progress_bar()
     return Workshop(out, worlds(writer, text), scale)
 
 

@@ -44,7 +44,12 @@ STORED: dict[str, type[Any]] = {
 
 
 def make(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Sequence[str] = (), seed: int = 0
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Sequence[str] = (),
+    seed: int = 0,
+    config: Any = None,
 ) -> Editor:
     """An editor that needs no training, for a model.
 
@@ -54,6 +59,7 @@ def make(
         tokenizer: the model's.
         text: passages of ordinary text, for those that measure what the model reads.
         seed: of whatever is drawn.
+        config: the editor's settings; its own default without. ``in-context`` has none.
 
     Raises:
         ConfigError: there is no such editor, or it needs something that is missing.
@@ -68,10 +74,13 @@ def make(
     kind = UNTRAINED[name]
     if kind.traits.needs == "text" and not text:
         raise ConfigError(f"{name} measures what the model reads on a text: give one (--statistics FILE)")
-    if issubclass(kind, FineTune | InContext):
-        found: Editor = kind.for_model(model)
+    found: Editor
+    if issubclass(kind, InContext):
+        found = kind.for_model(model)
+    elif issubclass(kind, FineTune):
+        found = kind.for_model(model, config)
     else:
-        found = kind.for_model(model, tokenizer, text, seed=seed)
+        found = kind.for_model(model, tokenizer, text, config, seed=seed)
     return found
 
 

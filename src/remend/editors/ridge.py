@@ -47,16 +47,22 @@ class RidgeConfig:
         strength: an edit is so many times as strong as would just do: more reaches more paraphrases, and neighbours.
         ridge: λ of the regression, as a share of a key's mean answer to itself.
         floor: what the whitening adds to every eigenvalue of the keys, as a share of their mean.
+        gate: if not 0, an edit acts only on keys that answer to it with more than this (its own answer with 1): what a
+            hundred edits at once do to each other's neighbours falls below it. It is no change of a weight then
+            (:class:`remend.core.low_rank.LowRank`).
     """
 
     strength: float = 2.0
     ridge: float = 0.01
     floor: float = 0.01
+    gate: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("strength", "ridge", "floor"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.gate < 1:
+            raise ConfigError(f"gate is a share of an edit's answer to itself, from 0 to below 1, not {self.gate}")
 
 
 class Ridge:
@@ -136,7 +142,7 @@ class Ridge:
 
     def _solved(self, name: str, keys: Float[Tensor, "row d_in"], moves: Float[Tensor, "row d_out"]) -> LowRank:
         """ΔW = Vᵀ (K Kᵀ + λ I)⁻¹ K in whitened coordinates: a pair for each key."""
-        found = least_squares(keys, moves, ridge=self.config.ridge)
+        found = least_squares(keys, moves, ridge=self.config.ridge, gate=self.config.gate)
         return replace(found, u=self.whitening[name](found.u))
 
     @torch.inference_mode(False)
@@ -168,7 +174,8 @@ class Ridge:
         """What each request of a batch would make by itself, as a batched change."""
         parts = [self._solved(name, k, v) for k, v in zip(*(x.split(rows.counts) for x in (keys, moves)), strict=True)]
         table = Table(rows.counts, keys.device)
-        return LowRank(table(torch.cat([own.u for own in parts])), table(torch.cat([own.delta for own in parts])))
+        u, delta = torch.cat([own.u for own in parts]), torch.cat([own.delta for own in parts])
+        return LowRank(table(u), table(delta), self.config.gate)
 
     def _signature(self) -> dict[str, object]:
         return {"name": self.traits.name, **asdict(self.config)}

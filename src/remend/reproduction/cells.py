@@ -9,6 +9,7 @@ from typing import Any
 from remend.editors.config import MendConfig
 from remend.editors.enn import EnnConfig
 from remend.editors.ke import KeConfig
+from remend.editors.ridge import RidgeConfig
 from remend.training.config import PRESETS, TrainingConfig
 
 FAITHFUL = MendConfig(rank=384, relative=True, alpha=0.1)
@@ -54,6 +55,9 @@ METHODS: dict[str, Method] = {
     "mend-paper": Method("mend", "MEND, as published", FAITHFUL, AS_PUBLISHED),
     "mend": Method("mend", "MEND, `default`", PRESETS["default"][0], WITH_NEAR),
     "ridge": Method("ridge", "ridge"),
+    "ridge-gate": Method("ridge", "ridge, gated", RidgeConfig(strength=1.6, gate=0.4)),
+    "rome": Method("rome", "ROME"),
+    "memit": Method("memit", "MEMIT"),
     "cache": Method("cache", "cache"),
     "in-context": Method("in-context", "in context"),
     "mend-sum": Method("mend", "MEND, `default`, summed", PRESETS["default"][0], WITH_NEAR),

@@ -39,6 +39,7 @@ class Table:
         paper: the paper's figures by method and column, as printed there.
         findings: what is said of it.
         note: what differs from the paper's.
+        only: of methods that are measured in some worlds alone, which.
     """
 
     name: str
@@ -113,6 +114,17 @@ def _dominates(method: str, others: tuple[str, ...]) -> Callable[[Results, str],
     return check
 
 
+def _best(methods: tuple[str, ...], world: str) -> Callable[[Results], bool | None]:
+    """Whether one of the methods has success ≥ .95 with drawdown ≤ .01 at 125 edits."""
+    return lambda results: _any(
+        _all(
+            _at_least(results.success(world, method, 125), 0.95, 0),
+            _at_least(0.01, results.drawdown(world, method, 125), 0),
+        )
+        for method in methods
+    )
+
+
 WORLDS = (PASSAGES, "questions", "claims", "facts")
 KNOWING = ("questions", "claims", "facts")
 MANY = (1, 5, 25, 75, 125)
@@ -120,7 +132,7 @@ MANY = (1, 5, 25, 75, 125)
 EDITORS = Table(
     "3 and 4",
     "editors on each task",
-    ("ft", "ft-kl", "ke", "enn", "mend-paper", "mend", "ft-local", "ridge", "in-context"),
+    ("ft", "ft-kl", "ke", "enn", "mend-paper", "mend", "ft-local", "ridge", "rome", "memit", "in-context"),
     tuple((world, 1) for world in WORLDS),
     {
         **_paper(
@@ -157,13 +169,15 @@ EDITORS = Table(
         ),
     ),
     "The paper's columns are its small models' (Table 4): distilGPT-2, BART-base and BERT-base. KE and ENN are trained "
-    "on the same requests and near negatives as `default`; MEND as published sees random locality examples.",
+    "on the same requests and near negatives as `default`; MEND as published sees random locality examples. ROME and "
+    "MEMIT have seen the sentences that the decoder learned from, without the subjects of any test.",
+    {"rome": ("facts",), "memit": ("facts",)},
 )  # fmt: skip
 
 TOGETHER = Table(
     "5",
     "several edits at once",
-    ("enn", "mend-paper", "mend-sum", "mend", "mend-gate"),
+    ("enn", "mend-paper", "mend-sum", "mend", "mend-gate", "memit", "ridge", "ridge-gate"),
     tuple((world, edits) for world in ("questions", "facts") for edits in MANY),
     {
         key: figure
@@ -195,14 +209,16 @@ TOGETHER = Table(
             ),
         ),
         Finding(
+            "the bar: at 125 edits of questions, success ≥ .95 with drawdown ≤ .01",
+            _best(("mend", "mend-gate", "ridge", "ridge-gate"), "questions"),
+        ),
+        Finding(
             "the bar: at 125 edits of facts, success ≥ .95 with drawdown ≤ .01",
-            lambda r: _any(
-                _all(_at_least(r.success("facts", m, 125), 0.95, 0), _at_least(0.01, r.drawdown("facts", m, 125), 0))
-                for m in ("mend", "mend-gate")
-            ),
+            _best(("mend", "mend-gate", "ridge", "ridge-gate"), "facts"),
         ),
     ),
     "A gated edit acts through a threshold and is no change of a weight: it cannot be merged, nor be an adapter.",
+    {"memit": ("facts",)},
 )  # fmt: skip
 
 ABLATIONS = Table(

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from remend.editors import TRAINED, Editor, Trainable, load_trained, make
+from remend.editors import EDITORS, TRAINED, Editor, Trainable, load_trained, make
 from remend.editors.finetune import FineTune, FineTuneConfig
 from remend.errors import ConfigError
 from remend.evaluation import evaluate
@@ -117,7 +117,8 @@ class Workshop:
             locality = home.requests("train")[: 10 * self.scale.requests]
             return FineTune.for_model(home.model, FineTuneConfig(kl_weight=1.0, seed=cell.seed), locality=locality)
         if method.training is None:
-            return make(method.editor, home.model, home.tokenizer, seed=cell.seed)
+            text = home.sentences() if EDITORS[method.editor].traits.needs == "text" else ()
+            return make(method.editor, home.model, home.tokenizer, text, cell.seed, method.config)
         found: Any = self.trained(cell)
         if cell.method in SAME_TRAINING:
             found.config = replace(

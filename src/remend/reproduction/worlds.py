@@ -102,6 +102,11 @@ class Inhabited:
             write_requests(file, made)
         return read_requests(file)
 
+    def sentences(self) -> list[str]:
+        """What the model learned to say of the training split's subjects, as text for editors that measure what it reads."""
+        probes = (probe for request in self.requests("train") for probe in (*request.locality, *request.near))
+        return list(dict.fromkeys(f"{probe.prompt} {probe.target}." for probe in probes if probe.target))
+
     def passages(self, split: str) -> Sequence[str]:
         """The part of the held-out text that belongs to a split; none where there is no text."""
         if self.world.text is None:
