@@ -7,12 +7,13 @@ import pytest
 
 from remend.cli import run
 from remend.errors import ConfigError
-from remend.reproduction import TABLES, Cell, Scale, Workshop, cells, worlds
+from remend.reproduction import TABLES, Cell, Given, Scale, Workshop, cells, worlds
 from remend.reproduction.cells import METHODS
 from remend.reproduction.memory import METHODS as MEASURED
 from remend.reproduction.memory import measure
 from remend.reproduction.results import Figure, Results
 from remend.reproduction.tables import CACHE, EDITORS, TOGETHER
+from remend.request import write_requests
 
 TINY = Scale(seeds=2, requests=4, steps=2, train=40, many=4, text_tokens=32, memory=(256,))
 
@@ -21,10 +22,13 @@ TINY = Scale(seeds=2, requests=4, steps=2, train=40, many=4, text_tokens=32, mem
 def claims(monkeypatch):
     """Only the smallest world, and hardly any of it."""
     only = {"claims": worlds.worlds()["claims"]}
-    monkeypatch.setattr(worlds, "worlds", lambda writer=None, text=None: only)
+    monkeypatch.setattr(worlds, "worlds", lambda given=None: only)
     for name in ("FULL", "QUICK"):
         monkeypatch.setattr(cells, name, TINY)
     return only
+
+
+KNOWN = ("passages", *worlds.worlds())
 
 
 class Made:
@@ -39,15 +43,17 @@ class Made:
     def drawdown(self, world, method, edits=1):
         return self._drawdown.get((world, method, edits), math.nan)
 
+    def given(self):
+        return [world for world in dict.fromkeys(world for world, _, _ in self._success) if world not in KNOWN]
+
     def locality(self, world, method, kind):
         return self._locality.get((world, method, kind), math.nan)
 
 
 def test_every_table_names_methods_and_worlds_that_exist():
-    known = {"passages", *worlds.worlds()}
     for table in TABLES.values():
         assert set(table.methods) <= METHODS.keys()
-        assert {world for world, _ in table.columns} <= known
+        assert {world for world, _ in table.columns} <= set(KNOWN)
         for method, world, edits in table.paper:
             assert method in table.methods, (table.name, method)
             assert (world, edits) in table.columns, (table.name, world, edits)
@@ -79,6 +85,9 @@ def test_findings_hold_or_not():
     places = {("facts", m, k): 0.9 for m in ("mend", "ke", "enn") for k in ("far", "near")}
     assert best.holds(Made(equal, locality=places)) is True
     assert best.holds(Made(equal, locality={**places, ("facts", "ke", "near"): 0.95})) is False
+    worse = {("own", m, 1): 0.9 for m in ("mend", "ke")} | {("own", "enn", 1): 0.95}
+    there = {("own", m, k): 0.9 for m in ("mend", "ke", "enn") for k in ("far", "near")}
+    assert best.holds(Made(equal | worse, locality=places | there)) is False, "a given world counts"
 
 
 def test_intervals_over_seeds():
@@ -146,7 +155,7 @@ def test_passages_are_parted_and_edited(tmp_path):
         for a, b in pairs
     ]
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
-    found = worlds.worlds(tmp_path / "writer", tmp_path / "text.txt")
+    found = worlds.worlds(Given(tmp_path / "writer", tmp_path / "text.txt"))
     shop = Workshop(tmp_path / "out", found, TINY)
     home = shop.home("passages")
     parts = {split: set(home.passages(split)) for split in worlds.SPLITS}
@@ -154,6 +163,27 @@ def test_passages_are_parted_and_edited(tmp_path):
     assert not parts["train"] & parts["test"]
     figures = shop.measure(Cell("passages", "mend-paper"))["figures"]
     assert {"edit_success", "perplexity_drawdown"} <= figures.keys()
+
+
+def test_a_world_of_ones_own(tmp_path, capsys, monkeypatch):
+    import worlds as tiny
+
+    for name in ("FULL", "QUICK"):
+        monkeypatch.setattr(cells, name, TINY)
+    folder = tmp_path / "capitals"
+    tiny.gpt2().save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    requests = tiny.requests(12)
+    for split, own in zip(worlds.REQUESTS, (requests[:8], requests[8:10], requests[10:]), strict=True):
+        write_requests(folder / f"{split}.jsonl", own)
+    there = worlds.worlds(Given(world=folder))
+    assert Cell("capitals", "ke", 1, 1) in EDITORS.cells(TINY, there)
+    assert ("capitals", 1) not in CACHE.columns_in(there)
+    assert run(["reproduce", "--out", str(tmp_path / "out"), "--cell", "capitals/ft/1/0", "--world", str(folder)]) == 0
+    assert "capitals/ft/1/0" in capsys.readouterr().out
+    (folder / "test.jsonl").unlink()
+    assert run(["reproduce", "--out", str(tmp_path / "out"), "--world", str(folder)]) == 2
+    assert "lacks test.jsonl" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -164,6 +194,7 @@ def test_passages_are_parted_and_edited(tmp_path):
         (["--cell", "seas/mend/1/0"], "there is no world 'seas' here"),
         (["gpt-jay"], "there is no recipe 'gpt-jay'"),
         (["--limit", "3"], "are of a recipe: name one"),
+        (["distilgpt2", "--world", "capitals"], "--world is of the tables"),
     ],
 )
 def test_wrong_use(claims, tmp_path, capsys, arguments, message):
@@ -180,7 +211,7 @@ def test_a_folder_of_another_size_is_refused(claims, tmp_path):
 
 def test_a_writer_needs_a_text(tmp_path):
     with pytest.raises(ConfigError, match="give both, or none"):
-        worlds.worlds(tmp_path, None)
+        worlds.worlds(Given(writer=tmp_path))
 
 
 def test_memory_is_measured_once(tmp_path, monkeypatch):

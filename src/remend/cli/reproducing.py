@@ -19,7 +19,7 @@ from remend.cli.words import plain
 from remend.errors import ConfigError
 
 if TYPE_CHECKING:
-    from remend.reproduction import Cell, Scale, Workshop
+    from remend.reproduction import Cell, Given, Scale, Workshop
 
 
 def reproduce(
@@ -44,6 +44,10 @@ def reproduce(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Passages that it did not learn from, for its edits.")
     ] = None,
+    world: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A model/ and its train, validation and test.jsonl: a column of Table 3."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Every cell, on less data and in minutes.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many times each cell is measured.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that compute cells.")] = 1,
@@ -64,6 +68,7 @@ def reproduce(
     """
     from remend.reproduction.cells import FULL, QUICK
     from remend.reproduction.tables import TABLES
+    from remend.reproduction.worlds import Given
 
     if recipes:
         _list()
@@ -77,6 +82,8 @@ def reproduce(
             "max_steps": max_steps,
         }
         given |= {"text": text and str(text), "writer": writer and str(writer), "limit": limit, "device": device}
+        if world is not None:
+            raise ConfigError("--world is of the tables; a recipe takes --model, --train, --validation and --test")
         _recipe(recipe, out or Path(Path(recipe).stem), given)
         return
     if any(own is not None for own in (model, train, validation, test, limit, max_steps)):
@@ -87,15 +94,16 @@ def reproduce(
         raise ConfigError(f"there is no table {unknown[0]!r} here; there are {', '.join(TABLES)} and memory")
     scale = QUICK if quick else FULL
     scale = replace(scale, seeds=seeds or scale.seeds)
+    there = Given(writer, text, world)
     if cell is not None:
-        _one(cell, out, scale, writer, text)
+        _one(cell, out, scale, there)
         return
     console = Console()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    shop = _workshop(out, scale, writer, text)
+    shop = _workshop(out, scale, there)
     cells = _ordered([own for name in wanted if name in TABLES for own in TABLES[name].cells(scale, shop.worlds)])
-    _compute(console, shop, cells, jobs, writer, text)
-    command = _command(out, writer, text, quick, seeds)
+    _compute(console, shop, cells, jobs, there)
+    command = _command(out, there, quick, seeds)
     _write(console, shop, [name for name in wanted if name in TABLES], "memory" in wanted, command)
 
 
@@ -130,14 +138,14 @@ def _recipe(name: str, out: Path, given: dict[str, Any]) -> None:
     console.print(f"the figures, beside the paper's, are in [bold]{plain(out / 'summary.md')}[/]", soft_wrap=True)
 
 
-def _workshop(out: Path, scale: Scale, writer: Path | None, text: Path | None) -> Workshop:
+def _workshop(out: Path, scale: Scale, given: Given) -> Workshop:
     from transformers.utils import logging
 
     from remend.reproduction.workshop import Workshop
     from remend.reproduction.worlds import worlds
 
     logging.disable_progress_bar()
-    return Workshop(out, worlds(writer, text), scale)
+    return Workshop(out, worlds(given), scale)
 
 
 def _ordered(cells: list[Cell]) -> list[Cell]:
@@ -158,9 +166,7 @@ def _groups(cells: list[Cell]) -> list[list[Cell]]:
     return list(found.values())
 
 
-def _compute(
-    console: Console, shop: Workshop, cells: list[Cell], jobs: int, writer: Path | None, text: Path | None
-) -> None:
+def _compute(console: Console, shop: Workshop, cells: list[Cell], jobs: int, given: Given) -> None:
     """Measure what is missing, in one process or several, with a bar."""
     from remend.reproduction.worlds import PASSAGES
 
@@ -187,7 +193,7 @@ def _compute(
                 shop.home(PASSAGES).requests(split)
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             groups = _groups(missing)
-            running = [pool.submit(_part, shop.folder, shop.scale, writer, text, group) for group in groups]
+            running = [pool.submit(_part, shop.folder, shop.scale, given, group) for group in groups]
             for done, group in zip(running, groups, strict=True):
                 done.result()
                 bar.update(task, advance=len(group), description=group[-1].id)
@@ -195,15 +201,15 @@ def _compute(
                     console.print(f"{group[-1].id}: done", soft_wrap=True)
 
 
-def _part(out: Path, scale: Scale, writer: Path | None, text: Path | None, cells: list[Cell]) -> None:
+def _part(out: Path, scale: Scale, given: Given, cells: list[Cell]) -> None:
     """One process's part."""
     import torch
 
     torch.set_num_threads(1)
-    _workshop(out, scale, writer, text).compute(cells)
+    _workshop(out, scale, given).compute(cells)
 
 
-def _one(name: str, out: Path, scale: Scale, writer: Path | None, text: Path | None) -> None:
+def _one(name: str, out: Path, scale: Scale, given: Given) -> None:
     """Compute one cell and print its figures."""
     from rich.table import Table
 
@@ -212,7 +218,7 @@ def _one(name: str, out: Path, scale: Scale, writer: Path | None, text: Path | N
     cell = Cell.parse(name)
     if cell is None:
         raise ConfigError(f"{name!r} is no cell: it is WORLD/METHOD/EDITS/SEED, with a method of {', '.join(METHODS)}")
-    shop = _workshop(out, scale, writer, text)
+    shop = _workshop(out, scale, given)
     shop.compute([cell])
     found = shop.found(cell)
     assert found is not None
@@ -225,11 +231,10 @@ def _one(name: str, out: Path, scale: Scale, writer: Path | None, text: Path | N
     Console().print(table)
 
 
-def _command(out: Path, writer: Path | None, text: Path | None, quick: bool, seeds: int | None) -> str:
+def _command(out: Path, given: Given, quick: bool, seeds: int | None) -> str:
     """What computes all this again."""
     parts = ["remend reproduce", f"--out {out.name}"]
-    parts += [f"--writer {writer.name}"] if writer else []
-    parts += [f"--text {text.name}"] if text else []
+    parts += [f"--{name} {path.name}" for name, path in vars(given).items() if path is not None]
     parts += ["--quick"] if quick else []
     parts += [f"--seeds {seeds}"] if seeds else []
     return " ".join(parts)

@@ -48,7 +48,7 @@ def fill(table: Table, results: Results, command: str) -> Filled:
         command: what computes it again.
     """
     worlds = results.workshop.worlds
-    columns = [(world, edits) for world, edits in table.columns if world in worlds]
+    columns = table.columns_in(worlds)
     several = any(edits > 1 for _, edits in columns)
     head = tuple(
         f"{world}, {edits}" if several else f"{world} ({worlds[world].paper or worlds[world].what})"

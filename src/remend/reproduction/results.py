@@ -49,6 +49,10 @@ class Results:
     def __init__(self, workshop: Workshop) -> None:
         self.workshop = workshop
 
+    def given(self) -> list[str]:
+        """The worlds that are not built in."""
+        return [name for name, world in self.workshop.worlds.items() if world.folder is not None]
+
     def get(self, world: str, method: str, metric: str, edits: int = 1) -> Figure | None:
         """A metric of one method; None where nothing was measured."""
         cells = [Cell(world, method, edits, seed) for seed in range(self.workshop.scale.seeds)]

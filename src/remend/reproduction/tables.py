@@ -40,6 +40,7 @@ class Table:
         findings: what is said of it.
         note: what differs from the paper's.
         only: of methods that are measured in some worlds alone, which.
+        grows: whether worlds that are given are columns too.
     """
 
     name: str
@@ -50,14 +51,20 @@ class Table:
     findings: tuple[Finding, ...]
     note: str = ""
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    grows: bool = False
+
+    def columns_in(self, worlds: Mapping[str, World]) -> list[tuple[str, int]]:
+        """The columns for which there is a world."""
+        given = [(name, 1) for name, world in worlds.items() if self.grows and world.folder is not None]
+        return [(world, edits) for world, edits in self.columns if world in worlds] + given
 
     def cells(self, scale: Scale, worlds: Mapping[str, World]) -> list[Cell]:
         """What has to be measured for it; single edits of all seeds before the next method's."""
         return [
             Cell(world, method, edits, seed)
             for method in self.methods
-            for world, edits in self.columns
-            if world in worlds and world in self.only.get(method, (world,))
+            for world, edits in self.columns_in(worlds)
+            if world in self.only.get(method, (world,))
             for seed in range(scale.seeds)
         ]
 
@@ -83,10 +90,10 @@ def _at_least(one: float, other: float, slack: float = SLACK) -> bool | float:
 
 
 def _each(worlds: tuple[str, ...], holds: Callable[[Results, str], bool | None]) -> Callable[[Results], bool | None]:
-    """Whether something holds in each world that was measured; None if none was."""
+    """Whether something holds in each world that was measured, those that are given too; None if none was."""
 
     def check(results: Results) -> bool | None:
-        found = [own for world in worlds if (own := holds(results, world)) is not None]
+        found = [own for world in (*worlds, *results.given()) if (own := holds(results, world)) is not None]
         return all(found) if found else None
 
     return check
@@ -172,6 +179,7 @@ EDITORS = Table(
     "on the same requests and near negatives as `default`; MEND as published sees random locality examples. ROME and "
     "MEMIT have seen the sentences that the decoder learned from, without the subjects of any test.",
     {"rome": ("facts",), "memit": ("facts",)},
+    grows=True,
 )  # fmt: skip
 
 TOGETHER = Table(

@@ -21,6 +21,8 @@ SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.1, "text": 0.1}
 """Parts of the held-out text: of three kinds of request, and of what perplexity is measured on."""
 WORDS = 40
 """Of each passage only so much is used: training goes three times as fast as with the paper's hundred tokens."""
+REQUESTS = ("train", "validation", "test")
+"""The splits of requests."""
 MOST = {"train": 1_200, "validation": 100, "test": 200}
 """Requests that are made of passages."""
 
@@ -37,6 +39,7 @@ class World:
         attention: globs of the attention's matrices (Table 9).
         drawdown: the metric that says what an edit costs elsewhere.
         text: of the generation task, a file of passages that the model did not learn from.
+        folder: of a world that is not built in, where its requests are.
     """
 
     name: str
@@ -46,14 +49,31 @@ class World:
     attention: tuple[str, ...]
     drawdown: str = "accuracy_drawdown"
     text: Path | None = None
+    folder: Path | None = None
 
 
-def worlds(writer: Path | None = None, text: Path | None = None) -> dict[str, World]:
-    """The worlds there are: the three built-in models and, if its folder is given, a model that writes.
+@dataclass(frozen=True)
+class Given:
+    """What is compared besides the built-in models.
+
+    Attributes:
+        writer: a causal language model for the generation task.
+        text: passages that it did not learn from.
+        world: a folder with a ``model`` and its requests: ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``.
+    """
+
+    writer: Path | None = None
+    text: Path | None = None
+    world: Path | None = None
+
+
+def worlds(given: Given = Given()) -> dict[str, World]:  # it is frozen
+    """The worlds there are: the three built-in models, and what is given.
 
     Raises:
-        ConfigError: only one of model and text is given.
+        ConfigError: only one of a writer and its text is given, or a folder holds no world.
     """
+    writer, text = given.writer, given.text
     if (writer is None) != (text is None):
         raise ConfigError(
             "the generation task needs a model and passages that it did not learn from: give both, or none"
@@ -73,7 +93,24 @@ def worlds(writer: Path | None = None, text: Path | None = None) -> dict[str, Wo
                 PASSAGES, str(writer), "a decoder that writes", "Wikitext", attention, "perplexity_drawdown", text
             ),
         )  # fmt: skip
+    if given.world is not None:
+        found.append(_own(given.world, [world.name for world in found]))
     return {world.name: world for world in found}
+
+
+def _own(folder: Path, taken: Sequence[str]) -> World:
+    """The world of a folder, by whose name it is called.
+
+    Raises:
+        ConfigError: something is missing there, or the name is taken.
+    """
+    name = folder.resolve().name
+    needed = ["model", *(f"{split}.jsonl" for split in REQUESTS)]
+    if missing := [part for part in needed if not (folder / part).exists()]:
+        raise ConfigError(f"{folder} lacks {missing[0]}; a world is a folder with {', '.join(needed)}")
+    if name in taken:
+        raise ConfigError(f"there is a world {name!r} already: rename {folder}")
+    return World(name, str(folder / "model"), "a model of your own", "", (), folder=folder)
 
 
 class Inhabited:
@@ -92,6 +129,8 @@ class Inhabited:
 
     def requests(self, split: str) -> list[EditRequest]:
         """The requests of one split."""
+        if self.world.folder is not None:
+            return read_requests(self.world.folder / f"{split}.jsonl")
         if self.world.text is None:
             return read_source(f"{self.world.source}:{split}")
         file = self.folder / f"{self.world.name}-{split}.jsonl"
@@ -103,7 +142,7 @@ class Inhabited:
         return read_requests(file)
 
     def sentences(self) -> list[str]:
-        """What the model learned to say of the training split's subjects, as text for editors that measure what it reads."""
+        """What the model learned to say of the training split's subjects, as text."""
         probes = (probe for request in self.requests("train") for probe in (*request.locality, *request.near))
         return list(dict.fromkeys(f"{probe.prompt} {probe.target}." for probe in probes if probe.target))
 
