@@ -7,7 +7,8 @@ template, ground_truth, target_new), and the templates are those of each relatio
 neighbours are chosen; a GPT-2 is trained from nothing to know them in five phrasings each; then ``remend train`` and
 ``remend evaluate`` do what they do with anybody's model. Each test request is CounterFact's own: its template, its
 subject, its new target. On one thread in about an hour; models and requests go to ``build/counterfact``, the figures to
-``benchmarks/results/counterfact.json`` and, as a table, beside it. ``--resume`` goes on with the model's checkpoint.
+``benchmarks/results/counterfact.json`` and, as a table, beside it. ``--resume`` goes on with the model's checkpoint, and
+``--only-model`` ends with the folder that ``remend reproduce --world`` takes.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def main() -> None:
     made.add_argument("--templates", type=Path, default=HERE.parents[1] / "shared/data/pararel/templates.json")
     made.add_argument("--result", type=Path, default=HERE / "results" / "counterfact.json")
     made.add_argument("--steps", type=int, default=PRESETS["default"][1].max_steps, help="of the editor's training")
+    made.add_argument("--only-model", action="store_true", help="make the model and the requests, and no editor")
     made.set_defaults(phrasings=2)
     arguments = made.parse_args()
     began = time.perf_counter()
@@ -94,6 +96,8 @@ def main() -> None:
         write_requests(files[split], list(known.requests(split, targets)))
     if arguments.resume or not (arguments.out / "config.json").exists():
         memorise(StatementMemoriser, known, arguments)
+    if arguments.only_model:
+        return
     trained = time.perf_counter() - began
     report = edit(arguments, files)
     write(arguments, known, report, {"model_seconds": trained, "all_seconds": time.perf_counter() - began})
