@@ -183,13 +183,13 @@ def test_memit_s_dual_form_is_the_dense_solution(decoder):
     name, (d_in, d_out) = next(iter(editor.shapes.items()))
     generator = torch.Generator().manual_seed(0)
     keys, missing = torch.randn(7, d_in, generator=generator), torch.randn(7, d_out, generator=generator)
-    found = editor.solved(name, keys, missing, together=True).dense()
+    found = editor._solved(name, keys, missing, together=True).dense()
     k, r, lam = keys.mT.double(), missing.mT.double(), 0.3 * d_in
     dense = r @ k.mT @ torch.linalg.inv(lam * editor.covariances[name].double() + k @ k.mT)  # Eq. 14
     torch.testing.assert_close(found.double(), dense, rtol=1e-3, atol=1e-5)
-    alone = editor.solved(name, keys, missing, together=False)
+    alone = editor._solved(name, keys, missing, together=False)
     for e in range(7):
-        single = editor.solved(name, keys[e : e + 1], missing[e : e + 1], together=True)
+        single = editor._solved(name, keys[e : e + 1], missing[e : e + 1], together=True)
         torch.testing.assert_close(alone.first(e, 1).dense(), single.dense())
 
 

@@ -99,7 +99,7 @@ class FineTune:
         layers: str | None = None,
         locality: Sequence[EditRequest] = (),
     ) -> FineTune:
-        """The editor for ``model``; by default of the matrices that MEND edits: the MLPs' of the last three blocks.
+        """The editor for ``model``; by default of the matrices of :meth:`usual`.
 
         Args:
             model: the base model.
@@ -112,6 +112,8 @@ class FineTune:
             ModelError: there is nothing to edit, or nothing matches.
             ConfigError: a matrix belongs to several experts, or the settings do not go together.
         """
+        if not modules and layers is None:
+            modules = cls.usual(model)
         chosen = editable_modules(model, modules, layers=layers)
         if several := [name for name, module in chosen.items() if experts_of(module)]:
             raise ConfigError(
@@ -119,6 +121,11 @@ class FineTune:
                 "edit never reaches: name other matrices (attention's, say), or use MEND"
             )
         return cls(config or cls.default(), Base.of(model, chosen), tuple(chosen), locality)
+
+    @classmethod
+    def usual(cls, model: PreTrainedModel) -> Sequence[str]:
+        """The matrices that are tuned where none are named: those that MEND edits, the MLPs' of the last blocks."""
+        return ()
 
     @classmethod
     def default(cls) -> FineTuneConfig:
@@ -165,22 +172,13 @@ class FineTuneLocal(FineTune):
 
     traits: ClassVar[Traits] = Traits("finetune-local", "Yang et al. (arXiv 2509.22072)", "nothing", "dense", True)
     DEPTH: ClassVar[float] = 0.7
-    """Where in the depth of the model the matrix lies, by default."""
+    """Where in the depth of the model the matrix lies, where none is named."""
 
     @classmethod
-    def for_model(
-        cls,
-        model: PreTrainedModel,
-        config: FineTuneConfig | None = None,
-        modules: Sequence[str] = (),
-        layers: str | None = None,
-        locality: Sequence[EditRequest] = (),
-    ) -> FineTune:
-        """As :meth:`FineTune.for_model`; by default one MLP's narrowing matrix, at :data:`DEPTH` of the model."""
-        if not modules and layers is None:
-            every = list(editable_modules(model, (), outputs_only=True, layers="0.0-1.0"))
-            modules = [every[min(len(every) - 1, int(cls.DEPTH * len(every)))]]
-        return super().for_model(model, config, modules, layers, locality)
+    def usual(cls, model: PreTrainedModel) -> Sequence[str]:
+        """One MLP's narrowing matrix, at :data:`DEPTH` of the model."""
+        every = list(editable_modules(model, (), outputs_only=True, layers="0.0-1.0"))
+        return [every[min(len(every) - 1, int(cls.DEPTH * len(every)))]]
 
     @classmethod
     def default(cls) -> FineTuneConfig:

@@ -142,10 +142,10 @@ class Memit(Located):
                     keys.append(sites.keys(name, modules[name]))
                 given.append(sites.by_itself(written[0]))
             missing = (goals - torch.cat(given)) / (len(self.shapes) - place)
-            changes[name] = self.solved(name, torch.cat(keys), missing, together)
+            changes[name] = self._solved(name, torch.cat(keys), missing, together)
         return changes
 
-    def solved(
+    def _solved(
         self, name: str, keys: Float[Tensor, "request d_in"], missing: Float[Tensor, "request d_out"], together: bool
     ) -> LowRank:
         """The change that gives each key what it misses, if ordinary keys let it; of each request by itself, or all."""
