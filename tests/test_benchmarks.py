@@ -28,6 +28,7 @@ import kill_and_resume  # noqa: E402
 import prefix_cache  # noqa: E402
 import scaling  # noqa: E402
 import time_to_quality  # noqa: E402
+import together  # noqa: E402
 import training_speed  # noqa: E402
 import variants  # noqa: E402
 
@@ -290,3 +291,10 @@ def test_the_committed_results_can_be_drawn(tmp_path):
     drawn = {file.stem for file in tmp_path.glob("*.png")}
     there = {file.stem for file in (FOLDER / "results").glob("*.json")} & plot.PLOTS.keys()
     assert drawn == there - {"gpu"} or drawn == there
+
+
+def test_together(measured):
+    config = {"worlds": {"questions": "ridge"}, "edits": 4, "kept": [0.5, 0.9], "seeds": [0]}
+    half, most = measured(together, config)["worlds"]["questions"]
+    assert 1.2 > half["threshold"] > most["threshold"] > 0.2, "paraphrases answer to their edits"
+    assert 0 <= half["locality"] <= most["locality"] <= 1
