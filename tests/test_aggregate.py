@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import remend
 from remend.core.aggregate import FLOOR, definite, least_squares
 from remend.core.symmetric import Symmetric
+from remend.tasks import task_of
 
 
 def random_metric(d, generator):
@@ -56,6 +57,22 @@ def test_a_metric_is_made_definite():
     for metric in (Symmetric(values.diag()), Symmetric(values, basis)):
         kept = definite(metric).matrix.diagonal()
         torch.testing.assert_close(kept, torch.tensor([1.0, 0.5, FLOOR, FLOOR]))
+
+
+def test_each_matrix_moves_at_each_request_as_by_its_edit_alone():
+    """At every token of a target, all that the request's own edit does there, whatever the other edits add."""
+    model, tokenizer = remend.load("atlas")
+    editor, task = remend.Mend.from_pretrained("atlas"), task_of(model, tokenizer)
+    requests = random.Random(1).sample(remend.read_source("atlas:validation"), 10)
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in editor.shapes}
+    alone = editor._changes(task, requests, inputs)
+    together = editor.edit(model, tokenizer, requests)
+    for name, change in together.changes.items():
+        parts = [own[name] for own in alone]
+        assert max(part.rank for part in parts) > 1
+        keys = torch.cat(inputs[name])
+        wanted = torch.cat([p.branch(k) for p, k in zip(parts, keys.split([p.rank for p in parts]), strict=True)])
+        assert (change.branch(keys) - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_edits_together_act_as_each_alone():

@@ -1,16 +1,23 @@
 """Every metric and protocol on a model whose answers are written down: the values are computed by hand."""
 
+import copy
 import json
 import math
 
 import pytest
 import torch
 
+import families
+import remend
 import scripted
+from remend.editors import MendConfig, make
+from remend.editors.enn import Enn
+from remend.editors.ridge import RidgeConfig
 from remend.errors import ConfigError, FileError, NonFiniteError
 from remend.evaluation import evaluate, evaluate_checkpoints, metrics
 from remend.evaluation.company import in_company
 from remend.evaluation.comparing import compare
+from remend.evaluation.journal import about
 from remend.evaluation.report import metrics_of
 from remend.evaluation.schema import read_report
 from remend.request import EditRequest, Probe
@@ -291,6 +298,35 @@ def test_a_stopped_evaluation_goes_on(world, tmp_path, monkeypatch):
             [c.to_json() for c in run.cases] for run in whole.runs
         ]
         assert not folder.exists()
+
+
+def test_an_evaluation_is_told_by_the_editors_settings():
+    task = families.task("gpt2")
+    editors = [
+        make("ridge", task.model, task.tokenizer, config=RidgeConfig(strength=strength), seed=seed)
+        for strength, seed in ((1.0, 0), (5.0, 0), (1.0, 1))
+    ]
+    plain = remend.Mend.for_model(task.model, MendConfig(rank=4))
+    gated = remend.Mend.for_model(task.model, MendConfig(rank=4, tokens="target", contrast=1.0, aggregate="sum"))
+    other = remend.Mend.for_model(task.model, MendConfig(rank=4, aggregate="least-squares"))
+    names = [about(task.model, editor, REQUESTS, {}) for editor in (*editors, plain, gated, other)]
+    assert len(set(names)) == len(names)
+    assert names[0] == about(task.model, copy.copy(editors[0]), REQUESTS, {})
+
+
+def test_edits_that_cannot_be_added_are_made_anew_for_all():
+    """An ENN's edits each hold what training changed: a sequence's last edit must hold it once."""
+    task, requests = families.task("gpt2"), families.requests("gpt2", 3)
+    editor = Enn.for_model(task.model)
+    editor.unit.fill_(1e-3)
+    with torch.no_grad():
+        for values in editor.networks:
+            values.normal_(std=0.1)
+    report = evaluate(
+        task.model, task.tokenizer, editor, requests, protocol="sequential", edits=[1, 3], baselines=False
+    )
+    whole = evaluate(task.model, task.tokenizer, editor, requests, protocol="batched", edits=[3], baselines=False)
+    assert [c.to_json() for c in report.runs[1].cases] == [c.to_json() for c in whole.runs[0].cases]
 
 
 def test_a_folder_of_something_else_is_left_alone(world, tmp_path):

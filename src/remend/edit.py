@@ -142,10 +142,20 @@ class Edit:
     # -- arithmetic ----------------------------------------------------------------------------------------------
 
     def __add__(self, other: Edit) -> Edit:
-        """Both edits at once: ΔW is the sum (paper, section 3.1). Both must be for the same base."""
+        """Both edits at once: ΔW is the sum (paper, section 3.1). Both must be for the same base.
+
+        Raises:
+            WrongBaseError: they are for different ones.
+            EditError: each holds what is every edit's of its editor, which would count twice.
+        """
         if not isinstance(other, Edit):
             return NotImplemented
         self._refuse_other_base(other)
+        if self.editor.get("shared") and other.editor.get("shared"):
+            raise EditError(
+                f"each of two edits of {self.editor['name']!r} holds what training changed in the model, which would "
+                "count twice: have the editor make one edit of all requests"
+            )
         changes = dict(self.changes)
         for name, change in other.changes.items():
             changes[name] = concatenate([changes[name], change]) if name in changes else change

@@ -129,7 +129,7 @@ def capture(
                     raise ModelError(f"{name} was not called by the model's forward pass; choose other modules to edit")
             probes = [probe for recorder in recorders.values() for probe in recorder.probes]
             if not losses.isfinite().all():
-                raise NonFiniteError(_where("the loss of the edit", losses) + _broken_weight(model))
+                raise NonFiniteError(_where("the loss of the edit", losses) + broken_weight(model))
             gradients = iter(torch.autograd.grad(losses.sum(), probes, allow_unused=True))
     finally:
         detach(handles)
@@ -202,7 +202,7 @@ def _refuse_non_finite(factors: Mapping[str, GradientFactors]) -> None:
                 raise NonFiniteError(_where(what, values))
 
 
-def _broken_weight(model: nn.Module) -> str:
+def broken_weight(model: nn.Module) -> str:
     """Names the first parameter that holds NaN or infinity, if one does."""
     for name, parameter in model.named_parameters():
         if is_plain(parameter) and not parameter.is_meta and not parameter.isfinite().all():

@@ -73,6 +73,17 @@ def is_quantised(module: nn.Module) -> bool:
     return not is_plain(weight) or weight.numel() != d_in * d_out * (experts_of(module) or 1)
 
 
+def entry_size(module: nn.Module) -> float:
+    """The root mean square of a weight's entries.
+
+    Of one that is packed, or offloaded and so not at hand, about that of a freshly made layer's.
+    """
+    weight = weight_of(module)
+    if is_quantised(module) or weight.is_meta:
+        return float(dimensions(module)[0] ** -0.5)
+    return float(weight.detach().float().square().mean().sqrt())
+
+
 def holder_of(module: nn.Module) -> nn.Module:
     """The module of the model that holds a layer's parameters: itself, but for experts."""
     holder: nn.Module = module.owner if isinstance(module, ExpertLinear) else module

@@ -34,6 +34,10 @@ class Symmetric:
             turned, outside = within * self.inner[:-1], self.inner[-1]
         return outside * x + (turned - outside * within) @ self.basis.T
 
+    def to(self, device: torch.device) -> Symmetric:
+        """The same operator on another device."""
+        return Symmetric(self.inner.to(device), None if self.basis is None else self.basis.to(device))
+
     @property
     def matrix(self) -> Float[Tensor, "n n"]:
         """``inner`` as a matrix."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from remend.core.branch import frozen
-from remend.core.capture import inputs
+from remend.core.capture import broken_weight, inputs
+from remend.core.layers import dimensions
+from remend.core.sketch import SketchedMoment, directions_of, random_test_matrix
 from remend.core.symmetric import Symmetric
 from remend.core.whitening import SecondMoment
-from remend.errors import ConfigError
+from remend.errors import ConfigError, NonFiniteError
+from remend.tasks.causal_lm import CausalLM
+from remend.tasks.language import LanguageTask
 from remend.tasks.task import Pair, Task
 
 WINDOWS, TOKENS = 256, 24
@@ -25,67 +30,109 @@ BATCH = 32
 
 
 def stretches(task: Task, text: Sequence[str], seed: int = 0) -> list[Pair]:
-    """Ordinary input of a model: stretches of ``text`` or, without one, what it makes of random beginnings.
+    """Ordinary input of a model: stretches of ``text``, drawn from all of it, or what the model makes of beginnings.
 
-    A decoder goes on from one random token by sampling. An encoder-decoder and a classifier are shown random tokens;
-    the former answers them greedily, since only so is there anything for its decoder to read.
+    Without a text, a decoder goes on from one random token by sampling. An encoder-decoder and a classifier are shown
+    random tokens; the former answers them greedily, since only so is there anything for its decoder to read.
 
     Raises:
         ConfigError: the text is empty.
+        NonFiniteError: what the model writes is not finite.
     """
     if text:
-        length = min(WINDOW, task.context or WINDOW)
-        ids = [task.prompt_ids(passage) for passage in text if passage.strip()]
-        parts = [tuple(own[start : start + length]) for own in ids for start in range(0, len(own), length)]
-        if not parts:
-            raise ConfigError("the text for an editor's statistics is empty: give one that holds words, or none")
-        shown = parts[: max(1, LARGEST // length)]
+        shown = _drawn([task.prompt_ids(passage) for passage in text if passage.strip()], task, seed)
     else:
         shown = _written(task, seed)
-    return [Pair(own, own[:1]) for own in shown] if _writes(task) else _answered(task, shown)
+    return [Pair(own, own[:1]) for own in shown] if isinstance(task, CausalLM) else _answered(task, shown)
 
 
 def whiteners(
     task: Task, modules: Mapping[str, nn.Module], pairs: Sequence[Pair], ridge: float
 ) -> dict[str, Symmetric]:
-    """For each matrix what whitens its inputs over some stretches; the identity where nothing reaches it."""
-    return {name: moment.whitener(ridge) for name, moment in second_moments(task, modules, pairs).items()}
+    """For each matrix what whitens its inputs over some stretches; the identity where nothing reaches it.
+
+    Inputs of many dimensions are whitened in some directions only (:mod:`remend.core.sketch`).
+    """
+    moments = second_moments(task, modules, pairs, sketched=True)
+    return {name: moment.whitener(ridge) for name, moment in moments.items()}
 
 
 @torch.no_grad()
-def second_moments(task: Task, modules: Mapping[str, nn.Module], pairs: Sequence[Pair]) -> dict[str, SecondMoment]:
-    """For each matrix the second moment of its inputs at every token of some stretches."""
+def second_moments(
+    task: Task, modules: Mapping[str, nn.Module], pairs: Sequence[Pair], sketched: bool = False
+) -> dict[str, SecondMoment]:
+    """For each matrix the second moment of its inputs at every token of some stretches.
+
+    Args:
+        task: the model.
+        modules: the matrices, by name.
+        pairs: of :func:`stretches`.
+        sketched: whether those of wide inputs are known in some directions only.
+    """
     moments: dict[str, SecondMoment] = {}
+    test_matrix = cache(random_test_matrix)  # matrices of one width share it
+
+    def nothing(name: str, device: torch.device) -> SecondMoment:
+        d = dimensions(modules[name])[0]
+        directions = directions_of(d) if sketched else None
+        if directions:
+            return SketchedMoment(test_matrix(d, directions, device), directions)
+        return SecondMoment(d, device)
+
     for start in range(0, len(pairs), BATCH):
         batch = task.collate(pairs[start : start + BATCH])
         found = inputs(task.model, modules, batch.rows, partial(task.target_logits, batch))
         counted = task.tokens(batch, modules, predicting=False)
         for name, seen in found.items():
-            moment = moments.setdefault(name, SecondMoment(seen.x.shape[-1], seen.x.device))
-            mask = counted[name].to(seen.x.device)
-            moment.update(seen.x, mask.repeat_interleave(seen.x.shape[1] // mask.shape[1], 1))
+            if name not in moments:
+                moments[name] = nothing(name, seen.x.device)
+            mask, read = counted[name].to(seen.x.device), seen.x.shape[1]
+            if seen.experts is not None:  # as many rows of a token as it has experts
+                mask = mask.repeat_interleave(read // mask.shape[1], 1)
+            elif read != mask.shape[1]:  # another sequence than the batch's own (a layer over an encoder's output)
+                mask = mask.new_ones(seen.x.shape[:2])
+            moments[name].update(seen.x, mask)
     return moments
 
 
-def _writes(task: Task) -> bool:
-    """Whether the model is a decoder: its prompt's every token is read by the matrices that write."""
-    return bool(task.ends) and not task.model.config.is_encoder_decoder
+def _drawn(passages: Sequence[list[int]], task: Task, seed: int) -> list[tuple[int, ...]]:
+    """Stretches of tokenised passages in random order, until they hold :data:`LARGEST` tokens."""
+    length, parts = min(WINDOW, task.context or WINDOW), []
+    for ids in passages:
+        begin = ids[:1] if ids[0] == task.tokenizer.bos_token_id else []  # a model that reads one reads it before all
+        own, room = ids[len(begin) :], length - len(begin)
+        parts += [(*begin, *own[start : start + room]) for start in range(0, len(own), room)]
+    if not parts:
+        raise ConfigError("the text for an editor's statistics is empty: give one that holds words, or none")
+    random.Random(f"{seed} text").shuffle(parts)
+    shown: list[tuple[int, ...]] = []
+    tokens = 0
+    for part in parts:
+        if shown and tokens + len(part) > LARGEST:
+            break
+        shown.append(part)
+        tokens += len(part)
+    return shown
 
 
 def _written(task: Task, seed: int) -> list[tuple[int, ...]]:
     """What a decoder samples after random tokens; of other models, random tokens."""
-    special = set(task.tokenizer.all_special_ids)
-    ordinary = torch.tensor([token for token in range(len(task.tokenizer)) if token not in special])
+    special, known = set(task.tokenizer.all_special_ids), len(next(task.model.get_input_embeddings().parameters()))
+    ordinary = torch.tensor([token for token in range(min(len(task.tokenizer), known)) if token not in special])
     draw = torch.Generator().manual_seed(seed)
-    length = 1 if _writes(task) else min(TOKENS, task.context or TOKENS) - 2
+    length = 1 if isinstance(task, CausalLM) else min(TOKENS, task.context or TOKENS) - 2
     shown: Tensor = ordinary[torch.randint(len(ordinary), (WINDOWS, length), generator=draw)]
-    if not _writes(task):
+    if not isinstance(task, CausalLM):
         return [tuple(own) for own in shown.tolist()]
-    room = min(TOKENS, (task.context or TOKENS) - 1)
+    begin = [token for token in task.ids("") if token == task.tokenizer.bos_token_id][:1]
+    shown = torch.cat([torch.tensor(begin, dtype=torch.long).expand(WINDOWS, -1), shown], 1)
+    room = min(TOKENS, (task.context or TOKENS) - shown.shape[1])
     with frozen(task.model), torch.no_grad():
         for _ in range(room):  # no cache: the texts are short, and every model can do without
             asked = [Pair(tuple(own), (0,)) for own in shown.tolist()]
             logits = task.target_logits(task.collate(asked)).float().cpu()
+            if not logits.isfinite().all():
+                raise NonFiniteError(f"what the model would say is not finite{broken_weight(task.model)}")
             shown = torch.cat([shown, torch.multinomial(logits.softmax(-1), 1, generator=draw)], 1)
     return [_ended(own, task.ends) for own in shown.tolist()]
 
@@ -101,7 +148,7 @@ def _answered(task: Task, shown: Sequence[tuple[int, ...]]) -> list[Pair]:
     found: list[Pair] = []
     for start in range(0, len(shown), BATCH):
         some = [Pair(own, (0,)) for own in shown[start : start + BATCH]]
-        for _ in range(4 if task.ends else 1):
+        for _ in range(4 if isinstance(task, LanguageTask) else 1):
             with frozen(task.model), torch.no_grad():
                 batch = task.collate(some)
                 last = torch.zeros(batch.rows, dtype=torch.long, device=batch.row.device)

@@ -24,6 +24,7 @@ from remend.errors import ConfigError, EditError, FileError, ModelError
 from remend.request import EditRequest, parse_request
 from remend.storage import read_folder, take, write_folder
 from remend.tasks import task_of
+from remend.tasks.language import LanguageTask
 from remend.tasks.task import Pair, Task
 
 FORMAT = "remend.cache/1"
@@ -246,7 +247,7 @@ def _states(task: Task, pairs: Sequence[Pair]) -> list[Float[Tensor, "target d"]
         finally:
             detach([handle])
         states = seen[-1]
-        if states.shape[:-1] == (batch.rows, batch.input_ids.shape[1]) and not task.ends:
+        if states.shape[:-1] == (batch.rows, batch.input_ids.shape[1]) and not isinstance(task, LanguageTask):
             states = states[batch.row, batch.position]  # a classifier that reads every token and answers at one
         states = states.reshape(-1, states.shape[-1]).cpu()
         found += states.split(torch.bincount(batch.row, minlength=batch.rows).tolist())

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from remend.base import Base, find_modules
 from remend.core.branch import Branch, detach, frozen
-from remend.core.layers import inputs_of, is_quantised, weight_of
+from remend.core.capture import broken_weight
+from remend.core.layers import entry_size, inputs_of, is_quantised
 from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank
 from remend.editors.learned import Learned
 from remend.editors.traits import Traits
-from remend.errors import ConfigError
+from remend.errors import ConfigError, NonFiniteError
 from remend.models.prefix import Prefix
 from remend.tasks.task import Batch, Pair, Task
 
@@ -49,11 +50,13 @@ class Enn(Learned):
     An edit is what training changed (a whole matrix each, the same for all edits) and one step of gradient descent on
     the pair in the trained model, with a learned step size for each matrix. Since the step must be differentiated with
     respect to the weights at which it is taken, training needs second derivatives. They are taken through the factors
-    of the step, u and δ as functions of the weights, so that a batch of episodes trains in one pass as MEND's does; no
-    copy of the weights is made for any. (In the original all weights are trained; here the edited ones.)
+    of the step, u and δ as functions of the weights, so that a batch of episodes trains in one pass as MEND's does, for
+    one copy of the edited matrices in each. (In the original all weights are trained; here the edited ones.)
     """
 
-    traits: ClassVar[Traits] = Traits("enn", "Sinitsin et al., ICLR 2020 (arXiv 2004.00345)", "training", "dense")
+    traits: ClassVar[Traits] = Traits(
+        "enn", "Sinitsin et al., ICLR 2020 (arXiv 2004.00345)", "training", "dense", sequences=False
+    )
     configuration: ClassVar[type[Any]] = EnnConfig
     size: Tensor
 
@@ -68,7 +71,10 @@ class Enn(Learned):
         for place, (name, module) in enumerate(find_modules(model, self.shapes).items()):
             if is_quantised(module):
                 raise ConfigError(f"{name} is quantised, and an ENN trains the weights themselves: use another editor")
-            self.size[place] = weight_of(module).detach().float().square().mean().sqrt()
+            self.size[place] = entry_size(module)
+
+    def _signature(self) -> dict[str, Any]:
+        return {**super()._signature(), "shared": True}
 
     def shared(self, name: str) -> int:
         """As many as a matrix of full rank has."""
@@ -90,9 +96,10 @@ class Enn(Learned):
         found = {}
         for place, (name, common) in enumerate(trained.items()):
             every, step = (len(pairs), -1, -1), self.alpha[place].exp() * self.unit[place]
+            own, moved = u[name].to(self.device), delta[name].to(self.device)
             found[name] = LowRank(
-                torch.cat([common.u.expand(every), u[name]], 1),
-                torch.cat([common.delta.expand(every), -step * delta[name]], 1),
+                torch.cat([common.u.expand(every), own], 1),
+                torch.cat([common.delta.expand(every), -step * moved], 1),
             )
         return found
 
@@ -101,7 +108,7 @@ def _gradient(
     task: Task, batch: Batch, trained: Mapping[str, LowRank], prefix: Prefix, states: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """U and δ of every token of each pair in the trained model, as functions of what was trained."""
-    modules = find_modules(task.model, trained)
+    modules, learning = find_modules(task.model, trained), torch.is_grad_enabled()
     inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     probes: dict[str, list[Tensor]] = {name: [] for name in modules}
     with ExitStack() as within:
@@ -111,9 +118,11 @@ def _gradient(
         within.enter_context(prefix.resumed(states))
         within.enter_context(_recorded(modules, trained, inputs, probes))
         logits = task.target_logits(batch).float()
+        if not logits.isfinite().all():
+            raise NonFiniteError(f"the trained model's answer to the edit is not finite{broken_weight(task.model)}")
         losses = row_mean(cross_entropy(logits, batch.target, reduction="none"), batch.row, batch.rows)
         every = [probe for own in probes.values() for probe in own]
-        found = iter(torch.autograd.grad(losses.sum(), every, create_graph=torch.is_grad_enabled()))
+        found = iter(torch.autograd.grad(losses.sum(), every, create_graph=learning))
 
     def by_episode(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([part.float().reshape(batch.rows, -1, part.shape[-1]) for part in parts], 1)

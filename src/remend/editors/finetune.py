@@ -19,13 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.base import Base, find_modules
 from remend.core.branch import branches, frozen
+from remend.core.capture import broken_weight
 from remend.core.dense import DenseChange
-from remend.core.layers import device_of, dimensions, experts_of, is_quantised, weight_of
+from remend.core.layers import device_of, dimensions, entry_size, experts_of, weight_of
 from remend.core.losses import locality_loss, target_loss
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.editors.traits import Traits, checked
-from remend.errors import ConfigError
+from remend.errors import ConfigError, NonFiniteError
 from remend.models.prefix import Prefix
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
@@ -33,7 +34,7 @@ from remend.tasks import task_of
 from remend.tasks.task import Pair, Task
 
 VALUES_AT_ONCE = 2**25
-"""Entries of changed matrices that are tuned together: 0.5 GB with gradients and Adam's state."""
+"""Entries of changed matrices that are tuned together: 0.7 GB with gradients, Adam's state and a copy."""
 ROWS_AT_ONCE = 64
 """Pairs that go through the model together."""
 
@@ -66,6 +67,11 @@ class FineTuneConfig:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
         if self.batch_size < 0 or not 0 <= self.kl_weight < float("inf"):
             raise ConfigError("batch_size and kl_weight must not be negative")
+        if self.until_taken and self.batch_size:
+            raise ConfigError(
+                "until_taken looks at all requests in every step, so they cannot be tuned in batches: set until_taken "
+                "to False, or batch_size to 0"
+            )
 
 
 class FineTune:
@@ -139,6 +145,7 @@ class FineTune:
         Raises:
             RequestError: there is no request, or one does not fit the model's context.
             WrongBaseError: the editor is for another kind of model.
+            NonFiniteError: a loss is not finite, of a model that holds NaN or by too large a learning rate.
         """
         base = checked(self.base, model, requests, trained=False)
         task = task_of(model, tokenizer)
@@ -204,7 +211,7 @@ class _Tuning:
             for name, module in self.modules.items()
         }
         groups = [
-            {"params": [self.dense[name].values], "lr": self.config.learning_rate * _size(module)}
+            {"params": [self.dense[name].values], "lr": self.config.learning_rate * entry_size(module)}
             for name, module in self.modules.items()
         ]
         self.optimiser = torch.optim.Adam(groups)
@@ -239,7 +246,7 @@ class _Tuning:
 
     def _step(self, active: Sequence[int], pairs: Sequence[Sequence[Pair]]) -> list[bool]:
         """One step of the active episodes that need it; which of them had taken before."""
-        kept = {name: dense.values.detach().clone() for name, dense in self.dense.items()}
+        kept = {name: dense.values.detach().clone() for name, dense in self.dense.items() if self.config.until_taken}
         self.optimiser.zero_grad()
         taken: list[bool] = []
         together = len(pairs) if len(pairs) > 1 else 1
@@ -276,16 +283,12 @@ class _Tuning:
         if base is not None:
             there = batch.row[~edits] // each
             losses = losses + self.config.kl_weight * locality_loss(base, logits[~edits], there, len(own))
+        if not losses.isfinite().all():
+            raise NonFiniteError(
+                f"the loss of tuning is not finite: lower learning_rate{broken_weight(self.task.model)}"
+            )
         (losses.sum() / rows).backward()
         right: Tensor = torch.ones(len(own), dtype=torch.bool, device=row.device)
         right[row[logits[edits].argmax(-1) != target]] = False
         taken: list[bool] = right.view(len(pairs), -1).all(1).tolist()
         return taken
-
-
-def _size(module: torch.nn.Module) -> float:
-    """The root mean square of a matrix's entries; of a quantised one, about that of a freshly made one."""
-    weight = weight_of(module)
-    if is_quantised(module) or weight.is_meta:
-        return float(dimensions(module)[0] ** -0.5)
-    return float(weight.detach().float().square().mean().sqrt())

@@ -19,6 +19,7 @@ from remend.editors.learned import Learned
 from remend.editors.traits import Traits
 from remend.errors import ConfigError
 from remend.models.prefix import Prefix
+from remend.tasks.language import LanguageTask
 from remend.tasks.task import Pair, Task
 
 
@@ -43,10 +44,11 @@ class Ke(Learned):
     A bidirectional LSTM reads the embeddings of prompt and target; of what it says, one linear layer for each matrix
     makes α, β ∈ ℝ^d_out, γ, δ ∈ ℝ^d_in and η ∈ ℝ, and the change is (its Eq. 7, as a descent step)
 
-        ΔW = −ε σ(η) (softmax(α) γᵀ ⊙ ∇W + softmax(β) δᵀ).
+        ΔW = −ε σ(η) (s · d_out · softmax(α) (1 + γ)ᵀ ⊙ ∇W + softmax(β) δᵀ).
 
     A rank-one gate on a gradient of T tokens gates its factors, so the change is of rank T + 1 and never dense. ε is a
-    learned step for each matrix, in units of the matrix's own output; the gate starts at 1.
+    learned step for each matrix. Beside the original, the gate starts at 1 (that is what d_out and 1 + are for), and s
+    is the step at which a token's edit changes its own output by about the output's size, so that it suits any model.
     """
 
     traits: ClassVar[Traits] = Traits("ke", "De Cao et al., EMNLP 2021 (arXiv 2104.08164)", "training")
@@ -107,10 +109,12 @@ class Ke(Learned):
         assert isinstance(reader, nn.LSTM)
         shown = []
         for pair in pairs:
-            ids = torch.tensor([*pair.prompt, *(pair.target if task.ends else ())], device=task.device)
+            ids = torch.tensor(
+                [*pair.prompt, *(pair.target if isinstance(task, LanguageTask) else ())], device=task.device
+            )
             with torch.no_grad():
                 read = table(ids).detach().float().to(self.device).view(-1, reader.input_size)
-            if not task.ends:
+            if not isinstance(task, LanguageTask):
                 label = self.networks["labels"](torch.tensor([pair.target[0]], device=self.device))
                 read = torch.cat([read, label])
             shown.append(read)

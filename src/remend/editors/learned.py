@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.base import Base, find_modules
 from remend.core.capture import GradientFactors
-from remend.core.layers import device_of, dimensions, experts_of, is_quantised, weight_of
+from remend.core.layers import device_of, dimensions, entry_size, experts_of
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.editors.stored import FORMAT, described, read_editor
@@ -168,13 +168,10 @@ class Learned(nn.Module):
         modules = find_modules(task.model, self.shapes)
         for place, (name, own) in enumerate(factors.items()):
             u, delta = own.u[own.active], own.delta[own.active]
-            weight = weight_of(modules[name])
-            size = (
-                self.shapes[name][0] ** -0.5
-                if is_quantised(modules[name])
-                else float(weight.float().square().mean().sqrt())
+            output, answer = (
+                u.norm(dim=1).mean() * entry_size(modules[name]),
+                u.square().sum(1).mean() * delta.square().mean().sqrt(),
             )
-            output, answer = u.norm(dim=1).mean() * size, u.square().sum(1).mean() * delta.square().mean().sqrt()
             self.unit[place] = (output / answer).to(self.unit.device) if answer > 0 else 1.0
 
     def save_pretrained(self, path: str | Path) -> Path:

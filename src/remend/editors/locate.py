@@ -64,7 +64,7 @@ class Rome(Located):
 
     @staticmethod
     def places(count: int) -> list[int]:
-        """The block at a sixth of the depth: the fifth of 28 or 32, where later work on larger models edits too."""
+        """The block at a sixth of the depth: number 5 of 28 or 32, where later work on larger models edits too."""
         return [max(0, min(round(count / 6), count - 2))]
 
     @classmethod
@@ -110,7 +110,7 @@ class Memit(Located):
 
     @staticmethod
     def places(count: int) -> list[int]:
-        """The blocks from 0.11 to 0.28 of the depth: the third to the eighth of 32."""
+        """The blocks from 0.11 to 0.28 of the depth: numbers 3 to 8 of 32."""
         return list(range(math.floor(0.11 * count), math.ceil(0.28 * count)))
 
     @torch.inference_mode(False)

@@ -31,6 +31,8 @@ from remend.storage import take, write_folder
 from remend.tasks import task_of
 from remend.tasks.task import Task
 
+WIDEST = 32_768
+"""Dimensions of keys up to which C is inverted: 4 GB in float32, 9 in the float64 that its inverse needs."""
 ROWS_AT_ONCE = 64
 """Texts that go through the model together."""
 
@@ -91,14 +93,15 @@ class Located:
         Args:
             model: the base model.
             tokenizer: the model's.
-            text: passages of ordinary text, over whose tokens C is taken; at least as many as the keys have dimensions,
-                better some hundred thousand.
+            text: passages of ordinary text, over whose tokens C is taken: more than the keys have dimensions; of a long
+                text 65,536 are drawn.
             config: settings.
             layers: the blocks to edit; by default of the middle.
             seed: of the random beginnings.
 
         Raises:
-            ConfigError: the text is empty, a matrix belongs to several experts, or ``layers`` makes no sense.
+            ConfigError: the text is empty, a matrix belongs to several experts or is too wide (:data:`WIDEST`), or
+                ``layers`` makes no sense.
             ModelError: there is nothing to edit.
         """
         if not any(passage.strip() for passage in text):
@@ -108,6 +111,11 @@ class Located:
             )
         config = config or cls.configuration()
         modules = cls._matrices(model, layers)
+        if wide := [name for name, module in modules.items() if dimensions(module)[0] > WIDEST]:
+            raise ConfigError(
+                f"the keys of {wide[0]} have {dimensions(modules[wide[0]])[0]} dimensions, and {cls.traits.name} "
+                f"inverts their second moment, which can be done up to {WIDEST}: use mend or ridge"
+            )
         task = task_of(model, tokenizer)
         moments = second_moments(task, modules, stretches(task, text, seed))
         for name, moment in moments.items():

@@ -56,7 +56,7 @@ class Mend(nn.Module):
         trained: what its training recorded (settings, steps, seconds, validation history); empty before.
     """
 
-    traits: ClassVar[Traits] = Traits("mend", "Mitchell et al., ICLR 2022 (arXiv 2110.11309)", "training")
+    traits: ClassVar[Traits] = Traits("mend", "Mitchell et al., ICLR 2022 (arXiv 2110.11309)", "training", batches=True)
     unit: Float[Tensor, " matrix"]
     largest: Float[Tensor, " matrix"] | None
 
@@ -272,20 +272,23 @@ class Mend(nn.Module):
             NonFiniteError: the model's weights or activations hold NaN or infinity.
         """
         base = checked(self.base, model, requests)
-        keys: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
-        parts = self._changes(task_of(model, tokenizer), requests, keys)
-        changes = {name: concatenate([part[name] for part in parts]) for name in self.shapes}
+        inputs: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
+        parts = self._changes(task_of(model, tokenizer), requests, inputs)
         if self.config.aggregate == "least-squares" and len(requests) > 1:
-            changes = {name: self._solved(name, change, torch.cat(keys[name])) for name, change in changes.items()}
+            changes = {n: self._solved(n, [own[n] for own in parts], torch.cat(inputs[n])) for n in self.shapes}
+        else:
+            changes = {name: concatenate([part[name] for part in parts]) for name in self.shapes}
         return Edit(changes, base, tuple(requests), self._signature())
 
     @torch.no_grad()
-    def _solved(self, name: str, summed: LowRank, inputs: Float[Tensor, "row d_in"]) -> LowRank:
-        """The edits whose sum is given, each of which acts at its own input as if it were alone."""
-        moves = (inputs * summed.u).sum(1, keepdim=True) * summed.delta
+    def _solved(self, name: str, parts: Sequence[LowRank], inputs: Float[Tensor, "row d_in"]) -> LowRank:
+        """What moves the output at each request's ``inputs`` as its own part does by itself."""
+        own = inputs.split([part.rank for part in parts])
+        moves = torch.cat([part.branch(rows, part.experts) for part, rows in zip(parts, own, strict=True)])
         contrast = self.operator("contrast", name)
         metric = None if contrast is None else definite(contrast)
-        found = least_squares(self.whiten(inputs, name), moves, metric, gate=summed.gate, experts=summed.experts)
+        whose = concatenate(parts)
+        found = least_squares(self.whiten(inputs, name), moves, metric, gate=whose.gate, experts=whose.experts)
         return replace(found, u=self.whiten(found.u, name))
 
     def edit_each(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def make(
     if issubclass(kind, InContext):
         found = kind.for_model(model)
     elif issubclass(kind, FineTune):
-        found = kind.for_model(model, config)
+        found = kind.for_model(model, config or replace(kind.default(), seed=seed))
     else:
         found = kind.for_model(model, tokenizer, text, config, seed=seed)
     return found

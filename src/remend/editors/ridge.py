@@ -5,11 +5,13 @@ the gradient there, and ΔW is the closed-form ridge solution that maps the toke
 differ. Keys are whitened by the second moment of the matrix's inputs over ordinary text (the model's own writing, where
 none is given), not standardised by the statistics of earlier edits: those do not exist for the first edit, and would
 make an edit depend on what was edited before. And how strong an edit must be is looked up, not set: what a request
-wants is scaled to a multiple of the least that makes the model answer with the target.
+wants is scaled to a multiple of the least that makes the model answer with the target, and of what it answers with the
+target already to nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.base import Base, find_modules
 from remend.core.aggregate import least_squares
 from remend.core.capture import capture
-from remend.core.layers import device_of, dimensions, experts_of, weight_of
+from remend.core.layers import device_of, dimensions, entry_size, experts_of
 from remend.core.low_rank import LowRank
 from remend.core.symmetric import Symmetric
 from remend.edit import Edit
@@ -111,7 +113,8 @@ class Ridge:
             raise ConfigError(f"{several[0]} holds several experts' matrices, which ridge cannot edit: use MEND")
         task = task_of(model, tokenizer)
         found = whiteners(task, chosen, stretches(task, text, seed), config.floor)
-        return cls(config, Base.of(model, chosen), found)
+        device = device_of(model.get_input_embeddings())
+        return cls(config, Base.of(model, chosen), {name: own.to(device) for name, own in found.items()})
 
     def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
         """One edit for all ``requests``: each one's tokens get what it wants, whatever the others' keys answer.
@@ -156,13 +159,13 @@ class Ridge:
         modules = find_modules(task.model, self.whitening)
         for start in range(0, len(pairs), EDIT_BATCH):
             batch = task.collate(pairs[start : start + EDIT_BATCH])
-            unedited = Unedited(task, batch, self.whitening)
+            unedited = Unedited(task, batch, self.whitening, whole=True)
             factors = capture(task.model, modules, task.tokens(batch, self.whitening, True), unedited.loss)[1]
             rows = active_rows(factors, device_of(task.model.get_input_embeddings()))
             keys = {name: self.whitening[name](own.u) for name, own in rows.items()}
             moves = {name: -own.delta * _unit(own, modules[name]) for name, own in rows.items()}
             alone = {name: self._alone(name, keys[name], moves[name], rows[name]) for name in rows}
-            scales = self.config.strength * taking_scales(unedited, alone)
+            scales = self.config.strength * taking_scales(unedited, alone, settle=math.inf)  # what is known stays
             for name, own in rows.items():
                 for e, (k, v) in enumerate(zip(*(x[name].split(own.counts) for x in (keys, moves)), strict=True)):
                     found[name].append((k, scales[e] * v))
@@ -185,8 +188,7 @@ def _unit(rows: TokenRows, module: torch.nn.Module) -> Float[Tensor, "row 1"]:
     """What makes each request's gradient as large as a matrix's usual output: matrices then share an edit evenly."""
     sizes = rows.sizes().clamp(min=1e-30)
     counts = torch.tensor(rows.counts, device=sizes.device)
-    weight = weight_of(module).detach().float()
     read = torch.stack([own.norm(dim=1).mean() if len(own) else own.sum() for own in rows.u.split(rows.counts)])
-    output = read * weight.norm().to(sizes.device) / dimensions(module)[0] ** 0.5
+    output = read * entry_size(module) * dimensions(module)[1] ** 0.5
     found: Tensor = (output / sizes).repeat_interleave(counts)[:, None]
     return found

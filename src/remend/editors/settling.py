@@ -46,10 +46,11 @@ class Unedited:
         task: the model.
         batch: the edit pairs.
         edited: the names of the matrices that edits change.
+        whole: whether all tokens of a target must be the model's first choice for an edit to take, or the first one.
     """
 
-    def __init__(self, task: Task, batch: Batch, edited: Iterable[str]) -> None:
-        self.task, self.batch = task, batch
+    def __init__(self, task: Task, batch: Batch, edited: Iterable[str], whole: bool = False) -> None:
+        self.task, self.batch, self.whole = task, batch, whole
         self.prefix = Prefix(task.model, edited)
         self.states: Tensor | None = None
         self.logits: Tensor | None = None
@@ -64,19 +65,22 @@ class Unedited:
 
     @torch.no_grad()
     def margins(self, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
-        """How far each target's first token is ahead of its best rival in the edited model, in logits."""
+        """How far each target is ahead of its best rival in the edited model, in logits: at its first token."""
         modules = find_modules(self.task.model, changes)
         with self.prefix.resumed(self.states), branches(modules, changes):
             return self.margins_of(self.task.target_logits(self.batch).float())
 
     def margins_of(self, logits: Float[Tensor, "target vocabulary"]) -> Float[Tensor, " episode"]:
         """The same of given logits."""
-        row, target = self.batch.row, self.batch.target.to(logits.device)
-        first = torch.ones_like(row, dtype=torch.bool)
-        first[1:] = row[1:] != row[:-1]
-        logits, target = logits[first.to(logits.device)], target[first.to(logits.device), None]
+        row, target = self.batch.row.to(logits.device), self.batch.target.to(logits.device)[:, None]
         rival = logits.scatter(1, target, -torch.inf).max(1).values
-        return (logits.gather(1, target)[:, 0] - rival).to(row.device)
+        ahead = logits.gather(1, target)[:, 0] - rival
+        if not self.whole:
+            first = torch.ones_like(row, dtype=torch.bool)
+            first[1:] = row[1:] != row[:-1]
+            ahead, row = ahead[first], row[first]
+        weakest = ahead.new_full((self.batch.rows,), torch.inf).scatter_reduce(0, row, ahead, "amin")
+        return weakest.to(self.batch.row.device)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -99,7 +103,7 @@ class Unedited:
 
 @torch.no_grad()
 def taking_scales(unedited: Unedited, changes: Mapping[str, LowRank], settle: float = 1.0) -> Float[Tensor, " episode"]:
-    """For each edit pair the scale of its change at which the target's first token just becomes the first choice.
+    """For each edit pair the scale of its change at which it just takes: its target's first token, or all of it.
 
     Found by false position on :meth:`Unedited.margins`. Edits that never take (up to :data:`LARGEST`) get the scale at
     which they came nearest. Those of what the model answers anyway get 0 if they would unlearn it (editors are trained

@@ -23,7 +23,8 @@ class Traits:
         needs: ``nothing``; ``text`` (statistics of some text); or ``training`` (on requests of other subjects).
         result: what an edit of it is: ``low-rank``; ``dense`` (a whole matrix's change, kept as factors of full rank,
             so that it is applied, reverted, saved and merged like any other); or ``outside`` (no change of a weight).
-        batches: whether several requests are more than the sum of their edits: made true together.
+        batches: whether several requests can be more than the sum of their edits: made true together.
+        sequences: whether an edit can be added to an earlier one of another request; if not, both are one edit's.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Traits:
     needs: str
     result: str = "low-rank"
     batches: bool = False
+    sequences: bool = True
 
 
 def checked(base: Base, model: PreTrainedModel, requests: Sequence[EditRequest], trained: bool = True) -> Base:
@@ -40,7 +42,7 @@ def checked(base: Base, model: PreTrainedModel, requests: Sequence[EditRequest],
         base: the model that the editor is for.
         model: the one that it is given.
         requests: what it is asked to do.
-        trained: whether it was fitted to that model's weights, and does worse with others.
+        trained: whether it was trained for that model's weights or measured them, and does worse with others.
 
     Raises:
         RequestError: there is no request.
@@ -52,7 +54,7 @@ def checked(base: Base, model: PreTrainedModel, requests: Sequence[EditRequest],
     found = base.with_weights_of(model)
     if trained and found.weights != base.weights:
         warnings.warn(
-            f"this editor was trained for {base.name!r} with other weights than this model has; "
+            f"this editor was made for {base.name!r} with other weights than this model has; "
             "its edits may be worse: evaluate them",
             stacklevel=4,
         )

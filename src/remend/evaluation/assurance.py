@@ -15,6 +15,7 @@ from remend.edit import Edit
 from remend.editors.background import stretches
 from remend.request import EditRequest
 from remend.tasks import task_of
+from remend.tasks.causal_lm import CausalLM
 from remend.tasks.task import Pair, Task
 
 CONTEXTS, WORDS = 16, 3
@@ -77,9 +78,9 @@ def assure(
     other = stretches(task, text, seed + 1)
     draw = random.Random(f"{seed} assurance")
     asked = [task.tokenise(request.prompt, request.target) for request in requests]
-    within = [Pair(_begun(task, other, pair.prompt, draw), pair.target) for pair in asked for _ in range(CONTEXTS)]
+    within = [_begun(task, other, pair, draw) for pair in asked for _ in range(CONTEXTS)]
     elsewhere = draw.sample(other, min(ELSEWHERE, len(other)))
-    if task.ends and not model.config.is_encoder_decoder:  # a decoder chooses after every token
+    if isinstance(task, CausalLM):  # it chooses after every token
         elsewhere = [Pair(own.prompt[:1], own.prompt[1:]) for own in elsewhere if len(own.prompt) > 1]
     alone, begun, before = (_looked(task, some).first for some in (asked, within, elsewhere))
     with edit.applied(model):
@@ -92,13 +93,13 @@ def assure(
     )
 
 
-def _begun(task: Task, other: Sequence[Pair], prompt: tuple[int, ...], draw: random.Random) -> tuple[int, ...]:
-    """A prompt after the beginning of something else, if both fit into the model's context."""
-    start = draw.choice(other).prompt[:WORDS]
+def _begun(task: Task, other: Sequence[Pair], pair: Pair, draw: random.Random) -> Pair:
+    """A pair whose prompt comes after the beginning of something else, if both fit into the model's context."""
     special = set(task.tokenizer.all_special_ids)
-    lead = next((i for i, token in enumerate(prompt) if token not in special), 0)
-    begun = (*prompt[:lead], *(token for token in start if token not in special), *prompt[lead:])
-    return begun if task.context is None or len(begun) < task.context - WORDS else prompt
+    start = [token for token in draw.choice(other).prompt if token not in special][:WORDS]
+    lead = next((i for i, token in enumerate(pair.prompt) if token not in special), 0)
+    begun = Pair((*pair.prompt[:lead], *start, *pair.prompt[lead:]), pair.target)
+    return begun if task.context is None or task.length(begun) <= task.context else pair
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ class Bench:
             asked = self._in_company(self.requests[:size])
             kept = self._find(f"after-{size}")
             if kept is None:
-                seconds, made = _timed(self._chained, edit, self.requests[done:size])
+                seconds, made = _timed(self._chained, edit, done, size)
                 self.journal.keep_edit(size, made)
                 judged = self._judged(asked, 0, [together(self.task, made, size)])
                 edit = made
@@ -206,11 +206,18 @@ class Bench:
         ]
         return [[case for own in column for case in own] for column in zip(*found, strict=True)]
 
-    def _chained(self, edit: AnyEdit | None, requests: Sequence[EditRequest]) -> AnyEdit:
-        """``edit`` and then one for each request, made of the model as the earlier ones leave it."""
-        for request in requests:
-            with nullcontext() if edit is None or isinstance(edit, ContextEdit) else edit.applied(self.task.model):
-                new = self.editor.edit(self.task.model, self.task.tokenizer, [request])
+    def _chained(self, edit: AnyEdit | None, done: int, size: int) -> AnyEdit:
+        """``edit`` of the first ``done`` requests and then, up to ``size``, one of each after the other.
+
+        Each is made of the model as the earlier ones leave it; of an editor whose edits cannot be added, all at once.
+        """
+        model, tokenizer = self.task.model, self.task.tokenizer
+        traits = getattr(self.editor, "traits", None)  # which an editor of somebody else's may lack
+        if traits is not None and not traits.sequences:
+            return self.editor.edit(model, tokenizer, self.requests[:size])
+        for request in self.requests[done:size]:
+            with nullcontext() if edit is None or isinstance(edit, ContextEdit) else edit.applied(model):
+                new = self.editor.edit(model, tokenizer, [request])
             edit = new if edit is None else _reduced(edit + new)  # type: ignore[operator]  # of one editor, so of one kind
         assert edit is not None
         return edit

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from remend.core.symmetric import Symmetric
 from remend.editors.edits import AnyEdit, load_edit
 from remend.editors.protocol import Editor
 from remend.errors import FileError
@@ -89,9 +91,22 @@ def about(model: PreTrainedModel, editor: Editor, requests: Sequence[EditRequest
     for request in requests:
         found.update(json.dumps(request.to_json(), sort_keys=True).encode())
     found.update(type(editor).__qualname__.encode())
-    for module in (model, editor):
-        for name, value in module.state_dict().items() if isinstance(module, nn.Module) else ():
+    _note(found, model.state_dict())
+    _note(found, editor.state_dict() if isinstance(editor, nn.Module) else {})
+    _note(found, vars(editor))
+    return found.hexdigest()
+
+
+def _note(found: Any, state: Mapping[str, Any]) -> None:
+    """Add what something is made of: settings and measured numbers as they are written, tensors by a sample."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
             found.update(f"{name} {tuple(value.shape)}".encode())
             if value.numel() and not value.is_meta:
                 found.update(str(value.flatten()[:SAMPLED].to("cpu", torch.float64).tolist()).encode())
-    return found.hexdigest()
+        elif isinstance(value, Mapping):
+            _note(found, {f"{name} {key}": own for key, own in value.items()})
+        elif isinstance(value, Symmetric):
+            _note(found, {f"{name} {key}": own for key, own in vars(value).items()})
+        elif isinstance(value, float | list | tuple) or is_dataclass(value):
+            found.update(f"{name} {value!r}".encode())

@@ -10,6 +10,7 @@ from remend.core.capture import capture
 from remend.core.ledger import Ledger
 from remend.core.low_rank import LowRank
 from remend.editors.learned import Learned
+from remend.errors import ConfigError
 from remend.request import EditRequest
 from remend.tasks.task import Task
 from remend.training.config import Resources, TrainingConfig
@@ -22,7 +23,14 @@ UNIT_BATCHES = 4
 
 
 class DirectTrainer(Trainer):
-    """A :class:`Trainer` of a :class:`Learned` editor: nothing of an edit pair is kept but what enters the cut."""
+    """A :class:`Trainer` of a :class:`Learned` editor: nothing of an edit pair is kept but what enters the cut.
+
+    A batch's changes are made in one pass and probed in one, unless ``micro_batch`` says otherwise: their graph is what
+    takes the memory, and it is held for the whole batch.
+
+    Raises:
+        ConfigError: memory is limited, which only MEND's training can keep to, or a text is given for whitening.
+    """
 
     editor: Learned  # type: ignore[assignment]
 
@@ -36,7 +44,13 @@ class DirectTrainer(Trainer):
         workers: Workers | None = None,
         text: Sequence[str] = (),
     ) -> None:
-        resources = resources or Resources()
+        resources, name = resources or Resources(), editor.traits.name
+        if resources.memory is not None:
+            raise ConfigError(
+                f"the memory of training {name} cannot be limited: give a smaller batch_size, or use mend"
+            )
+        if text:
+            raise ConfigError(f"{name} takes no second moments of a text, as MEND does for whitening: leave it away")
         fitting = replace(resources, micro_batch=resources.micro_batch or config.batch_size)
         super().__init__(task, editor, requests, config, fitting, workers, text)
 

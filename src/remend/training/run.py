@@ -91,7 +91,8 @@ def train(
         text: passages of ordinary text, over whose tokens the inputs' second moments for whitening are taken; by
             default over those of the requests' own prompts and targets.
         budget_seconds: end after this time at the latest (of all sessions of the run together).
-        out: a new folder in which the best state is kept up to date while training (for ``Mend.from_pretrained``).
+        out: a new folder in which the best state is kept up to date while training (for
+            :func:`remend.editors.load_trained`).
         resume: go on with the run that was to fill ``out``; a run that left no checkpoint begins anew.
         checkpoint_minutes: how often the whole state is saved; it also is at SIGINT (Ctrl-C) and SIGTERM.
         track: ``tensorboard``, ``wandb`` or ``trackio``: log every step and validation; in ``<out>.logs``, beside

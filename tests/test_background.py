@@ -1,0 +1,129 @@
+"""What editors without training measure of a model and its text, and how sure one is of their edits."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AddedToken
+
+import families
+import remend
+import worlds
+from remend.base import find_modules
+from remend.core.layers import entry_size
+from remend.core.sketch import SketchedMoment
+from remend.editors import background, make
+from remend.editors.background import LARGEST, second_moments, stretches, whiteners
+from remend.editors.finetune import FineTuneConfig
+from remend.editors.ke import Ke
+from remend.editors.ridge import Ridge
+from remend.errors import ConfigError, NonFiniteError
+from remend.evaluation.assurance import assure
+from remend.request import EditRequest
+from remend.tasks import task_of
+
+
+@pytest.fixture
+def task():
+    return families.task("gpt2")
+
+
+def test_of_a_long_text_stretches_are_drawn_from_all_of_it(task):
+    text = [f"The capital of {country} is" for country in worlds.COUNTRIES for _ in range(3_000)]
+    shown = stretches(task, text)
+    tokens = sum(len(pair.prompt) for pair in shown)
+    assert 0.99 * LARGEST < tokens <= LARGEST
+    assert len({pair.prompt for pair in shown}) == len(worlds.COUNTRIES)
+    assert stretches(task, text) == shown != stretches(task, text, seed=1)
+
+
+def test_a_long_passage_is_cut_and_each_stretch_begins_as_the_model_expects(task, monkeypatch):
+    tokenizer = copy.deepcopy(task.tokenizer)
+    tokenizer.bos_token = "The"
+    begin = tokenizer.bos_token_id
+    monkeypatch.setattr(type(task), "prompt_ids", lambda self, prompt: [begin, *range(10, 210)])
+    shown = [pair.prompt for pair in stretches(task_of(task.model, tokenizer), ["a long text"])]
+    assert len(shown) > 1
+    assert all(own[0] == begin and len(own) <= task.context for own in shown)
+    assert sorted(token for own in shown for token in own[1:]) == list(range(10, 210))
+
+
+def test_tokens_without_an_embedding_are_not_drawn(task):
+    tokenizer = copy.deepcopy(task.tokenizer)
+    tokenizer.add_tokens([AddedToken(f"<more {number}>") for number in range(400)])
+    edit = make("ridge", task.model, tokenizer).edit(task.model, tokenizer, worlds.requests(1))
+    assert all(change.rank for change in edit.changes.values())
+
+
+@pytest.mark.parametrize("name", ["ridge", "finetune"])
+def test_a_model_that_holds_nan(task, name):
+    weight = task.model.transformer.h[0].mlp.c_fc.weight
+    weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"h\.0\.mlp\.c_fc\.weight holds NaN"):
+        make(name, task.model, task.tokenizer).edit(task.model, task.tokenizer, worlds.requests(1))
+
+
+def test_matrices_over_an_encoders_output():
+    task = families.task("t5")
+    editor = Ridge.for_model(task.model, task.tokenizer, modules=["*EncDecAttention.k"])
+    edit = editor.edit(task.model, task.tokenizer, worlds.requests(1))
+    assert all("EncDecAttention" in name for name in edit.changes)
+
+
+def test_wide_inputs_are_whitened_in_some_directions(task, monkeypatch):
+    modules = find_modules(task.model, ["transformer.h.1.mlp.c_proj"])
+    pairs = stretches(task, [])
+    dense = whiteners(task, modules, pairs, 0.01)
+    monkeypatch.setattr(background, "directions_of", lambda d: 8)
+    (moment,) = second_moments(task, modules, pairs, sketched=True).values()
+    assert isinstance(moment, SketchedMoment)
+    assert not any(isinstance(m, SketchedMoment) for m in second_moments(task, modules, pairs).values())
+    ((name, sketched),) = whiteners(task, modules, pairs, 0.01).items()
+    assert sketched.basis is not None
+    assert dense[name].basis is None
+    edit = make("ridge", task.model, task.tokenizer).edit(task.model, task.tokenizer, worlds.requests(2))
+    assert all(change.u.isfinite().all() for change in edit.changes.values())
+
+
+def test_sizes_of_weights_that_cannot_be_read():
+    assert entry_size(torch.nn.Linear(16, 4, device="meta")) == 0.25
+    linear = torch.nn.Linear(16, 4)
+    assert entry_size(linear) == pytest.approx(float(linear.weight.detach().square().mean().sqrt()))
+
+
+def test_tuning_in_batches_does_not_look_at_all_of_them():
+    with pytest.raises(ConfigError, match="set until_taken to False"):
+        FineTuneConfig(batch_size=2)
+    assert FineTuneConfig(batch_size=2, until_taken=False).batch_size == 2
+
+
+def test_ke_reads_targets_of_a_model_whose_answers_do_not_end(task):
+    tokenizer = copy.deepcopy(task.tokenizer)
+    tokenizer.eos_token = None
+    edit = Ke.for_model(task.model).edit(task.model, tokenizer, worlds.requests(1))
+    assert edit.changes
+
+
+def test_ridge_takes_on_the_whole_target_and_leaves_what_is_known():
+    model, tokenizer = remend.load("atlas")
+    task, editor = task_of(model, tokenizer), make("ridge", model, tokenizer)
+    every = remend.read_source("atlas:validation")
+    long = [r for r in every if len(task.tokenise(r.prompt, r.target).target) > 3][:12]
+    edits = editor.edit_each(model, tokenizer, long)
+    taken = 0
+    for request, edit in zip(long, edits, strict=True):
+        with edit.applied(model):
+            taken += remend.answers(model, tokenizer, [request.prompt]) == [request.target]
+    assert taken >= 11
+    known = [r.model_copy(update={"target": r.ground_truth}) for r in every[:3] if r.ground_truth]
+    for edit in editor.edit_each(model, tokenizer, known):
+        assert all(float(norm) == 0 for norm in edit.norms().values())
+
+
+def test_a_prompt_that_fills_the_context_is_looked_at_as_it_is(task):
+    room = task.context - len(task.tokenise("The", "Paris").target)
+    prompt = "The capital " * 200
+    request = EditRequest(prompt=task.tokenizer.decode(task.tokenizer(prompt).input_ids[:room]), target="Paris")
+    assert len(task.tokenise(request.prompt, request.target)) >= task.context - 1
+    edit = make("ridge", task.model, task.tokenizer).edit(task.model, task.tokenizer, [request])
+    assert 0 <= assure(task.model, task.tokenizer, edit, [request]).probability <= 1
