@@ -2,11 +2,13 @@
 
 import json
 import math
+import subprocess
+from dataclasses import replace
 
 import pytest
 
 from remend.cli import run
-from remend.errors import ConfigError
+from remend.errors import ConfigError, NonFiniteError
 from remend.reproduction import TABLES, Cell, Given, Scale, Workshop, cells, worlds
 from remend.reproduction.cells import METHODS
 from remend.reproduction.memory import METHODS as MEASURED
@@ -142,11 +144,12 @@ def test_every_kind_of_method_is_computed(claims, tmp_path, method):
     assert Results(shop).success("claims", method) == found["figures"]["edit_success"]["mean"]
 
 
-def test_passages_are_parted_and_edited(tmp_path):
+@pytest.fixture
+def writer(tmp_path):
+    """A model that writes, and text for it."""
     import worlds as tiny
 
-    model = tiny.gpt2(n_positions=64)
-    model.save_pretrained(tmp_path / "writer")
+    tiny.gpt2(n_positions=64).save_pretrained(tmp_path / "writer")
     tiny.tokenizer().save_pretrained(tmp_path / "writer")
     pairs = list(zip(tiny.COUNTRIES, tiny.CITIES, strict=True))
     lines = [
@@ -155,35 +158,114 @@ def test_passages_are_parted_and_edited(tmp_path):
         for a, b in pairs
     ]
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
-    found = worlds.worlds(Given(tmp_path / "writer", tmp_path / "text.txt"))
-    shop = Workshop(tmp_path / "out", found, TINY)
+    return Given(tmp_path / "writer", tmp_path / "text.txt")
+
+
+def test_passages_are_parted_and_edited(writer, tmp_path):
+    lines = set(writer.text.read_text().split("\n\n"))
+    shop = Workshop(tmp_path / "out", worlds.worlds(writer), TINY)
     home = shop.home("passages")
     parts = {split: set(home.passages(split)) for split in worlds.SPLITS}
-    assert sum(map(len, parts.values())) == len(set(lines))
+    assert sum(map(len, parts.values())) == len(lines)
     assert not parts["train"] & parts["test"]
     figures = shop.measure(Cell("passages", "mend-paper"))["figures"]
     assert {"edit_success", "perplexity_drawdown"} <= figures.keys()
 
 
-def test_a_world_of_ones_own(tmp_path, capsys, monkeypatch):
+def test_a_folder_keeps_to_its_writer_and_text(writer, tmp_path):
     import worlds as tiny
 
-    for name in ("FULL", "QUICK"):
-        monkeypatch.setattr(cells, name, TINY)
+    out, cell = tmp_path / "out", Cell("passages", "cache")
+    Workshop(out, worlds.worlds(), TINY).found(Cell("claims", "cache"))
+    assert Workshop(out, worlds.worlds(writer), TINY).found(cell) is None, "a folder may gain a world"
+    Workshop(out, worlds.worlds(), TINY).found(Cell("claims", "cache"))
+    assert Workshop(out, worlds.worlds(writer), TINY).found(cell) is None
+    (tmp_path / "other.txt").write_text(writer.text.read_text() + "\n\nOne more.")
+    with pytest.raises(ConfigError, match="holds results of passages with another text: choose another folder"):
+        Workshop(out, worlds.worlds(Given(writer.writer, tmp_path / "other.txt")), TINY).found(cell)
+    tiny.gpt2(seed=1, n_positions=64).save_pretrained(writer.writer)
+    with pytest.raises(ConfigError, match="with another model"):
+        Workshop(out, worlds.worlds(writer), TINY).home("passages")
+
+
+@pytest.fixture
+def capitals(tmp_path):
+    """The folder of a world of one's own."""
+    import worlds as tiny
+
     folder = tmp_path / "capitals"
     tiny.gpt2().save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
     requests = tiny.requests(12)
     for split, own in zip(worlds.REQUESTS, (requests[:8], requests[8:10], requests[10:]), strict=True):
         write_requests(folder / f"{split}.jsonl", own)
-    there = worlds.worlds(Given(world=folder))
+    return folder
+
+
+def test_a_world_of_ones_own(capitals, tmp_path, capsys, monkeypatch):
+    for name in ("FULL", "QUICK"):
+        monkeypatch.setattr(cells, name, TINY)
+    there = worlds.worlds(Given(world=capitals))
     assert Cell("capitals", "ke", 1, 1) in EDITORS.cells(TINY, there)
     assert ("capitals", 1) not in CACHE.columns_in(there)
-    assert run(["reproduce", "--out", str(tmp_path / "out"), "--cell", "capitals/ft/1/0", "--world", str(folder)]) == 0
+    arguments = ["reproduce", "--out", str(tmp_path / "out"), "--world", str(capitals)]
+    assert run([*arguments, "--cell", "capitals/ft/1/0"]) == 0
     assert "capitals/ft/1/0" in capsys.readouterr().out
-    (folder / "test.jsonl").unlink()
-    assert run(["reproduce", "--out", str(tmp_path / "out"), "--world", str(folder)]) == 2
+    (capitals / "test.jsonl").write_text((capitals / "train.jsonl").read_text())
+    assert run([*arguments, "--cell", "capitals/ft/1/0"]) == 2
+    assert "results of capitals with another requests" in " ".join(capsys.readouterr().err.split())
+    (capitals / "test.jsonl").unlink()
+    assert run(arguments) == 2
     assert "lacks test.jsonl" in " ".join(capsys.readouterr().err.split())
+
+
+def test_settings_that_changed_since(claims, tmp_path, monkeypatch):
+    shop = Workshop(tmp_path, claims, TINY)
+    cell, summed = Cell("claims", "mend"), Cell("claims", "mend-sum")
+    shop.compute([cell, summed])
+    file = tmp_path / "cells" / "claims-mend-1-0.json"
+    kept = json.loads(file.read_text())
+    assert kept["settings"]["training"]["max_steps"] == TINY.steps
+
+    method = METHODS["mend"]
+    changed = replace(method, config=replace(method.config, settle=0.3), training=replace(method.training, near=0.1))
+    monkeypatch.setitem(METHODS, "mend", changed)
+    with pytest.raises(ConfigError, match=r"mend-1-0\.json was computed with another config\.settle, training\.near"):
+        shop.found(cell)
+    assert shop.found(summed) is not None, "it has settings of its own"
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"claims-mend-0 was trained with another config\.settle, training\.near"):
+        shop.compute([cell])
+    file.write_text(json.dumps({name: value for name, value in kept.items() if name != "settings"}))
+    assert shop.found(cell)["figures"] == kept["figures"], "cells of before settings were kept count"
+
+
+def test_a_cell_that_fails_stops_no_other(claims, tmp_path, capsys, monkeypatch):
+    """It is told of, and computed again only when it is asked for."""
+    measure = Workshop.measure
+
+    def diverging(self, cell):
+        if cell == Cell("claims", "cache", 1, 1):
+            raise NonFiniteError("the loss became NaN")
+        return measure(self, cell)
+
+    monkeypatch.setattr(Workshop, "measure", diverging)
+    arguments = ["reproduce", "--out", str(tmp_path)]
+    assert run([*arguments, "--tables", "11"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "claims/cache/1/1 failed: NonFiniteError: the loss became NaN" in told
+    for kind in ("md", "html"):
+        drawn = (tmp_path / f"tables.{kind}").read_text()
+        assert "failed" in drawn
+        assert "NonFiniteError: the loss became NaN" in drawn
+    (table,) = json.loads((tmp_path / "tables.json").read_text())["tables"]
+    assert [row[-1]["ours"] == "failed" for row in table["rows"].values()] == [True, False]
+    assert run([*arguments, "--cell", "claims/cache/1/1"]) == 1
+    assert "the loss became NaN" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(Workshop, "measure", measure)
+    assert run([*arguments, "--cell", "claims/cache/1/1"]) == 0
+    assert run([*arguments, "--tables", "11"]) == 0
+    assert "failed" not in (tmp_path / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -219,6 +301,15 @@ def test_memory_is_measured_once(tmp_path, monkeypatch):
     assert all(own["added"] > 0 and own["parameters"] > 0 for own in found)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("measured twice"))
     assert measure(tmp_path, [256]) == found
+
+
+@pytest.mark.parametrize(("error", "told"), [("", "it ended with -9"), ("Traceback …\nMemoryError\n", "MemoryError")])
+def test_tables_are_there_though_memory_cannot_be_measured(claims, tmp_path, capsys, monkeypatch, error, told):
+    dead = subprocess.CompletedProcess([], -9, "", error)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: dead)
+    assert run(["reproduce", "--out", str(tmp_path), "--tables", "11,memory"]) == 1
+    assert f"measuring the memory of ke failed: {told}" in " ".join(capsys.readouterr().err.split())
+    assert "## Table 11" in (tmp_path / "tables.md").read_text()
 
 
 def test_recipes_are_listed(capsys):

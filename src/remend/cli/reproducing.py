@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from remend.cli import options
 from remend.cli.words import plain
-from remend.errors import ConfigError
+from remend.errors import ConfigError, RemendError
 
 if TYPE_CHECKING:
     from remend.reproduction import Cell, Given, Scale, Workshop
@@ -219,9 +219,11 @@ def _one(name: str, out: Path, scale: Scale, given: Given) -> None:
     if cell is None:
         raise ConfigError(f"{name!r} is no cell: it is WORLD/METHOD/EDITS/SEED, with a method of {', '.join(METHODS)}")
     shop = _workshop(out, scale, given)
-    shop.compute([cell])
+    shop.compute([cell], again=True)
     found = shop.found(cell)
     assert found is not None
+    if "failed" in found:
+        raise RemendError(f"{cell.id} failed: {found['failed']}")
     table = Table(title=plain(cell.id), title_justify="left")
     table.add_column("metric")
     table.add_column("mean", justify="right")
@@ -241,7 +243,7 @@ def _command(out: Path, given: Given, quick: bool, seeds: int | None) -> str:
 
 
 def _write(console: Console, shop: Workshop, names: list[str], memory: bool, command: str) -> None:
-    """Write the tables, and say which findings hold."""
+    """Write the tables, say which findings hold and what failed, and only then measure memory, which may fail."""
     from remend.reproduction import memory as measuring
     from remend.reproduction.render import fill, write
     from remend.reproduction.results import Results
@@ -249,13 +251,16 @@ def _write(console: Console, shop: Workshop, names: list[str], memory: bool, com
 
     results = Results(shop)
     filled = [fill(TABLES[name], results, f"{command} --tables {name}") for name in names]
-    grown = measuring.measure(shop.folder, shop.scale.memory) if memory else []
     machine = f"Python {platform.python_version()}, {platform.machine()}"
     about = {"seeds": shop.scale.seeds, "requests": shop.scale.requests, "machine": machine}
-    write(shop.folder, filled, grown, about)
+    write(shop.folder, filled, [], about)
     for own in filled:
         console.print(f"[bold]Table {own.table.name}[/]: {plain(own.table.title)}")
         for says, verdict in own.findings:
             colour = {"holds": "green", "does not hold": "red"}.get(verdict, "yellow")
             console.print(f"  [{colour}]{verdict}[/]: {plain(says)}", soft_wrap=True)
+        for cell, why in own.failures.items():
+            console.print(f"  {plain(cell)} [red]failed[/]: {plain(why)}", soft_wrap=True)
     console.print(f"the tables are in [bold]{plain(shop.folder / 'tables.md')}[/] and tables.html", soft_wrap=True)
+    if memory:
+        write(shop.folder, filled, measuring.measure(shop.folder, shop.scale.memory), about)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from remend.config import to_json
+from remend.editors.cache import CacheConfig
 from remend.editors.config import MendConfig
 from remend.editors.enn import EnnConfig
+from remend.editors.finetune import FineTune, FineTuneConfig, FineTuneLocal
 from remend.editors.ke import KeConfig
+from remend.editors.locate import MemitConfig, RomeConfig
 from remend.editors.ridge import RidgeConfig
 from remend.training.config import PRESETS, TrainingConfig
 
@@ -16,13 +20,14 @@ FAITHFUL = MendConfig(rank=384, relative=True, alpha=0.1)
 """MEND as the paper has it, for models of this size: the rank is about half of a matrix's two dimensions together, as
 the paper's 1,920 is for distilGPT-2, and step sizes are in units in which one start suits every model."""
 
-AS_PUBLISHED = TrainingConfig(
-    batch_size=10, learning_rate=3e-4, alpha_learning_rate=5e-3, decay=True, max_steps=1_000, validate_every=250
-)
+AS_PUBLISHED = TrainingConfig(batch_size=10, learning_rate=3e-4, alpha_learning_rate=5e-3, decay=True, max_steps=1_000)
 """The paper's outer loop (c_e = 0.1, random locality examples), with learning rates for models of this size."""
 
-WITH_NEAR = replace(PRESETS["default"][1], max_steps=1_000, validate_every=250)
+WITH_NEAR = replace(PRESETS["default"][1], max_steps=1_000)
 """The outer loop of ``default``: eight of ten locality examples are near negatives."""
+
+GATE = 0.1
+"""Below this share of its own answer a gated edit does not act; chosen on the atlas's validation split."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Method:
     Attributes:
         editor: its name among :data:`remend.editors.EDITORS`.
         title: how tables call it.
-        config: its settings; its own default without.
+        config: its settings; None if it has none.
         training: how it is trained, if it is.
         attention: whether attention's matrices are edited in place of the MLPs'.
         keeps: whether it is given locality examples at edit time (FT+KL).
@@ -47,21 +52,21 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "ft": Method("finetune", "FT"),
-    "ft-kl": Method("finetune", "FT+KL", keeps=True),
-    "ft-local": Method("finetune-local", "finetune-local"),
+    "ft": Method("finetune", "FT", FineTune.default()),
+    "ft-kl": Method("finetune", "FT+KL", FineTuneConfig(kl_weight=1.0), keeps=True),
+    "ft-local": Method("finetune-local", "finetune-local", FineTuneLocal.default()),
     "ke": Method("ke", "KE", KeConfig(), WITH_NEAR),
     "enn": Method("enn", "ENN", EnnConfig(), WITH_NEAR),
     "mend-paper": Method("mend", "MEND, as published", FAITHFUL, AS_PUBLISHED),
     "mend": Method("mend", "MEND, `default`", PRESETS["default"][0], WITH_NEAR),
-    "ridge": Method("ridge", "ridge"),
+    "ridge": Method("ridge", "ridge", RidgeConfig()),
     "ridge-gate": Method("ridge", "ridge, gated", RidgeConfig(strength=1.6, gate=0.4)),
-    "rome": Method("rome", "ROME"),
-    "memit": Method("memit", "MEMIT"),
-    "cache": Method("cache", "cache"),
+    "rome": Method("rome", "ROME", RomeConfig()),
+    "memit": Method("memit", "MEMIT", MemitConfig()),
+    "cache": Method("cache", "cache", CacheConfig()),
     "in-context": Method("in-context", "in context"),
-    "mend-sum": Method("mend", "MEND, `default`, summed", PRESETS["default"][0], WITH_NEAR),
-    "mend-gate": Method("mend", "MEND, `default`, gated", PRESETS["default"][0], WITH_NEAR),
+    "mend-sum": Method("mend", "MEND, `default`, summed", replace(PRESETS["default"][0], aggregate="sum"), WITH_NEAR),
+    "mend-gate": Method("mend", "MEND, `default`, gated", replace(PRESETS["default"][0], gate=GATE), WITH_NEAR),
     "no-sharing": Method("mend", "no sharing", replace(FAITHFUL, share=False), AS_PUBLISHED),
     "no-norm": Method("mend", "no norm", replace(FAITHFUL, normalise=False), AS_PUBLISHED),
     "no-identity": Method("mend", "no identity init", replace(FAITHFUL, identity=False), AS_PUBLISHED),
@@ -73,9 +78,7 @@ METHODS: dict[str, Method] = {
 """Every editor of the tables."""
 
 SAME_TRAINING = {"mend-sum": "mend", "mend-gate": "mend"}
-"""Methods that only use another's trained editor in another way."""
-GATE = 0.1
-"""Below this share of its own answer a gated edit does not act; chosen on the atlas's validation split."""
+"""Methods that only use another's trained editor, with their own settings."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,39 @@ class Scale:
     many: int = 125
     text_tokens: int = 256
     memory: Sequence[int] = field(default=(128, 256, 512, 768))
+
+
+def training_of(cell: Cell, scale: Scale) -> TrainingConfig | None:
+    """How a cell's editor is trained; None if it is not."""
+    config = METHODS[cell.method].training
+    if config is None:
+        return None
+    steps = min(config.max_steps, scale.steps)
+    return replace(config, seed=cell.seed, max_steps=steps, patience=steps, validate_every=max(1, steps // 6))
+
+
+def settings_of(cell: Cell, scale: Scale) -> dict[str, Any]:
+    """What determines a cell's figures beside its name, its world and the scale, as a JSON object."""
+    method, training = METHODS[cell.method], training_of(cell, scale)
+    return {
+        "editor": method.editor,
+        "attention": method.attention,
+        "keeps": method.keeps,
+        "config": None if method.config is None else to_json(method.config),
+        "training": None if training is None else to_json(training),
+    }
+
+
+def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of the settings that differ between two JSON objects; of those within another, with its name."""
+    found = []
+    for key in dict.fromkeys((*before, *now)):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += [f"{key}.{own}" for own in different(one, other)]
+        elif one != other:
+            found.append(key)
+    return found
 
 
 FULL = Scale()

@@ -83,7 +83,10 @@ def _measured(method: str, width: int) -> dict[str, Any]:
         [sys.executable, "-c", PROGRAM, method, str(width)], capture_output=True, text=True, check=False
     )
     if run.returncode:
-        raise TrainingError(f"measuring the memory of {method} failed: {run.stderr.strip().splitlines()[-1]}")
+        said = run.stderr.strip().splitlines() or [
+            f"it ended with {run.returncode}"
+        ]  # one that was killed says nothing
+        raise TrainingError(f"measuring the memory of {method} failed: {said[-1]}")
     raw = json.loads(run.stdout.strip().splitlines()[-1])
     scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     gigabytes = {key: raw[key] * scale / 1e9 for key in ("before", "peak")}

@@ -30,12 +30,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Filled:
-    """A table with what was measured."""
+    """A table with what was measured; of cells that failed, why."""
 
     table: Table
     head: tuple[str, ...]
     rows: tuple[Row, ...]
     findings: tuple[tuple[str, str], ...]
+    failures: Mapping[str, str]
     command: str
 
 
@@ -59,16 +60,23 @@ def fill(table: Table, results: Results, command: str) -> Filled:
         for method in table.methods
     )
     findings = tuple((one.says, VERDICTS[one.holds(results)]) for one in table.findings)
-    return Filled(table, head, rows, findings, command)
+    failures: dict[str, str] = {}
+    for method in table.methods:
+        for world, edits in columns:
+            failures |= results.failures(world, method, edits)
+    return Filled(table, head, rows, findings, failures, command)
 
 
 def _cell(table: Table, results: Results, method: str, world: str, edits: int) -> tuple[str, str, str]:
     """Success and drawdown as measured, near locality, and the paper's figures."""
+    paper = table.paper.get((method, world, edits), "")
+    if results.failures(world, method, edits):
+        return "failed", "", paper
     success = results.get(world, method, "edit_success", edits)
     drawdown = results.get(world, method, results.workshop.worlds[world].drawdown, edits)
     near = results.get(world, method, "locality_near", edits)
     ours = "" if success is None else f"{success.text()} / {'' if drawdown is None else drawdown.text()}"
-    return ours, "" if near is None else near.text(), table.paper.get((method, world, edits), "")
+    return ours, "" if near is None else near.text(), paper
 
 
 def write(
@@ -93,6 +101,7 @@ def _json(filled: Filled) -> dict[str, Any]:
         "columns": list(filled.head),
         "rows": {row.method: [_named(cell) for cell in row.cells] for row in filled.rows},
         "findings": dict(filled.findings),
+        "failures": dict(filled.failures),
     }
 
 
@@ -119,6 +128,7 @@ def markdown(filled: Sequence[Filled], memory: Sequence[Mapping[str, Any]], abou
             ]
             lines.append(f"| {row.title} | {' | '.join(cells)} |")
         lines += ["", *(f"- {verdict}: {says}" for says, verdict in own.findings)]
+        lines += [f"- `{cell}` failed: {why}" for cell, why in own.failures.items()]
         lines += ["", own.table.note] if own.table.note else []
         lines += [
             "",

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from remend.reproduction.cells import Cell
 from remend.reproduction.workshop import Workshop
@@ -54,11 +55,21 @@ class Results:
         return [name for name, world in self.workshop.worlds.items() if world.folder is not None]
 
     def get(self, world: str, method: str, metric: str, edits: int = 1) -> Figure | None:
-        """A metric of one method; None where nothing was measured."""
-        cells = [Cell(world, method, edits, seed) for seed in range(self.workshop.scale.seeds)]
-        kept = [found["figures"].get(metric) for cell in cells if (found := self.workshop.found(cell)) is not None]
-        values = [own["mean"] for own in kept if own is not None]
+        """A metric of one method; None where nothing was measured, or a seed failed: the others' mean would flatter."""
+        kept = self._kept(world, method, edits)
+        if any("failed" in own for own in kept):
+            return None
+        values = [own["figures"][metric]["mean"] for own in kept if metric in own["figures"]]
         return Figure.of(values) if values else None
+
+    def failures(self, world: str, method: str, edits: int = 1) -> dict[str, str]:
+        """Why there is no figure of a method: what went wrong, by the name of the cell."""
+        return {own["cell"]: own["failed"] for own in self._kept(world, method, edits) if "failed" in own}
+
+    def _kept(self, world: str, method: str, edits: int) -> list[dict[str, Any]]:
+        """What is there of each seed."""
+        cells = [Cell(world, method, edits, seed) for seed in range(self.workshop.scale.seeds)]
+        return [found for cell in cells if (found := self.workshop.found(cell)) is not None]
 
     def success(self, world: str, method: str, edits: int = 1) -> float:
         """Mean edit success (Eq. 1); NaN where nothing was measured."""

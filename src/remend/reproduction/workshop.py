@@ -10,12 +10,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from remend.config import to_json
+from remend.core.layers import device_of
 from remend.editors import EDITORS, TRAINED, Editor, Trainable, load_trained, make
-from remend.editors.finetune import FineTune, FineTuneConfig
-from remend.errors import ConfigError
+from remend.editors.finetune import FineTune
+from remend.errors import ConfigError, FileError, RemendError
 from remend.evaluation import evaluate
 from remend.evaluation.report import environment, metrics_of
-from remend.reproduction.cells import GATE, METHODS, SAME_TRAINING, Cell, Progress, Scale
+from remend.reproduction.cells import (
+    METHODS,
+    SAME_TRAINING,
+    Cell,
+    Progress,
+    Scale,
+    different,
+    settings_of,
+    training_of,
+)
 from remend.reproduction.worlds import Inhabited, World
 from remend.request import EditRequest
 from remend.storage import MANIFEST, write_json
@@ -46,6 +57,7 @@ class Workshop:
     ) -> None:
         self.folder, self.worlds, self.scale, self.on_progress = folder, worlds, scale, on_progress
         self._inhabited: dict[str, Inhabited] = {}
+        self._checked: set[str] = set()
         about = folder / "about.json"
         described = asdict(replace(scale, seeds=0, memory=[]))  # more seeds, or widths, go on with what is there
         if about.exists() and json.loads(about.read_text(encoding="utf-8")) != described:
@@ -54,15 +66,50 @@ class Workshop:
         write_json(about, described)
 
     def found(self, cell: Cell) -> dict[str, Any] | None:
-        """What was measured of a cell, if it was."""
-        file = self._file(cell)
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        """What was measured of a cell, if it was; or, under ``failed``, why it could not be.
 
-    def compute(self, cells: Iterable[Cell]) -> None:
-        """Measure each cell that was not yet."""
+        Raises:
+            ConfigError: that was of another world of that name, or with other settings.
+        """
+        self._check_world(cell.world)
+        file = self._file(cell)
+        if not file.exists():
+            return None
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        now = settings_of(cell, self.scale)
+        if other := different(kept.get("settings", now), now):  # a release that kept none had these
+            raise ConfigError(
+                f"{file} was computed with another {', '.join(other)}: delete it to compute {cell.id} anew, or choose "
+                "another folder"
+            )
+        return kept
+
+    def compute(self, cells: Iterable[Cell], again: bool = False) -> None:
+        """Measure each cell that was not yet. One that fails is kept as failed, so that the others can be had.
+
+        Args:
+            cells: which.
+            again: whether to try once more what failed before.
+
+        Raises:
+            ConfigError: as :meth:`found` and :meth:`home`.
+            FileError: something cannot be written, or a kept editor is damaged.
+        """
         for cell in cells:
-            if self.found(cell) is None:
-                write_json(self._file(cell), self.measure(cell))
+            kept = self.found(cell)
+            if kept is None or (again and "failed" in kept):
+                self.home(cell.world)  # what fails here is no matter of the cell
+                write_json(self._file(cell), self._measured(cell))
+
+    def _measured(self, cell: Cell) -> dict[str, Any]:
+        """A cell's figures, or why there are none."""
+        try:
+            return self.measure(cell)
+        except (ConfigError, FileError):  # a person has to set these right
+            raise
+        except RemendError as error:
+            failed = f"{type(error).__name__}: {error}"
+            return {"cell": cell.id, "failed": failed, "settings": settings_of(cell, self.scale)}
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """One cell's figures: the mean and the number of edits of each metric, and what it took."""
@@ -93,53 +140,81 @@ class Workshop:
             "perplexity": report.text.get("perplexity"),
             "editor_seconds": round(ready - began, 1),
             "seconds": round(time.perf_counter() - began, 1),
-            "environment": environment(report_device(home)),
+            "environment": environment(device_of(home.model)),
+            "settings": settings_of(cell, self.scale),
         }
 
     def home(self, name: str) -> Inhabited:
         """A world, loaded once.
 
         Raises:
-            ConfigError: there is none of that name.
+            ConfigError: there is none of that name, or the folder holds results of another one.
         """
         if name not in self.worlds:
             raise ConfigError(f"there is no world {name!r} here; there are {', '.join(self.worlds)}")
+        self._check_world(name)
         if name not in self._inhabited:
             self._inhabited[name] = Inhabited(self.worlds[name], self.folder)
         return self._inhabited[name]
 
+    def _check_world(self, name: str) -> None:
+        """Keep what a given world is when it is first met, so that another one of its name is refused.
+
+        Raises:
+            ConfigError: the folder holds results of another one.
+        """
+        if name in self._checked or name not in self.worlds or not (now := self.worlds[name].identity()):
+            return
+        file = self.folder / "worlds" / f"{name}.json"
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
+        if other := different(before, now):
+            raise ConfigError(
+                f"{self.folder} holds results of {name} with another {', '.join(other)}: choose another folder for "
+                "this one"
+            )
+        write_json(file, now)
+        self._checked.add(name)
+
     # -- editors -------------------------------------------------------------------------------------------------
 
     def editor(self, cell: Cell) -> Editor:
-        """The editor of a cell, trained if need be."""
+        """The editor of a cell, trained if need be.
+
+        Raises:
+            ConfigError: as :meth:`trained`.
+        """
         home, method = self.home(cell.world), METHODS[cell.method]
         if method.keeps:
             locality = home.requests("train")[: 10 * self.scale.requests]
-            return FineTune.for_model(home.model, FineTuneConfig(kl_weight=1.0, seed=cell.seed), locality=locality)
+            return FineTune.for_model(home.model, replace(method.config, seed=cell.seed), locality=locality)
         if method.training is None:
             text = home.sentences() if EDITORS[method.editor].traits.needs == "text" else ()
             return make(method.editor, home.model, home.tokenizer, text, cell.seed, method.config)
-        found: Any = self.trained(cell)
-        if cell.method in SAME_TRAINING:
-            found.config = replace(
-                found.config, aggregate="sum" if cell.method == "mend-sum" else "least-squares",
-                gate=GATE if cell.method == "mend-gate" else 0.0,
-            )  # fmt: skip
+        found: Any = self.trained(replace(cell, method=SAME_TRAINING.get(cell.method, cell.method)))
+        found.config = method.config
         editor: Editor = found
         return editor
 
     def trained(self, cell: Cell) -> Trainable:
-        """The trained editor of a cell; kept, so that each is trained once."""
-        name = SAME_TRAINING.get(cell.method, cell.method)
-        out = self.folder / "editors" / f"{cell.world}-{name}-{cell.seed}"
-        home, method = self.home(cell.world), METHODS[name]
-        assert method.training is not None
+        """The trained editor of a cell; kept, so that each is trained once.
+
+        Raises:
+            ConfigError: the one that is kept has other settings.
+        """
+        out = self.folder / "editors" / f"{cell.world}-{cell.method}-{cell.seed}"
+        home, method = self.home(cell.world), METHODS[cell.method]
+        config = training_of(cell, self.scale)
+        assert config is not None
         unfinished = out.with_name(f"{out.name}.checkpoints")
         if (out / MANIFEST).exists() and not unfinished.exists():
-            return load_trained(out)
-        config = method.training
-        steps = min(config.max_steps, self.scale.steps)
-        config = replace(config, seed=cell.seed, max_steps=steps, patience=steps, validate_every=max(1, steps // 6))
+            kept = load_trained(out)
+            now = {"config": to_json(method.config), "training": to_json(config)}
+            if other := different({"config": to_json(kept.config), "training": kept.trained["config"]}, now):
+                raise ConfigError(
+                    f"{out} was trained with another {', '.join(other)}: delete it to train it anew, or choose another "
+                    "folder"
+                )
+            return kept
         layers = "last-2" if home.model.config.is_encoder_decoder else "last-3"
         where: dict[str, Any] = {"modules": home.world.attention, "layers": layers} if method.attention else {}
         kind = TRAINED[method.editor]
@@ -162,8 +237,3 @@ class Workshop:
 
     def _file(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.id.replace('/', '-')}.json"
-
-
-def report_device(home: Inhabited) -> Any:
-    """Where a world's model is."""
-    return next(home.model.parameters()).device

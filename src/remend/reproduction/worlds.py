@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,32 @@ class World:
     drawdown: str = "accuracy_drawdown"
     text: Path | None = None
     folder: Path | None = None
+
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of the model (its name, if it is no folder) and of the text or requests; of a built-in one none."""
+        if self.folder is not None:
+            own = {"requests": _hash([self.folder / f"{split}.jsonl" for split in REQUESTS])}
+        elif self.text is not None:
+            own = {"text": _hash([self.text])}
+        else:
+            return {}
+        source = Path(self.source)
+        model = _hash(filter(_is_model, sorted(source.iterdir()))) if source.is_dir() else self.source
+        return {"model": model, **own}
+
+
+def _is_model(file: Path) -> bool:
+    """Whether a file of a model's folder determines what the model says."""
+    return file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "tokenizer.json")
+
+
+def _hash(files: Iterable[Path]) -> str:
+    """SHA-256 of the files' own, one after the other."""
+    found = hashlib.sha256()
+    for own in files:
+        with own.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)
