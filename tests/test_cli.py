@@ -177,6 +177,41 @@ def test_evaluate_shows_and_draws_the_frontier(folder, capsys):
     assert json.loads((folder / "frontier.json").read_text())["frontier"] == []
 
 
+@pytest.mark.parametrize("editor", ["cache", "in-context"])
+def test_edits_without_strength_have_no_frontier(editor, folder, tmp_path, capsys):
+    data = ["--data", folder / "test.jsonl", "--json", tmp_path / "report.json", "--limit", 2, "--device", "cpu"]
+    assert not remend("evaluate", folder / "model", "--editor", editor, *data)
+    assert f"edits by {editor} have no strength" in " ".join(capsys.readouterr().out.split())
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["editor"], report["frontier"], len(report["runs"][0]["cases"])) == (editor, [], 2)
+
+
+def test_facts_in_the_prompt_leave_general_ability_alone(folder, capsys):
+    pytest.importorskip("lm_eval")
+    data = ["--data", folder / "test.jsonl", "--lm-eval", "hellaswag"]
+    assert remend("evaluate", folder / "broken", "--editor", "in-context", *data) == 2, "before the model is loaded"
+    assert "leave --lm-eval away" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_report_names_the_editor_that_was_used(folder, tmp_path):
+    data = ["--data", folder / "test.jsonl", "--json", tmp_path / "report.json", "--limit", 2, "--device", "cpu"]
+    for given, name in (([], "ridge"), (["--editor", folder / "editor"], "editor")):
+        assert not remend("evaluate", folder / "model", *given, *data, "--no-frontier", "--no-baselines")
+        assert json.loads((tmp_path / "report.json").read_text())["editor"] == name
+
+
+def test_a_folder_that_is_called_like_an_editor(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    request = ["--prompt", "Oslo is", "--target", "Rome", "--keep-failed", "--overwrite", "--out", "edit"]
+    for place in ("ridge", "mend"):
+        shutil.copytree(folder / "editor", place)
+    for name, used in (("ridge", "ridge"), ("./ridge", "mend"), ("./mend", "mend")):
+        assert not remend("edit", folder / "model", "--editor", name, *request, "--json", "edit.json")
+        assert json.loads((tmp_path / "edit.json").read_text())["editor"] == used
+    assert remend("edit", folder / "model", "--editor", "mend", *request) == 2
+    assert "--editor ./mend is the folder of that name" in " ".join(capsys.readouterr().err.split())
+
+
 def test_reports_are_compared(folder, tmp_path, capsys):
     common = [
         "evaluate",
@@ -283,7 +318,34 @@ def test_the_version(capsys):
         (["compare", "{}/report.json"], 2, "at least two"),
         (["edit", "{}/model", "--editor", "rigde", "--out", "x", "--prompt", "p", "--target", "t"], 2, "mean 'ridge'"),
         (["edit", "{}/model", "--editor", "ke", "--out", "x", "--prompt", "p", "--target", "t"], 2, "remend train"),
-        (["edit", "{}/model", "--editor", "cache", "--out", "x", "--prompt", "The", "--target", "t"], 2, "no weight"),
+        (["edit", "{}/broken", "--editor", "cache", "--out", "x", "--prompt", "The", "--target", "t"], 2, "no weight"),
+        (
+            [
+                "edit",
+                "{}/model",
+                *EDITOR,
+                "--statistics",
+                "{}/test.jsonl",
+                "--out",
+                "x",
+                "--prompt",
+                "p",
+                "--target",
+                "t",
+            ],
+            2,
+            "editor takes no --statistics: ridge, rome, memit, cache do",
+        ),
+        (
+            ["evaluate", "{}/model", "--editor", "finetune", "--statistics", "{}/a.txt", "--data", "{}/test.jsonl"],
+            2,
+            "finetune takes no --statistics",
+        ),
+        (
+            ["evaluate", "{}/model", "--edited-model", "{}/model", "--statistics", "a.txt", "--data", "{}/test.jsonl"],
+            2,
+            "leave --editor, --statistics, --protocol",
+        ),
         (["train", "{}/model", "--method", "kee", "--out", "x", "--data", "{}/test.jsonl"], 2, "mean 'ke'"),
         (["edit", "atlass", "--out", "x", "--prompt", "p", "--target", "t"], 2, "did you mean 'atlas'?"),
         (["edit", "{}/model", "--out", "x", "--prompt", "p", "--target", ""], 2, "must not be empty"),

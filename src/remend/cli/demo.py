@@ -31,7 +31,7 @@ def demo(
 
     console = Console()
     model, tokenizer = options.load_model("atlas", device, seed)
-    editor = options.find_editor("atlas", "atlas")(model, tokenizer)
+    editor = options.find_editor("atlas", "atlas").make(model, tokenizer)
     requests = random.Random(seed).sample(read_source("atlas:test"), count)
     editor.edit_each(model, tokenizer, requests[:1])  # the first call warms up; it is not timed
     shown = []

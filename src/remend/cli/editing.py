@@ -66,14 +66,15 @@ def edit(
     if not overwrite and (out / MANIFEST).exists():
         raise FileError(f"{out} holds an edit or an editor already: choose another folder, or give --overwrite")
     chosen = options.find_editor(editor, model, statistics, seed)
-    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-    maker = chosen(base, tokenizer)
-    made = maker.edit(base, tokenizer, wanted)
-    if not isinstance(made, Edit):
+    if chosen.traits.result == "outside":
         raise ConfigError(
             f"{editor} changes no weight, so there is no edit to save: measure it with remend evaluate, or use it in "
             "Python"
         )
+    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
+    maker = chosen.make(base, tokenizer)
+    made = maker.edit(base, tokenizer, wanted)
+    assert isinstance(made, Edit)
     if factor is None:
         made = _scaled(console, base, tokenizer, made, wanted, max_new_tokens)
     elif factor != 1:

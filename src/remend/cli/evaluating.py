@@ -94,9 +94,17 @@ def evaluate(
     if limit is not None and limit < len(requests):
         requests = [requests[i] for i in sorted(random.Random(seed).sample(range(len(requests)), limit))]
     passages = [] if text is None else read_text(text)
-    if edited_model is not None and (editor or edits or resume or protocol != "single"):
-        raise ConfigError("--edited-model holds its edits already: leave --editor, --protocol, --edits and --resume")
+    if edited_model is not None and (editor or statistics or edits or resume or protocol != "single"):
+        raise ConfigError(
+            "--edited-model holds its edits already: leave --editor, --statistics, --protocol, --edits and --resume"
+        )
     console = Console()
+    chosen = None if edited_model is not None else options.find_editor(editor, model, statistics, seed)
+    if frontier and chosen is not None and chosen.traits.result == "outside":
+        console.print(f"edits by {chosen.traits.name} have no strength, so there is no frontier of it")
+        frontier = False
+    if ability is not None and chosen is not None and chosen.traits.name == "in-context":
+        raise ConfigError("in-context leaves the model as it is, and so its general ability: leave --lm-eval away")
     partial = None if json is None else json.with_name(f"{json.name}.partial")
     with _kept(partial, resume), Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("editing", total=None)
@@ -105,18 +113,16 @@ def evaluate(
             "data": data, "max_new_tokens": max_new_tokens,
             "on_progress": lambda done, total: bar.update(task, completed=done, total=total),
         }  # fmt: skip
-        if edited_model is not None:
-            base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-            edited, _ = options.load_model(edited_model, device, seed, dtype, quantise)
-            name = Path(edited_model).name
+        base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
+        if chosen is None:
+            edited, _ = options.load_model(str(edited_model), device, seed, dtype, quantise)
+            name = Path(str(edited_model)).name
             report = evaluate_checkpoints(base, edited, tokenizer, requests, name=name, **common)
         else:
-            chosen = options.find_editor(editor, model, statistics, seed)
-            base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
             report = measure(
-                base, tokenizer, chosen(base, tokenizer), requests,
+                base, tokenizer, chosen.make(base, tokenizer), requests,
                 protocol=protocol, edits=_numbers(edits), scales=SCALES if frontier else (),
-                name=Path(editor or model).name, journal=partial, resume=resume, **common,
+                name=Path(editor or chosen.traits.name).name, journal=partial, resume=resume, **common,
             )  # fmt: skip
     settings = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens, "text": text and str(text)}
     report = replace(report, settings={name: value for name, value in settings.items() if value is not None})

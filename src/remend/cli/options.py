@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +18,7 @@ from remend.cli.words import plain
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from remend.editors import Editor, MendConfig, Trainable
+    from remend.editors import Editor, MendConfig, Trainable, Traits
     from remend.request import Prompt
     from remend.training import TrainingConfig
 
@@ -65,12 +67,13 @@ EditorFolder = Annotated[
         "--editor",
         metavar="DIR|NAME",
         help="A trained editor, or one that needs no training: ridge (the default where a model has none), finetune, "
-        "finetune-local, with --statistics rome and memit, and of remend evaluate also cache and in-context.",
+        "finetune-local, with --statistics rome and memit, and of remend evaluate also cache and in-context. A folder "
+        "that is called like one of these is ./NAME.",
     ),
 ]
 Statistics = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Plain text on which an untrained editor measures what the model reads."),
+    typer.Option(metavar="FILE", help="Plain text on which ridge, rome, memit or cache measures what the model reads."),
 ]
 Chat = Annotated[
     bool, typer.Option("--chat", help="The prompt is a user's message: ask it through the model's chat template.")
@@ -171,16 +174,33 @@ RIDGE = "ridge"
 """The editor for a model that none was trained for."""
 
 
-def find_editor(
-    editor: str | None, model: str, text: Path | None = None, seed: int = 0
-) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], Editor]:
-    """What gives the editor once the model is loaded: a trained one, one that needs no training, or the atlas's own.
+@dataclass(frozen=True)
+class Chosen:
+    """An editor that a command line names, before there is a model.
+
+    Attributes:
+        traits: what it says of itself.
+        make: gives it, once the model is loaded.
+    """
+
+    traits: Traits
+    make: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Editor]
+
+
+def find_editor(editor: str | None, model: str, text: Path | None = None, seed: int = 0) -> Chosen:
+    """The editor that is named: a trained one, one that needs no training, or the atlas's own.
 
     Where none is named and the model has none of its own, it is :data:`RIDGE`. A trained one that did badly in training
     is warned of.
 
+    Args:
+        editor: a name, or a folder; what is both is the name, and ``./`` before it makes it the folder.
+        model: what it is for.
+        text: passages, for those that measure what the model reads.
+        seed: of whatever is drawn.
+
     Raises:
-        ConfigError: there is no such editor.
+        ConfigError: there is no such editor, or it takes no text.
         FileError: the folder holds none.
     """
     from remend.assets import ATLAS, ATLAS_FOLDER, BUILT_IN
@@ -197,19 +217,23 @@ def find_editor(
             f"there is no folder {model}; did you mean {ATLAS!r}? If it is a hub id, give --editor {RIDGE}"
         )
     name = editor or (ATLAS if model == ATLAS else RIDGE)
+    measuring = [own for own, kind in UNTRAINED.items() if "text" in signature(kind.for_model).parameters]
+    if text is not None and name not in measuring:
+        raise ConfigError(f"{name} takes no --statistics: {', '.join(measuring)} do, each by its name")
     if name in UNTRAINED:
         passages = read_text(text) if text is not None else ()
-        return lambda base, tokenizer: make(name, base, tokenizer, passages, seed)
-    if name in EDITORS and not os.path.isdir(name):
+        return Chosen(UNTRAINED[name].traits, lambda base, tokenizer: make(name, base, tokenizer, passages, seed))
+    if name in EDITORS:
+        there = f" (--editor ./{name} is the folder of that name)" if os.path.isdir(name) else ""
         raise ConfigError(
             f"{name} is trained for a model first: remend train {model} --method {name} --data requests.jsonl --out "
-            "DIR, then --editor DIR"
+            f"DIR, then --editor DIR{there}"
         )
     if name != ATLAS and not os.path.exists(name) and os.sep not in name:
         raise ConfigError(f"there is no editor {name!r}, nor a folder of that name; {nearest(name, EDITORS)}")
     found: Any = load_editor(ATLAS_FOLDER / "editor" if name == ATLAS else name)
     if found.traits.name not in TRAINED:
-        return lambda base, tokenizer: found
+        return Chosen(found.traits, lambda base, tokenizer: found)
     if unfit(found):
         best = best_of(found.trained)
         Console(stderr=True).print(
@@ -218,7 +242,7 @@ def find_editor(
             "requests or time",
             soft_wrap=True,
         )
-    return lambda base, tokenizer: found.to(device_of(base))
+    return Chosen(found.traits, lambda base, tokenizer: found.to(device_of(base)))
 
 
 def best_of(trained: Mapping[str, Any]) -> dict[str, float]:
