@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from remend.errors import ConfigError, FileError
 from remend.evaluation.schema import read_report
 from remend.models.structure import editable_modules
 from remend.reproduction.ingredients import FAR, KINDS, Ingredients, file_of, lent
-from remend.reproduction.recipe import DRAWDOWNS, FOLDER, load_recipe, recipes, run_recipe
+from remend.reproduction.recipe import FOLDER, load_recipe, recipes
+from remend.reproduction.running import run_recipe
 from remend.request import EditRequest
 from remend.training.checkpoint import folder_of
 from remend.training.dry_run import dry_run
@@ -134,7 +136,6 @@ def test_a_shipped_recipe(name):
         assert (recipe.preset, recipe.network, recipe.training) == ("paper", {}, {})
         assert network.outputs_only is False
         assert (recipe.paper.measure == "perplexity") == (recipe.text is not None)
-        assert recipe.paper.measure in DRAWDOWNS
     for source in (recipe.train, recipe.validation, recipe.test):
         if source is not None:
             assert parted(source)[0] in ("passages", "zsre", "counterfact", "fever")
@@ -221,12 +222,37 @@ def test_a_stopped_run_goes_on(kitchen, tmp_path):
     assert (out / "requests" / "test.jsonl").stat().st_mtime_ns == written
     assert report.metrics() == whole.metrics()
     assert report.settings["steps"] == 3
-    assert run_recipe(recipe, out, **given).metrics() == whole.metrics(), "one that had ended is judged anew"
+    told = []
+    again = run_recipe(recipe, out, **given, on_progress=told.append)
+    assert (again.metrics(), again.settings) == (report.metrics(), report.settings)
+    assert told == [], "of one that had ended, nothing is done again"
 
     with pytest.raises(ConfigError, match="is of a run with another seed: give the same to go on with it"):
         run_recipe(recipe, out, **given, seed=7)
     with pytest.raises(FileError, match="holds an editor or an edit already"):
         run_recipe(recipe, out, **given, resume=False)
+
+
+def test_a_run_whose_editor_was_deleted_begins_anew(kitchen, tmp_path):
+    """What is left of the evaluation of the deleted editor is no part of it, whether that had ended or not."""
+    recipe = SHIPPED["bert-base-fever"]
+    given, out = {**kitchen(recipe), "limit": 8, "max_steps": 1}, tmp_path / "out"
+
+    def stop(what):
+        if what.startswith("evaluating:"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, out, **given, on_progress=stop)
+    assert (out / "report.json.partial").exists()
+    (out / "report.json.partial" / "about.json").write_text('{"about": "another editor"}')
+    shutil.rmtree(out / "editor")
+    run_recipe(recipe, out, **given)
+    shutil.rmtree(out / "editor")
+    told = []
+    run_recipe(recipe, out, **given, on_progress=told.append)
+    assert "training: step 1, 100%" in told
+    assert "(its last session)" in (out / "summary.md").read_text()
 
 
 def test_overlap_with_training_is_told(kitchen, tmp_path):

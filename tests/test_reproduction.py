@@ -4,16 +4,18 @@ import json
 import math
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from remend.cli import run
+from remend.cli.reproducing import _command
 from remend.errors import ConfigError, NonFiniteError
 from remend.reproduction import TABLES, Cell, Given, Scale, Workshop, cells, worlds
 from remend.reproduction.cells import METHODS
 from remend.reproduction.memory import METHODS as MEASURED
 from remend.reproduction.memory import measure
-from remend.reproduction.results import Figure, Results
+from remend.reproduction.results import Figure, Results, student
 from remend.reproduction.tables import CACHE, EDITORS, TOGETHER
 from remend.request import write_requests
 
@@ -93,11 +95,13 @@ def test_findings_hold_or_not():
 
 
 def test_intervals_over_seeds():
-    assert Figure.of([0.5]) == Figure(0.5, None, 1)
+    assert Figure.of([0.5]) == Figure(0.5, None)
     figure = Figure.of([0.4, 0.5, 0.6])
     assert figure.mean == pytest.approx(0.5)
     assert figure.half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
     assert figure.text() == "0.500 ± 0.248"
+    for seeds, quantile in ((2, 12.706), (9, 2.306), (10, 2.262), (31, 2.042), (32, 2.040), (101, 1.984)):
+        assert student(seeds - 1) == pytest.approx(quantile, abs=6e-4)
 
 
 def test_a_run_is_gone_on_with_and_drawn(claims, tmp_path, capsys, monkeypatch):
@@ -109,7 +113,8 @@ def test_a_run_is_gone_on_with_and_drawn(claims, tmp_path, capsys, monkeypatch):
     assert len(kept) == 4  # two methods, two seeds
     markdown, page = ((out / f"tables.{kind}").read_text() for kind in ("md", "html"))
     assert "## Table 11: a cache of edits" in markdown
-    assert "remend reproduce --out out --tables 11" in markdown
+    assert f"`remend reproduce --out {out} --tables 11`" in markdown
+    assert all("its own 4 test requests (4 of several edits at once)" in own for own in (markdown, page))
     assert "±" in markdown
     assert "<svg" in page
     assert "not measured</span>: paper: a cache fails on generation" in page
@@ -268,15 +273,43 @@ def test_a_cell_that_fails_stops_no_other(claims, tmp_path, capsys, monkeypatch)
     assert "failed" not in (tmp_path / "tables.md").read_text()
 
 
+def test_the_command_of_a_table_can_be_typed_again():
+    given = Given(Path("build/my writer"), Path("../text.txt"), device="cuda:1")
+    again = "remend reproduce --quick --out build/tables --writer 'build/my writer' --text ../text.txt --device cuda:1"
+    assert _command(Path("build/tables"), given, True, None) == again
+
+
+def test_a_recipe_s_options_reach_it(tmp_path, monkeypatch):
+    called = {}
+    monkeypatch.setattr("remend.reproduction.running.run_recipe", lambda *_, **given: called.update(given))
+    assert run(["reproduce", "distilgpt2", "--out", "my out", "--seed", "0", "--max-steps", "3"]) == 0
+    assert (called["seed"], called["max_steps"], called["device"]) == (0, 3, "auto")
+    assert called["command"] == "remend reproduce distilgpt2 --out 'my out' --max-steps 3 --seed 0"
+
+
+def test_figures_do_not_depend_on_the_number_of_processes(claims, tmp_path, monkeypatch):
+    """Each computes on one thread, and where it is told to."""
+    told = []
+    monkeypatch.setattr("torch.set_num_threads", told.append)
+    monkeypatch.setattr(worlds, "load", lambda source, device: told.append(device) or pytest.skip("enough"))
+    with pytest.raises(pytest.skip.Exception):
+        run(["reproduce", "--out", str(tmp_path), "--tables", "11", "--device", "cuda:1"])
+    assert told == [1, "cuda:1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--tables", "4"], "there is no table '4' here; there are 3, 5, 6, 9, 11 and memory"),
         (["--cell", "claims/mend/1"], "is no cell: it is WORLD/METHOD/EDITS/SEED"),
+        (["--cell", "claims/mend/1/0", "--jobs", "2"], "--jobs: of several cells; --cell names one"),
         (["--cell", "seas/mend/1/0"], "there is no world 'seas' here"),
         (["gpt-jay"], "there is no recipe 'gpt-jay'"),
-        (["--limit", "3"], "are of a recipe: name one"),
-        (["distilgpt2", "--world", "capitals"], "--world is of the tables"),
+        (["--limit", "3", "--max-steps", "2"], "--limit, --max-steps: of a recipe: name one"),
+        (["--seed", "0"], "--seed: of a recipe: name one"),
+        (["distilgpt2", "--world", "capitals"], "--world: of the tables; a recipe takes --model"),
+        (["distilgpt2", "--tables", "3", "--cell", "claims/mend/1/0"], "--tables, --cell: of the tables"),
+        (["distilgpt2", "--quick", "--seeds", "3", "--jobs", "2"], "--quick, --seeds, --jobs: of the tables"),
     ],
 )
 def test_wrong_use(claims, tmp_path, capsys, arguments, message):

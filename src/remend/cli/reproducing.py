@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -15,11 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from remend.cli import options
+from remend.cli.recipes import list_recipes, option, run_named, typed
 from remend.cli.words import plain
 from remend.errors import ConfigError, RemendError
 
 if TYPE_CHECKING:
     from remend.reproduction import Cell, Given, Scale, Workshop
+
+MEMORY = "memory"
+"""How Figures 3 and 4 are asked for, among the tables."""
 
 
 def reproduce(
@@ -32,9 +36,9 @@ def reproduce(
             metavar="DIR", help="Where everything is kept and gone on from; else reproduction, or the recipe."
         ),
     ] = None,
-    tables: Annotated[str, typer.Option(metavar="3,5,…", help="Tables: 3 (with 4), 5, 6, 9, 11, memory.")] = (
-        "3,5,6,9,11,memory"
-    ),
+    tables: Annotated[
+        str | None, typer.Option(metavar="3,5,…", help="Of 3 (with 4), 5, 6, 9, 11 and memory, only these.")
+    ] = None,
     cell: Annotated[
         str | None, typer.Option(metavar="WORLD/METHOD/EDITS/SEED", help="Only this cell; prints its figures.")
     ] = None,
@@ -50,13 +54,14 @@ def reproduce(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Every cell, on less data and in minutes.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many times each cell is measured.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that compute cells.")] = 1,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compute cells, on one thread each.")] = None,
     model: Annotated[str | None, typer.Option(help="Of a recipe: a folder or hub id, in place of its own.")] = None,
     train: Annotated[str | None, typer.Option(metavar="SOURCE", help="Of a recipe: requests to train on.")] = None,
     validation: Annotated[str | None, typer.Option(metavar="SOURCE", help="Of a recipe: to validate on.")] = None,
     test: Annotated[str | None, typer.Option(metavar="SOURCE", help="Of a recipe: requests to judge.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Of a recipe: requests of each split, to try it.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Of a recipe: of training, to try it.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of a recipe: one of its seeds, or another; else its first.")] = None,
     device: options.Device = "auto",
     recipes: Annotated[bool, typer.Option("--recipes", help="List the recipes and exit.")] = False,
 ) -> None:
@@ -66,86 +71,76 @@ def reproduce(
     A RECIPE trains and judges MEND for one row of the paper's tables, or for a model of today, at full size: the name
     of one that ships with remend, or a JSON file.
     """
-    from remend.reproduction.cells import FULL, QUICK
-    from remend.reproduction.tables import TABLES
     from remend.reproduction.worlds import Given
 
     if recipes:
-        _list()
+        list_recipes()
         return
+    of_tables = {"tables": tables, "cell": cell, "world": world, "quick": quick or None, "seeds": seeds, "jobs": jobs}
+    of_recipe = {
+        "model": model, "train": train, "validation": validation, "test": test, "limit": limit, "max_steps": max_steps,
+        "seed": seed,
+    }  # fmt: skip
     if recipe is not None:
-        given: dict[str, Any] = {
-            "model": model,
-            "train": train,
-            "validation": validation,
-            "test": test,
-            "max_steps": max_steps,
-        }
-        given |= {"text": text and str(text), "writer": writer and str(writer), "limit": limit, "device": device}
-        if world is not None:
-            raise ConfigError("--world is of the tables; a recipe takes --model, --train, --validation and --test")
-        _recipe(recipe, out or Path(Path(recipe).stem), given)
+        _refuse(of_tables, "of the tables; a recipe takes --model, --train, --validation, --test and --seed")
+        both = {"text": text and str(text), "writer": writer and str(writer), "device": device}
+        run_named(recipe, out or Path(Path(recipe).stem), {**of_recipe, **both})
         return
-    if any(own is not None for own in (model, train, validation, test, limit, max_steps)):
-        raise ConfigError("--model, --train, --validation, --test, --limit and --max-steps are of a recipe: name one")
-    out = out or Path("reproduction")
-    wanted = [part.strip() for part in tables.split(",")]
-    if unknown := [name for name in wanted if name not in (*TABLES, "memory")]:
-        raise ConfigError(f"there is no table {unknown[0]!r} here; there are {', '.join(TABLES)} and memory")
+    _refuse(of_recipe, "of a recipe: name one")
+    _tables(out or Path("reproduction"), tables, cell, Given(writer, text, world, device), quick, seeds, jobs)
+
+
+def _refuse(given: Mapping[str, Any], why: str) -> None:
+    """Refuse options that would be ignored.
+
+    Raises:
+        ConfigError: one was given.
+    """
+    if wrong := [option(name) for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{', '.join(wrong)}: {why}")
+
+
+def _tables(
+    out: Path,
+    tables: str | None,
+    cell: str | None,
+    given: Given,
+    quick: bool,
+    seeds: int | None,
+    jobs: int | None,
+) -> None:
+    """Compute the tables, or one cell."""
+    from remend.reproduction.cells import FULL, QUICK
+    from remend.reproduction.tables import TABLES
+
+    known = (*TABLES, MEMORY)
+    wanted = known if tables is None else [part.strip() for part in tables.split(",")]
+    if unknown := [name for name in wanted if name not in known]:
+        raise ConfigError(f"there is no table {unknown[0]!r} here; there are {', '.join(TABLES)} and {MEMORY}")
     scale = QUICK if quick else FULL
     scale = replace(scale, seeds=seeds or scale.seeds)
-    there = Given(writer, text, world)
     if cell is not None:
-        _one(cell, out, scale, there)
+        _refuse({"tables": tables, "seeds": seeds, "jobs": jobs}, "of several cells; --cell names one")
+        _one(cell, out, scale, given)
         return
     console = Console()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    shop = _workshop(out, scale, there)
-    cells = _ordered([own for name in wanted if name in TABLES for own in TABLES[name].cells(scale, shop.worlds)])
-    _compute(console, shop, cells, jobs, there)
-    command = _command(out, there, quick, seeds)
-    _write(console, shop, [name for name in wanted if name in TABLES], "memory" in wanted, command)
-
-
-def _list() -> None:
-    """The recipes with what they take."""
-    from rich.table import Table
-
-    from remend.reproduction.recipe import recipes
-
-    table = Table()
-    table.add_column("recipe", no_wrap=True)
-    for heading in ("model", "paper: success / drawdown", "GB", "hours (a guess)"):
-        table.add_column(heading, overflow="fold")
-    for name, own in recipes().items():
-        paper = own.paper
-        told = "" if paper is None else f"{paper.edit_success} / {paper.drawdown}"
-        table.add_row(name, own.model or "to be given", told, f"{own.memory_gb:.0f}", f"{own.hours:g}")
-    Console().print(table)
-
-
-def _recipe(name: str, out: Path, given: dict[str, Any]) -> None:
-    """Run one recipe, and say where its summary is."""
-    from remend.reproduction.recipe import load_recipe, run_recipe
-
-    console = Console()
-    typed = [f"--{key.replace('_', '-')} {value}" for key, value in given.items() if value and value != "auto"]
-    command = " ".join(["remend reproduce", name, f"--out {out}", *typed])
-    with console.status("reading") as status:
-        run_recipe(
-            load_recipe(name), out, command=command, on_progress=lambda what: status.update(plain(what)), **given
-        )
-    console.print(f"the figures, beside the paper's, are in [bold]{plain(out / 'summary.md')}[/]", soft_wrap=True)
+    shop = _workshop(out, scale, given)
+    names = [name for name in wanted if name in TABLES]
+    cells = _ordered([own for name in names for own in TABLES[name].cells(scale, shop.worlds)])
+    _compute(console, shop, cells, jobs or 1, given)
+    _write(console, shop, names, MEMORY in wanted, _command(out, given, quick, seeds))
 
 
 def _workshop(out: Path, scale: Scale, given: Given) -> Workshop:
+    import torch
     from transformers.utils import logging
 
     from remend.reproduction.workshop import Workshop
     from remend.reproduction.worlds import worlds
 
     logging.disable_progress_bar()
-    return Workshop(out, worlds(given), scale)
+    torch.set_num_threads(1)  # sums depend on it: figures shall not depend on --jobs, nor on the number of cores
+    return Workshop(out, worlds(given), scale, given.device)
 
 
 def _ordered(cells: list[Cell]) -> list[Cell]:
@@ -203,9 +198,6 @@ def _compute(console: Console, shop: Workshop, cells: list[Cell], jobs: int, giv
 
 def _part(out: Path, scale: Scale, given: Given, cells: list[Cell]) -> None:
     """One process's part."""
-    import torch
-
-    torch.set_num_threads(1)
     _workshop(out, scale, given).compute(cells)
 
 
@@ -234,12 +226,9 @@ def _one(name: str, out: Path, scale: Scale, given: Given) -> None:
 
 
 def _command(out: Path, given: Given, quick: bool, seeds: int | None) -> str:
-    """What computes all this again."""
-    parts = ["remend reproduce", f"--out {out.name}"]
-    parts += [f"--{name} {path.name}" for name, path in vars(given).items() if path is not None]
-    parts += ["--quick"] if quick else []
-    parts += [f"--seeds {seeds}"] if seeds else []
-    return " ".join(parts)
+    """What computes all this again, typed in the same folder."""
+    told: dict[str, Any] = {"out": out, **vars(given), "seeds": seeds}
+    return typed(["remend", "reproduce", *(["--quick"] if quick else [])], told)
 
 
 def _write(console: Console, shop: Workshop, names: list[str], memory: bool, command: str) -> None:
@@ -252,7 +241,7 @@ def _write(console: Console, shop: Workshop, names: list[str], memory: bool, com
     results = Results(shop)
     filled = [fill(TABLES[name], results, f"{command} --tables {name}") for name in names]
     machine = f"Python {platform.python_version()}, {platform.machine()}"
-    about = {"seeds": shop.scale.seeds, "requests": shop.scale.requests, "machine": machine}
+    about = {"seeds": shop.scale.seeds, "requests": shop.scale.requests, "many": shop.scale.many, "machine": machine}
     write(shop.folder, filled, [], about)
     for own in filled:
         console.print(f"[bold]Table {own.table.name}[/]: {plain(own.table.title)}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,24 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from remend.config import from_json, to_json
 from remend.data.sources import parted
-from remend.editors import Trainable
 from remend.editors.config import MendConfig
-from remend.editors.mend import Mend
 from remend.errors import ConfigError, FileError, nearest
-from remend.evaluation import Report, evaluate
-from remend.reproduction.ingredients import Ingredients, Pantry, load_model, overlap
-from remend.reproduction.summary import call, summary
-from remend.storage import MANIFEST, write_json, write_text
-from remend.training import train as train_editor
-from remend.training.checkpoint import folder_of
 from remend.training.config import PRESETS, TrainingConfig
 from remend.training.dry_run import DryRun, dry_run
-from remend.training.run import check_out
 
 FOLDER = Path(__file__).with_name("recipes")
 """Where the recipes are that ship with the package, each in a file of its name."""
-DRAWDOWNS = {"accuracy": "accuracy_drawdown", "perplexity": "perplexity_drawdown"}
-"""The metric of each kind of drawdown."""
 
 TaskKind = Literal["causal-lm", "seq2seq", "classification"]
 
@@ -165,6 +152,8 @@ class Recipe(BaseModel):
     def counted(self) -> DryRun:
         """What would be edited and what it takes, counted from ``config`` alone: no weight is made or fetched.
 
+        That takes seconds, so ``memory_gb`` is written down in each recipe; tests hold it against this count.
+
         Raises:
             ModelError: it is no configuration of a language model, or there is nothing to edit.
         """
@@ -230,119 +219,3 @@ def _explained(error: ValidationError) -> str:
         return f"the key {key!r} is missing; any recipe that ships with remend shows what belongs there"
     said = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     return f"{key}: {said}" if key else said
-
-
-def run_recipe(
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    model: str | None = None,
-    train: str | None = None,
-    validation: str | None = None,
-    test: str | None = None,
-    text: str | None = None,
-    writer: str | None = None,
-    device: str = "auto",
-    seed: int | None = None,
-    limit: int | None = None,
-    max_steps: int | None = None,
-    resume: bool = True,
-    command: str | None = None,
-    on_progress: Callable[[str], None] = lambda what: None,
-) -> Report:
-    """Train an editor as a recipe says, make its edits one by one, and write down what was found.
-
-    In the folder ``out`` are then ``editor``, ``report.json``, ``summary.md`` (beside the paper's figures), and what a
-    stopped run needs to go on.
-
-    Args:
-        recipe: what to do.
-        out: a folder, new or of a run of the same recipe that was stopped.
-        model: a folder or hub id, in place of the recipe's.
-        train: a source of requests, in place of the recipe's.
-        validation: likewise.
-        test: likewise.
-        text: a file of passages, in place of the recipe's.
-        writer: the model whose samples are the targets of passages, in place of the recipe's.
-        device: as for :func:`remend.load`.
-        seed: in place of the first of the recipe's.
-        limit: at most so many requests of each split: to try a recipe out.
-        max_steps: of training, in place of the recipe's: likewise.
-        resume: whether to go on with what is in ``out``.
-        command: what was typed, for the summary; the call itself by default.
-        on_progress: is told what is being done.
-
-    Raises:
-        ConfigError: something has to be given and was not, the model is of another kind, or ``out`` is of another run.
-        FileError: something stands in ``out`` that would be overwritten.
-        RequestError: a source cannot be read.
-        TrainingError: as :func:`remend.train`.
-        KeyboardInterrupt: the run was interrupted; it can be gone on with.
-    """
-    out = Path(out)
-    used = Ingredients.of(recipe, model, writer, train, validation, test, text)
-    passages = used.passages()
-    network, settings = recipe.settings(seed, max_steps)
-    about = {"recipe": recipe.model_dump(mode="json"), "ingredients": used.to_json(), "seed": settings.seed}
-    _claim(out, {**about, "limit": limit, "max_steps": max_steps}, resume)
-    on_progress("loading the model")
-    base, tokenizer = load_model(recipe, used.model, device)
-    on_progress("reading requests")
-    pantry = Pantry(recipe, used, out / "requests", device, settings.seed, limit)
-    requests = pantry.requests(base, tokenizer, resume)
-    goes_on = folder_of(out / "editor").exists() or (out / "editor" / MANIFEST).exists()
-    editor: Trainable = train_editor(
-        base,
-        tokenizer,
-        requests["train"],
-        requests.get("validation"),
-        config=settings,
-        editor=Mend.for_model(base, network, recipe.modules, settings.seed, recipe.layers),
-        out=out / "editor",
-        resume=goes_on,
-        on_progress=lambda progress: on_progress(f"training: step {progress.step}, {progress.share:.0%}"),
-    )
-    began = time.monotonic()
-    journal = out / "report.json.partial"
-    report = evaluate(
-        base,
-        tokenizer,
-        editor,
-        requests["test"],
-        baselines=False,
-        text=passages,
-        data=used.test,
-        name=recipe.name,
-        journal=journal,
-        resume=journal.exists(),
-        on_progress=lambda done, total: on_progress(f"evaluating: {done} of {total} edits"),
-    )
-    took = {"training_seconds": editor.trained["seconds"], "evaluation_seconds": round(time.monotonic() - began, 1)}
-    kept: dict[str, Any] = {
-        "recipe": recipe.name, **used.to_json(), "seed": settings.seed, "limit": limit, "max_steps": max_steps,
-        "steps": editor.trained["steps"], **took, "shared_with_training": overlap(requests),
-        "command": command or call(recipe, out, used, settings.seed, limit, max_steps),
-    }  # fmt: skip
-    report = replace(report, settings={name: value for name, value in kept.items() if value is not None})
-    report.save(out / "report.json")
-    write_text(out / "summary.md", summary(recipe, report))
-    return report
-
-
-def _claim(out: Path, about: dict[str, Any], resume: bool) -> None:
-    """Make sure that a folder is of this run, or of none yet.
-
-    Raises:
-        ConfigError: it is of another run.
-        FileError: it is of a run, and not to be gone on with.
-    """
-    check_out(out / "editor", resume)
-    file = out / "run.json"
-    if resume and file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if before != about:
-            other = [name for name in about if before.get(name) != about[name]]
-            raise ConfigError(
-                f"{out} is of a run with another {', '.join(other)}: give the same to go on with it, or another folder"
-            )
-    write_json(file, about)

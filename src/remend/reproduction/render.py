@@ -116,7 +116,8 @@ def markdown(filled: Sequence[Filled], memory: Sequence[Mapping[str, Any]], abou
         "",
         "Edit success (Eq. 1, free decoding) / drawdown; in brackets locality at near prompts; *in italics the paper's "
         f"figures*. Means over {about['seeds']} seeds, each with its own training and its own {about['requests']} test "
-        f"requests, ± half a 95 % interval of the seeds' means (Student's t). {about['machine']}.",
+        f"requests ({about['many']} of several edits at once), ± half a 95 % interval of the seeds' means (Student's "
+        f"t). {about['machine']}.",
     ]
     for own in filled:
         lines += ["", f"## Table {own.table.name}: {own.table.title}", ""]

@@ -11,8 +11,17 @@ from typing import Any
 from remend.reproduction.cells import Cell
 from remend.reproduction.workshop import Workshop
 
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-"""Two-sided 95 % quantiles of Student's t for so many seeds."""
+STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""Two-sided 95 % quantiles of Student's t for 1, 2, … 30 degrees of freedom, one fewer than seeds."""
+
+
+def student(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t."""
+    # Beyond the table, the first terms of the expansion about the normal's quantile: right to three digits.
+    return STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.960 + 2.372 / freedom + 2.822 / freedom**2
 
 
 @dataclass(frozen=True)
@@ -22,12 +31,10 @@ class Figure:
     Attributes:
         mean: of the seeds' means.
         half: half the width of the 95 % interval (Student's t); None of one seed.
-        seeds: how many there are.
     """
 
     mean: float
     half: float | None
-    seeds: int
 
     @staticmethod
     def of(values: Sequence[float]) -> Figure:
@@ -35,13 +42,12 @@ class Figure:
         count = len(values)
         half = None
         if count > 1:
-            half = STUDENT.get(count, 1.96) * statistics.stdev(values) / math.sqrt(count)
-        return Figure(statistics.fmean(values), half, count)
+            half = student(count - 1) * statistics.stdev(values) / math.sqrt(count)
+        return Figure(statistics.fmean(values), half)
 
-    def text(self, sign: bool = False) -> str:
+    def text(self) -> str:
         """As tables show it."""
-        own = f"{self.mean:+.3f}" if sign else f"{self.mean:.3f}"
-        return own if self.half is None else f"{own} ± {self.half:.3f}"
+        return f"{self.mean:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
 
 
 class Results:

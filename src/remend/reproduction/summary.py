@@ -77,7 +77,7 @@ def _taken(recipe: Recipe, report: Report) -> list[str]:
         "| | here | expected |",
         "|---|---|---|",
         f"| time | {training:.2f} h of training ({settings['steps']} steps), {evaluation:.2f} h of evaluation "
-        f"| {recipe.hours:g} h |",
+        f"(its last session) | {recipe.hours:g} h |",
         f"| memory | {held} | {recipe.memory_gb:.1f} GB, activations and kept examples on top |",
         f"| an edit | {report.runs[-1].seconds_per_edit:.3f} s | |",
         "",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from remend.reproduction.cells import Cell, Scale
+from remend.reproduction.cells import AS_PUBLISHED, FAITHFUL, Cell, Scale
 from remend.reproduction.results import Results
 from remend.reproduction.worlds import PASSAGES, World
 
@@ -59,7 +59,7 @@ class Table:
         return [(world, edits) for world, edits in self.columns if world in worlds] + given
 
     def cells(self, scale: Scale, worlds: Mapping[str, World]) -> list[Cell]:
-        """What has to be measured for it; single edits of all seeds before the next method's."""
+        """What has to be measured for it: of each method, in each column, every seed."""
         return [
             Cell(world, method, edits, seed)
             for method in self.methods
@@ -176,8 +176,11 @@ EDITORS = Table(
         ),
     ),
     "The paper's columns are its small models' (Table 4): distilGPT-2, BART-base and BERT-base. KE and ENN are trained "
-    "on the same requests and near negatives as `default`; MEND as published sees random locality examples. ROME and "
-    "MEMIT have seen the sentences that the decoder learned from, without the subjects of any test.",
+    "on the same requests and near negatives as `default`; MEND as published sees random locality examples. To suit "
+    f"models of this size it has networks of rank {FAITHFUL.rank} (paper: 1,920), step sizes in units of a layer's own "
+    f"output (paper: absolute), and learning rates of {AS_PUBLISHED.learning_rate:g} and, for step sizes, "
+    f"{AS_PUBLISHED.alpha_learning_rate:g} (paper: 1e-06 and 0.0001). ROME and MEMIT have seen the sentences that the "
+    "decoder learned from, without the subjects of any test.",
     {"rome": ("facts",), "memit": ("facts",)},
     grows=True,
 )  # fmt: skip

@@ -46,6 +46,7 @@ class Workshop:
         folder: where.
         worlds: the models.
         scale: how much is computed; a folder belongs to one scale.
+        device: of the models, as for :func:`remend.load`.
         on_progress: is told what is being done.
 
     Raises:
@@ -53,9 +54,14 @@ class Workshop:
     """
 
     def __init__(
-        self, folder: Path, worlds: Mapping[str, World], scale: Scale, on_progress: Progress = lambda what: None
+        self,
+        folder: Path,
+        worlds: Mapping[str, World],
+        scale: Scale,
+        device: str = "auto",
+        on_progress: Progress = lambda what: None,
     ) -> None:
-        self.folder, self.worlds, self.scale, self.on_progress = folder, worlds, scale, on_progress
+        self.folder, self.worlds, self.scale, self.device, self.on_progress = folder, worlds, scale, device, on_progress
         self._inhabited: dict[str, Inhabited] = {}
         self._checked: set[str] = set()
         about = folder / "about.json"
@@ -154,7 +160,7 @@ class Workshop:
             raise ConfigError(f"there is no world {name!r} here; there are {', '.join(self.worlds)}")
         self._check_world(name)
         if name not in self._inhabited:
-            self._inhabited[name] = Inhabited(self.worlds[name], self.folder)
+            self._inhabited[name] = Inhabited(self.worlds[name], self.folder, self.device)
         return self._inhabited[name]
 
     def _check_world(self, name: str) -> None:
@@ -214,7 +220,7 @@ class Workshop:
                     f"{out} was trained with another {', '.join(other)}: delete it to train it anew, or choose another "
                     "folder"
                 )
-            return kept
+            return kept.to(device_of(home.model))
         layers = "last-2" if home.model.config.is_encoder_decoder else "last-3"
         where: dict[str, Any] = {"modules": home.world.attention, "layers": layers} if method.attention else {}
         kind = TRAINED[method.editor]

@@ -81,17 +81,19 @@ def _hash(files: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class Given:
-    """What is compared besides the built-in models.
+    """What is compared besides the built-in models, and where.
 
     Attributes:
         writer: a causal language model for the generation task.
         text: passages that it did not learn from.
         world: a folder with a ``model`` and its requests: ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``.
+        device: of all models, the built-in ones too, as for :func:`remend.load`.
     """
 
     writer: Path | None = None
     text: Path | None = None
     world: Path | None = None
+    device: str = "auto"
 
 
 def worlds(given: Given = Given()) -> dict[str, World]:  # it is frozen
@@ -146,13 +148,14 @@ class Inhabited:
     Args:
         world: which.
         folder: where requests that are made of passages are kept.
+        device: as for :func:`remend.load`.
     """
 
-    def __init__(self, world: World, folder: Path) -> None:
+    def __init__(self, world: World, folder: Path, device: str) -> None:
         self.world, self.folder = world, folder
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
-        self.model, self.tokenizer = load(world.source, "cpu")
+        self.model, self.tokenizer = load(world.source, device)
 
     def requests(self, split: str) -> list[EditRequest]:
         """The requests of one split."""
