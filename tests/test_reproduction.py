@@ -11,12 +11,14 @@ import pytest
 from remend.cli import run
 from remend.cli.reproducing import _command
 from remend.errors import ConfigError, NonFiniteError
+from remend.models import editable_modules, load
 from remend.reproduction import TABLES, Cell, Given, Scale, Workshop, cells, worlds
 from remend.reproduction.cells import METHODS
 from remend.reproduction.memory import METHODS as MEASURED
 from remend.reproduction.memory import measure
 from remend.reproduction.results import Figure, Results, student
 from remend.reproduction.tables import CACHE, EDITORS, TOGETHER
+from remend.reproduction.workshop import attention_matrices
 from remend.request import write_requests
 
 TINY = Scale(seeds=2, requests=4, steps=2, train=40, many=4, text_tokens=32, memory=(256,))
@@ -147,6 +149,32 @@ def test_every_kind_of_method_is_computed(claims, tmp_path, method):
     assert found["figures"]["accuracy_drawdown"]["n"] == 4
     shop.compute([Cell("claims", method)])
     assert Results(shop).success("claims", method) == found["figures"]["edit_success"]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "layers", "count"),
+    [
+        ("facts", "*attn.c_*", "last-3", 6),
+        ("questions", "*SelfAttention.*", "last-2", 16),
+        ("claims", "*attention.*", "last-3", 12),
+    ],
+)
+def test_attention_is_found_by_structure(name, pattern, layers, count):
+    """In T5 without cross-attention; its decoder has that too."""
+    model, _ = load(worlds.worlds()[name].source, "cpu")
+    named = list(editable_modules(model, [pattern], layers=layers))
+    assert len(named) == count
+    assert list(editable_modules(model, attention_matrices(model))) == named
+
+
+def test_attention_of_a_model_of_one_s_own(capitals, tmp_path):
+    import worlds as tiny
+
+    tiny.llama().save_pretrained(capitals / "model")
+    shop = Workshop(tmp_path / "out", worlds.worlds(Given(world=capitals)), TINY)
+    names = list(shop.trained(Cell("capitals", "attention")).shapes)
+    assert len(names) == 12  # q, k, v and o of three blocks
+    assert all(".self_attn." in name for name in names)
 
 
 @pytest.fixture

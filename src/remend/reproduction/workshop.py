@@ -10,13 +10,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from remend.config import to_json
-from remend.core.layers import device_of
+from remend.core.layers import device_of, editable_layers
 from remend.editors import EDITORS, TRAINED, Editor, Trainable, load_trained, make
 from remend.editors.finetune import FineTune
-from remend.errors import ConfigError, FileError, RemendError
+from remend.errors import ConfigError, FileError, ModelError, RemendError
 from remend.evaluation import evaluate
 from remend.evaluation.report import environment, metrics_of
+from remend.models.structure import LAST, LAST_OF_TWO, choose_blocks, mlp_matrices, named_stacks
 from remend.reproduction.cells import (
     METHODS,
     SAME_TRAINING,
@@ -221,10 +224,8 @@ class Workshop:
                     "folder"
                 )
             return kept.to(device_of(home.model))
-        layers = "last-2" if home.model.config.is_encoder_decoder else "last-3"
-        where: dict[str, Any] = {"modules": home.world.attention, "layers": layers} if method.attention else {}
-        kind = TRAINED[method.editor]
-        editor = kind.for_model(home.model, method.config, seed=cell.seed, **where)
+        matrices = attention_matrices(home.model) if method.attention else ()
+        editor = TRAINED[method.editor].for_model(home.model, method.config, matrices, cell.seed)
         self.on_progress(f"{cell.id}: training")
         return train(
             home.model, home.tokenizer, *self._requests(home),
@@ -243,3 +244,23 @@ class Workshop:
 
     def _file(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.id.replace('/', '-')}.json"
+
+
+def attention_matrices(model: PreTrainedModel) -> list[str]:
+    """The names of self-attention's matrices in the last blocks: what is linear there beside the MLPs (Table 9).
+
+    An encoder's blocks have no cross-attention, so of an encoder-decoder it is what blocks of both have.
+
+    Raises:
+        ModelError: there is no stack of blocks, or nothing beside the MLPs.
+    """
+    blocks = choose_blocks(model, LAST if len(named_stacks(model)) == 1 else LAST_OF_TWO)
+    beside = {
+        prefix: {name.removeprefix(prefix) for name, _ in editable_layers(block, prefix)}
+        - {name.removeprefix(prefix) for name in mlp_matrices(prefix, block)}
+        for prefix, block in blocks
+    }
+    everywhere = set.intersection(*beside.values())
+    if not everywhere:
+        raise ModelError(f"{type(model).__name__}: its blocks have no linear layers beside their MLPs")
+    return [f"{prefix}{name}" for prefix in beside for name in sorted(everywhere)]

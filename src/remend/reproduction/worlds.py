@@ -30,14 +30,13 @@ MOST = {"train": 1_200, "validation": 100, "test": 200}
 
 @dataclass(frozen=True)
 class World:
-    """A model, what it is for, and how it is edited elsewhere than in its MLPs.
+    """A model, and what it is for.
 
     Attributes:
         name: its name in cells.
         source: the model: a built-in one or a folder.
         what: in words.
         paper: the paper's model and task that stand beside it, in words.
-        attention: globs of the attention's matrices (Table 9).
         drawdown: the metric that says what an edit costs elsewhere.
         text: of the generation task, a file of passages that the model did not learn from.
         folder: of a world that is not built in, where its requests are.
@@ -47,7 +46,6 @@ class World:
     source: str
     what: str
     paper: str
-    attention: tuple[str, ...]
     drawdown: str = "accuracy_drawdown"
     text: Path | None = None
     folder: Path | None = None
@@ -108,20 +106,13 @@ def worlds(given: Given = Given()) -> dict[str, World]:  # it is frozen
             "the generation task needs a model and passages that it did not learn from: give both, or none"
         )
     found = [
-        World("facts", ATLAS, "a decoder that knows facts", "", ("*attn.c_attn", "*attn.c_proj")),
-        World(
-            "questions", QUESTIONS, "an encoder-decoder that answers questions", "zsRE", ("*SelfAttention.*",)
-        ),
-        World("claims", CLAIMS, "a classifier that checks facts", "FEVER", ("*attention.*",)),
-    ]  # fmt: skip
+        World("facts", ATLAS, "a decoder that knows facts", ""),
+        World("questions", QUESTIONS, "an encoder-decoder that answers questions", "zsRE"),
+        World("claims", CLAIMS, "a classifier that checks facts", "FEVER"),
+    ]
     if writer is not None:
-        attention = ("*attn.c_attn", "*attn.c_proj")
-        found.insert(
-            0,
-            World(
-                PASSAGES, str(writer), "a decoder that writes", "Wikitext", attention, "perplexity_drawdown", text
-            ),
-        )  # fmt: skip
+        own = World(PASSAGES, str(writer), "a decoder that writes", "Wikitext", "perplexity_drawdown", text)
+        found.insert(0, own)
     if given.world is not None:
         found.append(_own(given.world, [world.name for world in found]))
     return {world.name: world for world in found}
@@ -139,7 +130,7 @@ def _own(folder: Path, taken: Sequence[str]) -> World:
         raise ConfigError(f"{folder} lacks {missing[0]}; a world is a folder with {', '.join(needed)}")
     if name in taken:
         raise ConfigError(f"there is a world {name!r} already: rename {folder}")
-    return World(name, str(folder / "model"), "a model of your own", "", (), folder=folder)
+    return World(name, str(folder / "model"), "a model of your own", "", folder=folder)
 
 
 class Inhabited:
