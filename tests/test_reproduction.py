@@ -1,10 +1,12 @@
 """The paper's tables in miniature: cells are computed once, tables filled, findings judged, and all of it drawn."""
 
+import itertools
 import json
 import math
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -14,8 +16,10 @@ from remend.errors import ConfigError, NonFiniteError
 from remend.models import editable_modules, load
 from remend.reproduction import TABLES, Cell, Given, Scale, Workshop, cells, worlds
 from remend.reproduction.cells import METHODS
+from remend.reproduction.drawing import COLOURS, Axis, chart
 from remend.reproduction.memory import METHODS as MEASURED
 from remend.reproduction.memory import measure
+from remend.reproduction.render import _with_code
 from remend.reproduction.results import Figure, Results, student
 from remend.reproduction.tables import CACHE, EDITORS, TOGETHER
 from remend.reproduction.workshop import attention_matrices
@@ -104,6 +108,22 @@ def test_intervals_over_seeds():
     assert figure.text() == "0.500 ± 0.248"
     for seeds, quantile in ((2, 12.706), (9, 2.306), (10, 2.262), (31, 2.042), (32, 2.040), (101, 1.984)):
         assert student(seeds - 1) == pytest.approx(quantile, abs=6e-4)
+
+
+def test_charts_name_each_line_once_and_apart():
+    across, up = Axis("edits", [(1, "1"), (5, "5"), (125, "125")], even=True), Axis("success", [(0, "0"), (1, "1")])
+    lines = {"a": [(1, 1.0), (125, 0.5)], "none": [], "b<": [(1, 0.9), (5, 0.9), (125, 0.51)], "c": [(125, 0.5)]}
+    drawn = ElementTree.fromstring(chart("what", lines, across, up))
+    named = {text.text: float(text.get("y")) for text in drawn.iter("text") if text.get("style")}
+    ends = sorted(named[name] for name in ("a", "b<", "c"))
+    assert all(after - before >= 14.9 for before, after in itertools.pairwise(ends))
+    assert "none" not in named
+    points = [line.get("points").split() for line in drawn.iter("polyline")]
+    assert [len(own) for own in points] == [2, 3, 1]
+    assert points[0][-1].split(",")[0] == points[1][-1].split(",")[0] == points[2][0].split(",")[0]
+    fewer = chart("what", {"a": [], "b<": lines["b<"]}, across, up)
+    assert COLOURS[0] not in fewer, "a line keeps its colour where another has no points"
+    assert _with_code("a `b<` c") == "a <code>b&lt;</code> c"
 
 
 def test_a_run_is_gone_on_with_and_drawn(claims, tmp_path, capsys, monkeypatch):

@@ -244,7 +244,7 @@ def _write(console: Console, shop: Workshop, names: list[str], memory: bool, com
     about = {"seeds": shop.scale.seeds, "requests": shop.scale.requests, "many": shop.scale.many, "machine": machine}
     write(shop.folder, filled, [], about)
     for own in filled:
-        console.print(f"[bold]Table {own.table.name}[/]: {plain(own.table.title)}")
+        console.print(f"[bold]{own.table.heading}[/]: {plain(own.table.title)}")
         for says, verdict in own.findings:
             colour = {"holds": "green", "does not hold": "red"}.get(verdict, "yellow")
             console.print(f"  [{colour}]{verdict}[/]: {plain(says)}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from remend.reproduction.cells import METHODS
+from remend.reproduction.drawing import Axis, chart
 from remend.reproduction.results import Results
 from remend.reproduction.tables import Table
 from remend.storage import write_json, write_text
@@ -30,13 +32,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Filled:
-    """A table with what was measured; of cells that failed, why."""
+    """A table with what was measured; of cells that failed, why; and pictures of it, by world."""
 
     table: Table
     head: tuple[str, ...]
     rows: tuple[Row, ...]
     findings: tuple[tuple[str, str], ...]
     failures: Mapping[str, str]
+    pictures: Mapping[str, str]
     command: str
 
 
@@ -64,7 +67,7 @@ def fill(table: Table, results: Results, command: str) -> Filled:
     for method in table.methods:
         for world, edits in columns:
             failures |= results.failures(world, method, edits)
-    return Filled(table, head, rows, findings, failures, command)
+    return Filled(table, head, rows, findings, failures, draw_together(table, results), command)
 
 
 def _cell(table: Table, results: Results, method: str, world: str, edits: int) -> tuple[str, str, str]:
@@ -86,12 +89,19 @@ def write(
     write_text(folder / "tables.md", markdown(filled, memory, about))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("remend.reproduction").joinpath("tables.html.j2").read_text(encoding="utf-8")
-    drawn = Markup(picture(memory)) if any(own["added"] for own in memory) else ""
+    environment.filters["code"] = _with_code
+    drawn = Markup(draw_memory(memory)) if any(own["added"] for own in memory) else ""
     page = environment.from_string(source).render(filled=filled, memory=memory, about=about, picture=drawn)
     write_text(folder / "tables.html", page)
     write_json(
         folder / "tables.json", {"about": dict(about), "tables": [_json(own) for own in filled], "memory": list(memory)}
     )
+
+
+def _with_code(text: str) -> Markup:
+    """A text whose parts between backticks are code."""
+    parts = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(own) if n % 2 else own for n, own in enumerate(parts))
 
 
 def _json(filled: Filled) -> dict[str, Any]:
@@ -120,7 +130,7 @@ def markdown(filled: Sequence[Filled], memory: Sequence[Mapping[str, Any]], abou
         f"t). {about['machine']}.",
     ]
     for own in filled:
-        lines += ["", f"## Table {own.table.name}: {own.table.title}", ""]
+        lines += ["", f"## {own.table.heading}: {own.table.title}", ""]
         lines += [f"| | {' | '.join(own.head)} |", f"|---|{'---|' * len(own.head)}"]
         for row in own.rows:
             cells = [
@@ -145,30 +155,32 @@ def markdown(filled: Sequence[Filled], memory: Sequence[Mapping[str, Any]], abou
     return "\n".join(lines) + "\n"
 
 
-def picture(memory: Sequence[Mapping[str, Any]]) -> str:
+def draw_memory(memory: Sequence[Mapping[str, Any]]) -> str:
     """Memory that training adds, against the size of the model, as SVG."""
-    width, height, left, bottom = 560, 300, 60, 40
-    most = max(own["added"] for own in memory) * 1.1
-    largest = max(own["parameters"] for own in memory)
+    sizes = sorted({own["parameters"] / 1e6 for own in memory})
+    most = max(own["added"] for own in memory)
+    lines = {
+        method: [(own["parameters"] / 1e6, own["added"]) for own in memory if own["method"] == method]
+        for method in dict.fromkeys(own["method"] for own in memory)
+    }
+    across = Axis("million parameters of the model", [(0.0, "0"), *((size, f"{size:.0f}") for size in sizes)])
+    up = Axis("GB that training adds", [(most * part / 4, f"{most * part / 4:.2f}") for part in range(5)])
+    return chart("memory of training against the model's size", lines, across, up)
 
-    def place(own: Mapping[str, Any]) -> tuple[float, float]:
-        x = left + (width - left - 110) * own["parameters"] / largest
-        return x, (height - bottom) * (1 - own["added"] / most)
 
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="memory of training against the model\'s size">',
-        f'<path d="M{left} 0V{height - bottom}H{width - 100}" fill="none" stroke="currentColor"/>',
-        f'<text x="{left}" y="{height - 8}">0</text>',
-        f'<text x="{width - 190}" y="{height - 8}">{largest / 1e6:.0f} million parameters</text>',
-        f'<text x="4" y="14">{most:.1f} GB</text>',
-    ]
-    for colour, method in zip(
-        ("#c4314b", "#b7791f", "#2f6fd0"), dict.fromkeys(own["method"] for own in memory), strict=False
-    ):
-        points = [place(own) for own in memory if own["method"] == method]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-        x, y = points[-1]
-        parts.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{colour}">{method}</text>')
-    return "".join([*parts, "</svg>"])
+def draw_together(table: Table, results: Results) -> dict[str, str]:
+    """Edit success against the number of edits at once, as SVG: a picture for each world of which there are several."""
+    found = {}
+    for world in dict.fromkeys(world for world, _ in table.columns_in(results.workshop.worlds)):
+        numbers = [edits for own, edits in table.columns if own == world]
+        lines = {
+            METHODS[method].title.replace("`", ""): [
+                (edits, value) for edits in numbers if not math.isnan(value := results.success(world, method, edits))
+            ]
+            for method in table.methods
+        }
+        if len(numbers) > 1 and any(lines.values()):
+            across = Axis("edits at once", [(edits, str(edits)) for edits in numbers], even=True)
+            up = Axis("edit success", [(part / 4, f"{part / 4:.2f}") for part in range(5)])
+            found[world] = chart(f"edit success of {world} against the number of edits", lines, across, up)
+    return found

@@ -53,6 +53,11 @@ class Table:
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     grows: bool = False
 
+    @property
+    def heading(self) -> str:
+        """Its number as headings have it."""
+        return f"Table{'s' if ' and ' in self.name else ''} {self.name}"
+
     def columns_in(self, worlds: Mapping[str, World]) -> list[tuple[str, int]]:
         """The columns for which there is a world."""
         given = [(name, 1) for name, world in worlds.items() if self.grows and world.folder is not None]
