@@ -145,8 +145,8 @@ class Edit:
         """Both edits at once: ΔW is the sum (paper, section 3.1). Both must be for the same base.
 
         Raises:
-            WrongBaseError: they are for different ones.
-            EditError: each holds what is every edit's of its editor, which would count twice.
+            EditError: they are for different ones, or each holds what is every edit's of its editor, which would count
+                twice.
         """
         if not isinstance(other, Edit):
             return NotImplemented
