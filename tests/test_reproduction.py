@@ -24,6 +24,7 @@ from remend.reproduction.results import Figure, Results, student
 from remend.reproduction.tables import CACHE, EDITORS, TOGETHER
 from remend.reproduction.workshop import attention_matrices
 from remend.request import write_requests
+from remend.storage import write_json
 
 TINY = Scale(seeds=2, requests=4, steps=2, train=40, many=4, text_tokens=32, memory=(256,))
 
@@ -253,6 +254,22 @@ def capitals(tmp_path):
     for split, own in zip(worlds.REQUESTS, (requests[:8], requests[8:10], requests[10:]), strict=True):
         write_requests(folder / f"{split}.jsonl", own)
     return folder
+
+
+def test_results_are_drawn_where_their_world_is_not_at_hand(claims, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    for name, parts in (("passages", {"model": "a", "text": "b"}), ("capitals", {"model": "a", "requests": "b"})):
+        write_json(out / "worlds" / f"{name}.json", parts)
+        for seed in range(TINY.seeds):
+            cell = Cell(name, "cache", 1, seed)
+            figures = {"edit_success": {"mean": 0.4242, "n": 4}, "perplexity_drawdown": {"mean": 0.1, "n": 4}}
+            write_json(out / "cells" / f"{cell.id.replace('/', '-')}.json", {"cell": cell.id, "figures": figures})
+    assert run(["reproduce", "--out", str(out), "--tables", "11"]) == 0
+    (row,) = (line for line in (out / "tables.md").read_text().splitlines() if line.startswith("| cache"))
+    assert row.startswith("| cache | 0.424 ± 0.000 / 0.100 ± 0.000<br>*.001 / .211* | 0."), "passages, then claims"
+    assert Cell("capitals", "ft") in EDITORS.cells(TINY, Workshop(out, claims, TINY).worlds)
+    assert run(["reproduce", "--out", str(out), "--cell", "passages/ft/1/0"]) == 2
+    assert "the model is not at hand" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_world_of_ones_own(capitals, tmp_path, capsys, monkeypatch):

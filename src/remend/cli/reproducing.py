@@ -126,7 +126,8 @@ def _tables(
     console = Console()
     shop = _workshop(out, scale, given)
     names = [name for name in wanted if name in TABLES]
-    cells = _ordered([own for name in names for own in TABLES[name].cells(scale, shop.worlds)])
+    at_hand = {name: world for name, world in shop.worlds.items() if world.at_hand}
+    cells = _ordered([own for name in names for own in TABLES[name].cells(scale, at_hand)])
     _compute(console, shop, cells, jobs or 1, given)
     _write(console, shop, names, MEMORY in wanted, _command(out, given, quick, seeds))
 
@@ -183,7 +184,7 @@ def _compute(console: Console, shop: Workshop, cells: list[Cell], jobs: int, giv
                 if not console.is_terminal:
                     console.print(f"{own.id}: done", soft_wrap=True)
             return
-        if PASSAGES in shop.worlds:  # what all processes read is made by one
+        if any(own.world == PASSAGES for own in missing):  # what all processes read is made by one
             for split in ("train", "validation", "test"):
                 shop.home(PASSAGES).requests(split)
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

@@ -30,7 +30,7 @@ from remend.reproduction.cells import (
     settings_of,
     training_of,
 )
-from remend.reproduction.worlds import Inhabited, World
+from remend.reproduction.worlds import Inhabited, World, remembered
 from remend.request import EditRequest
 from remend.storage import MANIFEST, write_json
 from remend.training import train
@@ -47,7 +47,7 @@ class Workshop:
 
     Args:
         folder: where.
-        worlds: the models.
+        worlds: the models; others whose results the folder holds are there too, but cannot be computed on.
         scale: how much is computed; a folder belongs to one scale.
         device: of the models, as for :func:`remend.load`.
         on_progress: is told what is being done.
@@ -64,7 +64,9 @@ class Workshop:
         device: str = "auto",
         on_progress: Progress = lambda what: None,
     ) -> None:
-        self.folder, self.worlds, self.scale, self.device, self.on_progress = folder, worlds, scale, device, on_progress
+        self.folder, self.scale, self.device, self.on_progress = folder, scale, device, on_progress
+        kept = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("worlds/*.json")}
+        self.worlds = {**remembered(kept), **worlds}
         self._inhabited: dict[str, Inhabited] = {}
         self._checked: set[str] = set()
         about = folder / "about.json"
@@ -157,10 +159,15 @@ class Workshop:
         """A world, loaded once.
 
         Raises:
-            ConfigError: there is none of that name, or the folder holds results of another one.
+            ConfigError: there is none of that name, it is not at hand, or the folder holds results of another one.
         """
         if name not in self.worlds:
             raise ConfigError(f"there is no world {name!r} here; there are {', '.join(self.worlds)}")
+        if not self.worlds[name].at_hand:
+            raise ConfigError(
+                f"{self.folder} holds results of {name}, but the model is not at hand: give what they were computed "
+                "with (--writer and --text, or --world)"
+            )
         self._check_world(name)
         if name not in self._inhabited:
             self._inhabited[name] = Inhabited(self.worlds[name], self.folder, self.device)

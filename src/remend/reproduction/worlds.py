@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +40,7 @@ class World:
         drawdown: the metric that says what an edit costs elsewhere.
         text: of the generation task, a file of passages that the model did not learn from.
         folder: of a world that is not built in, where its requests are.
+        at_hand: whether it can be computed on, or only its results are there.
     """
 
     name: str
@@ -49,9 +50,15 @@ class World:
     drawdown: str = "accuracy_drawdown"
     text: Path | None = None
     folder: Path | None = None
+    at_hand: bool = True
 
     def identity(self) -> dict[str, str]:
-        """SHA-256 of the model (its name, if it is no folder) and of the text or requests; of a built-in one none."""
+        """SHA-256 of the model (its name, if it is no folder) and of the text or requests.
+
+        None of a built-in world, nor of one that is not at hand.
+        """
+        if not self.at_hand:
+            return {}
         if self.folder is not None:
             own = {"requests": _hash([self.folder / f"{split}.jsonl" for split in REQUESTS])}
         elif self.text is not None:
@@ -111,11 +118,30 @@ def worlds(given: Given = Given()) -> dict[str, World]:  # it is frozen
         World("claims", CLAIMS, "a classifier that checks facts", "FEVER"),
     ]
     if writer is not None:
-        own = World(PASSAGES, str(writer), "a decoder that writes", "Wikitext", "perplexity_drawdown", text)
-        found.insert(0, own)
+        found.insert(0, _writing(str(writer), text))
     if given.world is not None:
         found.append(_own(given.world, [world.name for world in found]))
     return {world.name: world for world in found}
+
+
+def remembered(kept: Mapping[str, Mapping[str, str]]) -> dict[str, World]:
+    """Worlds that are not at hand, but whose results are.
+
+    Args:
+        kept: the :meth:`World.identity` of each, by name.
+    """
+    return {
+        name: replace(_writing("", None) if "text" in own else _given(name, "", Path(name)), at_hand=False)
+        for name, own in kept.items()
+    }
+
+
+def _writing(source: str, text: Path | None) -> World:
+    return World(PASSAGES, source, "a decoder that writes", "Wikitext", "perplexity_drawdown", text)
+
+
+def _given(name: str, source: str, folder: Path) -> World:
+    return World(name, source, "a model of your own", "", folder=folder)
 
 
 def _own(folder: Path, taken: Sequence[str]) -> World:
@@ -130,7 +156,7 @@ def _own(folder: Path, taken: Sequence[str]) -> World:
         raise ConfigError(f"{folder} lacks {missing[0]}; a world is a folder with {', '.join(needed)}")
     if name in taken:
         raise ConfigError(f"there is a world {name!r} already: rename {folder}")
-    return World(name, str(folder / "model"), "a model of your own", "", folder=folder)
+    return _given(name, str(folder / "model"), folder)
 
 
 class Inhabited:
