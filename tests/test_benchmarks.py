@@ -26,6 +26,7 @@ import frontier  # noqa: E402
 import gpu  # noqa: E402
 import kill_and_resume  # noqa: E402
 import prefix_cache  # noqa: E402
+import rivals  # noqa: E402
 import scaling  # noqa: E402
 import time_to_quality  # noqa: E402
 import together  # noqa: E402
@@ -298,3 +299,13 @@ def test_together(measured):
     half, most = measured(together, config)["worlds"]["questions"]
     assert 1.2 > half["threshold"] > most["threshold"] > 0.2, "paraphrases answer to their edits"
     assert 0 <= half["locality"] <= most["locality"] <= 1
+
+
+def test_rivals(measured):
+    config = {
+        "worlds": ["claims"], "methods": ["ke"], "rates": [5e-4], "edit_weights": [0.1, 1.0], "steps": 1,
+        "requests": 2, "seed": 0,
+    }  # fmt: skip
+    rows = measured(rivals, config)["rows"]
+    assert [row["edit_weight"] for row in rows] == [0.1, 1.0]
+    assert all(0 <= row[metric] <= 1 for row in rows for metric in rivals.SHOWN)

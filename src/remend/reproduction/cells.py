@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
     "ft-kl": Method("finetune", "FT+KL", FineTuneConfig(kl_weight=1.0), keeps=True),
     "ft-local": Method("finetune-local", "finetune-local", FineTuneLocal.default()),
     "ke": Method("ke", "KE", KeConfig(), WITH_NEAR),
-    "enn": Method("enn", "ENN", EnnConfig(), WITH_NEAR),
+    "enn": Method("enn", "ENN", EnnConfig(), replace(WITH_NEAR, learning_rate=2e-3)),  # benchmarks/rivals.py
     "mend-paper": Method("mend", "MEND, as published", FAITHFUL, AS_PUBLISHED),
     "mend": Method("mend", "MEND, `default`", PRESETS["default"][0], WITH_NEAR),
     "ridge": Method("ridge", "ridge", RidgeConfig()),
