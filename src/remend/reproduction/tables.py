@@ -181,11 +181,11 @@ EDITORS = Table(
         ),
     ),
     "The paper's columns are its small models' (Table 4): distilGPT-2, BART-base and BERT-base. KE and ENN are trained "
-    "on the same requests and near negatives as `default`, with settings chosen for them (`benchmarks/rivals.py`); MEND as published sees random locality examples. To suit "
-    f"models of this size it has networks of rank {FAITHFUL.rank} (paper: 1,920), step sizes in units of a layer's own "
-    f"output (paper: absolute), and learning rates of {AS_PUBLISHED.learning_rate:g} and, for step sizes, "
-    f"{AS_PUBLISHED.alpha_learning_rate:g} (paper: 1e-06 and 0.0001). ROME and MEMIT have seen the sentences that the "
-    "decoder learned from, without the subjects of any test.",
+    "on the same requests and near negatives as `default`, with settings chosen for them (`benchmarks/rivals.py`). "
+    "MEND as published sees random locality examples; to suit models of this size it has networks of rank "
+    f"{FAITHFUL.rank} (paper: 1,920), step sizes in units of a layer's output (paper: absolute), and learning rates of "
+    f"{AS_PUBLISHED.learning_rate:g} and, for step sizes, {AS_PUBLISHED.alpha_learning_rate:g} (paper: 1e-06 and "
+    "0.0001). ROME and MEMIT have seen the sentences that the decoder learned from, without the subjects of any test.",
     {"rome": ("facts",), "memit": ("facts",)},
     grows=True,
 )  # fmt: skip
