@@ -154,7 +154,13 @@ def test_evaluate_writes_a_report(folder):
     assert report["schema"] == "remend.report/2"
     (run,) = report["runs"]
     assert len(run["cases"]) == 5
-    assert set(run["metrics"]["reliability"]) == {"teacher_forced", "generated", "contains", "token_f1"}
+    assert set(run["metrics"]["reliability"]) == {
+        "teacher_forced",
+        "token_accuracy",
+        "generated",
+        "contains",
+        "token_f1",
+    }
     assert set(run["metrics"]["reliability"]["generated"]) == {"mean", "ci95", "n"}
     assert set(report["baselines"]) == {"unedited", "in_context"}
     assert not (folder / "report.json.partial").exists()

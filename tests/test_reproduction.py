@@ -262,7 +262,8 @@ def test_results_are_drawn_where_their_world_is_not_at_hand(claims, tmp_path, ca
         write_json(out / "worlds" / f"{name}.json", parts)
         for seed in range(TINY.seeds):
             cell = Cell(name, "cache", 1, seed)
-            figures = {"edit_success": {"mean": 0.4242, "n": 4}, "perplexity_drawdown": {"mean": 0.1, "n": 4}}
+            figures = {metric: {"mean": 0.4242, "n": 4} for metric in ("edit_success", "edit_success_tokens")}
+            figures |= {"perplexity_drawdown": {"mean": 0.1, "n": 4}}
             write_json(out / "cells" / f"{cell.id.replace('/', '-')}.json", {"cell": cell.id, "figures": figures})
     assert run(["reproduce", "--out", str(out), "--tables", "11"]) == 0
     (row,) = (line for line in (out / "tables.md").read_text().splitlines() if line.startswith("| cache"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from remend.errors import ConfigError
 from remend.evaluation.report import Case, Report, Summary, metrics_of
 
-MODES = ("generated", "teacher_forced", "contains", "token_f1", "value")
+MODES = ("generated", "teacher_forced", "contains", "token_f1", "token_accuracy", "value")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from remend.editors.in_context import after_fact, fitting
 from remend.errors import naming
 from remend.evaluation.before_after import Answer
 from remend.evaluation.looking import SHORT, Question, View, body_length
-from remend.evaluation.metrics import contains, exact_match, ngram_entropy, repetition, token_f1
+from remend.evaluation.metrics import contains, exact_match, ngram_entropy, repetition, token_accuracy, token_f1
 from remend.request import Chat, EditRequest, Probe, Prompt
 from remend.tasks.task import Task
 
@@ -103,8 +103,8 @@ class Judge:
         if seen is None:
             return {}
         body = body_length(self.task, question.expected)
-        forced = float(seen.after[:body] == question.expected[:body])
-        return {"teacher_forced": forced, **self._freely(question, view)}
+        share = token_accuracy(seen.after[:body], question.expected[:body])
+        return {"teacher_forced": float(share == 1), "token_accuracy": share, **self._freely(question, view)}
 
     def _kept(self, prompt: Prompt, along: Question, view: View) -> dict[str, float]:
         """Whether the unedited model's answer stayed: its first choices ``along`` an answer, and freely its own."""

@@ -50,6 +50,14 @@ def token_f1(answer: str, wanted: str) -> float:
     return 2 * shared / (len(found) + len(other))
 
 
+def token_accuracy(chosen: Sequence[int], wanted: Sequence[int]) -> float:
+    """The share of a target's tokens that are the model's first choice, each with those before it given.
+
+    A kind measure, for targets so long that hardly any is taken on whole: most of their tokens follow from the others.
+    """
+    return sum(one == other for one, other in zip(chosen, wanted, strict=True)) / len(wanted) if wanted else 1.0
+
+
 def first_choices(logits: Float[Tensor, "token vocabulary"]) -> Int[Tensor, " token"]:
     """The most probable token at each place: all that teacher-forced accuracy and greedy decoding look at."""
     return logits.argmax(-1)

@@ -75,8 +75,8 @@ class Case:
         prompt: the edited prompt, a conversation as people read it.
         target: what it should answer.
         before: the unedited model's own answer.
-        values: metric → mode → value. Modes are ``teacher_forced``, ``generated``, ``contains`` and ``token_f1``, or
-            ``value`` where there is one only.
+        values: metric → mode → value. Modes are ``teacher_forced``, ``token_accuracy``, ``generated``, ``contains`` and
+            ``token_f1``, or ``value`` where there is one only.
         about: what results are broken down by: ``relation``, ``target_tokens``, and ``confidence``, the probability of
             the unedited model's own answer.
         answers: every prompt's answer before and after.

@@ -75,7 +75,7 @@ def _cell(table: Table, results: Results, method: str, world: str, edits: int) -
     paper = table.paper.get((method, world, edits), "")
     if results.failures(world, method, edits):
         return "failed", "", paper
-    success = results.get(world, method, "edit_success", edits)
+    success = results.get(world, method, results.workshop.worlds[world].success, edits)
     drawdown = results.get(world, method, results.workshop.worlds[world].drawdown, edits)
     near = results.get(world, method, "locality_near", edits)
     ours = "" if success is None else f"{success.text()} / {'' if drawdown is None else drawdown.text()}"
@@ -124,8 +124,9 @@ def markdown(filled: Sequence[Filled], memory: Sequence[Mapping[str, Any]], abou
     lines = [
         "# The paper's tables in miniature",
         "",
-        "Edit success (Eq. 1, free decoding) / drawdown; in brackets locality at near prompts; *in italics the paper's "
-        f"figures*. Means over {about['seeds']} seeds, each with its own training and its own {about['requests']} test "
+        "Edit success (Eq. 1, free decoding; of passages, ten tokens that were sampled, the share of tokens that are "
+        "the first choice) / drawdown; in brackets locality at near prompts; *in italics the paper's figures*. "
+        f"Means over {about['seeds']} seeds, each with its own training and its own {about['requests']} test "
         f"requests ({about['many']} of several edits at once), ± half a 95 % interval of the seeds' means (Student's "
         f"t). {about['machine']}.",
     ]

@@ -78,8 +78,10 @@ class Results:
         return [found for cell in cells if (found := self.workshop.found(cell)) is not None]
 
     def success(self, world: str, method: str, edits: int = 1) -> float:
-        """Mean edit success (Eq. 1); NaN where nothing was measured."""
-        return self._mean(self.get(world, method, "edit_success", edits))
+        """Mean edit success, as the world counts it; NaN where nothing was measured."""
+        if world not in self.workshop.worlds:
+            return math.nan
+        return self._mean(self.get(world, method, self.workshop.worlds[world].success, edits))
 
     def drawdown(self, world: str, method: str, edits: int = 1) -> float:
         """Mean drawdown, of accuracy or perplexity as the world has it; NaN where nothing was measured."""

@@ -30,7 +30,7 @@ from remend.reproduction.cells import (
     settings_of,
     training_of,
 )
-from remend.reproduction.worlds import Inhabited, World, remembered
+from remend.reproduction.worlds import TOKENS, Inhabited, World, remembered
 from remend.request import EditRequest
 from remend.storage import MANIFEST, write_json
 from remend.training import train
@@ -39,7 +39,7 @@ KEPT = (
     "reliability", "generality", "edit_success", "locality_far", "locality_near", "accuracy_drawdown",
     "perplexity_drawdown",
 )  # fmt: skip
-"""What is kept of each cell's measurement."""
+"""What is kept of each cell's measurement, beside :data:`TOKENS`."""
 
 
 class Workshop:
@@ -136,7 +136,7 @@ class Workshop:
         batched: dict[str, Any] = {} if cell.edits == 1 else {"protocol": "batched", "edits": [cell.edits]}
         text = home.passages("text")
         report = evaluate(
-            home.model, home.tokenizer, editor, requests,
+            home.model, home.tokenizer, editor, requests, max_new_tokens=home.world.new_tokens,
             baselines=False, text=text, text_tokens=self.scale.text_tokens, **batched,
         )  # fmt: skip
         measured = metrics_of(report.runs[0].cases)
@@ -145,6 +145,8 @@ class Workshop:
             for mode in ("generated", "value"):
                 if mode in measured.get(name, {}):
                     figures[name] = {"mean": measured[name][mode].mean, "n": measured[name][mode].n}
+        if tokens := measured.get("edit_success", {}).get("token_accuracy"):
+            figures[TOKENS] = {"mean": tokens.mean, "n": tokens.n}
         return {
             "cell": cell.id,
             "figures": figures,
