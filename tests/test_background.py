@@ -18,7 +18,7 @@ from remend.editors.finetune import FineTuneConfig
 from remend.editors.ke import Ke
 from remend.editors.ridge import Ridge
 from remend.errors import ConfigError, NonFiniteError
-from remend.evaluation.assurance import assure
+from remend.evaluation.assurance import Assurance, assure
 from remend.request import EditRequest
 from remend.tasks import task_of
 
@@ -127,3 +127,26 @@ def test_a_prompt_that_fills_the_context_is_looked_at_as_it_is(task):
     assert len(task.tokenise(request.prompt, request.target)) >= task.context - 1
     edit = make("ridge", task.model, task.tokenizer).edit(task.model, task.tokenizer, [request])
     assert 0 <= assure(task.model, task.tokenizer, edit, [request]).probability <= 1
+
+
+def test_a_classifier_is_not_asked_after_other_beginnings():
+    task, (request, *_) = families.task("bert, binary"), families.requests("bert, binary", 1)
+    edit = make("ridge", task.model, task.tokenizer).edit(task.model, task.tokenizer, [request])
+    found = assure(task.model, task.tokenizer, edit, [request])
+    assert found.in_context is None
+    assert found.choices > 0
+
+
+def test_what_makes_an_edit_doubtful_is_said():
+    assert Assurance(0.9, 0.8, 0.99).sure
+    assert Assurance(0.9, None, 0.99).sure
+    assert Assurance(0.4, 0.5, 0.9).doubts == [
+        "the probability is below 50%",
+        "it should hold after 75% of beginnings",
+        "98% of other choices should stay",
+    ]
+
+
+def test_a_text_is_a_list_of_passages(task):
+    with pytest.raises(ConfigError, match="a list of passages"):
+        make("ridge", task.model, task.tokenizer, text="a passage")

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,7 +259,11 @@ def test_a_run_whose_editor_was_deleted_begins_anew(kitchen, tmp_path):
 def test_overlap_with_training_is_told(kitchen, tmp_path):
     recipe = SHIPPED["bert-base-fever"]
     given = kitchen(recipe)
-    report = run_recipe(recipe, tmp_path / "out", **{**given, "test": given["train"]}, limit=6, max_steps=1)
+    with pytest.raises(ConfigError, match="are the same source"):
+        run_recipe(recipe, tmp_path / "out", **{**given, "test": given["train"]}, limit=6, max_steps=1)
+    file = Path(file_of(given["train"]))
+    again = given["train"].replace(str(file), str(shutil.copy(file, tmp_path / f"again{file.suffix}")))
+    report = run_recipe(recipe, tmp_path / "out", **{**given, "test": again}, limit=6, max_steps=1)
     assert report.settings["shared_with_training"]["subjects"] > 0
     assert "its figures may be too good" in (tmp_path / "out" / "summary.md").read_text()
     assert "command" in report.settings
@@ -346,11 +351,11 @@ def test_what_has_to_be_given_is_named_with_its_option(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as error:
         run_recipe(SHIPPED["bert-base-fever"], tmp_path / "out")
     told = str(error.value)
-    assert "--model (model=): a BERT-base fact checker" in told
-    assert "--train (train=): there is no file fever-train-kilt.jsonl here (in the data that the authors" in told
-    assert "--test (test=)" in told
+    assert "--model, a BERT-base fact checker" in told
+    assert "--train, since there is no file fever-train-kilt.jsonl here (in the data that the authors" in told
+    assert "--test, since" in told
     assert not (tmp_path / "out").exists(), "nothing was begun"
-    with pytest.raises(ConfigError, match=r"--text \(text=\): there is no file wiki\.valid\.raw here \(the validation"):
+    with pytest.raises(ConfigError, match=r"--text, since there is no file wiki\.valid\.raw here \(the validation"):
         run_recipe(SHIPPED["gpt-j-6b"], tmp_path / "out")
     with pytest.raises(ConfigError, match="leave text away with t5-xl"):
         run_recipe(SHIPPED["t5-xl"], tmp_path / "out", text="some.txt")

@@ -81,8 +81,10 @@ def test_cells_have_names():
 def test_findings_hold_or_not():
     cached = {("questions", "cache", 1): 0.95, ("claims", "cache", 1): 0.99}
     well, fails = CACHE.findings
-    assert well.holds(Made(cached)) is True
-    assert well.holds(Made({**cached, ("claims", "cache", 1): 0.5})) is False
+    cheap = {("questions", "cache", 1): 0.0, ("claims", "cache", 1): 0.01}
+    assert well.holds(Made(cached, cheap)) is True
+    assert well.holds(Made({**cached, ("claims", "cache", 1): 0.5}, cheap)) is False
+    assert well.holds(Made(cached, {**cheap, ("claims", "cache", 1): 0.3})) is False, "what it costs counts"
     assert well.holds(Made({})) is None
     assert fails.holds(Made(cached)) is None
     assert fails.holds(Made({("passages", "cache", 1): 0.01, ("passages", "mend-paper", 1): 0.9})) is True

@@ -121,7 +121,10 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
         raise FileError(f"{file} is damaged, it is not JSON ({error}); save or fetch it again") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if str(found).partition("/")[0] != kind.partition("/")[0] and str(found).startswith("remend."):
-        raise FileError(f"{path} holds a {found}, not a {kind}: an editor and an edit are different things")
+        raise FileError(
+            f"{path} holds a {found}, not a {kind}: this reads weights' changes or editors of them. What a cache or "
+            "in-context made is read by remend.editors.load_edit"
+        )
     if found != kind:
         raise FileError(f"{file} says format {found!r}; this version of remend reads {kind!r} here")
     assert isinstance(manifest, dict)

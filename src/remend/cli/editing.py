@@ -97,7 +97,7 @@ def edit(
         console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
     sure = None if maker.traits.needs == "training" else assure(base, tokenizer, made, wanted, seed=seed)
     if sure is not None:
-        _tell(console, sure, maker.traits.name)
+        _tell(console, sure, maker.traits.name, model)
     if failed:
         console.print(
             f"[red]{len(failed)} of {len(wanted)} targets are not what the edited model answers[/] "
@@ -123,14 +123,20 @@ def _about(subject: str, wanted: list[EditRequest], file: Path | None) -> list[E
     return [request.model_copy(update={"subject": subject}) for request in wanted]
 
 
-def _tell(console: Console, found: Assurance, editor: str) -> None:
+def _tell(console: Console, found: Assurance, editor: str, model: str) -> None:
     """How sure one can be of an edit by an editor that was not trained for the model."""
-    verdict = "[green]likely what was wanted[/]" if found.sure else "[yellow]doubtful[/]: look at more of its answers"
-    held = f"holds after {found.in_context:.0%} of other beginnings, " if found.in_context is not None else ""
+    from remend.assets import ATLAS
+
+    doubts = " and ".join(found.doubts)
+    verdict = f"[yellow]doubtful[/], since {doubts}" if doubts else "[green]likely what was wanted[/]"
+    held = "whether it holds after other beginnings cannot be told here, "
+    if found.in_context is not None:
+        held = f"it holds after {found.in_context:.0%} of {found.beginnings} other beginnings, "
     console.print(
         f"made by [bold]{editor}[/], which was not trained for this model. The target has a probability of "
-        f"{found.probability:.2f}, {held}and {found.elsewhere:.1%} of the model's choices on other input stayed: "
-        f"{verdict}. A trained editor stays nearer to its subject (remend train)",
+        f"{found.probability:.0%}, {held}and {found.elsewhere:.1%} of the model's {found.choices} choices on other "
+        f"input stayed: {verdict}. A trained editor stays nearer to its subject "
+        + (f"(--editor {ATLAS})" if model == ATLAS else "(remend train)"),
         soft_wrap=True,
     )
 

@@ -225,6 +225,7 @@ def find_editor(editor: str | None, model: str, text: Path | None = None, seed: 
         return Chosen(UNTRAINED[name].traits, lambda base, tokenizer: make(name, base, tokenizer, passages, seed))
     if name in EDITORS:
         there = f" (--editor ./{name} is the folder of that name)" if os.path.isdir(name) else ""
+        there += f". {model} has one: --editor {ATLAS}" if (name, model) == ("mend", ATLAS) else ""
         raise ConfigError(
             f"{name} is trained for a model first: remend train {model} --method {name} --data requests.jsonl --out "
             f"DIR, then --editor DIR{there}"

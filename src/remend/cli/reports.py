@@ -47,7 +47,8 @@ def _table(report: Report, run: Run) -> Table:
         "sequential": "one after another",
         "checkpoints": "in another checkpoint",
     }[report.protocol]
-    title = f"{count} edit{'s' if count > 1 else ''} of {plain(report.model)}, {plain(report.data)}: {how}"
+    by = f" by {plain(report.editor)}" if report.editor else ""
+    title = f"{count} edit{'s' if count > 1 else ''} of {plain(report.model)}{by}, {plain(report.data)}: {how}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     beside = report.beside(run)
     columns = (

@@ -82,7 +82,11 @@ def reproduce(
         "seed": seed,
     }  # fmt: skip
     if recipe is not None:
-        _refuse(of_tables, "of the tables; a recipe takes --model, --train, --validation, --test and --seed")
+        _refuse(
+            of_tables,
+            "of the tables; a recipe takes --model, --train, --validation, --test, --text, --writer, --seed, --limit, "
+            "--max-steps and --device",
+        )
         both = {"text": text and str(text), "writer": writer and str(writer), "device": device}
         run_named(recipe, out or Path(Path(recipe).stem), {**of_recipe, **both})
         return
@@ -235,6 +239,7 @@ def _command(out: Path, given: Given, quick: bool, seeds: int | None) -> str:
 def _write(console: Console, shop: Workshop, names: list[str], memory: bool, command: str) -> None:
     """Write the tables, say which findings hold and what failed, and only then measure memory, which may fail."""
     from remend.reproduction import memory as measuring
+    from remend.reproduction.cells import FULL
     from remend.reproduction.render import fill, write
     from remend.reproduction.results import Results
     from remend.reproduction.tables import TABLES
@@ -243,7 +248,10 @@ def _write(console: Console, shop: Workshop, names: list[str], memory: bool, com
     filled = [fill(TABLES[name], results, f"{command} --tables {name}") for name in names]
     machine = f"Python {platform.python_version()}, {platform.machine()}"
     about = {"seeds": shop.scale.seeds, "requests": shop.scale.requests, "many": shop.scale.many, "machine": machine}
+    about["trial"] = shop.scale.steps < FULL.steps
     write(shop.folder, filled, [], about)
+    if about["trial"]:
+        console.print("[yellow]a quick run[/]: it shows that everything works, and says nothing of any editor")
     for own in filled:
         console.print(f"[bold]{own.table.heading}[/]: {plain(own.table.title)}")
         for says, verdict in own.findings:

@@ -72,9 +72,13 @@ def make(
         )
     if name not in UNTRAINED:
         raise ConfigError(f"there is no editor {name!r}, nor a folder of that name; {nearest(name, UNTRAINED)}")
+    if isinstance(text, str):
+        raise ConfigError(
+            "text is a list of passages, and was given one string: [text], or remend.data.read_text(FILE)"
+        )
     kind = UNTRAINED[name]
     if kind.traits.needs == "text" and not text:
-        raise ConfigError(f"{name} measures what the model reads on a text: give one (--statistics FILE)")
+        raise ConfigError(f"{name} measures what the model reads on a text: give text=[…], or --statistics FILE")
     found: Editor
     if issubclass(kind, InContext):
         found = kind.for_model(model)

@@ -16,10 +16,13 @@ from remend.editors.background import stretches
 from remend.request import EditRequest
 from remend.tasks import task_of
 from remend.tasks.causal_lm import CausalLM
+from remend.tasks.language import LanguageTask
 from remend.tasks.task import Pair, Task
 
 CONTEXTS, WORDS = 16, 3
 """How many other beginnings an edited prompt is asked after, and of how many tokens."""
+LIKELY, HELD, STAYED = 0.5, 0.75, 0.98
+"""What the figures of an edit that is likely to be what was wanted are, at least."""
 FEWEST = 4
 """Beginnings that the unedited model must bear, for their share to say something."""
 ELSEWHERE = 128
@@ -34,19 +37,33 @@ class Assurance:
     Attributes:
         probability: of the whole target after the prompt; the mean over the requests.
         in_context: the share of other beginnings after which the prompt still gets its target, of those after which
-            the unedited model still gives its own answer; None where it never does.
+            the unedited model still gives its own answer; None where it never does, and of a classifier, which judges
+            its whole text.
         elsewhere: the share of the model's choices on other input that stayed.
+        beginnings: how many ``in_context`` is a share of.
+        choices: how many ``elsewhere`` is.
     """
 
     probability: float
     in_context: float | None
     elsewhere: float
+    beginnings: int = 0
+    choices: int = 0
+
+    @property
+    def doubts(self) -> list[str]:
+        """Which of the figures are below what an edit that is likely to be what was wanted has, in words."""
+        found = {
+            f"the probability is below {LIKELY:.0%}": self.probability < LIKELY,
+            f"it should hold after {HELD:.0%} of beginnings": self.in_context is not None and self.in_context < HELD,
+            f"{STAYED:.0%} of other choices should stay": self.elsewhere < STAYED,
+        }
+        return [words for words, doubtful in found.items() if doubtful]
 
     @property
     def sure(self) -> bool:
         """Whether all that could be measured is such that the edit is likely to be what was wanted."""
-        held = self.in_context is None or self.in_context >= 0.75
-        return self.probability >= 0.5 and held and self.elsewhere >= 0.98
+        return not self.doubts
 
     def to_json(self) -> dict[str, float | bool | None]:
         """The figures and the verdict."""
@@ -86,10 +103,13 @@ def assure(
     with edit.applied(model):
         own, held, after = (_looked(task, some) for some in (asked, within, elsewhere))
     known = _opening(begun, within) == _opening(alone, asked).repeat_interleave(CONTEXTS)
+    count = int(known.sum()) if isinstance(task, LanguageTask) else 0
     return Assurance(
         probability=float(own.log_p.exp().mean()),
-        in_context=float(held.whole[known].float().mean()) if int(known.sum()) >= FEWEST else None,
+        in_context=float(held.whole[known].float().mean()) if count >= FEWEST else None,
         elsewhere=float((before == after.first).float().mean()) if len(before) else 1.0,
+        beginnings=count,
+        choices=len(before),
     )
 
 

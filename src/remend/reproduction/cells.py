@@ -41,6 +41,7 @@ class Method:
         training: how it is trained, if it is.
         attention: whether attention's matrices are edited in place of the MLPs'.
         keeps: whether it is given locality examples at edit time (FT+KL).
+        reads: whether it measures sentences that the model learned from.
     """
 
     editor: str
@@ -49,6 +50,7 @@ class Method:
     training: TrainingConfig | None = None
     attention: bool = False
     keeps: bool = False
+    reads: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -61,9 +63,9 @@ METHODS: dict[str, Method] = {
     "mend": Method("mend", "MEND, `default`", PRESETS["default"][0], WITH_NEAR),
     "ridge": Method("ridge", "ridge", RidgeConfig()),
     "ridge-gate": Method("ridge", "ridge, gated", RidgeConfig(strength=1.6, gate=0.4)),
-    "rome": Method("rome", "ROME", RomeConfig()),
-    "memit": Method("memit", "MEMIT", MemitConfig()),
-    "cache": Method("cache", "cache", CacheConfig()),
+    "rome": Method("rome", "ROME", RomeConfig(), reads=True),
+    "memit": Method("memit", "MEMIT", MemitConfig(), reads=True),
+    "cache": Method("cache", "cache", CacheConfig(), reads=True),
     "in-context": Method("in-context", "in context"),
     "mend-sum": Method("mend", "MEND, `default`, summed", replace(PRESETS["default"][0], aggregate="sum"), WITH_NEAR),
     "mend-gate": Method("mend", "MEND, `default`, gated", replace(PRESETS["default"][0], gate=GATE), WITH_NEAR),

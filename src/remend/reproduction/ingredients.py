@@ -72,7 +72,7 @@ class Ingredients:
         }
         missing = []
         if model is None and recipe.model is None:
-            missing.append(f"--model (model=): {recipe.needs}")
+            missing.append(f"--model, {recipe.needs}")
         if text is not None and recipe.task != "causal-lm":
             raise ConfigError(f"perplexity on a text is a causal language model's: leave text away with {recipe.name}")
         text = text or recipe.text
@@ -80,9 +80,14 @@ class Ingredients:
         named["text"] = None if text is None or text.startswith(HUB) else text
         for option, file in named.items():
             if file is not None and not Path(file).is_file():
-                missing.append(f"--{option} ({option}=): there is no file {file} here{recipe.origin(file)}")
+                missing.append(f"--{option}, since there is no file {file} here{recipe.origin(file)}")
+        given = [source for source in sources.values() if source is not None]
+        if len(set(given)) < len(given):
+            raise ConfigError(
+                "two of train, validation and test are the same source: an editor must be judged on what it never saw"
+            )
         if missing:
-            raise ConfigError(f"the recipe {recipe.name} needs what has to be given:\n  " + "\n  ".join(missing))
+            raise ConfigError(f"the recipe {recipe.name} needs what has to be given: {'; '.join(missing)}")
         return Ingredients(model or str(recipe.model), writer or recipe.writer, **sources, text=text)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, str | None]:

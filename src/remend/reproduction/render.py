@@ -18,6 +18,7 @@ from remend.reproduction.results import Results
 from remend.reproduction.tables import Table
 from remend.storage import write_json, write_text
 
+TRIAL = "A quick run: it shows that everything works, and says nothing of any editor."
 VERDICTS = {True: "holds", False: "does not hold", None: "not measured"}
 
 
@@ -91,7 +92,7 @@ def write(
     source = resources.files("remend.reproduction").joinpath("tables.html.j2").read_text(encoding="utf-8")
     environment.filters["code"] = _with_code
     drawn = Markup(draw_memory(memory)) if any(own["added"] for own in memory) else ""
-    page = environment.from_string(source).render(filled=filled, memory=memory, about=about, picture=drawn)
+    page = environment.from_string(source).render(filled=filled, memory=memory, about=about, picture=drawn, trial=TRIAL)
     write_text(folder / "tables.html", page)
     write_json(
         folder / "tables.json", {"about": dict(about), "tables": [_json(own) for own in filled], "memory": list(memory)}
@@ -124,6 +125,7 @@ def markdown(filled: Sequence[Filled], memory: Sequence[Mapping[str, Any]], abou
     lines = [
         "# The paper's tables in miniature",
         "",
+        *([f"**{TRIAL}**", ""] if about["trial"] else []),
         "Edit success (Eq. 1, free decoding; of passages, ten tokens that were sampled, the share of tokens that are "
         "the first choice) / drawdown; in brackets locality at near prompts; *in italics the paper's figures*. "
         f"Means over {about['seeds']} seeds, each with its own training and its own {about['requests']} test "

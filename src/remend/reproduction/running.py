@@ -15,6 +15,7 @@ from remend.editors.mend import Mend
 from remend.errors import ConfigError
 from remend.evaluation import Report, evaluate
 from remend.evaluation.schema import read_report
+from remend.reproduction.cells import different
 from remend.reproduction.ingredients import Ingredients, Pantry, load_model, overlap
 from remend.reproduction.recipe import Recipe
 from remend.reproduction.summary import call, summary
@@ -80,7 +81,8 @@ def run_recipe(
     passages = used.passages()
     network, settings = recipe.settings(seed, max_steps)
     about = {"recipe": recipe.model_dump(mode="json"), "ingredients": used.to_json(), "seed": settings.seed}
-    _claim(out, {**about, "limit": limit, "max_steps": max_steps}, resume)
+    about |= {"limit": limit, "max_steps": max_steps}
+    _refuse_other(out, about, resume)
     goes_on = folder_of(out / "editor").exists() or (out / "editor" / MANIFEST).exists()
     if not goes_on:  # what is left here is of another editor, which was deleted
         shutil.rmtree(out / JOURNAL, ignore_errors=True)
@@ -90,6 +92,7 @@ def run_recipe(
     on_progress("loading the model")
     base, tokenizer = load_model(recipe, used.model, device)
     on_progress("reading requests")
+    write_json(out / "run.json", about)  # only now: what could not even begin blocks no folder
     requests = Pantry(recipe, used, out / "requests", device, settings.seed, limit).requests(base, tokenizer, resume)
     editor: Trainable = train_editor(
         base, tokenizer, requests["train"], requests.get("validation"),
@@ -116,7 +119,7 @@ def run_recipe(
     return report
 
 
-def _claim(out: Path, about: dict[str, Any], resume: bool) -> None:
+def _refuse_other(out: Path, about: dict[str, Any], resume: bool) -> None:
     """Make sure that a folder is of this run, or of none yet.
 
     Raises:
@@ -128,8 +131,7 @@ def _claim(out: Path, about: dict[str, Any], resume: bool) -> None:
     if resume and file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         if before != about:
-            other = [name for name in about if before.get(name) != about[name]]
+            other = ", ".join(name.removeprefix("ingredients.") for name in different(before, about))
             raise ConfigError(
-                f"{out} is of a run with another {', '.join(other)}: give the same to go on with it, or another folder"
+                f"{out} is of a run with another {other}: give the same to go on with it, or another folder"
             )
-    write_json(file, about)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from remend.config import to_json
 from remend.core.layers import device_of, editable_layers
-from remend.editors import EDITORS, TRAINED, Editor, Trainable, load_trained, make
+from remend.editors import TRAINED, Editor, Trainable, load_trained, make
 from remend.editors.finetune import FineTune
 from remend.errors import ConfigError, FileError, ModelError, RemendError
 from remend.evaluation import evaluate
@@ -72,7 +72,10 @@ class Workshop:
         about = folder / "about.json"
         described = asdict(replace(scale, seeds=0, memory=[]))  # more seeds, or widths, go on with what is there
         if about.exists() and json.loads(about.read_text(encoding="utf-8")) != described:
-            raise ConfigError(f"{folder} holds results of another size of run: choose another folder for this one")
+            raise ConfigError(
+                f"{folder} holds results of another size of run (with --quick or without): choose another folder for "
+                "this one, or give the same"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(about, described)
 
@@ -206,7 +209,7 @@ class Workshop:
             locality = home.requests("train")[: 10 * self.scale.requests]
             return FineTune.for_model(home.model, replace(method.config, seed=cell.seed), locality=locality)
         if method.training is None:
-            text = home.sentences() if EDITORS[method.editor].traits.needs == "text" else ()
+            text = home.sentences() if method.reads else ()
             return make(method.editor, home.model, home.tokenizer, text, cell.seed, method.config)
         found: Any = self.trained(replace(cell, method=SAME_TRAINING.get(cell.method, cell.method)))
         found.config = method.config

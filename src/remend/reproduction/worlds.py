@@ -196,7 +196,9 @@ class Inhabited:
         return read_requests(file)
 
     def sentences(self) -> list[str]:
-        """What the model learned to say of the training split's subjects, as text."""
+        """What the model learned to say of the training split's subjects, as text; or that split's passages."""
+        if self.world.text is not None:
+            return list(self.passages("train"))
         probes = (probe for request in self.requests("train") for probe in (*request.locality, *request.near))
         return list(dict.fromkeys(f"{probe.prompt} {probe.target}." for probe in probes if probe.target))
 
