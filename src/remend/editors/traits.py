@@ -54,7 +54,7 @@ def checked(base: Base, model: PreTrainedModel, requests: Sequence[EditRequest],
     found = base.with_weights_of(model)
     if trained and found.weights != base.weights:
         warnings.warn(
-            f"this editor was made for {base.name!r} with other weights than this model has; "
+            f"this editor was trained for {base.name!r}, or measured it, with other weights than this model has; "
             "its edits may be worse: evaluate them",
             stacklevel=4,
         )
