@@ -56,7 +56,7 @@ bench-frontier: install ## what was tried for edits that stay on their subject: 
 WIKITEXT ?=
 COUNTERFACT ?=
 
-bench-tables: install ## the paper's tables in miniature: about six hours on one core, three with JOBS=2
+bench-tables: install ## the paper's tables in miniature: some hours, fewer with JOBS=2
 	test -z "$(WIKITEXT)" || test -f build/writer/report.json || $(BIN)/python scripts/train_writer.py --steps 2000 \
 		--resume --text "$(WIKITEXT)/valid.txt" --held-out "$(WIKITEXT)/test.txt" --out build/writer
 	test -z "$(COUNTERFACT)" || $(BIN)/python benchmarks/counterfact.py --source "$(COUNTERFACT)" \

@@ -3,7 +3,8 @@
     python benchmarks/rivals.py
 
 A comparison is worth as much as the care that its rivals were given. ``remend.reproduction.cells`` takes for each the
-settings with the largest sum of edit success, far and near locality over the worlds. On one thread in half an hour.
+settings with the largest sum of edit success, far and near locality over the worlds. It takes about twenty minutes on
+one thread.
 """
 
 from __future__ import annotations

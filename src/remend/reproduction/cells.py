@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
     "mend-paper": Method("mend", "MEND, as published", FAITHFUL, AS_PUBLISHED),
     "mend": Method("mend", "MEND, `default`", PRESETS["default"][0], WITH_NEAR),
     "ridge": Method("ridge", "ridge", RidgeConfig()),
-    "ridge-gate": Method("ridge", "ridge, gated", RidgeConfig(strength=1.6, gate=0.4)),
+    "ridge-gate": Method("ridge", "ridge, gated", RidgeConfig(strength=1.5, gate=0.4)),
     "rome": Method("rome", "ROME", RomeConfig(), reads=True),
     "memit": Method("memit", "MEMIT", MemitConfig(), reads=True),
     "cache": Method("cache", "cache", CacheConfig(), reads=True),

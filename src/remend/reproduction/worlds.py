@@ -23,7 +23,7 @@ TOKENS = "edit_success_tokens"
 SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.1, "text": 0.1}
 """Parts of the held-out text: of three kinds of request, and of what perplexity is measured on."""
 WORDS = 24
-"""Of each passage only so much is used: training goes several times as fast as with the paper's hundred tokens."""
+"""Of each passage only so much is used, where the paper has a hundred tokens: training takes that much less."""
 REQUESTS = ("train", "validation", "test")
 """The splits of requests."""
 MOST = {"train": 1_200, "validation": 100, "test": 200}
