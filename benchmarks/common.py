@@ -23,13 +23,19 @@ from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from remend.editors import Mend
 from remend.evaluation import report
 from remend.request import EditRequest, Probe
 from remend.storage import write_json
-from remend.tasks.causal_lm import CausalLM
+from remend.tasks import task_of
 from remend.training import PRESETS, Resources, Trainer
 from remend.training.calibration import calibrate
 
@@ -143,11 +149,10 @@ def random_model(
     """A model with random weights, made where it is used; ``settings`` are its configuration's, GPT-2's by default."""
     torch.manual_seed(seed)
     end = settings["vocab_size"] - 1
-    described = {"model_type": "gpt2", "bos_token_id": end, "eos_token_id": end, **settings}
+    config = AutoConfig.for_model(**{"model_type": "gpt2", "bos_token_id": end, "eos_token_id": end, **settings})
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device(device):
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**described), dtype=dtype, attn_implementation="sdpa"
-        )
+        made: PreTrainedModel = kind.from_config(config, dtype=dtype)
     return made.eval()
 
 
@@ -178,7 +183,7 @@ def random_trainer(
     settings = replace(settings, seed=config["seed"], batch_size=batch_size or settings.batch_size)
     depth = model.config.num_hidden_layers
     modules = [f"*.{block}.mlp.*" for block in range(depth - blocks, depth)] if blocks else []
-    task = CausalLM(model, words(config["model"]["vocab_size"]), autocast=resources.autocast)
+    task = task_of(model, words(config["model"]["vocab_size"]), resources.autocast)
     editor = Mend.for_model(model, network, modules, config["seed"])
     trainer = Trainer(task, editor, random_requests(config, count), settings, resources)
     calibrate(editor, trainer.constants, trainer.episodes.edits(CALIBRATION_EXAMPLES, 8), trainer.workers)

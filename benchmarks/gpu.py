@@ -87,8 +87,6 @@ def measure(config: Mapping[str, Any], shape: Mapping[str, Any], device: str) ->
 def attempt(config: Mapping[str, Any], shape: Mapping[str, Any], device: str) -> dict[str, Any]:
     """One row of the table: what was measured, or why nothing was."""
     row = {"name": shape["name"]}
-    if "model" not in shape:
-        return {**row, "status": "not supported yet"}
     if device == "cpu" and not shape.get("smallest"):
         return {**row, "status": "not measured"}
     try:
@@ -116,10 +114,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = common.parser(__doc__, "gpu").parse_args(argv)
     config = common.start(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = [attempt(config, shape, device) for shape in config["shapes"]]
+    rows: list[dict[str, Any]] = []
+    for shape in config["shapes"]:
+        rows.append(attempt(config, shape, device))
+        common.write(arguments.out, config, {"measured": device == "cuda", "results": rows}, device)
     name = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device: the smallest model alone, on the CPU"
     Console(width=110).print(table(rows, name))
-    common.write(arguments.out, config, {"measured": device == "cuda", "results": rows}, device)
 
 
 if __name__ == "__main__":
