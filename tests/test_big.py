@@ -136,7 +136,8 @@ def test_the_captured_factors_are_the_gradient_of_what_the_model_computes(way, t
     batch = task.collate([task.tokenise(request.prompt, request.target) for request in REQUESTS[:4]])
     task.loss(batch)  # a forward pass before must not change anything
     found = editor.capture(task, batch)
-    expected = editor.capture(CausalLM(as_float32(task.model, folder), task.tokenizer), batch)
+    plain = as_float32(task.model, folder).to(task.device)
+    expected = editor.capture(CausalLM(plain, task.tokenizer), batch)
     tolerance = {"bfloat16": 0.1, "bnb-8bit": 0.1}.get(way, 1e-4)  # these two round the activations as well
     for name, factors in found.items():
         exact = expected[name].gradient()
