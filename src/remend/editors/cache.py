@@ -25,10 +25,9 @@ from remend.request import EditRequest, parse_request
 from remend.storage import read_folder, take, write_folder
 from remend.tasks import task_of
 from remend.tasks.language import LanguageTask
-from remend.tasks.task import Pair, Task
+from remend.tasks.task import Pair, Task, in_batches
 
 FORMAT = "remend.cache/1"
-EDIT_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -235,8 +234,8 @@ def _states(task: Task, pairs: Sequence[Pair]) -> list[Float[Tensor, "target d"]
     """What the answering layer reads where each pair's targets are predicted."""
     found: list[Tensor] = []
     head = head_of(task.model)
-    for start in range(0, len(pairs), EDIT_BATCH):
-        batch = task.collate(pairs[start : start + EDIT_BATCH])
+    for some in in_batches(pairs):
+        batch = task.collate(some)
         seen: list[Tensor] = []
         handle = head.register_forward_hook(
             lambda module, args, output, seen=seen: seen.append(args[0].detach().float())

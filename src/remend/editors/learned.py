@@ -25,9 +25,7 @@ from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.storage import take, write_folder
 from remend.tasks import task_of
-from remend.tasks.task import Pair, Task
-
-EDIT_BATCH = 32
+from remend.tasks.task import Pair, Task, in_batches
 
 
 class Learned(nn.Module):
@@ -140,8 +138,7 @@ class Learned(nn.Module):
         pairs = [task.tokenise(request.prompt, request.target) for request in requests]
         prefix = Prefix(task.model, self.shapes)
         found: list[dict[str, LowRank]] = []
-        for start in range(0, len(pairs), EDIT_BATCH):
-            some = pairs[start : start + EDIT_BATCH]
+        for some in in_batches(pairs):
             changes = {n: change.detach() for n, change in self.changes(task, some, prefix, None).items()}
             for e in range(len(some)):
                 found.append({name: _without_padding(change, e, self.shared(name)) for name, change in changes.items()})

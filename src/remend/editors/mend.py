@@ -34,10 +34,8 @@ from remend.models.structure import editable_modules, named_stacks
 from remend.request import EditRequest
 from remend.storage import take, write_folder
 from remend.tasks import task_of
-from remend.tasks.task import Batch, Task
+from remend.tasks.task import Batch, Task, in_batches
 
-EDIT_BATCH = 32
-"""Requests whose gradients are taken in one pass; bounds the memory, does not change the result."""
 LEAST_ANSWER = 0.2
 """Contrast scales ũ by 1 / (u·ũ), but by no more than if u·ũ were this; its mean over the training prompts is 1."""
 
@@ -308,8 +306,7 @@ class Mend(nn.Module):
         """The changes that each request makes by itself; each matrix's inputs there are added to ``inputs``."""
         pairs = [task.tokenise(request.prompt, request.target) for request in requests]
         found: list[dict[str, LowRank]] = []
-        for start in range(0, len(pairs), EDIT_BATCH):
-            chunk = pairs[start : start + EDIT_BATCH]
+        for chunk in in_batches(pairs):
             batch = task.collate(chunk)
             unedited = Unedited(task, batch, self.shapes)
             read = active_rows(self.capture(task, batch, unedited.loss), self.device)

@@ -36,9 +36,7 @@ from remend.errors import ConfigError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.tasks import task_of
-from remend.tasks.task import Task
-
-EDIT_BATCH = 32
+from remend.tasks.task import Task, in_batches
 
 
 @dataclass(frozen=True)
@@ -157,8 +155,8 @@ class Ridge:
         pairs = [task.tokenise(request.prompt, request.target) for request in requests]
         found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.whitening}
         modules = find_modules(task.model, self.whitening)
-        for start in range(0, len(pairs), EDIT_BATCH):
-            batch = task.collate(pairs[start : start + EDIT_BATCH])
+        for some in in_batches(pairs):
+            batch = task.collate(some)
             unedited = Unedited(task, batch, self.whitening, whole=True)
             factors = capture(task.model, modules, task.tokens(batch, self.whitening, True), unedited.loss)[1]
             rows = active_rows(factors, device_of(task.model.get_input_embeddings()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,9 @@ from remend.core.layers import device_of
 from remend.core.losses import target_loss
 from remend.errors import RequestError
 from remend.request import Prompt
+
+EDIT_BATCH = 32
+"""Requests whose gradients are taken in one pass; bounds the memory, does not change the result."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ class Pair:
     def shown(self) -> tuple[int, ...]:
         """The tokens that the model is shown: all but the last, which predicts nothing."""
         return (*self.prompt, *self.target)[:-1]
+
+
+def in_batches(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
+    """Pairs, as many at a time as go through a model together when edits are made of them."""
+    for start in range(0, len(pairs), EDIT_BATCH):
+        yield pairs[start : start + EDIT_BATCH]
 
 
 @dataclass(frozen=True)

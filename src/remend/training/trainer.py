@@ -18,12 +18,12 @@ from remend.core.ledger import Ledger
 from remend.core.losses import locality_loss, target_loss
 from remend.core.low_rank import LowRank
 from remend.editors import Trainable
-from remend.editors.mend import EDIT_BATCH, Mend
+from remend.editors.mend import Mend
 from remend.errors import ConfigError, ModelError, NonFiniteError
 from remend.models.prefix import Prefix
 from remend.models.sharding import is_sharded
 from remend.request import EditRequest
-from remend.tasks.task import Pair, Task
+from remend.tasks.task import EDIT_BATCH, Pair, Task
 from remend.training import calibration
 from remend.training.config import Resources, TrainingConfig
 from remend.training.constants import Constants
