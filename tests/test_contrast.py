@@ -90,6 +90,15 @@ def test_contrast_of_too_few_facts_is_left_alone():
     assert found[0, 0] > 0
 
 
+def test_contrast_that_does_not_hold_of_other_facts_is_left_alone():
+    """Paraphrases hardly differ, and fewer facts than the keys have dimensions: others lie in directions not seen."""
+    d = 64
+    found = fitted(*facts(12, d, 0.01)).operator(1.0, 1e-3).inner
+    torch.testing.assert_close(found, found[0, 0] * torch.eye(d))
+    more = fitted(*facts(200, d, 0.01)).operator(1.0, 1e-3).inner
+    assert (more - more.diag().mean() * torch.eye(d)).norm() > 0.1 * more.norm(), "of more facts it holds"
+
+
 def test_without_paraphrases_keys_are_left_as_they_are():
     contrast = Contrast(4, CPU)
     keys = torch.randn(50, 4)

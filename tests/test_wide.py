@@ -116,11 +116,9 @@ def test_contrast_is_the_dense_one_of_moments_that_are_flat_outside():
     dense, _ = contrast(None)
     inside = basis @ basis.T
     outside = torch.eye(D) - inside
-    assert wide.all.shape == (9, 9)
-    for name in ("all", "same", "near"):
-        moment = getattr(dense, name)
-        flat = inside @ moment @ inside + (outside @ moment).trace() / (D - 8) * outside
-        setattr(dense, name, flat)
+    assert wide.moments.shape == (2, 3, 9, 9)
+    for moment in dense.moments.flatten(0, 1):
+        moment.copy_(inside @ moment @ inside + (outside @ moment).trace() / (D - 8) * outside)
     dense.whitener = Symmetric(Symmetric(gains, basis)(torch.eye(D)))
     found, right = wide.operator(0.7, 1e-7), dense.operator(0.7, 1e-7)
     torch.testing.assert_close(found(torch.eye(D)), right.inner, rtol=1e-2, atol=1e-2 * float(right.inner.abs().max()))

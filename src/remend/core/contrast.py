@@ -16,7 +16,13 @@ from torch import Tensor
 
 from remend.core.symmetric import Symmetric
 
-LEAST = 0.1
+HELD_OUT = 4
+"""Of so many facts one is held out, to see whether what was found of the others is true of it."""
+
+LEAST = 0.5
+"""The least mean answer of held-out facts' keys to themselves, where those of the others answer with 1."""
+
+SHARED = 0.1
 """The least mean answer of a key to itself, as a share of the number of dimensions, that contrast is trusted with."""
 
 
@@ -36,13 +42,14 @@ class Contrast:
         self.within = d if self.basis is None else self.basis.shape[1]
         self.outside = d - self.within
         size = d if self.basis is None else self.within + 1
-        self.all, self.same, self.near = (torch.zeros(size, size, device=device) for _ in range(3))
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self.moments = torch.zeros(2, 3, size, size, device=device)
+        self.counts = torch.zeros(2, 3, dtype=torch.int64, device=device)
+        self.facts = 0
 
     @property
     def totals(self) -> tuple[Tensor, ...]:
         """All state, as sums: what processes that saw different prompts add up."""
-        return self.all, self.same, self.near, self.counts
+        return self.moments, self.counts
 
     def update(
         self,
@@ -60,18 +67,33 @@ class Contrast:
             near_owners: whose neighbours they are.
         """
         everyone, numbers = torch.cat([owners, near_owners]).unique(return_inverse=True)
+        held = (torch.arange(self.facts, self.facts + len(everyone), device=keys.device) + 1) % HELD_OUT == 0
+        self.facts += len(everyone)
         owners, near_owners = numbers.split([len(owners), len(near_owners)])
-        count = len(everyone)
+        self._add(0, keys, owners, near, near_owners)
+        own, around = held[owners], held[near_owners]
+        self._add(1, keys[own], owners[own], near[around], near_owners[around])
+
+    def _add(
+        self,
+        part: int,
+        keys: Float[Tensor, "prompt d"],
+        owners: Int[Tensor, " prompt"],
+        near: Float[Tensor, "neighbour d"],
+        near_owners: Int[Tensor, " neighbour"],
+    ) -> None:
+        """Add facts to the sums over all of them (``part`` 0), or over those that are held out (1)."""
+        count = 1 + max((int(whose.max()) for whose in (owners, near_owners) if len(whose)), default=-1)
         whole, around = (
             torch.zeros(count, rows.shape[1], device=rows.device).index_add_(0, whose, rows)
             for rows, whose in ((keys, owners), (near, near_owners))
         )
         moment = self._products(keys, keys)
         sizes, neighbours = torch.bincount(owners, minlength=count), torch.bincount(near_owners, minlength=count)
-        self.all += moment
-        self.same += self._products(whole, whole) - moment
-        self.near += self._products(whole, around)
-        self.counts += torch.stack([sizes.sum(), (sizes * (sizes - 1)).sum(), (sizes * neighbours).sum()])
+        self.moments[part] += torch.stack(
+            [moment, self._products(whole, whole) - moment, self._products(whole, around)]
+        )
+        self.counts[part] += torch.stack([sizes.sum(), (sizes * (sizes - 1)).sum(), (sizes * neighbours).sum()])
 
     def _products(self, one: Float[Tensor, "row d"], other: Float[Tensor, "row d"]) -> Float[Tensor, "n n"]:
         """Σ a bᵀ over the rows of both; with a basis, of their coordinates."""
@@ -87,33 +109,53 @@ class Contrast:
 
         It takes a key to the ũ above, and that back to coordinates in which the product with another key is meant.
 
-        What was seen of too few facts is noise, and does more harm than good. Then little of the keys is found to be
-        shared: where the mean of u·ũ, in the directions that are told apart, is less than :data:`LEAST` of their
-        number, the neighbours are left out, and if that does not suffice, everything (the identity: keys are whitened
-        already).
+        What was seen of too few facts, or of prompts that lie in few directions, is noise, and does more harm than
+        good. Little of the keys is then found to be shared (:data:`SHARED`), or keys that were not seen do not answer
+        to themselves: so it is measured without the held-out facts first, and must hold of them (:data:`LEAST`).
+        If it does not, the neighbours are left out, and if that does not suffice, everything (the identity: keys are
+        whitened already).
 
         Args:
             weight: of the neighbours.
             ridge: the floor of C's eigenvalues, as a share of their mean.
         """
-        counts = self.counts.clamp(min=1).tolist()
-        means = [part.cpu().double() / n for part, n in zip((self.all, self.same, self.near), counts, strict=True)]
+        every, held = (self._means(*part) for part in zip(self.moments, self.counts, strict=True))
+        others = self._means(self.moments[0] - self.moments[1], self.counts[0] - self.counts[1])
+        operator = torch.eye(len(every[0]), dtype=torch.float64)
+        for considered in (weight, 0.0) if self.counts[1, 0] else ():
+            tried = _operator(others, considered, ridge)
+            holds = self._answer(tried, held[0]) >= LEAST * self._answer(tried, others[0]) > 0
+            found = _operator(every, considered, ridge)
+            if holds and self._answer(found, every[0]) >= SHARED * self.within:
+                operator = found
+                break
+        answer = self._answer(operator, every[0])
+        if answer <= 0:  # a matrix whose input is always zero
+            return Symmetric(torch.eye(len(operator), device=self.moments.device), self.basis)
+        if self.basis is not None:
+            answer += self.outside * float(operator[-1, -1] * every[0][-1, -1])
+        return Symmetric((operator / answer).float().to(self.moments.device), self.basis)
+
+    def _means(self, moments: Float[Tensor, "3 n n"], counts: Int[Tensor, " 3"]) -> Float[Tensor, "3 n n"]:
+        """E[k kᵀ], E[k⁺ uᵀ] and E[k⁻ uᵀ], of whitened keys; symmetric."""
+        means = moments.cpu().double() / counts.cpu().clamp(min=1)[:, None, None]
         if self.whitener is not None:
             own = self.whitener.matrix.cpu().double()
-            means = [own @ mean @ own for mean in means]
-        moment, same, near = ((mean + mean.T) / 2 for mean in means)
-        values, vectors = torch.linalg.eigh(moment)
-        floor = ridge * values.mean()
-        if floor <= 0:  # a matrix whose input is always zero
-            return Symmetric(torch.eye(len(values), device=self.all.device), self.basis)
-        inverse = (vectors / (values.clamp(min=0) + floor)) @ vectors.T
-        for wanted in (same - weight * near, same):
-            operator = inverse @ wanted @ inverse
-            answer = float((operator * moment)[: self.within, : self.within].sum())
-            if answer >= LEAST * self.within:
-                break
-        else:
-            operator, answer = torch.eye(len(values)), float(moment[: self.within, : self.within].trace())
-        if self.basis is not None:
-            answer += self.outside * float(operator[-1, -1] * moment[-1, -1])
-        return Symmetric((operator / answer).float().to(self.all.device), self.basis)
+            means = torch.stack([own @ mean @ own for mean in means])
+        return (means + means.mT) / 2
+
+    def _answer(self, operator: Float[Tensor, "n n"], moment: Float[Tensor, "n n"]) -> float:
+        """The mean of k·(operator k), in the directions that are told apart."""
+        return float((operator * moment)[: self.within, : self.within].sum())
+
+
+def _operator(means: Float[Tensor, "3 n n"], weight: float, ridge: float) -> Float[Tensor, "n n"]:
+    """C⁻¹ (B − weight · N) C⁻¹; zero where all keys were."""
+    moment, same, near = means
+    values, vectors = torch.linalg.eigh(moment)
+    floor = ridge * values.mean()
+    if floor <= 0:
+        return torch.zeros_like(moment)
+    inverse = (vectors / (values.clamp(min=0) + floor)) @ vectors.T
+    found: Tensor = inverse @ (same - weight * near) @ inverse
+    return found

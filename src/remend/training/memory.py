@@ -172,7 +172,7 @@ def moments_bytes(editor: Mend) -> int:
         k = editor.directions.get(name)
         columns = sketch_width(d, k) if k else d
         inputs += d * columns if editor.config.ridge else 0
-        keys += 3 * (k + 1 if k else d) ** 2 if editor.config.contrast else 0
+        keys += 6 * (k + 1 if k else d) ** 2 if editor.config.contrast else 0
         tests[d] = d * columns if k else 0  # matrices of one width share the random vectors
         largest = max(largest, d * columns)
     # Those of inputs and those of keys exist one after the other; then one decomposition's workspace.
