@@ -102,18 +102,20 @@ class Edit:
         modules = self._modules(model)
         _refuse_unwritable(modules)
         merged: dict[str, Tensor] = {}
+        lost: dict[str, float] = {}
         for name, module in modules.items():
             weight = weight_of(module)
             dense = dense_in_layout(module, self.changes[name].to(weight.device, torch.float32))
             merged[name] = (weight.float() + dense).to(weight.dtype)
-            lost = (merged[name].float() - weight.float() - dense).norm() / dense.norm().clamp(min=1e-30)
-            if lost > MERGE_TOLERANCE and dense.norm() > 0:
+            rounded = (merged[name].float() - weight.float() - dense).norm()
+            lost[name] = float(rounded / dense.norm().clamp(min=1e-30))
+            if lost[name] > MERGE_TOLERANCE and dense.norm() > 0:
                 raise PrecisionError(
-                    f"{name}: {weight.dtype} would round away {lost:.0%} of the edit. Keep it as a side branch "
+                    f"{name}: {weight.dtype} would round away {lost[name]:.0%} of the edit. Keep it as a side branch "
                     "(apply), or load the model in float32 and merge there; no weight was changed"
                 )
         originals = {name: weight_of(module).detach().clone() for name, module in modules.items()}
-        handle = MergedEdit({name: weight_of(module) for name, module in modules.items()}, originals)
+        handle = MergedEdit({name: weight_of(module) for name, module in modules.items()}, originals, lost)
         try:
             for name, module in modules.items():
                 weight_of(module).copy_(merged[name])
@@ -168,10 +170,12 @@ class Edit:
         return replace(self, changes=changes, editor={**self.editor, "scale": factor * self.editor.get("scale", 1.0)})
 
     def compressed(self, rank: int) -> Edit:
-        """The nearest edit whose changes have at most ``rank`` factor pairs each."""
+        """The nearest edit whose changes have at most ``rank`` factor pairs each; its manifest tells what was lost."""
         if rank < 1:
             raise EditError(f"an edit needs a rank of at least 1, not {rank}")
-        return replace(self, changes={name: change.recompress(rank) for name, change in self.changes.items()})
+        changes = {name: change.recompress(rank) for name, change in self.changes.items()}
+        lost = {name: float(_apart(self.changes[name], change)) for name, change in changes.items()}
+        return replace(self, changes=changes, editor={**self.editor, "max_rank": rank, "lost": lost})
 
     def norms(self) -> dict[str, float]:
         """‖ΔW‖ (Frobenius) of each module."""
@@ -235,6 +239,11 @@ class Edit:
         return Edit(changes, base, requests, take(manifest, "editor", dict, path), take(manifest, "created", str, path))
 
 
+def _apart(one: LowRank, other: LowRank) -> Tensor:
+    """‖ΔW − ΔW'‖ / ‖ΔW‖."""
+    return concatenate([one, other.scaled(-1.0)]).norm() / one.norm().clamp(min=1e-30)
+
+
 def _change(tensors: Mapping[str, Tensor], name: str, gate: object, path: str | Path) -> LowRank:
     u, delta = tensors.get(f"{name}.u"), tensors.get(f"{name}.delta")
     if u is None or delta is None or u.dim() != 2 or delta.dim() != 2 or u.shape[0] != delta.shape[0]:
@@ -278,10 +287,17 @@ class AppliedEdit:
 
 
 class MergedEdit:
-    """An edit that is in a model's weights; :meth:`revert` puts back the stored originals. Also a context manager."""
+    """An edit that is in a model's weights; :meth:`revert` puts back the stored originals. Also a context manager.
 
-    def __init__(self, weights: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> None:
+    Attributes:
+        lost: of each matrix, the share of its change (Frobenius norm) that was lost to rounding.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], originals: Mapping[str, Tensor], lost: Mapping[str, float]
+    ) -> None:
         self._weights, self._originals = dict(weights), dict(originals)
+        self.lost = lost
 
     @torch.no_grad()
     def revert(self) -> None:

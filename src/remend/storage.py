@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +25,17 @@ MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
 
 
+def _ours(path: Path) -> bool:
+    """Whether a folder holds nothing but what :func:`write_folder` wrote."""
+    if not {entry.name for entry in path.iterdir()} <= {MANIFEST, TENSORS}:
+        return False
+    try:
+        found = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and str(found.get("format")).startswith("remend.")
+
+
 def write_folder(path: str | Path, kind: str, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     """Write a folder of this ``kind`` (such as ``remend.edit/1``) and return its path.
 
@@ -34,32 +45,48 @@ def write_folder(path: str | Path, kind: str, manifest: Mapping[str, Any], tenso
     Raises:
         FileError: ``path`` holds something else, or cannot be written.
     """
+    with whole_folder(path) as staged:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
+        content = {"format": kind, "sha256": {TENSORS: hash_of(staged / TENSORS)}, **manifest}
+        (staged / MANIFEST).write_text(as_json(content), encoding="utf-8")
+    return Path(path)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path, ours: Callable[[Path], bool] = _ours) -> Iterator[Path]:
+    """A folder to fill that takes its name only when all of it is on disk; after an exception it is gone.
+
+    Args:
+        path: the name that it will have.
+        ours: whether what stands there already may be replaced; by default what :func:`write_folder` wrote.
+
+    Raises:
+        FileError: something else stands there, or it cannot be written.
+    """
     path = Path(path)
-    check_target(path)
+    check_target(path, ours)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror}; choose another place") from None
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
-        digest = _sync_and_hash(staged / TENSORS)
-        content = {"format": kind, "sha256": {TENSORS: digest}, **manifest}
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        _write(staged / MANIFEST, (text + "\n").encode())
+        yield staged
+        for file in staged.iterdir():
+            _sync(file)
         staged.chmod(0o777 & ~_umask())
         _take_name(staged, path)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror}; what stood there before still does") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return path
 
 
-def check_target(path: str | Path) -> None:
+def check_target(path: str | Path, ours: Callable[[Path], bool] = _ours) -> None:
     """Refuse a place where something stands that is not ours to replace; call it before long work.
 
-    Only an empty folder, or one that holds nothing but a manifest and tensors that remend wrote, may be replaced.
+    Only an empty folder, or one that is ``ours`` (nothing but a manifest and tensors that remend wrote), may be
+    replaced.
 
     Raises:
         FileError: there is something else.
@@ -73,8 +100,7 @@ def check_target(path: str | Path) -> None:
     if not path.is_dir():
         raise FileError(f"{path} is a file; choose a folder, or a name that is free")
     names = {entry.name for entry in path.iterdir()}
-    ours = not names or (names <= {MANIFEST, TENSORS} and _is_ours(path / MANIFEST))
-    if not ours:
+    if names and not ours(path):
         raise FileError(
             f"{path} holds {', '.join(sorted(names)[:3])}, not just what remend wrote; it was left alone. "
             "Choose another folder"
@@ -86,14 +112,6 @@ def clear_leftovers(folder: Path) -> None:
     for entry in folder.glob(".*"):
         if entry.is_dir() and any((entry / name).exists() for name in (MANIFEST, TENSORS, "replaced")):
             shutil.rmtree(entry, ignore_errors=True)
-
-
-def _is_ours(file: Path) -> bool:
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and str(found.get("format")).startswith("remend.")
 
 
 def read_format(path: str | Path) -> str:
@@ -143,7 +161,7 @@ def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, 
     if not file.is_file():
         raise FileError(f"{path} is incomplete: {TENSORS} is missing")
     sums = manifest.get("sha256")
-    if _sync_and_hash(file) != (sums.get(TENSORS) if isinstance(sums, dict) else None):
+    if hash_of(file) != (sums.get(TENSORS) if isinstance(sums, dict) else None):
         raise FileError(f"{file} is not what {MANIFEST} describes (sha256 differs): truncated or altered")
     try:
         return manifest, load_file(file)
@@ -167,7 +185,12 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         FileError: it cannot be written there.
     """
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, as_json(content))
+
+
+def as_json(content: Mapping[str, Any]) -> str:
+    """JSON as remend writes it: for people too."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -203,18 +226,16 @@ def whole_file(path: str | Path) -> Iterator[TextIO]:
             staged.unlink()
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_and_hash(path: Path) -> str:
-    """SHA-256 of a file that is safely on disk."""
+def _sync(path: Path) -> None:
+    """Wait until a file is safely on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _take_name(staged: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``remend demo | edit | show | ask | doctor | train | evaluate | data``."""
+"""The command line: ``remend demo | edit | show | ask | export | import | doctor | train | evaluate | data``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from remend.cli import asking, comparing, data, demo, doctor, editing, evaluating, options, reproducing, training
+from remend.cli import (
+    asking,
+    comparing,
+    data,
+    demo,
+    doctor,
+    editing,
+    evaluating,
+    exporting,
+    options,
+    reproducing,
+    training,
+)
 from remend.cli.words import plain
 from remend.errors import ConfigError, RemendError, RequestError
 
@@ -47,6 +59,8 @@ app.command()(demo.demo)
 app.command()(editing.edit)
 app.command()(asking.show)
 app.command()(asking.ask)
+app.command()(exporting.export)
+app.command("import")(exporting.import_)
 app.command()(doctor.doctor)
 app.command()(training.train)
 app.command()(evaluating.evaluate)

@@ -53,7 +53,7 @@ class LowRank:
         Raises:
             EditError: the change is gated.
         """
-        self._refuse_gate("written into a weight")
+        self.refuse_gate("written into a weight")
         if self.experts is None:
             return self.delta.mT @ self.u
         own = self.experts[..., None] == torch.arange(experts, device=self.u.device)
@@ -85,7 +85,8 @@ class LowRank:
     def _gated(self, answers: Float[Tensor, "*rows rank"]) -> Float[Tensor, "*rows rank"]:
         return torch.relu(answers - self.gate) / (1 - self.gate) if self.gate else answers
 
-    def _refuse_gate(self, what: str) -> None:
+    def refuse_gate(self, what: str) -> None:
+        """Raise :class:`EditError` if the change is gated, so that it cannot be ``what``."""
         if self.gate:
             raise EditError(
                 f"a gated edit (gate = {self.gate:g}) acts through a threshold and is no change of a weight: it cannot "
@@ -133,7 +134,7 @@ class LowRank:
         Raises:
             EditError: the change is gated.
         """
-        self._refuse_gate("compressed")
+        self.refuse_gate("compressed")
         if self.experts is not None:
             own = [(expert, self.experts == expert) for expert in self.experts.unique().tolist()]
             parts = [LowRank(self.u[rows], self.delta[rows]).recompress(rank) for _, rows in own]

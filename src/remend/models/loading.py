@@ -58,7 +58,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def load(
-    model: str, device: str = "auto", dtype: torch.dtype | None = None, quantise: str | None = None
+    model: str, device: str = "auto", dtype: torch.dtype | str | None = None, quantise: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a language model, or a sequence classifier, and its tokenizer, in evaluation mode.
 
@@ -67,7 +67,7 @@ def load(
     Args:
         model: the name of a small model that ships with remend (``atlas``, ``questions``), a local folder, or a hub id.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …, or ``map``: spread over all GPUs, the memory and the disk.
-        dtype: of the weights; by default float32 on the CPU and the checkpoint's own elsewhere.
+        dtype: of the weights; by default float32 on the CPU and the checkpoint's own (``auto``) elsewhere.
         quantise: store the blocks' matrices in fewer bits: ``bnb-4bit`` (NF4), ``bnb-8bit`` (LLM.int8()) or
             ``torchao-int8``.
 
@@ -114,6 +114,29 @@ def load(
     return loaded.eval(), tokenizer
 
 
+def skeleton(model: str) -> PreTrainedModel:
+    """A model without weights (on the device ``meta``), built from its configuration: its modules and their shapes.
+
+    Args:
+        model: as for :func:`load`, or a ``config.json``.
+
+    Raises:
+        ModelError: it is no configuration of a language model or classifier.
+    """
+    source = str(BUILT_IN[model] / "model") if model in BUILT_IN else model
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            built: PreTrainedModel = model_class(config).from_config(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{model} is no configuration of a language model that transformers knows: {reason}"
+        ) from error
+    built.config._name_or_path = model
+    return built
+
+
 def model_class(config: Any) -> Any:
     """What transformers loads a model with: by what the checkpoint says that it was saved as, and by its structure."""
     if any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ()):
@@ -122,7 +145,7 @@ def model_class(config: Any) -> Any:
 
 
 def _placement(
-    config: Any, target: torch.device, mapped: bool, dtype: torch.dtype | None, quantise: str | None
+    config: Any, target: torch.device, mapped: bool, dtype: torch.dtype | str | None, quantise: str | None
 ) -> dict[str, Any]:
     """What to tell transformers about where a model's weights go and how they are stored."""
     stored = getattr(config, "quantization_config", None) is not None

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
 
 from remend.base import Base
 from remend.core.layers import dimensions
 from remend.editors.config import MendConfig
 from remend.editors.mend import Mend
-from remend.errors import ModelError
-from remend.models.loading import model_class
+from remend.models.loading import skeleton
 from remend.models.structure import editable_modules, named_stacks
 from remend.training.config import PRESETS
 from remend.training.memory import bytes_of, moments_bytes
@@ -88,13 +85,7 @@ def dry_run(
     Raises:
         ModelError: it is no configuration of a language model, or there is nothing to edit.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            model = model_class(config).from_config(config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{path} is no configuration of a language model that transformers knows: {reason}") from error
+    model = skeleton(path)
     chosen = editable_modules(model, modules, network.outputs_only, layers)
     with torch.device("meta"):
         editor = Mend(network, Base("", "", {}), {name: dimensions(module) for name, module in chosen.items()})

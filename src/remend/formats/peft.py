@@ -1,0 +1,228 @@
+"""LoRA adapters as PEFT keeps them: an edit of rank r is an adapter of rank r, and most adapters are edits.
+
+PEFT adds (alpha / r) · B A to a weight, with A [r, d_in] and B [d_out, r]. So A is ``u`` and B is ``delta``
+transposed, with alpha = r: nothing is computed, and nothing is lost. Where ranks differ, ``rank_pattern`` and
+``alpha_pattern`` name each matrix's own, for PEFT; servers that know only ``r`` and ``lora_alpha`` take the same factor
+1 from these.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from remend.base import Base, find_modules
+from remend.core.layers import dimensions, editable_layers, experts_of, is_conv1d
+from remend.core.low_rank import LowRank
+from remend.edit import Edit
+from remend.errors import EditError, FileError, nearest
+from remend.storage import as_json, hash_of, whole_folder
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_REFUSED: dict[str, str] = {
+    "use_dora": "DoRA rescales the weights, which is no change of low rank",
+    "lora_bias": "it has biases of its own",
+    "modules_to_save": "it replaces whole modules",
+    "layer_replication": "it repeats blocks of the model",
+    "target_parameters": "it changes parameters that are no layer's weight",
+    "trainable_token_indices": "it changes embeddings",
+    "use_qalora": "QALoRA pools the inputs",
+    "alora_invocation_tokens": "it acts only after certain tokens",
+}
+"""Settings of an adapter that make it more than a low-rank change of matrices, and why."""
+
+_SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to initialise an adapter that change the base model's weights too, so that it is none of the base as it is."""
+
+
+_KNOWN = {r"\d+": r"\d+", "[0-9]+": r"\d+", ".*": ".*"}
+"""What is understood of regular expressions in an adapter's patterns."""
+
+
+def save_adapter(edit: Edit, path: str | Path, model: PreTrainedModel) -> Path:
+    """Write an edit as a folder that PEFT, transformers' ``load_adapter`` and servers of LoRA adapters read.
+
+    Args:
+        edit: the edit.
+        path: a folder that is not there yet, or that holds an adapter.
+        model: the model that the edit is for; one without weights (:func:`remend.models.skeleton`) will do, since only
+            its structure is looked at.
+
+    Raises:
+        EditError: the edit is gated, or changes experts, or the model is another.
+        FileError: ``path`` holds something else, or cannot be written.
+    """
+    edit.base.check_architecture(model, "this edit")
+    modules = find_modules(model, edit.changes)
+    for name, change in edit.changes.items():
+        change.refuse_gate("exported as an adapter")
+        if experts_of(modules[name]):
+            raise EditError(
+                f"{name} holds several experts' matrices, which no LoRA adapter changes one by one; keep the edit as "
+                "it is, or merge it (--to merged)"
+            )
+        if dimensions(modules[name]) != (change.u.shape[-1], change.delta.shape[-1]):
+            raise EditError(f"{name} has shape {dimensions(modules[name])}, which is not the edit's")
+    ranks = {name: change.rank for name, change in edit.changes.items()}
+    most = max(ranks.values(), default=1)
+    differing = {name: rank for name, rank in ranks.items() if rank != most}
+    config = {
+        "peft_type": "LORA",
+        "task_type": _task_type(model),
+        "base_model_name_or_path": edit.base.name,
+        "inference_mode": True,
+        "r": most,
+        "lora_alpha": most,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(is_conv1d(module) for module in modules.values()),
+        "target_modules": list(ranks),
+        "rank_pattern": differing,
+        "alpha_pattern": differing,
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, change in edit.changes.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = change.u
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = change.delta.mT
+    with whole_folder(path, _is_adapter) as staged:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / WEIGHTS)
+        (staged / CONFIG).write_text(as_json(config), encoding="utf-8")
+    return Path(path)
+
+
+def load_adapter(path: str | Path, model: PreTrainedModel) -> Edit:
+    """A LoRA adapter that was made elsewhere, as an edit of ``model``: to be inspected, evaluated and reverted.
+
+    Args:
+        path: the adapter's folder.
+        model: the model that the adapter is for, with its weights.
+
+    Raises:
+        FileError: the folder holds no adapter, it is damaged, or it does more than low-rank changes of matrices.
+        ModelError: it changes matrices that ``model`` does not have.
+        EditError: their shapes are others.
+    """
+    path = Path(path)
+    config, tensors = _read(path)
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        found = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight", key)
+        if found is None:
+            raise FileError(
+                f"{path / WEIGHTS}: {key} is no factor of a linear layer's change, so this is no plain LoRA"
+            )
+        factors.setdefault(found[1], {})[found[2]] = tensor
+    if not factors:
+        raise FileError(f"{path / WEIGHTS} holds no factors")
+    changes: dict[str, LowRank] = {}
+    known = {name for name, module in editable_layers(model) if not experts_of(module)}
+    for name, own in factors.items():
+        a, b = own.get("A"), own.get("B")
+        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+            raise FileError(f"{path / WEIGHTS}: the factors of {name} are missing or do not fit together")
+        if name not in known:
+            raise FileError(f"{path} changes {name}, which the model does not have; {nearest(name, known)}")
+        changes[name] = LowRank(a.float(), _scale(config, name, a.shape[0], path) * b.float().mT.contiguous())
+    modules = find_modules(model, changes)
+    for name, change in changes.items():
+        if dimensions(modules[name]) != (change.u.shape[-1], change.delta.shape[-1]):
+            raise EditError(
+                f"{path} changes {name} as if it were {change.u.shape[-1]} → {change.delta.shape[-1]}; in this model "
+                f"it is {' → '.join(map(str, dimensions(modules[name])))}: is it the model that the adapter is for?"
+            )
+    editor = {"name": "lora", "sha256": hash_of(path / WEIGHTS)}
+    return Edit(changes, Base.of(model, changes), (), editor)
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter and nothing else, so that a new one may replace it."""
+    names = {entry.name for entry in path.iterdir()}
+    return names <= {CONFIG, WEIGHTS} and CONFIG in names
+
+
+def _task_type(model: PreTrainedModel) -> str | None:
+    """PEFT's name of the task; none for classifiers, for which PEFT would want their heads as well."""
+    if not isinstance(model.get_output_embeddings(), torch.nn.Module):
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """An adapter's configuration, of a kind that is understood, and its tensors."""
+    if not (path / CONFIG).is_file():
+        raise FileError(f"{path} is no adapter's folder: it has no {CONFIG}")
+    try:
+        config = json.loads((path / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{path / CONFIG} is damaged, it is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise FileError(f"{path / CONFIG} should hold one object, it holds a {type(config).__name__}")
+    if config.get("peft_type") != "LORA":
+        raise FileError(f"{path} is a {config.get('peft_type')!r} adapter; only LORA is a low-rank change of matrices")
+    for setting, why in _REFUSED.items():
+        if config.get(setting):
+            raise FileError(f"{path} has {setting}: {why}, so it is no edit")
+    if config.get("bias", "none") != "none":
+        raise FileError(f"{path} changes biases (bias = {config['bias']!r}), which is no change of a matrix")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_SHIFTING):
+        raise FileError(
+            f"{path} was initialised by {start!r}, which changed the base model too: have PEFT convert it to a plain "
+            "LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    weights = path / WEIGHTS
+    if not weights.is_file():
+        code = (
+            " Its adapter_model.bin may hold code, and is never read." if (path / "adapter_model.bin").exists() else ""
+        )
+        raise FileError(f"{path} has no {WEIGHTS}.{code} Save the adapter with safetensors (PEFT's default)")
+    try:
+        return config, load_file(weights)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FileError(f"{weights} is not a safetensors file ({error})") from None
+
+
+def _scale(config: Mapping[str, Any], name: str, rank: int, path: Path) -> float:
+    """What PEFT multiplies a matrix's B A with."""
+    r, alpha = (
+        _of_module(config, keys, name, path) for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
+    for key, value in (("r", r), ("lora_alpha", alpha)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise FileError(f"{path / CONFIG}: {key} of {name} should be a number, it is {value!r}")
+    if r != rank:
+        raise FileError(f"{path}: {name} has factors of rank {rank}, and {CONFIG} says {r}; it was altered")
+    return float(alpha / math.sqrt(r)) if config.get("use_rslora") else float(alpha / r)
+
+
+def _of_module(config: Mapping[str, Any], keys: tuple[str, str], name: str, path: Path) -> Any:
+    """A setting that may be another for some modules: patterns name them by the end of their names."""
+    patterns = config.get(keys[0]) or {}
+    if not isinstance(patterns, dict):
+        raise FileError(f"{path / CONFIG}: {keys[0]} should be an object, it is a {type(patterns).__name__}")
+    return next((own for pattern, own in patterns.items() if _means(pattern, name, path)), config.get(keys[1]))
+
+
+def _means(pattern: str, name: str, path: Path) -> bool:
+    r"""Whether a pattern means a module: by the end of its name, where ``\d+`` is a number and ``.*`` anything.
+
+    PEFT takes any regular expression. One from a file could be made to run for ever, so no more than this is read.
+    """
+    said = pattern.removeprefix("^").removesuffix("$").replace(r"\.", ".")
+    parts = re.split(r"(\\d\+|\[0-9\]\+|\.\*)", said)
+    if any(re.search(r"[^\w.\-]", part) for part in parts[::2]):
+        raise FileError(f"{path / CONFIG}: the pattern {pattern!r} is more than names with {', '.join(_KNOWN)} in them")
+    start = "" if pattern.startswith("^") else r"(?:.*\.)?"
+    return re.fullmatch(start + "".join(_KNOWN.get(part) or re.escape(part) for part in parts), name) is not None

@@ -1,0 +1,382 @@
+"""Edits in the forms of other tools: adapters that PEFT reads, merged checkpoints, and the way back."""
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import families
+import remend
+from remend.base import Base
+from remend.cli import run
+from remend.core.layers import dimensions
+from remend.core.low_rank import LowRank
+from remend.edit import Edit
+from remend.errors import EditError, FileError, ModelError, RemendError, WrongBaseError
+from remend.formats import difference, load_adapter, save_adapter, save_merged
+from remend.formats.peft import CONFIG, WEIGHTS
+from remend.models import editable_modules, skeleton
+from remend.tasks import task_of
+
+KINDS = ["gpt2", "llama", "t5", "bart", "bert, binary"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def task(kind):
+    return families.task(kind)
+
+
+@pytest.fixture
+def llama():
+    return families.task("llama")
+
+
+def random_edit(model):
+    """A change of each MLP matrix, of ranks 1 to 3."""
+    generator = torch.Generator().manual_seed(0)
+    changes = {}
+    for number, (name, module) in enumerate(editable_modules(model).items()):
+        u, delta = (torch.randn(1 + number % 3, d, generator=generator) for d in dimensions(module))
+        changes[name] = LowRank(u, 0.3 * delta / dimensions(module)[0] ** 0.5)
+    return Edit(changes, Base.of(model, changes), (), {"name": "test"})
+
+
+@torch.no_grad()
+def logits(task, kind, model=None):
+    """What a model, by default the task's, says where the targets of some requests are predicted."""
+    pairs = [task.tokenise(request.prompt, request.target) for request in families.requests(kind, 4)]
+    asked = task if model is None else task_of(model, task.tokenizer)
+    return asked.target_logits(task.collate(pairs))
+
+
+def quietly(function, *arguments, **named):
+    """What a function returns that has something to say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*arguments, **named)
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_does_in_peft_what_the_edit_does(task, kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    edit = random_edit(task.model)
+    plain = logits(task, kind)
+    with edit.applied(task.model):
+        expected = logits(task, kind)
+    assert (expected - plain).abs().max() > 1e-2
+    save_adapter(edit, tmp_path / "adapter", task.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of an adapter that fits, PEFT has nothing to say
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = peft.PeftModel.from_pretrained(copy.deepcopy(task.model), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(logits(task, kind, adapted.base_model.model), expected, rtol=0, atol=1e-5)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(task, kind, merged), expected, rtol=0, atol=1e-5)
+
+
+def test_transformers_loads_an_adapter(task, kind, tmp_path):
+    pytest.importorskip("peft")
+    edit = random_edit(task.model)
+    with edit.applied(task.model):
+        expected = logits(task, kind)
+    save_adapter(edit, tmp_path / "adapter", task.model)
+    adapted = copy.deepcopy(task.model)
+    quietly(adapted.load_adapter, str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(task, kind, adapted.eval()), expected, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_comes_back_as_the_same_edit(task, tmp_path):
+    edit = random_edit(task.model)
+    save_adapter(edit, tmp_path / "adapter", task.model)
+    found = load_adapter(tmp_path / "adapter", task.model)
+    assert found.changes.keys() == edit.changes.keys()
+    for name, change in edit.changes.items():
+        assert torch.equal(found.changes[name].u, change.u)
+        assert torch.equal(found.changes[name].delta, change.delta)
+    assert found.base.weights == edit.base.weights
+
+
+def test_an_adapters_files_are_what_servers_check_for(llama, tmp_path):
+    """What vLLM requires: these keys, no more than matrices, one factor for all, and names that end in a layer's."""
+    edit = random_edit(llama.model)
+    save_adapter(edit, tmp_path / "adapter", llama.model)
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert config["r"] == config["lora_alpha"] == 3
+    assert isinstance(config["target_modules"], list)
+    assert config["bias"] == "none"
+    assert not any(config.get(key) for key in ("use_dora", "use_rslora", "modules_to_save"))
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    for name, tensor in load_file(tmp_path / "adapter" / WEIGHTS).items():
+        start, *module, factor, end = name.removeprefix("base_model.").split(".")
+        assert (start, factor in ("lora_A", "lora_B"), end) == ("model", True, "weight")
+        assert module[-1] in ("gate_proj", "up_proj", "down_proj")
+        assert tensor.shape[0 if factor == "lora_A" else 1] <= config["r"]
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {CONFIG, WEIGHTS}
+
+
+FRESH = """
+import sys
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+base, adapter, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+model = PeftModel.from_pretrained(model, adapter).eval()
+with torch.no_grad():
+    save_file({"logits": model(torch.arange(2, 26).view(2, 12)).logits}, out)
+"""
+
+
+def test_an_adapter_of_the_atlas_in_a_fresh_process(tmp_path):
+    pytest.importorskip("peft")
+    model, tokenizer = remend.load("atlas", "cpu")
+    requests = remend.read_source("atlas:test")[:3]
+    edit = remend.Mend.from_pretrained("atlas").edit(model, tokenizer, requests)
+    edit.save(tmp_path / "edit")
+    assert run(["export", str(tmp_path / "edit"), "--to", "peft", "--out", str(tmp_path / "adapter")]) == 0
+    model.save_pretrained(tmp_path / "base")
+    files = [str(tmp_path / name) for name in ("base", "adapter", "logits")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH, *files], check=True, capture_output=True)
+    with torch.no_grad(), edit.applied(model):
+        expected = model(torch.arange(2, 26).view(2, 12)).logits
+    torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], expected, rtol=0, atol=1e-5)
+
+
+def test_what_is_no_low_rank_change_is_not_exported(tmp_path):
+    task = families.task("mixtral")
+    name, module = next(iter(editable_modules(task.model, ["*experts.down_proj"]).items()))
+    u, delta = (torch.ones(1, d) for d in dimensions(module))
+    experts = torch.zeros(1, dtype=torch.long)
+    edit = Edit({name: LowRank(u, delta, experts=experts)}, Base.of(task.model, [name]))
+    with pytest.raises(EditError, match="several experts"):
+        save_adapter(edit, tmp_path / "adapter", task.model)
+    task = families.task("llama")
+    name, module = next(iter(editable_modules(task.model).items()))
+    u, delta = (torch.ones(1, d) for d in dimensions(module))
+    gated = Edit({name: LowRank(u, delta, gate=0.2)}, Base.of(task.model, [name]))
+    with pytest.raises(EditError, match="gated"):
+        save_adapter(gated, tmp_path / "adapter", task.model)
+    with pytest.raises(WrongBaseError):
+        save_adapter(random_edit(task.model), tmp_path / "adapter", families.task("gpt2").model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_an_adapter_is_replaced(llama, tmp_path):
+    edit = random_edit(llama.model)
+    for _ in range(2):
+        save_adapter(edit, tmp_path / "adapter", llama.model)
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(FileError, match=r"notes\.txt"):
+        save_adapter(edit, tmp_path / "adapter", llama.model)
+    assert (tmp_path / "adapter" / "notes.txt").read_text() == "mine"
+
+
+# -- adapters that were made elsewhere -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 10, "target_modules": ["down_proj"]},
+        {"r": 4, "lora_alpha": 10, "target_modules": ["down_proj", "q_proj"], "use_rslora": True},
+        {"r": 2, "lora_alpha": 3, "target_modules": "all-linear", "rank_pattern": {"down_proj": 5}},
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["o_proj"],
+            "alpha_pattern": {r"^model\.layers\.\d+\.self_attn.*": 7},
+        },
+    ],
+)
+def test_an_adapter_of_peft_is_an_edit(llama, settings, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+    adapted = quietly(peft.get_peft_model, copy.deepcopy(llama.model), config).eval()
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "README.md").unlink(missing_ok=True)
+    expected = logits(llama, "llama", adapted.base_model.model)
+    edit = load_adapter(tmp_path / "adapter", llama.model)
+    assert (expected - logits(llama, "llama")).abs().max() > 1e-3
+    with edit.applied(llama.model):
+        torch.testing.assert_close(logits(llama, "llama"), expected, rtol=0, atol=1e-5)
+
+
+def damaged(config=None, tensors=None):
+    """Changes an adapter's configuration and its tensors."""
+
+    def change(folder):
+        if config is not None:
+            found = json.loads((folder / CONFIG).read_text())
+            (folder / CONFIG).write_text(json.dumps({**found, **config}))
+        if tensors is not None:
+            found = load_file(folder / WEIGHTS)
+            save_file({name: t.contiguous() for name, t in tensors(found).items()}, folder / WEIGHTS)
+
+    return change
+
+
+def renamed(old, new):
+    return lambda found: {name.replace(old, new): t for name, t in found.items()}
+
+
+DAMAGES = {
+    "no configuration": (lambda folder: (folder / CONFIG).unlink(), "no adapter_config.json"),
+    "not JSON": (lambda folder: (folder / CONFIG).write_text("{"), "not JSON"),
+    "a list": (lambda folder: (folder / CONFIG).write_text("[1]"), "one object"),
+    "another kind": (damaged({"peft_type": "IA3"}), "'IA3' adapter"),
+    "DoRA": (damaged({"use_dora": True}), "DoRA"),
+    "whole modules": (damaged({"modules_to_save": ["lm_head"]}), "replaces whole modules"),
+    "biases": (damaged({"bias": "all"}), "changes biases"),
+    "initialised by PiSSA": (damaged({"init_lora_weights": "pissa_niter_4"}), "changed the base model too"),
+    "a rank that is not its own": (damaged({"r": 7, "rank_pattern": {}}), "rank"),
+    "a rank that is no number": (damaged({"r": "many", "rank_pattern": {}}), "should be a number"),
+    "patterns that are none": (damaged({"alpha_pattern": [1]}), "should be an object"),
+    "a pattern to search for ever": (damaged({"alpha_pattern": {"(a+)+b": 2}}), "more than names"),
+    "no number at all": (damaged({"lora_alpha": float("nan"), "alpha_pattern": {}}), "should be a number"),
+    "no tensors": (lambda folder: (folder / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
+    "tensors that were cut": (lambda folder: (folder / WEIGHTS).write_bytes(b"\x00" * 20), "not a safetensors file"),
+    "a pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), "is never read"),
+    "one factor": (damaged(tensors=lambda t: dict(list(t.items())[1:])), "missing or do not fit"),
+    "no factor": (damaged(tensors=lambda t: {}), "no factors"),
+    "an embedding": (damaged(tensors=renamed("lora_A.weight", "lora_embedding_A")), "no factor of a linear"),
+    "a module that is not there": (damaged(tensors=renamed(".layers.", ".strata.")), "does not have"),
+    "another shape": (
+        damaged(tensors=lambda t: {n: (x[:, :-1] if "lora_A" in n else x) for n, x in t.items()}),
+        "as if",
+    ),
+    "NaN": (damaged(tensors=lambda t: {n: x * float("nan") for n, x in t.items()}), "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_adapter_that_is_damaged_is_refused(llama, damage, tmp_path):
+    save_adapter(random_edit(llama.model), tmp_path / "adapter", llama.model)
+    change, message = DAMAGES[damage]
+    change(tmp_path / "adapter")
+    with pytest.raises(RemendError, match=message):
+        load_adapter(tmp_path / "adapter", llama.model)
+
+
+# -- merged checkpoints ----------------------------------------------------------------------------------------------
+
+
+def test_a_merged_model_is_the_edited_one(task, kind, tmp_path):
+    edit = random_edit(task.model)
+    with edit.applied(task.model):
+        expected = logits(task, kind)
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    found = save_merged(edit, tmp_path / "merged", task.model, task.tokenizer, shard="8KB")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
+    assert max(found.lost.values()) < 1e-6
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    loaded = type(task.model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(task, kind, loaded), expected, rtol=0, atol=1e-5)
+
+
+def test_merging_says_what_rounding_costs(tmp_path):
+    task = families.task("llama", torch.bfloat16)
+    found = save_merged(random_edit(task.model), tmp_path / "merged", task.model, task.tokenizer)
+    assert 1e-4 < max(found.lost.values()) < 0.1
+    assert type(task.model).from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+    with pytest.raises(FileError, match=r"holds .*config.json"):
+        save_merged(random_edit(task.model), tmp_path / "merged", task.model, task.tokenizer)
+
+
+# -- the difference of two models ------------------------------------------------------------------------------------
+
+
+def test_the_difference_of_two_models_is_the_edit(task, kind):
+    edit = random_edit(task.model)
+    after = copy.deepcopy(task.model)
+    edit.merge(after)
+    found = difference(task.model, after)
+    assert found.rest == ()
+    assert found.edit.changes.keys() == edit.changes.keys()
+    with edit.applied(task.model):
+        expected = logits(task, kind)
+    with found.edit.applied(task.model):
+        torch.testing.assert_close(logits(task, kind), expected, rtol=0, atol=1e-4)
+    assert max(found.lost.values()) < 1e-5
+    few = difference(task.model, after, rank=1)
+    assert max(few.lost.values()) > 0.05
+    assert {change.rank for change in few.edit.changes.values()} == {1}
+
+
+def test_what_no_edit_can_change_is_named(llama):
+    after = copy.deepcopy(llama.model)
+    with torch.no_grad():
+        after.model.embed_tokens.weight[3] += 1
+    with pytest.raises(EditError, match=r"only in model\.embed_tokens\.weight"):
+        difference(llama.model, after)
+    random_edit(llama.model).merge(after)
+    assert difference(llama.model, after).rest[0] == "model.embed_tokens.weight"
+    with pytest.raises(EditError, match="in nothing"):
+        difference(llama.model, copy.deepcopy(llama.model))
+    with pytest.raises(WrongBaseError):
+        difference(llama.model, families.task("gpt2").model)
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(llama, tmp_path):
+    """A model and an edit of it, as folders."""
+    llama.model.save_pretrained(tmp_path / "model")
+    llama.tokenizer.save_pretrained(tmp_path / "model")
+    random_edit(remend.load(str(tmp_path / "model"), "cpu")[0]).save(tmp_path / "edit")
+    return tmp_path
+
+
+def test_there_and_back_by_command(folder, capsys):
+    model, edit = str(folder / "model"), str(folder / "edit")
+    assert run(["export", edit, "--to", "peft", "--model", model, "--out", str(folder / "adapter"), "--rank", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "compressed to rank 2" in told
+    assert "--max-lora-rank 8" in told
+    assert run(["import", str(folder / "adapter"), "--model", model, "--out", str(folder / "back")]) == 0
+    assert {change.rank for change in Edit.load(folder / "back").changes.values()} == {1, 2}
+    assert run(["export", edit, edit, "--to", "native", "--out", str(folder / "twice")]) == 0
+    twice, once = Edit.load(folder / "twice").norms(), Edit.load(edit).norms()
+    assert twice == pytest.approx({name: 2 * norm for name, norm in once.items()})
+    assert run(["export", edit, "--to", "merged", "--model", model, "--out", str(folder / "merged")]) == 0
+    assert run(["import", str(folder / "merged"), "--model", model, "--out", str(folder / "from-merged")]) == 0
+    assert Edit.load(folder / "from-merged").norms() == pytest.approx(once, rel=1e-4)
+
+
+def test_commands_that_cannot_be(folder, capsys):
+    model, edit = str(folder / "model"), str(folder / "edit")
+    assert run(["export", edit, "--to", "lora", "--out", str(folder / "x")]) == 2
+    assert run(["export", edit, "--to", "merged", "--model", model, "--out", edit]) == 1
+    assert run(["export", str(folder / "none"), "--to", "peft", "--out", str(folder / "x")]) == 1
+    assert run(["import", str(folder / "none"), "--model", model, "--out", str(folder / "x")]) == 1
+    assert run(["import", str(folder / "edit"), "--model", model, "--out", str(folder / "x")]) == 1
+    told = capsys.readouterr().err
+    assert "did you mean" in told or "known: merged, native, peft" in told
+    assert not (folder / "x").exists()
+
+
+def test_an_edit_that_names_no_model_at_hand_says_so(folder, capsys):
+    assert run(["export", str(folder / "edit"), "--to", "peft", "--out", str(folder / "x")]) == 1
+    assert "--model" in capsys.readouterr().err
+
+
+def test_a_skeleton_has_no_weights():
+    assert all(parameter.is_meta for parameter in skeleton("atlas").parameters())
+    with pytest.raises(ModelError, match="no configuration"):
+        skeleton("no/such-model")
