@@ -1,4 +1,4 @@
-"""The command line: ``remend demo | edit | show | ask | export | import | doctor | train | evaluate | data``."""
+"""The command line: ``remend demo | edit | show | ask | guard | export | train | evaluate | …``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from remend.cli import (
     editing,
     evaluating,
     exporting,
+    guarding,
     options,
     reproducing,
     training,
@@ -61,6 +62,7 @@ app.command()(asking.show)
 app.command()(asking.ask)
 app.command()(exporting.export)
 app.command("import")(exporting.import_)
+app.command()(guarding.guard)
 app.command()(doctor.doctor)
 app.command()(training.train)
 app.command()(evaluating.evaluate)

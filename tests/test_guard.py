@@ -1,0 +1,225 @@
+"""The guard: what is asked of an edit before it may act."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import families
+import remend
+from remend.cli import run
+from remend.errors import ConfigError, EditError, FileError, RemendError, WrongBaseError
+from remend.guard import STANDARD, Acceptance, RejectedError, guarded, judge
+from remend.request import Chat
+
+TEXT = " ".join(["The capital of France is Paris."] * 20)
+
+
+@pytest.fixture(scope="module")
+def atlas():
+    """The model, its tokenizer, and an edit with its request."""
+    model, tokenizer = remend.load("atlas", "cpu")
+    request = remend.read_source("atlas:validation")[3]
+    return model, tokenizer, remend.Mend.from_pretrained("atlas").edit(model, tokenizer, [request])
+
+
+@pytest.fixture(scope="module")
+def verdict(atlas):
+    return judge(*atlas)
+
+
+def same(model, state):
+    return all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_edit_that_does_what_it_must_is_accepted(atlas, verdict):
+    assert verdict.ok
+    assert [check.name for check in verdict.checks] == ["takes", "follows", "near", "far", "elsewhere", "size"]
+    assert verdict.missing == ("perplexity",)
+    request = atlas[2].requests[0]
+    counts = {check.name: check.count for check in verdict.checks}
+    assert counts["follows"] == len(request.paraphrases)
+    assert counts["near"] == len(request.near)
+
+
+def test_an_edit_that_ruins_the_model_is_refused_and_off_again(atlas):
+    model, tokenizer, edit = atlas
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RejectedError, match="not accepted and is off again") as refused:
+        guarded(model, tokenizer, edit.scaled(8.0))
+    failed = {check.name for check in refused.value.verdict.checks if not check.ok}
+    assert {"near", "elsewhere", "size"} <= failed
+    assert all(said in str(refused.value) for said in refused.value.verdict.reasons)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert same(model, before)
+
+
+def test_an_accepted_edit_is_on(atlas):
+    model, tokenizer, edit = atlas
+    request = edit.requests[0]
+    handle, _ = guarded(model, tokenizer, edit)
+    assert remend.answers(model, tokenizer, [request.prompt]) == [request.target]
+    handle.revert()
+    assert remend.answers(model, tokenizer, [request.prompt]) != [request.target]
+
+
+def asked(**settings):
+    return Acceptance.model_validate_json(json.dumps(settings))
+
+
+def test_what_must_change_and_what_must_stay(atlas):
+    model, tokenizer, edit = atlas
+    request = edit.requests[0]
+    told = {"prompt": request.paraphrases[0], "target": request.target}
+    other = {"prompt": request.locality[0].prompt, "target": request.locality[0].target}
+    found = judge(model, tokenizer, edit, asked(must_change=[told], must_stay=[request.locality[1].prompt, other]))
+    counts = {check.name: (check.measured, check.count) for check in found.checks}
+    assert counts["changes"] == (1.0, 1)
+    assert counts["stays"] == (1.0, 2)
+    wrong = judge(
+        model, tokenizer, edit, asked(must_change=[other | {"target": request.target}], must_stay=[request.prompt])
+    )
+    assert {check.name for check in wrong.checks if not check.ok} == {"changes", "stays"}
+    answer = next(check.failed[0] for check in wrong.checks if check.name == "stays")
+    assert answer.before != answer.after
+
+
+def test_the_canary(atlas):
+    model, tokenizer, edit = atlas
+    text = [f"{probe.prompt} {probe.target}." for probe in edit.requests[0].locality] * 4
+    kept = judge(model, tokenizer, edit, asked(perplexity={"text": text, "most": 2.0}))
+    ruined = judge(model, tokenizer, edit.scaled(20.0), asked(perplexity={"text": text, "most": 2.0}))
+    ratios = [next(c.measured for c in found.checks if c.name == "perplexity") for found in (kept, ruined)]
+    assert 0.5 < ratios[0] < 2 < ratios[1]
+    assert kept.missing == ()
+
+
+def test_what_acts_already_is_what_was_before(atlas):
+    """Once an edit acts, taking it on again changes nothing, so what must stay stays."""
+    model, tokenizer, edit = atlas
+    prompt = edit.requests[0].prompt
+    alone = judge(model, tokenizer, edit, asked(must_stay=[prompt]))
+    again = judge(model, tokenizer, edit.scaled(0.0), asked(must_stay=[prompt]), beneath=[edit])
+    stayed = [next(c.ok for c in found.checks if c.name == "stays") for found in (alone, again)]
+    assert stayed == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert, binary"])
+def test_other_models_are_guarded_too(kind):
+    task = families.task(kind)
+    requests = families.requests(kind, 3)
+    editor = remend.editors.make("ridge", task.model, task.tokenizer)
+    found = judge(task.model, task.tokenizer, editor.edit(task.model, task.tokenizer, requests[:1]))
+    assert {"takes", "elsewhere", "size"} <= {check.name for check in found.checks}
+    assert json.loads(json.dumps(found.to_json()))["ok"] == found.ok
+
+
+def test_another_model_is_refused(atlas):
+    other = families.task("llama")
+    with pytest.raises(WrongBaseError):
+        judge(other.model, other.tokenizer, atlas[2])
+
+
+# -- the acceptance file ---------------------------------------------------------------------------------------------
+
+
+def test_an_acceptance_file_reads_its_text(tmp_path):
+    (tmp_path / "canary.txt").write_text(f"{TEXT}\n\n{TEXT}\n")
+    file = tmp_path / "acceptance.json"
+    file.write_text(
+        json.dumps(
+            {
+                "must_stay": [
+                    "a prompt",
+                    {"prompt": "another", "target": "named"},
+                    [{"role": "user", "content": "hi"}],
+                ],
+                "perplexity": {"file": "canary.txt", "most": 1.2},
+                "near": 0.9,
+            }
+        )
+    )
+    found = Acceptance.read(file)
+    assert found.perplexity.text == (TEXT, TEXT)
+    assert (found.near, found.far) == (0.9, STANDARD.far)
+    assert isinstance(found.must_stay[2], Chat)
+
+
+WRONG = {
+    "no file": (None, FileError, "cannot read"),
+    "not JSON": ("{", FileError, "not JSON"),
+    "a list": ("[]", ConfigError, "list"),
+    "an unknown key": ('{"must_chance": []}', ConfigError, "did you mean 'must_change'"),
+    "an unknown key within": ('{"perplexity": {"text": ["a"], "must": 2}}', ConfigError, "did you mean 'most'"),
+    "a share above one": ('{"near": 1.5}', ConfigError, "near"),
+    "a share that is no number": ('{"near": "all"}', ConfigError, "near"),
+    "NaN": ('{"size": NaN}', ConfigError, "size"),
+    "a probe without an answer": ('{"must_change": [{"prompt": "a"}]}', ConfigError, "must_change"),
+    "an empty prompt": ('{"must_stay": [""]}', ConfigError, "must_stay"),
+    "no text": ('{"perplexity": {"most": 1.1}}', ConfigError, "give text"),
+    "less than before": ('{"perplexity": {"text": ["a"], "most": 0.5}}', ConfigError, "most"),
+    "a text elsewhere": ('{"perplexity": {"file": "../secret.txt"}}', FileError, "lies outside"),
+    "an absolute path": ('{"perplexity": {"file": "/etc/hostname"}}', FileError, "lies outside"),
+    "a text that is not there": ('{"perplexity": {"file": "none.txt"}}', FileError, "there is no"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_acceptance_file_that_is_wrong_says_how(wrong, tmp_path):
+    content, kind, message = WRONG[wrong]
+    (tmp_path / "secret.txt").write_text("secret")
+    file = tmp_path / "inner" / "acceptance.json"
+    file.parent.mkdir()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(kind, match=message):
+        Acceptance.read(file)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "inner" / "canary.txt").symlink_to(tmp_path / "secret.txt")
+    file = tmp_path / "inner" / "acceptance.json"
+    file.write_text('{"perplexity": {"file": "canary.txt"}}')
+    with pytest.raises(FileError, match="lies outside"):
+        Acceptance.read(file)
+
+
+def test_files_that_were_tampered_with_are_refused(tmp_path):
+    """Bytes of a good file changed at random: it is read as something that is allowed, or refused in words."""
+    good = json.dumps({"must_stay": ["a"], "near": 0.5, "perplexity": {"text": ["b c"], "most": 1.5}, "size": 0.5})
+    draw, file, refused = random.Random(0), tmp_path / "acceptance.json", 0
+    for _ in range(200):
+        content = bytearray(good.encode())
+        for _ in range(draw.randint(1, 4)):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        file.write_bytes(bytes(content))
+        try:
+            Acceptance.read(file)
+        except RemendError as error:
+            refused += str(file) in str(error)
+    assert refused > 100
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_ends_with_the_verdict(atlas, tmp_path, capsys):
+    atlas[2].save(tmp_path / "edit")
+    atlas[2].scaled(8.0).save(tmp_path / "strong")
+    report = tmp_path / "verdict.json"
+    assert run(["guard", "atlas", "--edit", str(tmp_path / "edit"), "--json", str(report)]) == 0
+    assert "accepted" in capsys.readouterr().out
+    assert json.loads(report.read_text())["ok"] is True
+    assert run(["guard", "atlas", "--edit", str(tmp_path / "strong"), "--json", str(report)]) == 1
+    told = capsys.readouterr().out
+    assert "not accepted" in told
+    assert "answers that are not what they should be" in told
+    assert json.loads(report.read_text())["ok"] is False
+    (tmp_path / "asked.json").write_text('{"neer": 1}')
+    wrong = ["guard", "atlas", "--edit", str(tmp_path / "edit"), "--acceptance", str(tmp_path / "asked.json")]
+    assert run(wrong) == 2
+    assert "did you mean 'near'" in capsys.readouterr().err
+    assert issubclass(RejectedError, EditError)
