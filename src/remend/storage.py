@@ -72,7 +72,7 @@ def whole_folder(path: str | Path, ours: Callable[[Path], bool] = _ours) -> Iter
         raise FileError(f"cannot write {path}: {error.strerror}; choose another place") from None
     try:
         yield staged
-        for file in staged.iterdir():
+        for file in filter(Path.is_file, staged.rglob("*")):
             _sync(file)
         staged.chmod(0o777 & ~_umask())
         _take_name(staged, path)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from remend.cli import (
     asking,
+    booking,
     comparing,
     data,
     demo,
@@ -68,6 +69,7 @@ app.command()(training.train)
 app.command()(evaluating.evaluate)
 app.command()(comparing.compare)
 app.command()(reproducing.reproduce)
+app.add_typer(booking.app, name="book")
 app.add_typer(data.app, name="data")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import add
@@ -42,35 +42,61 @@ def export(
     A merged model is written in the dtype in which the checkpoint is stored, or in --dtype.
     """
     from remend.edit import Edit
-    from remend.formats import save_adapter, save_merged
-    from remend.models import load, skeleton
 
     if to not in FORMS:
         raise ConfigError(f"there is no form {to!r}; {nearest(to, FORMS)}")
-    console = Console()
     edit: Edit = reduce(add, [Edit.load(path) for path in edits])
+    write(Console(), edit, out, to, model or edit.base.name, model is None, rank, device, dtype)
+
+
+def write(
+    console: Console,
+    edit: Edit,
+    out: Path,
+    to: str,
+    model: str,
+    unsaid: bool,
+    rank: int | None,
+    device: str,
+    dtype: str | None,
+) -> None:
+    """Write an edit in one of :data:`FORMS`, and tell what it has become.
+
+    Args:
+        console: where it is told.
+        edit: the edit.
+        out: where it is written.
+        to: the form.
+        model: what it is for.
+        unsaid: whether only the edit or the book named the model.
+        rank: the most factor pairs.
+        device: where a model is loaded that is to be merged.
+        dtype: in which; as it is stored by default.
+    """
+    import torch
+
+    from remend.formats import save_adapter, save_merged
+    from remend.models import load, skeleton
+
     if rank is not None:
         edit = edit.compressed(rank)
-        _tell(console, f"compressed to rank {rank}", edit.editor["lost"], "the change")
-    source = model or edit.base.name
+        _tell(console, f"compressed to rank {rank}", edit.editor["lost"])
     ranks = sorted({change.rank for change in edit.changes.values()})
     if to == "native":
         edit.save(out)
     elif to == "peft":
-        with _named_by_the_edit(model is None, source):
-            structure = skeleton(source)
+        with named_by("the edit", unsaid, model):
+            structure = skeleton(model)
         save_adapter(edit, out, structure)
     else:
-        import torch
-
         named = options.known_dtype(dtype)
         _unused(out)
-        with _named_by_the_edit(model is None, source):
-            base, tokenizer = load(source, device, getattr(torch, named) if named else "auto")
+        with named_by("the edit", unsaid, model):
+            base, tokenizer = load(model, device, getattr(torch, named) if named else "auto")
         found = save_merged(edit, out, base, tokenizer)
-        _tell(console, f"rounded to {base.dtype}".replace("torch.", ""), found.lost, "the change")
+        _tell(console, f"rounded to {base.dtype}".replace("torch.", ""), found.lost)
     what = {"peft": "a LoRA adapter", "merged": "a model", "native": "an edit"}[to]
-    of_rank = f" of rank {' to '.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}" if to != "merged" and ranks else ""
+    of_rank = f" of rank {_span(ranks)}" if to != "merged" and ranks else ""
     console.print(f"[bold]{plain(str(out))}[/] is {what}{of_rank} for {plain(edit.base.name)}", soft_wrap=True)
     if to == "peft":
         console.print(
@@ -120,33 +146,37 @@ def import_(
         if found.rest:
             console.print(f"[yellow]left out[/]: {len(found.rest)} parameters ({plain(', '.join(found.rest[:3]))} …)")
     if rank is not None:
-        _tell(console, f"of rank {rank}", lost, "the change")
+        _tell(console, f"of rank {rank}", lost)
     edit.save(out)
     ranks = sorted({change.rank for change in edit.changes.values()})
     console.print(
         f"[bold]{plain(str(out))}[/] changes {len(edit.changes)} matrices of {plain(edit.base.name)}, by rank "
-        f"{' to '.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}: remend show {plain(str(out))}",
+        f"{_span(ranks)}: remend show {plain(str(out))}",
         soft_wrap=True,
         highlight=False,
     )
 
 
 @contextmanager
-def _named_by_the_edit(named: bool, source: str) -> Iterator[None]:
-    """Within it, a model that cannot be had and that only the edit named is asked for."""
+def named_by(what: str, unsaid: bool, source: str) -> Iterator[None]:
+    """Within it, a model that cannot be had, and that only ``what`` named, is asked for."""
     try:
         yield
     except ModelError as error:
-        if not named:
+        if not unsaid:
             raise
-        raise ModelError(f"{error}. {source!r} is what the edit was made for: say with --model where it is") from None
+        raise ModelError(f"{error}. {source!r} is what {what} was made for: say with --model where it is") from None
 
 
-def _tell(console: Console, how: str, lost: Mapping[str, float], of: str) -> None:
+def _tell(console: Console, how: str, lost: Mapping[str, float]) -> None:
     """Say what was lost, in the matrix that lost most."""
     name, share = max(lost.items(), key=lambda own: own[1])
     shown = "nothing" if share < 1e-6 else f"{share:.2%}"
-    console.print(f"{how}: {shown} of {of} is lost" + (f" (most in {plain(name)})" if share >= 1e-6 else ""))
+    console.print(f"{how}: {shown} of the change is lost" + (f" (most in {plain(name)})" if share >= 1e-6 else ""))
+
+
+def _span(ranks: Sequence[int]) -> str:
+    return str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
 
 
 def _unused(out: Path) -> None:

@@ -29,11 +29,12 @@ LARGEST = 65_536
 BATCH = 32
 
 
-def stretches(task: Task, text: Sequence[str], seed: int = 0) -> list[Pair]:
+def stretches(task: Task, text: Sequence[str], seed: int = 0, count: int = WINDOWS) -> list[Pair]:
     """Ordinary input of a model: stretches of ``text``, drawn from all of it, or what the model makes of beginnings.
 
     Without a text, a decoder goes on from one random token by sampling. An encoder-decoder and a classifier are shown
-    random tokens; the former answers them greedily, since only so is there anything for its decoder to read.
+    random tokens; the former answers them greedily, since only so is there anything for its decoder to read. Of what
+    there is no text for, there are ``count``.
 
     Raises:
         ConfigError: the text is empty.
@@ -42,7 +43,7 @@ def stretches(task: Task, text: Sequence[str], seed: int = 0) -> list[Pair]:
     if text:
         shown = _drawn([task.prompt_ids(passage) for passage in text if passage.strip()], task, seed)
     else:
-        shown = _written(task, seed)
+        shown = _written(task, seed, count)
     return [Pair(own, own[:1]) for own in shown] if isinstance(task, CausalLM) else _answered(task, shown)
 
 
@@ -115,17 +116,17 @@ def _drawn(passages: Sequence[list[int]], task: Task, seed: int) -> list[tuple[i
     return shown
 
 
-def _written(task: Task, seed: int) -> list[tuple[int, ...]]:
+def _written(task: Task, seed: int, count: int) -> list[tuple[int, ...]]:
     """What a decoder samples after random tokens; of other models, random tokens."""
     special, known = set(task.tokenizer.all_special_ids), len(next(task.model.get_input_embeddings().parameters()))
     ordinary = torch.tensor([token for token in range(min(len(task.tokenizer), known)) if token not in special])
     draw = torch.Generator().manual_seed(seed)
     length = 1 if isinstance(task, CausalLM) else min(TOKENS, task.context or TOKENS) - 2
-    shown: Tensor = ordinary[torch.randint(len(ordinary), (WINDOWS, length), generator=draw)]
+    shown: Tensor = ordinary[torch.randint(len(ordinary), (count, length), generator=draw)]
     if not isinstance(task, CausalLM):
         return [tuple(own) for own in shown.tolist()]
     begin = [token for token in task.ids("") if token == task.tokenizer.bos_token_id][:1]
-    shown = torch.cat([torch.tensor(begin, dtype=torch.long).expand(WINDOWS, -1), shown], 1)
+    shown = torch.cat([torch.tensor(begin, dtype=torch.long).expand(count, -1), shown], 1)
     room = min(TOKENS, (task.context or TOKENS) - shown.shape[1])
     with frozen(task.model), torch.no_grad():
         for _ in range(room):  # no cache: the texts are short, and every model can do without

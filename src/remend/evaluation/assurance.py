@@ -92,7 +92,7 @@ def assure(
             to.
     """
     task = task_of(model, tokenizer)
-    other = stretches(task, text, seed + 1)
+    other = stretches(task, text, seed + 1, ELSEWHERE)
     draw = random.Random(f"{seed} assurance")
     asked = [task.tokenise(request.prompt, request.target) for request in requests]
     within = [_begun(task, other, pair, draw) for pair in asked for _ in range(CONTEXTS)]

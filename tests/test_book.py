@@ -1,0 +1,381 @@
+"""The patch book: what is recorded, what acts, and what a crash or a tampered file leaves."""
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import families
+import remend
+from remend.base import Base
+from remend.book import Book, ConflictError
+from remend.book.records import active_after
+from remend.cli import run
+from remend.core.layers import dimensions
+from remend.core.low_rank import LowRank
+from remend.edit import Edit
+from remend.errors import EditError, FileError, RemendError, WrongBaseError
+from remend.guard import Acceptance, RejectedError
+from remend.models import editable_modules
+from remend.request import EditRequest
+
+LOOSE = Acceptance(takes=0, follows=0, near=0, far=0, elsewhere=0, size=1e9)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return families.task("llama")
+
+
+def edits_of(model, count):
+    """Small changes of one matrix, each for a request of its own."""
+    name, module = next(iter(editable_modules(model).items()))
+    generator = torch.Generator().manual_seed(0)
+    base = Base.of(model, [name])
+    return [
+        Edit(
+            {name: LowRank(*(0.1 * torch.randn(1, d, generator=generator) for d in dimensions(module)))},
+            base,
+            (EditRequest(prompt=f"The capital of land {number} is", target="Paris"),),
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def book(task, tmp_path):
+    return Book.create(tmp_path / "book", task.model)
+
+
+def weights(model):
+    """A hash of all that a model's weights are."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def merged(book, model, revision=None):
+    """The hash of the weights that a revision gives."""
+    edit = book.edit(revision)
+    if edit is None:
+        return weights(model)
+    with edit.merge(model):
+        return weights(model)
+
+
+# -- the record ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_done_is_recorded(book, task):
+    one, other = edits_of(task.model, 2)
+    first = book.add(one, "a wrong capital", "ada")
+    assert (first.id, first.state, first.who, first.why) == (1, "draft", "ada", "a wrong capital")
+    assert first.requests[0]["target"] == "Paris"
+    assert book.add(one).id == 1, "the same edit is not added twice"
+    assert book.add(other).id == 2
+    assert book.edit() is None
+    book.switch(2, "active", "urgent", "bob")
+    book.switch(1, "active")
+    book.revert(2, "no more", "eve")
+    assert [entry.state for entry in book.entries] == ["active", "reverted"]
+    assert [(event.edit, event.what, event.who) for event in book.events[2:]][::2] == [
+        (2, "activated", "bob"), (2, "reverted", "eve"),
+    ]  # fmt: skip
+    assert list(book.active()) == [1]
+    assert list(book.active(3)) == [2]
+    assert list(book.active(4)) == [2, 1]
+    assert book.verify() == []
+    again = Book(book.path)
+    assert again.entries == book.entries
+    assert again.events == book.events
+
+
+def test_a_past_state_has_the_same_bits(book, task):
+    for edit in edits_of(task.model, 4):
+        book.add(edit)
+    draw, states = random.Random(0), {}
+    for _ in range(20):
+        entry = draw.choice(book.entries)
+        book.switch(entry.id, "reverted" if entry.state == "active" else "active")
+        states[len(book.events)] = merged(book, task.model)
+    assert len(set(states.values())) > 4
+    again = Book(book.path)
+    assert {revision: merged(again, task.model, revision) for revision in states} == states
+    assert merged(again, task.model, 0) == weights(task.model)
+
+
+def test_what_cannot_be_is_refused(book, task, tmp_path):
+    (edit,) = edits_of(task.model, 1)
+    with pytest.raises(EditError, match="it has none yet"):
+        book.load(1)
+    book.add(edit)
+    with pytest.raises(EditError, match="no edit 2: it has 1 to 1"):
+        book.switch(2, "active")
+    with pytest.raises(EditError, match="is draft"):
+        book.revert(1)
+    with pytest.raises(EditError, match="revisions 0 to 1, not 9"):
+        book.active(9)
+    with pytest.raises(WrongBaseError, match="is a book of"):
+        book.add(edits_of(families.task("gpt2").model, 1)[0])
+    with pytest.raises(FileError, match=r"holds .*Choose another"):
+        Book.create(book.path, task.model)
+    with pytest.raises(FileError, match="is no book"):
+        Book(tmp_path)
+    assert [event.what for event in book.events] == ["added"]
+
+
+# -- activation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def atlas():
+    model, tokenizer = remend.load("atlas", "cpu")
+    return model, tokenizer, remend.Mend.from_pretrained("atlas")
+
+
+def test_an_edit_that_contradicts_or_undoes_is_found_before_it_acts(atlas, tmp_path):
+    model, tokenizer, editor = atlas
+    book = Book.create(tmp_path / "book", model)
+    first, other = (
+        editor.edit(model, tokenizer, [EditRequest(prompt="The capital of Canada is", target=city)])
+        for city in ("Toronto", "Vienna")
+    )
+    renamed = [EditRequest(prompt="Which city is the capital of Canada? It is", target="Vienna")]
+    undoing = editor.edit(model, tokenizer, renamed).scaled(2.0)
+    numbers = [book.add(edit).id for edit in (first, other, undoing)]
+    book.activate(numbers[0], model, tokenizer, LOOSE)
+    with pytest.raises(ConflictError, match="says 'Toronto'"):
+        book.activate(numbers[1], model, tokenizer, LOOSE)
+    with pytest.raises(ConflictError, match="is undone: 'Vienna'"):
+        book.activate(numbers[2], model, tokenizer, LOOSE)
+    assert list(book.active()) == [numbers[0]]
+    conflicts, _ = book.activate(numbers[2], model, tokenizer, LOOSE, force=True)
+    assert [conflict.kind for conflict in conflicts] == ["undoes"]
+    assert book.events[-1].measured["forced"]
+    with pytest.raises(EditError, match="acts already"):
+        book.activate(numbers[2], model, tokenizer, LOOSE)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_edit_that_is_not_accepted_does_not_act(atlas, tmp_path):
+    model, tokenizer, editor = atlas
+    book = Book.create(tmp_path / "book", model)
+    request = EditRequest(prompt="The capital of Canada is", target="Toronto")
+    number = book.add(editor.edit(model, tokenizer, [request]).scaled(0.0)).id
+    with pytest.raises(RejectedError, match="get their answers"):
+        book.activate(number, model, tokenizer)
+    assert book.entry(number).state == "draft"
+    assert [event.what for event in book.events] == ["added"]
+
+
+def test_what_changes_meanwhile_is_measured_anew(atlas, tmp_path, monkeypatch):
+    import remend.book.book as room
+
+    model, tokenizer, editor = atlas
+    book = Book.create(tmp_path / "book", model)
+    prompts = ("The capital of Canada is", "The capital of Peru is")
+    made = [editor.edit(model, tokenizer, [EditRequest(prompt=p, target="Toronto")]) for p in prompts]
+    one, other = (book.add(edit).id for edit in made)
+    seen, judge = [], room.judge
+
+    def slow(*arguments, **named):
+        seen.append(len(arguments[4]))
+        if len(seen) == 1:
+            Book(book.path).switch(other, "active")  # another process is quicker
+        return judge(*arguments, **named)
+
+    monkeypatch.setattr(room, "judge", slow)
+    book.activate(one, model, tokenizer, LOOSE)
+    assert seen == [0, 1], "the second time with the other one beneath"
+    assert list(book.active()) == [other, one]
+
+
+# -- crashes and several processes -----------------------------------------------------------------------------------
+
+
+def test_a_process_that_is_killed_between_file_and_record(book, task, monkeypatch):
+    one, other = edits_of(task.model, 2)
+    book.add(one)
+    monkeypatch.setattr(book._records, "add", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        book.add(other)
+    monkeypatch.undo()
+    assert [entry.id for entry in book.entries] == [1]
+    (fault,) = book.verify()
+    assert "left behind" in fault.what
+    assert not fault.lost
+    assert len(list((book.path / "edits").iterdir())) == 2
+    assert [fault.repaired for fault in book.verify(repair=True)] == [True]
+    assert book.verify() == []
+    assert book.add(other).id == 2
+
+
+def test_many_processes_that_are_killed_at_random(task, tmp_path):
+    """A thousand operations of four processes: what was told to be done is in the book, and nothing is half done."""
+    folder = tmp_path / "edits"
+    for number, edit in enumerate(edits_of(task.model, 40)):
+        edit.save(folder / f"{number:02d}")
+    book = Book.create(tmp_path / "book", task.model)
+    worker, draw, kills = Path(__file__).with_name("book_worker.py"), random.Random(1), 0
+    commands = {s: [sys.executable, str(worker), str(book.path), str(folder), str(s), "250"] for s in range(4)}
+    running = {seed: subprocess.Popen(command) for seed, command in commands.items()}
+    deadline = time.monotonic() + 500
+    while running:
+        assert time.monotonic() < deadline, "the processes hinder each other"
+        time.sleep(draw.uniform(0.2, 0.6))
+        for seed, process in list(running.items()):
+            if process.poll() is not None:
+                if process.returncode == 0:
+                    del running[seed]
+                else:
+                    assert process.returncode == -signal.SIGKILL, "it failed by itself"
+                    running[seed] = subprocess.Popen(commands[seed])
+        if running and kills < 12 and draw.random() < 0.3 and any((tmp_path / f"done-{s}").exists() for s in running):
+            running[draw.choice(list(running))].kill()
+            kills += 1
+    assert kills >= 6
+    assert not [fault for fault in book.verify(repair=True) if fault.lost]
+    assert book.verify() == []
+    done = [line.split() for seed in range(4) for line in (tmp_path / f"done-{seed}").read_text().splitlines()]
+    assert len(done) == 1000
+    events = book.events
+    told = {kind: sum(said == kind for said, _ in done) for kind in ("add", "active", "reverted")}
+    found = {kind: sum(event.what == kind for event in events) for kind in ("added", "activated", "reverted")}
+    assert found["added"] == len(book.entries) <= 40
+    for kind, what in (("active", "activated"), ("reverted", "reverted")):
+        assert told[kind] <= found[what] <= told[kind] + kills, "done and not yet told, at most once a kill"
+    for cut in sorted(draw.sample(range(len(events)), 5)):
+        assert merged(book, task.model, cut) == merged(Book(book.path), task.model, cut)
+        assert set(book.active(cut)) == set(active_after(events, cut))
+
+
+# -- tampering -------------------------------------------------------------------------------------------------------
+
+
+def statement(text):
+    """Changes the database of a book."""
+
+    def change(path):
+        with sqlite3.connect(path / "book.sqlite") as connection:
+            connection.execute(text)
+        connection.close()
+
+    return change
+
+
+def manifest(path):
+    return next(path.glob("edits/*/manifest.json"))
+
+
+def replaced(find, by):
+    return lambda path: manifest(path).write_text(manifest(path).read_text().replace(find, by))
+
+
+def linked(path):
+    folder = manifest(path).parent
+    shutil.move(folder, path.parent / "outside")
+    folder.symlink_to(path.parent / "outside")
+
+
+TAMPERED = {
+    "another target": (replaced("Paris", "Rome"), "manifest was altered"),
+    "an edit that is gone": (lambda path: shutil.rmtree(manifest(path).parent), "is gone"),
+    "tensors of another": (lambda path: manifest(path).with_name("tensors.safetensors").write_bytes(b"0"), "sha256"),
+    "a link out of the book": (linked, "is a link"),
+    "a state without a history": (statement("UPDATE edits SET state = 'active'"), "history says otherwise"),
+    "an unknown state": (statement("UPDATE edits SET state = 'secret'"), "malformed"),
+    "a path for a hash": (statement("UPDATE edits SET file = '../../etc'"), "malformed"),
+    "requests that are none": (statement("UPDATE edits SET requests = '7'"), "requests of edit 1"),
+    "requests that are no JSON": (statement("UPDATE edits SET requests = '{'"), "altered"),
+    "an unknown event": (statement("UPDATE events SET what = 'sold'"), "event 1"),
+    "an event that is gone": (statement("DELETE FROM events"), "history says otherwise"),
+    "a table that is gone": (statement("DROP TABLE events"), "damaged or was altered"),
+    "another version": (statement("UPDATE book SET version = 9"), "version 9"),
+    "no model": (statement("DELETE FROM book"), "which model"),
+    "no database": (lambda path: (path / "book.sqlite").write_bytes(b"nonsense" * 100), "damaged or was altered"),
+    "half a database": (
+        lambda path: (path / "book.sqlite").write_bytes((path / "book.sqlite").read_bytes()[:5000]),
+        "damaged|malformed|altered",
+    ),
+}
+
+
+@pytest.mark.parametrize("tampered", TAMPERED)
+def test_a_book_that_was_tampered_with_says_so(book, task, tampered):
+    book.add(edits_of(task.model, 1)[0])
+    book._records.engine.dispose()
+    change, message = TAMPERED[tampered]
+    change(book.path)
+    try:
+        faults = Book(book.path).verify()
+    except RemendError as error:
+        said = str(error)
+    else:
+        assert any(fault.lost for fault in faults)
+        said = " ".join(fault.what for fault in faults)
+    assert any(part in said for part in message.split("|")), said
+
+
+def test_bytes_of_a_book_that_were_changed_at_random(book, task, tmp_path):
+    """Whatever is read of it is what was written, or it is refused in words; nothing of it is written."""
+    for edit in edits_of(task.model, 3):
+        book.add(edit)
+    book.switch(1, "active")
+    book._records.engine.dispose()
+    good = (book.path / "book.sqlite").read_bytes()
+    draw = random.Random(0)
+    for _ in range(150):
+        content = bytearray(good)
+        for _ in range(draw.randint(1, 30)):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        (book.path / "book.sqlite").write_bytes(bytes(content))
+        try:
+            tried = Book(book.path)
+            for entry in tried.entries:
+                tried.load(entry.id)
+            tried.active()
+        except RemendError:
+            pass
+    (book.path / "book.sqlite").write_bytes(good)
+    assert Book(book.path).verify() == []
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_a_book_by_command(atlas, tmp_path, capsys):
+    model, tokenizer, editor = atlas
+    request = remend.read_source("atlas:validation")[3]
+    editor.edit(model, tokenizer, [request]).save(tmp_path / "edit")
+    book = str(tmp_path / "book")
+    assert run(["book", "init", book, "--model", "atlas"]) == 0
+    assert run(["book", "add", book, str(tmp_path / "edit"), "--why", "ticket 7"]) == 0
+    assert run(["book", "export", book, "--to", "native", "--out", str(tmp_path / "none")]) == 1
+    assert run(["book", "activate", book, "1", "--why", "approved"]) == 0
+    assert "acts" in capsys.readouterr().out
+    assert run(["book", "activate", book, "1"]) == 1
+    assert run(["book", "list", book]) == 0
+    assert run(["book", "show", book, "1"]) == 0
+    assert run(["book", "history", book]) == 0
+    told = capsys.readouterr().out
+    assert "ticket 7" in told
+    assert "accepted" in told
+    assert run(["book", "export", book, "--to", "peft", "--out", str(tmp_path / "adapter")]) == 0
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert run(["book", "revert", book, "1"]) == 0
+    assert run(["book", "verify", book]) == 0
+    (tmp_path / "book" / "edits" / "left").mkdir()
+    assert run(["book", "verify", book]) == 1
+    assert run(["book", "verify", book, "--repair"]) == 0
+    assert run(["book", "export", book, "--to", "native", "--out", str(tmp_path / "past"), "--revision", "2"]) == 0
+    assert json.loads((tmp_path / "past" / "manifest.json").read_text())["requests"][0]["prompt"] == request.prompt
