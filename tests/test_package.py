@@ -11,7 +11,7 @@ import remend
 
 SOURCE = Path(remend.__file__).parent
 ROOMS = [
-    "errors", "config", "storage", "request", "assets", "core", "base", "edit", "formats",
+    "errors", "config", "storage", "hub", "request", "assets", "core", "base", "edit", "formats",
     "models", "tasks", "data", "editors", "training", "evaluation", "guard", "book", "reproduction", "cli",
 ]  # fmt: skip
 """In order: a room imports only from rooms before it."""

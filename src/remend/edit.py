@@ -21,6 +21,7 @@ from remend.core.branch import attach, detach
 from remend.core.layers import dense_in_layout, device_of, dimensions, experts_of, is_quantised, weight_of
 from remend.core.low_rank import LowRank, concatenate
 from remend.errors import EditError, FileError, PrecisionError
+from remend.hub import Publishable
 from remend.request import EditRequest
 from remend.storage import read_folder, take, write_folder
 
@@ -34,7 +35,7 @@ def _now() -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class Edit(Publishable):
     """A low-rank change of some of a model's weight matrices, and what it is for.
 
     Nothing of an edit lives on the model but what :meth:`apply` puts there and takes away.
@@ -213,9 +214,17 @@ class Edit:
         }
         return write_folder(path, FORMAT, manifest, tensors)
 
+    def _written(self, path: Path) -> Path:
+        return self.save(path)
+
+    @staticmethod
+    def from_pretrained(path: str | Path) -> Edit:
+        """The same as :meth:`load`, by the name that transformers has for it."""
+        return Edit.load(path)
+
     @staticmethod
     def load(path: str | Path) -> Edit:
-        """Read an edit that :meth:`save` wrote.
+        """Read an edit that :meth:`save` wrote, from a folder or the hub (``hf:owner/name``).
 
         Raises:
             FileError: it is missing, damaged, altered, or of a version that this release does not know.

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ from remend.errors import FileError, nearest
 
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
+HUB = "hf:"
+"""What begins the name of a folder on the Hugging Face hub: ``hf:owner/name``, or ``hf:owner/name@revision``."""
 
 
 def _ours(path: Path) -> bool:
@@ -117,7 +120,7 @@ def clear_leftovers(folder: Path) -> None:
 def read_format(path: str | Path) -> str:
     """What a folder's manifest says that it is; empty where it has none, which :func:`read_manifest` explains."""
     try:
-        found = json.loads((Path(path) / MANIFEST).read_bytes())
+        found = json.loads((local(path) / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
         return ""
     return str(found.get("format")) if isinstance(found, dict) else ""
@@ -129,7 +132,7 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
     Raises:
         FileError: there is no such folder, the manifest is not JSON, or it is of another kind or version.
     """
-    path = Path(path)
+    path = local(path)
     file = path / MANIFEST
     if not file.is_file():
         raise FileError(f"{path} is not a folder saved by remend: it has no {MANIFEST}")
@@ -155,7 +158,7 @@ def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, 
     Raises:
         FileError: as :func:`read_manifest`, or the tensors are missing, truncated or not those of the manifest.
     """
-    path = Path(path)
+    path = local(path)
     manifest = read_manifest(path, kind)
     file = path / TENSORS
     if not file.is_file():
@@ -167,6 +170,43 @@ def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, 
         return manifest, load_file(file)
     except safetensors.SafetensorError as error:
         raise FileError(f"{file} is not a safetensors file ({error})") from None
+
+
+def read_checked(path: str | Path) -> dict[str, Any]:
+    """The manifest of a folder of whatever kind, with whose tensors all is well.
+
+    Raises:
+        FileError: as :func:`read_folder`.
+    """
+    kind = read_format(path)
+    return read_folder(path, kind if kind.startswith("remend.") else "remend.edit/1")[0]
+
+
+def local(path: str | Path) -> Path:
+    """A folder on this machine: the one that is named, or what :data:`HUB` names, fetched if it is not here yet.
+
+    Raises:
+        FileError: the hub does not give it.
+    """
+    if not str(path).startswith(HUB):
+        return Path(path)
+    found = re.fullmatch(r"(\w[\w.\-]*/\w[\w.\-]*)(?:@([\w.\-/]+))?", str(path).removeprefix(HUB))
+    if found is None:
+        raise FileError(f"{path} is no folder on the hub: write {HUB}owner/name, or {HUB}owner/name@revision")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(found[1], revision=found[2], allow_patterns=[MANIFEST, TENSORS]))
+    except hub_errors() as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileError(f"cannot fetch {path}: {reason}") from None
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's library raises where there is no network, no such repository, or no right to it."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (*HfHubHTTPError.__bases__, OSError, ValueError)  # its first base is that of all errors of its transport
 
 
 def take(manifest: Mapping[str, Any], key: str, kind: type, where: str | Path) -> Any:

@@ -23,6 +23,7 @@ from remend.cli import (
     exporting,
     guarding,
     options,
+    pushing,
     reproducing,
     training,
 )
@@ -63,6 +64,7 @@ app.command()(asking.show)
 app.command()(asking.ask)
 app.command()(exporting.export)
 app.command("import")(exporting.import_)
+app.command()(pushing.push)
 app.command()(guarding.guard)
 app.command()(doctor.doctor)
 app.command()(training.train)

@@ -20,6 +20,7 @@ from remend.edit import Edit
 from remend.editors.stored import FORMAT, described, read_editor
 from remend.editors.traits import Traits, checked
 from remend.errors import ConfigError, FileError
+from remend.hub import Publishable
 from remend.models.prefix import Prefix
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
@@ -28,7 +29,7 @@ from remend.tasks import task_of
 from remend.tasks.task import Pair, Task, in_batches
 
 
-class Learned(nn.Module):
+class Learned(nn.Module, Publishable):
     """An editor whose changes are a differentiable function of the pairs, through which it is trained as MEND is.
 
     Attributes:
@@ -175,6 +176,9 @@ class Learned(nn.Module):
         """Write the editor to a folder (safetensors and a JSON manifest)."""
         manifest = {**described(self), "trained": self.trained}
         return write_folder(path, FORMAT, manifest, self.state_dict())
+
+    def _written(self, path: Path) -> Path:
+        return self.save_pretrained(path)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Any:

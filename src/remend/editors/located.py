@@ -25,6 +25,7 @@ from remend.editors.stored import FORMAT, described, read_editor
 from remend.editors.subjects import Reading, beginnings, reading
 from remend.editors.traits import Traits, checked
 from remend.errors import ConfigError, FileError, ModelError
+from remend.hub import Publishable
 from remend.models.structure import choose_blocks, mlp_matrices, named_stacks, narrows
 from remend.request import EditRequest
 from remend.storage import take, write_folder
@@ -37,7 +38,7 @@ ROWS_AT_ONCE = 64
 """Texts that go through the model together."""
 
 
-class Located:
+class Located(Publishable):
     """What both editors have in common: which matrices they edit, their statistics, and where they are kept.
 
     Attributes:
@@ -158,6 +159,9 @@ class Located:
         manifest = {**described(self), "beginnings": list(self.begun)}
         tensors = {f"covariance_{place}": packed(own) for place, own in enumerate(self.covariances.values())}
         return write_folder(path, FORMAT, manifest, tensors)
+
+    def _written(self, path: Path) -> Path:
+        return self.save_pretrained(path)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Any:

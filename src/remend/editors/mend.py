@@ -30,6 +30,7 @@ from remend.editors.settling import Unedited, settled
 from remend.editors.stored import FORMAT, described, directions_in, read_editor, symmetric_of
 from remend.editors.traits import Traits, checked
 from remend.errors import ConfigError, FileError
+from remend.hub import Publishable
 from remend.models.structure import editable_modules, named_stacks
 from remend.request import EditRequest
 from remend.storage import take, write_folder
@@ -40,7 +41,7 @@ LEAST_ANSWER = 0.2
 """Contrast scales ũ by 1 / (u·ũ), but by no more than if u·ũ were this; its mean over the training prompts is 1."""
 
 
-class Mend(nn.Module):
+class Mend(nn.Module, Publishable):
     """The editor: one network for each weight shape (or matrix), one step size α for each edited matrix.
 
     Attributes:
@@ -158,6 +159,9 @@ class Mend(nn.Module):
         tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
         tensors |= {name: packed(tensors[name]) for name in symmetric_of(state)}
         return write_folder(path, FORMAT, {**described(self), "trained": self.trained}, tensors)
+
+    def _written(self, path: Path) -> Path:
+        return self.save_pretrained(path)
 
     # -- the method ----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,72 @@
+"""Putting a saved edit or editor on the hub."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from remend.errors import FileError
+from remend.hub.card import card_of
+from remend.storage import MANIFEST, TENSORS, hub_errors, local, read_checked
+
+CARD = "README.md"
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    licence: str | None = None,
+    base: str | None = None,
+    evaluation: Sequence[tuple[str, str]] = (),
+    private: bool | None = None,
+    token: str | None = None,
+    message: str = "Upload with remend",
+) -> str:
+    """Put a saved edit or editor on the hub with a card, and return the address of the commit.
+
+    Args:
+        folder: what :meth:`remend.Edit.save` or an editor's ``save_pretrained`` wrote; checked before anything is sent.
+        repo: ``owner/name``; made if it is not there.
+        licence: as the hub abbreviates it (``apache-2.0``).
+        base: the base model's hub id, if the manifest names it otherwise.
+        evaluation: for the card: a name and a figure in words, each.
+        private: whether a repository that is made is private; by default as the owner has set.
+        token: of the hub; by default the one that ``hf auth login`` keeps.
+        message: of the commit.
+
+    Raises:
+        FileError: the folder holds neither, is damaged, or the hub does not take it.
+    """
+    if not re.fullmatch(r"\w[\w.\-]*/\w[\w.\-]*", repo):
+        raise FileError(f"{repo!r} is no place on the hub: give owner/name")
+    manifest, folder = read_checked(folder), local(folder)
+    card = card_of(manifest, repo, licence, base, evaluation)
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+    operations = [CommitOperationAdd(name, str(folder / name)) for name in (MANIFEST, TENSORS)]
+    operations.append(CommitOperationAdd(CARD, card.encode()))
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        found = api.create_commit(repo, operations, commit_message=message)
+    except hub_errors() as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileError(f"the hub did not take {folder} as {repo}: {reason}. Nothing was published") from None
+    return str(found.commit_url)
+
+
+class Publishable:
+    """What can be saved in a folder, and so be put on the hub."""
+
+    def _written(self, path: Path) -> Path:
+        """Write it to a folder."""
+        raise NotImplementedError
+
+    def push_to_hub(self, repo: str, **named: Any) -> str:
+        """Put it on the hub with a card. Arguments and errors as of :func:`push`."""
+        with tempfile.TemporaryDirectory() as place:
+            return push(self._written(Path(place) / "saved"), repo, **named)
