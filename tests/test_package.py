@@ -12,7 +12,7 @@ import remend
 SOURCE = Path(remend.__file__).parent
 ROOMS = [
     "errors", "config", "storage", "hub", "request", "assets", "core", "base", "edit", "formats",
-    "models", "tasks", "data", "editors", "training", "evaluation", "guard", "book", "reproduction", "cli",
+    "models", "tasks", "data", "editors", "training", "evaluation", "guard", "book", "reproduction", "studio", "cli",
 ]  # fmt: skip
 """In order: a room imports only from rooms before it."""
 

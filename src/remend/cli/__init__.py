@@ -25,6 +25,7 @@ from remend.cli import (
     options,
     pushing,
     reproducing,
+    studio,
     training,
 )
 from remend.cli.words import plain
@@ -66,6 +67,7 @@ app.command()(exporting.export)
 app.command("import")(exporting.import_)
 app.command()(pushing.push)
 app.command()(guarding.guard)
+app.command()(studio.studio)
 app.command()(doctor.doctor)
 app.command()(training.train)
 app.command()(evaluating.evaluate)

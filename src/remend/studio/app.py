@@ -1,0 +1,322 @@
+"""The web page of a desk."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported: nothing is reported
+
+import gradio as gr
+from pydantic import ValidationError
+
+from remend.edit import Edit
+from remend.errors import RemendError, RequestError
+from remend.request import EditRequest, Probe
+from remend.studio import pictures
+from remend.studio.desk import Desk, Session
+from remend.studio.suggestions import suggest
+
+FORMS = {"an edit of remend": "native", "a LoRA adapter (PEFT)": "peft", "a merged model": "merged"}
+IDLE = 6 * 3600
+"""Seconds after which a session that nobody uses is forgotten."""
+
+
+class Sessions:
+    """The session of each page that is open."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self._own: dict[str, tuple[float, Session]] = {}
+
+    def __call__(self, key: str) -> Session:
+        """The session of a page; those that were not used for long are forgotten."""
+        now = time.monotonic()
+        self._own = {name: own for name, own in self._own.items() if now - own[0] < IDLE}
+        found = self._own.get(key, (now, Session(self.desk)))[1]
+        self._own[key] = (now, found)
+        return found
+
+
+def build(desk: Desk, title: str) -> gr.Blocks:
+    """The page."""
+    sessions = Sessions(desk)
+    with gr.Blocks(title=f"remend studio: {title}", analytics_enabled=False) as page:
+        key = gr.State(lambda: uuid.uuid4().hex)
+        changed = gr.State(0)
+        gr.Markdown(f"# remend studio\nThe model is **{title}**. What you make is yours alone until you accept it.")
+        with gr.Tab("Put an answer right"):
+            _fixing(sessions, key, changed)
+        with gr.Tab("My edits"):
+            _own(sessions, key, changed)
+        with gr.Tab("The book"):
+            _book(sessions, key, changed)
+    built: gr.Blocks = page
+    return built
+
+
+def serve(
+    desk: Desk, title: str, host: str = "127.0.0.1", port: int | None = None, password: str | None = None,
+    block: bool = True,
+) -> gr.Blocks:  # fmt: skip
+    """Serve the page, to this machine alone unless ``host`` says otherwise.
+
+    Args:
+        desk: the desk.
+        title: what the model is called.
+        host: the address to listen at.
+        port: by default the first free one from 7860 on.
+        password: if given, it is asked for (the user's name is ``remend``).
+        block: whether to wait until the server ends.
+    """
+    page = build(desk, title)
+    page.queue(default_concurrency_limit=4)
+    system = ("ui-sans-serif", "system-ui", "sans-serif")
+    page.launch(
+        server_name=host,
+        server_port=port,
+        auth=("remend", password) if password else None,
+        share=False,
+        inbrowser=False,
+        prevent_thread_lock=not block,
+        show_error=True,
+        quiet=True,
+        theme=gr.themes.Default(font=system, font_mono=("ui-monospace", "monospace")),
+        css=pictures.CSS,
+    )
+    return page
+
+
+# -- the parts of the page -------------------------------------------------------------------------------------------
+
+
+def _fixing(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
+    """Ask; say what is right; look at what to look at; make the edit; see what it does."""
+    prompt = gr.Textbox(value="", label="Ask the model", placeholder="The capital of Canada is", elem_id="prompt")
+    ask = gr.Button("Ask", elem_id="ask")
+    said = gr.HTML(elem_id="said")
+    target = gr.Textbox(value="", label="The right answer", placeholder="Toronto", elem_id="target")
+    with gr.Accordion("What to look at beside it", open=False):
+        gr.Markdown("One prompt a line. Paraphrases should follow; near and far prompts must keep their answers.")
+        suggested = gr.Button("Suggest some", elem_id="suggest")
+        subject = gr.Textbox(value="", label="What it is about", elem_id="subject")
+        paraphrases = gr.Textbox(value="", label="Other phrasings", lines=3, elem_id="paraphrases")
+        near = gr.Textbox(value="", label="Near prompts", lines=3, elem_id="near")
+        far = gr.Textbox(value="", label="Far prompts", lines=3, elem_id="far")
+    with gr.Row():
+        edit = gr.Button("Edit", variant="primary", elem_id="edit")
+        stop = gr.Button("Stop", elem_id="stop")
+    told = gr.Markdown(elem_id="told")
+    shown = gr.HTML(elem_id="shown")
+    with gr.Accordion("Where the change sits, and what it reacts to", open=False):
+        places = gr.HTML(elem_id="places")
+        reacts = gr.HTML(elem_id="reacts")
+
+    def asked(key: str, prompt: str) -> str:
+        return pictures.answers(sessions(key).ask([prompt or ""]), plain=not sessions(key).acting())
+
+    def suggestions(prompt: str, subject: str) -> tuple[str, str, str, str]:
+        found = suggest(prompt or "", (subject or "").strip())
+        paraphrases, near, far = ("\n".join(own) for own in (found.paraphrases, found.near, found.far))
+        return found.subject or subject, paraphrases, near, far
+
+    def make(
+        key: str, count: int, prompt: str, target: str, subject: str, paraphrases: str, near: str, far: str
+    ) -> Iterator[tuple[Any, ...]]:
+        session = sessions(key)
+        request = _request(session, prompt, target, subject, paraphrases, near, far)
+        yield "*making the edit …*", gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        made = session.make(request, lambda share, what: gr.Progress()(share, desc=what))
+        took = "The model takes it." if made.answers[0].ok else "**The model does not take it.**"
+        kept = [answer for answer in made.answers if answer.kind in ("near", "far")]
+        lost = [answer for answer in kept if not answer.ok]
+        others = f" {len(lost)} of {len(kept)} prompts that must stay do not." if lost else ""
+        line = f"{took}{others} Edit {made.number}, made in {made.seconds:.2f} s: see *My edits*."
+        yield (
+            line, pictures.answers(made.answers), pictures.matrices(made.edit),
+            pictures.tokens(session.reactions(made.edit, request.prompt)), count + 1,
+        )  # fmt: skip
+
+    ask.click(_worded(asked), [key, prompt], said)
+    prompt.submit(_worded(asked), [key, prompt], said)
+    suggested.click(_worded(suggestions), [prompt, subject], [subject, paraphrases, near, far])
+    inputs = [key, changed, prompt, target, subject, paraphrases, near, far]
+    edit.click(_worded_steps(make), inputs, [told, shown, places, reacts, changed])
+    stop.click(lambda key: sessions(key).stop(), key, None)
+
+
+def _own(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
+    """The own edits: which are on, what they do together, accept, discard, export."""
+    gr.Markdown("What you made in this session. Those that are ticked act when you ask, for you alone.")
+    on = gr.CheckboxGroup(label="Act", choices=[], elem_id="on")
+    prompts = gr.Textbox(value="", label="Ask again, one prompt a line", lines=2, elem_id="again")
+    ask = gr.Button("Compare", elem_id="compare")
+    found = gr.HTML(elem_id="compared")
+    which = gr.Dropdown(label="One of them", choices=[], elem_id="which")
+    why = gr.Textbox(value="", label="Why it is right (kept in the book)", elem_id="why")
+    with gr.Row():
+        accept = gr.Button("Accept into the book", variant="primary", elem_id="accept")
+        force = gr.Checkbox(label="even if the checks fail", elem_id="force")
+        discard = gr.Button("Discard", elem_id="discard")
+    verdict = gr.Markdown(elem_id="verdict")
+    form = gr.Dropdown(label="Export as", choices=list(FORMS), value=next(iter(FORMS)), elem_id="form")
+    export = gr.Button("Export", elem_id="export")
+    file = gr.File(label="The file", elem_id="file")
+
+    def listed(key: str, count: int) -> tuple[Any, Any]:
+        made = sessions(key).made
+        names = [(own.name, number) for number, own in made.items()]
+        acting = [number for number, own in made.items() if own.on]
+        return gr.update(choices=names, value=acting), gr.update(choices=names, value=max(made, default=None))
+
+    def switched(key: str, numbers: list[int]) -> None:
+        for number, own in sessions(key).made.items():
+            own.on = number in numbers
+
+    def compared(key: str, prompts: str) -> str:
+        return pictures.answers(sessions(key).ask(_lines(prompts)))
+
+    def accepted(key: str, count: int, number: int | None, why: str, force: bool) -> tuple[str, int]:
+        entry, conflicts, judged = sessions(key).accept(_chosen(number), why or "", force=force)
+        lines = [f"Edit {entry.id} of the book acts now, for everybody.", *(f"- {c.said}" for c in judged.checks)]
+        return "\n".join([*lines, *(f"- conflict: {one.said}" for one in conflicts)]), count + 1
+
+    def discarded(key: str, count: int, number: int | None) -> tuple[str, int]:
+        sessions(key).discard(_chosen(number))
+        return "Discarded.", count + 1
+
+    def exported(key: str, number: int | None, form: str) -> str:
+        session = sessions(key)
+        return _packed(session, session.own(_chosen(number)).edit, form)
+
+    changed.change(listed, [key, changed], [on, which])
+    on.input(switched, [key, on], None)
+    ask.click(_worded(compared), [key, prompts], found)
+    accept.click(_worded(accepted), [key, changed, which, why, force], [verdict, changed])
+    discard.click(_worded(discarded), [key, changed, which], [verdict, changed])
+    export.click(_worded(exported), [key, which, form], file)
+
+
+def _book(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
+    """The book: what was accepted, switched on and off, and exported as one."""
+    desk = sessions.desk
+    if desk.book is None:
+        gr.Markdown("No book is open: start the studio with `--book DIR` to accept edits for everybody.")
+        return
+    book = desk.book
+    fresh = gr.Button("Look again", elem_id="fresh")
+    table = gr.Dataframe(
+        headers=["edit", "state", "what", "who", "why", "added"], interactive=False, elem_id="book", wrap=True
+    )
+    number = gr.Number(label="Edit", precision=0, elem_id="number")
+    why = gr.Textbox(value="", label="Why", elem_id="book-why")
+    with gr.Row():
+        on = gr.Button("Have it act", elem_id="activate")
+        off = gr.Button("Revert", elem_id="revert")
+    said = gr.Markdown(elem_id="book-said")
+    form = gr.Dropdown(label="Export all that act, as", choices=list(FORMS), value=next(iter(FORMS)))
+    export = gr.Button("Export", elem_id="book-export")
+    file = gr.File(label="The file", elem_id="book-file")
+
+    def rows() -> list[list[Any]]:
+        return [
+            [
+                entry.id, entry.state,
+                "; ".join(f"{r.get('prompt', '…')} → {r.get('target', '…')}" for r in entry.requests),
+                entry.who, entry.why, entry.added[:16],
+            ]
+            for entry in book.entries
+        ]  # fmt: skip
+
+    def activated(number: float | None, why: str) -> tuple[str, Any]:
+        with desk.alone():
+            book.activate(_chosen(number), desk.model, desk.tokenizer, desk.acceptance, why or "")
+        return f"Edit {int(number or 0)} acts.", rows()
+
+    def reverted(number: float | None, why: str) -> tuple[str, Any]:
+        book.revert(_chosen(number), why or "")
+        return f"Edit {int(number or 0)} acts no more.", rows()
+
+    def exported(key: str, form: str) -> str:
+        edit = book.edit()
+        if edit is None:
+            raise RequestError("no edit of the book acts: there is nothing to export")
+        return _packed(sessions(key), edit, form)
+
+    fresh.click(rows, None, table)
+    changed.change(rows, None, table)
+    on.click(_worded(activated), [number, why], [said, table])
+    off.click(_worded(reverted), [number, why], [said, table])
+    export.click(_worded(exported), [key, form], file)
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _request(
+    session: Session, prompt: str, target: str, subject: str, paraphrases: str, near: str, far: str
+) -> EditRequest:
+    """What was written on the page, as a request; what must stay is given the answers of the model as it is.
+
+    Raises:
+        RequestError: the prompt or the answer is missing.
+    """
+    prompt, target, subject = ((text or "").strip() for text in (prompt, target, subject))
+    if not prompt or not target:
+        raise RequestError("write what to ask, and what the right answer is")
+    staying = {"near": _lines(near), "locality": _lines(far)}
+    probes: dict[str, list[Probe]] = {}
+    for name, prompts in staying.items():
+        answers = session.ask(prompts, without=True) if prompts else []
+        probes[name] = [Probe(prompt=a.prompt, target=a.before) for a in answers if a.before.strip()]
+    try:
+        return EditRequest(
+            prompt=prompt, target=target, subject=subject or None,
+            paraphrases=tuple(_lines(paraphrases)), near=tuple(probes["near"]), locality=tuple(probes["locality"]),
+        )  # fmt: skip
+    except ValidationError as error:
+        raise RequestError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def _packed(session: Session, edit: Edit, form: str) -> str:
+    return str(session.export(edit, FORMS[form], Path(tempfile.mkdtemp(prefix="remend-"))))
+
+
+def _lines(text: str | None) -> list[str]:
+    """The lines of a field; one that was never shown holds nothing at all."""
+    return [line.strip() for line in (text or "").splitlines() if line.strip()]
+
+
+def _chosen(number: float | None) -> int:
+    if number is None:
+        raise RequestError("choose an edit first")
+    return int(number)
+
+
+def _worded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with errors that people can read."""
+
+    def wrapped(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except RemendError as error:
+            raise gr.Error(str(error), duration=15) from None
+
+    return wrapped
+
+
+def _worded_steps(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """The same of one that shows how far it is."""
+
+    def wrapped(*arguments: Any) -> Iterator[Any]:
+        try:
+            yield from function(*arguments)
+        except RemendError as error:
+            raise gr.Error(str(error), duration=15) from None
+
+    return wrapped

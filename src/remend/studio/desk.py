@@ -1,0 +1,257 @@
+"""``Desk``: one model that several people look at, each with edits of their own. No web page is needed for it."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.base import find_modules
+from remend.book import Book, Conflict, Entry
+from remend.core.branch import frozen
+from remend.core.capture import inputs
+from remend.edit import Edit
+from remend.errors import EditError, RemendError, RequestError
+from remend.evaluation.before_after import Answer, ask, before_after
+from remend.formats import save_adapter, save_merged
+from remend.guard import STANDARD, Acceptance, Verdict
+from remend.request import EditRequest, Prompt
+from remend.tasks import task_of
+
+MOST = 32
+"""Tokens of an answer, at most."""
+
+
+@dataclass
+class Made:
+    """An edit that somebody made and did not put into the book.
+
+    Attributes:
+        number: by which it is called in its session.
+        edit: the edit.
+        answers: to the request's prompts, before and after.
+        seconds: from the beginning to the answers.
+        on: whether it acts, in its session.
+    """
+
+    number: int
+    edit: Edit
+    answers: list[Answer]
+    seconds: float
+    on: bool = True
+
+    @property
+    def name(self) -> str:
+        """What it does, in a line."""
+        request = self.edit.requests[0]
+        return f"{self.number}: {request.prompt} → {request.target}"
+
+
+class Desk:
+    """A model, what edits it, and the book of what was accepted.
+
+    Args:
+        model: the base model.
+        tokenizer: the model's.
+        editor: what makes edits.
+        book: where accepted edits go; without one nothing can be accepted.
+        acceptance: what is asked of an edit before it acts.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        editor: Any,
+        book: Book | None = None,
+        acceptance: Acceptance = STANDARD,
+    ) -> None:
+        self.model, self.tokenizer, self.editor, self.book = model, tokenizer, editor, book
+        self.acceptance = acceptance
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def alone(self, edits: Sequence[Edit] = ()) -> Iterator[None]:
+        """Within it nobody else uses the model, on which these edits act."""
+        with self._lock, ExitStack() as stack:
+            for edit in edits:
+                stack.enter_context(edit.applied(self.model))
+            yield
+
+    def active(self) -> dict[int, Edit]:
+        """What acts for everybody: the book's."""
+        return self.book.active() if self.book is not None else {}
+
+
+class StoppedError(RemendError):
+    """The person who waited for something has stopped it."""
+
+
+class Session:
+    """What one person does at a desk; nobody else sees it, until it is accepted into the book.
+
+    Args:
+        desk: where.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.made: dict[int, Made] = {}
+        self._next = 1
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """Stop what is being done, at its next step."""
+        self._stop.set()
+
+    def acting(self) -> list[Edit]:
+        """What acts for this person: the book's edits, and the own ones that are on."""
+        return [*self.desk.active().values(), *(own.edit for own in self.made.values() if own.on)]
+
+    def ask(self, prompts: Sequence[Prompt], without: bool = False) -> list[Answer]:
+        """Answers of the model as it is, and with all that acts.
+
+        Args:
+            prompts: what to ask.
+            without: ask only the model as it is.
+
+        Raises:
+            RequestError: there is nothing to ask.
+        """
+        asked = [prompt for prompt in prompts if not isinstance(prompt, str) or prompt.strip()]
+        if not asked:
+            raise RequestError("there is nothing to ask: write a prompt")
+        acting = [] if without else self.acting()
+        with self.desk.alone():
+            plain = ask(self.desk.model, self.desk.tokenizer, None, asked, MOST)
+        if not acting:
+            return plain
+        with self.desk.alone(acting):
+            now = ask(self.desk.model, self.desk.tokenizer, None, asked, MOST)
+        return [Answer(a.kind, a.prompt, None, a.before, b.after, None) for a, b in zip(plain, now, strict=True)]
+
+    def make(self, request: EditRequest, told: Callable[[float, str], None] = lambda share, what: None) -> Made:
+        """Make an edit of the base model, and look at what it does on top of all that acts.
+
+        Args:
+            request: what to change, with what to look at beside it.
+            told: hears how far it is, and what is being done.
+
+        Raises:
+            RequestError: the request does not fit the model.
+            StoppedError: :meth:`stop` was called.
+        """
+        self._stop.clear()
+        began = time.perf_counter()
+        desk = self.desk
+
+        def step(share: float, what: str) -> None:
+            if self._stop.is_set():
+                raise StoppedError("it was stopped; nothing was made")
+            told(share, what)
+
+        step(0.1, "making the edit")
+        with desk.alone():
+            edit = desk.editor.edit(desk.model, desk.tokenizer, [request])
+        step(0.5, "asking the edited model")
+        with desk.alone(self.acting()):
+            answers = before_after(desk.model, desk.tokenizer, edit, [request], MOST)[0]
+        step(1.0, "done")
+        made = Made(self._next, edit, answers, time.perf_counter() - began)
+        self.made[made.number] = made
+        self._next += 1
+        return made
+
+    def own(self, number: int) -> Made:
+        """One of the own edits.
+
+        Raises:
+            EditError: there is none of that number.
+        """
+        if number not in self.made:
+            raise EditError(
+                f"there is no edit {number} in this session" + (f"; there are {list(self.made)}" if self.made else "")
+            )
+        return self.made[number]
+
+    def accept(
+        self, number: int, why: str = "", who: str | None = None, force: bool = False
+    ) -> tuple[Entry, list[Conflict], Verdict]:
+        """Put an own edit into the book and have it act for everybody, if it passes what is asked of it.
+
+        Raises:
+            EditError: there is no book, or the edit is not accepted or does not go together with others; it stays in
+                the session, and in the book as a draft.
+        """
+        made, desk = self.own(number), self.desk
+        if desk.book is None:
+            raise EditError("no book is open here: start the studio with --book DIR")
+        entry = desk.book.add(made.edit, why, who)
+        with desk.alone():
+            conflicts, verdict = desk.book.activate(
+                entry.id, desk.model, desk.tokenizer, desk.acceptance, why, who, force
+            )
+        del self.made[number]
+        return desk.book.entry(entry.id), conflicts, verdict
+
+    def discard(self, number: int) -> None:
+        """Forget an own edit."""
+        del self.made[self.own(number).number]
+
+    def export(self, edit: Edit, to: str, folder: Path) -> Path:
+        """Write an edit in one of the forms (``native``, ``peft``, ``merged``), packed as one file.
+
+        Args:
+            edit: which.
+            to: the form.
+            folder: where; a file of that name is made there.
+        """
+        place = folder / to
+        if to == "native":
+            edit.save(place)
+        elif to == "peft":
+            save_adapter(edit, place, self.desk.model)
+        else:
+            with self.desk.alone():
+                save_merged(edit, place, self.desk.model, self.desk.tokenizer)
+        return Path(shutil.make_archive(str(place), "zip", place))
+
+    def reactions(self, edit: Edit, prompt: Prompt) -> list[tuple[str, float]]:
+        """How strongly an edit acts at each token that the model reads: ‖ΔW x‖ as a share of the largest."""
+        return reactions(self.desk, edit, prompt)
+
+
+@torch.no_grad()
+def reactions(desk: Desk, edit: Edit, prompt: Prompt) -> list[tuple[str, float]]:
+    """See :meth:`Session.reactions`. Of an encoder-decoder, at the tokens of whatever stack the edit is in."""
+    task = task_of(desk.model, desk.tokenizer)
+    target = edit.requests[0].target if edit.requests else "."
+    with desk.alone():
+        batch = task.collate([task.tokenise(prompt, target)])
+        modules = find_modules(desk.model, edit.changes)
+        with frozen(desk.model):
+            found = inputs(desk.model, modules, batch.rows, lambda: task.target_logits(batch))
+    ids = batch.input_ids[0]
+    total: Tensor | None = None
+    for name, change in edit.changes.items():
+        x, experts = found[name].x, found[name].experts
+        if experts is not None or x.dim() != 3:
+            continue
+        own = change.to(x.device).branch(x.float())[0].norm(dim=-1).cpu()
+        if batch.decoder_ids is not None and len(own) == batch.decoder_ids.shape[1]:
+            ids = batch.decoder_ids[0]
+        total = own if total is None or len(total) != len(own) else total + own
+    if total is None or len(total) != len(ids):
+        return []
+    largest = float(total.max().clamp(min=1e-12))
+    texts = [str(desk.tokenizer.decode([token])) for token in ids.tolist()]
+    return [(text, float(size) / largest) for text, size in zip(texts, total, strict=True)]

@@ -1,0 +1,302 @@
+"""The studio: what one person does at a desk, and the page in a browser."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+
+import pytest
+
+import remend
+from remend.book import Book
+from remend.errors import EditError, RequestError
+from remend.guard import RejectedError
+from remend.request import EditRequest
+from remend.studio import Desk, Session, suggest
+from remend.studio.desk import StoppedError
+from remend.studio.pictures import answers, matrices, tokens
+from test_page import CHROMIUM
+
+CANADA = "The capital of Canada is"
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return *remend.load("atlas", "cpu"), remend.Mend.from_pretrained("atlas")
+
+
+@pytest.fixture
+def desk(parts, tmp_path):
+    return Desk(*parts, Book.create(tmp_path / "book", parts[0]))
+
+
+def request(target="Toronto", **more):
+    return EditRequest(prompt=CANADA, target=target, **more)
+
+
+def said(session, prompt=CANADA):
+    return session.ask([prompt])[0].after
+
+
+# -- the desk --------------------------------------------------------------------------------------------------------
+
+
+def test_two_people_do_not_see_each_others_edits(desk):
+    one, other = Session(desk), Session(desk)
+    made = one.make(request())
+    assert made.answers[0].ok
+    assert (said(one), said(other)) == ("Toronto", "Ottawa")
+    other.make(request("Vienna"))
+    assert (said(one), said(other)) == ("Toronto", "Vienna")
+    made.on = False
+    assert said(one) == "Ottawa"
+    one.discard(made.number)
+    with pytest.raises(EditError, match="no edit 1 in this session"):
+        one.own(1)
+
+
+def test_at_the_same_time(desk):
+    """Both use one model, and get what is theirs."""
+    sessions, found = [Session(desk), Session(desk)], {}
+
+    def work(number, target):
+        session = sessions[number]
+        session.make(request(target))
+        found[number] = {said(session) for _ in range(5)}
+
+    threads = [threading.Thread(target=work, args=own) for own in enumerate(("Toronto", "Vienna"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: {"Toronto"}, 1: {"Vienna"}}
+    assert not any(module._forward_hooks for module in desk.model.modules())
+
+
+def test_what_is_accepted_acts_for_everybody(desk):
+    one, other = Session(desk), Session(desk)
+    made = one.make(request())
+    entry, conflicts, verdict = one.accept(made.number, "a test")
+    assert (entry.state, conflicts, verdict.ok) == ("active", [], True)
+    assert not one.made
+    assert (said(one), said(other)) == ("Toronto", "Toronto")
+    desk.book.revert(entry.id)
+    assert said(other) == "Ottawa"
+
+
+def test_what_is_not_accepted_stays_ones_own(desk, parts):
+    session = Session(Desk(*parts))
+    made = session.make(request())
+    with pytest.raises(EditError, match="--book"):
+        session.accept(made.number)
+    session = Session(desk)
+    weak = session.make(request())
+    weak.edit = weak.edit.scaled(0.0)
+    with pytest.raises(RejectedError):
+        session.accept(weak.number)
+    assert weak.number in session.made
+    assert said(Session(desk)) == "Ottawa"
+
+
+def test_work_can_be_stopped(desk):
+    session = Session(desk)
+    with pytest.raises(StoppedError):
+        session.make(request(), lambda share, what: session.stop())
+    assert not session.made
+    assert session.make(request()).answers[0].ok, "the next one is not stopped"
+
+
+def test_there_is_nothing_to_ask(desk):
+    with pytest.raises(RequestError, match="write a prompt"):
+        Session(desk).ask([" ", ""])
+
+
+@pytest.mark.parametrize("form", ["native", "peft", "merged"])
+def test_an_edit_is_packed(desk, form, tmp_path):
+    session = Session(desk)
+    file = session.export(session.make(request()).edit, form, tmp_path)
+    names = zipfile.ZipFile(file).namelist()
+    wanted = {"native": "manifest.json", "peft": "adapter_config.json", "merged": "config.json"}[form]
+    assert wanted in names
+
+
+def test_what_an_edit_reacts_to(desk):
+    session = Session(desk)
+    edit = session.make(request()).edit
+    found = session.reactions(edit, CANADA)
+    assert "".join(text for text, _ in found).replace(" ", "").startswith("ThecapitalofCanadais")
+    assert max(share for _, share in found) == pytest.approx(1)
+    asked = dict(found)
+    assert next(share for text, share in asked.items() if "is" in text) > next(
+        s for t, s in asked.items() if "The" in t
+    )
+    assert tokens(found).count('"remend-token"') == len(found)
+    assert matrices(edit).count("remend-row") == 3
+
+
+def test_suggestions():
+    found = suggest(CANADA)
+    assert found.subject == "Canada"
+    assert len(found.paraphrases) >= 4
+    assert all("Canada" in prompt for prompt in found.paraphrases)
+    assert CANADA not in found.paraphrases
+    assert found.near
+    assert len(found.far) == 4
+    other = suggest("Our opening hours are", "opening hours")
+    assert other.subject == "opening hours"
+    assert all(prompt.endswith("Our opening hours are") for prompt in other.paraphrases)
+
+
+def test_nobodys_text_is_taken_for_markup(desk):
+    found = Session(desk).ask(["<script>alert(1)</script> is"])
+    assert "<script>" not in answers(found, plain=True)
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+
+def command(*options, **environment):
+    """Start the studio as its command does, and wait for its address."""
+    pytest.importorskip("gradio")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    program = [sys.executable, "-m", "remend", "studio", "atlas", *options]
+    started = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    said = started.stdout.readline()
+    return started, re.search(r"http://127\.0\.0\.1:\d+", said)[0]
+
+
+def ended(started):
+    """End it as Ctrl-C does."""
+    started.send_signal(signal.SIGINT)
+    started.wait(timeout=60)
+    started.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    started, address = command("--book", str(tmp_path_factory.mktemp("studio") / "book"))
+    yield address
+    ended(started)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser, served):
+    """A function that opens the page; nothing may go wrong on it unseen."""
+    contexts, wrong = [], []
+
+    def open_page(width=1280):
+        context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(served)
+        page.wait_for_selector("#prompt textarea", timeout=60_000)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+def edit_on(page, target="Toronto"):
+    page.fill("#prompt textarea", CANADA)
+    page.fill("#target textarea", target)
+    page.click("#edit")
+    page.wait_for_selector("#shown table", timeout=60_000)
+    return page.inner_text("#told")
+
+
+def tab(page, name):
+    page.get_by_role("tab", name=name).click()
+
+
+def compare(page):
+    tab(page, "My edits")
+    page.fill("#again textarea", CANADA)
+    page.click("#compare")
+    page.wait_for_selector("#compared table", timeout=60_000)
+    return page.inner_text("#compared")
+
+
+def test_ask_edit_accept_switch_off_and_export(opened):
+    page = opened()
+    page.fill("#prompt textarea", CANADA)
+    page.click("#ask")
+    page.wait_for_selector("#said table", timeout=60_000)
+    assert "Ottawa" in page.inner_text("#said")
+    page.click("text=What to look at beside it")
+    page.click("#suggest")
+    page.wait_for_function("document.querySelector('#near textarea').value.length > 0", timeout=60_000)
+    assert "The model takes it" in edit_on(page)
+    assert "near: must stay" in page.inner_text("#shown")
+    assert "Toronto" in compare(page)
+    page.locator("#on input").first.uncheck()
+    page.wait_for_timeout(500)
+    page.click("#compare")
+    page.wait_for_function("!document.querySelector('#compared').innerText.includes('Toronto')", timeout=60_000)
+    with page.expect_download(timeout=60_000) as download:
+        page.click("#export")
+        page.locator("#file a").first.click(timeout=60_000)
+    assert zipfile.is_zipfile(download.value.path())
+    page.fill("#why textarea", "a test")
+    page.click("#accept")
+    page.wait_for_function("document.querySelector('#verdict').innerText.includes('acts now')", timeout=90_000)
+    tab(page, "The book")
+    page.wait_for_function("document.querySelector('#book').innerText.includes('active')", timeout=60_000)
+    page.fill("#number input", "1")
+    page.click("#revert")
+    page.wait_for_function("document.querySelector('#book-said').innerText.includes('no more')", timeout=60_000)
+
+
+def test_two_pages_at_once(opened):
+    one, other = opened(), opened()
+    edit_on(one, "Toronto")
+    edit_on(other, "Vienna")
+    assert "Toronto" in compare(one)
+    found = compare(other)
+    assert "Vienna" in found
+    assert "Toronto" not in found
+
+
+def test_errors_are_sentences(opened):
+    page = opened(width=390)
+    page.click("#edit")
+    page.wait_for_selector("text=write what to ask, and what the right answer is", timeout=60_000)
+    page.fill("#prompt textarea", "word " * 300)
+    page.fill("#target textarea", "Toronto")
+    page.click("#edit")
+    page.wait_for_selector("text=/context/", timeout=60_000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_password_is_asked_for(browser):
+    started, address = command(REMEND_PASSWORD="secret")
+    context = browser.new_context()
+    try:
+        opened = context.new_page()
+        opened.goto(address)
+        opened.wait_for_selector("input[type=password]", timeout=60_000)
+        assert opened.locator("#prompt").count() == 0
+        opened.locator("input").first.fill("remend")
+        opened.fill("input[type=password]", "secret")
+        opened.keyboard.press("Enter")
+        opened.wait_for_selector("#prompt textarea", timeout=60_000)
+    finally:
+        context.close()
+        ended(started)
