@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint bench bench-long bench-frontier bench-tables atlas clean
+.PHONY: install demo test lint docs bench bench-long bench-frontier bench-tables atlas clean
 
 install: $(VENV)/installed
 
@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "remend needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint,plots]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint,plots,docs]'
 	touch $@
 
 demo: install ## edit a few facts of the built-in model
@@ -29,6 +29,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: install ## build the pages into build/site
+	$(BIN)/python -m mkdocs build --quiet
 
 bench: install ## what an edit and a training episode cost: about a quarter of an hour
 	$(BIN)/python benchmarks/edit_cost.py

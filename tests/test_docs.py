@@ -1,0 +1,50 @@
+"""The pages: their commands and code, run as they stand, and that they name what there is."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import remend
+from remend.cli import run
+from remend.guard import Acceptance
+from remend.request import parse_request
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page(page, tmp_path, monkeypatch):
+    """In order, in one folder; Python blocks share their names, and a JSON block is a request or acceptance.json."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for language, block in re.findall(r"```(\w+)\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL):
+        if language == "python":
+            exec(compile(block, page, "exec"), names)
+        elif language == "json" and "must_stay" in block:
+            (tmp_path / "acceptance.json").write_text(block)
+            assert Acceptance.read(tmp_path / "acceptance.json").must_stay
+        elif language == "json":
+            assert parse_request(json.dumps(json.loads(block)), page)
+        elif language == "bash":
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True)
+                assert words[0] == "remend", line
+                assert run(words[1:]) == 0, line
+        else:
+            assert language == "console", "shown, and not run"
+
+
+def test_every_public_name_is_in_the_api():
+    named = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    assert not [name for name in remend.__all__ if f"::: remend.{name}\n" not in named]
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", (DOCS / page).read_text(encoding="utf-8")):
+            assert (DOCS / page).parent.joinpath(link).exists(), (page, link)
