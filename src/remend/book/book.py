@@ -164,12 +164,12 @@ class Book:
             file = hash_of(staged / MANIFEST)
             place = self.path / FOLDER / file
             there = {entry.file: entry for entry in self._records.entries(connection)}
-            if place.exists():
-                shutil.rmtree(staged)
-            else:
-                staged.rename(place)
             if file in there:
+                shutil.rmtree(staged)
                 return there[file]
+            if place.exists():  # left behind by a process that was killed before it could record it
+                shutil.rmtree(place)
+            staged.rename(place)
             requests = [request.to_json() for request in edit.requests]
             number = self._records.add(connection, file=file, added=now, who=name, why=why, requests=requests)
             self._records.note(connection, None, edit=number, what=ADDED, at=now, who=name, why=why, measured=None)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from remend.cli import options
 from remend.cli.words import plain
-from remend.errors import ModelError
+from remend.errors import ConfigError, ModelError
 
 
 def studio(
@@ -53,6 +53,8 @@ def studio(
     console = Console()
     asked = STANDARD if acceptance is None else Acceptance.read(acceptance)
     chosen = options.find_editor(editor, model, None, seed)
+    if chosen.traits.result == "outside":
+        raise ConfigError(f"{editor} changes no weight, so there is no edit to accept or export: choose another editor")
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     opened = None
     if book is not None:
