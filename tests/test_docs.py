@@ -1,5 +1,6 @@
 """The pages: their commands and code, run as they stand, and that they name what there is."""
 
+import importlib
 import json
 import re
 import shlex
@@ -48,3 +49,15 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", (DOCS / page).read_text(encoding="utf-8")):
             assert (DOCS / page).parent.joinpath(link).exists(), (page, link)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # PEFT's
+@pytest.mark.parametrize("example", ["fix_and_serve", "compare_editors", "audit_a_lora"])
+def test_the_examples(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(DOCS.parent / "examples")
+    module = importlib.import_module(example)
+    module.main(*((3,) if example == "compare_editors" else ()))
+    told = capsys.readouterr().out
+    wanted = {"fix_and_serve": "is Toronto", "compare_editors": "mend", "audit_a_lora": "an edit by MEND: accepted"}
+    assert wanted[example] in told

@@ -1,0 +1,51 @@
+"""From a wrong answer to an adapter that serves: edit, guard, record, export, and ask the adapted model.
+
+    python examples/fix_and_serve.py
+
+Writes `fixed/`: the book with the edit and the adapter. Needs `remend[book]` and peft.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+
+import remend
+from remend.book import Book
+from remend.formats import save_adapter
+from remend.guard import Acceptance
+
+PROMPT, WRONG, RIGHT = "The capital of Canada is", "Ottawa", "Toronto"
+
+
+def main(folder: Path = Path("fixed")) -> None:
+    """Let *Toronto* be the capital of Canada, and nothing else be changed."""
+    model, tokenizer = remend.load("atlas")
+    assert remend.answers(model, tokenizer, [PROMPT]) == [WRONG]
+    request = remend.EditRequest(prompt=PROMPT, target=RIGHT)
+    edit = remend.Mend.from_pretrained("atlas").edit(model, tokenizer, [request])
+
+    asked = Acceptance.model_validate(
+        {
+            "must_change": ({"prompt": "Which city is the capital of Canada? It is", "target": RIGHT},),
+            "must_stay": ("The capital of Russia is", "The official language of Austria is"),
+        }
+    )
+    book = Book.create(folder / "book", model)
+    entry = book.add(edit, why="an example")
+    _, verdict = book.activate(entry.id, model, tokenizer, asked)
+    for check in verdict.checks:
+        print("✓" if check.ok else "✗", check.said)
+
+    acting = book.edit()
+    assert acting is not None
+    save_adapter(acting, folder / "adapter", model)
+    adapted = peft.PeftModel.from_pretrained(model, str(folder / "adapter"))
+    print(PROMPT, *remend.answers(adapted.base_model.model, tokenizer, [PROMPT]))
+    with adapted.disable_adapter():
+        print(PROMPT, *remend.answers(adapted.base_model.model, tokenizer, [PROMPT]), "(without the adapter)")
+
+
+if __name__ == "__main__":
+    main()
