@@ -331,6 +331,14 @@ def test_what_no_edit_can_change_is_named(llama):
         difference(llama.model, families.task("gpt2").model)
 
 
+def test_what_is_stored_more_coarsely_is_compared_by_value(llama):
+    """In bfloat16 a model's values may be others, but that its numbers are stored otherwise is no difference."""
+    coarse = copy.deepcopy(llama.model).to(torch.bfloat16)
+    fine = copy.deepcopy(coarse).float()
+    with pytest.raises(EditError, match="in nothing"):
+        difference(fine, coarse)
+
+
 # -- the commands ----------------------------------------------------------------------------------------------------
 
 

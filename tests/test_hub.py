@@ -54,6 +54,18 @@ def test_the_card_of_an_edit_says_what_it_is(saved):
     assert "\n\n\n\n" not in plain
 
 
+def test_a_manifest_that_was_tampered_with_adds_nothing_to_a_card(saved):
+    manifest = read_checked(saved)
+    base = {**manifest["base"], "name": 'me/x\nlicense: evil\n---\n"); import os; ("'}
+    card = card_of({**manifest, "base": base, "ranks": {"a`\n# heading": 1}, "norms": {"a`\n# heading": 1.0}}, "me/fix")
+    assert head(card) == {"library_name": "remend", "tags": ["remend", "model-editing"]}
+    assert "\n# heading" not in card
+    assert 'remend.load("me/x\\n' in card, "it stays within its quotes"
+    for missing in ("base", "ranks", "norms"):
+        with pytest.raises(FileError, match="altered"):
+            card_of({key: value for key, value in manifest.items() if key != missing}, "me/fix")
+
+
 def test_the_card_of_an_editor(tmp_path):
     editor = remend.Mend.from_pretrained("atlas")
     card = card_of(read_checked(editor.save_pretrained(tmp_path / "editor")), "me/editor")
@@ -108,6 +120,7 @@ def test_there_and_back(saved, tmp_path):
             hub, tmp_path, "-m", "remend", "ask", "atlas", "--edit", "hf:me/fix", "--prompt", "The capital of Canada is"
         )
         assert "Toronto" in asked.stdout, asked.stderr
+        assert "rank" in online(hub, tmp_path, "-m", "remend", "show", "hf:me/fix").stdout
 
 
 def test_by_command_with_a_report(saved, tmp_path):

@@ -30,7 +30,8 @@ MERGE_TOLERANCE = 0.25
 """The largest share of an edit (Frobenius norm) that merging may lose to rounding before it refuses."""
 
 
-def _now() -> str:
+def now() -> str:
+    """The time as files give it: ISO 8601, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -52,7 +53,7 @@ class Edit(Publishable):
     base: Base
     requests: tuple[EditRequest, ...] = ()
     editor: Mapping[str, Any] = field(default_factory=dict)
-    created: str = field(default_factory=_now)
+    created: str = field(default_factory=now)
 
     def __post_init__(self) -> None:
         for name, change in self.changes.items():

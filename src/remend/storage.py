@@ -80,7 +80,8 @@ def whole_folder(path: str | Path, ours: Callable[[Path], bool] = _ours) -> Iter
         staged.chmod(0o777 & ~_umask())
         _take_name(staged, path)
     except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror}; what stood there before still does") from None
+        reason = error.strerror or str(error)
+        raise FileError(f"cannot write {path}: {reason}; what stood there before still does") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -11,7 +11,6 @@ order, with the same bits.
 
 from __future__ import annotations
 
-import datetime
 import getpass
 import shutil
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ from remend.book.records import (
     Records,
     active_after,
 )
-from remend.edit import Edit
+from remend.edit import Edit, now
 from remend.errors import EditError, FileError, RemendError, WrongBaseError
 from remend.guard import STANDARD, Acceptance, RejectedError, judge
 from remend.storage import MANIFEST, clear_leftovers, hash_of, whole_folder
@@ -95,7 +94,7 @@ class Book:
         base = Base.of(model, ())
         with whole_folder(path, lambda there: False) as staged:
             (staged / FOLDER).mkdir()
-            Records(staged).create(base.name, base.config, _now())
+            Records(staged).create(base.name, base.config, now())
         return Book(path)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -158,7 +157,7 @@ class Book:
         """
         if edit.base.config != self._config:
             raise WrongBaseError(f"{self.path} is a book of {self.model!r}, and this edit is of {edit.base.name!r}")
-        now, name = _now(), who or _user()
+        added, name = now(), who or _user()
         with self._records.writing() as connection:
             staged = edit.save(self.path / FOLDER / STAGED)
             file = hash_of(staged / MANIFEST)
@@ -171,8 +170,8 @@ class Book:
                 shutil.rmtree(place)
             staged.rename(place)
             requests = [request.to_json() for request in edit.requests]
-            number = self._records.add(connection, file=file, added=now, who=name, why=why, requests=requests)
-            self._records.note(connection, None, edit=number, what=ADDED, at=now, who=name, why=why, measured=None)
+            number = self._records.add(connection, file=file, added=added, who=name, why=why, requests=requests)
+            self._records.note(connection, None, edit=number, what=ADDED, at=added, who=name, why=why, measured=None)
             return _chosen(self._records.entries(connection), number, self.path)
 
     def activate(
@@ -270,7 +269,7 @@ class Book:
                 self._read(entry)  # what cannot be had must not act
             what = ACTIVATED if state == ACTIVE else TAKEN_OFF
             self._records.note(
-                connection, state, edit=number, what=what, at=_now(), who=who or _user(), why=why, measured=measured
+                connection, state, edit=number, what=what, at=now(), who=who or _user(), why=why, measured=measured
             )
         return True
 
@@ -335,10 +334,6 @@ def _chosen(entries: Sequence[Entry], number: int, path: Path) -> Entry:
             return entry
     known = f"it has 1 to {len(entries)}" if entries else "it has none yet"
     raise EditError(f"{path} has no edit {number}: {known}")
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _user() -> str:

@@ -77,6 +77,7 @@ def write(
 
     from remend.formats import save_adapter, save_merged
     from remend.models import load, skeleton
+    from remend.storage import check_target
 
     if rank is not None:
         edit = edit.compressed(rank)
@@ -90,7 +91,7 @@ def write(
         save_adapter(edit, out, structure)
     else:
         named = options.known_dtype(dtype)
-        _unused(out)
+        check_target(out, lambda there: False)  # before the model is loaded
         with named_by("the edit", unsaid, model):
             base, tokenizer = load(model, device, getattr(torch, named) if named else "auto")
         found = save_merged(edit, out, base, tokenizer)
@@ -177,17 +178,6 @@ def _tell(console: Console, how: str, lost: Mapping[str, float]) -> None:
 
 def _span(ranks: Sequence[int]) -> str:
     return str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
-
-
-def _unused(out: Path) -> None:
-    """Refuse a place for a model that is taken: before the model is loaded.
-
-    Raises:
-        FileError: something is there.
-    """
-    from remend.storage import check_target
-
-    check_target(out, lambda there: False)
 
 
 def _served(rank: int) -> int:

@@ -34,6 +34,11 @@ class Contrast:
         device: where sums are kept.
         whitener: what whitens keys, if anything. With a basis, moments are taken in its coordinates; what lies outside
             is taken to be alike in all directions there, and its mean over them is the moment's last entry.
+
+    Attributes:
+        moments: Σ k kᵀ, Σ k⁺ uᵀ and Σ k⁻ uᵀ, of all facts and of those that are held out: [2, 3, n, n].
+        counts: how many products each is of, [2, 3].
+        facts: how many were seen here.
     """
 
     def __init__(self, d: int, device: torch.device, whitener: Symmetric | None = None) -> None:
@@ -124,9 +129,10 @@ class Contrast:
         operator = torch.eye(len(every[0]), dtype=torch.float64)
         for considered in (weight, 0.0) if self.counts[1, 0] else ():
             tried = _operator(others, considered, ridge)
-            holds = self._answer(tried, held[0]) >= LEAST * self._answer(tried, others[0]) > 0
+            if not self._answer(tried, held[0]) >= LEAST * self._answer(tried, others[0]) > 0:
+                continue
             found = _operator(every, considered, ridge)
-            if holds and self._answer(found, every[0]) >= SHARED * self.within:
+            if self._answer(found, every[0]) >= SHARED * self.within:
                 operator = found
                 break
         answer = self._answer(operator, every[0])

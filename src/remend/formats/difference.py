@@ -64,7 +64,7 @@ def difference(before: PreTrainedModel, after: PreTrainedModel, rank: int | None
         old, new = weight_of(module), weight_of(changed[name])
         if is_quantised(module) or is_quantised(changed[name]) or old.is_meta or new.is_meta:
             raise ModelError(f"{name} is quantised or offloaded: load both models whole, on one device")
-        if name in heads or torch.equal(old, new.to(old.device)):
+        if name in heads or _equal(old, new):
             continue
         dense = new.to(old.device).float() - old.float()
         changes[name], lost[name] = _decomposed(dense.mT if is_conv1d(module) else dense, rank)
@@ -86,6 +86,11 @@ def _decomposed(dense: Float[Tensor, "d_out d_in"], rank: int | None) -> tuple[L
     return LowRank((root[:, None] * right[:kept]).contiguous(), (root[:, None] * left[:, :kept].T).contiguous()), lost
 
 
+def _equal(old: Tensor, new: Tensor) -> bool:
+    """Whether all values are the same, in whatever dtypes and wherever they are kept."""
+    return torch.equal(old.float(), new.to(old.device).float())
+
+
 def _outputs(model: PreTrainedModel) -> set[str]:
     """The names of output layers that are an embedding's matrix too: a change of one would be one of the other."""
     head, words = model.get_output_embeddings(), model.get_input_embeddings()
@@ -97,4 +102,4 @@ def _rest(before: PreTrainedModel, after: PreTrainedModel, covered: Sequence[str
     """Parameters and buffers that differ beside the covered ones."""
     old, new = before.state_dict(), after.state_dict()
     known = set(covered)
-    return tuple(n for n in old if n not in known and not torch.equal(old[n], new[n].to(old[n].device)))
+    return tuple(n for n in old if n not in known and not _equal(old[n], new[n]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,22 +41,26 @@ def card_of(
     kind = str(manifest.get("format")).partition("/")[0]
     if kind not in ("remend.edit", "remend.editor"):
         raise FileError(f"there is no card for a {manifest.get('format')!r}; edits and editors have one")
-    own: Mapping[str, Any] = manifest["base"]
-    named = str(base or own["name"])
     template = _ENVIRONMENT.get_template(f"{kind.removeprefix('remend.')}.md.j2")
-    return template.render(
-        manifest=manifest,
-        repo=repo,
-        licence=licence,
-        base=named,
-        on_hub=named.count("/") == 1,
-        weights=own["weights"],
-        config=own["config"],
-        evaluation=[(_cell(name), _cell(figure)) for name, figure in evaluation],
-        requests=[(_cell(_asked(r)), _cell(r.get("target", ""))) for r in manifest.get("requests", [])[:SHOWN]],
-        more=max(0, len(manifest.get("requests", [])) - SHOWN),
-        best=_best(manifest.get("trained") or {}),
-    )
+    try:
+        own: Mapping[str, Any] = manifest["base"]
+        requests = manifest.get("requests", [])
+        named = str(base or own["name"])
+        return template.render(
+            manifest=manifest,
+            repo=repo,
+            licence=licence,
+            base=named,
+            on_hub=re.fullmatch(r"[\w.\-]+/[\w.\-]+", named) is not None,
+            weights=own["weights"],
+            config=own["config"],
+            evaluation=evaluation,
+            requests=[(_asked(request), request.get("target", "")) for request in requests[:SHOWN]],
+            more=max(0, len(requests) - SHOWN),
+            best=_best(manifest.get("trained") or {}),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, jinja2.UndefinedError) as error:
+        raise FileError(f"the manifest lacks what a card tells of ({error}); it was altered") from None
 
 
 def _asked(request: Mapping[str, Any]) -> str:
@@ -72,6 +77,15 @@ def _cell(text: object) -> str:
     for special in "\\`*_{}[]<>|#":
         line = line.replace(special, f"\\{special}")
     return line
+
+
+def _code(text: object) -> str:
+    """Text as code in a line."""
+    line = " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
+    return f"`{line}`"
+
+
+_ENVIRONMENT.filters |= {"cell": _cell, "code": _code}
 
 
 def _best(trained: Mapping[str, Any]) -> Mapping[str, Any] | None:
