@@ -20,10 +20,11 @@ from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.whitening import SecondMoment
 from remend.editors.config import MendConfig
-from remend.editors.mend import EDIT_BATCH, Mend
+from remend.editors.mend import Mend
 from remend.editors.settling import Unedited, settled
 from remend.request import EditRequest
 from remend.tasks.causal_lm import CausalLM
+from remend.tasks.task import in_batches
 from remend.training.trainer import EpisodeLosses, Trainer
 
 
@@ -110,9 +111,8 @@ class WhitenedDelta(Mend):
     def prepare(self, task: CausalLM, requests: Sequence[EditRequest]) -> None:
         """Take the second moment over some requests."""
         moments = {name: SecondMoment(d_out, self.device) for name, (_, d_out) in self.shapes.items()}
-        for start in range(0, min(len(requests), 1024), EDIT_BATCH):
-            batch = task.collate([task.tokenise(r.prompt, r.target) for r in requests[start : start + EDIT_BATCH]])
-            for name, factors in self.capture(task, batch).items():
+        for some in in_batches([task.tokenise(r.prompt, r.target) for r in requests[:1024]]):
+            for name, factors in self.capture(task, task.collate(some)).items():
                 moments[name].update(factors.delta, factors.active)
         self.delta_whiteners = {name: moment.whitener(self.RIDGE).inner for name, moment in moments.items()}
 
@@ -173,9 +173,8 @@ class SeveralSteps(Mend):
     def _changes(self, task: CausalLM, requests: Sequence[EditRequest], inputs: Any = None) -> Any:
         found: list[dict[str, LowRank]] = []
         modules = find_modules(task.model, self.shapes)
-        for start in range(0, len(requests), EDIT_BATCH):
-            chunk = requests[start : start + EDIT_BATCH]
-            batch = task.collate([task.tokenise(request.prompt, request.target) for request in chunk])
+        for chunk in in_batches([task.tokenise(request.prompt, request.target) for request in requests]):
+            batch = task.collate(chunk)
             unedited = Unedited(task, batch, self.shapes)
             changes = self._part(self.rows(self.capture(task, batch, unedited.loss)))
             for _ in range(self.STEPS - 1):

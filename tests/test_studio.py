@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -170,8 +169,8 @@ def command(*options, **environment):
 
 
 def ended(started):
-    """End it as Ctrl-C does."""
-    started.send_signal(signal.SIGINT)
+    """End it, also where Ctrl-C is ignored, as by what was started in the background."""
+    started.terminate()
     started.wait(timeout=60)
     started.stdout.close()
 
