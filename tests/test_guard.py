@@ -154,7 +154,7 @@ WRONG = {
     "an unknown key within": ('{"perplexity": {"text": ["a"], "must": 2}}', ConfigError, "did you mean 'most'"),
     "a share above one": ('{"near": 1.5}', ConfigError, "near"),
     "a share that is no number": ('{"near": "all"}', ConfigError, "near"),
-    "NaN": ('{"size": NaN}', ConfigError, "size"),
+    "NaN": ('{"size": NaN}', FileError, "NaN is no number"),
     "a probe without an answer": ('{"must_change": [{"prompt": "a"}]}', ConfigError, "must_change"),
     "an empty prompt": ('{"must_stay": [""]}', ConfigError, "must_stay"),
     "no text": ('{"perplexity": {"most": 1.1}}', ConfigError, "give text"),

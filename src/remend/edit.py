@@ -57,8 +57,13 @@ class Edit(Publishable):
 
     def __post_init__(self) -> None:
         for name, change in self.changes.items():
-            if not torch.stack((change.u.sum(), change.delta.sum())).isfinite().all():
-                raise EditError(f"the change of {name} holds NaN or infinity; it would ruin the model and is refused")
+            # The product of the factors' norms bounds that of the change: its square has to be a number as well.
+            u, delta = (torch.linalg.vector_norm(own, dtype=torch.float32) for own in (change.u, change.delta))
+            if not (u.square() * delta.square()).isfinite():
+                raise EditError(
+                    f"the change of {name} holds NaN or infinity, or is too large for any number; it would ruin the "
+                    "model and is refused"
+                )
         detached = {name: change.detach() for name, change in self.changes.items()}
         object.__setattr__(self, "changes", MappingProxyType(detached))
 

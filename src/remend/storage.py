@@ -33,7 +33,7 @@ def _ours(path: Path) -> bool:
     if not {entry.name for entry in path.iterdir()} <= {MANIFEST, TENSORS}:
         return False
     try:
-        found = json.loads((path / MANIFEST).read_bytes())
+        found = parse_json((path / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and str(found.get("format")).startswith("remend.")
@@ -121,7 +121,7 @@ def clear_leftovers(folder: Path) -> None:
 def read_format(path: str | Path) -> str:
     """What a folder's manifest says that it is; empty where it has none, which :func:`read_manifest` explains."""
     try:
-        found = json.loads((local(path) / MANIFEST).read_bytes())
+        found = parse_json((local(path) / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
         return ""
     return str(found.get("format")) if isinstance(found, dict) else ""
@@ -138,7 +138,7 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
     if not file.is_file():
         raise FileError(f"{path} is not a folder saved by remend: it has no {MANIFEST}")
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = parse_json(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FileError(f"{file} is damaged, it is not JSON ({error}); save or fetch it again") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -208,6 +208,27 @@ def hub_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
     return (*HfHubHTTPError.__bases__, OSError, ValueError)  # its first base is that of all errors of its transport
+
+
+def parse_json(content: bytes) -> Any:
+    """What a JSON document of unknown origin says, as the standard has it (RFC 8259), so that it can be written again.
+
+    Python's own reader takes more: NaN, infinities, and halves of characters, which no UTF-8 file can hold.
+
+    Raises:
+        ValueError: it is not JSON.
+        RecursionError: it is nested too deep.
+    """
+
+    def refused(constant: str) -> float:
+        raise ValueError(f"{constant} is no number")
+
+    def finite(digits: str) -> float:
+        return float(digits) if abs(float(digits)) < float("inf") else refused(digits)
+
+    found = json.loads(content, parse_constant=refused, parse_float=finite)
+    json.dumps(found, ensure_ascii=False).encode()
+    return found
 
 
 def take(manifest: Mapping[str, Any], key: str, kind: type, where: str | Path) -> Any:

@@ -8,7 +8,6 @@ transposed, with alpha = r: nothing is computed, and nothing is lost. Where rank
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from remend.core.layers import dimensions, editable_layers, experts_of, is_conv1
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, nearest
-from remend.storage import as_json, hash_of, whole_folder
+from remend.storage import as_json, hash_of, parse_json, whole_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -46,6 +45,8 @@ _REFUSED: dict[str, str] = {
 _SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to initialise an adapter that change the base model's weights too, so that it is none of the base as it is."""
 
+_LARGEST = 1e30
+"""No rank or scale is that large; beyond it, an integer may be too large for any float."""
 
 _KNOWN = {r"\d+": r"\d+", "[0-9]+": r"\d+", ".*": ".*"}
 """What is understood of regular expressions in an adapter's patterns."""
@@ -164,7 +165,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     if not (path / CONFIG).is_file():
         raise FileError(f"{path} is no adapter's folder: it has no {CONFIG}")
     try:
-        config = json.loads((path / CONFIG).read_bytes())
+        config = parse_json((path / CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path / CONFIG} is damaged, it is not JSON ({error})") from None
     if not isinstance(config, dict):
@@ -200,7 +201,7 @@ def _scale(config: Mapping[str, Any], name: str, rank: int, path: Path) -> float
         _of_module(config, keys, name, path) for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
     for key, value in (("r", r), ("lora_alpha", alpha)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
             raise FileError(f"{path / CONFIG}: {key} of {name} should be a number, it is {value!r}")
     if r != rank:
         raise FileError(f"{path}: {name} has factors of rank {rank}, and {CONFIG} says {r}; it was altered")

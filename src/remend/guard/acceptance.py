@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from remend.errors import ConfigError, FileError, nearest
 from remend.request import Probe, Prompt
+from remend.storage import parse_json
 
 Share = Annotated[float, Field(ge=0, le=1)]
 TEXT_TOKENS = 4_096
@@ -80,7 +81,7 @@ class Acceptance(BaseModel):
         """
         path = Path(path)
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
         except OSError as error:
             raise FileError(
                 f"cannot read {path}: {error.strerror}; give a JSON file of what is asked of an edit"
