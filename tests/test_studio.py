@@ -86,6 +86,16 @@ def test_what_is_accepted_acts_for_everybody(desk):
     assert said(other) == "Ottawa"
 
 
+def test_what_says_otherwise_is_named(desk):
+    one, other = Session(desk), Session(desk)
+    one.make(request())
+    assert one.against(request("Vienna")) == ["your edit 1"]
+    assert one.against(request()) == other.against(request("Vienna")) == []
+    one.accept(1)
+    assert other.against(request("Vienna")) == ["edit 1 of the book"]
+    assert other.against(EditRequest(prompt="The capital of Norway is", target="Vienna")) == []
+
+
 def test_what_is_not_accepted_stays_ones_own(desk, parts):
     session = Session(Desk(*parts))
     made = session.make(request())
@@ -98,13 +108,24 @@ def test_what_is_not_accepted_stays_ones_own(desk, parts):
         session.accept(weak.number)
     assert weak.number in session.made
     assert said(Session(desk)) == "Ottawa"
+    session.accept(weak.number, force=True)
+    assert [entry.state for entry in desk.book.entries] == ["active"], "the draft itself, and no second one"
 
 
 def test_work_can_be_stopped(desk):
     session = Session(desk)
+    heard = []
+
+    def stop_at_the_second(what, passes):
+        heard.append((what, passes))
+        if passes:
+            session.stop()
+
     with pytest.raises(StoppedError):
-        session.make(request(), lambda share, what: session.stop())
+        session.make(request(), stop_at_the_second)
+    assert heard[0] == ("making the edit", 0)
     assert not session.made
+    assert not desk.model._forward_pre_hooks
     assert session.make(request()).answers[0].ok, "the next one is not stopped"
 
 
@@ -114,9 +135,9 @@ def test_there_is_nothing_to_ask(desk):
 
 
 @pytest.mark.parametrize("form", ["native", "peft", "merged"])
-def test_an_edit_is_packed(desk, form, tmp_path):
+def test_an_edit_is_packed(desk, form):
     session = Session(desk)
-    file = session.export(session.make(request()).edit, form, tmp_path)
+    file = session.export(session.make(request()).edit, form)
     names = zipfile.ZipFile(file).namelist()
     wanted = {"native": "manifest.json", "peft": "adapter_config.json", "merged": "config.json"}[form]
     assert wanted in names
@@ -157,15 +178,32 @@ def test_nobodys_text_is_taken_for_markup(desk):
 # -- the page --------------------------------------------------------------------------------------------------------
 
 
-def command(*options, **environment):
+def command(*options, program=("-m", "remend", "studio", "atlas"), **environment):
     """Start the studio as its command does, and wait for its address."""
     pytest.importorskip("gradio")
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
-    program = [sys.executable, "-m", "remend", "studio", "atlas", *options]
-    started = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    started = subprocess.Popen(
+        [sys.executable, *program, *options], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
     said = started.stdout.readline()
     return started, re.search(r"http://127\.0\.0\.1:\d+", said)[0]
+
+
+SLOW = """
+import remend
+from remend.editors import make
+from remend.editors.finetune import FineTuneConfig
+from remend.studio import Desk
+from remend.studio.app import serve
+
+model, tokenizer = remend.load("atlas", "cpu")
+editor = make("finetune", model, tokenizer, config=FineTuneConfig(learning_rate=1e-12, steps=10_000))
+page = serve(Desk(model, tokenizer, editor), "atlas", block=False)
+print(page.local_url, flush=True)
+page.block_thread()
+"""
+"""A studio whose editor takes minutes: its steps are too small to get anywhere."""
 
 
 def ended(started):
@@ -258,7 +296,6 @@ def test_ask_edit_accept_switch_off_and_export(opened):
     page.wait_for_function("document.querySelector('#verdict').innerText.includes('acts now')", timeout=90_000)
     tab(page, "The book")
     page.wait_for_function("document.querySelector('#book').innerText.includes('active')", timeout=60_000)
-    page.fill("#number input", "1")
     page.click("#revert")
     page.wait_for_function("document.querySelector('#book-said').innerText.includes('no more')", timeout=60_000)
 
@@ -282,6 +319,27 @@ def test_errors_are_sentences(opened):
     page.click("#edit")
     page.wait_for_selector("text=/context/", timeout=60_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_slow_work_shows_how_far_it_is_and_can_be_stopped(browser):
+    started, address = command(program=("-c", SLOW))
+    context = browser.new_context()
+    try:
+        page = context.new_page()
+        page.goto(address)
+        page.fill("#prompt textarea", CANADA)
+        page.fill("#target textarea", "Toronto")
+        page.click("#edit")
+        page.wait_for_function(
+            "/making the edit: [1-9]/.test(document.querySelector('#told').innerText)", timeout=60_000
+        )
+        page.click("#stop")
+        page.wait_for_selector("text=Stopped; nothing was made.", timeout=60_000)
+        tab(page, "My edits")
+        assert page.locator("#on input").count() == 0
+    finally:
+        context.close()
+        ended(started)
 
 
 def test_a_password_is_asked_for(browser):

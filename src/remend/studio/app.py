@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import gradio as gr
 from pydantic import ValidationError
 
-from remend.edit import Edit
 from remend.errors import RemendError, RequestError
 from remend.request import EditRequest, Probe
 from remend.studio import pictures
-from remend.studio.desk import Desk, Session
+from remend.studio.desk import Desk, Session, StoppedError
 from remend.studio.suggestions import suggest
 
 FORMS = {"an edit of remend": "native", "a LoRA adapter (PEFT)": "peft", "a merged model": "merged"}
@@ -43,16 +41,17 @@ class Sessions:
 def build(desk: Desk, title: str) -> gr.Blocks:
     """The page."""
     sessions = Sessions(desk)
-    with gr.Blocks(title=f"remend studio: {title}", analytics_enabled=False) as page:
+    # Gradio keeps a copy of every file that it hands out; those of yesterday are deleted.
+    with gr.Blocks(title=f"remend studio: {title}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         key = gr.State(lambda: uuid.uuid4().hex)
         changed = gr.State(0)
         gr.Markdown(f"# remend studio\nThe model is **{title}**. What you make is yours alone until you accept it.")
-        with gr.Tab("Put an answer right"):
+        with gr.Tab("Fix"):
             _fixing(sessions, key, changed)
         with gr.Tab("My edits"):
             _own(sessions, key, changed)
-        with gr.Tab("The book"):
-            _book(sessions, key, changed)
+        with gr.Tab("The book") as tab:
+            _book(sessions, key, changed, tab)
     built: gr.Blocks = page
     return built
 
@@ -83,6 +82,7 @@ def serve(
         prevent_thread_lock=not block,
         show_error=True,
         quiet=True,
+        footer_links=["gradio", "settings"],
         theme=gr.themes.Default(font=system, font_mono=("ui-monospace", "monospace")),
         css=pictures.CSS,
     )
@@ -127,9 +127,27 @@ def _fixing(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
     ) -> Iterator[tuple[Any, ...]]:
         session = sessions(key)
         request = _request(session, prompt, target, subject, paraphrases, near, far)
-        yield "*making the edit …*", gr.skip(), gr.skip(), gr.skip(), gr.skip()
-        made = session.make(request, lambda share, what: gr.Progress()(share, desc=what))
+        same = (gr.skip(),) * 4
+        heard = ("making the edit", 0)
+
+        def hear(what: str, passes: int) -> None:
+            nonlocal heard
+            heard = what, passes
+
+        with ThreadPoolExecutor(1) as pool:
+            making = pool.submit(session.make, request, hear)
+            try:
+                while not wait([making], timeout=0.3).done:
+                    yield f"*{heard[0]}: {heard[1]} passes of the model so far …*", *same
+                made = making.result()
+            except StoppedError:
+                yield "Stopped; nothing was made.", *same
+                return
+            finally:
+                session.stop()  # whoever has closed the page does not wait for it
         took = "The model takes it." if made.answers[0].ok else "**The model does not take it.**"
+        if not made.answers[0].ok and (against := session.against(request)):
+            took += f" What acts already says otherwise: {', '.join(against)}. Switch it off, then ask again."
         kept = [answer for answer in made.answers if answer.kind in ("near", "far")]
         lost = [answer for answer in kept if not answer.ok]
         others = f" {len(lost)} of {len(kept)} prompts that must stay do not." if lost else ""
@@ -143,7 +161,7 @@ def _fixing(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
     prompt.submit(_worded(asked), [key, prompt], said)
     suggested.click(_worded(suggestions), [prompt, subject], [subject, paraphrases, near, far])
     inputs = [key, changed, prompt, target, subject, paraphrases, near, far]
-    edit.click(_worded_steps(make), inputs, [told, shown, places, reacts, changed])
+    edit.click(_worded_steps(make), inputs, [told, shown, places, reacts, changed], show_progress="hidden")
     stop.click(lambda key: sessions(key).stop(), key, None)
 
 
@@ -189,7 +207,7 @@ def _own(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
 
     def exported(key: str, number: int | None, form: str) -> str:
         session = sessions(key)
-        return _packed(session, session.own(_chosen(number)).edit, form)
+        return str(session.export(session.own(_chosen(number)).edit, FORMS[form]))
 
     changed.change(listed, [key, changed], [on, which])
     on.input(switched, [key, on], None)
@@ -199,18 +217,17 @@ def _own(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
     export.click(_worded(exported), [key, which, form], file)
 
 
-def _book(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
+def _book(sessions: Sessions, key: gr.State, changed: gr.State, tab: gr.Tab) -> None:
     """The book: what was accepted, switched on and off, and exported as one."""
     desk = sessions.desk
     if desk.book is None:
         gr.Markdown("No book is open: start the studio with `--book DIR` to accept edits for everybody.")
         return
     book = desk.book
-    fresh = gr.Button("Look again", elem_id="fresh")
     table = gr.Dataframe(
         headers=["edit", "state", "what", "who", "why", "added"], interactive=False, elem_id="book", wrap=True
     )
-    number = gr.Number(label="Edit", precision=0, elem_id="number")
+    number = gr.Dropdown(label="Edit", choices=[], elem_id="number")
     why = gr.Textbox(value="", label="Why", elem_id="book-why")
     with gr.Row():
         on = gr.Button("Have it act", elem_id="activate")
@@ -220,35 +237,38 @@ def _book(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
     export = gr.Button("Export", elem_id="book-export")
     file = gr.File(label="The file", elem_id="book-file")
 
-    def rows() -> list[list[Any]]:
-        return [
-            [
-                entry.id, entry.state,
-                "; ".join(f"{r.get('prompt', '…')} → {r.get('target', '…')}" for r in entry.requests),
-                entry.who, entry.why, entry.added[:16],
-            ]
-            for entry in book.entries
-        ]  # fmt: skip
+    def listed(number: int | None = None) -> tuple[Any, Any]:
+        entries = book.entries
+        what = [
+            "; ".join(f"{r.get('prompt', '…')} → {r.get('target', '…')}" for r in entry.requests) for entry in entries
+        ]
+        rows = [
+            [entry.id, entry.state, said, entry.who, entry.why, entry.added[:16]]
+            for entry, said in zip(entries, what, strict=True)
+        ]
+        names = [(f"{entry.id}: {said} ({entry.state})", entry.id) for entry, said in zip(entries, what, strict=True)]
+        chosen = number if number is not None else max((entry.id for entry in entries), default=None)
+        return rows, gr.update(choices=names, value=chosen)
 
-    def activated(number: float | None, why: str) -> tuple[str, Any]:
+    def activated(number: int | None, why: str) -> tuple[Any, ...]:
         with desk.alone():
             book.activate(_chosen(number), desk.model, desk.tokenizer, desk.acceptance, why or "")
-        return f"Edit {int(number or 0)} acts.", rows()
+        return f"Edit {number} acts.", *listed(number)
 
-    def reverted(number: float | None, why: str) -> tuple[str, Any]:
+    def reverted(number: int | None, why: str) -> tuple[Any, ...]:
         book.revert(_chosen(number), why or "")
-        return f"Edit {int(number or 0)} acts no more.", rows()
+        return f"Edit {number} acts no more.", *listed(number)
 
     def exported(key: str, form: str) -> str:
         edit = book.edit()
         if edit is None:
             raise RequestError("no edit of the book acts: there is nothing to export")
-        return _packed(sessions(key), edit, form)
+        return str(sessions(key).export(edit, FORMS[form]))
 
-    fresh.click(rows, None, table)
-    changed.change(rows, None, table)
-    on.click(_worded(activated), [number, why], [said, table])
-    off.click(_worded(reverted), [number, why], [said, table])
+    tab.select(lambda: listed(), None, [table, number])
+    changed.change(lambda: listed(), None, [table, number])
+    on.click(_worded(activated), [number, why], [said, table, number])
+    off.click(_worded(reverted), [number, why], [said, table, number])
     export.click(_worded(exported), [key, form], file)
 
 
@@ -280,19 +300,15 @@ def _request(
         raise RequestError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
-def _packed(session: Session, edit: Edit, form: str) -> str:
-    return str(session.export(edit, FORMS[form], Path(tempfile.mkdtemp(prefix="remend-"))))
-
-
 def _lines(text: str | None) -> list[str]:
     """The lines of a field; one that was never shown holds nothing at all."""
     return [line.strip() for line in (text or "").splitlines() if line.strip()]
 
 
-def _chosen(number: float | None) -> int:
+def _chosen(number: int | None) -> int:
     if number is None:
         raise RequestError("choose an edit first")
-    return int(number)
+    return number
 
 
 def _worded(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -41,6 +44,7 @@ class Made:
         answers: to the request's prompts, before and after.
         seconds: from the beginning to the answers.
         on: whether it acts, in its session.
+        draft: its number in the book, if it was put there and not accepted.
     """
 
     number: int
@@ -48,6 +52,7 @@ class Made:
     answers: list[Answer]
     seconds: float
     on: bool = True
+    draft: int | None = None
 
     @property
     def name(self) -> str:
@@ -92,6 +97,17 @@ class Desk:
         return self.book.active() if self.book is not None else {}
 
 
+@contextmanager
+def watched(model: torch.nn.Module, heard: Callable[[int], None]) -> Iterator[None]:
+    """Within it, ``heard`` is told before each pass of the model how many there were; what it raises ends the work."""
+    passes = itertools.count()
+    handle = model.register_forward_pre_hook(lambda module, arguments: heard(next(passes)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class StoppedError(RemendError):
     """The person who waited for something has stopped it."""
 
@@ -108,9 +124,10 @@ class Session:
         self.made: dict[int, Made] = {}
         self._next = 1
         self._stop = threading.Event()
+        self._folder: Path | None = None
 
     def stop(self) -> None:
-        """Stop what is being done, at its next step."""
+        """Stop the edit that is being made, before the model's next pass."""
         self._stop.set()
 
     def acting(self) -> list[Edit]:
@@ -139,12 +156,12 @@ class Session:
             now = ask(self.desk.model, self.desk.tokenizer, None, asked, MOST)
         return [Answer(a.kind, a.prompt, None, a.before, b.after, None) for a, b in zip(plain, now, strict=True)]
 
-    def make(self, request: EditRequest, told: Callable[[float, str], None] = lambda share, what: None) -> Made:
+    def make(self, request: EditRequest, told: Callable[[str, int], None] = lambda what, passes: None) -> Made:
         """Make an edit of the base model, and look at what it does on top of all that acts.
 
         Args:
             request: what to change, with what to look at beside it.
-            told: hears how far it is, and what is being done.
+            told: hears of every pass of the model what it is for, after how many others.
 
         Raises:
             RequestError: the request does not fit the model.
@@ -154,22 +171,29 @@ class Session:
         began = time.perf_counter()
         desk = self.desk
 
-        def step(share: float, what: str) -> None:
+        def step(what: str, passes: int) -> None:
             if self._stop.is_set():
                 raise StoppedError("it was stopped; nothing was made")
-            told(share, what)
+            told(what, passes)
 
-        step(0.1, "making the edit")
-        with desk.alone():
+        with desk.alone(), watched(desk.model, lambda passes: step("making the edit", passes)):
             edit = desk.editor.edit(desk.model, desk.tokenizer, [request])
-        step(0.5, "asking the edited model")
-        with desk.alone(self.acting()):
+        with desk.alone(self.acting()), watched(desk.model, lambda passes: step("asking the edited model", passes)):
             answers = before_after(desk.model, desk.tokenizer, edit, [request], MOST)[0]
-        step(1.0, "done")
         made = Made(self._next, edit, answers, time.perf_counter() - began)
         self.made[made.number] = made
         self._next += 1
         return made
+
+    def against(self, request: EditRequest) -> list[str]:
+        """What acts already and has another answer to a request's prompt."""
+        booked = {f"edit {number} of the book": edit for number, edit in self.desk.active().items()}
+        own = {f"your edit {made.number}": made.edit for made in self.made.values() if made.on}
+        return [
+            name
+            for name, edit in {**booked, **own}.items()
+            if any(other.prompt == request.prompt and other.target != request.target for other in edit.requests)
+        ]
 
     def own(self, number: int) -> Made:
         """One of the own edits.
@@ -195,27 +219,28 @@ class Session:
         made, desk = self.own(number), self.desk
         if desk.book is None:
             raise EditError("no book is open here: start the studio with --book DIR")
-        entry = desk.book.add(made.edit, why, who)
+        if made.draft is None:
+            made.draft = desk.book.add(made.edit, why, who).id
         with desk.alone():
             conflicts, verdict = desk.book.activate(
-                entry.id, desk.model, desk.tokenizer, desk.acceptance, why, who, force
+                made.draft, desk.model, desk.tokenizer, desk.acceptance, why, who, force
             )
         del self.made[number]
-        return desk.book.entry(entry.id), conflicts, verdict
+        return desk.book.entry(made.draft), conflicts, verdict
 
     def discard(self, number: int) -> None:
         """Forget an own edit."""
         del self.made[self.own(number).number]
 
-    def export(self, edit: Edit, to: str, folder: Path) -> Path:
+    def export(self, edit: Edit, to: str) -> Path:
         """Write an edit in one of the forms (``native``, ``peft``, ``merged``), packed as one file.
 
-        Args:
-            edit: which.
-            to: the form.
-            folder: where; a file of that name is made there.
+        The file is gone when the session is.
         """
-        place = folder / to
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="remend-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        place = Path(tempfile.mkdtemp(dir=self._folder)) / to
         if to == "native":
             edit.save(place)
         elif to == "peft":
@@ -223,7 +248,9 @@ class Session:
         else:
             with self.desk.alone():
                 save_merged(edit, place, self.desk.model, self.desk.tokenizer)
-        return Path(shutil.make_archive(str(place), "zip", place))
+        packed = Path(shutil.make_archive(str(place), "zip", place))
+        shutil.rmtree(place)
+        return packed
 
     def reactions(self, edit: Edit, prompt: Prompt) -> list[tuple[str, float]]:
         """How strongly an edit acts at each token that the model reads: ‖ΔW x‖ as a share of the largest."""

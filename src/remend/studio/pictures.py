@@ -42,24 +42,29 @@ def answers(found: Sequence[Answer], plain: bool = False) -> str:
     """Answers before and after, as a table; what changed is bold, what is not as it should be is marked."""
     rows = []
     for one in found:
-        mark = "" if one.ok is None else "✓" if one.ok else "✗"
-        now = escape(one.after) or "<i>nothing</i>"
+        kind = KINDS.get(one.kind, one.kind)
+        prompt = (f"<small>{escape(kind)}</small><br>" if kind else "") + escape(one.prompt)
+        before, now = (escape(text) or "<i>nothing</i>" for text in (one.before, one.after))
         now = f"<b>{now}</b>" if one.after != one.before else now
+        mark = "" if one.ok is None else "✓" if one.ok else "✗"
         after = "" if plain else f"<td>{now}</td><td class='remend-{one.ok}'>{mark}</td>"
-        kind = f"<td>{escape(KINDS.get(one.kind, one.kind))}</td>" if any(KINDS.get(a.kind) for a in found) else ""
-        before = escape(one.before) or "<i>nothing</i>"
-        rows.append(f"<tr>{kind}<td>{escape(one.prompt)}</td><td>{before}</td>{after}</tr>")
-    kinds = "<th></th>" if any(KINDS.get(a.kind) for a in found) else ""
-    head = f"<tr>{kinds}<th>prompt</th><th>{'answer' if plain else 'before'}</th>"
-    head += "</tr>" if plain else "<th>after</th><th></th></tr>"
-    return f'<div class="remend-scroll"><table class="remend-table">{head}{"".join(rows)}</table></div>'
+        rows.append(f"<tr><td>{prompt}</td><td>{before}</td>{after}</tr>")
+    head = "<th>prompt</th>" + ("<th>answer</th>" if plain else "<th>before</th><th>after</th><th></th>")
+    return f'<div class="remend-scroll"><table class="remend-table"><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 CSS = """
 .remend-scroll { overflow-x: auto; }
 .remend-table { width: 100%; border-collapse: collapse; }
-.remend-table th, .remend-table td { text-align: left; padding: 0.35em 0.7em; border-bottom: 1px solid #8884; }
-.remend-table td { overflow-wrap: anywhere; min-width: 4em; }
+.remend-table, .remend-table tr { border: 0 !important; }
+.remend-table th, .remend-table td { text-align: left; padding: 0.35em 0.7em; border: solid #8884 !important;
+  border-width: 0 0 1px !important; }
+.remend-table td { overflow-wrap: break-word; }
+.remend-table small { color: #888; }
+@media (max-width: 600px) {
+  .remend-table { font-size: 0.85em; }
+  .remend-table th, .remend-table td { padding: 0.3em 0.2em; }
+}
 .remend-True { color: #15803d; font-weight: bold; }
 .remend-False { color: #b91c1c; font-weight: bold; }
 .remend-row { display: flex; flex-wrap: wrap; align-items: center; gap: 0.3em 0.8em; margin: 0.3em 0; }
