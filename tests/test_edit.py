@@ -96,6 +96,9 @@ def test_scaling_and_compression(task, edit):
     assert all(small.norms()[name] <= norm * (1 + 1e-4) for name, norm in edit.norms().items())
     with pytest.raises(EditError, match="at least 1, not 0"):
         edit.compressed(0)
+    whole = edit.compressed(max(change.rank for change in edit.changes.values()))
+    assert set(whole.editor["lost"].values()) == {0.0}
+    assert all(torch.equal(whole.changes[name].u, change.u) for name, change in edit.changes.items())
 
 
 def test_an_edited_model_can_be_copied_and_the_copy_is_edited(task, edit):

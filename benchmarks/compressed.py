@@ -1,0 +1,111 @@
+"""What is left of edits when each matrix's change is cut to a few factor pairs, since servers of adapters limit ranks.
+
+    python benchmarks/compressed.py [--config benchmarks/configs/compressed.json] [--out result.json]
+
+Edits are made as always, by editors whose changes are of low and of full rank, alone and many together, then replaced
+by the nearest of at most so many factor pairs (``Edit.compressed``, what ``remend export --rank`` does), and judged by
+``remend.evaluate``.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported: see common.py
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import common
+import remend
+from remend.edit import Edit
+from remend.editors import Mend, make
+from remend.editors.protocol import Editor
+from remend.request import EditRequest
+
+METRICS = ("edit_success", "locality_near", "locality_far")
+
+
+class Compressed:
+    """An editor whose edits are cut to a rank.
+
+    Attributes:
+        traits: the editor's.
+        ranks: how many factor pairs the largest change of each edit had.
+        lost: the largest share of a matrix's change that each edit lost.
+    """
+
+    def __init__(self, editor: Editor, rank: int | None) -> None:
+        self.traits = editor.traits  # type: ignore[misc]  # of this editor, not of the class
+        self._editor, self._rank = editor, rank
+        self.ranks: list[int] = []
+        self.lost: list[float] = []
+
+    def edit(self, model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> Edit:
+        """The editor's edit, cut."""
+        edit = self._editor.edit(model, tokenizer, requests)
+        assert isinstance(edit, Edit)
+        self.ranks.append(max(change.rank for change in edit.changes.values()))
+        if self._rank is None:
+            return edit
+        cut = edit.compressed(self._rank)
+        self.lost.append(max(cut.editor["lost"].values()))
+        return cut
+
+    def edit_each(self, model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> list[Edit]:
+        """The same of each request."""
+        return [self.edit(model, tokenizer, [request]) for request in requests]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print and write the result."""
+    arguments = common.parser(__doc__, "compressed").parse_args(argv)
+    config = common.start(arguments)
+    model, tokenizer = remend.load(config["model"], "cpu")
+    requests = random.Random(config["seed"]).sample(remend.read_source(config["data"]), config["requests"])
+    rows = []
+    for name in config["editors"]:
+        editor = Mend.from_pretrained(name) if name == config["model"] else make(name, model, tokenizer)
+        for size in config["sizes"]:
+            asked = requests[: config["requests"] if size == 1 else config["batched"]]
+            for rank in (None, *config["ranks"]):
+                compressed = Compressed(editor, rank)
+                how = {"protocol": "single"} if size == 1 else {"protocol": "batched", "edits": [size]}
+                report = remend.evaluate(model, tokenizer, compressed, asked, baselines=False, **how)
+                found = {key: value["generated"].mean for key, value in report.metrics().items() if key in METRICS}
+                lost = sum(compressed.lost) / len(compressed.lost) if compressed.lost else 0.0
+                rows.append(
+                    {"editor": name, "edits": size, "rank": rank, "of_rank": max(compressed.ranks), "lost": lost}
+                    | found
+                )
+                print(rows[-1], flush=True)
+    common.write(arguments.out, config, {"rows": rows})
+    arguments.out.with_suffix(".md").write_text(table(rows, config), encoding="utf-8")
+
+
+def table(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
+    """The figures as markdown."""
+    lines = [
+        f"Edits of {config['model']} cut to a rank (`python benchmarks/compressed.py`; {config['requests']} requests "
+        f"of `{config['data']}` one by one, {config['batched']} in batches; answers generated; lost: of the matrix "
+        "that loses most, the share of its change, in the mean).",
+        "",
+        "| editor | edits at once | rank | lost | edit success | kept of it | near | far |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    whole = 0.0
+    for row in rows:
+        if row["rank"] is None:
+            whole = row["edit_success"]
+        rank = f"{row['of_rank']}, as it is" if row["rank"] is None else str(row["rank"])
+        shown = [
+            row["editor"], row["edits"], rank, f"{row['lost']:.3f}", f"{row['edit_success']:.3f}",
+            f"{row['edit_success'] / whole:.3f}", f"{row['locality_near']:.3f}", f"{row['locality_far']:.3f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, shown))} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
