@@ -180,11 +180,9 @@ class Edit(Publishable):
         """The nearest edit whose changes have at most ``rank`` factor pairs each; its manifest tells what was lost."""
         if rank < 1:
             raise EditError(f"an edit needs a rank of at least 1, not {rank}")
-        changes = {
-            name: change if change.rank <= rank else change.recompress(rank) for name, change in self.changes.items()
-        }
-        lost = {name: float(_apart(self.changes[name], change)) for name, change in changes.items()}
-        return replace(self, changes=changes, editor={**self.editor, "max_rank": rank, "lost": lost})
+        cut = {name: change.recompress(rank) for name, change in self.changes.items() if change.rank > rank}
+        lost = dict.fromkeys(self.changes, 0.0) | {name: _apart(self.changes[name], own) for name, own in cut.items()}
+        return replace(self, changes={**self.changes, **cut}, editor={**self.editor, "max_rank": rank, "lost": lost})
 
     def norms(self) -> dict[str, float]:
         """‖ΔW‖ (Frobenius) of each module."""
@@ -256,10 +254,10 @@ class Edit(Publishable):
         return Edit(changes, base, requests, take(manifest, "editor", dict, path), take(manifest, "created", str, path))
 
 
-def _apart(one: LowRank, other: LowRank) -> Tensor:
+def _apart(one: LowRank, other: LowRank) -> float:
     """‖ΔW − ΔW'‖ / ‖ΔW‖, where the difference of nearly equal changes needs more digits than they have."""
     wide, less = (replace(change, u=change.u.double(), delta=change.delta.double()) for change in (one, other))
-    return concatenate([wide, less.scaled(-1.0)]).norm() / wide.norm().clamp(min=1e-30)
+    return float(concatenate([wide, less.scaled(-1.0)]).norm() / wide.norm().clamp(min=1e-30))
 
 
 def _change(tensors: Mapping[str, Tensor], name: str, gate: object, path: str | Path) -> LowRank:
