@@ -4,6 +4,8 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,15 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", (DOCS / page).read_text(encoding="utf-8")):
             assert (DOCS / page).parent.joinpath(link).exists(), (page, link)
+
+
+def test_the_site_is_built_strictly(tmp_path):
+    """Every page, every link and every public name, without a network."""
+    pytest.importorskip("mkdocs")
+    program = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    made = subprocess.run(program, cwd=DOCS.parent, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert "remend.Edit" in (tmp_path / "site" / "api" / "edits.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # PEFT's
