@@ -2,7 +2,7 @@
 
     python benchmarks/compressed.py [--config benchmarks/configs/compressed.json] [--out result.json]
 
-Edits are made as always, by editors whose changes are of low and of full rank, alone and many together, then replaced
+Edits are made as always, one by one and many together, then replaced
 by the nearest of at most so many factor pairs (``Edit.compressed``, what ``remend export --rank`` does), and judged by
 ``remend.evaluate``.
 """
