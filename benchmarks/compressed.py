@@ -2,9 +2,8 @@
 
     python benchmarks/compressed.py [--config benchmarks/configs/compressed.json] [--out result.json]
 
-Edits are made as always, one by one and many together, then replaced
-by the nearest of at most so many factor pairs (``Edit.compressed``, what ``remend export --rank`` does), and judged by
-``remend.evaluate``.
+Edits are made as always, one by one and many together, then replaced by the nearest of at most so many factor pairs
+(``Edit.compressed``, what ``remend export --rank`` does), and judged by ``remend.evaluate``.
 """
 
 from __future__ import annotations
