@@ -15,7 +15,7 @@ from markupsafe import Markup
 from remend.reproduction.cells import METHODS
 from remend.reproduction.drawing import Axis, chart
 from remend.reproduction.results import Results
-from remend.reproduction.tables import Table
+from remend.reproduction.tables import SLACK, Table
 from remend.storage import write_json, write_text
 
 TRIAL = "A quick run: it shows that everything works, and says nothing of any editor."
@@ -56,7 +56,9 @@ def fill(table: Table, results: Results, command: str) -> Filled:
     columns = table.columns_in(worlds)
     several = any(edits > 1 for _, edits in columns)
     head = tuple(
-        f"{world}, {edits}" if several else f"{world} ({worlds[world].paper or worlds[world].what})"
+        f"{world}, {edits}"
+        if several
+        else f"{world} ({worlds[world].paper or worlds[world].what}{results.text(world)})"
         for world, edits in columns
     )
     rows = tuple(
@@ -92,7 +94,9 @@ def write(
     source = resources.files("remend.reproduction").joinpath("tables.html.j2").read_text(encoding="utf-8")
     environment.filters["code"] = _with_code
     drawn = Markup(draw_memory(memory)) if any(own["added"] for own in memory) else ""
-    page = environment.from_string(source).render(filled=filled, memory=memory, about=about, picture=drawn, trial=TRIAL)
+    page = environment.from_string(source).render(
+        filled=filled, memory=memory, about=about, picture=drawn, trial=TRIAL, slack=SLACK
+    )
     write_text(folder / "tables.html", page)
     write_json(
         folder / "tables.json", {"about": dict(about), "tables": [_json(own) for own in filled], "memory": list(memory)}
@@ -127,10 +131,11 @@ def markdown(filled: Sequence[Filled], memory: Sequence[Mapping[str, Any]], abou
         "",
         *([f"**{TRIAL}**", ""] if about["trial"] else []),
         "Edit success (Eq. 1, free decoding; of passages, ten tokens that were sampled, the share of tokens that are "
-        "the first choice) / drawdown; in brackets locality at near prompts; *in italics the paper's figures*. "
-        f"Means over {about['seeds']} seeds, each with its own training and its own {about['requests']} test "
-        f"requests ({about['many']} of several edits at once), ± half a 95 % interval of the seeds' means (Student's "
-        f"t). {about['machine']}.",
+        "the first choice) / drawdown (of passages, what is added to the perplexity of other text); in brackets "
+        "locality at near prompts; *in italics the paper's figures*. "
+        f"Means over {about['seeds']} seeds, each with its own training and its own {about['requests']} test requests, "
+        f"or all that there are ({about['many']} of several edits at once), ± half a 95 % interval of the seeds' means "
+        f"(Student's t). Of findings, differences below {SLACK} count as none. {about['machine']}.",
     ]
     for own in filled:
         lines += ["", f"## {own.table.heading}: {own.table.title}", ""]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from remend.reproduction.cells import Cell
+from remend.reproduction.cells import METHODS, Cell
 from remend.reproduction.workshop import Workshop
 
 STUDENT = (
@@ -76,6 +76,12 @@ class Results:
         """What is there of each seed."""
         cells = [Cell(world, method, edits, seed) for seed in range(self.workshop.scale.seeds)]
         return [found for cell in cells if (found := self.workshop.found(cell)) is not None]
+
+    def text(self, world: str) -> str:
+        """What perplexity other text has without an edit, where it is measured, in words that follow a name."""
+        cells = [self.workshop.found(Cell(world, name, 1, 0)) for name in METHODS]
+        found = next((own["perplexity"] for own in cells if own is not None and own.get("perplexity")), None)
+        return "" if found is None else f", perplexity {found:.0f}"
 
     def success(self, world: str, method: str, edits: int = 1) -> float:
         """Mean edit success, as the world counts it; NaN where nothing was measured."""

@@ -318,6 +318,7 @@ CACHE = Table(
             lambda r: _all(_at_least(r.success(PASSAGES, "mend-paper") / 2, r.success(PASSAGES, "cache"), 0)),
         ),
     ),
+    "Success at the price of a large drawdown is that of a cache which other text hits too.",
 )
 
 TABLES = {"3": EDITORS, "5": TOGETHER, "6": ABLATIONS, "9": ATTENTION, "11": CACHE}
