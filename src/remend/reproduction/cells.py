@@ -122,7 +122,7 @@ class Scale:
         requests: test requests of each, of single edits.
         steps: of every training, at most.
         train: requests of every training, at most; a tenth as many for validation.
-        many: test requests of each, of several edits at once; a multiple of the largest number at once.
+        many: test requests of each, of several edits at once: or one batch of them, if that is more.
         text_tokens: on which perplexity is measured.
         memory: widths of the models whose training memory is measured.
     """
@@ -170,6 +170,6 @@ def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 FULL = Scale()
-QUICK = Scale(seeds=1, requests=12, steps=40, train=320, many=125, text_tokens=64, memory=(64, 128))
+QUICK = Scale(seeds=1, requests=12, steps=40, train=320, many=25, text_tokens=64, memory=(64, 128))
 
 Progress = Callable[[str], None]

@@ -134,8 +134,8 @@ def markdown(filled: Sequence[Filled], memory: Sequence[Mapping[str, Any]], abou
         "the first choice) / drawdown (of passages, what is added to the perplexity of other text); in brackets "
         "locality at near prompts; *in italics the paper's figures*. "
         f"Means over {about['seeds']} seeds, each with its own training and its own {about['requests']} test requests, "
-        f"or all that there are ({about['many']} of several edits at once), ± half a 95 % interval of the seeds' means "
-        f"(Student's t). Of findings, differences below {SLACK} count as none. {about['machine']}.",
+        f"or all that there are ({about['many']} or one batch of several edits at once), ± half a 95 % interval of the "
+        f"seeds' means (Student's t). Of findings, differences below {SLACK} count as none. {about['machine']}.",
     ]
     for own in filled:
         lines += ["", f"## {own.table.heading}: {own.table.title}", ""]

@@ -133,7 +133,7 @@ class Workshop:
         editor = self.editor(cell)
         ready = time.perf_counter()
         self.on_progress(f"{cell.id}: edits")
-        wanted = self.scale.requests if cell.edits == 1 else self.scale.many
+        wanted = self.scale.requests if cell.edits == 1 else max(self.scale.many, cell.edits)
         every = home.requests("test")
         requests = random.Random(f"{cell.world} {cell.seed}").sample(every, min(wanted, len(every)))
         batched: dict[str, Any] = {} if cell.edits == 1 else {"protocol": "batched", "edits": [cell.edits]}
