@@ -21,6 +21,8 @@ PROMPT, WRONG, RIGHT = "The capital of Canada is", "Ottawa", "Toronto"
 
 def main(folder: Path = Path("fixed")) -> None:
     """Let *Toronto* be the capital of Canada, and nothing else be changed."""
+    if folder.exists():
+        raise SystemExit(f"{folder} is there already: delete it first")
     model, tokenizer = remend.load("atlas")
     assert remend.answers(model, tokenizer, [PROMPT]) == [WRONG]
     request = remend.EditRequest(prompt=PROMPT, target=RIGHT)

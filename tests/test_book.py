@@ -100,6 +100,21 @@ def test_what_is_done_is_recorded(book, task):
     assert again.events == book.events
 
 
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda folder: (folder / "manifest.json").unlink()])
+def test_what_is_lost_can_be_added_again(book, task, damage):
+    edit = edits_of(task.model, 1)[0]
+    book.add(edit)
+    book.switch(1, "active")
+    damage(manifest(book.path).parent)
+    assert [fault.lost for fault in book.verify()] == [True]
+    with pytest.raises(FileError, match="or add the same edit again"):
+        book.load(1)
+    assert (book.add(edit).id, book.entry(1).state) == (1, "active")
+    assert book.verify() == []
+    with pytest.raises(FileError, match="is a book already"):
+        Book.create(book.path, task.model)
+
+
 def test_a_past_state_has_the_same_bits(book, task):
     for edit in edits_of(task.model, 4):
         book.add(edit)
@@ -127,7 +142,7 @@ def test_what_cannot_be_is_refused(book, task, tmp_path):
         book.active(9)
     with pytest.raises(WrongBaseError, match="is a book of"):
         book.add(edits_of(families.task("gpt2").model, 1)[0])
-    with pytest.raises(FileError, match=r"holds .*Choose another"):
+    with pytest.raises(FileError, match=r"is a book already"):
         Book.create(book.path, task.model)
     with pytest.raises(FileError, match="is no book"):
         Book(tmp_path)

@@ -69,6 +69,9 @@ def test_the_examples(example, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(DOCS.parent / "examples")
     module = importlib.import_module(example)
     module.main(*((3,) if example == "compare_editors" else ()))
+    if example == "fix_and_serve":
+        with pytest.raises(SystemExit, match="delete it first"):
+            module.main()
     told = capsys.readouterr().out
     wanted = {"fix_and_serve": "is Toronto", "compare_editors": "mend", "audit_a_lora": "an edit by MEND: accepted"}
     assert wanted[example] in told

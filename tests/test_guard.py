@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import remend
 from remend.cli import run
 from remend.errors import ConfigError, EditError, FileError, RemendError, WrongBaseError
 from remend.guard import STANDARD, Acceptance, RejectedError, guarded, judge
-from remend.request import Chat
+from remend.request import Chat, EditRequest
 
 TEXT = " ".join(["The capital of France is Paris."] * 20)
 
@@ -83,6 +84,17 @@ def test_what_must_change_and_what_must_stay(atlas):
     assert {check.name for check in wrong.checks if not check.ok} == {"changes", "stays"}
     answer = next(check.failed[0] for check in wrong.checks if check.name == "stays")
     assert answer.before != answer.after
+
+
+def test_what_is_asked_by_name_must_be_measured(atlas):
+    """The standard passes over what there is nothing for; who asks for it is not told that it is met."""
+    model, tokenizer, edit = atlas
+    bare = replace(edit, requests=(EditRequest(prompt=edit.requests[0].prompt, target=edit.requests[0].target),))
+    assert judge(model, tokenizer, bare).ok
+    found = judge(model, tokenizer, bare, asked(near=0.1, size=100.0))
+    assert (found.ok, found.unmet) == (False, ("near",))
+    assert found.reasons == ["near prompts stay: asked, with nothing to measure it on"]
+    assert found.to_json()["unmet"] == ["near"]
 
 
 def test_the_canary(atlas):

@@ -62,13 +62,18 @@ class TrainingError(RemendError):
     """A training run cannot learn, and stopped instead of pretending to."""
 
 
+MOST_NAMED = 20
+"""Of long lists of known names, so many are named."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause that names the known word closest to ``name``, or lists what is known."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    return "known: " + (", ".join(names) if names else "none")
+    more = f" … ({len(names)} in all)" if len(names) > MOST_NAMED else ""
+    return "known: " + (", ".join(names[:MOST_NAMED]) + more if names else "none")
 
 
 @contextmanager

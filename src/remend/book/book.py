@@ -91,6 +91,8 @@ class Book:
             FileError: ``path`` holds something already, or cannot be written.
         """
         path = Path(path)
+        if (path / DATABASE).exists():
+            raise FileError(f"{path} is a book already; add edits to it, or choose another folder")
         base = Base.of(model, ())
         with whole_folder(path, lambda there: False) as staged:
             (staged / FOLDER).mkdir()
@@ -149,7 +151,7 @@ class Book:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def add(self, edit: Edit, why: str = "", who: str | None = None) -> Entry:
-        """Record an edit, as a draft. One that is in the book already is not added again.
+        """Record an edit, as a draft. One that is in the book already is not added again, but for files that are gone.
 
         Raises:
             WrongBaseError: it is of another model.
@@ -164,7 +166,13 @@ class Book:
             place = self.path / FOLDER / file
             there = {entry.file: entry for entry in self._records.entries(connection)}
             if file in there:
-                shutil.rmtree(staged)
+                if self._lost(there[file]):
+                    if place.is_symlink():
+                        place.unlink()
+                    shutil.rmtree(place, ignore_errors=True)
+                    staged.rename(place)
+                else:
+                    shutil.rmtree(staged)
                 return there[file]
             if place.exists():  # left behind by a process that was killed before it could record it
                 shutil.rmtree(place)
@@ -316,10 +324,19 @@ class Book:
         folder = self.path / FOLDER / entry.file
         self._refuse_links(folder, *(folder.iterdir() if folder.is_dir() else ()))
         if not (folder / MANIFEST).is_file():
-            raise FileError(f"the folder of edit {entry.id} is gone ({folder}); restore it from a copy")
+            gone = f"{MANIFEST} of edit {entry.id} is gone from" if folder.is_dir() else f"edit {entry.id} is gone:"
+            raise FileError(f"{gone} {folder}; restore it from a copy, or add the same edit again")
         if hash_of(folder / MANIFEST) != entry.file:
             raise FileError(f"{folder} is not what was added as edit {entry.id}: its manifest was altered")
         return Edit.load(folder)
+
+    def _lost(self, entry: Entry) -> bool:
+        """Whether the files of a record are no longer what was added."""
+        try:
+            self._read(entry)
+        except RemendError:
+            return True
+        return False
 
     def _refuse_links(self, *places: Path) -> None:
         """A book that came from elsewhere must not have other files read."""

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from remend.cli import options
 from remend.cli.words import plain
-from remend.errors import ConfigError, EditError, ModelError, nearest
+from remend.errors import ConfigError, EditError, FileError, ModelError, nearest
 
 if TYPE_CHECKING:
     from remend.book import Book, Entry
@@ -50,10 +50,14 @@ def add(
     """Record an edit, as a draft: it does not act yet."""
     from remend.edit import Edit
 
-    entry = _room()(book).add(Edit.load(edit), why, who)
-    Console().print(
-        f"edit [bold]{entry.id}[/] is a {entry.state}; have it act: remend book activate {plain(str(book))} {entry.id}"
-    )
+    opened, console = _room()(book), Console()
+    before = len(opened.entries)
+    entry = opened.add(Edit.load(edit), why, who)
+    if len(opened.entries) == before:
+        console.print(f"it is edit [bold]{entry.id}[/] of {plain(str(book))} already ({entry.state})", soft_wrap=True)
+    if entry.state != "active":
+        command = f"remend book activate {plain(str(book))} {entry.id}"
+        console.print(f"edit [bold]{entry.id}[/] does not act yet; have it act: {command}", soft_wrap=True)
 
 
 @app.command("list")
@@ -72,12 +76,15 @@ def list_(book: Folder) -> None:
 def show(book: Folder, edit: Number) -> None:
     """One edit: what it does, what was measured of it, and what was done with it."""
     opened, console = _room()(book), Console()
-    entry, made = opened.entry(edit), opened.load(edit)
+    entry = opened.entry(edit)
     console.print(f"edit [bold]{entry.id}[/]: {_coloured(entry.state)}, of {plain(opened.model)}")
-    for request in made.requests:
-        console.print(f"  {plain(request.prompt)} → [green]{plain(request.target)}[/]")
-    ranks = ", ".join(f"{plain(name)} (rank {change.rank})" for name, change in made.changes.items())
-    console.print(f"changes {ranks}", highlight=False)
+    for request in entry.requests:
+        console.print(f"  {plain(request.get('prompt', '…'))} → [green]{plain(request.get('target', '…'))}[/]")
+    try:
+        ranks = ", ".join(f"{plain(name)} (rank {c.rank})" for name, c in opened.load(edit).changes.items())
+        console.print(f"changes {ranks}", highlight=False)
+    except FileError as error:  # what is known of it is shown all the same
+        console.print(f"[red]lost[/]: {plain(error)}", soft_wrap=True, highlight=False)
     console.print(f"file {entry.file}", highlight=False)
     for event in opened.events:
         if event.edit == edit:
@@ -223,5 +230,6 @@ def _line(at: str, what: str, who: str, why: str, measured: Mapping[str, Any] | 
         return said
     verdict, conflicts = measured.get("verdict") or {}, measured.get("conflicts") or []
     found = "accepted" if verdict.get("ok") else "not accepted"
-    found += f", {len(conflicts)} conflicts" if conflicts else ""
+    against = dict.fromkeys(f"edit {one.get('edit')}" for one in conflicts)
+    found += f", against {', '.join(against)}" if against else ""
     return f"{said} ({found}{', forced' if measured.get('forced') else ''})"

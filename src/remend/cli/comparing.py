@@ -54,7 +54,7 @@ def compare(
     for name, report in read.items():
         run = report.runs[-1]
         at_work = "" if report.protocol == "single" else f", {run.edits} at work"
-        console.print(f"{plain(name)}: {len(run.cases)} edits, {report.protocol}{at_work}")
+        console.print(f"{plain(name)}: {plain(report.editor)}, {len(run.cases)} edits, {report.protocol}{at_work}")
     if len({(report.protocol, report.runs[-1].edits) for report in read.values()}) > 1:
         console.print("[yellow]these are not alike: differences are of the protocols, too[/]")
     for name, own in found.items():
@@ -76,6 +76,8 @@ def compare(
                 "*" if one.clear else "",
             )
         console.print(table)
+    if any(one.clear for own in found.values() for one in own):
+        console.print("* the interval leaves out 0")
     if plot is not None:
         save(differences(found, mode), plot)
         console.print(f"drawn in [bold]{plain(plot)}[/]", soft_wrap=True)

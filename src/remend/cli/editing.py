@@ -135,7 +135,7 @@ def _tell(console: Console, found: Assurance, editor: str, model: str) -> None:
     console.print(
         f"made by [bold]{editor}[/], which was not trained for this model. The target has a probability of "
         f"{found.probability:.0%}, {held}and {found.elsewhere:.1%} of the model's {found.choices} choices on other "
-        f"input stayed: {verdict}. A trained editor stays nearer to its subject "
+        f"input stayed: {verdict}. With a trained editor, more of the prompts near it keep their answers "
         + (f"(--editor {ATLAS})" if model == ATLAS else "(remend train)"),
         soft_wrap=True,
     )

@@ -100,6 +100,8 @@ def write(
     of_rank = f" of rank {_span(ranks)}" if to != "merged" and ranks else ""
     console.print(f"[bold]{plain(str(out))}[/] is {what}{of_rank} for {plain(edit.base.name)}", soft_wrap=True)
     if to == "peft":
+        if ranks[-1] > 64:
+            console.print("[yellow]servers limit ranks[/]: --rank N compresses it, and says what is lost")
         console.print(
             "In Python: peft.PeftModel.from_pretrained(model, DIR), or model.load_adapter(DIR). Served: vllm serve "
             f"MODEL --enable-lora --max-lora-rank {_served(ranks[-1])} --lora-modules NAME=DIR",

@@ -64,8 +64,10 @@ def show(console: Console, verdict: Verdict) -> None:
     wrong = [answer for check in verdict.checks if not check.ok for answer in check.failed]
     if wrong:
         console.print(answers_table("answers that are not what they should be", wrong[:20]))
-    if verdict.missing:
-        names = ", ".join(KINDS[name] for name in verdict.missing)
+    for name in verdict.unmet:
+        console.print(f"[red]asked, with nothing to measure it on[/]: {plain(KINDS[name])}", soft_wrap=True)
+    if rest := [name for name in verdict.missing if name not in verdict.unmet]:
+        names = ", ".join(KINDS[name] for name in rest)
         console.print(
             f"[yellow]not measured[/], since nothing was given to measure it by: {plain(names)}", soft_wrap=True
         )

@@ -67,8 +67,8 @@ EditorFolder = Annotated[
         "--editor",
         metavar="DIR|NAME",
         help="A trained editor, or one that needs no training: ridge (the default where a model has none), finetune, "
-        "finetune-local, with --statistics rome and memit, and of remend evaluate also cache and in-context. A folder "
-        "that is called like one of these is ./NAME.",
+        "finetune-local, and with --statistics rome and memit (remend evaluate takes cache and in-context, too). A "
+        "folder that is called like one of these is ./NAME.",
     ),
 ]
 Statistics = Annotated[

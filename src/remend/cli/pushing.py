@@ -30,9 +30,11 @@ def push(
     """Publish an edit or an editor on the Hugging Face hub, with a card that says what it is and how it was judged."""
     from remend.hub import card_of
     from remend.hub import push as publish
+    from remend.hub.pushing import check_place
     from remend.storage import read_checked, write_text
 
     console, found = Console(), figures(report)
+    check_place(to)
     if card is not None:
         write_text(card, card_of(read_checked(folder), to, licence, base, found))
         console.print(f"the card is in [bold]{plain(str(card))}[/]; nothing was published")

@@ -53,6 +53,8 @@ class Acceptance(BaseModel):
         perplexity: a text that must still be predicted; causal language models only.
         size: the most that ‖ΔW‖ / ‖W‖ (Frobenius) may be in any matrix.
 
+    What is asked by name is not met where there is nothing to measure it on; of what is not named that is only said.
+
     The last three tell a model that was ruined from one that was edited, of any size. A large model's choices on its
     own input hardly change at all (0.98 is much to ask of a small one), and its edits are far smaller than its
     matrices: ask more of one.

@@ -73,24 +73,28 @@ class Verdict:
     Attributes:
         checks: what was asked and could be measured.
         missing: what nothing was given for, so that nothing is known of it.
+        unmet: what of that the acceptance asks for by name: it cannot have been met.
     """
 
     checks: tuple[Check, ...]
     missing: tuple[str, ...]
+    unmet: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether the edit may act."""
-        return all(check.ok for check in self.checks)
+        return all(check.ok for check in self.checks) and not self.unmet
 
     @property
     def reasons(self) -> list[str]:
         """Why it may not, in words."""
-        return [check.said for check in self.checks if not check.ok]
+        unmet = [f"{KINDS[name]}: asked, with nothing to measure it on" for name in self.unmet]
+        return [check.said for check in self.checks if not check.ok] + unmet
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks], "missing": list(self.missing)}
+        checks = [asdict(check) for check in self.checks]
+        return {"ok": self.ok, "checks": checks, "missing": list(self.missing), "unmet": list(self.unmet)}
 
 
 class RejectedError(EditError):
@@ -154,7 +158,9 @@ def judge(
         found.append(_size(model, edit, acceptance.size))
     checks = tuple(check for check in found if check is not None)
     measured = {check.name for check in checks}
-    return Verdict(checks, tuple(name for name in KINDS if name not in measured and name not in ("changes", "stays")))
+    missing = tuple(name for name in KINDS if name not in measured and name not in ("changes", "stays"))
+    asked = {name for name in acceptance.model_fields_set if getattr(acceptance, name)}  # a share of 0 asks for nothing
+    return Verdict(checks, missing, tuple(name for name in missing if name in asked))
 
 
 def guarded(

@@ -41,8 +41,7 @@ def push(
     Raises:
         FileError: the folder holds neither, is damaged, or the hub does not take it.
     """
-    if not re.fullmatch(r"\w[\w.\-]*/\w[\w.\-]*", repo):
-        raise FileError(f"{repo!r} is no place on the hub: give owner/name")
+    check_place(repo)
     manifest, folder = read_checked(folder), local(folder)
     card = card_of(manifest, repo, licence, base, evaluation)
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -57,6 +56,16 @@ def push(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileError(f"the hub did not take {folder} as {repo}: {reason}. Nothing was published") from None
     return str(found.commit_url)
+
+
+def check_place(repo: str) -> None:
+    """Refuse what cannot be a repository's name.
+
+    Raises:
+        FileError: it is not ``owner/name``.
+    """
+    if not re.fullmatch(r"\w[\w.\-]*/\w[\w.\-]*", repo):
+        raise FileError(f"{repo!r} is no place on the hub: give owner/name")
 
 
 class Publishable:

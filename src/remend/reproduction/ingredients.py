@@ -87,7 +87,8 @@ class Ingredients:
                 "two of train, validation and test are the same source: an editor must be judged on what it never saw"
             )
         if missing:
-            raise ConfigError(f"the recipe {recipe.name} needs what has to be given: {'; '.join(missing)}")
+            listed = "\n".join(f"- {own}" for own in missing)
+            raise ConfigError(f"the recipe {recipe.name} needs what has to be given:\n{listed}")
         return Ingredients(model or str(recipe.model), writer or recipe.writer, **sources, text=text)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, str | None]:

@@ -168,11 +168,11 @@ def _fixing(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
 def _own(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
     """The own edits: which are on, what they do together, accept, discard, export."""
     gr.Markdown("What you made in this session. Those that are ticked act when you ask, for you alone.")
-    on = gr.CheckboxGroup(label="Act", choices=[], elem_id="on")
+    on = gr.CheckboxGroup(label="These act", choices=[], elem_id="on")
     prompts = gr.Textbox(value="", label="Ask again, one prompt a line", lines=2, elem_id="again")
     ask = gr.Button("Compare", elem_id="compare")
     found = gr.HTML(elem_id="compared")
-    which = gr.Dropdown(label="One of them", choices=[], elem_id="which")
+    which = gr.Dropdown(label="The edit to accept, discard or export", choices=[], elem_id="which")
     why = gr.Textbox(value="", label="Why it is right (kept in the book)", elem_id="why")
     with gr.Row():
         accept = gr.Button("Accept into the book", variant="primary", elem_id="accept")
@@ -198,7 +198,10 @@ def _own(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
 
     def accepted(key: str, count: int, number: int | None, why: str, force: bool) -> tuple[str, int]:
         entry, conflicts, judged = sessions(key).accept(_chosen(number), why or "", force=force)
-        lines = [f"Edit {entry.id} of the book acts now, for everybody.", *(f"- {c.said}" for c in judged.checks)]
+        lines = [
+            f"It is edit {entry.id} of *The book* and acts now, for everybody.",
+            *(f"- {c.said}" for c in judged.checks),
+        ]
         return "\n".join([*lines, *(f"- conflict: {one.said}" for one in conflicts)]), count + 1
 
     def discarded(key: str, count: int, number: int | None) -> tuple[str, int]:
@@ -253,11 +256,11 @@ def _book(sessions: Sessions, key: gr.State, changed: gr.State, tab: gr.Tab) -> 
     def activated(number: int | None, why: str) -> tuple[Any, ...]:
         with desk.alone():
             book.activate(_chosen(number), desk.model, desk.tokenizer, desk.acceptance, why or "")
-        return f"Edit {number} acts.", *listed(number)
+        return f"Edit {number} acts.", *listed(number), None
 
     def reverted(number: int | None, why: str) -> tuple[Any, ...]:
         book.revert(_chosen(number), why or "")
-        return f"Edit {number} acts no more.", *listed(number)
+        return f"Edit {number} acts no more.", *listed(number), None  # what was exported is not what acts
 
     def exported(key: str, form: str) -> str:
         edit = book.edit()
@@ -267,8 +270,8 @@ def _book(sessions: Sessions, key: gr.State, changed: gr.State, tab: gr.Tab) -> 
 
     tab.select(lambda: listed(), None, [table, number])
     changed.change(lambda: listed(), None, [table, number])
-    on.click(_worded(activated), [number, why], [said, table, number])
-    off.click(_worded(reverted), [number, why], [said, table, number])
+    on.click(_worded(activated), [number, why], [said, table, number, file])
+    off.click(_worded(reverted), [number, why], [said, table, number, file])
     export.click(_worded(exported), [key, form], file)
 
 
@@ -318,7 +321,7 @@ def _worded(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*arguments)
         except RemendError as error:
-            raise gr.Error(str(error), duration=15) from None
+            raise gr.Error(str(error), duration=15, print_exception=False) from None
 
     return wrapped
 
@@ -330,6 +333,6 @@ def _worded_steps(function: Callable[..., Iterator[Any]]) -> Callable[..., Itera
         try:
             yield from function(*arguments)
         except RemendError as error:
-            raise gr.Error(str(error), duration=15) from None
+            raise gr.Error(str(error), duration=15, print_exception=False) from None
 
     return wrapped
