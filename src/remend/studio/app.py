@@ -228,7 +228,7 @@ def _book(sessions: Sessions, key: gr.State, changed: gr.State, tab: gr.Tab) -> 
         return
     book = desk.book
     table = gr.Dataframe(
-        headers=["edit", "state", "what", "who", "why", "added"], interactive=False, elem_id="book", wrap=True
+        headers=["#", "state", "what", "who", "why", "added"], interactive=False, elem_id="book", wrap=True
     )
     number = gr.Dropdown(label="Edit", choices=[], elem_id="number")
     why = gr.Textbox(value="", label="Why", elem_id="book-why")
