@@ -164,19 +164,17 @@ class Book:
             staged = edit.save(self.path / FOLDER / STAGED)
             file = hash_of(staged / MANIFEST)
             place = self.path / FOLDER / file
-            there = {entry.file: entry for entry in self._records.entries(connection)}
-            if file in there:
-                if self._lost(there[file]):
-                    if place.is_symlink():
-                        place.unlink()
-                    shutil.rmtree(place, ignore_errors=True)
-                    staged.rename(place)
-                else:
-                    shutil.rmtree(staged)
-                return there[file]
-            if place.exists():  # left behind by a process that was killed before it could record it
-                shutil.rmtree(place)
+            known = {entry.file: entry for entry in self._records.entries(connection)}.get(file)
+            if known is not None and not self._lost(known):
+                shutil.rmtree(staged)
+                return known
+            # What stands there was altered, or left by a process that was killed before it could record it.
+            if place.is_symlink():
+                place.unlink()
+            shutil.rmtree(place, ignore_errors=True)
             staged.rename(place)
+            if known is not None:
+                return known
             requests = [request.to_json() for request in edit.requests]
             number = self._records.add(connection, file=file, added=added, who=name, why=why, requests=requests)
             self._records.note(connection, None, edit=number, what=ADDED, at=added, who=name, why=why, measured=None)

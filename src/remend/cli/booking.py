@@ -51,9 +51,9 @@ def add(
     from remend.edit import Edit
 
     opened, console = _room()(book), Console()
-    before = len(opened.entries)
+    before = {entry.id for entry in opened.entries}
     entry = opened.add(Edit.load(edit), why, who)
-    if len(opened.entries) == before:
+    if entry.id in before:
         console.print(f"it is edit [bold]{entry.id}[/] of {plain(str(book))} already ({entry.state})", soft_wrap=True)
     if entry.state != "active":
         command = f"remend book activate {plain(str(book))} {entry.id}"

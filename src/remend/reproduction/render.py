@@ -55,12 +55,7 @@ def fill(table: Table, results: Results, command: str) -> Filled:
     worlds = results.workshop.worlds
     columns = table.columns_in(worlds)
     several = any(edits > 1 for _, edits in columns)
-    head = tuple(
-        f"{world}, {edits}"
-        if several
-        else f"{world} ({worlds[world].paper or worlds[world].what}{results.text(world)})"
-        for world, edits in columns
-    )
+    head = tuple(f"{world}, {edits}" if several else _headed(results, world) for world, edits in columns)
     rows = tuple(
         Row(METHODS[method].title, method, tuple(_cell(table, results, method, w, n) for w, n in columns))
         for method in table.methods
@@ -71,6 +66,12 @@ def fill(table: Table, results: Results, command: str) -> Filled:
         for world, edits in columns:
             failures |= results.failures(world, method, edits)
     return Filled(table, head, rows, findings, failures, draw_together(table, results), command)
+
+
+def _headed(results: Results, world: str) -> str:
+    """A world's name, with what it stands for and the perplexity that its drawdown adds to."""
+    own, perplexity = results.workshop.worlds[world], results.perplexity(world)
+    return f"{world} ({own.paper or own.what}{'' if perplexity is None else f', perplexity {perplexity:.0f}'})"
 
 
 def _cell(table: Table, results: Results, method: str, world: str, edits: int) -> tuple[str, str, str]:

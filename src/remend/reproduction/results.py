@@ -77,11 +77,10 @@ class Results:
         cells = [Cell(world, method, edits, seed) for seed in range(self.workshop.scale.seeds)]
         return [found for cell in cells if (found := self.workshop.found(cell)) is not None]
 
-    def text(self, world: str) -> str:
-        """What perplexity other text has without an edit, where it is measured, in words that follow a name."""
+    def perplexity(self, world: str) -> float | None:
+        """What perplexity other text has without an edit, where that was measured."""
         cells = [self.workshop.found(Cell(world, name, 1, 0)) for name in METHODS]
-        found = next((own["perplexity"] for own in cells if own is not None and own.get("perplexity")), None)
-        return "" if found is None else f", perplexity {found:.0f}"
+        return next((own["perplexity"] for own in cells if own is not None and own.get("perplexity")), None)
 
     def success(self, world: str, method: str, edits: int = 1) -> float:
         """Mean edit success, as the world counts it; NaN where nothing was measured."""

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from remend.errors import RemendError, RequestError
 from remend.request import EditRequest, Probe
 from remend.studio import pictures
-from remend.studio.desk import Desk, Session, StoppedError
+from remend.studio.desk import Desk, Made, Session, StoppedError
 from remend.studio.suggestions import suggest
 
 FORMS = {"an edit of remend": "native", "a LoRA adapter (PEFT)": "peft", "a merged model": "merged"}
@@ -145,15 +145,8 @@ def _fixing(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
                 return
             finally:
                 session.stop()  # whoever has closed the page does not wait for it
-        took = "The model takes it." if made.answers[0].ok else "**The model does not take it.**"
-        if not made.answers[0].ok and (against := session.against(request)):
-            took += f" What acts already says otherwise: {', '.join(against)}. Switch it off, then ask again."
-        kept = [answer for answer in made.answers if answer.kind in ("near", "far")]
-        lost = [answer for answer in kept if not answer.ok]
-        others = f" {len(lost)} of {len(kept)} prompts that must stay do not." if lost else ""
-        line = f"{took}{others} Edit {made.number}, made in {made.seconds:.2f} s: see *My edits*."
         yield (
-            line, pictures.answers(made.answers), pictures.matrices(made.edit),
+            _outcome(session, made), pictures.answers(made.answers), pictures.matrices(made.edit),
             pictures.tokens(session.reactions(made.edit, request.prompt)), count + 1,
         )  # fmt: skip
 
@@ -276,6 +269,17 @@ def _book(sessions: Sessions, key: gr.State, changed: gr.State, tab: gr.Tab) -> 
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _outcome(session: Session, made: Made) -> str:
+    """What an edit does, in a line or two."""
+    took = "The model takes it." if made.answers[0].ok else "**The model does not take it.**"
+    if not made.answers[0].ok and (against := session.against(made.edit.requests[0])):
+        took += f" What acts already says otherwise: {', '.join(against)}. Switch it off, then ask again."
+    kept = [answer for answer in made.answers if answer.kind in ("near", "far")]
+    lost = [answer for answer in kept if not answer.ok]
+    others = f" {len(lost)} of {len(kept)} prompts that must stay do not." if lost else ""
+    return f"{took}{others} Edit {made.number}, made in {made.seconds:.2f} s: see *My edits*."
 
 
 def _request(
