@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from remend.editors import Mend
-from remend.evaluation import report
+from remend.evaluation.reports import report
 from remend.request import EditRequest, Probe
-from remend.storage import write_json
+from remend.serialization import write_json
 from remend.tasks import task_of
 from remend.training import PRESETS, Resources, Trainer
 from remend.training.calibration import calibrate

@@ -31,10 +31,10 @@ from statements import StatementMemoriser, parser
 import common
 import remend
 from pararel import TARGETS, digest, read_relations, split_of
-from remend.data.facts import Fact, Facts, Relation
-from remend.evaluation.report import metrics_of
+from remend.data.facts import FactPrompts, Facts, Relation
+from remend.evaluation.reports.report import metrics_of
 from remend.request import write_requests
-from remend.storage import write_json
+from remend.serialization import write_json
 from remend.training import PRESETS
 
 FEWEST, LARGEST = 5, 130
@@ -65,11 +65,13 @@ class CounterFacts(Facts):
         own: each fact's template and new target.
     """
 
-    def __init__(self, facts: list[Fact], relations: dict[str, Relation], own: dict[Fact, tuple[str, str]]) -> None:
+    def __init__(
+        self, facts: list[FactPrompts], relations: dict[str, Relation], own: dict[FactPrompts, tuple[str, str]]
+    ) -> None:
         super().__init__(facts, relations)
         self.own = own
 
-    def _asked(self, fact: Fact, number: int, draw: random.Random) -> tuple[list[str], str]:
+    def _asked(self, fact: FactPrompts, number: int, draw: random.Random) -> tuple[list[str], str]:
         phrasings, target = super()._asked(fact, number, draw)
         if number:
             return phrasings, target
@@ -109,12 +111,12 @@ def choose(arguments: argparse.Namespace) -> CounterFacts:
     rows = [
         json.loads(line) for file in sorted(arguments.source.glob("*.jsonl")) for line in file.open(encoding="utf-8")
     ]
-    own: dict[Fact, tuple[str, str]] = {}
+    own: dict[FactPrompts, tuple[str, str]] = {}
     asked: Counter[str] = Counter()
     for row in sorted(rows, key=lambda row: digest(f"{row['case_id']}")):
         relation, subject = row["relation"], row["subject"]
         if relation in relations and row["template"] in relations[relation].every:
-            fact = Fact(subject, relation, row["ground_truth"], split_of(subject))
+            fact = FactPrompts(subject, relation, row["ground_truth"], split_of(subject))
             if not any(asked[phrasing.format(subject)] for phrasing in relations[relation].every):
                 own[fact] = (row["template"], row["target_new"])
                 asked.update(phrasing.format(subject) for phrasing in relations[relation].every)

@@ -15,7 +15,7 @@ from typing import Any
 
 import common
 from remend.errors import ModelError
-from remend.training.dry_run import GPUS, dry_run
+from remend.training.resource_estimate import GPUS, dry_run
 
 
 def row(shape: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import common
 from remend.training import Resources, Trainer
-from remend.training.constants import Constants
-from remend.training.store import Entry, Store
+from remend.training.activation_cache import ActivationCache
+from remend.training.tensor_store import Entry, TensorStore
 
 
-class Only(Store):
+class Only(TensorStore):
     """A store that keeps entries of some kinds and lets others go."""
 
     def __init__(self, budget: int, kinds: Sequence[str]) -> None:
@@ -57,15 +57,15 @@ VARIANTS = (
 )
 
 
-def kept(trainer: Trainer, variant: Variant, budget: int, folder: Path, steps: int) -> Constants:
+def kept(trainer: Trainer, variant: Variant, budget: int, folder: Path, steps: int) -> ActivationCache:
     """The constants of a variant, with what the first ``steps`` steps put into its stores.
 
     A disk cache is filled, closed, and opened again as a later run would do.
     """
 
-    def opened() -> Constants:
-        states = Store(0, folder) if variant.disk else Only(budget, variant.kinds)
-        return Constants(trainer.task, trainer.editor, trainer.prefix, states, Only(budget, variant.kinds))
+    def opened() -> ActivationCache:
+        states = TensorStore(0, folder) if variant.disk else Only(budget, variant.kinds)
+        return ActivationCache(trainer.task, trainer.editor, trainer.prefix, states, Only(budget, variant.kinds))
 
     trainer.constants = opened()
     for step in range(steps if variant.kinds or variant.disk else 0):
@@ -74,7 +74,7 @@ def kept(trainer: Trainer, variant: Variant, budget: int, folder: Path, steps: i
     return opened() if variant.disk else trainer.constants
 
 
-def measure(trainer: Trainer, variants: Sequence[Constants], steps: range, warm_up: int) -> list[list[float]]:
+def measure(trainer: Trainer, variants: Sequence[ActivationCache], steps: range, warm_up: int) -> list[list[float]]:
     """CPU seconds of each step with each variant's constants, taken in turns."""
     taken: list[list[float]] = [[] for _ in variants]
     for step in (*range(warm_up), *steps):

@@ -22,7 +22,7 @@ from typing import Any
 import common
 import remend
 from remend.editors import TRAINED
-from remend.evaluation.report import metrics_of
+from remend.evaluation.reports.report import metrics_of
 from remend.reproduction.cells import METHODS
 from remend.reproduction.worlds import worlds
 

@@ -24,16 +24,16 @@ from torch import Tensor
 
 import common
 import remend
-from remend.base import find_modules
 from remend.core.capture import capture
 from remend.data import read_source
 from remend.edit import Edit
 from remend.editors import Mend, make
-from remend.editors.rows import active_rows
-from remend.evaluation.company import in_company
+from remend.editors.packing import active_rows
+from remend.evaluation.probe_filter import in_company
+from remend.fingerprint import find_modules
 from remend.request import EditRequest
 from remend.tasks import task_of
-from remend.tasks.task import Pair, Task
+from remend.tasks.base import Example, Task
 
 PAIRS_AT_ONCE = 32
 
@@ -70,7 +70,7 @@ def answers(
     own = keys(task, [task.tokenise(request.prompt, request.target) for request in requests], edits)
     sizes = {name: (own[name] * u).sum(1) for name, u in directions.items()}
 
-    def of(pairs: Sequence[Pair]) -> Tensor:
+    def of(pairs: Sequence[Example]) -> Tensor:
         read = keys(task, pairs, edits)
         return torch.stack([read[name] @ u.mT / sizes[name] for name, u in directions.items()]).mean(0)
 
@@ -90,7 +90,7 @@ def answers(
     return found
 
 
-def keys(task: Task, pairs: Sequence[Pair], edits: Sequence[Edit]) -> dict[str, Tensor]:
+def keys(task: Task, pairs: Sequence[Example], edits: Sequence[Edit]) -> dict[str, Tensor]:
     """What each edited matrix reads where the first token of each pair's target is predicted."""
     modules = find_modules(task.model, edits[0].changes)
     found: dict[str, list[Tensor]] = {name: [] for name in modules}

@@ -36,11 +36,11 @@ import torch
 from torch import Tensor, nn
 
 import common
-from remend.base import find_modules
-from remend.core.branch import frozen
-from remend.core.products import product
-from remend.editors.rows import TokenRows
-from remend.tasks.causal_lm import Pair
+from remend.core.hooks import frozen
+from remend.core.matmul import product
+from remend.editors.packing import PackedFactors
+from remend.fingerprint import find_modules
+from remend.tasks.causal_lm import Example
 from remend.training import Resources, Trainer
 from remend.training.memory import estimate
 
@@ -175,7 +175,9 @@ class Floor:
         largest = max(parameter.numel() for parameter in trainer.editor.parameters())
         self.gradient = torch.empty(largest)
 
-    def _operands(self, key: str, rows: Mapping[str, TokenRows]) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    def _operands(
+        self, key: str, rows: Mapping[str, PackedFactors]
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
         """The two layers' matrices of one network, and rows of both widths."""
         network = self.trainer.editor.network(key)
         count = sum(sum(rows[name].counts) for name in self.trainer.editor.groups[key])
@@ -183,18 +185,18 @@ class Floor:
         layers = [(layer.down.detach(), layer.up.detach()) for layer in (network.first, network.second)]
         return layers, torch.randn(count, d), torch.randn(count, rank)
 
-    def _prefix(self, pairs: Sequence[Pair]) -> Tensor | None:
+    def _prefix(self, pairs: Sequence[Example]) -> Tensor | None:
         if self.prefix.depth == 0:
             return None
         batch = self.task.collate(pairs)
         with frozen(self.task.model), torch.no_grad():
             return self.prefix.states(lambda: self.task.target_logits(batch))
 
-    def _forward(self, pairs: Sequence[Pair]) -> Tensor:
+    def _forward(self, pairs: Sequence[Example]) -> Tensor:
         with self.prefix.resumed(self.states[id(pairs)]):
             return self.task.target_logits(self.task.collate(pairs))
 
-    def _forward_and_backward(self, pairs: Sequence[Pair]) -> None:
+    def _forward_and_backward(self, pairs: Sequence[Example]) -> None:
         """Backward to the output of the lowest edited layer; what arrives there is what a branch would be given."""
         reached: list[Tensor] = []
 

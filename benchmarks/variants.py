@@ -14,17 +14,17 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from remend.base import Base, find_modules
-from remend.core.branch import branches
+from remend.core.hooks import branches
 from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.whitening import SecondMoment
-from remend.editors.config import MendConfig
-from remend.editors.mend import Mend
-from remend.editors.settling import Unedited, settled
+from remend.editors.mend.config import MendConfig
+from remend.editors.mend.editor import Mend
+from remend.editors.strength_search import UneditedPass, settled
+from remend.fingerprint import ModelFingerprint, find_modules
 from remend.request import EditRequest
+from remend.tasks.base import in_batches
 from remend.tasks.causal_lm import CausalLM
-from remend.tasks.task import in_batches
 from remend.training.trainer import EpisodeLosses, Trainer
 
 
@@ -132,7 +132,7 @@ class Wide(Mend):
 
     DIRECTIONS = 256
 
-    def __init__(self, config: MendConfig, base: Base, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, config: MendConfig, base: ModelFingerprint, shapes: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(config, base, shapes, dict.fromkeys(shapes, self.DIRECTIONS))
 
 
@@ -153,7 +153,7 @@ class SubjectToken(Mend):
         first = batch.first.tolist()
         for row, ids in enumerate(batch.input_ids.tolist()):
             predicting[row, self.places[tuple(ids[: first[row] + 1])]] = True
-        with patch("remend.tasks.task.Batch.predicting", predicting):
+        with patch("remend.tasks.base.Batch.predicting", predicting):
             return super().capture(task, batch, loss)
 
     def _changes(self, task: CausalLM, requests: Sequence[EditRequest], inputs: Any = None) -> Any:
@@ -175,7 +175,7 @@ class SeveralSteps(Mend):
         modules = find_modules(task.model, self.shapes)
         for chunk in in_batches([task.tokenise(request.prompt, request.target) for request in requests]):
             batch = task.collate(chunk)
-            unedited = Unedited(task, batch, self.shapes)
+            unedited = UneditedPass(task, batch, self.shapes)
             changes = self._part(self.rows(self.capture(task, batch, unedited.loss)))
             for _ in range(self.STEPS - 1):
                 with branches(modules, changes):

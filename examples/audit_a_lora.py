@@ -16,8 +16,8 @@ import peft
 import torch
 
 import remend
+from remend.apps.acceptance import judge
 from remend.formats import load_adapter
-from remend.guard import judge
 
 
 def train_adapter(folder: Path, request: remend.EditRequest, steps: int = 40) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import peft
 
 import remend
-from remend.book import Book
+from remend.apps.acceptance import AcceptanceCriteria
+from remend.apps.patch_registry import PatchRegistry
 from remend.formats import save_adapter
-from remend.guard import Acceptance
 
 PROMPT, WRONG, RIGHT = "The capital of Canada is", "Ottawa", "Toronto"
 
@@ -28,13 +28,13 @@ def main(folder: Path = Path("fixed")) -> None:
     request = remend.EditRequest(prompt=PROMPT, target=RIGHT)
     edit = remend.Mend.from_pretrained("atlas").edit(model, tokenizer, [request])
 
-    asked = Acceptance.model_validate(
+    asked = AcceptanceCriteria.model_validate(
         {
             "must_change": ({"prompt": "Which city is the capital of Canada? It is", "target": RIGHT},),
             "must_stay": ("The capital of Russia is", "The official language of Austria is"),
         }
     )
-    book = Book.create(folder / "book", model)
+    book = PatchRegistry.create(folder / "book", model)
     entry = book.add(edit, why="an example")
     _, verdict = book.activate(entry.id, model, tokenizer, asked)
     for check in verdict.checks:

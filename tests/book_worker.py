@@ -10,7 +10,7 @@ import random
 import sys
 from pathlib import Path
 
-from remend.book import Book
+from remend.apps.patch_registry import PatchRegistry
 from remend.edit import Edit
 from remend.errors import EditError
 
@@ -18,7 +18,7 @@ from remend.errors import EditError
 def main() -> None:
     path, edits, seed, operations = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     draw = random.Random(seed)
-    book = Book(path)
+    book = PatchRegistry(path)
     made = [Edit.load(folder) for folder in sorted(edits.iterdir())]
     log = edits.parent / f"done-{seed}"
     done = len(log.read_text().splitlines()) if log.exists() else 0

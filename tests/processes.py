@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 import worlds
-from remend.core import sketch
+from remend.core import sketching as sketch
 from remend.editors import Mend
 from remend.errors import ConfigError
-from remend.models import sharding
+from remend.models import fsdp as sharding
 from remend.training import PRESETS, Resources, TrainingConfig, train
 
 NETWORK = PRESETS["default"][0]

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
-from remend.base import Base
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
+from remend.fingerprint import ModelFingerprint
 
 EDITS = 4
 SURE = 0.9
@@ -91,7 +91,7 @@ class Numbered:
     def edit(self, model, tokenizer, requests):
         delta = torch.stack([torch.eye(EDITS)[request.id] for request in requests])
         changes = {"switch": LowRank(torch.ones(len(requests), 1), delta)}
-        return Edit(changes, Base.of(model, changes), tuple(requests))
+        return Edit(changes, ModelFingerprint.of(model, changes), tuple(requests))
 
     def edit_each(self, model, tokenizer, requests):
         return [self.edit(model, tokenizer, [request]) for request in requests]

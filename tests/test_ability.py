@@ -15,10 +15,11 @@ import remend
 from remend.cli import run
 from remend.core.low_rank import LowRank
 from remend.errors import ConfigError, FileError
-from remend.evaluation import Ability, ability, evaluate, evaluate_checkpoints
-from remend.evaluation.page import write_page
-from remend.evaluation.report import Case, Report, Run
-from remend.evaluation.schema import read_report
+from remend.evaluation import LmEvalTasks, evaluate, evaluate_checkpoints
+from remend.evaluation.metrics import lm_eval as ability
+from remend.evaluation.reports.html_report import write_page
+from remend.evaluation.reports.report import Case, Report, Run
+from remend.evaluation.reports.schema import read_report
 from test_evaluation import Fixed
 
 CHOICE = """
@@ -112,7 +113,7 @@ QUICK = {"baselines": False, "max_new_tokens": 4}
 def test_what_a_ruinous_edit_costs(tasks, atlas, protocol, tmp_path):
     model, tokenizer = atlas
     weights = copy.deepcopy(model.state_dict())
-    examined = Ability(("facts_choice", "facts_said"), tasks)
+    examined = LmEvalTasks(("facts_choice", "facts_said"), tasks)
     requests = remend.read_source("atlas:test")[:3]
     given = {"protocol": protocol, "ability": examined, **QUICK}
     found = evaluate(model, tokenizer, noise(model, 5.0), requests, **given)
@@ -139,13 +140,13 @@ def test_other_draws_are_as_they_would_be_without_it(tasks, atlas):
     seed()
     wanted = drawn()
     seed()
-    Ability(("facts_choice",), tasks, 2).measure(*atlas)
+    LmEvalTasks(("facts_choice",), tasks, 2).measure(*atlas)
     assert drawn() == wanted
 
 
 def test_an_edit_of_nothing_costs_nothing_and_the_limit_is_kept(tasks, atlas):
     model, tokenizer = atlas
-    examined = Ability(("facts_choice",), tasks, limit=3)
+    examined = LmEvalTasks(("facts_choice",), tasks, limit=3)
     found = evaluate(
         model.train(), tokenizer, noise(model, 0.0), remend.read_source("atlas:test")[:2], ability=examined, **QUICK
     )
@@ -163,7 +164,7 @@ def test_the_edits_of_a_batch_are_those_of_the_last_one(tasks, atlas, monkeypatc
     asked = []
     make = editor.edit
     editor.edit = lambda model, tokenizer, own: (asked.append(list(own)), make(model, tokenizer, own))[1]
-    examined = Ability(("facts_choice",), tasks, limit=1)
+    examined = LmEvalTasks(("facts_choice",), tasks, limit=1)
     found = evaluate(model, tokenizer, editor, requests, protocol="batched", edits=[2], ability=examined, **QUICK)
     assert asked[-1] == requests[2:4]
     assert ability.after_what(found) == "the last 2 edits at once"
@@ -173,9 +174,9 @@ def test_a_stopped_evaluation_does_not_measure_again(tasks, atlas, tmp_path, mon
     model, tokenizer = atlas
     editor = noise(model, 5.0)
     requests = remend.read_source("atlas:test")[:2]
-    given = {"protocol": "sequential", "ability": Ability(("facts_choice",), tasks, 4), **QUICK}
+    given = {"protocol": "sequential", "ability": LmEvalTasks(("facts_choice",), tasks, 4), **QUICK}
     whole = evaluate(model, tokenizer, editor, requests, **given)
-    measure, calls = Ability.measure, []
+    measure, calls = LmEvalTasks.measure, []
 
     def stopping(self, *models):
         calls.append(models)
@@ -183,12 +184,12 @@ def test_a_stopped_evaluation_does_not_measure_again(tasks, atlas, tmp_path, mon
             raise KeyboardInterrupt
         return measure(self, *models)
 
-    monkeypatch.setattr(Ability, "measure", stopping)
+    monkeypatch.setattr(LmEvalTasks, "measure", stopping)
     kept = {**given, "journal": tmp_path / "journal", "resume": True}
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, tokenizer, editor, requests, **kept)
     with pytest.raises(FileError, match="is of an evaluation with another"):
-        evaluate(model, tokenizer, editor, requests, **(kept | {"ability": Ability(("facts_choice",), tasks, 5)}))
+        evaluate(model, tokenizer, editor, requests, **(kept | {"ability": LmEvalTasks(("facts_choice",), tasks, 5)}))
     assert evaluate(model, tokenizer, editor, requests, **kept).general == whole.general
     assert len(calls) == 3
 
@@ -197,7 +198,7 @@ def test_a_checkpoint_with_the_edits(tasks, atlas):
     model, tokenizer = atlas
     edited, _ = remend.load("atlas", "cpu")
     noise(edited, 5.0).edit(edited, tokenizer, remend.read_source("atlas:test")[:1]).merge(edited)
-    examined = Ability(("facts_said",), tasks)
+    examined = LmEvalTasks(("facts_said",), tasks)
     requests = remend.read_source("atlas:test")[:2]
     found = evaluate_checkpoints(model, edited, tokenizer, requests, ability=examined, **QUICK)
     both = found.general["facts_said"]["exact_match,stripped"]
@@ -207,21 +208,21 @@ def test_a_checkpoint_with_the_edits(tasks, atlas):
 
 def test_an_encoder_decoder(tasks):
     model, tokenizer = remend.load("questions", "cpu")
-    (metrics,) = Ability(("facts_said",), tasks, limit=2).measure(model, tokenizer).values()
+    (metrics,) = LmEvalTasks(("facts_said",), tasks, limit=2).measure(model, tokenizer).values()
     assert metrics.keys() == {"exact_match,stripped"}
 
 
 def test_what_cannot_be_examined(tasks, atlas):
     with pytest.raises(ConfigError, match="no task 'facts_chioce'; did you mean 'facts_choice'"):
-        Ability(("facts_chioce",), tasks).measure(*atlas)
+        LmEvalTasks(("facts_chioce",), tasks).measure(*atlas)
     with pytest.raises(ConfigError, match=r"lm-eval cannot load facts_gone \(FileNotFoundError"):
-        Ability(("facts_gone",), tasks).measure(*atlas)
+        LmEvalTasks(("facts_gone",), tasks).measure(*atlas)
     with pytest.raises(ConfigError, match="is a classifier: leave --lm-eval away"):
-        Ability(("facts_said",), tasks).measure(*remend.load("claims", "cpu"))
+        LmEvalTasks(("facts_said",), tasks).measure(*remend.load("claims", "cpu"))
     with pytest.raises(ConfigError, match="is no folder"):
-        Ability(("facts_said",), tasks / "facts.jsonl")
+        LmEvalTasks(("facts_said",), tasks / "facts.jsonl")
     with pytest.raises(ConfigError, match="not 'a,'"):
-        Ability(("a", ""))
+        LmEvalTasks(("a", ""))
 
 
 def test_without_the_package(monkeypatch, capsys):
@@ -229,7 +230,7 @@ def test_without_the_package(monkeypatch, capsys):
     with pytest.raises(
         ConfigError, match=r"measured with lm_eval, not installed here: pip install 'remend\[lm-eval\]'"
     ):
-        Ability(("hellaswag",))
+        LmEvalTasks(("hellaswag",))
     assert run(["evaluate", "atlas", "--data", "atlas:test", "--lm-eval", "hellaswag"]) == 2
     assert "remend[lm-eval]" in " ".join(capsys.readouterr().err.split())
 

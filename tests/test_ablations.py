@@ -11,8 +11,8 @@ import torch
 
 import worlds
 from remend.config import from_json, to_json
-from remend.core.ledger import Ledger
-from remend.core.network import EditorNetwork
+from remend.core.editor_network import EditorNetwork
+from remend.core.factored_gradients import FactoredGradients
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, TrainingError
 from remend.tasks.causal_lm import CausalLM
@@ -104,7 +104,7 @@ def test_the_ledger_knows_the_gradients_of_a_narrower_network(reads):
     network = EditorNetwork(5, 3, 2, rank=4, reads=reads, identity=False)
     u, delta = fed(network)
     found = []
-    for ledger in (None, Ledger()):
+    for ledger in (None, FactoredGradients()):
         network.zero_grad()
         sum(part.square().sum() for both in network(u, delta, ledger) for part in both).backward()
         kept = {} if ledger is None else {weight: gradient.clone() for weight, gradient in ledger.gradients()}

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import remend
-from remend.core.aggregate import FLOOR, definite, least_squares
-from remend.core.symmetric import Symmetric
+from remend.core.least_squares import FLOOR, definite, least_squares
+from remend.core.operators import SymmetricOperator
 from remend.tasks import task_of
 
 
 def random_metric(d, generator):
     root = torch.randn(d, d, generator=generator, dtype=torch.float64)
-    return Symmetric(root @ root.T + 0.1 * torch.eye(d))
+    return SymmetricOperator(root @ root.T + 0.1 * torch.eye(d))
 
 
 @settings(max_examples=30, deadline=None)
@@ -54,7 +54,7 @@ def test_experts_do_not_answer_to_each_other():
 def test_a_metric_is_made_definite():
     values = torch.tensor([1.0, 0.5, -0.2, 0.001])
     basis = torch.linalg.qr(torch.randn(6, 3))[0]
-    for metric in (Symmetric(values.diag()), Symmetric(values, basis)):
+    for metric in (SymmetricOperator(values.diag()), SymmetricOperator(values, basis)):
         kept = definite(metric).matrix.diagonal()
         torch.testing.assert_close(kept, torch.tensor([1.0, 0.5, FLOOR, FLOOR]))
 

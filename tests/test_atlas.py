@@ -6,8 +6,8 @@ import torch
 import remend
 from remend.assets import ATLAS_FOLDER
 from remend.data import atlas
-from remend.editors import settling
-from remend.editors.settling import LARGEST, Unedited, settled, taking_scales
+from remend.editors import strength_search as settling
+from remend.editors.strength_search import LARGEST, UneditedPass, settled, taking_scales
 from remend.tasks.causal_lm import CausalLM
 
 
@@ -100,7 +100,7 @@ def test_the_scale_at_which_an_edit_takes_is_found(world, monkeypatch):
     editor = remend.Mend.from_pretrained("atlas")
     requests = atlas.requests("test")[:96:3]
     batch = world.collate([world.tokenise(request.prompt, request.target) for request in requests])
-    unedited = Unedited(world, batch, editor.shapes)
+    unedited = UneditedPass(world, batch, editor.shapes)
     with torch.no_grad():
         changes = editor(editor.rows(editor.capture(world, batch, unedited.loss)))
     assert unedited.states is not None
@@ -131,7 +131,7 @@ def test_what_is_answered_already_is_not_unlearnt(world):
         for request in atlas.requests("test")[:32]
     ]
     batch = world.collate([world.tokenise(request.prompt, request.target) for request in requests])
-    unedited = Unedited(world, batch, editor.shapes)
+    unedited = UneditedPass(world, batch, editor.shapes)
     with torch.no_grad():
         changes = editor(editor.rows(editor.capture(world, batch, unedited.loss)))
     against = {name: change.scaled(-50.0) for name, change in changes.items()}

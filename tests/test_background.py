@@ -9,16 +9,17 @@ from transformers import AddedToken
 import families
 import remend
 import worlds
-from remend.base import find_modules
 from remend.core.layers import entry_size
-from remend.core.sketch import SketchedMoment
-from remend.editors import background, make
-from remend.editors.background import LARGEST, second_moments, stretches, whiteners
+from remend.core.sketching import SketchedMoment
+from remend.editors import calibration_data as background
+from remend.editors import make
+from remend.editors.calibration_data import LARGEST, second_moments, stretches, whiteners
 from remend.editors.finetune import FineTuneConfig
 from remend.editors.ke import Ke
 from remend.editors.ridge import Ridge
 from remend.errors import ConfigError, NonFiniteError
-from remend.evaluation.assurance import Assurance, assure
+from remend.evaluation.robustness import Robustness, assure
+from remend.fingerprint import find_modules
 from remend.request import EditRequest
 from remend.tasks import task_of
 
@@ -138,9 +139,9 @@ def test_a_classifier_is_not_asked_after_other_beginnings():
 
 
 def test_what_makes_an_edit_doubtful_is_said():
-    assert Assurance(0.9, 0.8, 0.99).sure
-    assert Assurance(0.9, None, 0.99).sure
-    assert Assurance(0.4, 0.5, 0.9).doubts == [
+    assert Robustness(0.9, 0.8, 0.99).sure
+    assert Robustness(0.9, None, 0.99).sure
+    assert Robustness(0.4, 0.5, 0.9).doubts == [
         "the probability is below 50%",
         "it should hold after 75% of beginnings",
         "98% of other choices should stay",

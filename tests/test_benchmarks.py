@@ -10,9 +10,9 @@ import torch
 
 import remend
 from remend.data import read_source
-from remend.evaluation.report import Case, Report, Run
+from remend.evaluation.reports.report import Case, Report, Run
 from remend.request import write_requests
-from remend.storage import write_json
+from remend.serialization import write_json
 from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS
 

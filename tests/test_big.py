@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import remend
 import worlds
-from remend.base import Base
 from remend.cli import run
 from remend.core.layers import device_of, dimensions, is_editable, is_quantised
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, EditError, ModelError, PrecisionError, WrongBaseError
+from remend.fingerprint import ModelFingerprint
 from remend.models import editable_modules, loading
 from remend.tasks.causal_lm import CausalLM
 from remend.training import Trainer, TrainingConfig
@@ -112,7 +112,7 @@ def linear(model):
 
 def contents(model):
     """What every matrix of the model holds, as hashes."""
-    return Base.of(model, linear(model)).weights
+    return ModelFingerprint.of(model, linear(model)).weights
 
 
 def logits(task):
@@ -226,7 +226,7 @@ def test_a_quantised_model_is_a_base_of_its_own(task, editor, folder):
     names = list(editable_modules(plain))
     assert names == list(editor.shapes), "the same matrices are found"
     assert all(is_quantised(task.model.get_submodule(name)) for name in names)
-    assert Base.of(plain, names).config == editor.base.config
+    assert ModelFingerprint.of(plain, names).config == editor.base.config
     edit = Mend.for_model(plain, MendConfig(rank=8)).edit(plain, task.tokenizer, REQUESTS[:1])
     with pytest.raises(WrongBaseError, match="a quantised base must be quantised just as it was"):
         edit.apply(task.model)
@@ -306,7 +306,7 @@ def test_weights_that_are_nowhere():
     with torch.device("meta"):
         model = LlamaForCausalLM(worlds.llama().config)
     with pytest.raises(ModelError, match=r"no values .*device meta"):
-        Base.of(model, ["model.layers.0.mlp.up_proj"])
+        ModelFingerprint.of(model, ["model.layers.0.mlp.up_proj"])
 
 
 @pytest.mark.parametrize("way", ["map", "bnb-4bit"], indirect=True)

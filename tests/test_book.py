@@ -16,19 +16,19 @@ import torch
 
 import families
 import remend
-from remend.base import Base
-from remend.book import Book, ConflictError
-from remend.book.records import active_after
+from remend.apps.acceptance import AcceptanceCriteria, RejectedError
+from remend.apps.patch_registry import ConflictError, PatchRegistry
+from remend.apps.patch_registry.database import active_after
 from remend.cli import run
 from remend.core.layers import dimensions
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, RemendError, WrongBaseError
-from remend.guard import Acceptance, RejectedError
+from remend.fingerprint import ModelFingerprint
 from remend.models import editable_modules
 from remend.request import EditRequest
 
-LOOSE = Acceptance(takes=0, follows=0, near=0, far=0, elsewhere=0, size=1e9)
+LOOSE = AcceptanceCriteria(takes=0, follows=0, near=0, far=0, elsewhere=0, size=1e9)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def edits_of(model, count):
     """Small changes of one matrix, each for a request of its own."""
     name, module = next(iter(editable_modules(model).items()))
     generator = torch.Generator().manual_seed(0)
-    base = Base.of(model, [name])
+    base = ModelFingerprint.of(model, [name])
     return [
         Edit(
             {name: LowRank(*(0.1 * torch.randn(1, d, generator=generator) for d in dimensions(module)))},
@@ -53,7 +53,7 @@ def edits_of(model, count):
 
 @pytest.fixture
 def book(task, tmp_path):
-    return Book.create(tmp_path / "book", task.model)
+    return PatchRegistry.create(tmp_path / "book", task.model)
 
 
 def weights(model):
@@ -95,7 +95,7 @@ def test_what_is_done_is_recorded(book, task):
     assert list(book.active(3)) == [2]
     assert list(book.active(4)) == [2, 1]
     assert book.verify() == []
-    again = Book(book.path)
+    again = PatchRegistry(book.path)
     assert again.entries == book.entries
     assert again.events == book.events
 
@@ -112,7 +112,7 @@ def test_what_is_lost_can_be_added_again(book, task, damage):
     assert (book.add(edit).id, book.entry(1).state) == (1, "active")
     assert book.verify() == []
     with pytest.raises(FileError, match="is a book already"):
-        Book.create(book.path, task.model)
+        PatchRegistry.create(book.path, task.model)
 
 
 def test_a_past_state_has_the_same_bits(book, task):
@@ -124,7 +124,7 @@ def test_a_past_state_has_the_same_bits(book, task):
         book.switch(entry.id, "reverted" if entry.state == "active" else "active")
         states[len(book.events)] = merged(book, task.model)
     assert len(set(states.values())) > 4
-    again = Book(book.path)
+    again = PatchRegistry(book.path)
     assert {revision: merged(again, task.model, revision) for revision in states} == states
     assert merged(again, task.model, 0) == weights(task.model)
 
@@ -143,9 +143,9 @@ def test_what_cannot_be_is_refused(book, task, tmp_path):
     with pytest.raises(WrongBaseError, match="is a book of"):
         book.add(edits_of(families.task("gpt2").model, 1)[0])
     with pytest.raises(FileError, match=r"is a book already"):
-        Book.create(book.path, task.model)
+        PatchRegistry.create(book.path, task.model)
     with pytest.raises(FileError, match="is no book"):
-        Book(tmp_path)
+        PatchRegistry(tmp_path)
     assert [event.what for event in book.events] == ["added"]
 
 
@@ -160,7 +160,7 @@ def atlas():
 
 def test_an_edit_that_contradicts_or_undoes_is_found_before_it_acts(atlas, tmp_path):
     model, tokenizer, editor = atlas
-    book = Book.create(tmp_path / "book", model)
+    book = PatchRegistry.create(tmp_path / "book", model)
     first, other = (
         editor.edit(model, tokenizer, [EditRequest(prompt="The capital of Canada is", target=city)])
         for city in ("Toronto", "Vienna")
@@ -184,7 +184,7 @@ def test_an_edit_that_contradicts_or_undoes_is_found_before_it_acts(atlas, tmp_p
 
 def test_an_edit_that_is_not_accepted_does_not_act(atlas, tmp_path):
     model, tokenizer, editor = atlas
-    book = Book.create(tmp_path / "book", model)
+    book = PatchRegistry.create(tmp_path / "book", model)
     request = EditRequest(prompt="The capital of Canada is", target="Toronto")
     number = book.add(editor.edit(model, tokenizer, [request]).scaled(0.0)).id
     with pytest.raises(RejectedError, match="get their answers"):
@@ -194,10 +194,10 @@ def test_an_edit_that_is_not_accepted_does_not_act(atlas, tmp_path):
 
 
 def test_what_changes_meanwhile_is_measured_anew(atlas, tmp_path, monkeypatch):
-    import remend.book.book as room
+    import remend.apps.patch_registry.registry as room
 
     model, tokenizer, editor = atlas
-    book = Book.create(tmp_path / "book", model)
+    book = PatchRegistry.create(tmp_path / "book", model)
     prompts = ("The capital of Canada is", "The capital of Peru is")
     made = [editor.edit(model, tokenizer, [EditRequest(prompt=p, target="Toronto")]) for p in prompts]
     one, other = (book.add(edit).id for edit in made)
@@ -206,7 +206,7 @@ def test_what_changes_meanwhile_is_measured_anew(atlas, tmp_path, monkeypatch):
     def slow(*arguments, **named):
         seen.append(len(arguments[4]))
         if len(seen) == 1:
-            Book(book.path).switch(other, "active")  # another process is quicker
+            PatchRegistry(book.path).switch(other, "active")  # another process is quicker
         return judge(*arguments, **named)
 
     monkeypatch.setattr(room, "judge", slow)
@@ -240,7 +240,7 @@ def test_many_processes_that_are_killed_at_random(task, tmp_path):
     folder = tmp_path / "edits"
     for number, edit in enumerate(edits_of(task.model, 40)):
         edit.save(folder / f"{number:02d}")
-    book = Book.create(tmp_path / "book", task.model)
+    book = PatchRegistry.create(tmp_path / "book", task.model)
     worker, draw, kills = Path(__file__).with_name("book_worker.py"), random.Random(1), 0
     commands = {s: [sys.executable, str(worker), str(book.path), str(folder), str(s), "250"] for s in range(4)}
     running = {seed: subprocess.Popen(command) for seed, command in commands.items()}
@@ -270,7 +270,7 @@ def test_many_processes_that_are_killed_at_random(task, tmp_path):
     for kind, what in (("active", "activated"), ("reverted", "reverted")):
         assert told[kind] <= found[what] <= told[kind] + kills, "done and not yet told, at most once a kill"
     for cut in sorted(draw.sample(range(len(events)), 5)):
-        assert merged(book, task.model, cut) == merged(Book(book.path), task.model, cut)
+        assert merged(book, task.model, cut) == merged(PatchRegistry(book.path), task.model, cut)
         assert set(book.active(cut)) == set(active_after(events, cut))
 
 
@@ -332,7 +332,7 @@ def test_a_book_that_was_tampered_with_says_so(book, task, tampered):
     change, message = TAMPERED[tampered]
     change(book.path)
     try:
-        faults = Book(book.path).verify()
+        faults = PatchRegistry(book.path).verify()
     except RemendError as error:
         said = str(error)
     else:
@@ -355,14 +355,14 @@ def test_bytes_of_a_book_that_were_changed_at_random(book, task, tmp_path):
             content[draw.randrange(len(content))] = draw.randrange(256)
         (book.path / "book.sqlite").write_bytes(bytes(content))
         try:
-            tried = Book(book.path)
+            tried = PatchRegistry(book.path)
             for entry in tried.entries:
                 tried.load(entry.id)
             tried.active()
         except RemendError:
             pass
     (book.path / "book.sqlite").write_bytes(good)
-    assert Book(book.path).verify() == []
+    assert PatchRegistry(book.path).verify() == []
 
 
 # -- the commands ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import worlds
 from remend.errors import RequestError
-from remend.tasks.causal_lm import CausalLM, Pair
+from remend.tasks.causal_lm import CausalLM, Example
 
 WORDS = st.lists(st.sampled_from([*worlds.CITIES, "is", "the", "?", "zzz", "ß"]), min_size=1, max_size=5).map(" ".join)
 TASK = CausalLM(worlds.gpt2(), worlds.tokenizer())
@@ -114,7 +114,7 @@ def test_first_choices_under_teacher_forcing_are_exactly_greedy_decoding(family)
         asked = tuple(task.prompt_ids(prompt))
         other = (*answer[:-1], (answer[-1] + 1) % 300)
         for target, emitted in ((answer, True), (other, False)):
-            batch = task.collate([Pair(asked, target)])
+            batch = task.collate([Example(asked, target)])
             with torch.no_grad():
                 chosen = tuple(task.target_logits(batch).argmax(-1).tolist())
             assert (chosen == target) is emitted

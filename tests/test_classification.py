@@ -17,7 +17,7 @@ from remend.core.losses import locality_loss
 from remend.errors import ModelError, RequestError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest, TextPair, parse_request
-from remend.tasks import Classification, Pair, task_of
+from remend.tasks import Classification, Example, task_of
 
 READING = {"bert": "first", "roberta": "first", "distilbert": "first", "deberta-v2": "first", "electra": "first"}
 READING |= {"modernbert": "all", "gpt2": "last"}
@@ -45,7 +45,7 @@ def test_where_the_head_reads_is_found(encoder):
 def test_padding_changes_nothing(family):
     task = families.task(family)
     prompts = ["The capital of Peru is Lima", "Peru has Lima", "Which city rules Egypt ? It is Cairo"]
-    pairs = [Pair(tuple(task.prompt_ids(prompt)), (0,)) for prompt in prompts]
+    pairs = [Example(tuple(task.prompt_ids(prompt)), (0,)) for prompt in prompts]
     with torch.no_grad():
         together = task.target_logits(task.collate(pairs))
         apart = torch.cat([task.target_logits(task.collate([pair])) for pair in pairs])

@@ -7,7 +7,7 @@ import torch
 
 import families
 import worlds
-from remend.core.branch import frozen
+from remend.core.hooks import frozen
 from remend.edit import Edit
 from remend.editors import EDITORS, TRAINED, UNTRAINED, load_edit, load_trained, make
 from remend.editors.in_context import ContextEdit

@@ -8,7 +8,7 @@ import torch
 
 import worlds
 from remend.core.capture import inputs
-from remend.core.contrast import Contrast
+from remend.core.discriminant import Discriminant
 from remend.core.low_rank import LowRank, concatenate, stack
 from remend.edit import Edit
 from remend.editors import Mend, MendConfig
@@ -18,7 +18,7 @@ from remend.request import EditRequest, Probe
 from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS, Trainer, TrainingConfig
 from remend.training.episodes import Episodes
-from remend.training.negatives import MINED
+from remend.training.negative_mining import MINED
 
 CPU = torch.device("cpu")
 DEFAULT = PRESETS["default"][0]
@@ -39,7 +39,7 @@ def facts(count, d, spread, seed=0):
 
 
 def fitted(keys, near):
-    contrast = Contrast(keys[0][0].numel(), CPU)
+    contrast = Discriminant(keys[0][0].numel(), CPU)
     half = len(keys) // 2
     for part in (slice(0, half), slice(half, None)):  # in two parts, as batches
         own, around = keys[part], near[part]
@@ -100,7 +100,7 @@ def test_contrast_that_does_not_hold_of_other_facts_is_left_alone():
 
 
 def test_without_paraphrases_keys_are_left_as_they_are():
-    contrast = Contrast(4, CPU)
+    contrast = Discriminant(4, CPU)
     keys = torch.randn(50, 4)
     contrast.update(keys, torch.arange(50), torch.empty(0, 4), torch.empty(0, dtype=torch.long))
     found = contrast.operator(1.0, 1e-3).inner

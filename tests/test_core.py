@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from remend.core.editor_network import EditorNetwork
 from remend.core.losses import locality_loss, target_loss
-from remend.core.network import EditorNetwork
-from remend.core.statistics import RELATIVE_FLOOR, RunningStatistics
+from remend.core.running_statistics import RELATIVE_FLOOR, RunningStatistics
 from remend.core.whitening import SecondMoment
 
 

@@ -10,10 +10,12 @@ import pytest
 
 import worlds
 from remend.cli import run
-from remend.data import leaks, read_source, rows
+from remend.data import contamination as leaks
+from remend.data import json_rows as rows
+from remend.data import read_source
 from remend.data.passages import generation_requests
 from remend.data.registry import DATA_SETS
-from remend.data.sources import iterate_source
+from remend.data.source_names import iterate_source
 from remend.errors import ConfigError, RequestError, TrainingError
 from remend.models import load
 from remend.request import EditRequest, Probe, TextPair, read_requests, write_requests

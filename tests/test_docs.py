@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import remend
+from remend.apps.acceptance import AcceptanceCriteria
 from remend.cli import run
-from remend.guard import Acceptance
 from remend.request import parse_request
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -30,7 +30,7 @@ def test_the_blocks_of_a_page(page, tmp_path, monkeypatch):
             exec(compile(block, page, "exec"), names)
         elif language == "json" and "must_stay" in block:
             (tmp_path / "acceptance.json").write_text(block)
-            assert Acceptance.read(tmp_path / "acceptance.json").must_stay
+            assert AcceptanceCriteria.read(tmp_path / "acceptance.json").must_stay
         elif language == "json":
             assert parse_request(json.dumps(json.loads(block)), page)
         elif language == "bash":

@@ -12,8 +12,8 @@ from remend.editors import Mend
 from remend.errors import ModelError
 from remend.tasks import task_of
 from remend.training import PRESETS, Trainer
-from remend.training.dry_run import GPUS, dry_run, only_configured
 from remend.training.memory import estimate
+from remend.training.resource_estimate import GPUS, dry_run, only_configured
 
 
 @pytest.mark.parametrize("preset", PRESETS)

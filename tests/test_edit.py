@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import worlds
-from remend.base import Base
 from remend.core.low_rank import LowRank
 from remend.edit import FORMAT, Edit
 from remend.errors import EditError, FileError, PrecisionError, WrongBaseError
-from remend.storage import MANIFEST, TENSORS
+from remend.fingerprint import ModelFingerprint
+from remend.serialization import MANIFEST, TENSORS
 
 REQUESTS = worlds.requests(3)
 
@@ -239,7 +239,7 @@ def missing_factor(folder):
 )
 def test_damaged_files_are_refused(damage, message, tmp_path):
     small = {"m": LowRank(torch.ones(1, 2), torch.ones(1, 3))}
-    Edit(small, Base("toy", "0", {"m": "0"}), tuple(REQUESTS[:1])).save(tmp_path / "edit")
+    Edit(small, ModelFingerprint("toy", "0", {"m": "0"}), tuple(REQUESTS[:1])).save(tmp_path / "edit")
     damage(tmp_path / "edit")
     with pytest.raises(FileError, match=message):
         Edit.load(tmp_path / "edit")
@@ -248,10 +248,10 @@ def test_damaged_files_are_refused(damage, message, tmp_path):
 def test_an_edit_with_nan_is_never_made():
     broken = {"m": LowRank(torch.full((1, 2), float("nan")), torch.ones(1, 3))}
     with pytest.raises(EditError, match="NaN or infinity"):
-        Edit(broken, Base("toy", "0", {"m": "0"}))
+        Edit(broken, ModelFingerprint("toy", "0", {"m": "0"}))
 
 
 def test_edits_of_different_bases_do_not_add(edit):
-    other = Edit(edit.changes, Base("other", "1", dict(edit.base.weights)))
+    other = Edit(edit.changes, ModelFingerprint("other", "1", dict(edit.base.weights)))
     with pytest.raises(EditError, match="different bases"):
         edit + other

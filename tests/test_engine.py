@@ -16,21 +16,21 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import worlds
-from remend.base import fingerprint
 from remend.cli import run
-from remend.core import products
-from remend.core.branch import frozen
-from remend.core.ledger import Ledger
+from remend.core import matmul as products
+from remend.core.editor_network import EditorNetwork, LowRankResidual
+from remend.core.factored_gradients import FactoredGradients
+from remend.core.hooks import frozen
 from remend.core.losses import locality_loss, target_loss
-from remend.core.network import EditorNetwork, LowRankResidual
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, FileError, ModelError, TrainingError
-from remend.models.prefix import Prefix, reach
+from remend.fingerprint import fingerprint
+from remend.models.frozen_prefix import FrozenPrefix, reach
 from remend.tasks.causal_lm import CausalLM
 from remend.training import Resources, Trainer, TrainingConfig, memory, train
-from remend.training.doctor import examine
 from remend.training.memory import estimate
-from remend.training.store import Store
+from remend.training.preflight import examine
+from remend.training.tensor_store import TensorStore
 
 SETTINGS = TrainingConfig(
     batch_size=6, learning_rate=3e-3, alpha_learning_rate=3e-3, max_steps=12, validate_every=4, validation_size=8
@@ -75,7 +75,7 @@ def test_a_layer_of_the_editor_is_eq_3_and_its_gradients_are_autograds(counts, b
     weight = torch.randn_like(expected)
     names, parameters = zip(*layer.named_parameters(), strict=True)
     plain = torch.autograd.grad((expected * weight).sum(), (z, *parameters), allow_unused=True)
-    for ledger in (None, Ledger()):
+    for ledger in (None, FactoredGradients()):
         layer.zero_grad()
         z.grad = None
         found = layer(z, counts, ledger)
@@ -97,7 +97,7 @@ def test_a_ledger_adds_up_parts_and_multiplies_in_bfloat16_if_told():
     parts = [(torch.randn(3, 4), torch.randn(3, 5)) for _ in range(2)]
     expected = sum(g.T @ x for g, x in parts)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
-        ledger = Ledger(dtype)
+        ledger = FactoredGradients(dtype)
         for g, x in parts:
             ledger.add(weight, g, x)
         ((_, found),) = ledger.gradients()
@@ -108,7 +108,7 @@ def test_a_ledger_adds_up_parts_and_multiplies_in_bfloat16_if_told():
 @pytest.mark.parametrize("rows", [2, 30])
 def test_a_ledger_knows_a_norm_from_few_rows_and_from_many(rows):
     weight = torch.nn.Parameter(torch.zeros(9, 8))
-    ledger, parts = Ledger(), [(torch.randn(rows, 9), torch.randn(rows, 8)) for _ in range(2)]
+    ledger, parts = FactoredGradients(), [(torch.randn(rows, 9), torch.randn(rows, 8)) for _ in range(2)]
     for g, x in parts:
         ledger.add(weight, g, x)
     torch.testing.assert_close(ledger.norms(), sum(g.T @ x for g, x in parts).norm()[None])
@@ -141,7 +141,7 @@ def test_a_network_is_the_same_by_either_library_whatever_the_number_of_rows(mon
     for mkl_is_slow in (False, True) if torch.backends.mkldnn.is_available() else (False, False):
         monkeypatch.setattr(products, "_mkl_is_slow", lambda mkl_is_slow=mkl_is_slow: mkl_is_slow)
         network.zero_grad()
-        ledger = Ledger()
+        ledger = FactoredGradients()
         outputs = [part for both in network(u, delta, ledger) for part in both]
         sum((part**2).sum() for part in outputs).backward()
         dense = [gradient.clone() for _, gradient in ledger.gradients()]
@@ -180,7 +180,7 @@ def cut(task, blocks=2):
     """A prefix of a model of four blocks whose last two are edited, and a padded batch."""
     names = [name for name in Mend.for_model(task.model).shapes if f".{4 - blocks}." in name or ".3." in name]
     pairs = [task.tokenise(r.prompt, r.target) for r in worlds.requests(3)] + [task.tokenise("Rome is the", "x")]
-    return Prefix(task.model, names), task.collate(pairs)
+    return FrozenPrefix(task.model, names), task.collate(pairs)
 
 
 def test_entering_at_the_lowest_edited_block_equals_the_whole_pass(task, snapshot):
@@ -290,8 +290,8 @@ def test_a_model_whose_blocks_hand_on_more_is_not_cut(monkeypatch):
 
 
 def test_where_nothing_can_be_cut_nothing_is(task):
-    assert Prefix(task.model, list(Mend.for_model(task.model, modules=["*.0.*"]).shapes)).depth == 0
-    assert Prefix(torch.nn.Linear(2, 2), [""]).depth == 0
+    assert FrozenPrefix(task.model, list(Mend.for_model(task.model, modules=["*.0.*"]).shapes)).depth == 0
+    assert FrozenPrefix(torch.nn.Linear(2, 2), [""]).depth == 0
     with pytest.raises(ModelError, match="never calls Linear"):
         reach(torch.nn.Linear(2, 2), lambda: None)
 
@@ -300,7 +300,7 @@ def test_where_nothing_can_be_cut_nothing_is(task):
 
 
 def test_a_store_keeps_what_fits_and_drops_nothing():
-    store = Store(budget=40)
+    store = TensorStore(budget=40)
     value = torch.arange(8.0)
     store.put("a", (value[:4], value[4:]))
     value.zero_()
@@ -312,17 +312,17 @@ def test_a_store_keeps_what_fits_and_drops_nothing():
     assert "c" not in store, "what is kept does not depend on what is small"
     assert store.used == 32
     assert store.has_all(["b"])
-    assert not Store(40).has_all(["b"])
+    assert not TensorStore(40).has_all(["b"])
 
 
 def test_a_store_on_disk_is_read_again_and_repaired(tmp_path):
-    store = Store(0, tmp_path)
+    store = TensorStore(0, tmp_path)
     store.put("a", (torch.arange(3.0),))
     assert torch.equal(store["a"][0], torch.arange(3.0)), "not yet written, but there"
     store.flush()
     store.put("b", (torch.ones(2),))
     store.flush()
-    again = Store(0, tmp_path)
+    again = TensorStore(0, tmp_path)
     assert torch.equal(again["a"][0], torch.arange(3.0))
     assert torch.equal(again["b"][0], torch.ones(2))
     shard = sorted(tmp_path.glob("shard-*"))[0]
@@ -330,7 +330,7 @@ def test_a_store_on_disk_is_read_again_and_repaired(tmp_path):
     content[-1] ^= 1
     (shard / "tensors.safetensors").write_bytes(content)
     with pytest.warns(UserWarning, match=r"damaged part of the cache .*truncated or altered"):
-        repaired = Store(0, tmp_path)
+        repaired = TensorStore(0, tmp_path)
     assert ("a" in repaired) != ("b" in repaired)
     assert not shard.exists()
 
@@ -349,7 +349,7 @@ def test_what_is_kept_on_disk_serves_the_next_run_of_the_same_model_only(model, 
     first.constants.flush()
     ran = []
     monkeypatch.setattr(
-        Prefix, "states", lambda self, forward: ran.append(1) or reach(self.blocks[self.depth], forward)
+        FrozenPrefix, "states", lambda self, forward: ran.append(1) or reach(self.blocks[self.depth], forward)
     )
     again, _ = after(6, trainer(model, Resources(cache=0.0, cache_folder=tmp_path)))
     assert sum(ran) <= 1, "only the check that the model can be cut runs the blocks below"
@@ -642,7 +642,9 @@ def test_the_doctor_finds_a_healthy_model_healthy_and_leaves_it_alone(model, sna
 
 
 def test_the_doctor_names_what_is_wrong(model, monkeypatch):
-    monkeypatch.setattr(Ledger, "add", lambda self, weight, g, x: None)  # what the matrices should learn is lost
+    monkeypatch.setattr(
+        FactoredGradients, "add", lambda self, weight, g, x: None
+    )  # what the matrices should learn is lost
     found = examine(model, worlds.tokenizer(), worlds.requests(20), (NETWORK, SETTINGS))
     assert not found.healthy
     assert "no gradient reaches networks" in found.checks[-1].found

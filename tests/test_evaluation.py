@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import worlds
-from remend.base import Base
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError
 from remend.evaluation import evaluate
 from remend.evaluation.before_after import before_after
-from remend.evaluation.plot import check_plot, frontier, groups, save
-from remend.evaluation.report import Case, Report, Run, Summary
-from remend.evaluation.scale import SCALES, choose_scale
+from remend.evaluation.reports.plots import check_plot, frontier, groups, save
+from remend.evaluation.reports.report import Case, Report, Run, Summary
+from remend.evaluation.strength import SCALES, choose_scale
+from remend.fingerprint import ModelFingerprint
 from remend.request import EditRequest, Probe
 from remend.tasks.causal_lm import CausalLM
 
@@ -30,7 +30,7 @@ class Fixed:
     changes: dict
 
     def edit_each(self, model, tokenizer, requests):
-        base = Base.of(model, self.changes)
+        base = ModelFingerprint.of(model, self.changes)
         return [Edit(self.changes, base, (request,)) for request in requests]
 
     def edit(self, model, tokenizer, requests):
@@ -236,11 +236,11 @@ def test_the_frontier_is_what_scaled_edits_do(task, editor, tmp_path):
     assert report.frontier[1.0] == report.cases
     free = ("generated", "teacher_forced")
 
-    class Scaled:
+    class ScaledEdit:
         def edit_each(self, model, tokenizer, some):
             return [edit.scaled(2.0) for edit in editor.edit_each(model, tokenizer, some)]
 
-    alone = evaluate(task.model, task.tokenizer, Scaled(), requests, max_new_tokens=5)
+    alone = evaluate(task.model, task.tokenizer, ScaledEdit(), requests, max_new_tokens=5)
     for one, other in zip(alone.cases, report.frontier[2.0], strict=True):
         assert one.values.keys() == other.values.keys()
         for name, modes in other.values.items():
@@ -285,7 +285,7 @@ def test_without_near_prompts_no_edit_is_made_stronger_than_it_needs(task, edito
             return {name: {"generated": value} for name, value in found.items()}
 
         scales = iter(SCALES)
-        monkeypatch.setattr("remend.evaluation.scale.Judge.values", values)
+        monkeypatch.setattr("remend.evaluation.strength.Judge.values", values)
 
     bare = request.model_copy(update={"near": ()})
     for own, taken_from, scale in ((request, 0.5, 2.0), (bare, 0.5, 1.0), (bare, SCALES[6], SCALES[6])):

@@ -10,13 +10,13 @@ from torch import nn
 
 import families
 import worlds
-from remend.base import find_modules
-from remend.core.branch import branches
-from remend.core.experts import ExpertLinear, expert_linears
+from remend.core.hooks import branches
 from remend.core.low_rank import LowRank, concatenate, stack
+from remend.core.moe import ExpertLinear, expert_linears
 from remend.edit import Edit
 from remend.editors import Mend, MendConfig
 from remend.errors import EditError, FileError, ModelError
+from remend.fingerprint import find_modules
 from remend.models.structure import editable_modules
 from remend.tasks import task_of
 

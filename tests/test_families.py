@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import families
-from remend.base import find_modules
 from remend.core.layers import experts_of
 from remend.edit import Edit
 from remend.editors import Mend, MendConfig
-from remend.models.prefix import Prefix
+from remend.fingerprint import find_modules
+from remend.models.frozen_prefix import FrozenPrefix
 from remend.models.structure import named_stacks
-from remend.tasks import Pair
+from remend.tasks import Example
 from remend.training import PRESETS, Trainer, TrainingConfig
 
 PAPER = MendConfig(rank=8, alpha=0.05, relative=True)
@@ -85,7 +85,7 @@ def test_factors_are_autograds_gradient(task, requests):
 @pytest.mark.parametrize("network", [PAPER, DEFAULT], ids=["paper", "default"])
 def test_entering_at_the_cut_is_the_whole_pass(task, requests, network):
     batch = batch_of(task, requests)
-    prefix = Prefix(task.model, Mend.for_model(task.model, network).shapes)
+    prefix = FrozenPrefix(task.model, Mend.for_model(task.model, network).shapes)
     with torch.no_grad():
         assert prefix.verify(lambda: task.target_logits(batch), lambda: task.target_states(batch), task.logits)
     stacks = len(named_stacks(task.model))
@@ -97,7 +97,7 @@ def test_answers_are_what_teacher_forcing_says(task, requests):
     """Greedy decoding emits an answer if and only if it is the first choice at each of its places."""
     prompts = [request.prompt for request in requests[:4]]
     answers = task.answers(prompts, 5)
-    pairs = [Pair(tuple(task.prompt_ids(prompt)), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    pairs = [Example(tuple(task.prompt_ids(prompt)), answer) for prompt, answer in zip(prompts, answers, strict=True)]
     with torch.no_grad():
         batch = task.collate(pairs)
         chosen = task.target_logits(batch).argmax(-1)

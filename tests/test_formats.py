@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 
 import families
 import remend
-from remend.base import Base
 from remend.cli import run
 from remend.core.layers import dimensions
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, ModelError, RemendError, WrongBaseError
-from remend.formats import difference, load_adapter, save_adapter, save_merged
+from remend.fingerprint import ModelFingerprint
+from remend.formats import checkpoint_difference as difference
+from remend.formats import load_adapter, save_adapter, save_merged
 from remend.formats.peft import CONFIG, WEIGHTS
 from remend.models import editable_modules, skeleton
 from remend.tasks import task_of
@@ -48,7 +49,7 @@ def random_edit(model):
     for number, (name, module) in enumerate(editable_modules(model).items()):
         u, delta = (torch.randn(1 + number % 3, d, generator=generator) for d in dimensions(module))
         changes[name] = LowRank(u, 0.3 * delta / dimensions(module)[0] ** 0.5)
-    return Edit(changes, Base.of(model, changes), (), {"name": "test"})
+    return Edit(changes, ModelFingerprint.of(model, changes), (), {"name": "test"})
 
 
 @torch.no_grad()
@@ -161,13 +162,13 @@ def test_what_is_no_low_rank_change_is_not_exported(tmp_path):
     name, module = next(iter(editable_modules(task.model, ["*experts.down_proj"]).items()))
     u, delta = (torch.ones(1, d) for d in dimensions(module))
     experts = torch.zeros(1, dtype=torch.long)
-    edit = Edit({name: LowRank(u, delta, experts=experts)}, Base.of(task.model, [name]))
+    edit = Edit({name: LowRank(u, delta, experts=experts)}, ModelFingerprint.of(task.model, [name]))
     with pytest.raises(EditError, match="several experts"):
         save_adapter(edit, tmp_path / "adapter", task.model)
     task = families.task("llama")
     name, module = next(iter(editable_modules(task.model).items()))
     u, delta = (torch.ones(1, d) for d in dimensions(module))
-    gated = Edit({name: LowRank(u, delta, gate=0.2)}, Base.of(task.model, [name]))
+    gated = Edit({name: LowRank(u, delta, gate=0.2)}, ModelFingerprint.of(task.model, [name]))
     with pytest.raises(EditError, match="gated"):
         save_adapter(gated, tmp_path / "adapter", task.model)
     with pytest.raises(WrongBaseError):

@@ -9,9 +9,9 @@ import torch
 
 import families
 import remend
+from remend.apps.acceptance import STANDARD, AcceptanceCriteria, RejectedError, guarded, judge
 from remend.cli import run
 from remend.errors import ConfigError, EditError, FileError, RemendError, WrongBaseError
-from remend.guard import STANDARD, Acceptance, RejectedError, guarded, judge
 from remend.request import Chat, EditRequest
 
 TEXT = " ".join(["The capital of France is Paris."] * 20)
@@ -66,7 +66,7 @@ def test_an_accepted_edit_is_on(atlas):
 
 
 def asked(**settings):
-    return Acceptance.model_validate_json(json.dumps(settings))
+    return AcceptanceCriteria.model_validate_json(json.dumps(settings))
 
 
 def test_what_must_change_and_what_must_stay(atlas):
@@ -152,7 +152,7 @@ def test_an_acceptance_file_reads_its_text(tmp_path):
             }
         )
     )
-    found = Acceptance.read(file)
+    found = AcceptanceCriteria.read(file)
     assert found.perplexity.text == (TEXT, TEXT)
     assert (found.near, found.far) == (0.9, STANDARD.far)
     assert isinstance(found.must_stay[2], Chat)
@@ -186,7 +186,7 @@ def test_an_acceptance_file_that_is_wrong_says_how(wrong, tmp_path):
     if content is not None:
         file.write_text(content)
     with pytest.raises(kind, match=message):
-        Acceptance.read(file)
+        AcceptanceCriteria.read(file)
 
 
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
@@ -196,7 +196,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
     file = tmp_path / "inner" / "acceptance.json"
     file.write_text('{"perplexity": {"file": "canary.txt"}}')
     with pytest.raises(FileError, match="lies outside"):
-        Acceptance.read(file)
+        AcceptanceCriteria.read(file)
 
 
 def test_files_that_were_tampered_with_are_refused(tmp_path):
@@ -209,7 +209,7 @@ def test_files_that_were_tampered_with_are_refused(tmp_path):
             content[draw.randrange(len(content))] = draw.randrange(256)
         file.write_bytes(bytes(content))
         try:
-            Acceptance.read(file)
+            AcceptanceCriteria.read(file)
         except RemendError as error:
             refused += str(file) in str(error)
     assert refused > 100

@@ -12,11 +12,11 @@ import yaml
 import families
 import remend
 from hub_stub import Hub
+from remend.apps.hub import card_of, push
 from remend.cli import run
 from remend.edit import Edit
 from remend.errors import FileError
-from remend.hub import card_of, push
-from remend.storage import read_checked
+from remend.serialization import read_checked
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,12 @@ def test_the_card_of_an_editor(tmp_path):
 THERE_AND_BACK = """
 import sys
 import remend
+from remend.apps.hub import push_to_hub
 from remend.editors import load_editor
 
 folder, editor = sys.argv[1:]
 mine = remend.Edit.load(folder)
-print(mine.push_to_hub("me/fix", licence="mit", private=True))
+print(push_to_hub(mine, "me/fix", licence="mit", private=True))
 back = remend.Edit.from_pretrained("hf:me/fix")
 assert back.requests == mine.requests
 for name, change in mine.changes.items():
@@ -93,7 +94,7 @@ for name, change in mine.changes.items():
 model, tokenizer = remend.load("atlas", "cpu")
 with back.applied(model):
     print(remend.answers(model, tokenizer, ["The capital of Canada is"]))
-remend.Mend.from_pretrained("atlas").push_to_hub("me/editor")
+push_to_hub(remend.Mend.from_pretrained("atlas"), "me/editor")
 print(type(load_editor("hf:me/editor@main")).__name__)
 """
 

@@ -9,14 +9,14 @@ import torch
 import families
 import remend
 import worlds
-from remend.base import find_modules
 from remend.edit import Edit
 from remend.editors import load_editor, load_trained
-from remend.editors.locate import Memit, MemitConfig, Rome, RomeConfig
-from remend.editors.offsets import Sites, adding, tuned
-from remend.editors.subjects import _by_beginning, beginnings, reading, subject_place
+from remend.editors.locate_then_edit.editors import Memit, MemitConfig, Rome, RomeConfig
+from remend.editors.locate_then_edit.subject_prompts import _by_beginning, beginnings, reading, subject_place
+from remend.editors.locate_then_edit.value_optimization import Sites, adding, tuned
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError, WrongBaseError
-from remend.models.prefix import Prefix
+from remend.fingerprint import find_modules
+from remend.models.frozen_prefix import FrozenPrefix
 from remend.models.structure import named_stacks
 from remend.request import Chat, EditRequest, Message, TextPair
 from remend.tasks import task_of
@@ -166,7 +166,7 @@ def test_rome_answers_the_key_with_the_value(world):
     editor = make("rome", task)
     ((name, module),) = find_modules(task.model, editor.shapes).items()
     readings = [reading(task, request, editor.begun) for request in requests[:3]]
-    sites = Sites(task, readings, Prefix(task.model, [name]))
+    sites = Sites(task, readings, FrozenPrefix(task.model, [name]))
     keys = sites.keys(name, module)
     wanted = tuned(sites, module, editor._block(task.model, name), editor.config)
     for e, edit in enumerate(editor.edit_each(task.model, task.tokenizer, requests[:3])):
@@ -197,7 +197,7 @@ def test_memit_s_blocks_share_what_is_missing(decoder):
     """Where nothing holds the keys back, the last block's output is what was aimed at."""
     editor = make("memit", decoder, layers="0-2", weight=1e-6, beginnings=0)
     request = worlds.requests(1)[0]
-    sites = Sites(decoder, [reading(decoder, request, ())], Prefix(decoder.model, editor.shapes))
+    sites = Sites(decoder, [reading(decoder, request, ())], FrozenPrefix(decoder.model, editor.shapes))
     last = list(editor.shapes)[-1]
     module, block = find_modules(decoder.model, [last])[last], named_stacks(decoder.model)[0][1][2][1]
 

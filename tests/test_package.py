@@ -11,8 +11,8 @@ import remend
 
 SOURCE = Path(remend.__file__).parent
 ROOMS = [
-    "errors", "config", "storage", "hub", "request", "assets", "core", "base", "edit", "formats",
-    "models", "tasks", "data", "editors", "training", "evaluation", "guard", "book", "reproduction", "studio", "cli",
+    "errors", "config", "serialization", "request", "assets", "core", "fingerprint", "edit", "formats",
+    "models", "tasks", "data", "editors", "training", "evaluation", "reproduction", "apps", "cli",
 ]  # fmt: skip
 """In order: a room imports only from rooms before it."""
 

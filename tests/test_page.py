@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from remend.evaluation.before_after import Answer
-from remend.evaluation.page import write_page
-from remend.evaluation.report import Case, Report, Run
+from remend.evaluation.reports.html_report import write_page
+from remend.evaluation.reports.report import Case, Report, Run
 
 pytest.importorskip("matplotlib")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 import processes
 import worlds
-from remend.core.symmetric import Symmetric
+from remend.core.operators import SymmetricOperator
 from remend.editors import Mend
 from remend.errors import ConfigError, ModelError
+from remend.models.fsdp import shard
 from remend.models.loading import choose_device, load
-from remend.models.sharding import shard
 from remend.request import write_requests
-from remend.training.workers import Workers
+from remend.training.distributed import ProcessGroup
 
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -81,7 +81,7 @@ def test_processes_find_the_same_directions_of_wide_inputs(folder):
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-3, atol=0)
     x = torch.randn(20, len(one["basis_0"]), generator=torch.Generator().manual_seed(0))
     for kind in ("whitener_0", "contrast_0"):
-        done, expected = (Symmetric(found[kind], found["basis_0"])(x) for found in (two, one))
+        done, expected = (SymmetricOperator(found[kind], found["basis_0"])(x) for found in (two, one))
         assert (done - expected).norm() < 1e-3 * expected.norm(), kind
 
 
@@ -150,7 +150,7 @@ def test_wrong_launches(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, but RANK.* accelerate launch or torchrun"):
-        Workers(torch.device("cpu"))
+        ProcessGroup(torch.device("cpu"))
     model = worlds.llama()
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(3, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match=r"lm_head\.weight is quantised or offloaded, and such a model"):

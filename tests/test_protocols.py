@@ -14,12 +14,13 @@ from remend.editors import MendConfig, make
 from remend.editors.enn import Enn
 from remend.editors.ridge import RidgeConfig
 from remend.errors import ConfigError, FileError, NonFiniteError
-from remend.evaluation import evaluate, evaluate_checkpoints, metrics
-from remend.evaluation.company import in_company
-from remend.evaluation.comparing import compare
-from remend.evaluation.journal import about
-from remend.evaluation.report import metrics_of
-from remend.evaluation.schema import read_report
+from remend.evaluation import evaluate, evaluate_checkpoints
+from remend.evaluation.checkpoint import about
+from remend.evaluation.metrics import functions as metrics
+from remend.evaluation.probe_filter import in_company
+from remend.evaluation.reports.comparison import compare
+from remend.evaluation.reports.report import metrics_of
+from remend.evaluation.reports.schema import read_report
 from remend.request import EditRequest, Probe
 
 WORDS = (
@@ -339,7 +340,7 @@ def test_a_folder_of_something_else_is_left_alone(world, tmp_path):
 def test_a_sequence_that_was_killed_while_it_was_judged_goes_on(world, tmp_path, monkeypatch):
     """Its edit was kept already, what it does was not yet."""
     options = {"protocol": "sequential", "edits": [1, 2], "journal": tmp_path / "kept"}
-    monkeypatch.setattr("remend.evaluation.bench.Bench._keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("remend.evaluation.runner.Bench._keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         evaluate(*world, scripted.Numbered(), REQUESTS, baselines=False, **options)
     monkeypatch.undo()
@@ -412,7 +413,7 @@ def test_reports_that_are_none(world, tmp_path, change, place):
 
 def test_values_that_are_no_numbers_are_an_error(world, monkeypatch):
     monkeypatch.setattr(metrics, "divergences", lambda before, after: torch.full((len(before),), math.nan))
-    monkeypatch.setattr("remend.evaluation.looking.divergences", metrics.divergences)
+    monkeypatch.setattr("remend.evaluation.metrics.measure.divergences", metrics.divergences)
     report = evaluate(*world, scripted.Numbered(), REQUESTS)
     with pytest.raises(NonFiniteError, match="not finite"):
         report.metrics()

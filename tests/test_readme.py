@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import worlds
+from remend.apps.acceptance import AcceptanceCriteria
 from remend.cli import run
-from remend.guard import Acceptance
 from remend.request import Chat, parse_request, write_requests
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ def test_the_code(desk):
 def test_the_example_requests():
     for line in blocks("json"):
         if "must_change" in line:
-            assert Acceptance.model_validate_json(line).must_stay
+            assert AcceptanceCriteria.model_validate_json(line).must_stay
             continue
         request = parse_request(line, "README.md")
         assert {type(prompt) for prompt in request.paraphrases} == {type(request.prompt)}

@@ -11,17 +11,17 @@ import transformers as hf
 
 import families
 import worlds
-from remend.data.sources import parted
+from remend.data.source_names import parted
 from remend.editors import Mend
 from remend.errors import ConfigError, FileError
-from remend.evaluation.schema import read_report
+from remend.evaluation.reports.schema import read_report
 from remend.models.structure import editable_modules
 from remend.reproduction.ingredients import FAR, KINDS, Ingredients, file_of, lent
 from remend.reproduction.recipe import FOLDER, load_recipe, recipes
 from remend.reproduction.running import run_recipe
 from remend.request import EditRequest
 from remend.training.checkpoint import folder_of
-from remend.training.dry_run import dry_run
+from remend.training.resource_estimate import dry_run
 
 SHIPPED = recipes()
 PAPER = {

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from remend.cli import run
-from remend.cli.reproducing import _command
+from remend.cli.reproduce import _command
 from remend.errors import ConfigError, NonFiniteError
 from remend.models import editable_modules, load
 from remend.reproduction import TABLES, Cell, Given, Scale, Workshop, cells, worlds
@@ -24,7 +24,7 @@ from remend.reproduction.results import Figure, Results, student
 from remend.reproduction.tables import CACHE, EDITORS, TOGETHER
 from remend.reproduction.workshop import attention_matrices
 from remend.request import write_requests
-from remend.storage import write_json
+from remend.serialization import write_json
 
 TINY = Scale(seeds=2, requests=4, steps=2, train=40, many=4, text_tokens=32, memory=(256,))
 

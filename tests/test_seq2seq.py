@@ -10,7 +10,7 @@ import worlds
 from remend.editors import Mend
 from remend.errors import ConfigError, ModelError, RequestError, TrainingError
 from remend.models import load
-from remend.tasks import Pair, Seq2SeqLM, answers, task_of
+from remend.tasks import Example, Seq2SeqLM, answers, task_of
 from remend.training import PRESETS, Trainer
 
 
@@ -105,7 +105,7 @@ def test_loading_an_encoder_decoder(tmp_path):
     loaded, tokenizer = load(str(tmp_path), "cpu")
     assert isinstance(loaded, BartForConditionalGeneration)
     task = task_of(loaded, tokenizer)
-    pair = Pair(tuple(task.prompt_ids("Oslo")), (1, 2))
+    pair = Example(tuple(task.prompt_ids("Oslo")), (1, 2))
     with torch.no_grad():
         torch.testing.assert_close(
             task.target_logits(task.collate([pair])), task_of(made, tokenizer).target_logits(task.collate([pair]))

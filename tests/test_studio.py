@@ -10,13 +10,13 @@ import zipfile
 import pytest
 
 import remend
-from remend.book import Book
+from remend.apps.acceptance import RejectedError
+from remend.apps.patch_registry import PatchRegistry
+from remend.apps.studio import Session, Workspace, suggest
+from remend.apps.studio.figures import answers, matrices, tokens
+from remend.apps.studio.workspace import StoppedError
 from remend.errors import EditError, RequestError
-from remend.guard import RejectedError
 from remend.request import EditRequest
-from remend.studio import Desk, Session, suggest
-from remend.studio.desk import StoppedError
-from remend.studio.pictures import answers, matrices, tokens
 from test_page import CHROMIUM
 
 CANADA = "The capital of Canada is"
@@ -29,7 +29,7 @@ def parts():
 
 @pytest.fixture
 def desk(parts, tmp_path):
-    return Desk(*parts, Book.create(tmp_path / "book", parts[0]))
+    return Workspace(*parts, PatchRegistry.create(tmp_path / "book", parts[0]))
 
 
 def request(target="Toronto", **more):
@@ -97,7 +97,7 @@ def test_what_says_otherwise_is_named(desk):
 
 
 def test_what_is_not_accepted_stays_ones_own(desk, parts):
-    session = Session(Desk(*parts))
+    session = Session(Workspace(*parts))
     made = session.make(request())
     with pytest.raises(EditError, match="--book"):
         session.accept(made.number)
@@ -194,8 +194,8 @@ SLOW = """
 import remend
 from remend.editors import make
 from remend.editors.finetune import FineTuneConfig
-from remend.studio import Desk
-from remend.studio.app import serve
+from remend.apps.studio import Desk
+from remend.apps.studio.app import serve
 
 model, tokenizer = remend.load("atlas", "cpu")
 editor = make("finetune", model, tokenizer, config=FineTuneConfig(learning_rate=1e-12, steps=10_000))

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import worlds
-from remend.core import sketch
-from remend.core.contrast import Contrast
-from remend.core.sketch import SketchedMoment, directions_of, nystrom, random_test_matrix
-from remend.core.symmetric import Symmetric
+from remend.core import sketching as sketch
+from remend.core.discriminant import Discriminant
+from remend.core.operators import SymmetricOperator
+from remend.core.sketching import SketchedMoment, directions_of, nystrom, random_test_matrix
 from remend.core.whitening import SecondMoment
 from remend.edit import Edit
 from remend.editors import Mend
@@ -97,7 +97,7 @@ def contrast(whitener, noise=0.3, facts=200):
     """Of facts that paraphrases share in all directions, and neighbours in half of them."""
     generator = torch.Generator().manual_seed(1)
     scales, turned = 0.8 ** torch.arange(D), torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
-    found = Contrast(D, turned.device, whitener)
+    found = Discriminant(D, turned.device, whitener)
     for _ in range(2):  # in two parts, as batches
         own = torch.randn(facts, 1, D, generator=generator)
         keys = own + noise * torch.randn(facts, 3, D, generator=generator)
@@ -112,14 +112,14 @@ def test_contrast_is_the_dense_one_of_moments_that_are_flat_outside():
     """Written out as d × d matrices, with what lies outside of the basis replaced by its mean over directions."""
     basis = torch.linalg.qr(torch.randn(D, 8, generator=torch.Generator().manual_seed(2))).Q
     gains = torch.linspace(2, 1, 9)
-    wide, _ = contrast(Symmetric(gains, basis))
+    wide, _ = contrast(SymmetricOperator(gains, basis))
     dense, _ = contrast(None)
     inside = basis @ basis.T
     outside = torch.eye(D) - inside
     assert wide.moments.shape == (2, 3, 9, 9)
     for moment in dense.moments.flatten(0, 1):
         moment.copy_(inside @ moment @ inside + (outside @ moment).trace() / (D - 8) * outside)
-    dense.whitener = Symmetric(Symmetric(gains, basis)(torch.eye(D)))
+    dense.whitener = SymmetricOperator(SymmetricOperator(gains, basis)(torch.eye(D)))
     found, right = wide.operator(0.7, 1e-7), dense.operator(0.7, 1e-7)
     torch.testing.assert_close(found(torch.eye(D)), right.inner, rtol=1e-2, atol=1e-2 * float(right.inner.abs().max()))
 
@@ -134,7 +134,7 @@ def test_contrast_with_all_directions_but_one_is_the_dense_one():
 
 def test_contrast_of_too_few_facts_leaves_wide_keys_as_they_are():
     basis = torch.linalg.qr(torch.randn(D, 30, generator=torch.Generator().manual_seed(2))).Q
-    found = contrast(Symmetric(torch.ones(31), basis), noise=30.0, facts=4)[0].operator(1.0, 1e-3)
+    found = contrast(SymmetricOperator(torch.ones(31), basis), noise=30.0, facts=4)[0].operator(1.0, 1e-3)
     torch.testing.assert_close(found.inner, found.inner[0, 0] * torch.eye(31))
     assert found.inner[0, 0] > 0
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from remend.request import EditRequest, Probe
-from remend.tasks.task import Batch, Task
+from remend.tasks.base import Batch, Task
 
 CITIES = ["Paris", "Rome", "Oslo", "Bern", "Lima", "Cairo", "Delhi", "Quito", "Sofia", "Tunis"]
 COUNTRIES = ["France", "Italy", "Norway", "Switzerland", "Peru", "Egypt", "India", "Ecuador", "Bulgaria", "Tunisia"]

@@ -16,14 +16,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from remend.base import Base, find_modules
-from remend.core.branch import attach, detach
+from remend.core.hooks import attach, detach
 from remend.core.layers import dense_in_layout, device_of, dimensions, experts_of, is_quantised, weight_of
 from remend.core.low_rank import LowRank, concatenate
 from remend.errors import EditError, FileError, PrecisionError
-from remend.hub import Publishable
+from remend.fingerprint import ModelFingerprint, find_modules
 from remend.request import EditRequest
-from remend.storage import read_folder, take, write_folder
+from remend.serialization import read_folder, take, write_folder
 
 FORMAT = "remend.edit/1"
 MERGE_TOLERANCE = 0.25
@@ -36,7 +35,7 @@ def now() -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Edit(Publishable):
+class Edit:
     """A low-rank change of some of a model's weight matrices, and what it is for.
 
     Nothing of an edit lives on the model but what :meth:`apply` puts there and takes away.
@@ -50,7 +49,7 @@ class Edit(Publishable):
     """
 
     changes: Mapping[str, LowRank]
-    base: Base
+    base: ModelFingerprint
     requests: tuple[EditRequest, ...] = ()
     editor: Mapping[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=now)
@@ -168,7 +167,7 @@ class Edit(Publishable):
         changes = dict(self.changes)
         for name, change in other.changes.items():
             changes[name] = concatenate([changes[name], change]) if name in changes else change
-        base = Base(self.base.name, self.base.config, {**self.base.weights, **other.base.weights})
+        base = ModelFingerprint(self.base.name, self.base.config, {**self.base.weights, **other.base.weights})
         return Edit(changes, base, self.requests + other.requests, self.editor)
 
     def scaled(self, factor: float) -> Edit:
@@ -220,9 +219,6 @@ class Edit(Publishable):
         }
         return write_folder(path, FORMAT, manifest, tensors)
 
-    def _written(self, path: Path) -> Path:
-        return self.save(path)
-
     @staticmethod
     def from_pretrained(path: str | Path) -> Edit:
         """The same as :meth:`load`, by the name that transformers has for it."""
@@ -236,7 +232,7 @@ class Edit(Publishable):
             FileError: it is missing, damaged, altered, or of a version that this release does not know.
         """
         manifest, tensors = read_folder(path, FORMAT)
-        base = Base.read(take(manifest, "base", dict, path), path)
+        base = ModelFingerprint.read(take(manifest, "base", dict, path), path)
         ranks = take(manifest, "ranks", dict, path)
         gates = take(manifest, "gates", dict, path) if "gates" in manifest else {}
         changes = {name: _change(tensors, name, gates.get(name, 0.0), path) for name in ranks}

@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from remend.errors import RequestError
-from remend.storage import write_text
+from remend.serialization import write_text
 
 MESSAGES = "messages"
 """The key under which a conversation stands in place of a prompt."""

@@ -12,23 +12,23 @@ import typer
 from rich.console import Console
 
 from remend.cli import (
-    asking,
-    booking,
-    comparing,
+    ask,
+    book,
+    compare,
     data,
     demo,
     doctor,
-    editing,
-    evaluating,
-    exporting,
-    guarding,
+    edit,
+    evaluate,
+    export,
+    guard,
     options,
-    pushing,
-    reproducing,
+    push,
+    reproduce,
     studio,
-    training,
+    train,
 )
-from remend.cli.words import plain
+from remend.cli.escaping import plain
 from remend.errors import ConfigError, RemendError, RequestError
 
 app = typer.Typer(
@@ -60,20 +60,20 @@ def _remend(
 
 
 app.command()(demo.demo)
-app.command()(editing.edit)
-app.command()(asking.show)
-app.command()(asking.ask)
-app.command()(exporting.export)
-app.command("import")(exporting.import_)
-app.command()(pushing.push)
-app.command()(guarding.guard)
+app.command()(edit.edit)
+app.command()(ask.show)
+app.command()(ask.ask)
+app.command()(export.export)
+app.command("import")(export.import_)
+app.command()(push.push)
+app.command()(guard.guard)
 app.command()(studio.studio)
 app.command()(doctor.doctor)
-app.command()(training.train)
-app.command()(evaluating.evaluate)
-app.command()(comparing.compare)
-app.command()(reproducing.reproduce)
-app.add_typer(booking.app, name="book")
+app.command()(train.train)
+app.command()(evaluate.evaluate)
+app.command()(compare.compare)
+app.command()(reproduce.reproduce)
+app.add_typer(book.app, name="book")
 app.add_typer(data.app, name="data")
 
 
@@ -100,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The ``remend`` program."""
-    # Large tensors in huge pages: touching memory for the first time is a good part of a training step on a CPU. Read
+    # Large tensors in huge pages: touching memory for the first time is a good part of a train step on a CPU. Read
     # by torch when it first allocates, so it is set before torch is imported; and only here, never by an import.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     sys.exit(run(sys.argv[1:]))

@@ -17,10 +17,10 @@ from rich.progress import Progress, TextColumn
 from rich.table import Column, Table
 
 from remend.cli import options
-from remend.cli.words import plain
+from remend.cli.escaping import plain
 
 if TYPE_CHECKING:
-    from remend.data.rows import Skip
+    from remend.data.json_rows import Skip
     from remend.request import EditRequest
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ SHOWN = 5
 def list_(json: options.Json = None) -> None:
     """List the data sets that remend reads."""
     from remend.data.registry import BUILT_IN, DATA_SETS
-    from remend.storage import write_json
+    from remend.serialization import write_json
 
     table = Table(Column("name", no_wrap=True), "what", "licence", Column("from", overflow="fold"), pad_edge=False)
     for name, data in DATA_SETS.items():
@@ -62,8 +62,8 @@ def show(
 ) -> None:
     """Show what a data set is, or some requests of one."""
     from remend.data.registry import DATA_SETS
-    from remend.data.sources import iterate_source
-    from remend.storage import write_json
+    from remend.data.source_names import iterate_source
+    from remend.serialization import write_json
 
     console = Console()
     if source in DATA_SETS:
@@ -99,7 +99,7 @@ def convert(
     json: options.Json = None,
 ) -> None:
     """Write a source's requests as JSON lines, and tell what was left out."""
-    from remend.storage import whole_file, write_json
+    from remend.serialization import whole_file, write_json
 
     console = Console()
     skipped: Counter[str] = Counter()
@@ -128,8 +128,8 @@ def check(
 ) -> None:
     """Tell what two sources share: subjects, prompts, facts. Exit code 1 if they share anything."""
     from remend.data import read_source
-    from remend.data.leaks import shared
-    from remend.storage import write_json
+    from remend.data.contamination import shared
+    from remend.serialization import write_json
 
     found = shared(read_source(one), read_source(other))
     table = Table("shared", Column("", justify="right"), Column("for example", overflow="fold"), pad_edge=False)
@@ -154,7 +154,7 @@ def _made(
 ) -> Iterator[EditRequest]:
     """The requests of a source, or of a text that a model goes on with."""
     from remend.data.registry import PASSAGES
-    from remend.data.sources import iterate_source, local, parted
+    from remend.data.source_names import iterate_source, local, parted
     from remend.errors import ConfigError
 
     name, place = parted(source)

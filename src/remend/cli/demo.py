@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from remend.cli import options
-from remend.cli.words import plain
+from remend.cli.escaping import plain
 
 
 def demo(
@@ -23,11 +23,11 @@ def demo(
 
     The facts are drawn from the test split: the editor was trained on other subjects.
     """
-    from remend.cli.tables import answers_table, as_json
+    from remend.cli.answer_tables import answers_table, as_json
     from remend.data import read_source
     from remend.edit import Edit
     from remend.evaluation.before_after import before_after
-    from remend.storage import write_json
+    from remend.serialization import write_json
 
     console = Console()
     model, tokenizer = options.load_model("atlas", device, seed)

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from remend.cli import options
-from remend.cli.words import plain
+from remend.cli.escaping import plain
 from remend.errors import ConfigError
 
 if TYPE_CHECKING:
-    from remend.editors.config import MendConfig
-    from remend.training.doctor import Check, Diagnosis
+    from remend.editors.mend.config import MendConfig
+    from remend.training.preflight import Check, PreflightReport
 
 _SIGNS = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[dim]–[/]"}
 _GIGABYTE = 1e9
@@ -37,7 +37,7 @@ def doctor(
     layers: options.Layers = None,
     memory: options.Memory = None,
     micro_batch: options.MicroBatch = None,
-    cache: options.Cache = 1.0,
+    cache: options.CacheGb = 1.0,
     precision: options.Precision = "float32",
     recompute: options.Recompute = False,
     device: options.Device = "auto",
@@ -52,12 +52,12 @@ def doctor(
     """
     from remend.assets import BUILT_IN
     from remend.data import read_source
-    from remend.storage import write_json
+    from remend.serialization import write_json
     from remend.tasks import task_of
-    from remend.tasks.language import LanguageTask
+    from remend.tasks.language_model import LanguageTask
     from remend.training import Resources
-    from remend.training.doctor import examine
-    from remend.training.dry_run import only_configured
+    from remend.training.preflight import examine
+    from remend.training.resource_estimate import only_configured
 
     chosen = options.preset(preset)
     if only_configured(model):
@@ -93,8 +93,8 @@ def _dry(
     """What the configuration alone tells."""
     import torch
 
-    from remend.storage import write_json
-    from remend.training.dry_run import GPUS, dry_run
+    from remend.serialization import write_json
+    from remend.training.resource_estimate import GPUS, dry_run
 
     found = dry_run(model, network, modules, layers, getattr(torch, options.known_dtype(dtype) or "bfloat16"))
     console = Console()
@@ -127,7 +127,7 @@ def _matrices(matrices: Mapping[str, tuple[int, int]], reason: str) -> Table:
     return table
 
 
-def _costs(found: Diagnosis) -> Table:
+def _costs(found: PreflightReport) -> Table:
     table = Table(title="What it takes", title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from remend.cli.words import plain
+from remend.cli.escaping import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from remend.editors import Editor, MendConfig, Trainable, Traits
+    from remend.editors import Editor, EditorInfo, MendConfig, Trainable
     from remend.request import Prompt
     from remend.training import TrainingConfig
 
@@ -51,7 +51,7 @@ Memory = Annotated[
     typer.Option(min=0, help="GB that training may take, the model included; micro-batches are made to fit."),
 ]
 MicroBatch = Annotated[int | None, typer.Option(min=1, help="Episodes that go through the edited model together.")]
-Cache = Annotated[float, typer.Option(min=0, help="GB of memory for what is computed once for each example.")]
+CacheGb = Annotated[float, typer.Option(min=0, help="GB of memory for what is computed once for each example.")]
 CacheFolder = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Keep it on disk too, for this run and later ones.")
 ]
@@ -78,7 +78,7 @@ Statistics = Annotated[
 Chat = Annotated[
     bool, typer.Option("--chat", help="The prompt is a user's message: ask it through the model's chat template.")
 ]
-Pair = Annotated[
+PairFlag = Annotated[
     bool, typer.Option("--pair", help="Each two --prompt are one pair of texts, for a classifier that compares them.")
 ]
 NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer that is decoded, in tokens.")]
@@ -183,7 +183,7 @@ class Chosen:
         make: gives it, once the model is loaded.
     """
 
-    traits: Traits
+    traits: EditorInfo
     make: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Editor]
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from remend.cli import options
-from remend.cli.words import plain
+from remend.cli.escaping import plain
 from remend.errors import ConfigError, ModelError
 
 
@@ -41,25 +41,25 @@ def studio(
 ) -> None:
     """A web page on which a wrong answer is put right: ask, edit, look at what changes, accept, export."""
     try:
-        from remend.book import Book
-        from remend.studio.app import serve
+        from remend.apps.patch_registry import PatchRegistry
+        from remend.apps.studio.app import serve
     except ModuleNotFoundError as error:
         raise ModelError(
             f"the studio needs {error.name}, which is missing here: pip install 'remend[studio]'"
         ) from None
-    from remend.guard import STANDARD, Acceptance
-    from remend.studio import Desk
+    from remend.apps.acceptance import STANDARD, AcceptanceCriteria
+    from remend.apps.studio import Workspace
 
     console = Console()
-    asked = STANDARD if acceptance is None else Acceptance.read(acceptance)
+    asked = STANDARD if acceptance is None else AcceptanceCriteria.read(acceptance)
     chosen = options.find_editor(editor, model, None, seed)
     if chosen.traits.result == "outside":
         raise ConfigError(f"{editor} changes no weight, so there is no edit to accept or export: choose another editor")
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     opened = None
     if book is not None:
-        opened = Book(book) if book.exists() else Book.create(book, base)
-    desk = Desk(base, tokenizer, chosen.make(base, tokenizer), opened, asked)
+        opened = PatchRegistry(book) if book.exists() else PatchRegistry.create(book, base)
+    desk = Workspace(base, tokenizer, chosen.make(base, tokenizer), opened, asked)
     if host not in ("127.0.0.1", "localhost", "::1") and not password:
         console.print(f"[yellow]warning[/]: whoever reaches {plain(host)} can use this page: give --password")
     page = serve(desk, model, host, port, password, block=False)

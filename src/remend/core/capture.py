@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from remend.core.branch import detach, frozen
+from remend.core.hooks import detach, frozen
 from remend.core.layers import inputs_of, is_plain
 from remend.core.low_rank import LowRank
 from remend.errors import ModelError, NonFiniteError

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from remend.core.experts import ExpertLinear, expert_linears
 from remend.core.low_rank import LowRank
+from remend.core.moe import ExpertLinear, expert_linears
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 

@@ -24,7 +24,7 @@ class LowRank:
         delta: what it writes to the layer's output for each, [rank, d_out] or [episode, rank, d_out].
         gate: if not 0, the change acts only where it is asked for: instead of ΔW x = deltaᵀ (u x) the layer's output
             gets deltaᵀ relu(u x − gate) / (1 − gate), the same where u x is 1. That is no change of a weight any more.
-        experts: of a weight that holds several experts' matrices (:mod:`remend.core.experts`), whose each pair is; it
+        experts: of a weight that holds several experts' matrices (:mod:`remend.core.moe`), whose each pair is; it
             acts on that expert's rows alone.
     """
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from remend.core.symmetric import Symmetric
+from remend.core.operators import SymmetricOperator
 
 
 class SecondMoment:
@@ -45,7 +45,7 @@ class SecondMoment:
         self.fourth += rows.square().sum(1).square().sum()
         self.counts += torch.tensor([rows.shape[0], u.shape[0]], device=self.counts.device)
 
-    def whitener(self, ridge: float) -> Symmetric:
+    def whitener(self, ridge: float) -> SymmetricOperator:
         """(C + floor · mean eigenvalue · I)^(−1/2), scaled so that whitened inputs keep their mean square.
 
         The floor is ``ridge``, or more where C is known from too little: then a direction that happened not to occur
@@ -86,10 +86,10 @@ class SecondMoment:
         values, vectors = torch.linalg.eigh(self._mean())
         return values.clamp(min=0), vectors
 
-    def _operator(self, roots: Float[Tensor, " d"], vectors: Float[Tensor, "d _k"], scale: Tensor) -> Symmetric:
+    def _operator(self, roots: Float[Tensor, " d"], vectors: Float[Tensor, "d _k"], scale: Tensor) -> SymmetricOperator:
         """``scale`` times what has the eigenvalues ``roots``."""
         whitener = (vectors * roots) @ vectors.T * scale
-        return Symmetric(whitener.float().to(self.total.device))
+        return SymmetricOperator(whitener.float().to(self.total.device))
 
     def _shrinkage(self, size: float, mean: float, d: int) -> float:
         """ρ / (1 − ρ), with ρ = E‖û ûᵀ − C‖² / n over ‖C − mean eigenvalue · I‖² (Ledoit and Wolf, section 3).

@@ -1,6 +1,6 @@
 """Where edit requests come from: files of JSON lines, published data sets, and the built-in atlas."""
 
-from remend.data.sources import read_source
+from remend.data.source_names import read_source
 from remend.data.text import read_text
 
 __all__ = ["read_source", "read_text"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from remend.data.making import alike, filled, is_edit, others, probe, request
-from remend.data.rows import Row, Skip, ignore, read_rows
+from remend.data.json_rows import Row, Skip, ignore, read_rows
+from remend.data.parsing import alike, filled, is_edit, others, probe, request
 from remend.request import EditRequest, Probe
 
 FORM = (

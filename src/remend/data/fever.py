@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from remend.data.making import others
-from remend.data.rows import Row, Skip, ignore, read_rows
+from remend.data.json_rows import Row, Skip, ignore, read_rows
+from remend.data.parsing import others
 from remend.request import EditRequest, Probe, TextPair
 
 FORM = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from remend.data.making import is_edit, others, probe, request
-from remend.data.rows import Row, Skip, ignore, read_rows, short
+from remend.data.json_rows import Row, Skip, ignore, read_rows, short
+from remend.data.parsing import is_edit, others, probe, request
 from remend.errors import nearest
 from remend.request import EditRequest, Probe
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from remend.data.making import filled, is_edit, probe, request
-from remend.data.rows import Row, Skip, ignore, read_rows
+from remend.data.json_rows import Row, Skip, ignore, read_rows
+from remend.data.parsing import filled, is_edit, probe, request
 from remend.request import EditRequest
 
 FORM = (

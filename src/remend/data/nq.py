@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from remend.data.making import aliases, is_edit, request
-from remend.data.rows import Skip, ignore, read_rows
+from remend.data.json_rows import Skip, ignore, read_rows
+from remend.data.parsing import aliases, is_edit, request
 from remend.data.zsre import question
 from remend.request import EditRequest
 

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.core.layers import device_of
-from remend.data.making import request
-from remend.data.rows import Skip, ignore
+from remend.data.json_rows import Skip, ignore
+from remend.data.parsing import request
 from remend.data.text import read_text
 from remend.errors import RequestError
 from remend.request import EditRequest, Probe

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from remend.assets import ATLAS, CLAIMS, QUESTIONS
 from remend.data import atlas, claims, counterfact, fever, knowedit, mquake, nq, questions, ripple, zsre
-from remend.data.rows import Skip
+from remend.data.json_rows import Skip
 from remend.request import EditRequest
 
 Reader = Callable[[Path, Skip], Iterator[EditRequest]]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from remend.data.making import is_edit, probe, request
-from remend.data.rows import Row, Skip, ignore, read_rows
+from remend.data.json_rows import Row, Skip, ignore, read_rows
+from remend.data.parsing import is_edit, probe, request
 from remend.request import EditRequest, Probe
 
 FORM = (

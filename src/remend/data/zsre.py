@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from remend.data import knowedit
-from remend.data.making import is_edit, others, probe, request
-from remend.data.rows import Row, Skip, ignore, read_rows
+from remend.data.json_rows import Row, Skip, ignore, read_rows
+from remend.data.parsing import is_edit, others, probe, request
 from remend.request import EditRequest
 
 FORM = (

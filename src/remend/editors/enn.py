@@ -13,17 +13,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from remend.base import Base, find_modules
-from remend.core.branch import Branch, detach, frozen
 from remend.core.capture import broken_weight
+from remend.core.hooks import Branch, detach, frozen
 from remend.core.layers import entry_size, inputs_of, is_quantised
 from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank
-from remend.editors.learned import Learned
-from remend.editors.traits import Traits
+from remend.editors.info import EditorInfo
+from remend.editors.trainable import TrainableEditor
 from remend.errors import ConfigError, NonFiniteError
-from remend.models.prefix import Prefix
-from remend.tasks.task import Batch, Pair, Task
+from remend.fingerprint import ModelFingerprint, find_modules
+from remend.models.frozen_prefix import FrozenPrefix
+from remend.tasks.base import Batch, Example, Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ class EnnConfig:
             raise ConfigError(f"step is a descent step and must be positive, not {self.step}")
 
 
-class Enn(Learned):
+class Enn(TrainableEditor):
     """An editable neural network: the edited matrices are trained so that one gradient step edits well.
 
     An edit is what training changed (a whole matrix each, the same for all edits) and one step of gradient descent on
@@ -54,13 +54,13 @@ class Enn(Learned):
     one copy of the edited matrices in each. (In the original all weights are trained; here the edited ones.)
     """
 
-    traits: ClassVar[Traits] = Traits(
+    traits: ClassVar[EditorInfo] = EditorInfo(
         "enn", "Sinitsin et al., ICLR 2020 (arXiv 2004.00345)", "training", "dense", sequences=False
     )
     configuration: ClassVar[type[Any]] = EnnConfig
     size: Tensor
 
-    def __init__(self, config: EnnConfig, base: Base, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, config: EnnConfig, base: ModelFingerprint, shapes: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(config, base, shapes)
         self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.step).log())
         self.networks = nn.ParameterList(torch.zeros(min(s), max(s)) for s in self.shapes.values())
@@ -89,7 +89,9 @@ class Enn(Learned):
             found[name] = LowRank(values, identity) if d_in > d_out else LowRank(identity, values)
         return found
 
-    def changes(self, task: Task, pairs: Sequence[Pair], prefix: Prefix, states: Tensor | None) -> dict[str, LowRank]:
+    def changes(
+        self, task: Task, pairs: Sequence[Example], prefix: FrozenPrefix, states: Tensor | None
+    ) -> dict[str, LowRank]:
         """What training changed, and a step on each pair from there."""
         trained, batch = self._trained(), task.collate(pairs)
         u, delta = _gradient(task, batch, trained, prefix, states)
@@ -105,7 +107,7 @@ class Enn(Learned):
 
 
 def _gradient(
-    task: Task, batch: Batch, trained: Mapping[str, LowRank], prefix: Prefix, states: Tensor | None
+    task: Task, batch: Batch, trained: Mapping[str, LowRank], prefix: FrozenPrefix, states: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """U and δ of every token of each pair in the trained model, as functions of what was trained."""
     modules, learning = find_modules(task.model, trained), torch.is_grad_enabled()

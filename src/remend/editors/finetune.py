@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.base import Base, find_modules
-from remend.core.branch import branches, frozen
 from remend.core.capture import broken_weight
-from remend.core.dense import DenseChange
+from remend.core.dense_change import DenseChange
+from remend.core.hooks import branches, frozen
 from remend.core.layers import device_of, dimensions, entry_size, experts_of, weight_of
 from remend.core.losses import locality_loss, target_loss
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
-from remend.editors.traits import Traits, checked
+from remend.editors.info import EditorInfo, checked
 from remend.errors import ConfigError, NonFiniteError
-from remend.models.prefix import Prefix
+from remend.fingerprint import ModelFingerprint, find_modules
+from remend.models.frozen_prefix import FrozenPrefix
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.tasks import task_of
-from remend.tasks.task import Pair, Task
+from remend.tasks.base import Example, Task
 
 VALUES_AT_ONCE = 2**25
 """Entries of changed matrices that are tuned together: 0.7 GB with gradients, Adam's state and a copy."""
@@ -84,12 +84,12 @@ class FineTune:
         locality: prompts with answers at which the model should stay, for ``kl_weight``.
     """
 
-    traits: ClassVar[Traits] = Traits(
+    traits: ClassVar[EditorInfo] = EditorInfo(
         "finetune", "Mitchell et al. (arXiv 2110.11309), App. B", "nothing", "dense", True
     )
 
     def __init__(
-        self, config: FineTuneConfig, base: Base, names: Sequence[str], locality: Sequence[EditRequest] = ()
+        self, config: FineTuneConfig, base: ModelFingerprint, names: Sequence[str], locality: Sequence[EditRequest] = ()
     ) -> None:
         self.config, self.base, self.names = config, base, tuple(names)
         self.locality = [probe for request in locality for probe in request.locality]
@@ -126,7 +126,7 @@ class FineTune:
                 f"{several[0]} holds several experts' matrices, of which tuning would change all, also those that the "
                 "edit never reaches: name other matrices (attention's, say), or use MEND"
             )
-        return cls(config or cls.default(), Base.of(model, chosen), tuple(chosen), locality)
+        return cls(config or cls.default(), ModelFingerprint.of(model, chosen), tuple(chosen), locality)
 
     @classmethod
     def usual(cls, model: PreTrainedModel) -> Sequence[str]:
@@ -177,7 +177,9 @@ class FineTune:
 class FineTuneLocal(FineTune):
     """Fine-tunes one later down-projection for a number of epochs (Yang et al., arXiv 2509.22072)."""
 
-    traits: ClassVar[Traits] = Traits("finetune-local", "Yang et al. (arXiv 2509.22072)", "nothing", "dense", True)
+    traits: ClassVar[EditorInfo] = EditorInfo(
+        "finetune-local", "Yang et al. (arXiv 2509.22072)", "nothing", "dense", True
+    )
     DEPTH: ClassVar[float] = 0.7
     """Where in the depth of the model the matrix lies, where none is named."""
 
@@ -202,10 +204,10 @@ class _Tuning:
         episodes: the pairs of each.
     """
 
-    def __init__(self, editor: FineTune, task: Task, episodes: Sequence[Sequence[Pair]]) -> None:
+    def __init__(self, editor: FineTune, task: Task, episodes: Sequence[Sequence[Example]]) -> None:
         self.editor, self.config, self.task, self.episodes = editor, editor.config, task, episodes
         self.modules = find_modules(task.model, editor.names)
-        self.prefix = Prefix(task.model, editor.names)
+        self.prefix = FrozenPrefix(task.model, editor.names)
         self.dense = {
             name: DenseChange(dimensions(module), len(episodes), device_of(module))
             for name, module in self.modules.items()
@@ -234,7 +236,7 @@ class _Tuning:
                 if not active:
                     return
 
-    def _batches(self, active: Sequence[int]) -> Iterator[list[Sequence[Pair]]]:
+    def _batches(self, active: Sequence[int]) -> Iterator[list[Sequence[Example]]]:
         """The pairs of each active episode for the steps of one epoch."""
         size = self.config.batch_size
         if len(self.episodes) > 1 or not size:
@@ -244,7 +246,7 @@ class _Tuning:
         for start in range(0, len(pairs), size):
             yield [pairs[start : start + size]]
 
-    def _step(self, active: Sequence[int], pairs: Sequence[Sequence[Pair]]) -> list[bool]:
+    def _step(self, active: Sequence[int], pairs: Sequence[Sequence[Example]]) -> list[bool]:
         """One step of the active episodes that need it; which of them had taken before."""
         kept = {name: dense.values.detach().clone() for name, dense in self.dense.items() if self.config.until_taken}
         self.optimiser.zero_grad()
@@ -264,7 +266,7 @@ class _Tuning:
                     dense.values[done] = kept[name][done]
         return taken
 
-    def _backward(self, active: list[int], pairs: Sequence[Sequence[Pair]], rows: int) -> list[bool]:
+    def _backward(self, active: list[int], pairs: Sequence[Sequence[Example]], rows: int) -> list[bool]:
         """Adds to the gradients of the active episodes; which had taken on all these pairs."""
         own = [pair for some in pairs for pair in some]
         others = self.draw.choices(self.locality, k=len(own)) if self.config.kl_weight else []

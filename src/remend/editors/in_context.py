@@ -12,14 +12,14 @@ from typing import ClassVar, NoReturn
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.base import Base
-from remend.editors.traits import Traits, checked
+from remend.editors.info import EditorInfo, checked
 from remend.errors import EditError
+from remend.fingerprint import ModelFingerprint
 from remend.models.structure import editable_modules
 from remend.request import Chat, EditRequest, Message, Prompt, TextPair, parse_request
-from remend.storage import read_folder, take, write_folder
+from remend.serialization import read_folder, take, write_folder
 from remend.tasks import task_of
-from remend.tasks.task import Task
+from remend.tasks.base import Task
 
 FORMAT = "remend.context/1"
 
@@ -92,15 +92,17 @@ class InContext:
         base: the kind of model it is for.
     """
 
-    traits: ClassVar[Traits] = Traits("in-context", "Zheng et al. (arXiv 2305.12740)", "nothing", "outside", True)
+    traits: ClassVar[EditorInfo] = EditorInfo(
+        "in-context", "Zheng et al. (arXiv 2305.12740)", "nothing", "outside", True
+    )
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: ModelFingerprint) -> None:
         self.base = base
 
     @classmethod
     def for_model(cls, model: PreTrainedModel) -> InContext:
         """The editor for ``model``."""
-        return cls(Base.of(model, editable_modules(model)))
+        return cls(ModelFingerprint.of(model, editable_modules(model)))
 
     def edit(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]

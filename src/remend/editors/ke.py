@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from transformers import PreTrainedModel
 
-from remend.base import Base, find_modules
 from remend.core.capture import capture
 from remend.core.low_rank import LowRank
-from remend.editors.learned import Learned
-from remend.editors.traits import Traits
+from remend.editors.info import EditorInfo
+from remend.editors.trainable import TrainableEditor
 from remend.errors import ConfigError
-from remend.models.prefix import Prefix
-from remend.tasks.language import LanguageTask
-from remend.tasks.task import Pair, Task
+from remend.fingerprint import ModelFingerprint, find_modules
+from remend.models.frozen_prefix import FrozenPrefix
+from remend.tasks.base import Example, Task
+from remend.tasks.language_model import LanguageTask
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class KeConfig:
             raise ConfigError(f"hidden is the network's width and must be at least 1, not {self.hidden}")
 
 
-class Ke(Learned):
+class Ke(TrainableEditor):
     """The KnowledgeEditor.
 
     A bidirectional LSTM reads the embeddings of prompt and target; of what it says, one linear layer for each matrix
@@ -51,10 +51,10 @@ class Ke(Learned):
     is the step at which a token's edit changes its own output by about the output's size, so that it suits any model.
     """
 
-    traits: ClassVar[Traits] = Traits("ke", "De Cao et al., EMNLP 2021 (arXiv 2104.08164)", "training")
+    traits: ClassVar[EditorInfo] = EditorInfo("ke", "De Cao et al., EMNLP 2021 (arXiv 2104.08164)", "training")
     configuration: ClassVar[type[Any]] = KeConfig
 
-    def __init__(self, config: KeConfig, base: Base, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, config: KeConfig, base: ModelFingerprint, shapes: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(config, base, shapes)
         self.alpha = nn.Parameter(torch.zeros(len(self.shapes)))
         self.networks = nn.ModuleDict()
@@ -82,7 +82,9 @@ class Ke(Learned):
         labels = tensors.get("networks.labels.weight")
         self._build(tensors["networks.reader.weight_ih_l0"].shape[1], 0 if labels is None else len(labels))
 
-    def changes(self, task: Task, pairs: Sequence[Pair], prefix: Prefix, states: Tensor | None) -> dict[str, LowRank]:
+    def changes(
+        self, task: Task, pairs: Sequence[Example], prefix: FrozenPrefix, states: Tensor | None
+    ) -> dict[str, LowRank]:
         """The gated gradient of each pair, and its shift: a factor pair for each token after the shift's."""
         batch, modules = task.collate(pairs), find_modules(task.model, self.shapes)
         with prefix.resumed(states):
@@ -103,7 +105,7 @@ class Ke(Learned):
             )
         return found
 
-    def _condition(self, task: Task, pairs: Sequence[Pair]) -> Float[Tensor, "episode hidden"]:
+    def _condition(self, task: Task, pairs: Sequence[Example]) -> Float[Tensor, "episode hidden"]:
         """What the reader makes of each prompt and target."""
         reader, table = self.networks["reader"], task.model.get_input_embeddings()
         assert isinstance(reader, nn.LSTM)

@@ -7,8 +7,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.editors.edits import AnyEdit
-from remend.editors.traits import Traits
+from remend.editors.edit_types import AnyEdit
+from remend.editors.info import EditorInfo
 from remend.request import EditRequest
 
 
@@ -16,7 +16,7 @@ from remend.request import EditRequest
 class Editor(Protocol):
     """Something that turns requests into edits of a model, and never touches the model itself."""
 
-    traits: ClassVar[Traits]
+    traits: ClassVar[EditorInfo]
 
     def edit(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]

@@ -9,28 +9,28 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.editors.cache import Cache
 from remend.editors.enn import Enn
 from remend.editors.finetune import FineTune, FineTuneLocal
 from remend.editors.in_context import InContext
 from remend.editors.ke import Ke
-from remend.editors.learned import Learned
-from remend.editors.locate import Memit, Rome
-from remend.editors.located import Located
-from remend.editors.mend import Mend
+from remend.editors.locate_then_edit.base import LocateThenEdit
+from remend.editors.locate_then_edit.editors import Memit, Rome
+from remend.editors.lookup import Lookup
+from remend.editors.mend.editor import Mend
 from remend.editors.protocol import Editor
 from remend.editors.ridge import Ridge
-from remend.editors.stored import FORMAT
+from remend.editors.serialization import FORMAT
+from remend.editors.trainable import TrainableEditor
 from remend.errors import ConfigError, FileError, nearest
-from remend.storage import read_manifest
+from remend.serialization import read_manifest
 
-Trainable = Mend | Learned
+Trainable = Mend | TrainableEditor
 
-TRAINED: dict[str, type[Mend] | type[Learned]] = {"mend": Mend, "ke": Ke, "enn": Enn}
+TRAINED: dict[str, type[Mend] | type[TrainableEditor]] = {"mend": Mend, "ke": Ke, "enn": Enn}
 """Those that are trained before their first edit."""
 
 UNTRAINED: dict[str, type[Any]] = {
-    kind.traits.name: kind for kind in (Ridge, FineTune, FineTuneLocal, Rome, Memit, Cache, InContext)
+    kind.traits.name: kind for kind in (Ridge, FineTune, FineTuneLocal, Rome, Memit, Lookup, InContext)
 }
 """Those that can edit any model at once."""
 
@@ -39,7 +39,7 @@ EDITORS: dict[str, type[Any]] = {**TRAINED, **UNTRAINED}
 
 STORED: dict[str, type[Any]] = {
     **TRAINED,
-    **{name: kind for name, kind in UNTRAINED.items() if issubclass(kind, Located)},
+    **{name: kind for name, kind in UNTRAINED.items() if issubclass(kind, LocateThenEdit)},
 }
 """Those that are kept in folders: what they learnt or measured takes a while."""
 
@@ -89,7 +89,7 @@ def make(
     return found
 
 
-def load_editor(path: str | Path) -> Trainable | Located:
+def load_editor(path: str | Path) -> Trainable | LocateThenEdit:
     """The editor that a folder holds, of whatever kind.
 
     Raises:
@@ -98,7 +98,7 @@ def load_editor(path: str | Path) -> Trainable | Located:
     kind = read_manifest(path, FORMAT).get("editor")
     if kind not in STORED:
         raise FileError(f"{path} holds an editor of the kind {kind!r}; this release knows {', '.join(STORED)}")
-    found: Trainable | Located = STORED[kind].from_pretrained(path)
+    found: Trainable | LocateThenEdit = STORED[kind].from_pretrained(path)
     return found
 
 

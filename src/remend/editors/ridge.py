@@ -21,22 +21,22 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.base import Base, find_modules
-from remend.core.aggregate import least_squares
 from remend.core.capture import capture
 from remend.core.layers import device_of, dimensions, entry_size, experts_of
+from remend.core.least_squares import least_squares
 from remend.core.low_rank import LowRank
-from remend.core.symmetric import Symmetric
+from remend.core.operators import SymmetricOperator
 from remend.edit import Edit
-from remend.editors.background import stretches, whiteners
-from remend.editors.rows import Table, TokenRows, active_rows
-from remend.editors.settling import Unedited, taking_scales
-from remend.editors.traits import Traits, checked
+from remend.editors.calibration_data import stretches, whiteners
+from remend.editors.info import EditorInfo, checked
+from remend.editors.packing import PackedFactors, Table, active_rows
+from remend.editors.strength_search import UneditedPass, taking_scales
 from remend.errors import ConfigError
+from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.tasks import task_of
-from remend.tasks.task import Task, in_batches
+from remend.tasks.base import Task, in_batches
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Ridge:
         whitening: of each edited matrix, what whitens its inputs.
     """
 
-    traits: ClassVar[Traits] = Traits("ridge", "after Gu et al. (arXiv 2505.14679)", "nothing", batches=True)
+    traits: ClassVar[EditorInfo] = EditorInfo("ridge", "after Gu et al. (arXiv 2505.14679)", "nothing", batches=True)
 
-    def __init__(self, config: RidgeConfig, base: Base, whitening: dict[str, Symmetric]) -> None:
+    def __init__(self, config: RidgeConfig, base: ModelFingerprint, whitening: dict[str, SymmetricOperator]) -> None:
         self.config, self.base, self.whitening = config, base, whitening
 
     @classmethod
@@ -112,7 +112,7 @@ class Ridge:
         task = task_of(model, tokenizer)
         found = whiteners(task, chosen, stretches(task, text, seed), config.floor)
         device = device_of(model.get_input_embeddings())
-        return cls(config, Base.of(model, chosen), {name: own.to(device) for name, own in found.items()})
+        return cls(config, ModelFingerprint.of(model, chosen), {name: own.to(device) for name, own in found.items()})
 
     def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
         """One edit for all ``requests``: each one's tokens get what it wants, whatever the others' keys answer.
@@ -157,7 +157,7 @@ class Ridge:
         modules = find_modules(task.model, self.whitening)
         for some in in_batches(pairs):
             batch = task.collate(some)
-            unedited = Unedited(task, batch, self.whitening, whole=True)
+            unedited = UneditedPass(task, batch, self.whitening, whole=True)
             factors = capture(task.model, modules, task.tokens(batch, self.whitening, True), unedited.loss)[1]
             rows = active_rows(factors, device_of(task.model.get_input_embeddings()))
             keys = {name: self.whitening[name](own.u) for name, own in rows.items()}
@@ -170,7 +170,7 @@ class Ridge:
         return found
 
     def _alone(
-        self, name: str, keys: Float[Tensor, "row d_in"], moves: Float[Tensor, "row d_out"], rows: TokenRows
+        self, name: str, keys: Float[Tensor, "row d_in"], moves: Float[Tensor, "row d_out"], rows: PackedFactors
     ) -> LowRank:
         """What each request of a batch would make by itself, as a batched change."""
         parts = [self._solved(name, k, v) for k, v in zip(*(x.split(rows.counts) for x in (keys, moves)), strict=True)]
@@ -182,7 +182,7 @@ class Ridge:
         return {"name": self.traits.name, **asdict(self.config)}
 
 
-def _unit(rows: TokenRows, module: torch.nn.Module) -> Float[Tensor, "row 1"]:
+def _unit(rows: PackedFactors, module: torch.nn.Module) -> Float[Tensor, "row 1"]:
     """What makes each request's gradient as large as a matrix's usual output: matrices then share an edit evenly."""
     sizes = rows.sizes().clamp(min=1e-30)
     counts = torch.tensor(rows.counts, device=sizes.device)

@@ -1,7 +1,7 @@
 """Measuring what an editor does, in teacher-forced and in freely generated answers."""
 
-from remend.evaluation.ability import Ability
+from remend.evaluation.metrics.lm_eval import LmEvalTasks
 from remend.evaluation.protocols import evaluate, evaluate_checkpoints
-from remend.evaluation.report import Report
+from remend.evaluation.reports.report import Report
 
-__all__ = ["Ability", "Report", "evaluate", "evaluate_checkpoints"]
+__all__ = ["LmEvalTasks", "Report", "evaluate", "evaluate_checkpoints"]

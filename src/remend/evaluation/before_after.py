@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.edit import Edit
-from remend.editors.cache import CacheEdit
+from remend.editors.lookup import LookupEdit
 from remend.request import EditRequest, Prompt
 from remend.tasks import task_of
 
@@ -38,7 +38,7 @@ class Answer:
 def before_after(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    edit: Edit | CacheEdit,
+    edit: Edit | LookupEdit,
     requests: Sequence[EditRequest],
     max_new_tokens: int = 32,
 ) -> list[list[Answer]]:

@@ -9,12 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.editors.protocol import Editor
 from remend.errors import ConfigError, RequestError
-from remend.evaluation.ability import Ability, Scores, before_after
-from remend.evaluation.bench import Bench
-from remend.evaluation.journal import Journal, about
-from remend.evaluation.judging import Judge
-from remend.evaluation.report import Case, Report, Run, environment
-from remend.evaluation.text import TextSample
+from remend.evaluation.checkpoint import EvaluationCheckpoint, about
+from remend.evaluation.metrics.lm_eval import LmEvalTasks, Scores, before_after
+from remend.evaluation.metrics.perplexity import PerplexityText
+from remend.evaluation.metrics.scoring import Scorer
+from remend.evaluation.reports.report import Case, Report, Run, environment
+from remend.evaluation.runner import EvaluationRunner
 from remend.request import EditRequest
 from remend.tasks import task_of
 
@@ -37,7 +37,7 @@ def evaluate(
     scales: Sequence[float] = (),
     text: Sequence[str] = (),
     text_tokens: int = TEXT_TOKENS,
-    ability: Ability | None = None,
+    ability: LmEvalTasks | None = None,
     data: str = "",
     name: str = "",
     max_new_tokens: int = 32,
@@ -51,7 +51,7 @@ def evaluate(
     :meth:`Editor.edit`, for each of the numbers ``edits``; all of a batch are judged while all are at work. A last
     batch that is not full is left out (and counted). ``sequential``: each edit is made of the model with all earlier
     ones at work, and after each of the numbers ``edits`` all edits so far are judged. In these two, what must stay is
-    asked of the whole: :mod:`remend.evaluation.company`.
+    asked of the whole: :mod:`remend.evaluation.probe_filter`.
 
     What is measured, if the requests have data for it, each with its mean over edits:
 
@@ -63,7 +63,7 @@ def evaluate(
       prompts' true answers; ``perplexity_drawdown``, the text's perplexity that the edit adds;
     - ``target_probability`` and ``target_rank``, ``fluency`` and ``repetition``.
 
-    :mod:`remend.evaluation.metrics` defines them.
+    :mod:`remend.evaluation.metrics.functions` defines them.
 
     Args:
         model: the unedited model; left as it was.
@@ -98,11 +98,11 @@ def evaluate(
     settings |= {"baselines": baselines, "text": list(text), "text_tokens": text_tokens}
     if ability is not None:
         settings["ability"] = [list(ability.tasks), str(ability.folder), ability.limit]
-    kept = Journal(journal, about(model, editor, requests, settings) if journal else "", resume)
+    kept = EvaluationCheckpoint(journal, about(model, editor, requests, settings) if journal else "", resume)
     apart = baselines and protocol != "single"
     advance = _advance(_total(protocol, sizes, len(requests)) + len(requests) * apart, on_progress)
-    sample = TextSample(task, text, text_tokens) if text else None
-    bench = Bench(task, editor, requests, Judge(task, requests, max_new_tokens), sample, kept, advance)
+    sample = PerplexityText(task, text, text_tokens) if text else None
+    bench = EvaluationRunner(task, editor, requests, Scorer(task, requests, max_new_tokens), sample, kept, advance)
     before = {} if ability is None else _scores(kept, "general-before", lambda: ability.measure(model, tokenizer))
     found = bench.baselines() if apart else {}
     frontier: dict[float, list[Case]] = {}
@@ -132,7 +132,7 @@ def evaluate_checkpoints(
     baselines: bool = True,
     text: Sequence[str] = (),
     text_tokens: int = TEXT_TOKENS,
-    ability: Ability | None = None,
+    ability: LmEvalTasks | None = None,
     data: str = "",
     name: str = "",
     max_new_tokens: int = 32,
@@ -168,8 +168,10 @@ def evaluate_checkpoints(
         )
     task, edited = task_of(before, tokenizer), task_of(after, tokenizer)
     advance = _advance(len(requests) * (1 + baselines), on_progress)
-    sample = TextSample(task, text, text_tokens) if text else None
-    bench = Bench(task, None, requests, Judge(task, requests, max_new_tokens), sample, Journal(None), advance)
+    sample = PerplexityText(task, text, text_tokens) if text else None
+    bench = EvaluationRunner(
+        task, None, requests, Scorer(task, requests, max_new_tokens), sample, EvaluationCheckpoint(None), advance
+    )
     found = bench.baselines() if baselines else {}
     general = {} if ability is None else before_after(*(ability.measure(own, tokenizer) for own in (before, after)))
     return _report(bench, "checkpoints", bench.checkpoints(edited), found, {}, data, name, general)
@@ -186,7 +188,7 @@ def _advance(total: int, on_progress: Callable[[int, int], None]) -> Callable[[i
     return advance
 
 
-def _scores(kept: Journal, part: str, measure: Callable[[], Scores]) -> Scores:
+def _scores(kept: EvaluationCheckpoint, part: str, measure: Callable[[], Scores]) -> Scores:
     """What was measured before this evaluation was stopped, or is now."""
     found: Scores | None = kept.find(part)
     if found is None:
@@ -196,7 +198,7 @@ def _scores(kept: Journal, part: str, measure: Callable[[], Scores]) -> Scores:
 
 
 def _report(
-    bench: Bench,
+    bench: EvaluationRunner,
     protocol: str,
     runs: Sequence[Run],
     baselines: Mapping[str, Sequence[Case]],

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from remend.base import Base, find_modules
 from remend.core.layers import dimensions, editable_layers, experts_of, is_conv1d
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, nearest
-from remend.storage import as_json, hash_of, parse_json, whole_folder
+from remend.fingerprint import ModelFingerprint, find_modules
+from remend.serialization import as_json, hash_of, parse_json, whole_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -144,7 +144,7 @@ def load_adapter(path: str | Path, model: PreTrainedModel) -> Edit:
                 f"it is {' → '.join(map(str, dimensions(modules[name])))}: is it the model that the adapter is for?"
             )
     editor = {"name": "lora", "sha256": hash_of(path / WEIGHTS)}
-    return Edit(changes, Base.of(model, changes), (), editor)
+    return Edit(changes, ModelFingerprint.of(model, changes), (), editor)
 
 
 def _is_adapter(path: Path) -> bool:

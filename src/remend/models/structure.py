@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from remend.base import find_modules
-from remend.core.experts import OUTPUT, ExpertLinear
 from remend.core.layers import dimensions, editable_layers
+from remend.core.moe import OUTPUT, ExpertLinear
 from remend.errors import ConfigError, ModelError
+from remend.fingerprint import find_modules
 
 LAST = "last-3"
 """The paper edits the MLP matrices of a decoder's last three blocks (section 5)."""
@@ -186,7 +186,7 @@ def mlp_matrices(prefix: str, block: nn.Module) -> list[str]:
     projection), and another narrows again, m → d, with the largest m > d. Attention has such pairs too where its heads
     are together wider than the model, but narrower than the MLP.
 
-    Where a block has experts (:mod:`remend.core.experts`), the MLP is theirs, however narrow each is.
+    Where a block has experts (:mod:`remend.core.moe`), the MLP is theirs, however narrow each is.
 
     Raises:
         ModelError: the MLP's weights are no matrices that can be edited.

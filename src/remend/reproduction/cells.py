@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from remend.config import to_json
-from remend.editors.cache import CacheConfig
-from remend.editors.config import MendConfig
 from remend.editors.enn import EnnConfig
 from remend.editors.finetune import FineTune, FineTuneConfig, FineTuneLocal
 from remend.editors.ke import KeConfig
-from remend.editors.locate import MemitConfig, RomeConfig
+from remend.editors.locate_then_edit.editors import MemitConfig, RomeConfig
+from remend.editors.lookup import LookupConfig
+from remend.editors.mend.config import MendConfig
 from remend.editors.ridge import RidgeConfig
 from remend.training.config import PRESETS, TrainingConfig
 
@@ -65,7 +65,7 @@ METHODS: dict[str, Method] = {
     "ridge-gate": Method("ridge", "ridge, gated", RidgeConfig(strength=1.5, gate=0.4)),
     "rome": Method("rome", "ROME", RomeConfig(), reads=True),
     "memit": Method("memit", "MEMIT", MemitConfig(), reads=True),
-    "cache": Method("cache", "cache", CacheConfig(), reads=True),
+    "cache": Method("cache", "cache", LookupConfig(), reads=True),
     "in-context": Method("in-context", "in context"),
     "mend-sum": Method("mend", "MEND, `default`, summed", replace(PRESETS["default"][0], aggregate="sum"), WITH_NEAR),
     "mend-gate": Method("mend", "MEND, `default`, gated", replace(PRESETS["default"][0], gate=GATE), WITH_NEAR),

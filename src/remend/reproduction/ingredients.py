@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.data import read_source, read_text
-from remend.data.leaks import shared
+from remend.data.contamination import shared
 from remend.data.passages import generation_requests
 from remend.data.registry import DATA_SETS, PASSAGES
-from remend.data.sources import HUB, local, parted
+from remend.data.source_names import HUB, local, parted
 from remend.errors import ConfigError
 from remend.models import load
 from remend.request import EditRequest, Probe, read_requests, write_requests

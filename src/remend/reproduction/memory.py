@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from remend.errors import TrainingError
-from remend.storage import write_json
+from remend.serialization import write_json
 
 METHODS = ("ke", "enn", "mend")
 BLOCKS = 8

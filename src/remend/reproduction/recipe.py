@@ -12,11 +12,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from remend.config import from_json, to_json
-from remend.data.sources import parted
-from remend.editors.config import MendConfig
+from remend.data.source_names import parted
+from remend.editors.mend.config import MendConfig
 from remend.errors import ConfigError, FileError, nearest
 from remend.training.config import PRESETS, TrainingConfig
-from remend.training.dry_run import DryRun, dry_run
+from remend.training.resource_estimate import ResourceEstimate, dry_run
 
 FOLDER = Path(__file__).with_name("recipes")
 """Where the recipes are that ship with the package, each in a file of its name."""
@@ -149,7 +149,7 @@ class Recipe(BaseModel):
         seed = self.seeds[0] if seed is None else seed
         return network, replace(training, seed=seed, max_steps=max_steps or training.max_steps)
 
-    def counted(self) -> DryRun:
+    def counted(self) -> ResourceEstimate:
         """What would be edited and what it takes, counted from ``config`` alone: no weight is made or fetched.
 
         That takes seconds, so ``memory_gb`` is written down in each recipe; tests hold it against this count.

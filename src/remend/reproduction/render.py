@@ -16,7 +16,7 @@ from remend.reproduction.cells import METHODS
 from remend.reproduction.drawing import Axis, chart
 from remend.reproduction.results import Results
 from remend.reproduction.tables import SLACK, Table
-from remend.storage import write_json, write_text
+from remend.serialization import write_json, write_text
 
 TRIAL = "A quick run: it shows that everything works, and says nothing of any editor."
 VERDICTS = {True: "holds", False: "does not hold", None: "not measured"}

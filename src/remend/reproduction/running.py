@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from remend.editors import Trainable
-from remend.editors.mend import Mend
+from remend.editors.mend.editor import Mend
 from remend.errors import ConfigError
 from remend.evaluation import Report, evaluate
-from remend.evaluation.schema import read_report
+from remend.evaluation.reports.schema import read_report
 from remend.reproduction.cells import different
 from remend.reproduction.ingredients import Ingredients, Pantry, load_model, overlap
 from remend.reproduction.recipe import Recipe
 from remend.reproduction.summary import call, summary
-from remend.storage import MANIFEST, write_json, write_text
+from remend.serialization import MANIFEST, write_json, write_text
 from remend.training import train as train_editor
 from remend.training.checkpoint import folder_of
-from remend.training.run import check_out
+from remend.training.loop import check_out
 
 REPORT = "report.json"
 JOURNAL = "report.json.partial"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from remend.evaluation.report import Report, Summary, peak_memory
+from remend.evaluation.reports.report import Report, Summary, peak_memory
 
 if TYPE_CHECKING:
     from remend.reproduction.ingredients import Ingredients

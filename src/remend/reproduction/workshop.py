@@ -18,7 +18,7 @@ from remend.editors import TRAINED, Editor, Trainable, load_trained, make
 from remend.editors.finetune import FineTune
 from remend.errors import ConfigError, FileError, ModelError, RemendError
 from remend.evaluation import evaluate
-from remend.evaluation.report import environment, metrics_of
+from remend.evaluation.reports.report import environment, metrics_of
 from remend.models.structure import LAST, LAST_OF_TWO, choose_blocks, mlp_matrices, named_stacks
 from remend.reproduction.cells import (
     METHODS,
@@ -32,7 +32,7 @@ from remend.reproduction.cells import (
 )
 from remend.reproduction.worlds import TOKENS, Inhabited, World, remembered
 from remend.request import EditRequest
-from remend.storage import MANIFEST, write_json
+from remend.serialization import MANIFEST, write_json
 from remend.training import train
 
 KEPT = (

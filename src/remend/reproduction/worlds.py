@@ -15,11 +15,11 @@ from remend.data.passages import generation_requests
 from remend.errors import ConfigError
 from remend.models import load
 from remend.request import EditRequest, read_requests, write_requests
-from remend.storage import write_text
+from remend.serialization import write_text
 
 PASSAGES = "passages"
 TOKENS = "edit_success_tokens"
-"""The figure of edit success as the share of a target's tokens (:func:`remend.evaluation.metrics.token_accuracy`)."""
+"""Edit success as the share of a target's tokens (:func:`remend.evaluation.metrics.functions.token_accuracy`)."""
 SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.1, "text": 0.1}
 """Parts of the held-out text: of three kinds of request, and of what perplexity is measured on."""
 WORDS = 24

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.errors import RequestError
 from remend.request import Prompt, as_prompt
+from remend.tasks.base import Batch, Example, Task
 from remend.tasks.causal_lm import CausalLM
-from remend.tasks.classification import Classification
 from remend.tasks.seq2seq import Seq2SeqLM
-from remend.tasks.task import Batch, Pair, Task
+from remend.tasks.text_classification import Classification
 
-__all__ = ["Batch", "CausalLM", "Classification", "Pair", "Seq2SeqLM", "Task", "answers", "task_of"]
+__all__ = ["Batch", "CausalLM", "Classification", "Example", "Seq2SeqLM", "Task", "answers", "task_of"]
 
 
 def task_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None) -> Task:

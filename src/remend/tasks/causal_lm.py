@@ -11,8 +11,8 @@ from torch import Tensor
 
 from remend.errors import RequestError
 from remend.request import Chat, Prompt
-from remend.tasks.language import LanguageTask, closed, gather_at
-from remend.tasks.task import Batch, Pair
+from remend.tasks.base import Batch, Example
+from remend.tasks.language_model import LanguageTask, closed, gather_at
 
 _ANCHORS = "\n:.0"
 """Characters of which one is a token of its own, whatever follows."""
@@ -75,7 +75,7 @@ class CausalLM(LanguageTask):
         """Token ids of a text, without an end token; the beginning tokens of a conversation are in its text."""
         return self.ids(text, False) if isinstance(prompt, Chat) else self._strip_end(self.ids(text))
 
-    def length(self, pair: Pair) -> int:
+    def length(self, pair: Example) -> int:
         """Prompt and target share the context."""
         return len(pair)
 
@@ -83,7 +83,7 @@ class CausalLM(LanguageTask):
         """What the prompt leaves of the context."""
         return most if self.context is None else min(most, self.context - prompt)
 
-    def entering(self, pair: Pair, stack: int) -> int:
+    def entering(self, pair: Example, stack: int) -> int:
         """All that are shown."""
         return len(pair.shown)
 
@@ -91,7 +91,7 @@ class CausalLM(LanguageTask):
         """The same at every module."""
         return dict.fromkeys(names, batch.predicting if predicting else batch.mask)
 
-    def collate(self, pairs: Sequence[Pair]) -> Batch:
+    def collate(self, pairs: Sequence[Example]) -> Batch:
         """One batch of ``pairs`` on the model's device."""
         length = max(len(pair.shown) for pair in pairs)
         ids = torch.zeros((len(pairs), length), dtype=torch.long)  # padding is masked: any token of the vocabulary does

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.errors import ModelError, RequestError
 from remend.models.structure import named_stacks
 from remend.request import Chat, Prompt
-from remend.tasks.language import LanguageTask, closed, gather_at
-from remend.tasks.task import Batch, Pair
+from remend.tasks.base import Batch, Example
+from remend.tasks.language_model import LanguageTask, closed, gather_at
 
 
 class Seq2SeqLM(LanguageTask):
@@ -59,7 +59,7 @@ class Seq2SeqLM(LanguageTask):
         begun = int(ids[0] == self.tokenizer.bos_token_id)  # with some, the same token begins and ends
         return [*ids[:begun], *closed(ids[begun:], self.tokenizer.eos_token_id)]
 
-    def length(self, pair: Pair) -> int:
+    def length(self, pair: Example) -> int:
         """Each side has the context for itself."""
         return max(len(pair.prompt), len(pair.target))
 
@@ -67,7 +67,7 @@ class Seq2SeqLM(LanguageTask):
         """The decoder's context."""
         return most if self.context is None else min(most, self.context)
 
-    def entering(self, pair: Pair, stack: int) -> int:
+    def entering(self, pair: Example, stack: int) -> int:
         """The prompt enters the encoder, as many tokens as the target has the decoder."""
         return len(pair.target if stack else pair.prompt)
 
@@ -76,7 +76,7 @@ class Seq2SeqLM(LanguageTask):
         assert batch.decoder_mask is not None
         return {name: batch.mask if name.startswith(self._encoder) else batch.decoder_mask for name in names}
 
-    def collate(self, pairs: Sequence[Pair]) -> Batch:
+    def collate(self, pairs: Sequence[Example]) -> Batch:
         """One batch of ``pairs`` on the model's device."""
         ids, mask = _padded([pair.prompt for pair in pairs])
         shown, places = _padded([(self.start, *pair.target[:-1]) for pair in pairs])

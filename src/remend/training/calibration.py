@@ -11,21 +11,21 @@ from functools import cache, partial
 
 import torch
 
-from remend.base import find_modules
 from remend.core.capture import inputs
-from remend.core.contrast import Contrast
+from remend.core.discriminant import Discriminant
 from remend.core.layers import experts_of, is_quantised, weight_of
-from remend.core.sketch import SketchedMoment, random_test_matrix
-from remend.core.statistics import RunningStatistics
+from remend.core.running_statistics import RunningStatistics
+from remend.core.sketching import SketchedMoment, random_test_matrix
 from remend.core.whitening import SecondMoment
-from remend.editors.mend import Mend
-from remend.editors.rows import TokenRows, active_rows
+from remend.editors.mend.editor import Mend
+from remend.editors.packing import PackedFactors, active_rows
 from remend.errors import TrainingError
-from remend.models.sharding import gathered
-from remend.tasks.task import Pair, Task
-from remend.training.constants import Constants
-from remend.training.episodes import Fact
-from remend.training.workers import Workers
+from remend.fingerprint import find_modules
+from remend.models.fsdp import gathered
+from remend.tasks.base import Example, Task
+from remend.training.activation_cache import ActivationCache
+from remend.training.distributed import ProcessGroup
+from remend.training.episodes import FactPrompts
 
 UNIT_BATCHES = 4
 """Batches over which the units of relative step sizes are measured."""
@@ -54,10 +54,10 @@ TEXT_BATCH = 16
 
 def calibrate(
     editor: Mend,
-    constants: Constants,
-    batches: Sequence[Sequence[Pair]],
-    workers: Workers,
-    facts: Sequence[Fact] = (),
+    constants: ActivationCache,
+    batches: Sequence[Sequence[Example]],
+    workers: ProcessGroup,
+    facts: Sequence[FactPrompts] = (),
     text: Sequence[str] = (),
 ) -> None:
     """Fit the editor to its base model on the training set's edit pairs, and with contrast on its ``facts``.
@@ -70,9 +70,9 @@ def calibrate(
     the units of the step sizes (if they are relative). Several processes share the batches and merge what they find.
     """
     own = batches[workers.rank :: workers.count]
-    seen: dict[int, dict[str, TokenRows]] = {}
+    seen: dict[int, dict[str, PackedFactors]] = {}
 
-    def raw(number: int) -> dict[str, TokenRows]:
+    def raw(number: int) -> dict[str, PackedFactors]:
         return seen.get(number) or active_rows(constants.gradient_factors(own[number]), editor.device)
 
     if editor.config.ridge and text:
@@ -97,10 +97,10 @@ def calibrate(
 
 def warm(
     editor: Mend,
-    constants: Constants,
-    batches: Sequence[Sequence[Pair]],
-    workers: Workers,
-    facts: Sequence[Fact] = (),
+    constants: ActivationCache,
+    batches: Sequence[Sequence[Example]],
+    workers: ProcessGroup,
+    facts: Sequence[FactPrompts] = (),
     text: Sequence[str] = (),
 ) -> None:
     """Fill the stores as :func:`calibrate` did, with an editor that is fitted already: with the same bits."""
@@ -131,15 +131,15 @@ def _second_moments(editor: Mend) -> dict[str, SecondMoment]:
 
 
 def _fit_whiteners(
-    editor: Mend, constants: Constants, batches: Sequence[Sequence[Pair]], workers: Workers
-) -> dict[int, dict[str, TokenRows]]:
+    editor: Mend, constants: ActivationCache, batches: Sequence[Sequence[Example]], workers: ProcessGroup
+) -> dict[int, dict[str, PackedFactors]]:
     """One whitener a matrix, from its inputs at every token of the prompts (padding is zero, and left out).
 
     Returns:
         The active rows of the first batches, by number: of so many as the store of gradient factors has room for.
     """
     moments = _second_moments(editor)
-    seen: dict[int, dict[str, TokenRows]] = {}
+    seen: dict[int, dict[str, PackedFactors]] = {}
     room = constants.factors.budget
     for number, batch in enumerate(batches):
         observed = constants.gradient_factors(batch)
@@ -153,23 +153,23 @@ def _fit_whiteners(
     return seen
 
 
-def _keep_whiteners(editor: Mend, moments: Mapping[str, SecondMoment], workers: Workers) -> None:
+def _keep_whiteners(editor: Mend, moments: Mapping[str, SecondMoment], workers: ProcessGroup) -> None:
     """What the moments of all processes together say."""
     for name, moment in moments.items():
         workers.sum(*moment.totals)
         editor.keep_operator("whitener", name, moment.whitener(editor.config.ridge))
 
 
-def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], workers: Workers) -> None:
+def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], workers: ProcessGroup) -> None:
     """The same from a text's first tokens, in windows of one length."""
     modules = find_modules(task.model, editor.shapes)
     moments = _second_moments(editor)
     length = min(TEXT_WINDOW, task.context or TEXT_WINDOW)
-    windows: list[Pair] = []
+    windows: list[Example] = []
     for passage in text:
         ids = task.prompt_ids(passage) if passage.strip() else []
         # What a window is followed by is asked for, not looked at.
-        windows += [Pair(tuple(ids[start : start + length]), (0,)) for start in range(0, len(ids), length)]
+        windows += [Example(tuple(ids[start : start + length]), (0,)) for start in range(0, len(ids), length)]
         if len(windows) * length >= TEXT_TOKENS:
             break
     if not windows:
@@ -196,12 +196,12 @@ def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], worker
     _keep_whiteners(editor, moments, workers)
 
 
-def _first(own: Sequence[Sequence[Pair]], workers: Workers) -> Sequence[Sequence[Pair]]:
+def _first(own: Sequence[Sequence[Example]], workers: ProcessGroup) -> Sequence[Sequence[Example]]:
     """This process's part of the batches over which limits are measured."""
     return own[: -(-LIMIT_BATCHES // workers.count)]
 
 
-def _fit_limits(editor: Mend, batches: Iterable[Mapping[str, TokenRows]], workers: Workers) -> None:
+def _fit_limits(editor: Mend, batches: Iterable[Mapping[str, PackedFactors]], workers: ProcessGroup) -> None:
     """How large each matrix's gradients may be: a multiple of the geometric mean, which outliers hardly move."""
     assert editor.largest is not None
     logarithms, counts = torch.zeros_like(editor.largest), torch.zeros_like(editor.largest)
@@ -216,11 +216,13 @@ def _fit_limits(editor: Mend, batches: Iterable[Mapping[str, TokenRows]], worker
     editor.largest.copy_((editor.config.limit * usual).masked_fill(counts == 0, torch.inf))
 
 
-def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[Fact]], workers: Workers) -> None:
+def _fit_contrast(
+    editor: Mend, constants: ActivationCache, chunks: Sequence[Sequence[FactPrompts]], workers: ProcessGroup
+) -> None:
     """One contrast operator a matrix, from its keys at the last token of every fact's prompts and their neighbours'."""
     modules = find_modules(constants.task.model, editor.shapes)
     moments = {
-        name: Contrast(d_in, editor.device, editor.operator("whitener", name))
+        name: Discriminant(d_in, editor.device, editor.operator("whitener", name))
         for name, (d_in, _) in editor.shapes.items()
     }
     for chunk in chunks:
@@ -244,9 +246,9 @@ def _fit_contrast(editor: Mend, constants: Constants, chunks: Sequence[Sequence[
         editor.keep_operator("contrast", name, moment.operator(editor.config.contrast, CONTRAST_RIDGE))
 
 
-def _chunks(facts: Sequence[Fact]) -> list[list[Fact]]:
+def _chunks(facts: Sequence[FactPrompts]) -> list[list[FactPrompts]]:
     """Facts whose prompts go through the base model together; no more than are needed."""
-    found: list[list[Fact]] = [[]]
+    found: list[list[FactPrompts]] = [[]]
     size = total = 0
     for fact in facts:
         own = len(fact.prompts) + len(fact.near)
@@ -260,12 +262,12 @@ def _chunks(facts: Sequence[Fact]) -> list[list[Fact]]:
     return [chunk for chunk in found if chunk]
 
 
-def _prompts(chunk: Sequence[Fact]) -> list[Pair]:
+def _prompts(chunk: Sequence[FactPrompts]) -> list[Example]:
     """All prompts of some facts, then all their neighbours."""
     return [pair for fact in chunk for pair in fact.prompts] + [pair for fact in chunk for pair in fact.near]
 
 
-def _observe(editor: Mend, rows: Mapping[str, TokenRows]) -> None:
+def _observe(editor: Mend, rows: Mapping[str, PackedFactors]) -> None:
     """Merge a batch into the networks' input statistics."""
     for key, names in editor.groups.items():
         network = editor.network(key)
@@ -274,7 +276,7 @@ def _observe(editor: Mend, rows: Mapping[str, TokenRows]) -> None:
             network.delta_statistics.update(rows[name].delta, index)
 
 
-def _merge(statistics: RunningStatistics, workers: Workers) -> None:
+def _merge(statistics: RunningStatistics, workers: ProcessGroup) -> None:
     """Make every process's statistics those of all processes."""
     found = zip(
         *(workers.gather(part) for part in (statistics.count, statistics.mean, statistics.squares)), strict=True
@@ -287,13 +289,13 @@ def _merge(statistics: RunningStatistics, workers: Workers) -> None:
 
 
 @torch.no_grad()
-def _measure_units(editor: Mend, constants: Constants, batches: Sequence[Sequence[Pair]]) -> None:
+def _measure_units(editor: Mend, constants: ActivationCache, batches: Sequence[Sequence[Example]]) -> None:
     """The unit of each α: the size of the layer's output over that of (u·ũ) δ̃, a token's answer to its own edit."""
     modules = find_modules(constants.task.model, editor.shapes)
     observed = [constants.gradient_factors(batch) for batch in batches]
     found = [editor.rows(factors) for factors in observed]
     rows = {
-        name: TokenRows(
+        name: PackedFactors(
             torch.cat([own[name].u for own in found]),
             torch.cat([own[name].delta for own in found]),
             tuple(count for own in found for count in own[name].counts),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from remend.config import to_json
 from remend.errors import FileError, TrainingError
-from remend.storage import clear_leftovers, read_folder, take, write_folder
+from remend.serialization import clear_leftovers, read_folder, take, write_folder
 from remend.training.trainer import Trainer
 
 FORMAT = "remend.checkpoint/1"
@@ -25,7 +25,7 @@ SHA256_DIGITS = 64
 
 
 @dataclass(frozen=True)
-class Standing:
+class TrainingState:
     """What a run remembers beside its trainer's state.
 
     Attributes:
@@ -47,7 +47,7 @@ def folder_of(out: str | Path) -> Path:
     return out.with_name(f"{out.name}.checkpoints")
 
 
-def save(folder: Path, trainer: Trainer, standing: Standing) -> Path:
+def save(folder: Path, trainer: Trainer, standing: TrainingState) -> Path:
     """Write a checkpoint under a name of its own, then delete the ones before: at any moment a whole one is there."""
     tensors = {f"editor.{name}": tensor for name, tensor in trainer.editor.state_dict().items()}
     tensors |= {f"best.{name}": tensor for name, tensor in standing.best.items()}
@@ -69,7 +69,7 @@ def save(folder: Path, trainer: Trainer, standing: Standing) -> Path:
     return written
 
 
-def load(folder: Path, trainer: Trainer) -> Standing | None:
+def load(folder: Path, trainer: Trainer) -> TrainingState | None:
     """Bring a trainer to where its run stood; ``None`` if no checkpoint was written yet.
 
     Of several processes the first one chooses, and the others read the same one.
@@ -94,7 +94,7 @@ def load(folder: Path, trainer: Trainer) -> Standing | None:
     trainer.step = take(manifest, "step", int, path)
     trainer.micro_batch = take(manifest, "micro_batch", int, path)
     workers.wait()  # before the first one writes the next, and deletes this one
-    return Standing(
+    return TrainingState(
         seconds=float(manifest["seconds"]),
         history=take(manifest, "history", list, path),
         best=parts["best"],

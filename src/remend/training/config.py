@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from remend.editors.config import MendConfig
+from remend.editors.mend.config import MendConfig
 from remend.errors import ConfigError
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -25,7 +25,7 @@ class TrainingConfig:
         learning_rate: Adam's, for the editor networks.
         alpha_learning_rate: Adam's, for the step sizes α.
         near: the share of locality examples that are near negatives: of the request's own ``near``, or mined where it
-            has none (:mod:`remend.training.negatives`); the rest is about anything else (the paper has only these).
+            has none (:mod:`remend.training.negative_mining`); the rest is unrelated (the paper has only these).
         in_batch: the share that are other edit prompts of the same batch, of the same relation where requests name one.
         hardest: how many locality examples are drawn for each episode; the one that the edit disturbs most is used.
         decay: whether both fall linearly to zero at the end of the run (of its steps or its seconds).

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from remend.errors import TrainingError, naming
 from remend.request import EditRequest
-from remend.tasks.task import Pair, Task
+from remend.tasks.base import Example, Task
 
 FEW = 2
 """Paraphrases below which a request's own prompt is one of its neighbours, too."""
@@ -29,9 +29,9 @@ class EpisodeBatch:
         ids: which requests these are, for messages.
     """
 
-    edits: tuple[Pair, ...]
-    neighbours: tuple[Pair, ...]
-    locality: tuple[Pair, ...]
+    edits: tuple[Example, ...]
+    neighbours: tuple[Example, ...]
+    locality: tuple[Example, ...]
     ids: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class EpisodeBatch:
         """Some of the episodes."""
         return EpisodeBatch(self.edits[some], self.neighbours[some], self.locality[some], self.ids[some])
 
-    def probes(self) -> list[Pair]:
+    def probes(self) -> list[Example]:
         """For each episode its neighbour and its locality example, in this order: 2e and 2e + 1."""
         return [pair for both in zip(self.neighbours, self.locality, strict=True) for pair in both]
 
@@ -68,19 +68,19 @@ class EpisodeLosses:
 
 
 @dataclass(frozen=True)
-class Fact:
+class FactPrompts:
     """What several requests with the same prompts ask for: the prompts, and those near to them that ask for others."""
 
-    prompts: tuple[Pair, ...]
-    near: tuple[Pair, ...]
+    prompts: tuple[Example, ...]
+    near: tuple[Example, ...]
 
 
 @dataclass(frozen=True)
 class _Episode:
-    edit: Pair
-    neighbours: tuple[Pair, ...]
-    locality: tuple[Pair, ...]
-    near: tuple[Pair, ...]
+    edit: Example
+    neighbours: tuple[Example, ...]
+    locality: tuple[Example, ...]
+    near: tuple[Example, ...]
     subject: str
     relation: object
     id: str
@@ -139,24 +139,24 @@ class Episodes:
         longest = tuple(by_length[i % len(by_length)] for i in range(count))
         return EpisodeBatch(longest, longest, longest, tuple("longest" for _ in longest))
 
-    def edits(self, limit: int, size: int) -> list[list[Pair]]:
+    def edits(self, limit: int, size: int) -> list[list[Example]]:
         """Up to ``limit`` different edit pairs, in batches: what the normalising statistics are taken over."""
         chosen = list(dict.fromkeys(self.episodes[i].edit for i in self._permutation(-1)))[:limit]
         return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> list[Example]:
         """Every pair that an episode can draw, once."""
         near = (pair for e in self.episodes for pair in e.near) if self.near else ()
         every = (pair for e in self.episodes for pair in (e.edit, *e.neighbours, *e.locality))
         return list(dict.fromkeys((*every, *near)))
 
-    def facts(self) -> list[Fact]:
+    def facts(self) -> list[FactPrompts]:
         """What the requests are about, in an order of no meaning: those with the same prompts are about one fact."""
         found: dict[frozenset[tuple[int, ...]], list[_Episode]] = {}
         for place in self._permutation(-1):
             found.setdefault(self.episodes[place].prompts, []).append(self.episodes[place])
         return [
-            Fact(
+            FactPrompts(
                 tuple({pair.prompt: pair for pair in (own[0].edit, *own[0].neighbours)}.values()),
                 tuple({pair.prompt: pair for episode in own for pair in episode.near}.values()),
             )
@@ -208,7 +208,7 @@ class Episodes:
         epoch, within = divmod(place, len(self.episodes))
         return self._permutation(epoch)[within]
 
-    def _far(self, episode: _Episode, draw: random.Random) -> Pair:
+    def _far(self, episode: _Episode, draw: random.Random) -> Example:
         """An independent example: another subject's, and not by chance one about this episode."""
         about = episode.prompts
         for _ in range(1_000):
@@ -220,7 +220,7 @@ class Episodes:
             f"{episode.id}: found no locality example about another subject among the requests; add some"
         )
 
-    def _closer(self, episode: _Episode, batch: Sequence[_Episode], draw: random.Random) -> Pair | None:
+    def _closer(self, episode: _Episode, batch: Sequence[_Episode], draw: random.Random) -> Example | None:
         """A locality example that an edit leaks to more easily, as often as was asked for."""
         chance = draw.random()
         if chance < self.near:

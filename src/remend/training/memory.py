@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from remend.base import find_modules
 from remend.core.layers import experts_of
 from remend.core.low_rank import LowRank
-from remend.core.sketch import sketch_width
+from remend.core.sketching import sketch_width
 from remend.errors import ConfigError
-from remend.training.store import Store
+from remend.fingerprint import find_modules
+from remend.training.tensor_store import TensorStore
 
 if TYPE_CHECKING:
-    from remend.editors.mend import Mend
+    from remend.editors.mend.editor import Mend
     from remend.training.trainer import Trainer
 
 CPU_MICRO_BATCH = 8
@@ -182,7 +182,7 @@ def moments_bytes(editor: Mend) -> int:
 def _rows_an_episode(trainer: Trainer) -> dict[str, float]:
     """How many tokens of an edit carry gradient at each matrix, on average over some edits."""
     pairs = trainer.episodes.batch(0, min(trainer.config.batch_size, CPU_MICRO_BATCH)).edits
-    factors = trainer.constants.beside(Store(0), Store(0)).gradient_factors(pairs)
+    factors = trainer.constants.beside(TensorStore(0), TensorStore(0)).gradient_factors(pairs)
     return {name: int(own.active.sum()) / len(pairs) for name, own in factors.items()}
 
 

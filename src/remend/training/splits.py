@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from remend.data.leaks import asked, checked, shared
+from remend.data.contamination import asked, checked, shared
 from remend.errors import TrainingError
 from remend.request import EditRequest
 from remend.training.config import TrainingConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from remend.errors import ConfigError, nearest
-from remend.training.workers import Workers
+from remend.training.distributed import ProcessGroup
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 PROJECT = "remend"
@@ -26,7 +26,7 @@ def logs_of(out: str | Path) -> Path:
 
 @contextmanager
 def tracked(
-    names: Sequence[str], out: str | Path | None, workers: Workers, settings: Mapping[str, Any]
+    names: Sequence[str], out: str | Path | None, workers: ProcessGroup, settings: Mapping[str, Any]
 ) -> Iterator[Log]:
     """Within the block, what the first process logs goes to the named trackers; they start with the first entry.
 
@@ -69,7 +69,7 @@ def _check(names: Sequence[str], out: str | Path | None) -> None:
         raise ConfigError(f"logs for {', '.join(names)} are kept beside the editor's folder: say which, with out")
 
 
-def _start(names: Sequence[str], folder: Path, workers: Workers, settings: Mapping[str, Any]) -> list[Any]:
+def _start(names: Sequence[str], folder: Path, workers: ProcessGroup, settings: Mapping[str, Any]) -> list[Any]:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 

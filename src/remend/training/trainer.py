@@ -12,27 +12,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from remend.base import find_modules, fingerprint
-from remend.core.branch import branches, frozen
-from remend.core.ledger import Ledger
+from remend.core.factored_gradients import FactoredGradients
+from remend.core.hooks import branches, frozen
 from remend.core.losses import locality_loss, target_loss
 from remend.core.low_rank import LowRank
 from remend.editors import Trainable
-from remend.editors.mend import Mend
+from remend.editors.mend.editor import Mend
 from remend.errors import ConfigError, ModelError, NonFiniteError
-from remend.models.prefix import Prefix
-from remend.models.sharding import is_sharded
+from remend.fingerprint import find_modules, fingerprint
+from remend.models.frozen_prefix import FrozenPrefix
+from remend.models.fsdp import is_sharded
 from remend.request import EditRequest
-from remend.tasks.task import EDIT_BATCH, Pair, Task
+from remend.tasks.base import EDIT_BATCH, Example, Task
 from remend.training import calibration
+from remend.training.activation_cache import ActivationCache
 from remend.training.config import Resources, TrainingConfig
-from remend.training.constants import Constants
+from remend.training.distributed import ProcessGroup
 from remend.training.episodes import EpisodeBatch, EpisodeLosses, Episodes
 from remend.training.memory import fitting_micro_batch
-from remend.training.negatives import mine
-from remend.training.optimiser import Optimiser
-from remend.training.store import Store
-from remend.training.workers import Workers
+from remend.training.negative_mining import mine
+from remend.training.optimizer import EditorOptimizer
+from remend.training.tensor_store import TensorStore
 
 STATISTICS_REQUESTS = 2_048
 """Requests over which the networks' input statistics are taken, once, before the first step."""
@@ -43,10 +43,11 @@ T = TypeVar("T")
 class Trainer:
     """One training run, step by step; :func:`remend.train` runs it whole.
 
-    A step has three parts. The base model's are constants, looked up or computed once (:class:`Constants`). The editor
-    turns a whole batch of gradient factors into changes. The edited model then runs on ``micro_batch`` episodes at a
-    time, each part's backward pass ending at the changes; what reaches them goes back through the editor in one go.
-    Neither ever holds a gradient of the base model's weights, nor more than one of the editor's (:class:`Optimiser`).
+    A step has three parts. What the base model computes is constant: it is looked up, or computed once
+    (:class:`ActivationCache`). The editor turns a whole batch of gradient factors into changes. The edited model then
+    runs on ``micro_batch`` episodes at a time; the backward pass of each part ends at the changes, and what reaches them
+    goes back through the editor in one pass. No gradient of the base model's weights is ever held, nor more than one of
+    the editor's (:class:`EditorOptimizer`).
 
     Attributes:
         editor: what is trained.
@@ -64,7 +65,7 @@ class Trainer:
         requests: Sequence[EditRequest],
         config: TrainingConfig,
         resources: Resources | None = None,
-        workers: Workers | None = None,
+        workers: ProcessGroup | None = None,
         text: Sequence[str] = (),
     ) -> None:
         self.task = task
@@ -72,7 +73,7 @@ class Trainer:
         self.config = config
         self.text = text
         self.resources = resources or Resources()
-        self.workers = workers or Workers(editor.device)
+        self.workers = workers or ProcessGroup(editor.device)
         if config.batch_size < self.workers.count:
             raise ConfigError(
                 f"a batch of {config.batch_size} episodes cannot be shared by {self.workers.count} processes"
@@ -88,10 +89,10 @@ class Trainer:
             )
         self.episodes = Episodes(task, requests, config.seed, config.near, config.in_batch)
         self.step = 0
-        self.prefix = Prefix(task.model, editor.shapes)
+        self.prefix = FrozenPrefix(task.model, editor.shapes)
         self._verify_prefix()
         self.constants = self._constants()
-        self.optimiser = Optimiser(editor, config, self.workers, self.resources.product_dtype)
+        self.optimiser = EditorOptimizer(editor, config, self.workers, self.resources.product_dtype)
         self._modules = find_modules(task.model, editor.shapes)
         self.micro_batch = self.resources.micro_batch or fitting_micro_batch(self)
         if sharded:  # as many passes in every process
@@ -134,7 +135,7 @@ class Trainer:
         if self.config.near or self.editor.config.contrast:
             mine(self.episodes, self.constants)
 
-    def _calibration_batches(self) -> list[list[Pair]]:
+    def _calibration_batches(self) -> list[list[Example]]:
         return self.episodes.edits(STATISTICS_REQUESTS, min(self.config.batch_size, EDIT_BATCH))
 
     def _look_up(self, batch: EpisodeBatch) -> None:
@@ -161,17 +162,17 @@ class Trainer:
                 stacklevel=3,
             )
 
-    def _constants(self) -> Constants:
+    def _constants(self) -> ActivationCache:
         """The stores, within their budget: hidden states first, gradient factors with what is left."""
         budget = int(self.resources.cache * 1e9)
         folder = self.resources.cache_folder
         if folder is not None:  # states of another model, cut or precision are other states
             own = f"{fingerprint(self.task.model)[:32]}-{self.prefix.depth}-{self.resources.precision}"
             folder = folder / own
-        states = Store(budget, folder)
-        factors = Store(max(0, budget - self.state_bytes()))
+        states = TensorStore(budget, folder)
+        factors = TensorStore(max(0, budget - self.state_bytes()))
         passes = (lambda own: int(self.workers.largest(own))) if is_sharded(self.task.model) else int
-        return Constants(self.task, self.editor, self.prefix, states, factors, passes)
+        return ActivationCache(self.task, self.editor, self.prefix, states, factors, passes)
 
     def state_bytes(self) -> int:
         """What the hidden states of all examples would take: those entering the cut, and the last ones at targets."""
@@ -236,7 +237,7 @@ class Trainer:
             *(torch.cat([getattr(part, field.name) for part in found]) for field in fields(EpisodeLosses))
         )
 
-    def _changes(self, batch: EpisodeBatch, ledger: Ledger | None = None) -> dict[str, LowRank]:
+    def _changes(self, batch: EpisodeBatch, ledger: FactoredGradients | None = None) -> dict[str, LowRank]:
         """What each episode's edit changes; differentiable in the editor's parameters."""
         found: dict[str, LowRank] = self.editor(self.constants.rows(batch.edits), ledger)
         return found

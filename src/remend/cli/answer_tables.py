@@ -1,0 +1,53 @@
+"""Answers before and after an edit, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from remend.cli.escaping import plain
+
+if TYPE_CHECKING:
+    from remend.evaluation.before_after import Answer
+
+_STYLE = {"prompt": "bold cyan", "paraphrase": "cyan", "unseen paraphrase": "cyan", "near": "yellow", "far": "green"}
+
+
+def answers_table(title: str, answers: Sequence[Answer]) -> Table:
+    """One row a prompt: what it is to the edit, what was answered, what is answered now, and whether that is right."""
+    table = Table(title=title, title_justify="left", title_style="bold", expand=False, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("prompt")
+    table.add_column("before")
+    table.add_column("after")
+    table.add_column("", no_wrap=True)
+    for previous, answer in zip([None, *answers], answers, strict=False):
+        section = previous is not None and (answer.kind in ("near", "far")) and previous.kind != answer.kind
+        if section:
+            table.add_section()
+        table.add_row(
+            f"[{_STYLE.get(answer.kind, 'default')}]{answer.kind}[/]",
+            plain(answer.prompt),
+            plain(answer.before),
+            f"[bold]{plain(answer.after)}[/]" if answer.after != answer.before else plain(answer.after),
+            "" if answer.ok is None else "[green]✓[/]" if answer.ok else "[red]✗[/]",
+        )
+    return table
+
+
+def plain_table(answers: Sequence[Answer]) -> Table:
+    """One row a prompt with the unedited model's answer."""
+    table = Table("prompt", "answer", pad_edge=False)
+    for answer in answers:
+        table.add_row(plain(answer.prompt), plain(answer.before))
+    return table
+
+
+def as_json(answers: Sequence[Answer]) -> list[dict[str, object]]:
+    """The same as a list of objects."""
+    return [
+        {"kind": a.kind, "prompt": a.prompt, "wanted": a.wanted, "before": a.before, "after": a.after, "ok": a.ok}
+        for a in answers
+    ]

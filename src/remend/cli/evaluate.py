@@ -1,0 +1,175 @@
+"""``remend evaluate``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from remend.cli import options
+from remend.cli.escaping import plain
+from remend.cli.report_tables import print_report
+from remend.errors import ConfigError
+
+if TYPE_CHECKING:
+    from remend.evaluation import LmEvalTasks
+
+
+def evaluate(
+    model: options.Model,
+    data: options.Data,
+    editor: options.EditorFolder = None,
+    edited_model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Judge this checkpoint, in which the edits are, in place of an editor."),
+    ] = None,
+    statistics: options.Statistics = None,
+    protocol: Annotated[
+        str,
+        typer.Option(help="single: each edit alone. batched: several at once. sequential: one after another."),
+    ] = "single",
+    edits: Annotated[
+        str | None, typer.Option(metavar="1,5,25,…", help="batched, sequential: how many edits at work at once.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests, drawn with the seed.")] = None,
+    max_new_tokens: options.NewTokens = 32,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    quantise: options.Quantise = None,
+    seed: options.Seed = 0,
+    baselines: Annotated[
+        bool, typer.Option(help="Also judge the unedited model, as it is and with the fact in its prompt.")
+    ] = True,
+    frontier: Annotated[bool, typer.Option(help="Also judge single edits at 0.25 to 2 times their strength.")] = True,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A text on which to measure perplexity after each edit.")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it.")] = 1024,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,…",
+            help="Also measure general ability in these tasks of lm-evaluation-harness, without edits and with those "
+            "of the last run at work; of single edits, with the first one alone.",
+        ),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with YAML files of tasks, beside lm-eval's own.")
+    ] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Only so many samples of each task.")] = None,
+    json: options.Json = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with pictures and every edit, to look at.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write each of the page's pictures as PNG and SVG.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with what a stopped run left beside --json.")] = False,
+) -> None:
+    """Make the edits of a whole file and measure success, generality and locality.
+
+    An editor that is right at one strength may be so by luck: the frontier shows what more and less strength would do.
+    """
+    from remend.data import read_source, read_text
+    from remend.evaluation import evaluate as measure
+    from remend.evaluation import evaluate_checkpoints
+    from remend.evaluation.protocols import SCALES
+    from remend.evaluation.reports.html_report import write_page
+    from remend.evaluation.reports.plots import check_matplotlib, draw_all
+
+    frontier = frontier and protocol == "single" and edited_model is None
+    if html is not None or pictures is not None:
+        check_matplotlib()
+    if resume and json is None:
+        raise ConfigError("--resume goes on with what lies beside the report: give the same --json FILE as before")
+    ability = _ability(lm_eval, lm_eval_path, lm_eval_limit)
+    requests = read_source(data)
+    if limit is not None and limit < len(requests):
+        requests = [requests[i] for i in sorted(random.Random(seed).sample(range(len(requests)), limit))]
+    passages = [] if text is None else read_text(text)
+    if edited_model is not None and (editor or statistics or edits or resume or protocol != "single"):
+        raise ConfigError(
+            "--edited-model holds its edits already: leave --editor, --statistics, --protocol, --edits and --resume"
+        )
+    console = Console()
+    chosen = None if edited_model is not None else options.find_editor(editor, model, statistics, seed)
+    if frontier and chosen is not None and chosen.traits.result == "outside":
+        console.print(f"edits by {chosen.traits.name} have no strength, so there is no frontier of it")
+        frontier = False
+    if ability is not None and chosen is not None and chosen.traits.name == "in-context":
+        raise ConfigError("in-context leaves the model as it is, and so its general ability: leave --lm-eval away")
+    partial = None if json is None else json.with_name(f"{json.name}.partial")
+    with _kept(partial, resume), Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("editing", total=None)
+        common: dict[str, Any] = {
+            "baselines": baselines, "text": passages, "text_tokens": text_tokens, "ability": ability,
+            "data": data, "max_new_tokens": max_new_tokens,
+            "on_progress": lambda done, total: bar.update(task, completed=done, total=total),
+        }  # fmt: skip
+        base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
+        if chosen is None:
+            edited, _ = options.load_model(str(edited_model), device, seed, dtype, quantise)
+            name = Path(str(edited_model)).name
+            report = evaluate_checkpoints(base, edited, tokenizer, requests, name=name, **common)
+        else:
+            report = measure(
+                base, tokenizer, chosen.make(base, tokenizer), requests,
+                protocol=protocol, edits=_numbers(edits), scales=SCALES if frontier else (),
+                name=Path(editor or chosen.traits.name).name, journal=partial, resume=resume, **common,
+            )  # fmt: skip
+    settings = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens, "text": text and str(text)}
+    report = replace(report, settings={name: value for name, value in settings.items() if value is not None})
+    if json is not None:
+        report.save(json)  # before anything else can go wrong
+    print_report(report, console)
+    if json is not None:
+        console.print(f"every edit is in [bold]{plain(json)}[/]", soft_wrap=True)
+    if html is not None:
+        write_page(report, html)
+        console.print(f"the report to look at is [bold]{plain(html)}[/]", soft_wrap=True)
+    if pictures is not None:
+        drawn = draw_all(report, pictures)
+        console.print(f"drawn in [bold]{plain(pictures)}[/]: {', '.join(drawn)}", soft_wrap=True)
+
+
+def _ability(tasks: str | None, folder: Path | None, limit: int | None) -> LmEvalTasks | None:
+    """What general ability is measured in, if it is."""
+    from remend.evaluation import LmEvalTasks
+
+    if tasks is not None:
+        return LmEvalTasks(tuple(part.strip() for part in tasks.split(",")), folder, limit)
+    if folder is not None or limit is not None:
+        raise ConfigError("--lm-eval-path and --lm-eval-limit are of --lm-eval: name the tasks, --lm-eval TASK,…")
+    return None
+
+
+@contextmanager
+def _kept(partial: Path | None, resume: bool) -> Iterator[None]:
+    """Says what is gone on from and, if it is stopped, what is kept: on standard error, where nobody parses it."""
+    console = Console(stderr=True)
+    if resume and partial is not None:
+        done = len([file for file in partial.glob("*.json") if file.name != "about.json"])
+        console.print(f"going on: {done} parts were done before")
+    try:
+        yield
+    except KeyboardInterrupt:
+        if partial is None:
+            console.print("stopped; nothing is kept (with --json FILE, a stopped evaluation can go on)")
+        else:
+            console.print(f"stopped; go on with the same command and --resume ({plain(partial)})", soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def _numbers(text: str | None) -> list[int]:
+    """The numbers of a list such as ``1,5,25``."""
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        raise ConfigError(f"--edits is a list of numbers such as 1,5,25, not {wrong[0]!r} in it")
+    return [int(part) for part in parts]

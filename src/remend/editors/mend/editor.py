@@ -1,0 +1,331 @@
+"""MEND: model editor networks with gradient decomposition (Mitchell et al., ICLR 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.assets import ATLAS, ATLAS_FOLDER
+from remend.core.capture import GradientFactors, capture
+from remend.core.editor_network import EditorNetwork
+from remend.core.factored_gradients import FactoredGradients
+from remend.core.layers import device_of, dimensions
+from remend.core.least_squares import definite, least_squares
+from remend.core.low_rank import LowRank, concatenate
+from remend.core.operators import SymmetricOperator, packed, unpacked
+from remend.core.sketching import directions_of
+from remend.edit import Edit
+from remend.editors.info import EditorInfo, checked
+from remend.editors.mend.config import MendConfig
+from remend.editors.mend.networks import grouped, new_network
+from remend.editors.packing import PackedFactors, Table, active_rows
+from remend.editors.serialization import FORMAT, described, directions_in, read_editor, symmetric_of
+from remend.editors.strength_search import UneditedPass, settled
+from remend.errors import ConfigError, FileError
+from remend.fingerprint import ModelFingerprint, find_modules
+from remend.models.structure import editable_modules, named_stacks
+from remend.request import EditRequest
+from remend.serialization import take, write_folder
+from remend.tasks import task_of
+from remend.tasks.base import Batch, Task, in_batches
+
+LEAST_ANSWER = 0.2
+"""Contrast scales ũ by 1 / (u·ũ), but by no more than if u·ũ were this; its mean over the training prompts is 1."""
+
+
+class Mend(nn.Module):
+    """The editor: one network for each weight shape (or matrix), one step size α for each edited matrix.
+
+    Attributes:
+        config: its settings.
+        base: the model it is for.
+        shapes: (d_in, d_out) of each edited module, by name.
+        groups: the modules of each shape, which share a network; each module by itself without sharing.
+        directions: in how many directions inputs are whitened and contrasted, by name, where not in all.
+        unit: what α counts in, for each matrix; 1 unless step sizes are relative.
+        largest: the size to which each matrix's gradients are limited, if they are.
+        trained: what its training recorded (settings, steps, seconds, validation history); empty before.
+    """
+
+    traits: ClassVar[EditorInfo] = EditorInfo(
+        "mend", "Mitchell et al., ICLR 2022 (arXiv 2110.11309)", "training", batches=True
+    )
+    unit: Float[Tensor, " matrix"]
+    largest: Float[Tensor, " matrix"] | None
+
+    def __init__(
+        self,
+        config: MendConfig,
+        base: ModelFingerprint,
+        shapes: Mapping[str, tuple[int, int]],
+        directions: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.base = base
+        self.shapes = dict(shapes)
+        if directions is None:
+            found = {name: directions_of(d_in) for name, (d_in, _) in shapes.items() if config.ridge}
+            directions = {name: k for name, k in found.items() if k}
+        self.directions = dict(directions)
+        self.trained: dict[str, Any] = {}
+        self.groups = grouped(self.shapes, config.share)
+        self.networks = nn.ModuleDict(
+            {key: new_network(config, *self.shapes[names[0]], len(names)) for key, names in self.groups.items()}
+        )
+        self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.alpha))
+        self.register_buffer("unit", torch.ones(len(self.shapes)))
+        self.register_buffer("largest", torch.full((len(self.shapes),), torch.inf) if config.limit else None)
+        for index, (name, (d_in, _)) in enumerate(self.shapes.items()):
+            k = self.directions.get(name)  # the parts of a Symmetric operator each
+            whitener = torch.ones(k + 1) if k else torch.eye(d_in)
+            self.register_buffer(f"basis_{index}", torch.eye(d_in, k) if k else None)
+            self.register_buffer(f"whitener_{index}", whitener if config.ridge else None)
+            self.register_buffer(f"contrast_{index}", torch.eye(k + 1 if k else d_in) if config.contrast else None)
+
+    # -- making and keeping --------------------------------------------------------------------------------------
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel,
+        config: MendConfig | None = None,
+        modules: Sequence[str] = (),
+        seed: int = 0,
+        layers: str | None = None,
+    ) -> Mend:
+        """An untrained editor for ``model``, on the model's device.
+
+        Args:
+            model: the base model.
+            config: settings; the paper's by default.
+            modules: globs, or regular expressions after ``re:``, that name the matrices to edit; by default the MLPs of
+                the last three blocks, or their outputs only.
+            seed: of the networks' initial weights; the global random state is left alone.
+            layers: the blocks to edit, as ``last-3``, ``12-14`` or ``0.6-0.8`` of the depth.
+
+        Raises:
+            ModelError: there is nothing to edit, or nothing matches.
+            ConfigError: the choice makes no sense, or does not go with the settings.
+        """
+        config = config or MendConfig()
+        chosen = editable_modules(model, modules, config.outputs_only, layers)
+        reading = [name for stack, _ in named_stacks(model)[:-1] for name in chosen if name.startswith(f"{stack}.")]
+        if reading and config.tokens == "target":
+            raise ConfigError(
+                f"{reading[0]} lies in the encoder, where no target is predicted, and these settings edit only where "
+                "one is: choose modules of the decoder, or the preset 'paper'"
+            )
+        shapes = {name: dimensions(module) for name, module in chosen.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            editor = cls(config, ModelFingerprint.of(model, chosen), shapes)
+        return editor.to(device_of(model.get_input_embeddings()))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Mend:
+        """Load an editor that :meth:`save_pretrained` wrote; ``atlas`` is the one that ships with remend.
+
+        Raises:
+            FileError: the folder is missing, damaged, altered, of an unknown version, or of another kind of editor.
+        """
+        path = ATLAS_FOLDER / "editor" if path == ATLAS else Path(path)
+        stored = read_editor(path, cls.traits.name, MendConfig)
+        with torch.device("meta"):
+            editor = cls(stored.config, stored.base, stored.shapes, directions_in(stored.shapes, stored.tensors))
+        try:
+            # Stored as float16 where size matters; the editor always computes in float32.
+            found = {name: t.float() if t.is_floating_point() else t for name, t in stored.tensors.items()}
+            found |= {name: unpacked(found[name]) for name in symmetric_of(editor.state_dict()) & found.keys()}
+            editor.load_state_dict(found, assign=True)
+        except RuntimeError as error:
+            raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
+        editor.trained = take(stored.manifest, "trained", dict, path)
+        return editor
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+        """Write the editor to a folder (safetensors and a JSON manifest).
+
+        ``dtype`` float16 halves it: the matrices are rounded, but never the statistics (the squares of deltas would
+        vanish) nor the step sizes.
+        """
+        state = self.state_dict()
+        tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
+        tensors |= {name: packed(tensors[name]) for name in symmetric_of(state)}
+        return write_folder(path, FORMAT, {**described(self), "trained": self.trained}, tensors)
+
+    # -- the method ----------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the editor's parameters are."""
+        return self.alpha.device
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it was fitted to a model, or trained."""
+        seen = (self.network(key).u_statistics.count.sum() for key in self.groups)
+        return bool(self.trained) or any(int(count) for count in seen)
+
+    def capture(
+        self, task: Task, batch: Batch, loss: Callable[[], Float[Tensor, " episode"]] | None = None
+    ) -> dict[str, GradientFactors]:
+        """The gradient factors of each pair's loss in the unedited model (paper, Alg. 2, lines 1–2).
+
+        ``loss`` computes the pairs' losses, if there is more to do in the same pass.
+        """
+        modules = find_modules(task.model, self.shapes)
+        tokens = task.tokens(batch, self.shapes, self.config.tokens == "target")
+        return capture(task.model, modules, tokens, loss or (lambda: task.loss(batch)))[1]
+
+    def whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
+        """Inputs of a matrix in its whitened coordinates, or, the operator being symmetric, ũ back from there."""
+        whitener = self.operator("whitener", name)
+        return u if whitener is None else whitener(u)
+
+    def operator(self, kind: str, name: str) -> SymmetricOperator | None:
+        """The ``whitener`` of a matrix, or its ``contrast``, if the editor has one."""
+        inner, basis = (getattr(self, f"{part}_{self.place(name)}") for part in (kind, "basis"))
+        return None if inner is None else SymmetricOperator(inner, basis)
+
+    def keep_operator(self, kind: str, name: str, operator: SymmetricOperator) -> None:
+        """Replace it by a measured one."""
+        for part, value in ((kind, operator.inner), ("basis", operator.basis)):
+            setattr(self, f"{part}_{self.place(name)}", value)
+
+    def place(self, name: str) -> int:
+        """The number of an edited matrix."""
+        return list(self.shapes).index(name)
+
+    def rows(self, factors: Mapping[str, GradientFactors]) -> dict[str, PackedFactors]:
+        """What the networks read: inputs and deltas of the active tokens, :meth:`prepared`, on the editor's device."""
+        return self.prepared(active_rows(factors, self.device))
+
+    def prepared(self, rows: Mapping[str, PackedFactors]) -> dict[str, PackedFactors]:
+        """Active tokens with their inputs whitened and their gradients limited, if the editor does so."""
+        found = {name: replace(own, u=self.whiten(own.u, name)) for name, own in rows.items()}
+        if self.largest is None:
+            return found
+        return {name: own.limited(self.largest[self.place(name)]) for name, own in found.items()}
+
+    def forward(self, rows: Mapping[str, PackedFactors], ledger: FactoredGradients | None = None) -> dict[str, LowRank]:
+        """The change of each matrix for each episode: ΔW_ℓ = −α_ℓ Σ_j δ̃_j ũ_jᵀ (Eq. 2), as a batched ``LowRank``.
+
+        Only active tokens go through the networks; those of all matrices of one shape go through together. With a
+        ``ledger``, the gradients of the networks' matrices go there as factors.
+        """
+        changes: dict[str, LowRank] = {}
+        steps = dict(zip(self.shapes, self.alpha * self.unit, strict=True))
+        for name, (u, delta) in self.transform(rows, ledger).items():
+            table = Table(rows[name].counts, self.device)
+            whose = rows[name].experts
+            experts = None if whose is None else table(whose[:, None])[..., 0]
+            u, delta = table(self.whiten(u, name)), table(delta * -steps[name])
+            changes[name] = LowRank(u, delta, self.config.gate, experts)
+        return {name: changes[name] for name in self.shapes}
+
+    def transform(
+        self, rows: Mapping[str, PackedFactors], ledger: FactoredGradients | None = None
+    ) -> dict[str, tuple[Float[Tensor, "_row d_in"], Float[Tensor, "_row d_out"]]]:
+        """ũ (in whitened coordinates) and δ̃ of each matrix's tokens."""
+        found = {}
+        for key, names in self.groups.items():
+            pseudo = self.network(key)([rows[name].u for name in names], [rows[name].delta for name in names], ledger)
+            for matrix, (name, (u, delta)) in enumerate(zip(names, pseudo, strict=True)):
+                found[name] = (self._aimed(u, rows[name].u, key, matrix) if self.config.contrast else u), delta
+        return found
+
+    def _aimed(
+        self, pseudo: Float[Tensor, "row d_in"], u: Float[Tensor, "row d_in"], key: str, matrix: int
+    ) -> Float[Tensor, "row d_in"]:
+        """ũ, out of the network's normalised units, turned by contrast and scaled to u·ũ = 1."""
+        contrast = self.operator("contrast", self.groups[key][matrix])
+        assert contrast is not None
+        aimed = contrast(self.network(key).restored(pseudo, matrix))
+        found: Tensor = aimed / (aimed * u).sum(1, keepdim=True).clamp(min=LEAST_ANSWER)
+        return found
+
+    def network(self, key: str) -> EditorNetwork:
+        """The network of a key of :attr:`groups`."""
+        network = self.networks[key]
+        assert isinstance(network, EditorNetwork)
+        return network
+
+    # -- editing -------------------------------------------------------------------------------------------------
+
+    def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
+        """One edit for all ``requests``: each is transformed on its own, then they are summed or solved for together.
+
+        As ``aggregate`` says (paper, section 3.1; :mod:`remend.core.least_squares`). ``model`` is not changed; the edit
+        acts once it is applied or merged.
+
+        Raises:
+            RequestError: there is no request, or one does not fit the model's context.
+            WrongBaseError: the editor was trained for another kind of model.
+            NonFiniteError: the model's weights or activations hold NaN or infinity.
+        """
+        base = checked(self.base, model, requests)
+        inputs: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
+        parts = self._changes(task_of(model, tokenizer), requests, inputs)
+        if self.config.aggregate == "least-squares" and len(requests) > 1:
+            changes = {n: self._solved(n, [own[n] for own in parts], torch.cat(inputs[n])) for n in self.shapes}
+        else:
+            changes = {name: concatenate([part[name] for part in parts]) for name in self.shapes}
+        return Edit(changes, base, tuple(requests), self._signature())
+
+    @torch.no_grad()
+    def _solved(self, name: str, parts: Sequence[LowRank], inputs: Float[Tensor, "row d_in"]) -> LowRank:
+        """What moves the output at each request's ``inputs`` as its own part does by itself."""
+        own = inputs.split([part.rank for part in parts])
+        moves = torch.cat([part.branch(rows, part.experts) for part, rows in zip(parts, own, strict=True)])
+        contrast = self.operator("contrast", name)
+        metric = None if contrast is None else definite(contrast)
+        whose = concatenate(parts)
+        found = least_squares(self.whiten(inputs, name), moves, metric, gate=whose.gate, experts=whose.experts)
+        return replace(found, u=self.whiten(found.u, name))
+
+    def edit_each(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+    ) -> list[Edit]:
+        """One edit for each request, each made from the unedited model; batched inside. Errors as :meth:`edit`."""
+        base = checked(self.base, model, requests)
+        parts = self._changes(task_of(model, tokenizer), requests)
+        signature = self._signature()
+        return [Edit(part, base, (request,), signature) for request, part in zip(requests, parts, strict=True)]
+
+    @torch.inference_mode(False)  # a server may have it on; gradients could not be taken in it
+    @torch.no_grad()
+    def _changes(
+        self, task: Task, requests: Sequence[EditRequest], inputs: Mapping[str, list[Tensor]] | None = None
+    ) -> list[dict[str, LowRank]]:
+        """The changes that each request makes by itself; each matrix's inputs there are added to ``inputs``."""
+        pairs = [task.tokenise(request.prompt, request.target) for request in requests]
+        found: list[dict[str, LowRank]] = []
+        for chunk in in_batches(pairs):
+            batch = task.collate(chunk)
+            unedited = UneditedPass(task, batch, self.shapes)
+            read = active_rows(self.capture(task, batch, unedited.loss), self.device)
+            for name, into in (inputs or {}).items():
+                into.append(read[name].u)
+            rows = self.prepared(read)
+            changes = self(rows)
+            if self.config.settle:
+                counts = {name: own.counts for name, own in rows.items()}
+                changes = settled(unedited, changes, self.config.settle, counts)
+            for e in range(len(chunk)):
+                found.append({name: change.first(e, rows[name].counts[e]) for name, change in changes.items()})
+        return found
+
+    def _signature(self) -> dict[str, Any]:
+        return {
+            "name": "mend",
+            "rank": self.config.rank,
+            "alpha": dict(zip(self.shapes, (self.alpha * self.unit).tolist(), strict=True)),
+        }

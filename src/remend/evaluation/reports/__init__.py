@@ -1,0 +1,1 @@
+"""Evaluation reports: the JSON schema, reading, comparing, HTML and plots."""

@@ -1,0 +1,126 @@
+"""Reading reports back: what a report file may hold, checked before anything is made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
+
+from remend.errors import FileError
+from remend.evaluation.reports.report import SCHEMA, Case, Report, Run
+
+Share = dict[str, FiniteFloat]
+
+
+class _Object(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Summary(_Object):
+    mean: FiniteFloat
+    ci95: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
+    n: Annotated[int, Field(ge=1)]
+
+
+_Metrics = dict[str, dict[str, _Summary]]
+
+
+class _Answer(_Object):
+    kind: str
+    prompt: str
+    wanted: str | None
+    before: str
+    after: str
+    ok: bool | None
+
+
+class _Case(_Object):
+    id: str | int
+    prompt: str
+    target: str
+    before: str
+    about: dict[str, str | FiniteFloat]
+    values: dict[str, Share]
+    answers: list[_Answer]
+
+
+class _Run(_Object):
+    edits: Annotated[int, Field(ge=1)]
+    seconds_per_edit: FiniteFloat
+    metrics: _Metrics
+    cases: Annotated[list[_Case], Field(min_length=1)]
+
+
+class _Baseline(_Object):
+    metrics: _Metrics
+    cases: list[_Case]
+
+
+class _Point(_Object):
+    scale: FiniteFloat
+    metrics: _Metrics
+
+
+class _BeforeAfter(_Object):
+    before: FiniteFloat
+    after: FiniteFloat
+
+
+class _Report(_Object):
+    schema_: Annotated[Literal["remend.report/2"], Field(alias="schema")]
+    model: str
+    data: str
+    editor: str
+    protocol: Literal["single", "batched", "sequential", "checkpoints"]
+    runs: Annotated[list[_Run], Field(min_length=1)]
+    baselines: dict[str, _Baseline]
+    frontier: list[_Point]
+    retention: list[list[FiniteFloat]]
+    text: Share
+    settings: dict[str, JsonValue]
+    left_out: dict[str, int]
+    general: dict[str, dict[str, _BeforeAfter]] = Field(default_factory=dict)  # not in reports of before
+    peak_memory_bytes: int | None
+    environment: dict[str, JsonValue]
+
+
+def read_report(path: str | Path) -> Report:
+    """The report that :meth:`Report.save` wrote. Means are taken anew from its cases, never believed.
+
+    The frontier's cases are not in the file, so there is none.
+
+    Raises:
+        FileError: the file cannot be read, or is no report of this version; the message names the place.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}; name a report that remend evaluate --json wrote") from None
+    try:
+        found = _Report.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise FileError(
+            f"{path} is no report of {SCHEMA} ({place or 'the file'}: {first['msg']}): make it anew"
+        ) from None
+    return Report(
+        model=found.model,
+        data=found.data,
+        editor=found.editor,
+        protocol=found.protocol,
+        runs=[Run(run.edits, _cases(run.cases), run.seconds_per_edit) for run in found.runs],
+        baselines={name: _cases(baseline.cases) for name, baseline in found.baselines.items()},
+        text=found.text,
+        left_out=found.left_out,
+        settings=found.settings,
+        general={
+            task: {metric: both.model_dump() for metric, both in own.items()} for task, own in found.general.items()
+        },
+        environment=found.environment,
+    )
+
+
+def _cases(cases: list[_Case]) -> list[Case]:
+    return [Case.of(case.model_dump()) for case in cases]

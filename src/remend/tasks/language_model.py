@@ -1,0 +1,179 @@
+"""What language models have in common: an output layer over a vocabulary, and greedy answers token by token."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.core.hooks import frozen
+from remend.errors import ModelError, RequestError
+from remend.models.frozen_prefix import reach
+from remend.request import Chat, Prompt, TextPair
+from remend.tasks.base import Batch, Example, Task
+from remend.tasks.chat_template import ChatTemplate
+
+
+class LanguageTask(Task):
+    """A task whose targets are tokens."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None
+    ) -> None:
+        super().__init__(model, tokenizer, autocast)
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Module):
+            raise ModelError(f"{type(model).__name__} has no output layer over a vocabulary; it is no language model")
+        self.head = head
+        self.chat = ChatTemplate(tokenizer)
+        self._single_token = self.collate([Example((0,), (0,))])
+
+    @abstractmethod
+    def room(self, prompt: int, most: int) -> int:
+        """How many tokens an answer to a prompt of some length may take, at most ``most``."""
+
+    @abstractmethod
+    def _run(self, batch: Batch) -> Float[Tensor, "row place vocabulary"]: ...
+
+    @abstractmethod
+    def _greedy(self, asked: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]: ...
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer: the tokenizer's end token, and the one that ends a turn of a conversation."""
+        return frozenset((self.tokenizer.eos_token_id, self.chat.end)) - {None}
+
+    def _one_text(self, prompt: Prompt) -> str | Chat:
+        """A prompt, if it is one that a language model can be asked."""
+        if isinstance(prompt, TextPair):
+            raise RequestError(
+                f"{type(self.model).__name__} is a language model and is asked one text, not a pair "
+                f"({str(prompt)[:40]!r}…): write both as one prompt"
+            )
+        return prompt
+
+    @cached_property
+    def _nothing(self) -> list[int]:
+        """What the tokenizer makes of an empty text."""
+        return self._strip_end(self.ids(""))
+
+    def ids(self, text: str, framed: bool = True) -> list[int]:
+        """Token ids of a text; ``framed``: with what the tokenizer puts around it, but never begun twice."""
+        ids = list(self.tokenizer(text, add_special_tokens=framed, verbose=False).input_ids)
+        begin = self.tokenizer.bos_token_id
+        return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
+
+    def _strip_end(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def target_logits(self, batch: Batch) -> Float[Tensor, "target vocabulary"]:
+        """The logits that predict each target token, and no others.
+
+        The hidden states are gathered on their way into the output layer, so the product with the vocabulary is taken
+        at the targets alone; whatever the model does to its logits afterwards (scaling, capping) still happens.
+        """
+        with gather_at(self.head, batch.row, batch.position):
+            return self._run(batch)[0]
+
+    def target_states(self, batch: Batch) -> Float[Tensor, "target state"]:
+        """What the output layer sees at each target token: :meth:`logits` makes :meth:`target_logits` of it."""
+        hidden = reach(self.head, lambda: self._run(batch))
+        return hidden[batch.row.to(hidden.device), batch.position.to(hidden.device)]
+
+    def logits(self, states: Float[Tensor, "target state"]) -> Float[Tensor, "target vocabulary"]:
+        """The logits that the model makes of what its output layer sees.
+
+        The model runs on one token, with the layer's input replaced, so that it scales or caps its logits as ever; call
+        it with its blocks made hollow (:meth:`FrozenPrefix.hollow`), or they run for nothing.
+        """
+        handle = self.head.register_forward_pre_hook(lambda head, args: (states[None], *args[1:]))
+        try:
+            return self._run(self._single_token)[0]
+        finally:
+            handle.remove()
+
+    def answers(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64
+    ) -> list[tuple[int, ...]]:
+        """Greedy answers, as token ids up to and with an end token (without it where the limit came first).
+
+        Prompts of one length go together, so nothing is ever padded.
+        """
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        by_length: dict[int, list[int]] = {}
+        for index, prompt in enumerate(ids):
+            by_length.setdefault(len(prompt), []).append(index)
+        found: dict[int, tuple[int, ...]] = {}
+        for length, members in by_length.items():
+            room = self.room(length, max_new_tokens)
+            if room < 1:
+                raise RequestError(f"a prompt of {length} tokens leaves no room for an answer (context {self.context})")
+            for start in range(0, len(members), batch_size):
+                chunk = members[start : start + batch_size]
+                asked = torch.tensor([ids[i] for i in chunk], device=self.device)
+                with frozen(self.model), torch.no_grad():
+                    found |= zip(chunk, self._greedy(asked, room), strict=True)
+        return [found[i] for i in range(len(prompts))]
+
+    def _decode(
+        self, rows: int, room: int, step: Callable[[Tensor | None], Float[Tensor, "row vocabulary"]]
+    ) -> list[tuple[int, ...]]:
+        """The most probable token, ``room`` times or until every row has ended; ``step`` takes the last ones.
+
+        Not ``generate``: that follows the model's own generation settings too (repetition penalties, forced tokens),
+        and would then not be the argmax that evaluation reasons about.
+        """
+        ends = self.ends
+        closing = torch.tensor(sorted(ends), device=self.device)
+        chosen: list[Tensor] = []
+        ended = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        while len(chosen) < room and not bool(ended.all()):
+            token = step(chosen[-1] if chosen else None).argmax(-1)
+            chosen.append(token)
+            ended |= torch.isin(token, closing)
+        return [_up_to(row, ends) for row in torch.stack(chosen, 1).tolist()]
+
+    def text(self, answer: Sequence[int]) -> str:
+        """An answer's token ids as text."""
+        return self.decoded(answer, skip_special_tokens=True).strip()
+
+    def decoded(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Token ids as the text that they are, spaces before punctuation included."""
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def closed(ids: list[int], end: int | None) -> list[int]:
+    """An answer's token ids with one end token, at the end; none where nothing is answered."""
+    body = ids[: ids.index(end)] if end in ids else ids
+    return [*body, end] if body and end is not None else body
+
+
+def _up_to(row: Sequence[int], ends: Container[int]) -> tuple[int, ...]:
+    """A row up to and with its first end token, or all of it."""
+    return tuple(row[: next((place for place, token in enumerate(row, start=1) if token in ends), len(row))])
+
+
+@contextmanager
+def gather_at(head: nn.Module, row: Int[Tensor, " target"], position: Int[Tensor, " target"]) -> Iterator[None]:
+    """Within the block, ``head`` sees only the hidden states at the given rows and positions, as one long row."""
+
+    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        return (hidden[row.to(hidden.device), position.to(hidden.device)][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()

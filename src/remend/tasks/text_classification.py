@@ -1,0 +1,180 @@
+"""Sequence classifiers: a text, or a pair of texts, and its label."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from remend.core.hooks import frozen
+from remend.errors import ModelError, RequestError, nearest
+from remend.models.structure import named_stacks
+from remend.request import Chat, Prompt, TextPair
+from remend.tasks.base import Batch, Example, Task
+
+BINARY = ("false", "true")
+"""Labels of a model with one output z: it says the second with probability σ(z)."""
+
+
+class Classification(Task):
+    """A sequence classifier, whose targets are labels.
+
+    A model with one output z is a binary one: its logits are (0, z), so that losses over two labels are the closed
+    forms for it, −log σ(±z) and the divergence of two Bernoulli distributions.
+
+    Attributes:
+        labels: their names, by number.
+        reading: at which tokens the head reads the last hidden states: ``first``, ``last`` or ``all``.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None
+    ) -> None:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"{type(model).__name__} classifies with an encoder and a decoder, of which remend does not know where "
+                "the label is read: take an encoder, or let a language model write the label"
+            )
+        if getattr(model.config, "problem_type", None) == "multi_label_classification":
+            raise ModelError(f"{type(model).__name__} gives several labels at once; remend edits classifiers with one")
+        super().__init__(model, tokenizer, autocast)
+        longest = int(tokenizer.model_max_length)
+        self.context = longest if self.context is None else min(self.context, longest)
+        padding = (getattr(model.config, "pad_token_id", None), tokenizer.pad_token_id, 0)
+        self.padding: int = next(token for token in padding if token is not None)
+        names = getattr(model.config, "id2label", None) or {}
+        self.labels = BINARY if len(names) == 1 else tuple(str(names[number]) for number in sorted(names))
+        self.segments = (  # whether the second of two texts is told from the first, as RoBERTa for one does not
+            "token_type_ids" in inspect.signature(model.forward).parameters
+            and "token_type_ids" in tokenizer.model_input_names
+            and getattr(model.config, "type_vocab_size", 2) > 1
+        )
+        self.reading = self._reading()
+
+    @torch.inference_mode(False)  # a server may have it on
+    def _reading(self) -> str:
+        """Where a gradient of the logits arrives at the last block's output."""
+        ids = [token for token in range(5) if token != self.padding][:4]
+        seen: list[Tensor] = []
+
+        def leaf(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            hidden = (output[0] if isinstance(output, tuple) else output).detach().requires_grad_()
+            seen.append(hidden)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        handle = named_stacks(self.model)[-1][1][-1][1].register_forward_hook(leaf)
+        try:
+            with frozen(self.model), torch.enable_grad():
+                (gradient,) = torch.autograd.grad(self._run(torch.tensor([ids]).to(self.device))[:, 0].sum(), seen)
+        finally:
+            handle.remove()
+        read = (gradient[0] != 0).any(-1).tolist()
+        places = {(True, False, False, False): "first", (False, False, False, True): "last"}
+        return places.get(tuple(read), "all")
+
+    # -- text to tokens ------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text or a pair of texts, with whatever the tokenizer puts around them.
+
+        Raises:
+            RequestError: the text is empty, or nothing of it is left when tokenised.
+        """
+        if isinstance(prompt, Chat):
+            raise RequestError("a classifier is shown a text, not a conversation: give a prompt in place of messages")
+        texts = (prompt.first, prompt.second) if isinstance(prompt, TextPair) else (prompt,)
+        ids = list(self.tokenizer(*(text.strip() for text in texts), verbose=False).input_ids)
+        if not set(ids) - set(self.tokenizer.all_special_ids):
+            raise RequestError(f"the prompt {str(prompt)!r} holds no text that the tokenizer knows")
+        return ids
+
+    def answer_ids(self, asked: list[int], prompt: Prompt, target: str) -> list[int]:
+        """The label's number.
+
+        Raises:
+            RequestError: there is no such label.
+        """
+        names = [label.casefold() for label in self.labels]
+        if target.casefold() in names:
+            return [names.index(target.casefold())]
+        if target.isdecimal() and int(target) < len(names):
+            return [int(target)]
+        raise RequestError(
+            f"the model has no label {target!r}; {nearest(target, self.labels)} (a number from 0 to {len(names) - 1} "
+            "will do too)"
+        )
+
+    def text(self, answer: Sequence[int]) -> str:
+        """The label's name."""
+        return self.labels[answer[0]]
+
+    # -- batches -------------------------------------------------------------------------------------------------
+
+    def length(self, pair: Example) -> int:
+        """The text alone."""
+        return len(pair.prompt)
+
+    def entering(self, pair: Example, stack: int) -> int:
+        """The text's tokens."""
+        return len(pair.prompt)
+
+    def tokens(self, batch: Batch, names: Iterable[str], predicting: bool) -> dict[str, Bool[Tensor, "row token"]]:
+        """The same at every module; the label is predicted where the head reads."""
+        return dict.fromkeys(names, batch.predicting if predicting and self.reading != "all" else batch.mask)
+
+    def collate(self, pairs: Sequence[Example]) -> Batch:
+        """One batch of ``pairs`` on the model's device."""
+        length = max(len(pair.prompt) for pair in pairs)
+        ids = torch.full((len(pairs), length), self.padding)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for place, pair in enumerate(pairs):
+            ids[place, : len(pair.prompt)] = torch.tensor(pair.prompt)
+            mask[place, : len(pair.prompt)] = True
+        position = mask.sum(1) - 1 if self.reading == "last" else torch.zeros(len(pairs), dtype=torch.long)
+        target = torch.tensor([pair.target[0] for pair in pairs])
+        return Batch(*(part.to(self.device) for part in (ids, mask, torch.arange(len(pairs)), position, target)))
+
+    # -- running the model ---------------------------------------------------------------------------------------
+
+    def target_logits(self, batch: Batch) -> Float[Tensor, "target label"]:
+        """The labels' logits of each text."""
+        return self._run(batch.input_ids, batch.mask)[batch.row]
+
+    def target_states(self, batch: Batch) -> Float[Tensor, "target label"]:
+        """The logits themselves: they are few."""
+        return self.target_logits(batch)
+
+    def logits(self, states: Float[Tensor, "target label"]) -> Float[Tensor, "target label"]:
+        """They are logits already."""
+        return states
+
+    def answers(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64
+    ) -> list[tuple[int, ...]]:
+        """The most probable label of each text."""
+        pairs = [Example(tuple(self.prompt_ids(prompt)), (0,)) for prompt in prompts]
+        found: list[tuple[int, ...]] = []
+        for start in range(0, len(pairs), batch_size):
+            with frozen(self.model), torch.no_grad():
+                chosen = self.target_logits(self.collate(pairs[start : start + batch_size])).argmax(-1)
+            found += [(label,) for label in chosen.tolist()]
+        return found
+
+    def _run(self, ids: Tensor, mask: Tensor | None = None) -> Float[Tensor, "row label"]:
+        shown = {"input_ids": ids, "attention_mask": (torch.ones_like(ids) if mask is None else mask).long()}
+        if self.segments and (end := self.tokenizer.sep_token_id) is not None:  # the second text, up to its end
+            ends = (ids == end).long()
+            shown["token_type_ids"] = (ends.cumsum(1) - ends).clamp(max=1) * shown["attention_mask"]
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            logits = getattr(self.model(**shown), "logits", None)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise ModelError(
+                f"{type(self.model).__name__} gives no logits for a label of each text: it is neither a language model "
+                "nor a sequence classifier"
+            )
+        return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits

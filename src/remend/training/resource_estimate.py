@@ -1,0 +1,105 @@
+"""What training an editor would take of a model of which only the configuration is at hand; no weight is ever made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remend.core.layers import dimensions
+from remend.editors.mend.config import MendConfig
+from remend.editors.mend.editor import Mend
+from remend.fingerprint import ModelFingerprint
+from remend.models.loading import skeleton
+from remend.models.structure import editable_modules, named_stacks
+from remend.training.config import PRESETS
+from remend.training.memory import bytes_of, moments_bytes
+
+GPUS = (1, 2, 4, 8)
+"""How many GPUs are thought of that share the model's weights."""
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+
+
+@dataclass(frozen=True)
+class ResourceEstimate:
+    """What :func:`dry_run` found.
+
+    Attributes:
+        model: the configuration's folder or file.
+        parameters: of the base model.
+        blocks: of each of its stacks.
+        matrices: (d_in, d_out) of each matrix that would be edited, by name.
+        editor_parameters: of the editor networks.
+        model_bytes: the base model's weights.
+        editor_bytes: the editor networks and what they measured of the model, in float32.
+        training_bytes: what training takes beside: Adam's moments and one gradient, or, before the first step, the
+            moments of the layers' inputs, whichever is more. Activations come on top; they depend on the texts.
+    """
+
+    model: str
+    parameters: int
+    blocks: tuple[int, ...]
+    matrices: dict[str, tuple[int, int]]
+    editor_parameters: int
+    model_bytes: int
+    editor_bytes: int
+    training_bytes: int
+
+    def gpu_bytes(self, count: int) -> int:
+        """What each of some GPUs holds that share the model's weights; each has an editor of its own."""
+        return -(-self.model_bytes // count) + self.editor_bytes + self.training_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {**vars(self), "gpu_bytes": {str(count): self.gpu_bytes(count) for count in GPUS}}
+
+
+def only_configured(model: str) -> bool:
+    """Whether ``model`` is a configuration file, or a folder that holds one and no weights."""
+    path = Path(model)
+    if path.is_dir():
+        return (path / "config.json").is_file() and not any(next(path.glob(kind), None) for kind in _WEIGHTS)
+    return path.suffix == ".json" and path.is_file()
+
+
+def dry_run(
+    path: str,
+    network: MendConfig = PRESETS["default"][0],
+    modules: Sequence[str] = (),
+    layers: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> ResourceEstimate:
+    """Build a model without weights from its configuration, and count.
+
+    Args:
+        path: a ``config.json``, or the folder that holds it.
+        network: the editor's settings.
+        modules: globs or regular expressions of the matrices to edit.
+        layers: the blocks to edit.
+        dtype: of the base model's weights.
+
+    Raises:
+        ModelError: it is no configuration of a language model, or there is nothing to edit.
+    """
+    model = skeleton(path)
+    chosen = editable_modules(model, modules, network.outputs_only, layers)
+    with torch.device("meta"):
+        editor = Mend(
+            network, ModelFingerprint("", "", {}), {name: dimensions(module) for name, module in chosen.items()}
+        )
+    trained, parameters = list(editor.parameters()), sum(parameter.numel() for parameter in model.parameters())
+    optimiser = 2 * bytes_of(trained) + max(bytes_of([parameter]) for parameter in trained)
+    return ResourceEstimate(
+        model=path,
+        parameters=parameters,
+        blocks=tuple(len(stack) for _, stack in named_stacks(model)),
+        matrices=dict(editor.shapes),
+        editor_parameters=sum(parameter.numel() for parameter in trained),
+        model_bytes=parameters * dtype.itemsize,
+        editor_bytes=bytes_of([*trained, *editor.buffers()]),
+        training_bytes=max(optimiser, moments_bytes(editor)),
+    )
