@@ -45,9 +45,9 @@ class Trainer:
 
     A step has three parts. What the base model computes is constant: it is looked up, or computed once
     (:class:`ActivationCache`). The editor turns a whole batch of gradient factors into changes. The edited model then
-    runs on ``micro_batch`` episodes at a time; the backward pass of each part ends at the changes, and what
-    reaches them goes back through the editor in one pass. No gradient of the base model's weights is ever held, nor more than one of
-    the editor's (:class:`EditorOptimizer`).
+    runs on ``micro_batch`` episodes at a time; the backward pass of each part ends at the changes, and what reaches
+    them goes back through the editor in one pass. No gradient of the base model's weights is ever held, nor more than
+    one of the editor's (:class:`EditorOptimizer`).
 
     Attributes:
         editor: what is trained.
