@@ -24,7 +24,7 @@ from torch import Tensor
 
 import common
 import remend
-from remend.core.capture import capture
+from remend.core.capture import capture_gradient_factors
 from remend.data import read_source
 from remend.edit import Edit
 from remend.editors import Mend, make
@@ -97,7 +97,7 @@ def keys(task: Task, pairs: Sequence[Example], edits: Sequence[Edit]) -> dict[st
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         batch = task.collate(pairs[start : start + PAIRS_AT_ONCE])
         tokens = task.tokens(batch, modules, predicting=True)
-        factors = capture(task.model, modules, tokens, lambda batch=batch: task.loss(batch))[1]
+        factors = capture_gradient_factors(task.model, modules, tokens, lambda batch=batch: task.loss(batch))[1]
         for name, rows in active_rows(factors, torch.device("cpu")).items():
             found[name].append(torch.stack([own[0] for own in rows.u.split(rows.counts)]))
     return {name: torch.cat(own) for name, own in found.items()}

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import common
 from remend.core.hooks import frozen
-from remend.core.matmul import product
+from remend.core.matmul import matmul
 from remend.editors.packing import PackedFactors
 from remend.fingerprint import find_modules
 from remend.tasks.causal_lm import Example
@@ -243,14 +243,14 @@ class Floor:
         """The editor networks: forward 2 products a layer, weights 2, inputs 2 in the second and 1 in the first."""
         for layers, wide, narrow in self.networks:
             for down, up in layers:
-                product(wide, down.mT)
-                product(narrow, up.mT)
+                matmul(wide, down.mT)
+                matmul(narrow, up.mT)
             for place, (down, up) in enumerate(reversed(layers)):
-                product(wide, up)
+                matmul(wide, up)
                 if place == 0:
-                    product(narrow, down)
+                    matmul(narrow, down)
                 for a, b in ((wide, narrow), (narrow, wide)):
-                    product(a.mT, b, out=self.gradient[: a.shape[1] * b.shape[1]].view(a.shape[1], b.shape[1]))
+                    matmul(a.mT, b, out=self.gradient[: a.shape[1] * b.shape[1]].view(a.shape[1], b.shape[1]))
 
     def seconds(self) -> dict[str, float]:
         """CPU seconds of each part."""

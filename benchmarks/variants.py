@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from remend.core.hooks import branches
+from remend.core.hooks import changes_applied
 from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.whitening import SecondMoment
@@ -178,7 +178,7 @@ class SeveralSteps(Mend):
             unedited = UneditedPass(task, batch, self.shapes)
             changes = self._part(self.rows(self.capture(task, batch, unedited.loss)))
             for _ in range(self.STEPS - 1):
-                with branches(modules, changes):
+                with changes_applied(modules, changes):
                     more = self._part(self.rows(self.capture(task, batch)))
                 changes = {name: concatenate([change, more[name]]) for name, change in changes.items()}
             if self.config.settle:

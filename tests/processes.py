@@ -54,7 +54,7 @@ def run(out=None, seen=lambda progress: None, family="gpt2", **more):
 def wide_run():
     """One in which inputs are wide enough to be told apart in some directions only."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"WIDE": 20, "DIRECTIONS": 12, "OVERSAMPLING": 4}.items():
+        for name, value in {"MAX_DENSE_DIMENSIONS": 20, "MAX_DIRECTIONS": 12, "OVERSAMPLING": 4}.items():
             patch.setattr(sketch, name, value)
         return run()
 

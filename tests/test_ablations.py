@@ -66,23 +66,23 @@ def fed(network):
 
 def test_what_a_network_does_not_read_it_gives_back_as_it_came():
     for reads, width in (("u", 5), ("delta", 3)):
-        network = EditorNetwork(5, 3, 2, rank=20, reads=reads)
+        network = EditorNetwork(5, 3, 2, rank=20, transforms=reads)
         u, delta = fed(network)
         assert network.width == width
         assert network.first.down.shape == network.second.down.shape == (width, width), "the rank is at most the width"
         for matrix, (new_u, new_delta) in enumerate(network(u, delta)):
             assert torch.equal(new_u, u[matrix]) == (reads == "delta")
             assert torch.equal(new_delta, delta[matrix]) == (reads == "u")
-            torch.testing.assert_close(network.restored(new_u, matrix), u[matrix])
+            torch.testing.assert_close(network.denormalize_u(new_u, matrix), u[matrix])
 
 
 def test_without_normalising_an_untrained_network_changes_nothing():
-    network = EditorNetwork(5, 3, 2, rank=4, normalised=False)
+    network = EditorNetwork(5, 3, 2, rank=4, normalize_inputs=False)
     u, delta = fed(network)
     for matrix, (new_u, new_delta) in enumerate(network(u, delta)):
         assert torch.equal(new_u, u[matrix])
         assert torch.equal(new_delta, delta[matrix])
-        assert torch.equal(network.restored(new_u, matrix), u[matrix])
+        assert torch.equal(network.denormalize_u(new_u, matrix), u[matrix])
 
 
 def test_without_identity_both_factors_start_xavier_uniform():
@@ -101,7 +101,7 @@ def test_without_identity_both_factors_start_xavier_uniform():
 
 @pytest.mark.parametrize("reads", ["u", "delta"])
 def test_the_ledger_knows_the_gradients_of_a_narrower_network(reads):
-    network = EditorNetwork(5, 3, 2, rank=4, reads=reads, identity=False)
+    network = EditorNetwork(5, 3, 2, rank=4, transforms=reads, identity=False)
     u, delta = fed(network)
     found = []
     for ledger in (None, FactoredGradients()):

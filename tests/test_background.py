@@ -9,7 +9,7 @@ from transformers import AddedToken
 import families
 import remend
 import worlds
-from remend.core.layers import entry_size
+from remend.core.layers import weight_rms
 from remend.core.sketching import SketchedMoment
 from remend.editors import calibration_data as background
 from remend.editors import make
@@ -75,7 +75,7 @@ def test_wide_inputs_are_whitened_in_some_directions(task, monkeypatch):
     modules = find_modules(task.model, ["transformer.h.1.mlp.c_proj"])
     pairs = stretches(task, [])
     dense = whiteners(task, modules, pairs, 0.01)
-    monkeypatch.setattr(background, "directions_of", lambda d: 8)
+    monkeypatch.setattr(background, "sketch_directions", lambda d: 8)
     (moment,) = second_moments(task, modules, pairs, sketched=True).values()
     assert isinstance(moment, SketchedMoment)
     assert not any(isinstance(m, SketchedMoment) for m in second_moments(task, modules, pairs).values())
@@ -87,9 +87,9 @@ def test_wide_inputs_are_whitened_in_some_directions(task, monkeypatch):
 
 
 def test_sizes_of_weights_that_cannot_be_read():
-    assert entry_size(torch.nn.Linear(16, 4, device="meta")) == 0.25
+    assert weight_rms(torch.nn.Linear(16, 4, device="meta")) == 0.25
     linear = torch.nn.Linear(16, 4)
-    assert entry_size(linear) == pytest.approx(float(linear.weight.detach().square().mean().sqrt()))
+    assert weight_rms(linear) == pytest.approx(float(linear.weight.detach().square().mean().sqrt()))
 
 
 def test_tuning_in_batches_does_not_look_at_all_of_them():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import remend
 import worlds
 from remend.cli import run
-from remend.core.layers import device_of, dimensions, is_editable, is_quantised
+from remend.core.layers import dimensions, execution_device, is_editable, is_quantized
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, EditError, ModelError, PrecisionError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
@@ -127,7 +127,7 @@ def as_float32(model, folder):
     with torch.no_grad():
         for name in linear(model):
             module = model.get_submodule(name)
-            unit = torch.eye(dimensions(module)[0], dtype=model.dtype, device=device_of(module))
+            unit = torch.eye(dimensions(module)[0], dtype=model.dtype, device=execution_device(module))
             plain.get_submodule(name).weight.copy_(module(unit).float().T)
     return plain
 
@@ -217,7 +217,7 @@ def test_merging_into_offloaded_weights_is_refused(task, editor):
 def test_where_the_weights_lie_and_in_which_float_does_not_make_another_base(task, folder):
     plain, _ = remend.load(str(folder), "cpu")
     assert contents(task.model) == contents(plain)
-    assert device_of(task.model) == torch.device("cpu")
+    assert execution_device(task.model) == torch.device("cpu")
 
 
 @QUANTISED
@@ -225,7 +225,7 @@ def test_a_quantised_model_is_a_base_of_its_own(task, editor, folder):
     plain, _ = remend.load(str(folder), "cpu")
     names = list(editable_modules(plain))
     assert names == list(editor.shapes), "the same matrices are found"
-    assert all(is_quantised(task.model.get_submodule(name)) for name in names)
+    assert all(is_quantized(task.model.get_submodule(name)) for name in names)
     assert ModelFingerprint.of(plain, names).config == editor.base.config
     edit = Mend.for_model(plain, MendConfig(rank=8)).edit(plain, task.tokenizer, REQUESTS[:1])
     with pytest.raises(WrongBaseError, match="a quantised base must be quantised just as it was"):

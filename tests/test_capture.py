@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import worlds
-from remend.core.capture import capture
+from remend.core.capture import capture_gradient_factors
 from remend.core.layers import dimensions, is_conv1d
 from remend.errors import ModelError, NonFiniteError
 from remend.models import editable_modules
@@ -35,7 +35,9 @@ def test_factors_are_the_gradient_of_each_episode(family, pairs):
     modules = editable_modules(task.model)
     tokenised = [task.tokenise(prompt, target) for prompt, target in pairs]
     batch = task.collate(tokenised)
-    losses, factors = capture(task.model, modules, dict.fromkeys(modules, batch.mask), lambda: task.loss(batch))
+    losses, factors = capture_gradient_factors(
+        task.model, modules, dict.fromkeys(modules, batch.mask), lambda: task.loss(batch)
+    )
     for episode, pair in enumerate(tokenised):
         expected = dense_gradients(task, modules, pair)
         torch.testing.assert_close(losses[episode], task.loss(task.collate([pair]))[0].detach(), rtol=1e-4, atol=1e-5)
@@ -49,7 +51,7 @@ def test_the_model_is_left_as_it_was(task, snapshot):
     task.model.get_output_embeddings().weight.requires_grad_(False)
     wanted = {name: p.requires_grad for name, p in task.model.named_parameters()}
     batch = task.collate([task.tokenise("Oslo is", "Rome")])
-    capture(
+    capture_gradient_factors(
         task.model,
         modules := editable_modules(task.model),
         dict.fromkeys(modules, batch.mask),
@@ -68,7 +70,7 @@ def test_an_exception_leaves_nothing_behind(task, snapshot):
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        capture(
+        capture_gradient_factors(
             task.model,
             modules := editable_modules(task.model),
             dict.fromkeys(modules, torch.ones(1, 1, dtype=torch.bool)),
@@ -110,7 +112,9 @@ def test_calls_twice_by_keyword_in_place_and_checkpointed(checkpointed):
     plain.load_state_dict(odd.state_dict())
     x = torch.randn(3, 4, 5)
     mask = torch.ones(3, 4, dtype=torch.bool)
-    _, factors = capture(odd, {"layer": odd.layer}, {"layer": mask}, lambda: odd(x).square().sum((1, 2)))
+    _, factors = capture_gradient_factors(
+        odd, {"layer": odd.layer}, {"layer": mask}, lambda: odd(x).square().sum((1, 2))
+    )
     plain(x).square().sum().backward()
     torch.testing.assert_close(factors["layer"].gradient().sum(0), plain.layer.weight.grad, rtol=1e-4, atol=1e-5)
     assert factors["layer"].u.shape == (3, 8, 5), "both calls are kept"
@@ -120,7 +124,9 @@ def test_a_module_that_is_never_called_is_named():
     odd = Odd(False)
     mask = torch.ones(1, 4, dtype=torch.bool)
     with pytest.raises(ModelError, match="unused was not called"):
-        capture(odd, {"unused": odd.unused}, {"unused": mask}, lambda: odd(torch.randn(1, 4, 5)).sum((1, 2)))
+        capture_gradient_factors(
+            odd, {"unused": odd.unused}, {"unused": mask}, lambda: odd(torch.randn(1, 4, 5)).sum((1, 2))
+        )
 
 
 def test_square_conv1d_is_told_by_its_class():
@@ -138,7 +144,7 @@ def test_nan_weights_are_named(task, snapshot):
     with torch.no_grad():
         weight[:] = float("nan")
     with pytest.raises(NonFiniteError, match=r"loss of the edit is not finite .*embed|wte"):
-        capture(
+        capture_gradient_factors(
             task.model,
             modules := editable_modules(task.model),
             dict.fromkeys(modules, batch.mask),
@@ -155,6 +161,6 @@ def test_the_backward_pass_stops_at_the_first_edited_layer(task):
     last = editable_modules(task.model)
     handle = next(iter(first.values())).register_full_backward_hook(lambda *_: reached.append(True))
     batch = task.collate([task.tokenise("Oslo is", "Rome")])
-    capture(task.model, last, dict.fromkeys(last, batch.mask), lambda: task.loss(batch))
+    capture_gradient_factors(task.model, last, dict.fromkeys(last, batch.mask), lambda: task.loss(batch))
     handle.remove()
     assert not reached

@@ -88,7 +88,7 @@ def test_a_layer_of_the_editor_is_eq_3_and_its_gradients_are_autograds(counts, b
             torch.testing.assert_close(kept.get(parameter, parameter.grad), right, rtol=1e-4, atol=1e-4)
         if ledger is not None:
             norms = torch.stack([kept[parameter].norm() for parameter in ledger.weights()])
-            assert bool((ledger.bounds() >= norms * (1 - 1e-5)).all())
+            assert bool((ledger.norm_bounds() >= norms * (1 - 1e-5)).all())
             torch.testing.assert_close(ledger.norms(), norms, rtol=1e-4, atol=1e-4)
 
 
@@ -121,7 +121,7 @@ def test_products_are_right_by_either_library(monkeypatch, mkl_is_slow, rows):
     if mkl_is_slow and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(products, "_mkl_is_slow", lambda: mkl_is_slow)
-    monkeypatch.setattr(products, "WORTH_IT", 0)
+    monkeypatch.setattr(products, "ONEDNN_MIN_MULTIPLICATIONS", 0)
     a, b, out = torch.randn(rows, 40), torch.randn(30, 40).mT, torch.empty(rows, 30)
     expected = (a.double() @ b.double()).float()
     for found in (products.product(a, b), products.product(a.mT.contiguous().mT, b), products.product(a, b, out=out)):
@@ -137,7 +137,7 @@ def test_a_network_is_the_same_by_either_library_whatever_the_number_of_rows(mon
         torch.nn.init.normal_(parameter)
     u, delta = ([torch.randn(rows, d) for rows in (30, 47)] for d in (20, 24))
     found = []
-    monkeypatch.setattr(products, "WORTH_IT", 0)
+    monkeypatch.setattr(products, "ONEDNN_MIN_MULTIPLICATIONS", 0)
     for mkl_is_slow in (False, True) if torch.backends.mkldnn.is_available() else (False, False):
         monkeypatch.setattr(products, "_mkl_is_slow", lambda mkl_is_slow=mkl_is_slow: mkl_is_slow)
         network.zero_grad()
@@ -153,9 +153,9 @@ def test_a_network_is_the_same_by_either_library_whatever_the_number_of_rows(mon
 
 def test_sizes_are_few():
     """oneDNN keeps a program for each."""
-    sizes = {products.even(rows, torch.device("cpu")) for rows in range(1, 4097)}
+    sizes = {products.padded_row_count(rows, torch.device("cpu")) for rows in range(1, 4097)}
     assert len(sizes) <= 80 or not products._mkl_is_slow()
-    assert all(0 <= products.even(rows, torch.device("cpu")) - rows <= rows / 7 for rows in range(1, 4097))
+    assert all(0 <= products.padded_row_count(rows, torch.device("cpu")) - rows <= rows / 7 for rows in range(1, 4097))
 
 
 def test_the_losses_gradients_are_autograds():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import families
-from remend.core.layers import experts_of
+from remend.core.layers import expert_count
 from remend.edit import Edit
 from remend.editors import Mend, MendConfig
 from remend.fingerprint import find_modules
@@ -78,7 +78,7 @@ def test_factors_are_autograds_gradient(task, requests):
         conv1d = type(module).__name__ == "Conv1D" or getattr(module, "transposed", False)
         right = module.weight.grad.mT if conv1d else module.weight.grad
         exact = 1e-5 * float(right.abs().max())
-        torch.testing.assert_close(factors[name].gradient(experts_of(module)).sum(0), right, rtol=1e-4, atol=exact)
+        torch.testing.assert_close(factors[name].gradient(expert_count(module)).sum(0), right, rtol=1e-4, atol=exact)
     task.model.zero_grad()
 
 

@@ -190,7 +190,7 @@ def test_memit_s_dual_form_is_the_dense_solution(decoder):
     alone = editor._solved(name, keys, missing, together=False)
     for e in range(7):
         single = editor._solved(name, keys[e : e + 1], missing[e : e + 1], together=True)
-        torch.testing.assert_close(alone.first(e, 1).dense(), single.dense())
+        torch.testing.assert_close(alone.single_episode(e, 1).dense(), single.dense())
 
 
 def test_memit_s_blocks_share_what_is_missing(decoder):

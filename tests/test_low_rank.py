@@ -18,7 +18,7 @@ def drawn(rank, d_in, d_out, *episodes, seed=0):
 def test_branch_is_the_dense_product(rank, d_in, d_out, rows):
     change = drawn(rank, d_in, d_out)
     x = torch.randn(rows, 3, d_in)
-    torch.testing.assert_close(change.branch(x), x @ change.dense().T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(change.output_change(x), x @ change.dense().T, rtol=1e-4, atol=1e-4)
 
 
 @given(SIZES, SIZES, SIZES, st.integers(1, 4), st.integers(1, 3), SIZES)
@@ -26,8 +26,8 @@ def test_batched_branch_keeps_episodes_apart(rank, d_in, d_out, episodes, rows_e
     change = drawn(rank, d_in, d_out, episodes)
     x = torch.randn(episodes * rows_each, tokens, d_in)
     expected = torch.cat([x[e * rows_each : (e + 1) * rows_each] @ change.dense()[e].T for e in range(episodes)])
-    torch.testing.assert_close(change.branch(x), expected, rtol=1e-4, atol=1e-4)
-    flattened = change.branch(x.reshape(-1, d_in))  # as models that flatten rows and tokens call their layers
+    torch.testing.assert_close(change.output_change(x), expected, rtol=1e-4, atol=1e-4)
+    flattened = change.output_change(x.reshape(-1, d_in))  # as models that flatten rows and tokens call their layers
     torch.testing.assert_close(flattened, expected.reshape(-1, d_out), rtol=1e-4, atol=1e-4)
 
 

@@ -96,7 +96,7 @@ def test_relative_step_sizes_follow_the_size_of_the_layer(task):
         factors = found_factors[name]
         u, change = factors.u[factors.active], editor(editor.rows(found_factors))[name]
         episode = torch.arange(len(factors.active)).repeat_interleave(factors.active.sum(1))
-        moved = change.select(episode).branch(u)
+        moved = change.select(episode).output_change(u)
         output = task.model.get_submodule(name)(u)
         found.append(float(moved.detach().square().mean().sqrt() / output.detach().square().mean().sqrt()))
     assert 0.02 < found[0] < 2

@@ -16,8 +16,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from remend.core.hooks import attach, detach
-from remend.core.layers import dense_in_layout, device_of, dimensions, experts_of, is_quantised, weight_of
+from remend.core.hooks import attach_hooks, remove_hooks
+from remend.core.layers import (
+    dense_in_weight_layout,
+    dimensions,
+    execution_device,
+    expert_count,
+    is_quantized,
+    weight_of,
+)
 from remend.core.low_rank import LowRank, concatenate
 from remend.errors import EditError, FileError, PrecisionError
 from remend.fingerprint import ModelFingerprint, find_modules
@@ -81,8 +88,8 @@ class Edit:
             WrongBaseError: the edit was made for another model; nothing is applied.
         """
         modules = self._modules(model)
-        changes = {name: change.to(device_of(modules[name])) for name, change in self.changes.items()}
-        return AppliedEdit(attach(modules, changes))
+        changes = {name: change.to(execution_device(modules[name])) for name, change in self.changes.items()}
+        return AppliedEdit(attach_hooks(modules, changes))
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -111,7 +118,7 @@ class Edit:
         lost: dict[str, float] = {}
         for name, module in modules.items():
             weight = weight_of(module)
-            dense = dense_in_layout(module, self.changes[name].to(weight.device, torch.float32))
+            dense = dense_in_weight_layout(module, self.changes[name].to(weight.device, torch.float32))
             merged[name] = (weight.float() + dense).to(weight.dtype)
             rounded = (merged[name].float() - weight.float() - dense).norm()
             lost[name] = float(rounded / dense.norm().clamp(min=1e-30))
@@ -143,8 +150,8 @@ class Edit:
             count = (
                 0 if change.experts is None else int(torch.cat([change.experts, change.experts.new_zeros(1)]).max()) + 1
             )
-            if (change.experts is None) != (experts_of(module) == 0) or count > experts_of(module):
-                raise EditError(f"{name} has {experts_of(module)} experts, the edit changes {count}")
+            if (change.experts is None) != (expert_count(module) == 0) or count > expert_count(module):
+                raise EditError(f"{name} has {expert_count(module)} experts, the edit changes {count}")
         return modules
 
     # -- arithmetic ----------------------------------------------------------------------------------------------
@@ -273,7 +280,7 @@ def _change(tensors: Mapping[str, Tensor], name: str, gate: object, path: str | 
 def _refuse_unwritable(modules: Mapping[str, nn.Module]) -> None:
     """Raise if a layer's weight cannot be written to."""
     for name, module in modules.items():
-        if is_quantised(module):
+        if is_quantized(module):
             raise PrecisionError(
                 f"{name} is quantised ({type(module).__name__}), and requantising would alter more than the edit does. "
                 "Keep it as a side branch (apply), or make the edit on the unquantised model and merge there; no "
@@ -294,7 +301,7 @@ class AppliedEdit:
 
     def revert(self) -> None:
         """Take the edit's side branches off the model. The weights were never touched."""
-        detach(self._handles)
+        remove_hooks(self._handles)
         self._handles.clear()
 
 

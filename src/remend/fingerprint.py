@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remend.core.layers import editable_layers, holder_of, is_editable, is_quantised, weight_of
+from remend.core.layers import editable_layers, is_editable, is_quantized, parameter_owner, weight_of
 from remend.core.moe import expert_linears
 from remend.errors import FileError, ModelError, WrongBaseError, nearest
 from remend.serialization import take
@@ -173,7 +173,7 @@ _seen: weakref.WeakKeyDictionary[nn.Module, tuple[_Stamp, str]] = weakref.WeakKe
 def _weight_hash(module: nn.Module) -> str:
     with _brought(module):
         weight = weight_of(module).detach()
-        parts = _stored(module) if is_quantised(module) else {str(tuple(weight.shape)): weight}
+        parts = _stored(module) if is_quantized(module) else {str(tuple(weight.shape)): weight}
         first = next(iter(parts.values()))
         stamp = (first.data_ptr(), first._version, first.dtype, sum(_sum(part) for part in parts.values()))
         remembered = _seen.get(module)
@@ -191,7 +191,7 @@ def _brought(module: nn.Module) -> AbstractContextManager[None]:
     """
     if not weight_of(module).is_meta:
         return nullcontext()
-    holder = holder_of(module)
+    holder = parameter_owner(module)
     if not getattr(getattr(holder, "_hf_hook", None), "offload", False):
         raise ModelError(
             f"the weight of a {type(module).__name__} to edit has no values (it is on the device meta); load the model "

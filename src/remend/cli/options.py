@@ -204,7 +204,7 @@ def find_editor(editor: str | None, model: str, text: Path | None = None, seed: 
         FileError: the folder holds none.
     """
     from remend.assets import ATLAS, ATLAS_FOLDER, BUILT_IN
-    from remend.core.layers import device_of
+    from remend.core.layers import execution_device
     from remend.data import read_text
     from remend.editors import EDITORS, TRAINED, UNTRAINED, load_editor, make
     from remend.errors import ConfigError, nearest
@@ -243,7 +243,7 @@ def find_editor(editor: str | None, model: str, text: Path | None = None, seed: 
             "requests or time",
             soft_wrap=True,
         )
-    return Chosen(found.traits, lambda base, tokenizer: found.to(device_of(base)))
+    return Chosen(found.traits, lambda base, tokenizer: found.to(execution_device(base)))
 
 
 def best_of(trained: Mapping[str, Any]) -> dict[str, float]:

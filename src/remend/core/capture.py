@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from remend.core.hooks import detach, frozen
-from remend.core.layers import inputs_of, is_plain
+from remend.core.hooks import frozen, remove_hooks
+from remend.core.layers import is_plain_float, layer_inputs
 from remend.core.low_rank import LowRank
 from remend.errors import ModelError, NonFiniteError
 
@@ -62,7 +62,7 @@ class _Recorder:
         if self.closed:  # recomputed: the same operations again, so that checkpointing finds what it saved
             return output + probe
         # A copy: a frozen layer's backward pass does not need its input, and autograd would not see it overwritten.
-        x, experts = inputs_of(args, kwargs)
+        x, experts = layer_inputs(args, kwargs)
         self.inputs.append(x.detach().to(output.device, copy=True))
         if experts is not None:
             self.experts.append(experts.to(output.device, copy=True))
@@ -97,7 +97,7 @@ class _Recorder:
         return GradientFactors(torch.cat(inputs, 1), torch.cat(deltas, 1), torch.cat(masks, 1), experts)
 
 
-def capture(
+def capture_gradient_factors(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     tokens: Mapping[str, Bool[Tensor, "episode token"]],
@@ -129,10 +129,10 @@ def capture(
                     raise ModelError(f"{name} was not called by the model's forward pass; choose other modules to edit")
             probes = [probe for recorder in recorders.values() for probe in recorder.probes]
             if not losses.isfinite().all():
-                raise NonFiniteError(_where("the loss of the edit", losses) + broken_weight(model))
+                raise NonFiniteError(_where("the loss of the edit", losses) + explain_non_finite(model))
             gradients = iter(torch.autograd.grad(losses.sum(), probes, allow_unused=True))
     finally:
-        detach(handles)
+        remove_hooks(handles)
     factors = {name: r.factors([next(gradients) for _ in r.probes]) for name, r in recorders.items()}
     _refuse_non_finite(factors)
     return losses.detach(), factors
@@ -152,7 +152,7 @@ class LayerInput:
     x: Float[Tensor, "row token d"]
     experts: Int[Tensor, "row token"] | None = None
 
-    def at(self, tokens: Int[Tensor, " row"], length: int) -> tuple[Tensor, Int[Tensor, "row slot"]]:
+    def at_tokens(self, tokens: Int[Tensor, " row"], length: int) -> tuple[Tensor, Int[Tensor, "row slot"]]:
         """The inputs [row, slot, d] at one token of each row, of ``length`` tokens, and to whom they go (0: to all)."""
         rows, places, d = self.x.shape
         slots, row = places // length, torch.arange(rows, device=self.x.device)
@@ -162,7 +162,7 @@ class LayerInput:
 
 
 @torch.no_grad()
-def inputs(
+def record_inputs(
     model: nn.Module, modules: Mapping[str, nn.Module], rows: int, forward: Callable[[], object]
 ) -> dict[str, LayerInput]:
     """What each module is called with when ``forward`` runs on ``rows`` rows; no gradient is taken.
@@ -174,7 +174,7 @@ def inputs(
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def kept(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x, experts = inputs_of(args, kwargs)
+            x, experts = layer_inputs(args, kwargs)
             x = x.detach().float().reshape(rows, -1, x.shape[-1])
             found[name] = LayerInput(x, None if experts is None else experts.reshape(rows, -1))
 
@@ -185,7 +185,7 @@ def inputs(
         with frozen(model):
             forward()
     finally:
-        detach(handles)
+        remove_hooks(handles)
     if missed := modules.keys() - found.keys():
         raise ModelError(f"{min(missed)} was not called by the model's forward pass; choose other modules to edit")
     return found
@@ -202,10 +202,10 @@ def _refuse_non_finite(factors: Mapping[str, GradientFactors]) -> None:
                 raise NonFiniteError(_where(what, values))
 
 
-def broken_weight(model: nn.Module) -> str:
+def explain_non_finite(model: nn.Module) -> str:
     """Names the first parameter that holds NaN or infinity, if one does."""
     for name, parameter in model.named_parameters():
-        if is_plain(parameter) and not parameter.is_meta and not parameter.isfinite().all():
+        if is_plain_float(parameter) and not parameter.is_meta and not parameter.isfinite().all():
             return f"; the model's own weight {name} holds NaN or infinity: load it anew, or repair the checkpoint"
     return "; its weights are finite: try a wider dtype (float32 or bfloat16)"
 

@@ -27,13 +27,13 @@ class DenseChange:
         self.identity = torch.eye(min(shape), device=device)
         self.values = torch.zeros(episodes, min(shape), max(shape), device=device, requires_grad=True)
 
-    def of(self, episodes: list[int]) -> LowRank:
+    def select(self, episodes: list[int]) -> LowRank:
         """The changes of some episodes, differentiable in :attr:`values`."""
         own: Float[Tensor, "episode small large"] = self.values[episodes]
         identity = self.identity.expand(len(episodes), -1, -1)
         return LowRank(own, identity) if self.narrows else LowRank(identity, own)
 
-    def single(self, episode: int) -> LowRank:
+    def single_episode(self, episode: int) -> LowRank:
         """The change of one episode, by itself."""
         own = self.values.detach()[episode].clone()
         return LowRank(own, self.identity.clone()) if self.narrows else LowRank(self.identity.clone(), own)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from remend.core.operators import SymmetricOperator
 
-HELD_OUT = 4
+HELD_OUT_EVERY = 4
 """Of so many facts one is held out, to see whether what was found of the others is true of it."""
 
-LEAST = 0.5
+MIN_HELD_OUT_RESPONSE = 0.5
 """The least mean answer of held-out facts' keys to themselves, where those of the others answer with 1."""
 
-SHARED = 0.1
+MIN_SHARED_RESPONSE = 0.1
 """The least mean answer of a key to itself, as a share of the number of dimensions, that contrast is trusted with."""
 
 
@@ -72,7 +72,7 @@ class Discriminant:
             near_owners: whose neighbours they are.
         """
         everyone, numbers = torch.cat([owners, near_owners]).unique(return_inverse=True)
-        held = (torch.arange(self.facts, self.facts + len(everyone), device=keys.device) + 1) % HELD_OUT == 0
+        held = (torch.arange(self.facts, self.facts + len(everyone), device=keys.device) + 1) % HELD_OUT_EVERY == 0
         self.facts += len(everyone)
         owners, near_owners = numbers.split([len(owners), len(near_owners)])
         self._add(0, keys, owners, near, near_owners)
@@ -114,11 +114,10 @@ class Discriminant:
 
         It takes a key to the ũ above, and that back to coordinates in which the product with another key is meant.
 
-        What was seen of too few facts, or of prompts that lie in few directions, is noise, and does more harm than
-        good. Little of the keys is then found to be shared (:data:`SHARED`), or keys that were not seen do not answer
-        to themselves: so it is measured without the held-out facts first, and must hold of them (:data:`LEAST`).
-        If it does not, the neighbours are left out, and if that does not suffice, everything (the identity: keys are
-        whitened already).
+        Moments of too few facts, or of prompts that lie in few directions, are noise and do more harm than good. Two
+        checks guard against that: the operator that the facts without the held-out ones give must hold for those
+        (:data:`MIN_HELD_OUT_RESPONSE`), and the keys must share enough (:data:`MIN_SHARED_RESPONSE`). If a check fails,
+        the neighbours are left out, and if that does not suffice, everything (the identity: keys are whitened already).
 
         Args:
             weight: of the neighbours.
@@ -129,10 +128,10 @@ class Discriminant:
         operator = torch.eye(len(every[0]), dtype=torch.float64)
         for considered in (weight, 0.0) if self.counts[1, 0] else ():
             tried = _operator(others, considered, ridge)
-            if not self._answer(tried, held[0]) >= LEAST * self._answer(tried, others[0]) > 0:
+            if not self._answer(tried, held[0]) >= MIN_HELD_OUT_RESPONSE * self._answer(tried, others[0]) > 0:
                 continue
             found = _operator(every, considered, ridge)
-            if self._answer(found, every[0]) >= SHARED * self.within:
+            if self._answer(found, every[0]) >= MIN_SHARED_RESPONSE * self.within:
                 operator = found
                 break
         answer = self._answer(operator, every[0])

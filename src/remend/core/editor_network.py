@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from remend.core.factored_gradients import FactoredGradients
-from remend.core.matmul import even, product
+from remend.core.matmul import matmul, padded_row_count
 from remend.core.running_statistics import RunningStatistics
 
 
@@ -65,8 +65,8 @@ class _Residual(torch.autograd.Function):
         ledger: FactoredGradients | None,
     ) -> Tensor:
         dtype = torch.float32 if ledger is None else ledger.dtype
-        h = product(z, down.mT, dtype)
-        inner = product(h, up.mT, dtype)
+        h = matmul(z, down.mT, dtype)
+        inner = matmul(h, up.mT, dtype)
         if bias is not None:
             inner += bias
         out = torch.empty_like(z)
@@ -91,12 +91,12 @@ class _Residual(torch.autograd.Function):
             g_scale[matrix] = torch.linalg.vecdot(own, inner[rows], dim=0)
             own *= scale[matrix]
         g_bias = (g_offset * scale).sum(0) if ctx.bias else None
-        g_h = product(g_inner, up, ctx.dtype)
+        g_h = matmul(g_inner, up, ctx.dtype)
         g_z = None
         if ctx.needs_input_grad[0]:
-            g_z = product(g_h, down, ctx.dtype).add_(gradient)
+            g_z = matmul(g_h, down, ctx.dtype).add_(gradient)
         if ctx.ledger is None:
-            return g_z, product(g_h.mT, z), product(g_inner.mT, h), g_bias, g_scale, g_offset, None, None
+            return g_z, matmul(g_h.mT, z), matmul(g_inner.mT, h), g_bias, g_scale, g_offset, None, None
         ctx.ledger.add(down, g_h, z)
         ctx.ledger.add(up, g_inner, h)
         return g_z, None, None, g_bias, g_scale, g_offset, None, None
@@ -119,8 +119,8 @@ class EditorNetwork(nn.Module):
         d_out: of δ.
         matrices: how many edited matrices share the network.
         rank: the inner width; that of z where it is smaller.
-        reads: ``both``, or which of ``u`` and ``delta`` makes up z; the other one is given back as it came.
-        normalised: whether the input is normalised. The statistics are taken either way.
+        transforms: ``both``, or which of ``u`` and ``delta`` makes up z; the other one is given back as it came.
+        normalize_inputs: whether the input is normalised. The statistics are taken either way.
         identity: whether the network starts as the identity.
     """
 
@@ -130,14 +130,14 @@ class EditorNetwork(nn.Module):
         d_out: int,
         matrices: int,
         rank: int,
-        reads: str = "both",
-        normalised: bool = True,
+        transforms: str = "both",
+        normalize_inputs: bool = True,
         identity: bool = True,
     ) -> None:
         super().__init__()
         self.d_in, self.d_out, self.matrices = d_in, d_out, matrices
-        self.reads, self.normalised = reads, normalised
-        self.width = {"both": d_in + d_out, "u": d_in, "delta": d_out}[reads]
+        self.transforms, self.normalize_inputs = transforms, normalize_inputs
+        self.width = {"both": d_in + d_out, "u": d_in, "delta": d_out}[transforms]
         rank = min(rank, self.width)
         self.u_statistics = RunningStatistics(matrices, d_in)
         self.delta_statistics = RunningStatistics(matrices, d_out)
@@ -145,21 +145,21 @@ class EditorNetwork(nn.Module):
         self.second = LowRankResidual(self.width, rank, matrices, bias=False, identity=identity)
 
     @torch.no_grad()
-    def normalise(
+    def normalize(
         self, u: Sequence[Float[Tensor, "_row d_in"]], delta: Sequence[Float[Tensor, "_row d_out"]]
     ) -> Float[Tensor, "row d"]:
         """Z = concat(norm(u), norm(δ)) of each matrix's rows, with its own statistics, one matrix after the other.
 
         Only one of the two where the network reads only one. Rows of zeros may follow
-        (:func:`remend.core.matmul.even`).
+        (:func:`remend.core.matmul.padded_row_count`).
         """
         device, rows = self.first.down.device, sum(map(len, u))
-        z = torch.empty(even(rows, device), self.width, device=device)
+        z = torch.empty(padded_row_count(rows, device), self.width, device=device)
         z[rows:] = 0
         # Where u is read it comes first, where δ is it comes last; what is not read is left out.
         parts = ((u, self.u_statistics, z[:, : self.d_in]), (delta, self.delta_statistics, z[:, -self.d_out :]))
-        for values, statistics, room in {"both": parts, "u": parts[:1], "delta": parts[1:]}[self.reads]:
-            scale = statistics.deviation().reciprocal() if self.normalised else None
+        for values, statistics, room in {"both": parts, "u": parts[:1], "delta": parts[1:]}[self.transforms]:
+            scale = statistics.deviation().reciprocal() if self.normalize_inputs else None
             for matrix, part in enumerate(_segments([len(own) for own in values])):
                 if scale is None:
                     room[part] = values[matrix]
@@ -167,9 +167,9 @@ class EditorNetwork(nn.Module):
                     torch.sub(values[matrix], statistics.mean[matrix], out=room[part]).mul_(scale[matrix])
         return z
 
-    def restored(self, pseudo: Float[Tensor, "row d_in"], matrix: int) -> Float[Tensor, "row d_in"]:
+    def denormalize_u(self, pseudo: Float[Tensor, "row d_in"], matrix: int) -> Float[Tensor, "row d_in"]:
         """A matrix's ũ in the units of u: out of the normalised ones, if it is in them."""
-        if self.reads == "delta" or not self.normalised:
+        if self.transforms == "delta" or not self.normalize_inputs:
             return pseudo
         return pseudo * self.u_statistics.deviation()[matrix] + self.u_statistics.mean[matrix]
 
@@ -181,8 +181,8 @@ class EditorNetwork(nn.Module):
     ) -> list[tuple[Float[Tensor, "_row d_in"], Float[Tensor, "_row d_out"]]]:
         """The pseudo-activations ũ and pseudo-deltas δ̃ of each matrix's tokens; all go through together."""
         counts = [len(own) for own in u]
-        z = self.second(self.first(self.normalise(u, delta), counts, ledger), counts, ledger)
+        z = self.second(self.first(self.normalize(u, delta), counts, ledger), counts, ledger)
         found = z[: sum(counts)].split(counts)
-        if self.reads == "both":
+        if self.transforms == "both":
             return [own.split((self.d_in, self.d_out), 1) for own in found]
-        return list(zip(found, delta, strict=True) if self.reads == "u" else zip(u, found, strict=True))
+        return list(zip(found, delta, strict=True) if self.transforms == "u" else zip(u, found, strict=True))

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from remend.core.matmul import product
+from remend.core.matmul import matmul
 
 
 class FactoredGradients:
@@ -32,10 +32,10 @@ class FactoredGradients:
         self._factors.setdefault(weight, []).append((g.detach(), x.detach()))
 
     def weights(self) -> list[nn.Parameter]:
-        """The matrices that have a gradient, in the order of :meth:`bounds`."""
+        """The matrices that have a gradient, in the order of :meth:`norm_bounds`."""
         return list(self._factors)
 
-    def bounds(self) -> Float[Tensor, " weight"]:
+    def norm_bounds(self) -> Float[Tensor, " weight"]:
         """For each matrix a number that its gradient's norm does not exceed: ‖Σ_j g_j x_jᵀ‖ ≤ Σ_j ‖g_j‖ ‖x_j‖.
 
         It costs next to nothing, and where it is finite the gradient is.
@@ -51,7 +51,7 @@ class FactoredGradients:
         for weight, factors in self._factors.items():
             g, x = (torch.cat(parts) for parts in zip(*factors, strict=True))
             if len(g) * (g.shape[1] + x.shape[1]) < weight.numel():
-                grams = (product(rows, rows.mT, self.dtype) for rows in (g, x))
+                grams = (matmul(rows, rows.mT, self.dtype) for rows in (g, x))
                 found.append(torch.mul(*grams).sum().clamp(min=0).sqrt())
             else:
                 found.append(self._dense(weight).norm())
@@ -69,9 +69,9 @@ class FactoredGradients:
     def _dense(self, weight: nn.Parameter) -> Tensor:
         gradient = self._room(weight)
         (g, x), *others = self._factors[weight]
-        product(g.mT, x, self.dtype, out=gradient)
+        matmul(g.mT, x, self.dtype, out=gradient)
         for g, x in others:
-            gradient += product(g.mT, x, self.dtype)
+            gradient += matmul(g.mT, x, self.dtype)
         return gradient
 
     def _room(self, weight: nn.Parameter) -> Tensor:

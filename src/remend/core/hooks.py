@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from remend.core.layers import inputs_of
+from remend.core.layers import layer_inputs
 from remend.core.low_rank import LowRank
 
 
-class Branch:
+class LowRankHook:
     """A forward hook that adds ΔW x to a linear layer's output.
 
     The branch is computed in the change's own dtype (float32 as a rule) and added before rounding to the layer's, so
@@ -31,37 +31,37 @@ class Branch:
         if self.change.u.device != output.device:
             self.change = self.change.to(output.device)
         dtype = self.change.u.dtype
-        x, experts = inputs_of(args, kwargs)
+        x, experts = layer_inputs(args, kwargs)
         with torch.autocast(output.device.type, enabled=False):
-            return (output.to(dtype) + self.change.branch(x.to(output.device, dtype), experts)).to(output.dtype)
+            return (output.to(dtype) + self.change.output_change(x.to(output.device, dtype), experts)).to(output.dtype)
 
 
-def attach(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> list[RemovableHandle]:
+def attach_hooks(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> list[RemovableHandle]:
     """Hook each change onto its module; the caller removes the handles. All of them are attached, or none."""
     handles: list[RemovableHandle] = []
     try:
         for name, change in changes.items():
-            handles.append(modules[name].register_forward_hook(Branch(change), with_kwargs=True))
+            handles.append(modules[name].register_forward_hook(LowRankHook(change), with_kwargs=True))
     except BaseException:
-        detach(handles)
+        remove_hooks(handles)
         raise
     return handles
 
 
-def detach(handles: list[RemovableHandle]) -> None:
+def remove_hooks(handles: list[RemovableHandle]) -> None:
     """Remove hooks; removing twice does no harm."""
     for handle in handles:
         handle.remove()
 
 
 @contextmanager
-def branches(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> Iterator[None]:
+def changes_applied(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> Iterator[None]:
     """Within the block, each module computes y + ΔW x. Differentiable with respect to the changes' factors."""
-    handles = attach(modules, changes)
+    handles = attach_hooks(modules, changes)
     try:
         yield
     finally:
-        detach(handles)
+        remove_hooks(handles)
 
 
 @contextmanager

@@ -56,59 +56,59 @@ def dimensions(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(module, ExpertLinear) and not module.transposed else (rows, columns)
 
 
-def experts_of(module: nn.Module) -> int:
+def expert_count(module: nn.Module) -> int:
     """How many experts' matrices an editable layer holds; 0 where it is one of its own."""
-    return module.experts if isinstance(module, ExpertLinear) else 0
+    return module.num_experts if isinstance(module, ExpertLinear) else 0
 
 
-def is_plain(weight: Tensor) -> bool:
+def is_plain_float(weight: Tensor) -> bool:
     """Whether ``weight`` stores its values as floats. A quantised one may only claim to: a wrapper of other tensors."""
     return weight.dtype in _FLOATS and not hasattr(weight, "__tensor_flatten__")
 
 
-def is_quantised(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether an editable layer's weight is stored in fewer bits than it is computed with: never to be written to."""
     weight = weight_of(module)
     d_in, d_out = dimensions(module)
-    return not is_plain(weight) or weight.numel() != d_in * d_out * (experts_of(module) or 1)
+    return not is_plain_float(weight) or weight.numel() != d_in * d_out * (expert_count(module) or 1)
 
 
-def entry_size(module: nn.Module) -> float:
+def weight_rms(module: nn.Module) -> float:
     """The root mean square of a weight's entries.
 
     Of one that is packed, or offloaded and so not at hand, about that of a freshly made layer's.
     """
     weight = weight_of(module)
-    if is_quantised(module) or weight.is_meta:
+    if is_quantized(module) or weight.is_meta:
         return float(dimensions(module)[0] ** -0.5)
     return float(weight.detach().float().square().mean().sqrt())
 
 
-def holder_of(module: nn.Module) -> nn.Module:
+def parameter_owner(module: nn.Module) -> nn.Module:
     """The module of the model that holds a layer's parameters: itself, but for experts."""
     holder: nn.Module = module.owner if isinstance(module, ExpertLinear) else module
     return holder
 
 
-def device_of(module: nn.Module) -> torch.device:
+def execution_device(module: nn.Module) -> torch.device:
     """Where ``module`` takes its input: the device of its first parameter.
 
     A parameter that Accelerate offloads is on ``meta`` between calls; then it is where Accelerate brings it for a call.
     """
     owner, parameter = next(
-        (part, own) for part in holder_of(module).modules() for own in part.parameters(recurse=False)
+        (part, own) for part in parameter_owner(module).modules() for own in part.parameters(recurse=False)
     )
     hook: Any = getattr(owner, "_hf_hook", None)
     return torch.device(hook.execution_device) if parameter.is_meta and hook is not None else parameter.device
 
 
-def dense_in_layout(module: nn.Module, change: LowRank) -> Float[Tensor, "*expert rows columns"]:
+def dense_in_weight_layout(module: nn.Module, change: LowRank) -> Float[Tensor, "*expert rows columns"]:
     """``change`` as a dense matrix in the layout of ``module``'s own weight: to merge, never to train or apply."""
-    dense = change.dense(experts_of(module))
+    dense = change.dense(expert_count(module))
     return dense.mT if is_conv1d(module) or (isinstance(module, ExpertLinear) and module.transposed) else dense
 
 
-def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Int[Tensor, " row"] | None]:
+def layer_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Int[Tensor, " row"] | None]:
     """What a layer was called with, by position or by keyword: its input, and of experts whom each row is for."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     floats = [value for value in tensors if value.is_floating_point()]

@@ -22,7 +22,7 @@ from remend.core.operators import SymmetricOperator
 RIDGE = 0.05
 """λ, as a share of a key's mean answer to itself."""
 
-FLOOR = 0.05
+EIGENVALUE_FLOOR = 0.05
 """The least eigenvalue of a metric, as a share of its largest: one with negative ones can be solved for anything."""
 
 
@@ -57,11 +57,11 @@ def least_squares(
     return LowRank(u, delta, gate, experts)
 
 
-def definite(metric: SymmetricOperator) -> SymmetricOperator:
-    """The nearest metric all of whose eigenvalues are at least :data:`FLOOR` of the largest."""
+def make_definite(metric: SymmetricOperator) -> SymmetricOperator:
+    """The nearest metric all of whose eigenvalues are at least :data:`EIGENVALUE_FLOOR` of the largest."""
     inner = metric.inner
     if inner.dim() == 1:
-        return SymmetricOperator(inner.clamp(min=FLOOR * float(inner.max())), metric.basis)
+        return SymmetricOperator(inner.clamp(min=EIGENVALUE_FLOOR * float(inner.max())), metric.basis)
     values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
-    floor = FLOOR * float(values.max())
+    floor = EIGENVALUE_FLOOR * float(values.max())
     return SymmetricOperator((vectors * values.clamp(min=floor)) @ vectors.mT, metric.basis)

@@ -16,8 +16,8 @@ from remend.errors import EditError
 class LowRank:
     """A change ΔW = deltaᵀ u of a weight W [d_out, d_in], kept as its factors.
 
-    A leading ``episode`` axis holds independent changes, one an episode, which :meth:`branch` applies to their own rows
-    of a batch and never mixes. Rows of zeros add nothing, so that ragged ranks are padded with them.
+    A leading ``episode`` axis holds independent changes, one for each episode: :meth:`output_change` applies each to
+    the rows of its episode only. Rows of zeros add nothing, so changes of different rank are padded with them.
 
     Attributes:
         u: the directions of the layer's input that the change reads, [rank, d_in] or [episode, rank, d_in].
@@ -53,13 +53,13 @@ class LowRank:
         Raises:
             EditError: the change is gated.
         """
-        self.refuse_gate("written into a weight")
+        self.raise_if_gated("written into a weight")
         if self.experts is None:
             return self.delta.mT @ self.u
         own = self.experts[..., None] == torch.arange(experts, device=self.u.device)
         return torch.einsum("...re,...ro,...ri->...eoi", own.to(self.u.dtype), self.delta, self.u)
 
-    def branch(
+    def output_change(
         self, x: Float[Tensor, "*rows d_in"], experts: Int[Tensor, " row"] | None = None
     ) -> Float[Tensor, "*rows d_out"]:
         """ΔW x for every row of ``x``, as two thin products.
@@ -85,7 +85,7 @@ class LowRank:
     def _gated(self, answers: Float[Tensor, "*rows rank"]) -> Float[Tensor, "*rows rank"]:
         return torch.relu(answers - self.gate) / (1 - self.gate) if self.gate else answers
 
-    def refuse_gate(self, what: str) -> None:
+    def raise_if_gated(self, what: str) -> None:
         """Raise :class:`EditError` if the change is gated, so that it cannot be ``what``."""
         if self.gate:
             raise EditError(
@@ -98,7 +98,7 @@ class LowRank:
         experts = None if self.experts is None else self.experts[episodes]
         return replace(self, u=self.u[episodes], delta=self.delta[episodes], experts=experts)
 
-    def first(self, episode: int, rank: int) -> LowRank:
+    def single_episode(self, episode: int, rank: int) -> LowRank:
         """The change of one episode, with its first ``rank`` factor pairs: what follows is padding."""
         own = self.select(torch.tensor([episode]))
         experts = None if own.experts is None else own.experts[0, :rank]
@@ -134,7 +134,7 @@ class LowRank:
         Raises:
             EditError: the change is gated.
         """
-        self.refuse_gate("compressed")
+        self.raise_if_gated("compressed")
         if self.experts is not None:
             own = [(expert, self.experts == expert) for expert in self.experts.unique().tolist()]
             parts = [LowRank(self.u[rows], self.delta[rows]).recompress(rank) for _, rows in own]

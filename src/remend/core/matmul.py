@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-WORTH_IT = 1 << 21
+ONEDNN_MIN_MULTIPLICATIONS = 1 << 21
 """From so many multiplications on; for fewer, the call takes longer than the product (measured on a Zen 5 core)."""
-SIZE_DIGITS = 4
-ROWS_AT_ONCE = 256
+SIZE_BITS = 4
+ONEDNN_ROW_BLOCK = 256
 """oneDNN writes to memory of its own; so many rows of it are still in the processor's cache when they are copied."""
 
 
-def product(
+def matmul(
     a: Float[Tensor, "row inner"],
     b: Float[Tensor, "inner column"],
     dtype: torch.dtype = torch.float32,
@@ -36,8 +36,8 @@ def product(
         return torch.mm(a, b, out=out)
     if out is None:
         return _onednn(a, b)
-    for start in range(0, a.shape[0], ROWS_AT_ONCE):
-        out[start : start + ROWS_AT_ONCE] = _onednn(a[start : start + ROWS_AT_ONCE], b)
+    for start in range(0, a.shape[0], ONEDNN_ROW_BLOCK):
+        out[start : start + ONEDNN_ROW_BLOCK] = _onednn(a[start : start + ONEDNN_ROW_BLOCK], b)
     return out
 
 
@@ -46,7 +46,7 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
     return found
 
 
-def even(rows: int, device: torch.device) -> int:
+def padded_row_count(rows: int, device: torch.device) -> int:
     """``rows``, or somewhat more: how many to multiply (the last ones zero), so that few sizes occur.
 
     For every size that it meets oneDNN makes a program, which takes a millisecond and half a megabyte, for ever.
@@ -54,13 +54,13 @@ def even(rows: int, device: torch.device) -> int:
     """
     if device.type != "cpu" or not _mkl_is_slow():
         return rows
-    step = 1 << max(rows.bit_length() - SIZE_DIGITS, 0)
+    step = 1 << max(rows.bit_length() - SIZE_BITS, 0)
     return -(-rows // step) * step
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
     """Whether a product is one of those that oneDNN takes half the time for."""
-    large = a.shape[0] * a.shape[1] * b.shape[1] >= WORTH_IT
+    large = a.shape[0] * a.shape[1] * b.shape[1] >= ONEDNN_MIN_MULTIPLICATIONS
     plain = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32
     return large and plain and bool(torch.backends.mkldnn.enabled) and _mkl_is_slow()
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-OUTPUT = "down_proj"
+DOWN_PROJECTION = "down_proj"
 """The matrices that write to the residual stream, in transformers' interface for experts."""
 
 _INPUTS = ("gate_up_proj", "up_proj")
@@ -30,21 +30,21 @@ class ExpertLinear(nn.Module):
 
     Attributes:
         owner: the module that holds the parameter.
-        key: the parameter's name there.
+        parameter_name: the parameter's name there.
     """
 
     owner: Any
-    key: str
+    parameter_name: str
 
-    def __init__(self, owner: nn.Module, key: str) -> None:
+    def __init__(self, owner: nn.Module, parameter_name: str) -> None:
         super().__init__()
         self.__dict__["owner"] = owner  # not as a submodule: it is the other way round
-        self.key = key
+        self.parameter_name = parameter_name
 
     @property
     def weight(self) -> Float[Tensor, "expert rows columns"]:
         """The parameter itself, as its owner lays it out."""
-        weight: Tensor = getattr(self.owner, self.key)
+        weight: Tensor = getattr(self.owner, self.parameter_name)
         return weight
 
     @property
@@ -53,15 +53,15 @@ class ExpertLinear(nn.Module):
         return bool(self.owner.is_transposed)
 
     @property
-    def experts(self) -> int:
+    def num_experts(self) -> int:
         """How many there are."""
         return self.weight.shape[0]
 
     def forward(self, x: Float[Tensor, "row d_in"], experts: Int[Tensor, " row"]) -> Float[Tensor, "row d_out"]:
         """Each row times the matrix of its own expert."""
         order = experts.argsort(stable=True)
-        counts = torch.bincount(experts, minlength=self.experts).tolist()
-        bias = getattr(self.owner, f"{self.key}_bias") if self.owner.has_bias else None
+        counts = torch.bincount(experts, minlength=self.num_experts).tolist()
+        bias = getattr(self.owner, f"{self.parameter_name}_bias") if self.owner.has_bias else None
         parts = []
         for expert, rows in enumerate(x[order].split(counts)):
             if len(rows):
@@ -99,7 +99,7 @@ def expert_linears(module: nn.Module) -> dict[str, ExpertLinear]:
         return {}
     views: dict[str, ExpertLinear] | None = module.__dict__.get(_HOLDER)
     if views is None:
-        keys = (_INPUTS[0] if module.has_gate else _INPUTS[1], OUTPUT)
+        keys = (_INPUTS[0] if module.has_gate else _INPUTS[1], DOWN_PROJECTION)
         views = {key: ExpertLinear(module, key) for key in keys if getattr(module, key, torch.empty(0)).dim() == 3}
         views = views if len(views) == len(keys) else {}
         module.__dict__[_HOLDER] = views
@@ -121,7 +121,7 @@ class _Routed:
     ) -> Float[Tensor, "token d"]:
         """A row for each token and slot, in that order, through both matrices; the slots are added up by weight."""
         owner, views = self.owner, expert_linears(self.owner)
-        enter, leave = views[_INPUTS[0] if owner.has_gate else _INPUTS[1]], views[OUTPUT]
+        enter, leave = views[_INPUTS[0] if owner.has_gate else _INPUTS[1]], views[DOWN_PROJECTION]
         slots, experts = chosen.shape[-1], chosen.reshape(-1)
         activation = owner._apply_gate if owner.has_gate else owner.act_fn
         rows = leave(activation(enter(hidden.repeat_interleave(slots, 0), experts)), experts)

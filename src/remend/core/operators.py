@@ -44,12 +44,12 @@ class SymmetricOperator:
         return self.inner if self.inner.dim() > 1 else self.inner.diag()
 
 
-def packed(symmetric: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:
+def pack_symmetric(symmetric: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:
     """One half of a symmetric matrix, with its diagonal: all there is to keep."""
     return symmetric[torch.ones_like(symmetric, dtype=torch.bool).triu()]
 
 
-def unpacked(half: Tensor) -> Float[Tensor, "d d"]:
+def unpack_symmetric(half: Tensor) -> Float[Tensor, "d d"]:
     """The matrix again (one that was stored whole stays as it is)."""
     if half.dim() != 1:
         return half

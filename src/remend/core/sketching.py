@@ -16,22 +16,22 @@ from torch import Tensor
 from remend.core.operators import SymmetricOperator
 from remend.core.whitening import SecondMoment
 
-WIDE = 8_192
+MAX_DENSE_DIMENSIONS = 8_192
 """Up to this many inputs operators are dense: 268 MB each, and a decomposition takes minutes on a CPU."""
 
-DIRECTIONS = 4_096
+MAX_DIRECTIONS = 4_096
 """Directions in which wider inputs are told apart: many, since few cost locality (line ``wide`` of the frontier)."""
 
 OVERSAMPLING = 128
 """Random vectors beyond the directions that are wanted: the last of those would be found badly without."""
 
-SEED = 0
+TEST_MATRIX_SEED = 0
 """Of the random vectors: each process of a run makes the same."""
 
 
-def directions_of(d: int) -> int | None:
+def sketch_directions(d: int) -> int | None:
     """In how many directions inputs of ``d`` dimensions are told apart; None for all, with dense operators."""
-    return min(DIRECTIONS, d - 1) if d > WIDE else None
+    return min(MAX_DIRECTIONS, d - 1) if d > MAX_DENSE_DIMENSIONS else None
 
 
 def sketch_width(d: int, directions: int) -> int:
@@ -41,7 +41,7 @@ def sketch_width(d: int, directions: int) -> int:
 
 def random_test_matrix(d: int, directions: int, device: torch.device) -> Float[Tensor, "d sketch"]:
     """Ω: random vectors, orthonormal, which keeps the decomposition well-conditioned. Matrices may share them."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(TEST_MATRIX_SEED)
     found: Tensor = torch.linalg.qr(torch.randn(d, sketch_width(d, directions), generator=generator)).Q
     return found.to(device)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.core.layers import device_of
+from remend.core.layers import execution_device
 from remend.data.json_rows import Skip, ignore
 from remend.data.parsing import request
 from remend.data.text import read_text
@@ -136,7 +136,7 @@ def _sampled(task: CausalLM, prompt: str, seed: int) -> str:
 
     Of several samples, the first is taken that begins a word; empty if none does.
     """
-    device = device_of(task.model)
+    device = execution_device(task.model)
     asked = task.ids(prompt)
     ids = torch.tensor([asked], device=device)
     with torch.no_grad(), _evaluating(task.model), torch.random.fork_rng([device] if device.type == "cuda" else []):

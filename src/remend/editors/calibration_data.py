@@ -9,11 +9,11 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from remend.core.capture import broken_weight, inputs
+from remend.core.capture import explain_non_finite, record_inputs
 from remend.core.hooks import frozen
 from remend.core.layers import dimensions
 from remend.core.operators import SymmetricOperator
-from remend.core.sketching import SketchedMoment, directions_of, random_test_matrix
+from remend.core.sketching import SketchedMoment, random_test_matrix, sketch_directions
 from remend.core.whitening import SecondMoment
 from remend.errors import ConfigError, NonFiniteError
 from remend.tasks.base import Example, Task
@@ -75,14 +75,14 @@ def second_moments(
 
     def nothing(name: str, device: torch.device) -> SecondMoment:
         d = dimensions(modules[name])[0]
-        directions = directions_of(d) if sketched else None
+        directions = sketch_directions(d) if sketched else None
         if directions:
             return SketchedMoment(test_matrix(d, directions, device), directions)
         return SecondMoment(d, device)
 
     for start in range(0, len(pairs), BATCH):
         batch = task.collate(pairs[start : start + BATCH])
-        found = inputs(task.model, modules, batch.rows, partial(task.target_logits, batch))
+        found = record_inputs(task.model, modules, batch.rows, partial(task.target_logits, batch))
         counted = task.tokens(batch, modules, predicting=False)
         for name, seen in found.items():
             if name not in moments:
@@ -133,7 +133,7 @@ def _written(task: Task, seed: int, count: int) -> list[tuple[int, ...]]:
             asked = [Example(tuple(own), (0,)) for own in shown.tolist()]
             logits = task.target_logits(task.collate(asked)).float().cpu()
             if not logits.isfinite().all():
-                raise NonFiniteError(f"what the model would say is not finite{broken_weight(task.model)}")
+                raise NonFiniteError(f"what the model would say is not finite{explain_non_finite(task.model)}")
             shown = torch.cat([shown, torch.multinomial(logits.softmax(-1), 1, generator=draw)], 1)
     return [_ended(own, task.ends) for own in shown.tolist()]
 

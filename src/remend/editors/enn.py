@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from remend.core.capture import broken_weight
-from remend.core.hooks import Branch, detach, frozen
-from remend.core.layers import entry_size, inputs_of, is_quantised
+from remend.core.capture import explain_non_finite
+from remend.core.hooks import LowRankHook, frozen, remove_hooks
+from remend.core.layers import is_quantized, layer_inputs, weight_rms
 from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank
 from remend.editors.info import EditorInfo
@@ -69,9 +69,9 @@ class Enn(TrainableEditor):
     def prepare(self, model: PreTrainedModel) -> None:
         """Weights are trained in units of their own size, so that one learning rate suits any model."""
         for place, (name, module) in enumerate(find_modules(model, self.shapes).items()):
-            if is_quantised(module):
+            if is_quantized(module):
                 raise ConfigError(f"{name} is quantised, and an ENN trains the weights themselves: use another editor")
-            self.size[place] = entry_size(module)
+            self.size[place] = weight_rms(module)
 
     def _signature(self) -> dict[str, Any]:
         return {**super()._signature(), "shared": True}
@@ -121,7 +121,9 @@ def _gradient(
         within.enter_context(_recorded(modules, trained, inputs, probes))
         logits = task.target_logits(batch).float()
         if not logits.isfinite().all():
-            raise NonFiniteError(f"the trained model's answer to the edit is not finite{broken_weight(task.model)}")
+            raise NonFiniteError(
+                f"the trained model's answer to the edit is not finite{explain_non_finite(task.model)}"
+            )
         losses = row_mean(cross_entropy(logits, batch.target, reduction="none"), batch.row, batch.rows)
         every = [probe for own in probes.values() for probe in own]
         found = iter(torch.autograd.grad(losses.sum(), every, create_graph=learning))
@@ -143,10 +145,10 @@ def _recorded(
     """Within it, each module acts as trained; what it reads is kept, and a zero at its output that asks for δ."""
 
     def hook(name: str) -> Any:
-        branch = Branch(trained[name])
+        branch = LowRankHook(trained[name])
 
         def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            inputs[name].append(inputs_of(args, kwargs)[0])
+            inputs[name].append(layer_inputs(args, kwargs)[0])
             probe = torch.zeros_like(output, requires_grad=True)
             probes[name].append(probe)
             return branch(module, args, kwargs, output) + probe
@@ -157,4 +159,4 @@ def _recorded(
     try:
         yield
     finally:
-        detach(handles)
+        remove_hooks(handles)

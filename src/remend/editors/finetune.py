@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.core.capture import broken_weight
+from remend.core.capture import explain_non_finite
 from remend.core.dense_change import DenseChange
-from remend.core.hooks import branches, frozen
-from remend.core.layers import device_of, dimensions, entry_size, experts_of, weight_of
+from remend.core.hooks import changes_applied, frozen
+from remend.core.layers import dimensions, execution_device, expert_count, weight_of, weight_rms
 from remend.core.losses import locality_loss, target_loss
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
@@ -121,7 +121,7 @@ class FineTune:
         if not modules and layers is None:
             modules = cls.usual(model)
         chosen = editable_modules(model, modules, layers=layers)
-        if several := [name for name, module in chosen.items() if experts_of(module)]:
+        if several := [name for name, module in chosen.items() if expert_count(module)]:
             raise ConfigError(
                 f"{several[0]} holds several experts' matrices, of which tuning would change all, also those that the "
                 "edit never reaches: name other matrices (attention's, say), or use MEND"
@@ -209,11 +209,11 @@ class _Tuning:
         self.modules = find_modules(task.model, editor.names)
         self.prefix = FrozenPrefix(task.model, editor.names)
         self.dense = {
-            name: DenseChange(dimensions(module), len(episodes), device_of(module))
+            name: DenseChange(dimensions(module), len(episodes), execution_device(module))
             for name, module in self.modules.items()
         }
         groups = [
-            {"params": [self.dense[name].values], "lr": self.config.learning_rate * entry_size(module)}
+            {"params": [self.dense[name].values], "lr": self.config.learning_rate * weight_rms(module)}
             for name, module in self.modules.items()
         ]
         self.optimiser = torch.optim.Adam(groups)
@@ -222,7 +222,7 @@ class _Tuning:
 
     def changes(self, episode: int) -> dict[str, LowRank]:
         """What one episode's tuning changed."""
-        return {name: dense.single(episode) for name, dense in self.dense.items()}
+        return {name: dense.single_episode(episode) for name, dense in self.dense.items()}
 
     def run(self) -> None:
         """Tune all episodes to their end."""
@@ -277,8 +277,8 @@ class _Tuning:
             states = self.prefix.states(lambda: self.task.target_logits(batch)) if self.prefix.depth else None
             with self.prefix.resumed(states):
                 base = self.task.target_logits(batch)[~edits] if others else None
-        changes = {name: dense.of(active) for name, dense in self.dense.items()}
-        with self.prefix.resumed(states), branches(self.modules, changes):
+        changes = {name: dense.select(active) for name, dense in self.dense.items()}
+        with self.prefix.resumed(states), changes_applied(self.modules, changes):
             logits = self.task.target_logits(batch)
         target, row = batch.target[edits], batch.row[edits] // each
         losses = target_loss(logits[edits], target, row, len(own))
@@ -287,7 +287,7 @@ class _Tuning:
             losses = losses + self.config.kl_weight * locality_loss(base, logits[~edits], there, len(own))
         if not losses.isfinite().all():
             raise NonFiniteError(
-                f"the loss of tuning is not finite: lower learning_rate{broken_weight(self.task.model)}"
+                f"the loss of tuning is not finite: lower learning_rate{explain_non_finite(self.task.model)}"
             )
         (losses.sum() / rows).backward()
         right: Tensor = torch.ones(len(own), dtype=torch.bool, device=row.device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from transformers import PreTrainedModel
 
-from remend.core.capture import capture
+from remend.core.capture import capture_gradient_factors
 from remend.core.low_rank import LowRank
 from remend.editors.info import EditorInfo
 from remend.editors.trainable import TrainableEditor
@@ -88,7 +88,9 @@ class Ke(TrainableEditor):
         """The gated gradient of each pair, and its shift: a factor pair for each token after the shift's."""
         batch, modules = task.collate(pairs), find_modules(task.model, self.shapes)
         with prefix.resumed(states):
-            factors = capture(task.model, modules, task.tokens(batch, self.shapes, False), lambda: task.loss(batch))[1]
+            factors = capture_gradient_factors(
+                task.model, modules, task.tokens(batch, self.shapes, False), lambda: task.loss(batch)
+            )[1]
         condition = self._condition(task, pairs)
         found = {}
         for place, (name, (d_in, d_out)) in enumerate(self.shapes.items()):

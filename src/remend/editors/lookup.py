@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.core.hooks import detach, frozen
+from remend.core.hooks import frozen, remove_hooks
 from remend.edit import AppliedEdit
 from remend.editors.calibration_data import stretches
 from remend.editors.info import EditorInfo, checked
@@ -246,7 +246,7 @@ def _states(task: Task, pairs: Sequence[Example]) -> list[Float[Tensor, "target 
             with frozen(task.model):
                 task.target_logits(batch)
         finally:
-            detach([handle])
+            remove_hooks([handle])
         states = seen[-1]
         if states.shape[:-1] == (batch.rows, batch.input_ids.shape[1]) and not isinstance(task, LanguageTask):
             states = states[batch.row, batch.position]  # a classifier that reads every token and answers at one

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.core.capture import capture
-from remend.core.layers import device_of, dimensions, entry_size, experts_of
+from remend.core.capture import capture_gradient_factors
+from remend.core.layers import dimensions, execution_device, expert_count, weight_rms
 from remend.core.least_squares import least_squares
 from remend.core.low_rank import LowRank
 from remend.core.operators import SymmetricOperator
@@ -107,11 +107,11 @@ class Ridge:
         """
         config = config or RidgeConfig()
         chosen = editable_modules(model, modules, outputs_only=True, layers=layers)
-        if several := [name for name, module in chosen.items() if experts_of(module)]:
+        if several := [name for name, module in chosen.items() if expert_count(module)]:
             raise ConfigError(f"{several[0]} holds several experts' matrices, which ridge cannot edit: use MEND")
         task = task_of(model, tokenizer)
         found = whiteners(task, chosen, stretches(task, text, seed), config.floor)
-        device = device_of(model.get_input_embeddings())
+        device = execution_device(model.get_input_embeddings())
         return cls(config, ModelFingerprint.of(model, chosen), {name: own.to(device) for name, own in found.items()})
 
     def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
@@ -158,8 +158,10 @@ class Ridge:
         for some in in_batches(pairs):
             batch = task.collate(some)
             unedited = UneditedPass(task, batch, self.whitening, whole=True)
-            factors = capture(task.model, modules, task.tokens(batch, self.whitening, True), unedited.loss)[1]
-            rows = active_rows(factors, device_of(task.model.get_input_embeddings()))
+            factors = capture_gradient_factors(
+                task.model, modules, task.tokens(batch, self.whitening, True), unedited.loss
+            )[1]
+            rows = active_rows(factors, execution_device(task.model.get_input_embeddings()))
             keys = {name: self.whitening[name](own.u) for name, own in rows.items()}
             moves = {name: -own.delta * _unit(own, modules[name]) for name, own in rows.items()}
             alone = {name: self._alone(name, keys[name], moves[name], rows[name]) for name in rows}
@@ -187,6 +189,6 @@ def _unit(rows: PackedFactors, module: torch.nn.Module) -> Float[Tensor, "row 1"
     sizes = rows.sizes().clamp(min=1e-30)
     counts = torch.tensor(rows.counts, device=sizes.device)
     read = torch.stack([own.norm(dim=1).mean() if len(own) else own.sum() for own in rows.u.split(rows.counts)])
-    output = read * entry_size(module) * dimensions(module)[1] ** 0.5
+    output = read * weight_rms(module) * dimensions(module)[1] ** 0.5
     found: Tensor = (output / sizes).repeat_interleave(counts)[:, None]
     return found

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from remend.core.hooks import branches, frozen
+from remend.core.hooks import changes_applied, frozen
 from remend.core.losses import target_loss
 from remend.core.low_rank import LowRank
 from remend.fingerprint import find_modules
@@ -67,7 +67,7 @@ class UneditedPass:
     def margins(self, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
         """How far each target is ahead of its best rival in the edited model, in logits: at its first token."""
         modules = find_modules(self.task.model, changes)
-        with self.prefix.resumed(self.states), branches(modules, changes):
+        with self.prefix.resumed(self.states), changes_applied(modules, changes):
             return self.margins_of(self.task.target_logits(self.batch).float())
 
     def margins_of(self, logits: Float[Tensor, "target vocabulary"]) -> Float[Tensor, " episode"]:

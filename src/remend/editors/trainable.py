@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.core.capture import GradientFactors
-from remend.core.layers import device_of, dimensions, entry_size, experts_of
+from remend.core.layers import dimensions, execution_device, expert_count, weight_rms
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.editors.info import EditorInfo, checked
@@ -75,7 +75,7 @@ class TrainableEditor(nn.Module):
             ConfigError: a matrix belongs to several experts.
         """
         chosen = editable_modules(model, modules, layers=layers)
-        if several := [name for name, module in chosen.items() if experts_of(module)]:
+        if several := [name for name, module in chosen.items() if expert_count(module)]:
             raise ConfigError(f"{several[0]} holds several experts' matrices, which only MEND can edit")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -85,7 +85,7 @@ class TrainableEditor(nn.Module):
                 {n: dimensions(m) for n, m in chosen.items()},
             )
             made.prepare(model)
-        return made.to(device_of(model.get_input_embeddings()))
+        return made.to(execution_device(model.get_input_embeddings()))
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Look at the model before training; by default there is nothing to see."""
@@ -170,7 +170,7 @@ class TrainableEditor(nn.Module):
         for place, (name, own) in enumerate(factors.items()):
             u, delta = own.u[own.active], own.delta[own.active]
             output, answer = (
-                u.norm(dim=1).mean() * entry_size(modules[name]),
+                u.norm(dim=1).mean() * weight_rms(modules[name]),
                 u.square().sum(1).mean() * delta.square().mean().sqrt(),
             )
             self.unit[place] = (output / answer).to(self.unit.device) if answer > 0 else 1.0

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import torch
 
-from remend.core.hooks import branches
+from remend.core.hooks import changes_applied
 from remend.core.low_rank import LowRank, stack
 from remend.edit import Edit
 from remend.editors.edit_types import AnyEdit
@@ -84,7 +84,7 @@ class SeparateEdits(Intervention):
         """The rows' own edits as side branches."""
         rows = torch.tensor(numbers)
         own = {name: change.select(rows.to(change.u.device)) for name, change in self.changes.items()}
-        with branches(self.modules, own):
+        with changes_applied(self.modules, own):
             yield
 
 

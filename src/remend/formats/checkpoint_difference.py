@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from remend.core.layers import editable_layers, experts_of, is_conv1d, is_quantised, weight_of
+from remend.core.layers import editable_layers, expert_count, is_conv1d, is_quantized, weight_of
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, ModelError
@@ -55,14 +55,14 @@ def difference(before: PreTrainedModel, after: PreTrainedModel, rank: int | None
     if rank is not None and rank < 1:
         raise EditError(f"an edit needs a rank of at least 1, not {rank}")
     ModelFingerprint.of(before, ()).check_architecture(after, "the model before")
-    matrices = {name: module for name, module in editable_layers(before) if not experts_of(module)}
+    matrices = {name: module for name, module in editable_layers(before) if not expert_count(module)}
     changed = dict(editable_layers(after))
     heads = _outputs(before)
     changes: dict[str, LowRank] = {}
     lost: dict[str, float] = {}
     for name, module in matrices.items():
         old, new = weight_of(module), weight_of(changed[name])
-        if is_quantised(module) or is_quantised(changed[name]) or old.is_meta or new.is_meta:
+        if is_quantized(module) or is_quantized(changed[name]) or old.is_meta or new.is_meta:
             raise ModelError(f"{name} is quantised or offloaded: load both models whole, on one device")
         if name in heads or _equal(old, new):
             continue

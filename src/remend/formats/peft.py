@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from remend.core.layers import dimensions, editable_layers, experts_of, is_conv1d
+from remend.core.layers import dimensions, editable_layers, expert_count, is_conv1d
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, nearest
@@ -68,8 +68,8 @@ def save_adapter(edit: Edit, path: str | Path, model: PreTrainedModel) -> Path:
     edit.base.check_architecture(model, "this edit")
     modules = find_modules(model, edit.changes)
     for name, change in edit.changes.items():
-        change.refuse_gate("exported as an adapter")
-        if experts_of(modules[name]):
+        change.raise_if_gated("exported as an adapter")
+        if expert_count(modules[name]):
             raise EditError(
                 f"{name} holds several experts' matrices, which no LoRA adapter changes one by one; keep the edit as "
                 "it is, or merge it (--to merged)"
@@ -128,7 +128,7 @@ def load_adapter(path: str | Path, model: PreTrainedModel) -> Edit:
     if not factors:
         raise FileError(f"{path / WEIGHTS} holds no factors")
     changes: dict[str, LowRank] = {}
-    known = {name for name, module in editable_layers(model) if not experts_of(module)}
+    known = {name for name, module in editable_layers(model) if not expert_count(module)}
     for name, own in factors.items():
         a, b = own.get("A"), own.get("B")
         if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:

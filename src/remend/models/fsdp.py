@@ -14,7 +14,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from remend.core.layers import holder_of, is_plain
+from remend.core.layers import is_plain_float, parameter_owner
 from remend.errors import ModelError
 from remend.models.structure import block_stack
 
@@ -39,7 +39,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
         ModelError: it is quantised or offloaded, or has no stack of blocks.
     """
     for name, parameter in model.named_parameters():
-        if not is_plain(parameter) or not parameter.is_floating_point() or parameter.is_meta:
+        if not is_plain_float(parameter) or not parameter.is_floating_point() or parameter.is_meta:
             raise ModelError(
                 f"{name} is quantised or offloaded, and such a model cannot be shared among processes: load it in "
                 "bfloat16 (on the CPU, if one GPU cannot hold it), or do without --use_fsdp"
@@ -54,7 +54,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
 @contextmanager
 def gathered(model: nn.Module, module: nn.Module) -> Iterator[None]:
     """Within the block, a part of the model can be called on its own; all processes must come here."""
-    holder = holder_of(module)
+    holder = parameter_owner(module)
     owners = [own for own in model.modules() if isinstance(own, FSDPModule) and holder in own.modules()]
     for own in owners:
         own.unshard()

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils.import_utils import is_accelerate_available, is_bitsandbytes_available, is_torchao_available
 
 from remend.assets import BUILT_IN
-from remend.core.layers import is_editable, is_quantised
+from remend.core.layers import is_editable, is_quantized
 from remend.errors import ConfigError, ModelError, nearest
 
 MAP = "map"
@@ -181,7 +181,7 @@ def _require(package: str, extra: str, what: str) -> None:
 
 def _check_quantised(model: PreTrainedModel, quantise: str) -> None:
     """Raise where nothing was quantised: torchao passes over ``Conv1D`` layers, of which GPT-2 is made."""
-    if not any(is_editable(module) and is_quantised(module) for module in model.modules()):
+    if not any(is_editable(module) and is_quantized(module) for module in model.modules()):
         raise ModelError(f"{quantise} found nothing to quantise in a {type(model).__name__}; try bnb-8bit or bnb-4bit")
 
 

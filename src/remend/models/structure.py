@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from remend.core.layers import dimensions, editable_layers
-from remend.core.moe import OUTPUT, ExpertLinear
+from remend.core.moe import DOWN_PROJECTION, ExpertLinear
 from remend.errors import ConfigError, ModelError
 from remend.fingerprint import find_modules
 
@@ -223,7 +223,7 @@ def _widest(groups: Iterable[Mapping[str, tuple[int, int]]]) -> list[str]:
 def narrows(module: nn.Module) -> bool:
     """Whether a matrix of an MLP writes to the residual stream."""
     d_in, d_out = dimensions(module)
-    return module.key == OUTPUT if isinstance(module, ExpertLinear) else d_in > d_out
+    return module.parameter_name == DOWN_PROJECTION if isinstance(module, ExpertLinear) else d_in > d_out
 
 
 def _shared(model: nn.Module, editable: Mapping[str, nn.Module]) -> list[str]:

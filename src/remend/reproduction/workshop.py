@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from remend.config import to_json
-from remend.core.layers import device_of, editable_layers
+from remend.core.layers import editable_layers, execution_device
 from remend.editors import TRAINED, Editor, Trainable, load_trained, make
 from remend.editors.finetune import FineTune
 from remend.errors import ConfigError, FileError, ModelError, RemendError
@@ -156,7 +156,7 @@ class Workshop:
             "perplexity": report.text.get("perplexity"),
             "editor_seconds": round(ready - began, 1),
             "seconds": round(time.perf_counter() - began, 1),
-            "environment": environment(device_of(home.model)),
+            "environment": environment(execution_device(home.model)),
             "settings": settings_of(cell, self.scale),
         }
 
@@ -235,7 +235,7 @@ class Workshop:
                     f"{out} was trained with another {', '.join(other)}: delete it to train it anew, or choose another "
                     "folder"
                 )
-            return kept.to(device_of(home.model))
+            return kept.to(execution_device(home.model))
         matrices = attention_matrices(home.model) if method.attention else ()
         editor = TRAINED[method.editor].for_model(home.model, method.config, matrices, cell.seed)
         self.on_progress(f"{cell.id}: training")

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.core.layers import device_of
+from remend.core.layers import execution_device
 from remend.core.losses import target_loss
 from remend.errors import RequestError
 from remend.request import Prompt
@@ -194,7 +194,7 @@ class Task(ABC):
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the token embedding."""
-        return device_of(self.model.get_input_embeddings())
+        return execution_device(self.model.get_input_embeddings())
 
     def loss(self, batch: Batch) -> Float[Tensor, " row"]:
         """−log p(target | prompt) of each pair, a target token's mean: the paper's l_e."""

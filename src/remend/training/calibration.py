@@ -11,9 +11,9 @@ from functools import cache, partial
 
 import torch
 
-from remend.core.capture import inputs
+from remend.core.capture import record_inputs
 from remend.core.discriminant import Discriminant
-from remend.core.layers import experts_of, is_quantised, weight_of
+from remend.core.layers import expert_count, is_quantized, weight_of
 from remend.core.running_statistics import RunningStatistics
 from remend.core.sketching import SketchedMoment, random_test_matrix
 from remend.core.whitening import SecondMoment
@@ -188,7 +188,7 @@ def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], worker
     batches = [windows[start : start + TEXT_BATCH] for start in range(0, len(windows), TEXT_BATCH)]
     for some in batches[workers.rank :: workers.count]:
         batch = task.collate(some)
-        found = inputs(task.model, modules, batch.rows, partial(task.target_logits, batch))
+        found = record_inputs(task.model, modules, batch.rows, partial(task.target_logits, batch))
         counted = task.tokens(batch, moments, predicting=False)
         for name, moment in moments.items():
             x, mask = found[name].x, counted[name].to(found[name].x.device)
@@ -229,14 +229,16 @@ def _fit_contrast(
         pairs = _prompts(chunk)
         batch = constants.task.collate(pairs)
         with constants.prefix.resumed(constants.prefix_states(pairs)):
-            found = inputs(constants.task.model, modules, batch.rows, partial(constants.task.target_logits, batch))
+            found = record_inputs(
+                constants.task.model, modules, batch.rows, partial(constants.task.target_logits, batch)
+            )
         length = batch.predicting.shape[1]
         owners = torch.tensor([number for number, fact in enumerate(chunk) for _ in fact.prompts])
         near_owners = torch.tensor([n for n, fact in enumerate(chunk) for _ in fact.near], dtype=torch.long)
         for name, moment in moments.items():
             # Experts answer to their own keys alone: a fact is as many facts as there are experts.
-            keys, experts = (part.to(editor.device) for part in found[name].at(batch.first, length))
-            count, slots = experts_of(modules[name]) or 1, keys.shape[1]
+            keys, experts = (part.to(editor.device) for part in found[name].at_tokens(batch.first, length))
+            count, slots = expert_count(modules[name]) or 1, keys.shape[1]
             asked = slots * len(owners)
             whose = torch.cat([owners, near_owners]).to(editor.device)[:, None] * count + experts
             whose = whose.reshape(-1)
@@ -307,10 +309,10 @@ def _measure_units(editor: Mend, constants: ActivationCache, batches: Sequence[S
         module, whose = modules[name], [own[name].experts for own in found]
         experts = (
             [torch.cat([part.to(inputs_there.device) for part in whose if part is not None])]
-            if experts_of(module)
+            if expert_count(module)
             else []
         )
-        dtype = constants.task.model.dtype if is_quantised(module) else weight_of(module).dtype
+        dtype = constants.task.model.dtype if is_quantized(module) else weight_of(module).dtype
         with gathered(constants.task.model, module):
             output = module(inputs_there.to(dtype), *experts).float()
         matched = (inputs_there.to(editor.device) * editor.whiten(pseudo_u, name)).sum(1).abs().mean()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from remend.core.capture import capture
+from remend.core.capture import capture_gradient_factors
 from remend.core.factored_gradients import FactoredGradients
 from remend.core.low_rank import LowRank
 from remend.editors.trainable import TrainableEditor
@@ -61,7 +61,7 @@ class DirectTrainer(Trainer):
         batch = task.collate([pair for batch in self._calibration_batches()[:UNIT_BATCHES] for pair in batch])
         tokens = task.tokens(batch, editor.shapes, predicting=False)
         modules = find_modules(task.model, editor.shapes)
-        editor.fit(task, capture(task.model, modules, tokens, lambda: task.loss(batch))[1])
+        editor.fit(task, capture_gradient_factors(task.model, modules, tokens, lambda: task.loss(batch))[1])
 
     def _warm_calibration(self) -> None:
         """Nothing that was measured is kept."""

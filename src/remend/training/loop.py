@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.config import to_json
-from remend.core.layers import device_of
+from remend.core.layers import execution_device
 from remend.editors import Trainable, load_trained
 from remend.editors.mend.editor import Mend
 from remend.editors.serialization import FORMAT
@@ -117,7 +117,7 @@ def train(
     settings = config or PRESETS[preset][1]
     resources = resources or Resources()
     sharded = sharding.wanted()
-    workers = ProcessGroup(choose_device("auto") if sharded else device_of(model.get_input_embeddings()))
+    workers = ProcessGroup(choose_device("auto") if sharded else execution_device(model.get_input_embeddings()))
     with (
         workers.one_voice(),
         resources.products(),

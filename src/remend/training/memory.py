@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from remend.core.layers import experts_of
+from remend.core.layers import expert_count
 from remend.core.low_rank import LowRank
 from remend.core.sketching import sketch_width
 from remend.errors import ConfigError
@@ -195,7 +195,7 @@ def _kept_an_episode(trainer: Trainer, rows: dict[str, float]) -> float:
         u, delta = (
             torch.zeros(PROBED, rank, d, device=trainer.editor.device, requires_grad=True) for d in (d_in, d_out)
         )
-        own = experts_of(modules[name])
+        own = expert_count(modules[name])
         experts = torch.zeros(PROBED, rank, dtype=torch.long, device=u.device) if own else None
         changes[name] = LowRank(u, delta, experts=experts)
     weights = {tensor.untyped_storage().data_ptr() for tensor in trainer.task.model.parameters()}

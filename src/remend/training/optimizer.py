@@ -77,7 +77,7 @@ class EditorOptimizer:
     def gather(self, loss: Float[Tensor, ""]) -> Gradients:
         """Add up ``loss`` and the small gradients over all processes, in place; returns what is known then."""
         small = {parameter: parameter.grad for parameter in self.names if parameter.grad is not None}
-        bounds = self.ledger.bounds().to(loss.device)
+        bounds = self.ledger.norm_bounds().to(loss.device)
         self.workers.sum(loss, bounds, *small.values())
         return Gradients(tuple(small), torch.stack([gradient.norm() for gradient in small.values()]), bounds)
 
@@ -141,7 +141,7 @@ class EditorOptimizer:
     def broken(self) -> list[str]:
         """The names of the parameters whose gradient in this process is not finite."""
         names = [name for p, name in self.names.items() if p.grad is not None and not p.grad.isfinite().all()]
-        weights = zip(self.ledger.weights(), self.ledger.bounds(), strict=True)
+        weights = zip(self.ledger.weights(), self.ledger.norm_bounds(), strict=True)
         return names + [self.names[weight] for weight, bound in weights if not bound.isfinite()]
 
     def _dense(self) -> Iterator[tuple[nn.Parameter, Tensor]]:

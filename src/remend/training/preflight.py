@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.core.layers import device_of, is_quantised
+from remend.core.layers import execution_device, is_quantized
 from remend.edit import Edit
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.editor import Mend
@@ -241,8 +241,8 @@ def _reason(model: PreTrainedModel, editor: Mend, modules: Sequence[str], layers
 
 
 def _advice(task: Task, editor: Mend, resources: Resources, memory: Estimate) -> list[str]:
-    model, device = task.model, device_of(task.model)
-    quantised = any(map(is_quantised, find_modules(model, editor.shapes).values()))
+    model, device = task.model, execution_device(task.model)
+    quantised = any(map(is_quantized, find_modules(model, editor.shapes).values()))
     found = []
     if device.type == "cpu" and torch.cuda.is_available():
         found.append("There is a GPU that is not used: --device cuda.")

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from remend.core.factored_gradients import FactoredGradients
-from remend.core.hooks import branches, frozen
+from remend.core.hooks import changes_applied, frozen
 from remend.core.losses import locality_loss, target_loss
 from remend.core.low_rank import LowRank
 from remend.editors import Trainable
@@ -293,7 +293,7 @@ class Trainer:
         with contextlib.ExitStack() as edited:
             edited.enter_context(frozen(self.task.model))
             edited.enter_context(self.prefix.resumed(states))
-            edited.enter_context(branches(self._modules, changes))
+            edited.enter_context(changes_applied(self._modules, changes))
             if backward and self.resources.recompute:
                 edited.enter_context(self.prefix.checkpointed())
             near, far = self.task.target_logits(probes).split((edits, local))

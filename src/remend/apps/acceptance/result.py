@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.apps.acceptance.criteria import STANDARD, TEXT_TOKENS, AcceptanceCriteria
-from remend.core.layers import is_quantised, weight_of
+from remend.core.layers import is_quantized, weight_of
 from remend.edit import AppliedEdit, Edit
 from remend.errors import EditError
 from remend.evaluation.before_after import Answer, ask, before_after
@@ -218,7 +218,7 @@ def _size(model: PreTrainedModel, edit: Edit, most: float) -> Check | None:
     """The largest ‖ΔW‖ / ‖W‖; nothing where no weight is at hand as numbers."""
     sizes, norms = edit.norms(), {}
     for name, module in find_modules(model, edit.changes).items():
-        if not is_quantised(module) and not weight_of(module).is_meta:
+        if not is_quantized(module) and not weight_of(module).is_meta:
             norms[name] = float(weight_of(module).float().norm())
     if not norms:
         return None

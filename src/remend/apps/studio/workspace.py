@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.apps.acceptance import STANDARD, AcceptanceCriteria, AcceptanceResult
 from remend.apps.patch_registry import Conflict, Entry, PatchRegistry
-from remend.core.capture import inputs
+from remend.core.capture import record_inputs
 from remend.core.hooks import frozen
 from remend.edit import Edit
 from remend.errors import EditError, RemendError, RequestError
@@ -266,14 +266,14 @@ def reactions(desk: Workspace, edit: Edit, prompt: Prompt) -> list[tuple[str, fl
         batch = task.collate([task.tokenise(prompt, target)])
         modules = find_modules(desk.model, edit.changes)
         with frozen(desk.model):
-            found = inputs(desk.model, modules, batch.rows, lambda: task.target_logits(batch))
+            found = record_inputs(desk.model, modules, batch.rows, lambda: task.target_logits(batch))
     ids = batch.input_ids[0]
     total: Tensor | None = None
     for name, change in edit.changes.items():
         x, experts = found[name].x, found[name].experts
         if experts is not None or x.dim() != 3:
             continue
-        own = change.to(x.device).branch(x.float())[0].norm(dim=-1).cpu()
+        own = change.to(x.device).output_change(x.float())[0].norm(dim=-1).cpu()
         if batch.decoder_ids is not None and len(own) == batch.decoder_ids.shape[1]:
             ids = batch.decoder_ids[0]
         total = own if total is None or len(total) != len(own) else total + own

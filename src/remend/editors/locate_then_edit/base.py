@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.core.layers import dimensions, experts_of
+from remend.core.layers import dimensions, expert_count
 from remend.core.low_rank import LowRank
-from remend.core.operators import packed, unpacked
+from remend.core.operators import pack_symmetric, unpack_symmetric
 from remend.edit import Edit
 from remend.editors.calibration_data import second_moments, stretches
 from remend.editors.info import EditorInfo, checked
@@ -147,7 +147,7 @@ class LocateThenEdit:
             if not found:
                 raise ModelError(f"{prefix} has no MLP whose narrowing matrix {cls.traits.name} could edit")
             chosen |= find_modules(model, found[-1:])
-        if several := [name for name, module in chosen.items() if experts_of(module)]:
+        if several := [name for name, module in chosen.items() if expert_count(module)]:
             raise ConfigError(
                 f"{several[0]} holds several experts' matrices: a subject's key goes to some of them only, and "
                 f"{cls.traits.name} knows one memory for each block. Name blocks without experts with layers, or use "
@@ -158,7 +158,7 @@ class LocateThenEdit:
     def save_pretrained(self, path: str | Path) -> Path:
         """Write the editor to a folder (safetensors and a JSON manifest), so that C is taken only once."""
         manifest = {**described(self), "beginnings": list(self.begun)}
-        tensors = {f"covariance_{place}": packed(own) for place, own in enumerate(self.covariances.values())}
+        tensors = {f"covariance_{place}": pack_symmetric(own) for place, own in enumerate(self.covariances.values())}
         return write_folder(path, FORMAT, manifest, tensors)
 
     @classmethod
@@ -172,7 +172,7 @@ class LocateThenEdit:
         own = read_editor(path, cls.traits.name, cls.configuration)
         begun = take(own.manifest, "beginnings", list, path)
         found = {
-            name: unpacked(own.tensors.get(f"covariance_{place}", torch.zeros(0)))
+            name: unpack_symmetric(own.tensors.get(f"covariance_{place}", torch.zeros(0)))
             for place, name in enumerate(own.shapes)
         }
         wrong = [name for name, (d_in, _) in own.shapes.items() if found[name].shape != (d_in, d_in)]

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from remend.core.hooks import branches, frozen
+from remend.core.hooks import changes_applied, frozen
 from remend.core.low_rank import LowRank, concatenate
 from remend.editors.info import EditorInfo
 from remend.editors.locate_then_edit.base import LocateThenEdit, chunks
@@ -121,7 +121,7 @@ class Memit(LocateThenEdit):
         found = []
         for some in chunks(readings):
             changes = self._spread(task, [some], together=False)
-            found += [{name: change.first(e, 1) for name, change in changes.items()} for e in range(len(some))]
+            found += [{name: change.single_episode(e, 1) for name, change in changes.items()} for e in range(len(some))]
         return found
 
     @torch.inference_mode(False)
@@ -140,7 +140,7 @@ class Memit(LocateThenEdit):
             keys, given = [], []
             for some in parts:
                 sites = Sites(task, some, prefix)
-                with branches(modules, changes), adding(block, sites, None) as written:
+                with changes_applied(modules, changes), adding(block, sites, None) as written:
                     keys.append(sites.keys(name, modules[name]))
                 given.append(sites.by_itself(written[0]))
             missing = (goals - torch.cat(given)) / (len(self.shapes) - place)

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from remend.core.capture import inputs
-from remend.core.hooks import detach, frozen
+from remend.core.capture import record_inputs
+from remend.core.hooks import frozen, remove_hooks
 from remend.core.losses import target_loss
 from remend.editors.locate_then_edit.subject_prompts import Reading
 from remend.errors import ConfigError, NonFiniteError
@@ -97,8 +97,8 @@ class Sites:
 
         The prompt by itself weighs as much as all the others together: it is what must be answered.
         """
-        found = inputs(self.task.model, {name: module}, self.batch.rows, self.resumed)[name]
-        own = found.at(self.places, self.length)[0][:, 0]
+        found = record_inputs(self.task.model, {name: module}, self.batch.rows, self.resumed)[name]
+        own = found.at_tokens(self.places, self.length)[0][:, 0]
         alone, *others = own.view(self.requests, self.each, -1)[:, : self.asked].unbind(1)
         return (alone + sum(others) / len(others)) / 2 if others else alone
 
@@ -132,7 +132,7 @@ def adding(module: nn.Module, sites: Sites, offsets: Float[Tensor, "request d"] 
     try:
         yield written
     finally:
-        detach([handle])
+        remove_hooks([handle])
 
 
 def tuned(sites: Sites, module: nn.Module, block: nn.Module, config: LocateConfig) -> Float[Tensor, "request d_out"]:

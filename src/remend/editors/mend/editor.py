@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.assets import ATLAS, ATLAS_FOLDER
-from remend.core.capture import GradientFactors, capture
+from remend.core.capture import GradientFactors, capture_gradient_factors
 from remend.core.editor_network import EditorNetwork
 from remend.core.factored_gradients import FactoredGradients
-from remend.core.layers import device_of, dimensions
-from remend.core.least_squares import definite, least_squares
+from remend.core.layers import dimensions, execution_device
+from remend.core.least_squares import least_squares, make_definite
 from remend.core.low_rank import LowRank, concatenate
-from remend.core.operators import SymmetricOperator, packed, unpacked
-from remend.core.sketching import directions_of
+from remend.core.operators import SymmetricOperator, pack_symmetric, unpack_symmetric
+from remend.core.sketching import sketch_directions
 from remend.edit import Edit
 from remend.editors.info import EditorInfo, checked
 from remend.editors.mend.config import MendConfig
@@ -72,7 +72,7 @@ class Mend(nn.Module):
         self.base = base
         self.shapes = dict(shapes)
         if directions is None:
-            found = {name: directions_of(d_in) for name, (d_in, _) in shapes.items() if config.ridge}
+            found = {name: sketch_directions(d_in) for name, (d_in, _) in shapes.items() if config.ridge}
             directions = {name: k for name, k in found.items() if k}
         self.directions = dict(directions)
         self.trained: dict[str, Any] = {}
@@ -127,7 +127,7 @@ class Mend(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             editor = cls(config, ModelFingerprint.of(model, chosen), shapes)
-        return editor.to(device_of(model.get_input_embeddings()))
+        return editor.to(execution_device(model.get_input_embeddings()))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Mend:
@@ -143,7 +143,7 @@ class Mend(nn.Module):
         try:
             # Stored as float16 where size matters; the editor always computes in float32.
             found = {name: t.float() if t.is_floating_point() else t for name, t in stored.tensors.items()}
-            found |= {name: unpacked(found[name]) for name in symmetric_of(editor.state_dict()) & found.keys()}
+            found |= {name: unpack_symmetric(found[name]) for name in symmetric_of(editor.state_dict()) & found.keys()}
             editor.load_state_dict(found, assign=True)
         except RuntimeError as error:
             raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
@@ -158,7 +158,7 @@ class Mend(nn.Module):
         """
         state = self.state_dict()
         tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
-        tensors |= {name: packed(tensors[name]) for name in symmetric_of(state)}
+        tensors |= {name: pack_symmetric(tensors[name]) for name in symmetric_of(state)}
         return write_folder(path, FORMAT, {**described(self), "trained": self.trained}, tensors)
 
     # -- the method ----------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class Mend(nn.Module):
         """
         modules = find_modules(task.model, self.shapes)
         tokens = task.tokens(batch, self.shapes, self.config.tokens == "target")
-        return capture(task.model, modules, tokens, loss or (lambda: task.loss(batch)))[1]
+        return capture_gradient_factors(task.model, modules, tokens, loss or (lambda: task.loss(batch)))[1]
 
     def whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
         """Inputs of a matrix in its whitened coordinates, or, the operator being symmetric, ũ back from there."""
@@ -248,7 +248,7 @@ class Mend(nn.Module):
         """ũ, out of the network's normalised units, turned by contrast and scaled to u·ũ = 1."""
         contrast = self.operator("contrast", self.groups[key][matrix])
         assert contrast is not None
-        aimed = contrast(self.network(key).restored(pseudo, matrix))
+        aimed = contrast(self.network(key).denormalize_u(pseudo, matrix))
         found: Tensor = aimed / (aimed * u).sum(1, keepdim=True).clamp(min=LEAST_ANSWER)
         return found
 
@@ -284,9 +284,9 @@ class Mend(nn.Module):
     def _solved(self, name: str, parts: Sequence[LowRank], inputs: Float[Tensor, "row d_in"]) -> LowRank:
         """What moves the output at each request's ``inputs`` as its own part does by itself."""
         own = inputs.split([part.rank for part in parts])
-        moves = torch.cat([part.branch(rows, part.experts) for part, rows in zip(parts, own, strict=True)])
+        moves = torch.cat([part.output_change(rows, part.experts) for part, rows in zip(parts, own, strict=True)])
         contrast = self.operator("contrast", name)
-        metric = None if contrast is None else definite(contrast)
+        metric = None if contrast is None else make_definite(contrast)
         whose = concatenate(parts)
         found = least_squares(self.whiten(inputs, name), moves, metric, gate=whose.gate, experts=whose.experts)
         return replace(found, u=self.whiten(found.u, name))
@@ -320,7 +320,7 @@ class Mend(nn.Module):
                 counts = {name: own.counts for name, own in rows.items()}
                 changes = settled(unedited, changes, self.config.settle, counts)
             for e in range(len(chunk)):
-                found.append({name: change.first(e, rows[name].counts[e]) for name, change in changes.items()})
+                found.append({name: change.single_episode(e, rows[name].counts[e]) for name, change in changes.items()})
         return found
 
     def _signature(self) -> dict[str, Any]:

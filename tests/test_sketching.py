@@ -13,7 +13,7 @@ import worlds
 from remend.core import sketching as sketch
 from remend.core.discriminant import Discriminant
 from remend.core.operators import SymmetricOperator
-from remend.core.sketching import SketchedMoment, directions_of, nystrom, random_test_matrix
+from remend.core.sketching import SketchedMoment, nystrom, random_test_matrix, sketch_directions
 from remend.core.whitening import SecondMoment
 from remend.edit import Edit
 from remend.editors import Mend
@@ -46,14 +46,14 @@ def moments(u, directions):
 @pytest.fixture
 def wide(monkeypatch):
     """As if the tiny models' inputs were wide."""
-    monkeypatch.setattr(sketch, "WIDE", 20)
-    monkeypatch.setattr(sketch, "DIRECTIONS", 12)
+    monkeypatch.setattr(sketch, "MAX_DENSE_DIMENSIONS", 20)
+    monkeypatch.setattr(sketch, "MAX_DIRECTIONS", 12)
     monkeypatch.setattr(sketch, "OVERSAMPLING", 4)
 
 
 def test_only_wide_inputs_are_sketched():
-    assert directions_of(sketch.WIDE) is None
-    assert directions_of(65_536) == sketch.DIRECTIONS
+    assert sketch_directions(sketch.MAX_DENSE_DIMENSIONS) is None
+    assert sketch_directions(65_536) == sketch.MAX_DIRECTIONS
     assert Mend.for_model(worlds.llama(), DEFAULT).directions == {}
 
 
@@ -185,7 +185,7 @@ class Shapes(TorchDispatchMode):
 @pytest.mark.parametrize("directions", [12, None])
 def test_no_matrix_of_the_inputs_squared_is_ever_made(directions, wide, monkeypatch):
     d = 53  # which nothing else is
-    monkeypatch.setattr(sketch, "WIDE", 20 if directions else d)
+    monkeypatch.setattr(sketch, "MAX_DENSE_DIMENSIONS", 20 if directions else d)
     model = worlds.llama(intermediate_size=d)
     task = CausalLM(model, worlds.tokenizer())
     with Shapes() as shapes:
@@ -221,13 +221,13 @@ def test_a_resumed_run_ends_with_the_same_bits(wide, tmp_path):
 
 def test_a_saved_editor_keeps_its_directions_whatever_the_constants_are(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sketch, "WIDE", 20)
-        patch.setattr(sketch, "DIRECTIONS", 12)
+        patch.setattr(sketch, "MAX_DENSE_DIMENSIONS", 20)
+        patch.setattr(sketch, "MAX_DIRECTIONS", 12)
         Mend.for_model(worlds.llama(), DEFAULT).save_pretrained(tmp_path / "editor")
     assert set(Mend.from_pretrained(tmp_path / "editor").directions.values()) == {12}
 
 
 def test_the_estimate_follows_the_form(wide):
     narrow = moments_bytes(Mend.for_model(worlds.llama(), DEFAULT))
-    sketch.DIRECTIONS = 4
+    sketch.MAX_DIRECTIONS = 4
     assert moments_bytes(Mend.for_model(worlds.llama(), DEFAULT)) < narrow

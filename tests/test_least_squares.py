@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import remend
-from remend.core.least_squares import FLOOR, definite, least_squares
+from remend.core.least_squares import EIGENVALUE_FLOOR, least_squares, make_definite
 from remend.core.operators import SymmetricOperator
 from remend.tasks import task_of
 
@@ -37,16 +37,16 @@ def test_each_key_gets_its_move(gate):
     torch.manual_seed(0)
     keys, moves = torch.randn(10, 32) + 1, torch.randn(10, 8)  # all alike: each answers to the others'
     change = least_squares(keys, moves, ridge=1e-6, gate=gate)
-    torch.testing.assert_close(change.branch(keys), moves, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(change.output_change(keys), moves, rtol=1e-3, atol=1e-3)
     summed = least_squares(keys[:1], moves[:1], ridge=1e-6, gate=gate)
-    assert (summed.branch(keys[1:2]) - moves[1:2]).norm() > 0.5
+    assert (summed.output_change(keys[1:2]) - moves[1:2]).norm() > 0.5
 
 
 def test_experts_do_not_answer_to_each_other():
     torch.manual_seed(0)
     keys, moves, whose = torch.randn(6, 16) + 1, torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
     change = least_squares(keys, moves, ridge=1e-6, experts=whose)
-    torch.testing.assert_close(change.branch(keys, whose), moves, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(change.output_change(keys, whose), moves, rtol=1e-3, atol=1e-3)
     own = least_squares(keys[whose == 1], moves[whose == 1], ridge=1e-6)
     torch.testing.assert_close(change.dense(2)[1], own.dense(), rtol=1e-3, atol=1e-3)
 
@@ -55,8 +55,8 @@ def test_a_metric_is_made_definite():
     values = torch.tensor([1.0, 0.5, -0.2, 0.001])
     basis = torch.linalg.qr(torch.randn(6, 3))[0]
     for metric in (SymmetricOperator(values.diag()), SymmetricOperator(values, basis)):
-        kept = definite(metric).matrix.diagonal()
-        torch.testing.assert_close(kept, torch.tensor([1.0, 0.5, FLOOR, FLOOR]))
+        kept = make_definite(metric).matrix.diagonal()
+        torch.testing.assert_close(kept, torch.tensor([1.0, 0.5, EIGENVALUE_FLOOR, EIGENVALUE_FLOOR]))
 
 
 def test_each_matrix_moves_at_each_request_as_by_its_edit_alone():
@@ -71,8 +71,10 @@ def test_each_matrix_moves_at_each_request_as_by_its_edit_alone():
         parts = [own[name] for own in alone]
         assert max(part.rank for part in parts) > 1
         keys = torch.cat(inputs[name])
-        wanted = torch.cat([p.branch(k) for p, k in zip(parts, keys.split([p.rank for p in parts]), strict=True)])
-        assert (change.branch(keys) - wanted).norm() < 0.1 * wanted.norm()
+        wanted = torch.cat(
+            [p.output_change(k) for p, k in zip(parts, keys.split([p.rank for p in parts]), strict=True)]
+        )
+        assert (change.output_change(keys) - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_edits_together_act_as_each_alone():

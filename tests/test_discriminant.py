@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import worlds
-from remend.core.capture import inputs
+from remend.core.capture import record_inputs
 from remend.core.discriminant import Discriminant
 from remend.core.low_rank import LowRank, concatenate, stack
 from remend.edit import Edit
@@ -110,7 +110,7 @@ def test_without_paraphrases_keys_are_left_as_they_are():
 def test_inputs_are_what_the_modules_are_called_with(task):
     modules = editable_modules(task.model)
     batch = task.collate([task.tokenise(r.prompt, r.target) for r in worlds.requests(3)])
-    found = inputs(task.model, modules, batch.rows, lambda: task.target_logits(batch))
+    found = record_inputs(task.model, modules, batch.rows, lambda: task.target_logits(batch))
     editor = Mend.for_model(task.model, MendConfig(rank=4))
     for name, factor in editor.capture(task, batch).items():
         torch.testing.assert_close(found[name].x[batch.mask], factor.u[batch.mask])
@@ -244,9 +244,9 @@ def test_one_fact_asked_for_by_several_requests_counts_once(task):
 def test_a_gated_edit_acts_only_where_it_is_asked_for():
     change = LowRank(torch.eye(3)[:1], torch.ones(1, 2), gate=0.4)
     x = torch.tensor([[1.0, 9, 9], [0.7, 0, 0], [0.4, 0, 0], [-2.0, 0, 0]])
-    torch.testing.assert_close(change.branch(x), torch.tensor([1, 0.5, 0, 0])[:, None].expand(4, 2))
+    torch.testing.assert_close(change.output_change(x), torch.tensor([1, 0.5, 0, 0])[:, None].expand(4, 2))
     episodes = stack([change, change.scaled(2.0)])
-    torch.testing.assert_close(episodes.branch(x[[1, 1]]), torch.tensor([[0.5, 0.5], [1.0, 1.0]]))
+    torch.testing.assert_close(episodes.output_change(x[[1, 1]]), torch.tensor([[0.5, 0.5], [1.0, 1.0]]))
     for refused, match in ((change.dense, "written into a weight"), (lambda: change.recompress(1), "compressed")):
         with pytest.raises(EditError, match=match):
             refused()

@@ -10,7 +10,7 @@ from torch import nn
 
 import families
 import worlds
-from remend.core.hooks import branches
+from remend.core.hooks import changes_applied
 from remend.core.low_rank import LowRank, concatenate, stack
 from remend.core.moe import ExpertLinear, expert_linears
 from remend.edit import Edit
@@ -65,11 +65,11 @@ def test_an_edit_acts_on_the_rows_of_its_expert_alone(model):
     change = change_for(linear)
     x = torch.randn(9, change.u.shape[1])
     experts = torch.arange(9) % 3
-    with torch.no_grad(), branches({NAME: linear}, {NAME: change}):
+    with torch.no_grad(), changes_applied({NAME: linear}, {NAME: change}):
         edited = linear(x, experts)
     with torch.no_grad():
         plain = linear(x, experts)
-        dense = change.dense(linear.experts)
+        dense = change.dense(linear.num_experts)
     for row, expert in enumerate(experts.tolist()):
         torch.testing.assert_close(edited[row] - plain[row], dense[expert] @ x[row], rtol=1e-3, atol=1e-4)
     assert torch.equal(edited[experts == 2], plain[experts == 2])
@@ -88,7 +88,7 @@ def test_each_row_goes_through_its_own_matrix(model):
 def test_a_copy_of_an_edited_model_stays_edited(model):
     linear = find_modules(model, [NAME])[NAME]
     before = logits(model)
-    with branches({NAME: linear}, {NAME: change_for(linear)}):
+    with changes_applied({NAME: linear}, {NAME: change_for(linear)}):
         edited, copied = logits(model), copy.deepcopy(model)
     assert not torch.allclose(edited, before)
     assert torch.equal(logits(model), before)
@@ -105,7 +105,7 @@ def test_factors_belong_to_those_that_tokens_are_routed_to(model):
     factors = editor.capture(task, batch)[NAME]
     handle.remove()
     assert torch.equal(factors.experts.view(-1, routed[0].shape[1]), routed[0])
-    gradient = factors.gradient(find_modules(model, [NAME])[NAME].experts)
+    gradient = factors.gradient(find_modules(model, [NAME])[NAME].num_experts)
     for expert in range(gradient.shape[1]):
         asked = ((factors.experts == expert) & factors.active).any(1)
         assert torch.equal(gradient[:, expert].flatten(1).any(1), asked)
