@@ -3,6 +3,7 @@
     RemendError
     ├── RequestError          an edit request or a data file that cannot be read
     ├── ConfigError           a configuration with an unknown key or an impossible value
+    │   └── RegistryError      ... or a name that is not registered, registered twice, or cannot be imported
     ├── ModelError            a model that cannot be loaded or edited
     │   └── NonFiniteError    NaN or infinity in weights, activations, statistics or losses
     ├── EditError             an edit that cannot be applied, merged or reverted
@@ -32,6 +33,10 @@ class RequestError(RemendError, ValueError):
 
 class ConfigError(RemendError, ValueError):
     """A configuration has an unknown key or a value outside its range."""
+
+
+class RegistryError(ConfigError):
+    """A name is not registered, is registered twice, or what it stands for cannot be imported."""
 
 
 class ModelError(RemendError):
