@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint docs bench bench-long bench-frontier bench-tables atlas clean
+.PHONY: install demo test lint docs bench bench-long bench-frontier bench-paper atlas clean
 
 install: $(VENV)/installed
 
@@ -59,12 +59,12 @@ bench-frontier: install ## what was tried for edits that stay on their subject: 
 WIKITEXT ?=
 COUNTERFACT ?=
 
-bench-tables: install ## the paper's tables in miniature: some hours, fewer with JOBS=2
+bench-paper: install ## the paper's tables in miniature: some hours, fewer with JOBS=2
 	test -z "$(WIKITEXT)" || test -f build/writer/report.json || $(BIN)/python scripts/train_writer.py --steps 2000 \
 		--resume --text "$(WIKITEXT)/valid.txt" --held-out "$(WIKITEXT)/test.txt" --out build/writer
 	test -z "$(COUNTERFACT)" || $(BIN)/python benchmarks/counterfact.py --source "$(COUNTERFACT)" \
 		--templates "$(PARAREL_FOLDER)/templates.json" --only-model
-	$(BIN)/remend reproduce --out build/reproduction --jobs $(or $(JOBS),1) \
+	$(BIN)/python -m benchmarks.paper --out build/paper --jobs $(or $(JOBS),1) \
 		$(if $(WIKITEXT),--writer build/writer --text "$(WIKITEXT)/test.txt") $(if $(COUNTERFACT),--world build/counterfact)
 
 # PARAREL=facts.tsv chooses the facts anew from ParaRel's triples (SOURCE.md); without it, the committed ones are used.

@@ -2,7 +2,7 @@
 
     python benchmarks/rivals.py
 
-A comparison is worth as much as the care that its rivals were given. ``remend.reproduction.cells`` takes for each the
+A comparison is worth as much as the care that its rivals were given. ``paper.cells`` takes for each the
 settings with the largest sum of edit success, far and near locality over the worlds. It takes about twenty minutes on
 one thread.
 """
@@ -21,10 +21,10 @@ from typing import Any
 
 import common
 import remend
+from paper.cells import METHODS
+from paper.worlds import worlds
 from remend.editors import TRAINED
 from remend.evaluation.reports.report import metrics_of
-from remend.reproduction.cells import METHODS
-from remend.reproduction.worlds import worlds
 
 SHOWN = ("edit_success", "locality_far", "locality_near")
 

@@ -11,14 +11,15 @@ import transformers as hf
 
 import families
 import worlds
+from remend.cli import run
 from remend.data.source_names import parted
 from remend.editors import Mend
 from remend.errors import ConfigError, FileError
 from remend.evaluation.reports.schema import read_report
 from remend.models.structure import editable_modules
-from remend.reproduction.ingredients import FAR, KINDS, Ingredients, file_of, lent
-from remend.reproduction.recipe import FOLDER, load_recipe, recipes
-from remend.reproduction.running import run_recipe
+from remend.recipes.inputs import FAR, KINDS, Ingredients, file_of, lent
+from remend.recipes.recipe import FOLDER, load_recipe, recipes
+from remend.recipes.run import run_recipe
 from remend.request import EditRequest
 from remend.training.checkpoint import folder_of
 from remend.training.resource_estimate import dry_run
@@ -374,3 +375,34 @@ def test_a_model_of_another_kind(kitchen, tmp_path):
     hf.logging.disable_progress_bar()
     with pytest.raises(ConfigError, match=r"is for a classification model, but atlas is loaded as a .*, a causal-lm"):
         run_recipe(SHIPPED["bert-base-fever"], tmp_path / "out", model="atlas", device="cpu", **files)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_options_reach_the_run(tmp_path, monkeypatch):
+    called = {}
+    monkeypatch.setattr("remend.recipes.run_recipe", lambda *_, **given: called.update(given))
+    assert run(["recipe", "run", "distilgpt2", "--out", "my out", "--seed", "0", "--max-steps", "3"]) == 0
+    assert (called["seed"], called["max_steps"], called["device"]) == (0, 3, "auto")
+    assert called["command"] == "remend recipe run distilgpt2 --out 'my out' --max-steps 3 --seed 0"
+
+
+def test_recipes_are_listed(capsys):
+    assert run(["recipe", "list"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "gpt-j-6b" in shown
+    assert ".88 / .031" in shown
+
+
+def test_a_recipe_that_is_shown_can_be_edited_and_loaded(tmp_path, capsys):
+    for name, recipe in SHIPPED.items():
+        assert run(["recipe", "show", name]) == 0
+        (tmp_path / "copy.json").write_text(capsys.readouterr().out, encoding="utf-8")
+        assert load_recipe(tmp_path / "copy.json") == recipe
+
+
+def test_a_name_that_no_recipe_has(capsys):
+    for command in ("show", "run"):
+        assert run(["recipe", command, "gpt-jay"]) == 2
+        assert "there is no recipe 'gpt-jay'" in " ".join(capsys.readouterr().err.split())

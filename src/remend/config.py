@@ -41,3 +41,15 @@ def from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:
         elif type(value).__name__ != expected:
             raise ConfigError(f"{kind.__name__}.{key} should be {expected}, it is {value!r}")
     return kind(**values)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """List the keys whose values differ between two JSON objects, those of nested objects as ``outer.inner``."""
+    names = []
+    for key in dict.fromkeys((*before, *now)):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            names += [f"{key}.{inner}" for inner in differences(old, new)]
+        elif old != new:
+            names.append(key)
+    return names

@@ -24,7 +24,7 @@ from remend.cli import (
     guard,
     options,
     push,
-    reproduce,
+    recipe,
     studio,
     train,
 )
@@ -72,9 +72,9 @@ app.command()(doctor.doctor)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(compare.compare)
-app.command()(reproduce.reproduce)
 app.add_typer(book.app, name="book")
 app.add_typer(data.app, name="data")
+app.add_typer(recipe.app, name="recipe")
 
 
 def run(arguments: Sequence[str]) -> int:

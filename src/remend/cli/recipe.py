@@ -1,50 +1,87 @@
-"""What ``remend reproduce`` does with recipes."""
+"""``remend recipe list | show | run``."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
+from remend.cli import options
 from remend.cli.escaping import plain
 
+app = typer.Typer(
+    help="Train and evaluate MEND at full size: the paper's models, and recent ones.", no_args_is_help=True
+)
+Name = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from remend recipe list, or a JSON file.")]
+Source = Annotated[str | None, typer.Option(metavar="SOURCE", help="Requests, in place of the recipe's.")]
 
-def list_recipes() -> None:
-    """Show the recipes with what they take."""
+
+@app.command("list")
+def list_() -> None:
+    """List the recipes with the paper's figures and what they take."""
     from rich.table import Table
 
-    from remend.reproduction.recipe import recipes
+    from remend.recipes import recipes
 
     table = Table()
     table.add_column("recipe", no_wrap=True)
     for heading in ("model", "paper: success / drawdown", "GB", "hours (a guess)"):
         table.add_column(heading, overflow="fold")
-    for name, own in recipes().items():
-        paper = own.paper
-        told = "" if paper is None else f"{paper.edit_success} / {paper.drawdown}"
-        table.add_row(name, own.model or "to be given", told, f"{own.memory_gb:.0f}", f"{own.hours:g}")
+    for name, recipe in recipes().items():
+        published = recipe.paper
+        figures = "" if published is None else f"{published.edit_success} / {published.drawdown}"
+        table.add_row(name, recipe.model or "to be given", figures, f"{recipe.memory_gb:.0f}", f"{recipe.hours:g}")
     Console().print(table)
 
 
-def run_named(name: str, out: Path, given: Mapping[str, Any]) -> None:
-    """Run one recipe, and say where its summary is.
+@app.command()
+def show(recipe: Name) -> None:
+    """Print a recipe as JSON: edit a copy to run it with other settings."""
+    from remend.recipes import load_recipe
 
-    Args:
-        name: of the recipe, or of its file.
-        out: where everything is kept.
-        given: what :func:`remend.reproduction.running.run_recipe` is given in place of the recipe's own.
+    typer.echo(load_recipe(recipe).model_dump_json(indent=2, exclude_defaults=True))
+
+
+@app.command()
+def run(
+    recipe: Name,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the editor and the report go; by default the recipe's name."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A folder or hub id, in place of the recipe's.")] = None,
+    train: Source = None,
+    validation: Source = None,
+    test: Source = None,
+    text: Annotated[str | None, typer.Option(metavar="FILE", help="Passages on which perplexity is measured.")] = None,
+    writer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model that writes the targets of passages.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="One of the recipe's seeds, or another; else its first.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many requests of each split, to try it.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Training steps at most, to try it.")] = None,
+    device: options.Device = "auto",
+) -> None:
+    """Train an editor as a recipe says, evaluate its edits, and write the figures beside the paper's.
+
+    The same command continues a run that was stopped.
     """
-    from remend.reproduction.recipe import load_recipe
-    from remend.reproduction.running import run_recipe
+    from remend.recipes import load_recipe, run_recipe
 
+    out = out or Path(Path(recipe).stem)
+    given: dict[str, Any] = {
+        "model": model, "train": train, "validation": validation, "test": test, "limit": limit, "max_steps": max_steps,
+        "seed": seed, "text": text, "writer": writer, "device": device,
+    }  # fmt: skip
+    command = typed(["remend", "recipe", "run", recipe], {"out": out, **given})
     console = Console()
-    command = typed(["remend", "reproduce", name], {"out": out, **given})
     with console.status("reading") as status:
         run_recipe(
-            load_recipe(name), out, command=command, on_progress=lambda what: status.update(plain(what)), **given
+            load_recipe(recipe), out, command=command, on_progress=lambda what: status.update(plain(what)), **given
         )
     console.print(f"the figures, beside the paper's, are in [bold]{plain(out / 'summary.md')}[/]", soft_wrap=True)
 

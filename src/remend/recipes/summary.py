@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from remend.evaluation.reports.report import Report, Summary, peak_memory
 
 if TYPE_CHECKING:
-    from remend.reproduction.ingredients import Ingredients
-    from remend.reproduction.recipe import Recipe
+    from remend.recipes.inputs import Ingredients
+    from remend.recipes.recipe import Recipe
 
 FIGURES = {
     "edit_success": "edit success (Eq. 1)",

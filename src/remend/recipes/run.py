@@ -10,15 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from remend.config import differences
 from remend.editors import Trainable
 from remend.editors.mend.editor import Mend
 from remend.errors import ConfigError
 from remend.evaluation import Report, evaluate
 from remend.evaluation.reports.schema import read_report
-from remend.reproduction.cells import different
-from remend.reproduction.ingredients import Ingredients, Pantry, load_model, overlap
-from remend.reproduction.recipe import Recipe
-from remend.reproduction.summary import call, summary
+from remend.recipes.inputs import Ingredients, Pantry, load_model, overlap
+from remend.recipes.recipe import Recipe
+from remend.recipes.summary import call, summary
 from remend.serialization import MANIFEST, write_json, write_text
 from remend.training import train as train_editor
 from remend.training.checkpoint import folder_of
@@ -131,7 +131,7 @@ def _refuse_other(out: Path, about: dict[str, Any], resume: bool) -> None:
     if resume and file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         if before != about:
-            other = ", ".join(name.removeprefix("ingredients.") for name in different(before, about))
+            other = ", ".join(name.removeprefix("ingredients.") for name in differences(before, about))
             raise ConfigError(
                 f"{out} is of a run with another {other}: give the same to go on with it, or another folder"
             )

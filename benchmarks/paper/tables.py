@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from remend.reproduction.cells import AS_PUBLISHED, FAITHFUL, Cell, Scale
-from remend.reproduction.results import Results
-from remend.reproduction.worlds import PASSAGES, World
+from .cells import AS_PUBLISHED, FAITHFUL, Cell, Scale
+from .results import Results
+from .worlds import PASSAGES, World
 
 SLACK = 0.005
 """Differences of means below this count as none."""

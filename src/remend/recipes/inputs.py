@@ -22,7 +22,7 @@ from remend.request import EditRequest, Probe, read_requests, write_requests
 from remend.tasks import CausalLM, Classification, Seq2SeqLM, task_of
 
 if TYPE_CHECKING:
-    from remend.reproduction.recipe import Recipe
+    from remend.recipes.recipe import Recipe
 
 SPLITS = ("train", "validation", "test")
 FAR = 4

@@ -1,9 +1,9 @@
-"""``remend reproduce``."""
+"""The command line of the benchmark: computes cells, writes the tables and prints which findings hold."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -16,26 +16,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from remend.cli import options
 from remend.cli.escaping import plain
-from remend.cli.recipe import list_recipes, option, run_named, typed
-from remend.errors import ConfigError, RemendError
+from remend.cli.recipe import option, typed
+from remend.errors import ConfigError, RemendError, RequestError
 
 if TYPE_CHECKING:
-    from remend.reproduction import Cell, Given, Scale, Workshop
+    from .cells import Cell, Scale
+    from .workshop import Workshop
+    from .worlds import Given
 
 MEMORY = "memory"
 """How Figures 3 and 4 are asked for, among the tables."""
 
 
-def reproduce(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A recipe for a full-size model; without one, the tables in miniature.")
-    ] = None,
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+@app.command()
+def paper(
     out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Where everything is kept and gone on from; else reproduction, or the recipe."
-        ),
-    ] = None,
+        Path, typer.Option(metavar="DIR", help="Where results are kept; the same folder continues a stopped run.")
+    ] = Path("build/paper"),
     tables: Annotated[
         str | None, typer.Option(metavar="3,5,…", help="Of 3 (with 4), 5, 6, 9, 11 and memory, only these.")
     ] = None,
@@ -55,43 +55,28 @@ def reproduce(
     quick: Annotated[bool, typer.Option("--quick", help="Every cell, on less data and in minutes.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many times each cell is measured.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compute cells, on one thread each.")] = None,
-    model: Annotated[str | None, typer.Option(help="Of a recipe: a folder or hub id, in place of its own.")] = None,
-    train: Annotated[str | None, typer.Option(metavar="SOURCE", help="Of a recipe: requests to train on.")] = None,
-    validation: Annotated[str | None, typer.Option(metavar="SOURCE", help="Of a recipe: to validate on.")] = None,
-    test: Annotated[str | None, typer.Option(metavar="SOURCE", help="Of a recipe: requests to judge.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Of a recipe: requests of each split, to try it.")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Of a recipe: of training, to try it.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of a recipe: one of its seeds, or another; else its first.")] = None,
     device: options.Device = "auto",
-    recipes: Annotated[bool, typer.Option("--recipes", help="List the recipes and exit.")] = False,
 ) -> None:
     """Compare editors as the paper does, on small models, and say which of its findings hold.
 
     What was computed is kept in --out and never computed again; a run that was stopped goes on with the same command.
-    A RECIPE trains and judges MEND for one row of the paper's tables, or for a model of today, at full size: the name
-    of one that ships with remend, or a JSON file.
     """
-    from remend.reproduction.worlds import Given
+    from .worlds import Given
 
-    if recipes:
-        list_recipes()
-        return
-    of_tables = {"tables": tables, "cell": cell, "world": world, "quick": quick or None, "seeds": seeds, "jobs": jobs}
-    of_recipe = {
-        "model": model, "train": train, "validation": validation, "test": test, "limit": limit, "max_steps": max_steps,
-        "seed": seed,
-    }  # fmt: skip
-    if recipe is not None:
-        _refuse(
-            of_tables,
-            "of the tables; a recipe takes --model, --train, --validation, --test, --text, --writer, --seed, --limit, "
-            "--max-steps and --device",
-        )
-        both = {"text": text and str(text), "writer": writer and str(writer), "device": device}
-        run_named(recipe, out or Path(Path(recipe).stem), {**of_recipe, **both})
-        return
-    _refuse(of_recipe, "of a recipe: name one")
-    _tables(out or Path("reproduction"), tables, cell, Given(writer, text, world, device), quick, seeds, jobs)
+    _tables(out, tables, cell, Given(writer, text, world, device), quick, seeds, jobs)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    console = Console(stderr=True)
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="python -m benchmarks.paper")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except RemendError as error:
+        console.print(f"[bold red]{type(error).__name__}[/]: {plain(str(error))}", soft_wrap=True)
+        return 2 if isinstance(error, RequestError | ConfigError) else 1
+    return 0
 
 
 def _refuse(given: Mapping[str, Any], why: str) -> None:
@@ -114,8 +99,8 @@ def _tables(
     jobs: int | None,
 ) -> None:
     """Compute the tables, or one cell."""
-    from remend.reproduction.cells import FULL, QUICK
-    from remend.reproduction.tables import TABLES
+    from .cells import FULL, QUICK
+    from .tables import TABLES
 
     known = (*TABLES, MEMORY)
     wanted = known if tables is None else [part.strip() for part in tables.split(",")]
@@ -140,8 +125,8 @@ def _workshop(out: Path, scale: Scale, given: Given) -> Workshop:
     import torch
     from transformers.utils import logging
 
-    from remend.reproduction.workshop import Workshop
-    from remend.reproduction.worlds import worlds
+    from .workshop import Workshop
+    from .worlds import worlds
 
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # sums depend on it: figures shall not depend on --jobs, nor on the number of cores
@@ -150,7 +135,7 @@ def _workshop(out: Path, scale: Scale, given: Given) -> Workshop:
 
 def _ordered(cells: list[Cell]) -> list[Cell]:
     """Each cell once; those that use one trained editor follow each other."""
-    from remend.reproduction.cells import SAME_TRAINING
+    from .cells import SAME_TRAINING
 
     once = list(dict.fromkeys(cells))
     return sorted(once, key=lambda own: (own.world, SAME_TRAINING.get(own.method, own.method), own.seed, own.edits))
@@ -158,7 +143,7 @@ def _ordered(cells: list[Cell]) -> list[Cell]:
 
 def _groups(cells: list[Cell]) -> list[list[Cell]]:
     """Cells that use one trained editor, together: only one process may train it."""
-    from remend.reproduction.cells import SAME_TRAINING
+    from .cells import SAME_TRAINING
 
     found: dict[Any, list[Cell]] = {}
     for own in cells:
@@ -168,7 +153,7 @@ def _groups(cells: list[Cell]) -> list[list[Cell]]:
 
 def _compute(console: Console, shop: Workshop, cells: list[Cell], jobs: int, given: Given) -> None:
     """Measure what is missing, in one process or several, with a bar."""
-    from remend.reproduction.worlds import PASSAGES
+    from .worlds import PASSAGES
 
     missing = [own for own in cells if shop.found(own) is None]
     columns = (
@@ -210,7 +195,7 @@ def _one(name: str, out: Path, scale: Scale, given: Given) -> None:
     """Compute one cell and print its figures."""
     from rich.table import Table
 
-    from remend.reproduction.cells import METHODS, Cell
+    from .cells import METHODS, Cell
 
     cell = Cell.parse(name)
     if cell is None:
@@ -233,16 +218,16 @@ def _one(name: str, out: Path, scale: Scale, given: Given) -> None:
 def _command(out: Path, given: Given, quick: bool, seeds: int | None) -> str:
     """What computes all this again, typed in the same folder."""
     told: dict[str, Any] = {"out": out, **vars(given), "seeds": seeds}
-    return typed(["remend", "reproduce", *(["--quick"] if quick else [])], told)
+    return typed(["python", "-m", "benchmarks.paper", *(["--quick"] if quick else [])], told)
 
 
 def _write(console: Console, shop: Workshop, names: list[str], memory: bool, command: str) -> None:
     """Write the tables, say which findings hold and what failed, and only then measure memory, which may fail."""
-    from remend.reproduction import memory as measuring
-    from remend.reproduction.cells import FULL
-    from remend.reproduction.render import fill, write
-    from remend.reproduction.results import Results
-    from remend.reproduction.tables import TABLES
+    from . import memory as measuring
+    from .cells import FULL
+    from .render import fill, write
+    from .results import Results
+    from .tables import TABLES
 
     results = Results(shop)
     filled = [fill(TABLES[name], results, f"{command} --tables {name}") for name in names]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -155,18 +155,6 @@ def settings_of(cell: Cell, scale: Scale) -> dict[str, Any]:
         "config": None if method.config is None else to_json(method.config),
         "training": None if training is None else to_json(training),
     }
-
-
-def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names of the settings that differ between two JSON objects; of those within another, with its name."""
-    found = []
-    for key in dict.fromkeys((*before, *now)):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            found += [f"{key}.{own}" for own in different(one, other)]
-        elif one != other:
-            found.append(key)
-    return found
 
 
 FULL = Scale()

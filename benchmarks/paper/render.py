@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from remend.reproduction.cells import METHODS
-from remend.reproduction.drawing import Axis, chart
-from remend.reproduction.results import Results
-from remend.reproduction.tables import SLACK, Table
 from remend.serialization import write_json, write_text
+
+from .cells import METHODS
+from .drawing import Axis, chart
+from .results import Results
+from .tables import SLACK, Table
 
 TRIAL = "A quick run: it shows that everything works, and says nothing of any editor."
 VERDICTS = {True: "holds", False: "does not hold", None: "not measured"}
@@ -92,7 +92,7 @@ def write(
     """Write ``tables.md``, ``tables.html`` and ``tables.json`` into a folder, each whole or not at all."""
     write_text(folder / "tables.md", markdown(filled, memory, about))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = resources.files("remend.reproduction").joinpath("tables.html.j2").read_text(encoding="utf-8")
+    source = Path(__file__).with_name("tables.html.j2").read_text(encoding="utf-8")
     environment.filters["code"] = _with_code
     drawn = Markup(draw_memory(memory)) if any(own["added"] for own in memory) else ""
     page = environment.from_string(source).render(

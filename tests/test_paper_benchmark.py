@@ -4,27 +4,31 @@ import itertools
 import json
 import math
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from remend.cli import run
-from remend.cli.reproduce import _command
 from remend.errors import ConfigError, NonFiniteError
 from remend.models import editable_modules, load
-from remend.reproduction import TABLES, Cell, Given, Scale, Workshop, cells, worlds
-from remend.reproduction.cells import METHODS
-from remend.reproduction.drawing import COLOURS, Axis, chart
-from remend.reproduction.memory import METHODS as MEASURED
-from remend.reproduction.memory import measure
-from remend.reproduction.render import _with_code
-from remend.reproduction.results import Figure, Results, student
-from remend.reproduction.tables import CACHE, EDITORS, TOGETHER
-from remend.reproduction.workshop import attention_matrices
 from remend.request import write_requests
 from remend.serialization import write_json
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from paper import TABLES, Cell, Given, Scale, Workshop, cells, worlds
+from paper.cells import METHODS
+from paper.command import _command
+from paper.command import main as run
+from paper.drawing import COLOURS, Axis, chart
+from paper.memory import METHODS as MEASURED
+from paper.memory import measure
+from paper.render import _with_code
+from paper.results import Figure, Results, student
+from paper.tables import CACHE, EDITORS, TOGETHER
+from paper.workshop import attention_matrices
 
 TINY = Scale(seeds=2, requests=4, steps=2, train=40, many=4, text_tokens=32, memory=(256,))
 
@@ -131,14 +135,14 @@ def test_charts_name_each_line_once_and_apart():
 
 def test_a_run_is_gone_on_with_and_drawn(claims, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    assert run(["reproduce", "--out", str(out), "--tables", "11,memory"]) == 0
+    assert run(["--out", str(out), "--tables", "11,memory"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "paper: a cache does well on questions and claims" in told
     kept = {file: file.read_bytes() for file in (out / "cells").iterdir()}
     assert len(kept) == 4  # two methods, two seeds
     markdown, page = ((out / f"tables.{kind}").read_text() for kind in ("md", "html"))
     assert "## Table 11: a cache of edits" in markdown
-    assert f"`remend reproduce --out {out} --tables 11`" in markdown
+    assert f"`python -m benchmarks.paper --out {out} --tables 11`" in markdown
     assert all(
         "its own 4 test requests, or all that there are (4 or one batch of several edits at once)" in own
         for own in (markdown, page)
@@ -150,13 +154,13 @@ def test_a_run_is_gone_on_with_and_drawn(claims, tmp_path, capsys, monkeypatch):
     assert content["tables"][0]["rows"].keys() == {"cache", "mend-paper"}
     assert {own["method"] for own in content["memory"]} == set(MEASURED)
     monkeypatch.setattr(Workshop, "measure", lambda *_: pytest.fail("a cell was computed twice"))
-    assert run(["reproduce", "--out", str(out), "--tables", "11"]) == 0
+    assert run(["--out", str(out), "--tables", "11"]) == 0
     assert {file: file.read_bytes() for file in (out / "cells").iterdir()} == kept
 
 
 def test_one_cell_gives_the_figures_of_the_table(claims, tmp_path, capsys):
     for out in ("one", "other"):
-        assert run(["reproduce", "--out", str(tmp_path / out), "--cell", "claims/mend-paper/2/1"]) == 0
+        assert run(["--out", str(tmp_path / out), "--cell", "claims/mend-paper/2/1"]) == 0
     told = capsys.readouterr().out
     assert "edit success" in told
     name = "cells/claims-mend-paper-2-1.json"
@@ -270,11 +274,11 @@ def test_results_are_drawn_where_their_world_is_not_at_hand(claims, tmp_path, ca
             figures = {metric: {"mean": 0.4242, "n": 4} for metric in ("edit_success", "edit_success_tokens")}
             figures |= {"perplexity_drawdown": {"mean": 0.1, "n": 4}}
             write_json(out / "cells" / f"{cell.id.replace('/', '-')}.json", {"cell": cell.id, "figures": figures})
-    assert run(["reproduce", "--out", str(out), "--tables", "11"]) == 0
+    assert run(["--out", str(out), "--tables", "11"]) == 0
     (row,) = (line for line in (out / "tables.md").read_text().splitlines() if line.startswith("| cache"))
     assert row.startswith("| cache | 0.424 ± 0.000 / 0.100 ± 0.000<br>*.001 / .211* | 0."), "passages, then claims"
     assert Cell("capitals", "ft") in EDITORS.cells(TINY, Workshop(out, claims, TINY).worlds)
-    assert run(["reproduce", "--out", str(out), "--cell", "passages/ft/1/0"]) == 2
+    assert run(["--out", str(out), "--cell", "passages/ft/1/0"]) == 2
     assert "the model is not at hand" in " ".join(capsys.readouterr().err.split())
 
 
@@ -284,7 +288,7 @@ def test_a_world_of_ones_own(capitals, tmp_path, capsys, monkeypatch):
     there = worlds.worlds(Given(world=capitals))
     assert Cell("capitals", "ke", 1, 1) in EDITORS.cells(TINY, there)
     assert ("capitals", 1) not in CACHE.columns_in(there)
-    arguments = ["reproduce", "--out", str(tmp_path / "out"), "--world", str(capitals)]
+    arguments = ["--out", str(tmp_path / "out"), "--world", str(capitals)]
     assert run([*arguments, "--cell", "capitals/ft/1/0"]) == 0
     assert "capitals/ft/1/0" in capsys.readouterr().out
     (capitals / "test.jsonl").write_text((capitals / "train.jsonl").read_text())
@@ -326,7 +330,7 @@ def test_a_cell_that_fails_stops_no_other(claims, tmp_path, capsys, monkeypatch)
         return measure(self, cell)
 
     monkeypatch.setattr(Workshop, "measure", diverging)
-    arguments = ["reproduce", "--out", str(tmp_path)]
+    arguments = ["--out", str(tmp_path)]
     assert run([*arguments, "--tables", "11"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "claims/cache/1/1 failed: NonFiniteError: the loss became NaN" in told
@@ -346,16 +350,8 @@ def test_a_cell_that_fails_stops_no_other(claims, tmp_path, capsys, monkeypatch)
 
 def test_the_command_of_a_table_can_be_typed_again():
     given = Given(Path("build/my writer"), Path("../text.txt"), device="cuda:1")
-    again = "remend reproduce --quick --out build/tables --writer 'build/my writer' --text ../text.txt --device cuda:1"
-    assert _command(Path("build/tables"), given, True, None) == again
-
-
-def test_a_recipe_s_options_reach_it(tmp_path, monkeypatch):
-    called = {}
-    monkeypatch.setattr("remend.reproduction.running.run_recipe", lambda *_, **given: called.update(given))
-    assert run(["reproduce", "distilgpt2", "--out", "my out", "--seed", "0", "--max-steps", "3"]) == 0
-    assert (called["seed"], called["max_steps"], called["device"]) == (0, 3, "auto")
-    assert called["command"] == "remend reproduce distilgpt2 --out 'my out' --max-steps 3 --seed 0"
+    options = "--quick --out build/tables --writer 'build/my writer' --text ../text.txt --device cuda:1"
+    assert _command(Path("build/tables"), given, True, None) == f"python -m benchmarks.paper {options}"
 
 
 def test_figures_do_not_depend_on_the_number_of_processes(claims, tmp_path, monkeypatch):
@@ -364,7 +360,7 @@ def test_figures_do_not_depend_on_the_number_of_processes(claims, tmp_path, monk
     monkeypatch.setattr("torch.set_num_threads", told.append)
     monkeypatch.setattr(worlds, "load", lambda source, device: told.append(device) or pytest.skip("enough"))
     with pytest.raises(pytest.skip.Exception):
-        run(["reproduce", "--out", str(tmp_path), "--tables", "11", "--device", "cuda:1"])
+        run(["--out", str(tmp_path), "--tables", "11", "--device", "cuda:1"])
     assert told == [1, "cuda:1"]
 
 
@@ -375,16 +371,10 @@ def test_figures_do_not_depend_on_the_number_of_processes(claims, tmp_path, monk
         (["--cell", "claims/mend/1"], "is no cell: it is WORLD/METHOD/EDITS/SEED"),
         (["--cell", "claims/mend/1/0", "--jobs", "2"], "--jobs: of several cells; --cell names one"),
         (["--cell", "seas/mend/1/0"], "there is no world 'seas' here"),
-        (["gpt-jay"], "there is no recipe 'gpt-jay'"),
-        (["--limit", "3", "--max-steps", "2"], "--limit, --max-steps: of a recipe: name one"),
-        (["--seed", "0"], "--seed: of a recipe: name one"),
-        (["distilgpt2", "--world", "capitals"], "--world: of the tables; a recipe takes --model"),
-        (["distilgpt2", "--tables", "3", "--cell", "claims/mend/1/0"], "--tables, --cell: of the tables"),
-        (["distilgpt2", "--quick", "--seeds", "3", "--jobs", "2"], "--quick, --seeds, --jobs: of the tables"),
     ],
 )
 def test_wrong_use(claims, tmp_path, capsys, arguments, message):
-    assert run(["reproduce", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert run(["--out", str(tmp_path / "out"), *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -411,11 +401,6 @@ def test_memory_is_measured_once(tmp_path, monkeypatch):
 def test_tables_are_there_though_memory_cannot_be_measured(claims, tmp_path, capsys, monkeypatch, error, told):
     dead = subprocess.CompletedProcess([], -9, "", error)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: dead)
-    assert run(["reproduce", "--out", str(tmp_path), "--tables", "11,memory"]) == 1
+    assert run(["--out", str(tmp_path), "--tables", "11,memory"]) == 1
     assert f"measuring the memory of ke failed: {told}" in " ".join(capsys.readouterr().err.split())
     assert "## Table 11" in (tmp_path / "tables.md").read_text()
-
-
-def test_recipes_are_listed(capsys):
-    assert run(["reproduce", "--recipes"]) == 0
-    assert "gpt-j-6b" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from remend.errors import ConfigError, FileError, nearest
 from remend.training.config import PRESETS, TrainingConfig
 from remend.training.resource_estimate import ResourceEstimate, dry_run
 
-FOLDER = Path(__file__).with_name("recipes")
+FOLDER = Path(__file__).parent
 """Where the recipes are that ship with the package, each in a file of its name."""
 
 TaskKind = Literal["causal-lm", "seq2seq", "classification"]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from remend.reproduction.cells import METHODS, Cell
-from remend.reproduction.workshop import Workshop
+from .cells import METHODS, Cell
+from .workshop import Workshop
 
 STUDENT = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from remend.config import to_json
+from remend.config import differences, to_json
 from remend.core.layers import editable_layers, execution_device
 from remend.editors import TRAINED, Editor, Trainable, load_trained, make
 from remend.editors.finetune import FineTune
@@ -20,20 +20,20 @@ from remend.errors import ConfigError, FileError, ModelError, RemendError
 from remend.evaluation import evaluate
 from remend.evaluation.reports.report import environment, metrics_of
 from remend.models.structure import LAST, LAST_OF_TWO, choose_blocks, mlp_matrices, named_stacks
-from remend.reproduction.cells import (
+from remend.request import EditRequest
+from remend.serialization import MANIFEST, write_json
+from remend.training import train
+
+from .cells import (
     METHODS,
     SAME_TRAINING,
     Cell,
     Progress,
     Scale,
-    different,
     settings_of,
     training_of,
 )
-from remend.reproduction.worlds import TOKENS, Inhabited, World, remembered
-from remend.request import EditRequest
-from remend.serialization import MANIFEST, write_json
-from remend.training import train
+from .worlds import TOKENS, Inhabited, World, remembered
 
 KEPT = (
     "reliability", "generality", "edit_success", "locality_far", "locality_near", "accuracy_drawdown",
@@ -91,7 +91,7 @@ class Workshop:
             return None
         kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         now = settings_of(cell, self.scale)
-        if other := different(kept.get("settings", now), now):  # a release that kept none had these
+        if other := differences(kept.get("settings", now), now):  # a release that kept none had these
             raise ConfigError(
                 f"{file} was computed with another {', '.join(other)}: delete it to compute {cell.id} anew, or choose "
                 "another folder"
@@ -188,7 +188,7 @@ class Workshop:
             return
         file = self.folder / "worlds" / f"{name}.json"
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else now
-        if other := different(before, now):
+        if other := differences(before, now):
             raise ConfigError(
                 f"{self.folder} holds results of {name} with another {', '.join(other)}: choose another folder for "
                 "this one"
@@ -230,7 +230,7 @@ class Workshop:
         if (out / MANIFEST).exists() and not unfinished.exists():
             kept = load_trained(out)
             now = {"config": to_json(method.config), "training": to_json(config)}
-            if other := different({"config": to_json(kept.config), "training": kept.trained["config"]}, now):
+            if other := differences({"config": to_json(kept.config), "training": kept.trained["config"]}, now):
                 raise ConfigError(
                     f"{out} was trained with another {', '.join(other)}: delete it to train it anew, or choose another "
                     "folder"
