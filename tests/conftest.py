@@ -1,8 +1,11 @@
 """Settings of every test: the shapes in annotations are checked, and one thread, since the models are tiny."""
 
+import hypothesis
 import torch
 from jaxtyping import install_import_hook
 
+hypothesis.settings.register_profile("remend", deadline=None)  # no test depends on how busy the machine is
+hypothesis.settings.load_profile("remend")
 torch.set_num_threads(1)
 install_import_hook(
     ["remend.core", "remend.edit", "remend.editors", "remend.tasks", "remend.training"], "beartype.beartype"

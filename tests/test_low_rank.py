@@ -15,14 +15,14 @@ def drawn(rank, d_in, d_out, *episodes, seed=0):
 
 
 @given(SIZES, SIZES, SIZES, SIZES)
-def test_branch_is_the_dense_product(rank, d_in, d_out, rows):
+def test_output_change_is_the_dense_product(rank, d_in, d_out, rows):
     change = drawn(rank, d_in, d_out)
     x = torch.randn(rows, 3, d_in)
     torch.testing.assert_close(change.output_change(x), x @ change.dense().T, rtol=1e-4, atol=1e-4)
 
 
 @given(SIZES, SIZES, SIZES, st.integers(1, 4), st.integers(1, 3), SIZES)
-def test_batched_branch_keeps_episodes_apart(rank, d_in, d_out, episodes, rows_each, tokens):
+def test_output_change_keeps_episodes_apart(rank, d_in, d_out, episodes, rows_each, tokens):
     change = drawn(rank, d_in, d_out, episodes)
     x = torch.randn(episodes * rows_each, tokens, d_in)
     expected = torch.cat([x[e * rows_each : (e + 1) * rows_each] @ change.dense()[e].T for e in range(episodes)])
@@ -51,3 +51,12 @@ def test_recompression_is_the_best_of_its_rank(rank, d_in, d_out):
     values = torch.linalg.svdvals(change.dense())
     assert one.rank == 1
     torch.testing.assert_close((one.dense() - change.dense()).norm(), values[1:].norm(), rtol=1e-3, atol=1e-3)
+
+
+def test_changes_are_compared_by_identity():
+    """Factors that are equal element by element have no one truth value, and the same change has many factors."""
+    change = drawn(2, 3, 4)
+    assert change == change
+    assert change != drawn(2, 3, 4)
+    assert change in [drawn(2, 3, 4), change]
+    assert len({change, change.detach()}) == 2

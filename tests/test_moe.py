@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -41,6 +43,35 @@ def change_for(linear, rank=6, seed=0):
     d_out, d_in = linear.weight.shape[1:][:: -1 if linear.transposed else 1]
     u, delta = (torch.randn(rank, d, generator=generator) for d in (d_in, d_out))
     return LowRank(u, delta, experts=experts)
+
+
+def attributes(model):
+    """The names of everything that each module holds."""
+    return {name: list(module.__dict__) for name, module in model.named_modules()}
+
+
+def test_nothing_is_left_on_the_users_model(model):
+    fresh = copy.deepcopy(model)
+    before = attributes(fresh)
+    linear = find_modules(fresh, [NAME])[NAME]
+    assert attributes(fresh) == before
+    with changes_applied({NAME: linear}, {NAME: change_for(linear)}):
+        logits(fresh)
+        copied = copy.deepcopy(fresh)
+    assert attributes(fresh) == before
+    assert find_modules(copied, [NAME])[NAME].owner is copied.get_submodule(NAME.removesuffix(".down_proj"))
+    assert find_modules(fresh, [NAME])[NAME] is linear, "the copy has its own layer"
+
+
+def test_layers_of_experts_go_away_with_their_model():
+    model = families.make("mixtral")
+    linear = find_modules(model, [NAME])[NAME]
+    owner = weakref.ref(linear.owner)
+    del model
+    gc.collect()
+    assert owner() is None
+    with pytest.raises(ModelError, match="no longer exists; keep a reference"):
+        linear.weight  # noqa: B018
 
 
 def test_hooks_change_nothing_and_leave_nothing(model):

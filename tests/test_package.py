@@ -1,6 +1,7 @@
 """The package as a whole: its public names, its rooms, and what importing it does."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,18 @@ def test_the_core_needs_torch_only():
             if isinstance(node, ast.ImportFrom) and node.module:
                 top = node.module.split(".")[0]
                 assert top in {"torch", "jaxtyping", "remend", *sys.stdlib_module_names}, f"{path.name} imports {top}"
+
+
+def test_dataclasses_that_hold_tensors_are_compared_by_identity():
+    """Comparing tensors as fields raises: their elements have no one truth value."""
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            decorator = next((text for d in node.decorator_list if "dataclass" in (text := ast.unparse(d))), None)
+            fields = [ast.unparse(item.annotation) for item in node.body if isinstance(item, ast.AnnAssign)]
+            if decorator and any(re.search(r"\b(Tensor|LowRank)\b", field) for field in fields):
+                assert "eq=False" in decorator, f"{path.relative_to(SOURCE)}: {node.name}"
 
 
 def test_nothing_is_ever_pickled():

@@ -20,7 +20,7 @@ from remend.core.low_rank import LowRank
 from remend.errors import ModelError, NonFiniteError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GradientFactors:
     """The factors of one layer's gradient, for each episode of a batch apart.
 
@@ -138,7 +138,7 @@ def capture_gradient_factors(
     return losses.detach(), factors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerInput:
     """What a layer is called with in one pass, as float32.
 

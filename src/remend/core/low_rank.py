@@ -12,7 +12,7 @@ from torch import Tensor
 from remend.errors import EditError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """A change ΔW = deltaᵀ u of a weight W [d_out, d_in], kept as its factors.
 

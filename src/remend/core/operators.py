@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SymmetricOperator:
     """A symmetric operator on vectors of d dimensions: dense, or made of what it does in k directions and outside.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from remend.core.capture import GradientFactors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedFactors:
     """One matrix's tokens that carry gradient, of all episodes of a batch, one episode after the other.
 

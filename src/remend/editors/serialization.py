@@ -28,7 +28,7 @@ class SavableEditor(Protocol):
     shapes: dict[str, tuple[int, int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SavedEditor:
     """What was read of an editor's folder.
 

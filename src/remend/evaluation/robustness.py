@@ -122,7 +122,7 @@ def _begun(task: Task, other: Sequence[Example], pair: Example, draw: random.Ran
     return begun if task.context is None or task.length(begun) <= task.context else pair
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Looked:
     """First choices along some pairs, whether each pair's are its whole target, and that one's log probability."""
 

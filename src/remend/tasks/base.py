@@ -45,7 +45,7 @@ def in_batches(pairs: Sequence[Example]) -> Iterator[Sequence[Example]]:
         yield pairs[start : start + EDIT_BATCH]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Some pairs as one right-padded batch, and where in it each target token is predicted.
 

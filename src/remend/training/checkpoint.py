@@ -24,7 +24,7 @@ FORMAT = "remend.checkpoint/1"
 SHA256_DIGITS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingState:
     """What a run remembers beside its trainer's state.
 

@@ -46,7 +46,7 @@ class EpisodeBatch:
         return [pair for both in zip(self.neighbours, self.locality, strict=True) for pair in both]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EpisodeLosses:
     """What a batch of episodes gave, one number an episode.
 

@@ -19,7 +19,7 @@ CERTAIN = 1e-4
 """The norm of a gradient that is clipped need not be known better than this; Adam hardly sees its scale."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gradients:
     """What is known of a backward pass over all processes without forming a large gradient.
 
