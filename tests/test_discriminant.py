@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import worlds
+from remend.config import from_json
 from remend.core.capture import record_inputs
 from remend.core.discriminant import Discriminant
 from remend.core.low_rank import LowRank, concatenate, stack
@@ -168,9 +169,9 @@ def test_contrast_and_settling_survive_saving(task, tmp_path):
 def test_a_setting_that_makes_no_sense_is_refused():
     with pytest.raises(ConfigError, match="give tokens='target'"):
         MendConfig(contrast=1.0)
-    with pytest.raises(ConfigError, match="tokens is one of all, target, not 'last'"):
-        MendConfig(tokens="last")
-    with pytest.raises(ConfigError, match="settle must not be negative"):
+    with pytest.raises(ConfigError, match="tokens must be one of all, target, not 'last'"):
+        from_json(MendConfig, {"version": 1, "tokens": "last"})
+    with pytest.raises(ConfigError, match="settle must be a finite number of at least 0"):
         MendConfig(settle=-1.0)
     with pytest.raises(ConfigError, match="shares of a whole"):
         TrainingConfig(near=0.7, in_batch=0.7)

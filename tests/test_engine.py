@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import worlds
 from remend.cli import run
+from remend.config import from_json
 from remend.core import matmul as products
 from remend.core.editor_network import EditorNetwork, LowRankResidual
 from remend.core.factored_gradients import FactoredGradients
@@ -619,15 +620,15 @@ def test_bfloat16_products_train_a_float32_editor(model):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"precision": "float16"}, "precision is one of float32, tf32, bfloat16"),
-        ({"micro_batch": 0}, "micro_batch must be at least 1"),
-        ({"memory": -1.0}, "memory is in GB"),
-        ({"cache": float("nan")}, "cache is in GB"),
+        ({"precision": "float16"}, "precision must be one of float32, tf32, bfloat16, not 'float16'"),
+        ({"micro_batch": 0}, "micro_batch must be a whole number of at least 1 or None, not 0"),
+        ({"memory": -1.0}, "memory must be a finite number above 0 or None, not -1.0"),
+        ({"cache": float("nan")}, "cache must be a finite number of at least 0, not nan"),
     ],
 )
 def test_wrong_resources(wrong, message):
     with pytest.raises(ConfigError, match=message):
-        Resources(**wrong)
+        from_json(Resources, {"version": 1, **wrong})
 
 
 def test_the_doctor_finds_a_healthy_model_healthy_and_leaves_it_alone(model, snapshot):

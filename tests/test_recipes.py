@@ -312,7 +312,7 @@ def test_a_recipe_of_one_s_own(tmp_path):
         ({"paper": {"tabel": "3"}}, "the key 'paper.table' is missing"),
         ({"preset": "papr"}, "preset: there is no preset 'papr'; did you mean 'paper'?"),
         ({"training": {"learning_rat": 1.0}}, "TrainingConfig has no setting 'learning_rat'; did you mean"),
-        ({"network": {"rank": "many"}}, "MendConfig.rank should be int, it is 'many'"),
+        ({"network": {"rank": "many"}}, "MendConfig.rank must be a whole number of at least 1, not 'many'"),
         ({"test": "zrse:file.json"}, "test: there is no data set 'zrse'"),
         ({"dtype": "float23"}, "dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
         ({"model": None}, "give a model, or say in 'needs' what has to be given"),

@@ -362,10 +362,13 @@ def test_presets_and_configurations():
     [
         ({"version": 1, "learning_rte": 1.0}, "no setting 'learning_rte'; did you mean 'learning_rate'"),
         ({"version": 9}, "version 9 is not known"),
-        ({"version": 1, "batch_size": "ten"}, "batch_size should be int, it is 'ten'"),
-        ({"version": 1, "batch_size": True}, "batch_size should be int, it is True"),
-        ({"version": 1, "batch_size": 0}, "batch_size must be at least 1"),
-        ({"version": 1, "edit_weight": -1}, "edit_weight must be positive"),
+        (
+            {"version": 1, "batch_size": "ten"},
+            "TrainingConfig.batch_size must be a whole number of at least 1, not 'ten'",
+        ),
+        ({"version": 1, "batch_size": True}, "batch_size must be a whole number of at least 1, not True"),
+        ({"version": 1, "batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+        ({"version": 1, "edit_weight": -1}, "edit_weight must be a finite number above 0, not -1"),
     ],
 )
 def test_wrong_configurations(content, message):
@@ -374,11 +377,11 @@ def test_wrong_configurations(content, message):
 
 
 def test_wrong_network_settings():
-    with pytest.raises(ConfigError, match="rank is"):
+    with pytest.raises(ConfigError, match="rank must be a whole number of at least 1, not 0"):
         MendConfig(rank=0)
-    with pytest.raises(ConfigError, match="alpha is"):
+    with pytest.raises(ConfigError, match=r"alpha must be a finite number above 0, not -0\.0001"):
         MendConfig(alpha=-1e-4)
-    with pytest.raises(ConfigError, match="limit must not be negative"):
+    with pytest.raises(ConfigError, match=r"limit must be a finite number of at least 0, not -1\.0"):
         MendConfig(limit=-1.0)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -55,7 +55,7 @@ CacheGb = Annotated[float, typer.Option(min=0, help="GB of memory for what is co
 CacheFolder = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Keep it on disk too, for this run and later ones.")
 ]
-Precision = Annotated[str, typer.Option(help="float32, tf32 or bfloat16: of matrix products while training.")]
+Precision = Annotated[Literal["float32", "tf32", "bfloat16"], typer.Option(help="Of matrix products while training.")]
 Recompute = Annotated[
     bool, typer.Option("--recompute", help="Compute activations again for the backward pass; less memory, more time.")
 ]

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from remend.config import Config
 from remend.core.capture import explain_non_finite
 from remend.core.hooks import LowRankHook, frozen, remove_hooks
 from remend.core.layers import is_quantized, layer_inputs, weight_rms
@@ -30,18 +32,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EnnConfig:
+class EnnConfig(Config):
     """Settings of an ENN.
 
     Attributes:
         step: the gradient step that every matrix starts with; 1 changes a token's output by about its own size.
     """
 
-    step: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.step < float("inf"):
-            raise ConfigError(f"step is a descent step and must be positive, not {self.step}")
+    step: PositiveFloat = 0.5
 
 
 class Enn(TrainableEditor):

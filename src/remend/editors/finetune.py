@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from remend.config import Config
 from remend.core.capture import explain_non_finite
 from remend.core.dense_change import DenseChange
 from remend.core.hooks import changes_applied, frozen
@@ -40,7 +42,7 @@ ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class FineTuneConfig:
+class FineTuneConfig(Config):
     """How a model is fine-tuned on an edit.
 
     Attributes:
@@ -54,19 +56,15 @@ class FineTuneConfig:
         seed: of the order of requests and the choice of locality examples.
     """
 
-    learning_rate: float = 0.01
-    steps: int = 100
+    learning_rate: PositiveFloat = 0.01
+    steps: PositiveInt = 100
     until_taken: bool = True
-    batch_size: int = 0
-    kl_weight: float = 0.0
+    batch_size: NonNegativeInt = 0
+    kl_weight: NonNegativeFloat = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "steps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.batch_size < 0 or not 0 <= self.kl_weight < float("inf"):
-            raise ConfigError("batch_size and kl_weight must not be negative")
+        super().__post_init__()
         if self.until_taken and self.batch_size:
             raise ConfigError(
                 "until_taken looks at all requests in every step, so they cannot be tuned in batches: set until_taken "

@@ -8,15 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from transformers import PreTrainedModel
 
+from remend.config import Config
 from remend.core.capture import capture_gradient_factors
 from remend.core.low_rank import LowRank
 from remend.editors.info import EditorInfo
 from remend.editors.trainable import TrainableEditor
-from remend.errors import ConfigError
 from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.tasks.base import Example, Task
@@ -24,18 +25,14 @@ from remend.tasks.language_model import LanguageTask
 
 
 @dataclass(frozen=True)
-class KeConfig:
+class KeConfig(Config):
     """Sizes of the network.
 
     Attributes:
         hidden: width of the recurrent network, in either direction, and of the layer after it.
     """
 
-    hidden: int = 128
-
-    def __post_init__(self) -> None:
-        if self.hidden < 1:
-            raise ConfigError(f"hidden is the network's width and must be at least 1, not {self.hidden}")
+    hidden: PositiveInt = 128
 
 
 class Ke(TrainableEditor):

@@ -12,14 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from remend.config import Config
 from remend.core.hooks import frozen, remove_hooks
 from remend.edit import AppliedEdit
 from remend.editors.calibration_data import stretches
 from remend.editors.info import EditorInfo, checked
-from remend.errors import ConfigError, EditError, FileError, ModelError
+from remend.errors import EditError, FileError, ModelError
 from remend.fingerprint import ModelFingerprint
 from remend.request import EditRequest, parse_request
 from remend.serialization import read_folder, take, write_folder
@@ -31,7 +33,7 @@ FORMAT = "remend.cache/1"
 
 
 @dataclass(frozen=True)
-class LookupConfig:
+class LookupConfig(Config):
     """Settings of a cache.
 
     Attributes:
@@ -39,11 +41,7 @@ class LookupConfig:
             usual distance between those of unrelated texts.
     """
 
-    radius: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.radius < float("inf"):
-            raise ConfigError(f"radius is a share of a distance and must be positive, not {self.radius}")
+    radius: PositiveFloat = 0.5
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,11 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float
+from pydantic import PositiveFloat
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from remend.config import Config, Factor
 from remend.core.capture import capture_gradient_factors
 from remend.core.layers import dimensions, execution_device, expert_count, weight_rms
 from remend.core.least_squares import least_squares
@@ -40,7 +42,7 @@ from remend.tasks.base import Task, in_batches
 
 
 @dataclass(frozen=True)
-class RidgeConfig:
+class RidgeConfig(Config):
     """Settings of the training-free editor; chosen on the atlas's validation split.
 
     Attributes:
@@ -52,17 +54,10 @@ class RidgeConfig:
             (:class:`remend.core.low_rank.LowRank`).
     """
 
-    strength: float = 2.0
-    ridge: float = 0.01
-    floor: float = 0.01
-    gate: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("strength", "ridge", "floor"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
-        if not 0 <= self.gate < 1:
-            raise ConfigError(f"gate is a share of an edit's answer to itself, from 0 to below 1, not {self.gate}")
+    strength: PositiveFloat = 2.0
+    ridge: PositiveFloat = 0.01
+    floor: PositiveFloat = 0.01
+    gate: Factor = 0.0
 
 
 class Ridge:

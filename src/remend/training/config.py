@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
+from remend.config import Config, Share
 from remend.editors.mend.config import MendConfig
 from remend.errors import ConfigError
 
-PRECISIONS = ("float32", "tf32", "bfloat16")
-
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Config):
     """How an editor is trained; the defaults are the paper's (section 5, appendix B).
 
     Attributes:
@@ -37,34 +38,29 @@ class TrainingConfig:
         seed: of initial weights, the order of the data and every draw.
     """
 
-    edit_weight: float = 0.1
-    batch_size: int = 10
-    learning_rate: float = 1e-6
-    alpha_learning_rate: float = 1e-4
-    near: float = 0.0
-    in_batch: float = 0.0
-    hardest: int = 1
+    edit_weight: PositiveFloat = 0.1
+    batch_size: PositiveInt = 10
+    learning_rate: PositiveFloat = 1e-6
+    alpha_learning_rate: PositiveFloat = 1e-4
+    near: Share = 0.0
+    in_batch: Share = 0.0
+    hardest: PositiveInt = 1
     decay: bool = False
-    gradient_clip: float = 100.0
-    max_steps: int = 500_000
-    patience: int = 20_000
-    validate_every: int = 1_000
-    validation_size: int = 500
+    gradient_clip: PositiveFloat = 100.0
+    max_steps: PositiveInt = 500_000
+    patience: PositiveInt = 20_000
+    validate_every: PositiveInt = 1_000
+    validation_size: PositiveInt = 500
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.near >= 0 and self.in_batch >= 0 and self.near + self.in_batch <= 1):
+        super().__post_init__()
+        if self.near + self.in_batch > 1:
             raise ConfigError(f"near and in_batch are shares of a whole, not {self.near} and {self.in_batch}")
-        for name in ("batch_size", "hardest", "max_steps", "patience", "validate_every", "validation_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("edit_weight", "learning_rate", "alpha_learning_rate", "gradient_clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
-class Resources:
+class Resources(Config):
     """How a run uses the machine it is on. Nothing here changes what is computed, but for rounding.
 
     Attributes:
@@ -77,12 +73,12 @@ class Resources:
             statistics and what is summed stay float32.
     """
 
-    micro_batch: int | None = None
-    memory: float | None = None
-    cache: float = 1.0
+    micro_batch: PositiveInt | None = None
+    memory: PositiveFloat | None = None
+    cache: NonNegativeFloat = 1.0
     cache_folder: Path | None = None
     recompute: bool = False
-    precision: str = "float32"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -104,16 +100,6 @@ class Resources:
     def product_dtype(self) -> torch.dtype:
         """In which the editor networks' products are taken."""
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision is one of {', '.join(PRECISIONS)}, not {self.precision!r}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ConfigError(f"micro_batch must be at least 1, not {self.micro_batch}")
-        if self.memory is not None and not 0 < self.memory < float("inf"):
-            raise ConfigError(f"memory is in GB and must be positive, not {self.memory}")
-        if not 0 <= self.cache < float("inf"):
-            raise ConfigError(f"cache is in GB and must not be negative, not {self.cache}")
 
 
 # The default differs from the paper where that makes an editor learn sooner, on any model: whitened inputs,

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -44,13 +45,8 @@ class MemitConfig(LocateConfig):
             dimensions: an ordinary key's kᵀC⁻¹k.
     """
 
-    largest: float = 1.5  # the offsets of many requests add up where their keys are alike
-    weight: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.weight < float("inf"):
-            raise ConfigError(f"weight must be positive, not {self.weight}")
+    largest: PositiveFloat = 1.5  # the offsets of many requests add up where their keys are alike
+    weight: PositiveFloat = 0.2
 
 
 class Rome(LocateThenEdit):

@@ -13,19 +13,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from remend.config import Config
 from remend.core.capture import record_inputs
 from remend.core.hooks import frozen, remove_hooks
 from remend.core.losses import target_loss
 from remend.editors.locate_then_edit.subject_prompts import Reading
-from remend.errors import ConfigError, NonFiniteError
+from remend.errors import NonFiniteError
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.tasks.base import Batch, Task
 
 
 @dataclass(frozen=True)
-class LocateConfig:
+class LocateConfig(Config):
     """Settings that ROME and MEMIT share.
 
     Sizes are shares of what the block gives at the subject, so that one setting suits models of any scale.
@@ -41,22 +43,14 @@ class LocateConfig:
         floor: what is added to every eigenvalue of the keys' second moment, as a share of their mean, at least.
     """
 
-    steps: int = 25
-    learning_rate: float = 0.5
-    enough: float = 0.05
-    kl_weight: float = 0.0625
-    decay: float = 0.002
-    largest: float = 2.0
-    beginnings: int = 5
-    floor: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "largest", "floor"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("enough", "kl_weight", "decay", "beginnings"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+    steps: PositiveInt = 25
+    learning_rate: PositiveFloat = 0.5
+    enough: NonNegativeFloat = 0.05
+    kl_weight: NonNegativeFloat = 0.0625
+    decay: NonNegativeFloat = 0.002
+    largest: PositiveFloat = 2.0
+    beginnings: NonNegativeInt = 5
+    floor: PositiveFloat = 0.01
 
 
 class Sites:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from remend.config import Config, Factor
 from remend.errors import ConfigError
-
-TOKENS = ("all", "target")
-AGGREGATES = ("sum", "least-squares")
-TRANSFORMS = ("both", "u", "delta", "smaller")
 
 
 @dataclass(frozen=True)
-class MendConfig:
+class MendConfig(Config):
     """The editor network's size and its starting step.
 
     Attributes:
@@ -50,40 +50,24 @@ class MendConfig:
             still acts at its own tokens as if it were alone (:mod:`remend.core.least_squares`).
     """
 
-    rank: int = 1920
-    alpha: float = 1e-4
-    ridge: float = 0.0
+    rank: PositiveInt = 1920
+    alpha: PositiveFloat = 1e-4
+    ridge: NonNegativeFloat = 0.0
     relative: bool = False
     outputs_only: bool = False
-    tokens: str = "all"
-    limit: float = 0.0
-    contrast: float = 0.0
-    settle: float = 0.0
-    gate: float = 0.0
+    tokens: Literal["all", "target"] = "all"
+    limit: NonNegativeFloat = 0.0
+    contrast: NonNegativeFloat = 0.0
+    settle: NonNegativeFloat = 0.0
+    gate: Factor = 0.0
     share: bool = True
     normalise: bool = True
     identity: bool = True
-    transforms: str = "both"
-    aggregate: str = "sum"
+    transforms: Literal["both", "u", "delta", "smaller"] = "both"
+    aggregate: Literal["sum", "least-squares"] = "sum"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank is the editor networks' inner width and must be at least 1, not {self.rank}")
-        if not 0 < self.alpha < float("inf"):
-            raise ConfigError(f"alpha is a descent step and must be positive, not {self.alpha}")
-        if not 0 <= self.ridge < float("inf"):
-            raise ConfigError(f"ridge is a share of an eigenvalue and must not be negative, not {self.ridge}")
-        if self.tokens not in TOKENS:
-            raise ConfigError(f"tokens is one of {', '.join(TOKENS)}, not {self.tokens!r}")
-        if self.aggregate not in AGGREGATES:
-            raise ConfigError(f"aggregate is one of {', '.join(AGGREGATES)}, not {self.aggregate!r}")
-        if self.transforms not in TRANSFORMS:
-            raise ConfigError(f"transforms is one of {', '.join(TRANSFORMS)}, not {self.transforms!r}")
-        for name in ("limit", "contrast", "settle"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
-        if not 0 <= self.gate < 1:
-            raise ConfigError(f"gate is a share of an edit's answer to itself, from 0 to below 1, not {self.gate}")
+        super().__post_init__()
         if self.gate and not self.contrast:
             raise ConfigError("a gate needs keys that answer to their own edit with 1: give contrast too")
         if self.contrast and self.tokens != "target":
