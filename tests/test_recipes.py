@@ -17,9 +17,15 @@ from remend.editors import Mend
 from remend.errors import ConfigError, FileError
 from remend.evaluation.reports.schema import read_report
 from remend.models.structure import editable_modules
-from remend.recipes.inputs import FAR, KINDS, Ingredients, file_of, lent
-from remend.recipes.recipe import FOLDER, load_recipe, recipes
-from remend.recipes.run import run_recipe
+from remend.recipes import load_recipe, recipes, run_recipe
+from remend.recipes.inputs import (
+    TASK_CLASSES,
+    UNRELATED_PROMPTS,
+    RunInputs,
+    add_unrelated_prompts,
+    local_file,
+)
+from remend.recipes.recipe import RECIPE_FOLDER
 from remend.request import EditRequest
 from remend.training.checkpoint import folder_of
 from remend.training.resource_estimate import dry_run
@@ -115,6 +121,13 @@ def kitchen(tmp_path):
     return lay_out
 
 
+def counted_from_configuration(recipe, folder):
+    """What the recipe's model and editor take, without any weights."""
+    (folder / "config.json").write_text(json.dumps(recipe.config), encoding="utf-8")
+    network, _ = recipe.settings()
+    return dry_run(str(folder), network, recipe.modules, recipe.layers, getattr(torch, recipe.dtype))
+
+
 # -- what ships ------------------------------------------------------------------------------------------------------
 
 
@@ -130,10 +143,10 @@ def test_the_paper_s_rows_and_models_of_today():
 def test_a_shipped_recipe(name):
     recipe = load_recipe(name)
     assert recipe == SHIPPED[name]
-    assert (FOLDER / f"{recipe.name}.json").is_file()
+    assert (RECIPE_FOLDER / f"{recipe.name}.json").is_file()
     network, settings = recipe.settings()
     assert settings.seed == recipe.seeds[0]
-    assert recipe.task in KINDS
+    assert recipe.task in TASK_CLASSES
     if recipe.paper is not None:
         assert (recipe.preset, recipe.network, recipe.training) == ("paper", {}, {})
         assert network.outputs_only is False
@@ -141,15 +154,15 @@ def test_a_shipped_recipe(name):
     for source in (recipe.train, recipe.validation, recipe.test):
         if source is not None:
             assert parted(source)[0] in ("passages", "zsre", "counterfact", "fever")
-            assert recipe.origin(file_of(source)), "where the file is to be had"
+            assert recipe.origin(local_file(source)), "where the file is to be had"
     assert recipe.text is None or recipe.origin(recipe.text)
     assert "ot measured" in recipe.time_basis
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_memory_is_what_a_dry_run_counts(name):
+def test_memory_is_what_a_dry_run_counts(name, tmp_path):
     recipe = SHIPPED[name]
-    found = recipe.counted()
+    found = counted_from_configuration(recipe, tmp_path)
     assert recipe.memory_gb == pytest.approx(found.gpu_bytes(1) / 1e9, rel=0.02)
     # As many matrices as the paper edits; of today's models those that write to the residual stream.
     wanted = 3 if recipe.paper is None else 8 if recipe.task == "seq2seq" else 6
@@ -162,10 +175,10 @@ def test_memory_is_what_a_dry_run_counts(name):
 
 def test_the_dry_run_is_of_the_recipe_s_own_choice(tmp_path):
     recipe = SHIPPED["t5-xl"]
-    (tmp_path / "config.json").write_text(json.dumps(recipe.config))
+    chosen = counted_from_configuration(recipe, tmp_path)
     everything = dry_run(str(tmp_path), recipe.settings()[0])
     assert len(everything.matrices) == 12
-    assert recipe.counted().matrices.items() < everything.matrices.items()
+    assert chosen.matrices.items() < everything.matrices.items()
 
 
 # -- running ---------------------------------------------------------------------------------------------------------
@@ -262,7 +275,7 @@ def test_overlap_with_training_is_told(kitchen, tmp_path):
     given = kitchen(recipe)
     with pytest.raises(ConfigError, match="are the same source"):
         run_recipe(recipe, tmp_path / "out", **{**given, "test": given["train"]}, limit=6, max_steps=1)
-    file = Path(file_of(given["train"]))
+    file = Path(local_file(given["train"]))
     again = given["train"].replace(str(file), str(shutil.copy(file, tmp_path / f"again{file.suffix}")))
     report = run_recipe(recipe, tmp_path / "out", **{**given, "test": again}, limit=6, max_steps=1)
     assert report.settings["shared_with_training"]["subjects"] > 0
@@ -270,27 +283,27 @@ def test_overlap_with_training_is_told(kitchen, tmp_path):
     assert "command" in report.settings
 
 
-def test_requests_are_lent_unrelated_prompts():
+def test_requests_without_unrelated_prompts_get_those_of_other_requests():
     def asked(number, **more):
         return EditRequest(prompt=f"p{number}", target="new", subject=f"s{number}", **more)
 
     bare = [asked(number, ground_truth=f"t{number}") for number in range(8)]
-    for number, request in enumerate(lent(bare, 0)):
-        assert len(request.locality) == FAR
+    for number, request in enumerate(add_unrelated_prompts(bare, 0)):
+        assert len(request.locality) == UNRELATED_PROMPTS
         assert {(probe.prompt, probe.target) for probe in request.locality} <= {
             (f"p{other}", f"t{other}") for other in range(8) if other != number
         }
-    assert lent(bare, 0) == lent(bare, 0)
+    assert add_unrelated_prompts(bare, 0) == add_unrelated_prompts(bare, 0)
     given = asked(9, locality=({"prompt": "own", "target": "o"},))
-    assert lent([*bare, given], 0)[-1] == given
-    assert lent([asked(number) for number in range(8)], 0)[0].locality == ()
+    assert add_unrelated_prompts([*bare, given], 0)[-1] == given
+    assert add_unrelated_prompts([asked(number) for number in range(8)], 0)[0].locality == ()
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------
 
 
 def written(tmp_path, **changes):
-    content = json.loads((FOLDER / "gpt-j-6b.json").read_text(encoding="utf-8"))
+    content = json.loads((RECIPE_FOLDER / "gpt-j-6b.json").read_text(encoding="utf-8"))
     path = tmp_path / "own.json"
     path.write_text(json.dumps({**content, **changes}), encoding="utf-8")
     return path
@@ -316,7 +329,7 @@ def test_a_recipe_of_one_s_own(tmp_path):
         ({"test": "zrse:file.json"}, "test: there is no data set 'zrse'"),
         ({"dtype": "float23"}, "dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
         ({"model": None}, "give a model, or say in 'needs' what has to be given"),
-        ({"task": "seq2seq"}, "perplexity on a text is a causal language model's"),
+        ({"task": "seq2seq"}, "perplexity is measured only for causal language models"),
         ({"edits": 0}, "edits: Input should be greater than or equal to 1"),
     ],
 )
@@ -361,11 +374,9 @@ def test_what_has_to_be_given_is_named_with_its_option(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="leave text away with t5-xl"):
         run_recipe(SHIPPED["t5-xl"], tmp_path / "out", text="some.txt")
     (tmp_path / "zsre_mend_train.json").write_text("[]")
-    used = Ingredients.of(SHIPPED["t5-xl"], None, None, None, None, "questions:test", None)
+    used = RunInputs.resolve(SHIPPED["t5-xl"], test="questions:test")
     assert (used.model, used.train) == ("google/t5-xl-ssm-nq", "zsre:zsre_mend_train.json")
-    fetched = Ingredients.of(
-        SHIPPED["t5-xl"], None, None, "zsre:hf:owner/name/train.json", None, "questions:test", None
-    )
+    fetched = RunInputs.resolve(SHIPPED["t5-xl"], train="zsre:hf:owner/name/train.json", test="questions:test")
     assert fetched.train == "zsre:hf:owner/name/train.json"
 
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from remend.cli import options
 from remend.cli.escaping import plain
-from remend.cli.recipe import option, typed
+from remend.cli.recipe import option_name, shell_command
 from remend.errors import ConfigError, RemendError, RequestError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
     Raises:
         ConfigError: one was given.
     """
-    if wrong := [option(name) for name, value in given.items() if value is not None]:
+    if wrong := [option_name(name) for name, value in given.items() if value is not None]:
         raise ConfigError(f"{', '.join(wrong)}: {why}")
 
 
@@ -218,7 +218,7 @@ def _one(name: str, out: Path, scale: Scale, given: Given) -> None:
 def _command(out: Path, given: Given, quick: bool, seeds: int | None) -> str:
     """What computes all this again, typed in the same folder."""
     told: dict[str, Any] = {"out": out, **vars(given), "seeds": seeds}
-    return typed(["python", "-m", "benchmarks.paper", *(["--quick"] if quick else [])], told)
+    return shell_command(["python", "-m", "benchmarks.paper", *(["--quick"] if quick else [])], told)
 
 
 def _write(console: Console, shop: Workshop, names: list[str], memory: bool, command: str) -> None:

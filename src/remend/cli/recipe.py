@@ -73,25 +73,29 @@ def run(
     from remend.recipes import load_recipe, run_recipe
 
     out = out or Path(Path(recipe).stem)
-    given: dict[str, Any] = {
+    options_given: dict[str, Any] = {
         "model": model, "train": train, "validation": validation, "test": test, "limit": limit, "max_steps": max_steps,
         "seed": seed, "text": text, "writer": writer, "device": device,
     }  # fmt: skip
-    command = typed(["remend", "recipe", "run", recipe], {"out": out, **given})
+    command = shell_command(["remend", "recipe", "run", recipe], {"out": out, **options_given})
     console = Console()
     with console.status("reading") as status:
         run_recipe(
-            load_recipe(recipe), out, command=command, on_progress=lambda what: status.update(plain(what)), **given
+            load_recipe(recipe),
+            out,
+            command=command,
+            on_progress=lambda what: status.update(plain(what)),
+            **options_given,
         )
     console.print(f"the figures, beside the paper's, are in [bold]{plain(out / 'summary.md')}[/]", soft_wrap=True)
 
 
-def typed(words: Sequence[str], given: Mapping[str, Any]) -> str:
-    """A command line with the options that were given, for a shell; paths stay as they were typed."""
-    told = [(option(name), str(value)) for name, value in given.items() if value is not None]
-    return shlex.join([*words, *(word for own in told if own != ("--device", "auto") for word in own)])
+def shell_command(words: Sequence[str], options_given: Mapping[str, Any]) -> str:
+    """Return a command line for a shell, with the options that have a value; paths stay as the user typed them."""
+    pairs = [(option_name(name), str(value)) for name, value in options_given.items() if value is not None]
+    return shlex.join([*words, *(word for pair in pairs if pair != ("--device", "auto") for word in pair)])
 
 
-def option(name: str) -> str:
-    """What an argument is called on the command line."""
-    return f"--{name.replace('_', '-')}"
+def option_name(parameter: str) -> str:
+    """Return the command-line option of a parameter: ``--max-steps`` of ``max_steps``."""
+    return f"--{parameter.replace('_', '-')}"

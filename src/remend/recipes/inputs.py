@@ -1,4 +1,4 @@
-"""What a recipe is made of: the model and the requests, of which the user may give others than it names."""
+"""The inputs of a recipe's run: the model, the requests and the text, each the recipe's or given by the user."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from remend.recipes.recipe import Recipe
 
 SPLITS = ("train", "validation", "test")
-FAR = 4
-"""Unrelated prompts for a request that names none."""
-KINDS: dict[str, type[Any]] = {"causal-lm": CausalLM, "seq2seq": Seq2SeqLM, "classification": Classification}
+UNRELATED_PROMPTS = 4
+"""How many unrelated prompts a request gets that names none."""
+TASK_CLASSES: dict[str, type[Any]] = {"causal-lm": CausalLM, "seq2seq": Seq2SeqLM, "classification": Classification}
 
 
 @dataclass(frozen=True)
-class Ingredients:
+class RunInputs:
     """The model and the sources that a run uses.
 
     Attributes:
         model: a hub id, a folder, or the name of a built-in model.
-        writer: likewise, of the model that writes the targets of passages; None for ``model``.
-        train: a source.
-        validation: a source, or None.
-        test: a source.
-        text: a file, or None.
+        writer: the model that writes the targets of passages, named likewise; None for ``model``.
+        train: a source of requests.
+        validation: a source of requests, or None.
+        test: a source of requests.
+        text: a file of passages, or None.
     """
 
     model: str
@@ -51,57 +51,62 @@ class Ingredients:
     text: str | None
 
     @staticmethod
-    def of(
+    def resolve(
         recipe: Recipe,
-        model: str | None,
-        writer: str | None,
-        train: str | None,
-        validation: str | None,
-        test: str | None,
-        text: str | None,
-    ) -> Ingredients:
-        """The recipe's, but for those that are given.
+        *,
+        model: str | None = None,
+        writer: str | None = None,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        text: str | None = None,
+    ) -> RunInputs:
+        """Take each input from the arguments, or from the recipe where the argument is None.
 
         Raises:
-            ConfigError: something has to be given and was not: all of that is named, with its option.
+            ConfigError: inputs are missing (the message lists them all, each with its option), two splits are the same
+                source, or a text was given to a model that has no perplexity.
         """
-        sources = {
+        if text is not None and recipe.task != "causal-lm":
+            raise ConfigError(
+                f"perplexity is measured only for causal language models: leave text away with {recipe.name}"
+            )
+        splits = {
             "train": train or recipe.train,
             "validation": validation or recipe.validation,
             "test": test or recipe.test,
         }
-        missing = []
-        if model is None and recipe.model is None:
-            missing.append(f"--model, {recipe.needs}")
-        if text is not None and recipe.task != "causal-lm":
-            raise ConfigError(f"perplexity on a text is a causal language model's: leave text away with {recipe.name}")
         text = text or recipe.text
-        named = {split: file_of(source) for split, source in sources.items() if source is not None}
-        named["text"] = None if text is None or text.startswith(HUB) else text
-        for option, file in named.items():
-            if file is not None and not Path(file).is_file():
-                missing.append(f"--{option}, since there is no file {file} here{recipe.origin(file)}")
-        given = [source for source in sources.values() if source is not None]
-        if len(set(given)) < len(given):
+        sources = [source for source in splits.values() if source is not None]
+        if len(set(sources)) < len(sources):
             raise ConfigError(
-                "two of train, validation and test are the same source: an editor must be judged on what it never saw"
+                "two of train, validation and test are the same source: an editor must be evaluated on requests that "
+                "it was not trained on"
             )
+        files = {split: local_file(source) for split, source in splits.items() if source is not None}
+        files["text"] = None if text is None or text.startswith(HUB) else text
+        missing = [f"--model, {recipe.needs}"] if model is None and recipe.model is None else []
+        missing += [
+            f"--{option}, since there is no file {file} here{recipe.origin(file)}"
+            for option, file in files.items()
+            if file is not None and not Path(file).is_file()
+        ]
         if missing:
-            listed = "\n".join(f"- {own}" for own in missing)
-            raise ConfigError(f"the recipe {recipe.name} needs what has to be given:\n{listed}")
-        return Ingredients(model or str(recipe.model), writer or recipe.writer, **sources, text=text)  # type: ignore[arg-type]
+            listed = "\n".join(f"- {line}" for line in missing)
+            raise ConfigError(f"the recipe {recipe.name} needs these inputs:\n{listed}")
+        return RunInputs(model or str(recipe.model), writer or recipe.writer, **splits, text=text)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, str | None]:
-        """As a JSON object."""
+        """Return the inputs as a JSON object."""
         return asdict(self)
 
     def passages(self) -> list[str]:
-        """The text on which perplexity is measured; none where there is none."""
+        """Read the text on which perplexity is measured; empty without one."""
         return [] if self.text is None else read_text(local(self.text))
 
 
 def load_model(recipe: Recipe, name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model with its tokenizer.
+    """Load the model that a recipe edits, with its tokenizer.
 
     Raises:
         ConfigError: it is of another kind than the recipe is for.
@@ -109,8 +114,8 @@ def load_model(recipe: Recipe, name: str, device: str) -> tuple[PreTrainedModel,
     """
     model, tokenizer = load(name, device, getattr(torch, recipe.dtype))
     task = task_of(model, tokenizer)
-    if not isinstance(task, KINDS[recipe.task]):
-        kind = next(known for known, own in KINDS.items() if isinstance(task, own))
+    if not isinstance(task, TASK_CLASSES[recipe.task]):
+        kind = next(name for name, task_class in TASK_CLASSES.items() if isinstance(task, task_class))
         raise ConfigError(
             f"the recipe {recipe.name} is for a {recipe.task} model, but {name} is loaded as a {type(model).__name__}, "
             f"a {kind} model: give another --model (model=)"
@@ -119,76 +124,74 @@ def load_model(recipe: Recipe, name: str, device: str) -> tuple[PreTrainedModel,
     return model, tokenizer
 
 
-class Pantry:
-    """Where the requests of a run come from; those that a model makes are kept in a folder.
+class RequestLoader:
+    """Reads the requests of a run, and stores those that a model writes so that a resumed run reads them again.
 
     Args:
-        recipe: how many are needed, and of what.
-        ingredients: what is used for it.
-        folder: of what is kept.
-        device: of the model that writes, if it is another one.
+        recipe: names how many requests each split has.
+        inputs: the model and the sources.
+        folder: where requests that a model wrote are stored.
+        device: of the writer, if it is another model than the edited one.
         seed: of what is drawn.
         limit: at most so many requests of each split.
     """
 
     def __init__(
-        self, recipe: Recipe, ingredients: Ingredients, folder: Path, device: str, seed: int, limit: int | None
+        self, recipe: Recipe, inputs: RunInputs, folder: Path, device: str, seed: int, limit: int | None
     ) -> None:
-        self.recipe, self.ingredients, self.folder = recipe, ingredients, folder
+        self.recipe, self.inputs, self.folder = recipe, inputs, folder
         self.device, self.seed, self.limit = device, seed, limit
-        self._writer: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
-    def requests(
+    def load(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, resume: bool
     ) -> dict[str, list[EditRequest]]:
-        """The requests of each split that has some.
+        """Return the requests of each split that has a source.
 
         Raises:
             RequestError: a source cannot be read, or holds nothing.
         """
-        if self._written_by_another():
-            self._writer = load(str(self.ingredients.writer), self.device)
-        found = {}
-        for split in SPLITS:
-            source = getattr(self.ingredients, split)
-            if source is not None:
-                found[split] = self._split(split, source, self._writer or (model, tokenizer), resume)
-        self._writer = None  # it is needed no more
-        return found
+        writer = (model, tokenizer)
+        if self._needs_another_writer():
+            writer = load(str(self.inputs.writer), self.device)
+        return {
+            split: self._read_split(split, source, writer, resume)
+            for split in SPLITS
+            if (source := getattr(self.inputs, split)) is not None
+        }
 
-    def _written_by_another(self) -> bool:
-        sources = [getattr(self.ingredients, split) for split in SPLITS]
-        made = any(source is not None and parted(source)[0] == PASSAGES for source in sources)
-        return made and self.ingredients.writer is not None and self.ingredients.writer != self.ingredients.model
+    def _needs_another_writer(self) -> bool:
+        sources = [getattr(self.inputs, split) for split in SPLITS]
+        has_passages = any(source is not None and parted(source)[0] == PASSAGES for source in sources)
+        return has_passages and self.inputs.writer is not None and self.inputs.writer != self.inputs.model
 
-    def _split(
+    def _read_split(
         self, split: str, source: str, writer: tuple[PreTrainedModel, PreTrainedTokenizerBase], resume: bool
     ) -> list[EditRequest]:
-        wanted = {
+        recipe_limit = {
             "train": self.recipe.train_requests,
             "validation": self.recipe.validation_requests,
             "test": self.recipe.edits,
         }[split]
-        counts = [count for count in (wanted, self.limit) if count is not None]
-        most = min(counts) if counts else None
+        limits = [limit for limit in (recipe_limit, self.limit) if limit is not None]
+        count = min(limits) if limits else None
         kind, rest = parted(source)
         if kind == PASSAGES:
             file = self.folder / f"{split}.jsonl"
             if not (resume and file.exists()):
-                write_requests(file, list(generation_requests(*writer, local(rest), most, self.seed)))
+                write_requests(file, list(generation_requests(*writer, local(rest), count, self.seed)))
             return read_requests(file)
-        every = lent(read_source(source), self.seed)
-        if most is None or most >= len(every):
-            return every
-        places = random.Random(f"{self.recipe.name} {split} {self.seed}").sample(range(len(every)), most)
-        return [every[place] for place in sorted(places)]
+        requests = add_unrelated_prompts(read_source(source), self.seed)
+        if count is None or count >= len(requests):
+            return requests
+        indices = random.Random(f"{self.recipe.name} {split} {self.seed}").sample(range(len(requests)), count)
+        return [requests[index] for index in sorted(indices)]
 
 
-def lent(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
-    """The same requests; one without unrelated prompts is lent those of others, with their true answers.
+def add_unrelated_prompts(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
+    """Give each request without unrelated prompts those of other requests, with their true answers as targets.
 
-    The paper draws x_loc from the same data (Alg. 1); its files of zsRE and FEVER name no unrelated prompts. Without
-    true answers, nothing is lent.
+    The paper draws x_loc from the same data (Alg. 1), and its files of zsRE and FEVER name no unrelated prompts. Where
+    no request has a true answer, nothing is added.
     """
     probes: dict[str, Probe] = {}
     for request in requests:
@@ -196,24 +199,25 @@ def lent(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
         if isinstance(truth, str) and truth.strip():
             probes.setdefault(request.key, Probe(prompt=request.prompt, target=truth))
     keys = list(probes)
-    found = []
+    completed = []
     for number, request in enumerate(requests):
         if not request.locality:
-            drawn = random.Random(f"lent {seed} {number}").sample(keys, min(FAR + 1, len(keys)))
-            others = tuple(probes[key] for key in drawn if key != request.key)[:FAR]
-            request = request.model_copy(update={"locality": others})
-        found.append(request)
-    return found
+            # One more than needed, since the request's own subject may be among those that are drawn.
+            drawn = random.Random(f"lent {seed} {number}").sample(keys, min(UNRELATED_PROMPTS + 1, len(keys)))
+            unrelated = tuple(probes[key] for key in drawn if key != request.key)[:UNRELATED_PROMPTS]
+            request = request.model_copy(update={"locality": unrelated})
+        completed.append(request)
+    return completed
 
 
-def overlap(requests: dict[str, list[EditRequest]]) -> dict[str, int]:
-    """How many subjects, prompts and facts of the test were there in training, too; nothing of it should be."""
+def shared_with_training(requests: dict[str, list[EditRequest]]) -> dict[str, int]:
+    """Count the subjects, prompts and facts that test and training have in common, by kind; empty if there are none."""
     both = shared(requests["train"], requests["test"])
     return {kind: len(names) for kind, names in both.items() if names}
 
 
-def file_of(source: str) -> str | None:
-    """The local file that a source names, if it names one: nothing of what ships with remend or lies on the hub."""
+def local_file(source: str) -> str | None:
+    """Return the local file that a source names; None for built-in data and files on the hub."""
     kind, rest = parted(source)
     if (kind is not None and kind not in DATA_SETS) or rest.startswith(HUB):
         return None
