@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import families
@@ -18,8 +19,7 @@ from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, ModelError, RemendError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
-from remend.formats import checkpoint_difference as difference
-from remend.formats import load_adapter, save_adapter, save_merged
+from remend.formats import difference, load_adapter, save_adapter, save_merged
 from remend.formats.peft import CONFIG, WEIGHTS
 from remend.models import editable_modules, skeleton
 from remend.tasks import task_of
@@ -107,6 +107,31 @@ def test_an_adapter_comes_back_as_the_same_edit(task, tmp_path):
         assert torch.equal(found.changes[name].u, change.u)
         assert torch.equal(found.changes[name].delta, change.delta)
     assert found.base.weights == edit.base.weights
+
+
+def test_changes_of_convolutions_survive_as_adapter_and_as_difference(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=8, patch_size=4)).eval()
+    (name,) = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    u, delta = torch.randn(2, 3 * 4 * 4), torch.randn(2, 16)
+    edit = Edit({name: LowRank(u, delta)}, ModelFingerprint.of(model, [name]), (), {"name": "test"})
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad(), edit.applied(model):
+        expected = model(images).logits
+    save_adapter(edit, tmp_path / "adapter", model)
+    loaded = load_adapter(tmp_path / "adapter", model).changes[name]
+    assert torch.equal(loaded.u, u)
+    assert torch.equal(loaded.delta, delta)
+    after = copy.deepcopy(model)
+    edit.merge(after)
+    for change in (loaded, difference(model, after).edit.changes[name]):
+        torch.testing.assert_close(change.dense(), edit.changes[name].dense(), rtol=1e-4, atol=1e-4)
+    adapted = quietly(peft.PeftModel.from_pretrained, model, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(images).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(after(images).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapters_files_are_what_servers_check_for(llama, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remend.core.layers import editable_layers, is_editable, is_quantized, parameter_owner, weight_of
+from remend.core.layers import describe_layer, editable_layers, is_editable, is_quantized, parameter_owner, weight_of
 from remend.core.moe import expert_linears
 from remend.errors import FileError, ModelError, WrongBaseError, nearest
 from remend.serialization import take
@@ -110,7 +110,9 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
             raise ModelError(f"the model has no module {name!r}; {nearest(name, editable)}")
         if not is_editable(module):
             raise ModelError(
-                f"{name} is a {type(module).__name__}; a Linear or Conv1D layer, or experts, were expected"
+                f"{name} is a {describe_layer(module)} and cannot be edited. Editable are Linear and Conv1D layers, "
+                "experts, and only convolutions that are matrices: a Conv2d whose kernel is 1x1 or equals its stride, "
+                "without padding, dilation or groups. Name another module"
             )
         found[name] = module
     return found

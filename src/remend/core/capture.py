@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from remend.core.hooks import frozen, remove_hooks
-from remend.core.layers import is_plain_float, layer_inputs
+from remend.core.layers import is_plain_float, layer_inputs, output_rows
 from remend.core.low_rank import LowRank
 from remend.errors import ModelError, NonFiniteError
 
@@ -50,7 +50,8 @@ class _Recorder:
     calls it again during the backward pass, for values only.
     """
 
-    def __init__(self, tokens: Bool[Tensor, "episode token"]) -> None:
+    def __init__(self, module: nn.Module, tokens: Bool[Tensor, "episode token"]) -> None:
+        self.module = module
         self.tokens = tokens
         self.inputs: list[Tensor] = []
         self.probes: list[Tensor] = []
@@ -62,7 +63,7 @@ class _Recorder:
         if self.closed:  # recomputed: the same operations again, so that checkpointing finds what it saved
             return output + probe
         # A copy: a frozen layer's backward pass does not need its input, and autograd would not see it overwritten.
-        x, experts = layer_inputs(args, kwargs)
+        x, experts = layer_inputs(module, args, kwargs)
         self.inputs.append(x.detach().to(output.device, copy=True))
         if experts is not None:
             self.experts.append(experts.to(output.device, copy=True))
@@ -80,7 +81,7 @@ class _Recorder:
                     f"a module to edit is called with an input of shape {tuple(x.shape)}, which cannot be divided "
                     f"among {episodes} episodes of {length} tokens; choose other modules"
                 )
-            delta = torch.zeros_like(probe) if gradient is None else gradient
+            delta = output_rows(self.module, torch.zeros_like(probe) if gradient is None else gradient)
             u = x.reshape(episodes, -1, x.shape[-1]).float()
             delta = delta.reshape(episodes, -1, delta.shape[-1]).float()
             mask = self.tokens.to(u.device)
@@ -118,7 +119,7 @@ def capture_gradient_factors(
         ModelError: a module was not called in the forward pass.
         NonFiniteError: a loss, an input or a delta is NaN or infinite; the message names the module and the episodes.
     """
-    recorders = {name: _Recorder(tokens[name]) for name in modules}
+    recorders = {name: _Recorder(modules[name], tokens[name]) for name in modules}
     handles = [modules[name].register_forward_hook(recorder, with_kwargs=True) for name, recorder in recorders.items()]
     try:
         with frozen(model), torch.enable_grad():
@@ -174,7 +175,7 @@ def record_inputs(
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def kept(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x, experts = layer_inputs(args, kwargs)
+            x, experts = layer_inputs(module, args, kwargs)
             x = x.detach().float().reshape(rows, -1, x.shape[-1])
             found[name] = LayerInput(x, None if experts is None else experts.reshape(rows, -1))
 

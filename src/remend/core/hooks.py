@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from remend.core.layers import layer_inputs
+from remend.core.layers import layer_inputs, rows_to_output
 from remend.core.low_rank import LowRank
 
 
@@ -31,9 +31,10 @@ class LowRankHook:
         if self.change.u.device != output.device:
             self.change = self.change.to(output.device)
         dtype = self.change.u.dtype
-        x, experts = layer_inputs(args, kwargs)
+        x, experts = layer_inputs(module, args, kwargs)
         with torch.autocast(output.device.type, enabled=False):
-            return (output.to(dtype) + self.change.output_change(x.to(output.device, dtype), experts)).to(output.dtype)
+            change = rows_to_output(module, self.change.output_change(x.to(output.device, dtype), experts), output)
+            return (output.to(dtype) + change).to(output.dtype)
 
 
 def attach_hooks(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> list[RemovableHandle]:

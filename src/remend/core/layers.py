@@ -1,4 +1,8 @@
-"""The kinds of layer whose weight can be edited, and how each lays its weight out."""
+"""The kinds of layer whose weight can be edited: their dimensions, their weight's layout, their inputs as rows.
+
+Every editable layer computes y = W x + b for each row x of its input. This module hides how each kind stores W and
+where the rows are in its input and output.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +20,44 @@ _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' ``Conv1D``, a linear layer whose weight is stored as [d_in, d_out].
-
-    The class is told by its qualified name, so that the core needs torch only. The shape must not decide: a square
-    ``Conv1D`` weight looks just like a ``Linear`` one.
-    """
+    """Return whether ``module`` is transformers' ``Conv1D``: a linear layer with its weight stored as [d_in, d_out]."""
+    # By qualified name, since the core imports torch only. Not by shape: a square weight looks like that of a Linear.
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
+def is_matrix_convolution(module: nn.Module) -> bool:
+    """Return whether ``module`` is a ``Conv2d`` that multiplies disjoint patches with a matrix [c_out, c_in·k·k].
+
+    That is so for a 1×1 kernel and for a kernel that equals the stride (patch embeddings), without padding, dilation
+    and groups.
+    """
+    if not isinstance(module, nn.Conv2d) or module.groups != 1 or module.dilation != (1, 1):
+        return False
+    # Subclasses that normalize the weight or pad by themselves compute something else than W x.
+    if type(module).forward is not nn.Conv2d.forward or type(module)._conv_forward is not nn.Conv2d._conv_forward:
+        return False
+    unpadded = module.padding in ((0, 0), "valid") or (module.padding == "same" and module.kernel_size == (1, 1))
+    return unpadded and module.kernel_size in ((1, 1), module.stride)
+
+
 def is_editable(module: nn.Module) -> bool:
-    """Whether remend can capture factors at ``module`` and edit its weight."""
-    return isinstance(module, nn.Linear | ExpertLinear) or is_conv1d(module)
+    """Return whether gradient factors can be captured at ``module`` and its weight can be edited."""
+    return isinstance(module, nn.Linear | ExpertLinear) or is_conv1d(module) or is_matrix_convolution(module)
+
+
+def describe_layer(module: nn.Module) -> str:
+    """Describe the kind of a layer for a message: its class, and what decides whether a convolution can be edited."""
+    if not isinstance(module, nn.Conv2d):
+        return type(module).__name__
+    size = "x".join(map(str, module.kernel_size))
+    defaults = {"stride": None, "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    settings = {name: getattr(module, name) for name in defaults if getattr(module, name) != defaults[name]}
+    equal = {name: value[0] for name, value in settings.items() if isinstance(value, tuple) and len(set(value)) == 1}
+    return f"{type(module).__name__} {size}, " + ", ".join(f"{name} {v}" for name, v in {**settings, **equal}.items())
 
 
 def editable_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every layer of ``model`` that can be edited, with its name: experts under their parameter's."""
+    """Yield every layer of ``model`` that can be edited with its name; experts have the name of their parameter."""
     for name, module in model.named_modules(prefix=prefix):
         if is_editable(module):
             yield name, module
@@ -39,9 +66,10 @@ def editable_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight parameter, in the layer's own layout: [d_out, d_in] for ``Linear``, [d_in, d_out] for ``Conv1D``.
+    """Return the weight parameter in the layer's layout.
 
-    Of experts [expert, d_out, d_in] or, if so stored, [expert, d_in, d_out].
+    [d_out, d_in] for ``Linear``, [d_in, d_out] for ``Conv1D``, [c_out, c_in, k, k] for ``Conv2d``, and for experts
+    [expert, d_out, d_in] or [expert, d_in, d_out].
     """
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -49,34 +77,40 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def dimensions(module: nn.Module) -> tuple[int, int]:
-    """``(d_in, d_out)`` of an editable layer, also where its weight is packed and has another shape."""
+    """Return ``(d_in, d_out)`` of an editable layer, also where its weight is quantized and stored in another shape."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    if isinstance(module, nn.Conv2d):
+        return module.weight[0].numel(), module.out_channels
     rows, columns = weight_of(module).shape[-2:]
     return (columns, rows) if isinstance(module, ExpertLinear) and not module.transposed else (rows, columns)
 
 
 def expert_count(module: nn.Module) -> int:
-    """How many experts' matrices an editable layer holds; 0 where it is one of its own."""
+    """Return how many experts' matrices an editable layer holds; 0 where it is not a layer of experts."""
     return module.num_experts if isinstance(module, ExpertLinear) else 0
 
 
 def is_plain_float(weight: Tensor) -> bool:
-    """Whether ``weight`` stores its values as floats. A quantised one may only claim to: a wrapper of other tensors."""
+    """Return whether ``weight`` stores its values as floats, that is, whether it is not quantized."""
+    # A quantized weight may report a float dtype: it is then a wrapper of other tensors.
     return weight.dtype in _FLOATS and not hasattr(weight, "__tensor_flatten__")
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether an editable layer's weight is stored in fewer bits than it is computed with: never to be written to."""
+    """Return whether an editable layer's weight is stored in fewer bits than it computes with.
+
+    Such a weight must not be written to.
+    """
     weight = weight_of(module)
     d_in, d_out = dimensions(module)
     return not is_plain_float(weight) or weight.numel() != d_in * d_out * (expert_count(module) or 1)
 
 
 def weight_rms(module: nn.Module) -> float:
-    """The root mean square of a weight's entries.
+    """Return the root mean square of a weight's entries.
 
-    Of one that is packed, or offloaded and so not at hand, about that of a freshly made layer's.
+    For a weight that is quantized or offloaded, this is about that of a newly initialized layer.
     """
     weight = weight_of(module)
     if is_quantized(module) or weight.is_meta:
@@ -85,33 +119,62 @@ def weight_rms(module: nn.Module) -> float:
 
 
 def parameter_owner(module: nn.Module) -> nn.Module:
-    """The module of the model that holds a layer's parameters: itself, but for experts."""
-    holder: nn.Module = module.owner if isinstance(module, ExpertLinear) else module
-    return holder
+    """Return the module of the model that holds a layer's parameters: ``module`` itself unless it holds experts."""
+    owner: nn.Module = module.owner if isinstance(module, ExpertLinear) else module
+    return owner
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where ``module`` takes its input: the device of its first parameter.
+    """Return the device on which ``module`` takes its input: that of its first parameter.
 
-    A parameter that Accelerate offloads is on ``meta`` between calls; then it is where Accelerate brings it for a call.
+    For a parameter that Accelerate offloads, it is the device to which Accelerate brings it for a call.
     """
     owner, parameter = next(
-        (part, own) for part in parameter_owner(module).modules() for own in part.parameters(recurse=False)
+        (part, parameter) for part in parameter_owner(module).modules() for parameter in part.parameters(recurse=False)
     )
     hook: Any = getattr(owner, "_hf_hook", None)
+    # Between calls an offloaded parameter is on meta.
     return torch.device(hook.execution_device) if parameter.is_meta and hook is not None else parameter.device
 
 
-def dense_in_weight_layout(module: nn.Module, change: LowRank) -> Float[Tensor, "*expert rows columns"]:
-    """``change`` as a dense matrix in the layout of ``module``'s own weight: to merge, never to train or apply."""
+def dense_in_weight_layout(module: nn.Module, change: LowRank) -> Float[Tensor, "*shape"]:
+    """Return ``change`` as a dense tensor in the layout of ``module``'s weight. For merging, not for training."""
     dense = change.dense(expert_count(module))
+    if isinstance(module, nn.Conv2d):
+        return dense.view(module.weight.shape)
     return dense.mT if is_conv1d(module) or (isinstance(module, ExpertLinear) and module.transposed) else dense
 
 
-def layer_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Int[Tensor, " row"] | None]:
-    """What a layer was called with, by position or by keyword: its input, and of experts whom each row is for."""
+def weight_as_matrix(module: nn.Module, weight: Tensor) -> Float[Tensor, "*expert d_out d_in"]:
+    """Return a tensor that has the layout of ``module``'s weight as a matrix [d_out, d_in]."""
+    if isinstance(module, nn.Conv2d):
+        return weight.flatten(1)
+    return weight.mT if is_conv1d(module) or (isinstance(module, ExpertLinear) and module.transposed) else weight
+
+
+def layer_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Float[Tensor, "*row d_in"], Int[Tensor, " row"] | None]:
+    """Return the rows that a layer was called with, and for experts the index of each row's expert.
+
+    The patches of a convolution are unfolded: [image, position, c_in·k·k].
+    """
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     floats = [value for value in tensors if value.is_floating_point()]
     assert len(floats) == 1, "a linear layer takes exactly one tensor"
-    assert len(tensors) <= 2, "experts are also told who they are"
-    return floats[0], next((value for value in tensors if value is not floats[0]), None)
+    assert len(tensors) <= 2, "a layer of experts takes the experts' indices as well"
+    experts = next((value for value in tensors if value is not floats[0]), None)
+    x = floats[0]
+    if isinstance(module, nn.Conv2d):
+        x = nn.functional.unfold(x, module.kernel_size, stride=module.stride).mT
+    return x, experts
+
+
+def output_rows(module: nn.Module, output: Tensor) -> Float[Tensor, "*row d_out"]:
+    """Return a layer's output, or the gradient of it, with the output dimension last: one row for each input row."""
+    return output.flatten(-2).mT if isinstance(module, nn.Conv2d) else output
+
+
+def rows_to_output(module: nn.Module, rows: Float[Tensor, "*row d_out"], output: Tensor) -> Tensor:
+    """Return rows in the layout of the layer's ``output``: the inverse of :func:`output_rows`."""
+    return rows.mT.reshape(output.shape) if isinstance(module, nn.Conv2d) else rows

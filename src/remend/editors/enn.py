@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from remend.config import Config
 from remend.core.capture import explain_non_finite
 from remend.core.hooks import LowRankHook, frozen, remove_hooks
-from remend.core.layers import is_quantized, layer_inputs, weight_rms
+from remend.core.layers import is_quantized, layer_inputs, output_rows, weight_rms
 from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank
 from remend.editors.info import EditorInfo
@@ -129,7 +129,7 @@ def _gradient(
     def by_episode(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([part.float().reshape(batch.rows, -1, part.shape[-1]) for part in parts], 1)
 
-    deltas = {name: by_episode([next(found) for _ in own]) for name, own in probes.items()}
+    deltas = {name: by_episode([output_rows(modules[name], next(found)) for _ in own]) for name, own in probes.items()}
     return {name: by_episode(own) for name, own in inputs.items()}, deltas
 
 
@@ -146,7 +146,7 @@ def _recorded(
         branch = LowRankHook(trained[name])
 
         def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            inputs[name].append(layer_inputs(args, kwargs)[0])
+            inputs[name].append(layer_inputs(module, args, kwargs)[0])
             probe = torch.zeros_like(output, requires_grad=True)
             probes[name].append(probe)
             return branch(module, args, kwargs, output) + probe

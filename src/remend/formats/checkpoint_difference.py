@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from remend.core.layers import editable_layers, expert_count, is_conv1d, is_quantized, weight_of
+from remend.core.layers import editable_layers, expert_count, is_quantized, weight_as_matrix, weight_of
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, ModelError
@@ -67,7 +67,7 @@ def difference(before: PreTrainedModel, after: PreTrainedModel, rank: int | None
         if name in heads or _equal(old, new):
             continue
         dense = new.to(old.device).float() - old.float()
-        changes[name], lost[name] = _decomposed(dense.mT if is_conv1d(module) else dense, rank)
+        changes[name], lost[name] = _decomposed(weight_as_matrix(module, dense), rank)
     rest = _rest(before, after, [f"{name}.weight" for name in matrices if name not in heads])
     if not changes:
         what = f"only in {', '.join(rest[:3])}, which no edit changes" if rest else "in nothing"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from remend.core.layers import dimensions, editable_layers, expert_count, is_conv1d
+from remend.core.layers import dimensions, editable_layers, expert_count, is_conv1d, weight_of
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, nearest
@@ -95,8 +95,11 @@ def save_adapter(edit: Edit, path: str | Path, model: PreTrainedModel) -> Path:
     }
     tensors: dict[str, Tensor] = {}
     for name, change in edit.changes.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = change.u
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = change.delta.mT
+        u, delta = change.u, change.delta.mT
+        if isinstance(modules[name], torch.nn.Conv2d):  # PEFT's factors are convolutions too, the second one is 1x1
+            u, delta = u.view(change.rank, *weight_of(modules[name]).shape[1:]), delta[:, :, None, None]
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = u
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = delta
     with whole_folder(path, _is_adapter) as staged:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / WEIGHTS)
         (staged / CONFIG).write_text(as_json(config), encoding="utf-8")
@@ -130,7 +133,8 @@ def load_adapter(path: str | Path, model: PreTrainedModel) -> Edit:
     changes: dict[str, LowRank] = {}
     known = {name for name, module in editable_layers(model) if not expert_count(module)}
     for name, own in factors.items():
-        a, b = own.get("A"), own.get("B")
+        # Factors of a convolution are flattened to those of its matrix.
+        a, b = (f if f is None or f.dim() != 4 else f.flatten(1) for f in (own.get("A"), own.get("B")))
         if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
             raise FileError(f"{path / WEIGHTS}: the factors of {name} are missing or do not fit together")
         if name not in known:
