@@ -190,10 +190,10 @@ class Floor:
             return None
         batch = self.task.collate(pairs)
         with frozen(self.task.model), torch.no_grad():
-            return self.prefix.states(lambda: self.task.target_logits(batch))
+            return self.prefix.compute_states(lambda: self.task.target_logits(batch))
 
     def _forward(self, pairs: Sequence[Example]) -> Tensor:
-        with self.prefix.resumed(self.states[id(pairs)]):
+        with self.prefix.resume_from(self.states[id(pairs)]):
             return self.task.target_logits(self.task.collate(pairs))
 
     def _forward_and_backward(self, pairs: Sequence[Example]) -> None:

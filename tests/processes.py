@@ -39,7 +39,7 @@ def run(out=None, seen=lambda progress: None, family="gpt2", **more):
     model, losses = worlds.FAMILIES[family](), []
 
     def follow(progress):
-        assert sharding.is_sharded(model) is sharding.wanted()
+        assert sharding.is_sharded(model) is sharding.fsdp_requested()
         losses.append(progress.loss)
         seen(progress)
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import worlds
 from remend.core.low_rank import LowRank
-from remend.edit import FORMAT, Edit
+from remend.edit import EDIT_FORMAT, Edit
 from remend.errors import EditError, FileError, PrecisionError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
 from remend.serialization import MANIFEST, TENSORS
@@ -227,7 +227,7 @@ def missing_factor(folder):
         (lambda folder: (folder / MANIFEST).write_text("{"), "not JSON"),
         (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "not JSON"),
         (lambda folder: (folder / MANIFEST).write_text("[" * 200_000), "not JSON"),
-        (with_value("format", "remend.edit/99"), f"reads '{FORMAT}'"),
+        (with_value("format", "remend.edit/99"), f"reads '{EDIT_FORMAT}'"),
         (with_value("sha256", None), "truncated or altered"),
         (with_value("requests", [{"prompt": ""}]), "malformed"),
         (with_value("requests", 3), "should be list"),

@@ -25,8 +25,8 @@ from remend.core.hooks import frozen
 from remend.core.losses import locality_loss, target_loss
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, FileError, ModelError, TrainingError
-from remend.fingerprint import fingerprint
-from remend.models.frozen_prefix import FrozenPrefix, reach
+from remend.fingerprint import hash_model
+from remend.models.frozen_prefix import FrozenPrefix, run_until
 from remend.tasks.causal_lm import CausalLM
 from remend.training import Resources, Trainer, TrainingConfig, memory, train
 from remend.training.memory import estimate
@@ -191,16 +191,16 @@ def test_entering_at_the_lowest_edited_block_equals_the_whole_pass(task, snapsho
     handle = prefix.blocks[0].register_forward_hook(lambda *_: runs.append("first block"))
     whole = task.target_logits(batch)
     assert len(runs) == 1
-    states = prefix.states(lambda: task.target_logits(batch))
+    states = prefix.compute_states(lambda: task.target_logits(batch))
     calls = []
     inner = prefix.blocks[1].register_forward_hook(lambda m, a, o: calls.append(o is states))
-    with prefix.resumed(states):
+    with prefix.resume_from(states):
         entered = task.target_logits(batch)
     assert calls == [True], "the blocks below hand on what they were told"
     handle.remove(), inner.remove()
     assert torch.equal(entered, whole)
     states[:] = 0
-    with prefix.resumed(states):
+    with prefix.resume_from(states):
         assert not torch.allclose(task.target_logits(batch), whole), "the states matter"
     assert torch.equal(task.target_logits(batch), whole)
     assert not any("forward" in block.__dict__ for block in prefix.blocks)
@@ -238,11 +238,11 @@ def test_blocks_that_return_tuples_are_entered_too(bias, monkeypatch):
     task = CausalLM(model.eval(), worlds.tokenizer())
     prefix, batch = cut(task)
     whole = task.target_logits(batch)
-    states = prefix.states(lambda: task.target_logits(batch))
-    assert prefix.returned == 2
+    states = prefix.compute_states(lambda: task.target_logits(batch))
+    assert prefix.output_parts == 2
     ran.clear()
     handed[0] = None
-    with prefix.resumed(states):
+    with prefix.resume_from(states):
         torch.testing.assert_close(task.target_logits(batch), whole)
     assert ran == ([0, 2, 3] if bias else [2, 3])
     assert prefix.verify(lambda: task.target_logits(batch), lambda: task.target_states(batch), task.logits)
@@ -251,7 +251,7 @@ def test_blocks_that_return_tuples_are_entered_too(bias, monkeypatch):
 def test_the_output_layer_alone_makes_the_same_logits_of_its_input(task):
     prefix, batch = cut(task)
     states = task.target_states(batch)
-    with prefix.hollow():
+    with prefix.bypass_blocks():
         assert torch.equal(task.logits(states), task.target_logits(batch)) is False, "hollow blocks do not compute"
         found = task.logits(states)
     torch.testing.assert_close(found, task.target_logits(batch), rtol=1e-5, atol=1e-5)
@@ -261,7 +261,7 @@ def test_a_block_is_itself_again_after_an_error_too(task):
     prefix, _ = cut(task)
     own = lambda *args, **kwargs: type(prefix.blocks[0]).forward(prefix.blocks[0], *args, **kwargs)  # noqa: E731
     prefix.blocks[0].forward = own
-    with pytest.raises(RuntimeError, match="stop"), prefix.resumed(torch.zeros(1)):
+    with pytest.raises(RuntimeError, match="stop"), prefix.resume_from(torch.zeros(1)):
         raise RuntimeError("stop")
     assert prefix.blocks[0].__dict__["forward"] is own
     assert "forward" not in prefix.blocks[1].__dict__
@@ -294,7 +294,7 @@ def test_where_nothing_can_be_cut_nothing_is(task):
     assert FrozenPrefix(task.model, list(Mend.for_model(task.model, modules=["*.0.*"]).shapes)).depth == 0
     assert FrozenPrefix(torch.nn.Linear(2, 2), [""]).depth == 0
     with pytest.raises(ModelError, match="never calls Linear"):
-        reach(torch.nn.Linear(2, 2), lambda: None)
+        run_until(torch.nn.Linear(2, 2), lambda: None)
 
 
 # -- what is kept of each example ------------------------------------------------------------------------------------
@@ -337,11 +337,11 @@ def test_a_store_on_disk_is_read_again_and_repaired(tmp_path):
 
 
 def test_a_model_has_a_fingerprint_of_its_own(model):
-    before = fingerprint(model)
-    assert fingerprint(model) == before
+    before = hash_model(model)
+    assert hash_model(model) == before
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1e-3
-    assert fingerprint(model) != before
+    assert hash_model(model) != before
 
 
 def test_what_is_kept_on_disk_serves_the_next_run_of_the_same_model_only(model, tmp_path, monkeypatch):
@@ -350,7 +350,9 @@ def test_what_is_kept_on_disk_serves_the_next_run_of_the_same_model_only(model, 
     first.constants.flush()
     ran = []
     monkeypatch.setattr(
-        FrozenPrefix, "states", lambda self, forward: ran.append(1) or reach(self.blocks[self.depth], forward)
+        FrozenPrefix,
+        "compute_states",
+        lambda self, forward: ran.append(1) or run_until(self.blocks[self.depth], forward),
     )
     again, _ = after(6, trainer(model, Resources(cache=0.0, cache_folder=tmp_path)))
     assert sum(ran) <= 1, "only the check that the model can be cut runs the blocks below"

@@ -13,7 +13,7 @@ from remend.edit import Edit
 from remend.editors import Mend, MendConfig
 from remend.fingerprint import find_modules
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.models.structure import named_stacks
+from remend.models.structure import find_stacks
 from remend.tasks import Example
 from remend.training import PRESETS, Trainer, TrainingConfig
 
@@ -51,7 +51,7 @@ def logits(task, requests):
 
 def test_the_mlps_of_the_last_blocks_are_found(task):
     """All matrices for the paper; for the default those that write to the residual stream where targets are written."""
-    stacks = [blocks for _, blocks in named_stacks(task.model)]
+    stacks = [blocks for _, blocks in find_stacks(task.model)]
     last = 3 if len(stacks) == 1 else 2
     editor, default = Mend.for_model(task.model), Mend.for_model(task.model, DEFAULT)
     width = task.model.get_input_embeddings().weight.shape[1]
@@ -88,7 +88,7 @@ def test_entering_at_the_cut_is_the_whole_pass(task, requests, network):
     prefix = FrozenPrefix(task.model, Mend.for_model(task.model, network).shapes)
     with torch.no_grad():
         assert prefix.verify(lambda: task.target_logits(batch), lambda: task.target_states(batch), task.logits)
-    stacks = len(named_stacks(task.model))
+    stacks = len(find_stacks(task.model))
     assert prefix.depth == stacks
     assert prefix.stack == (stacks > 1 and network is DEFAULT)
 

@@ -19,7 +19,7 @@ from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, ModelError, RemendError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
-from remend.formats import difference, load_adapter, save_adapter, save_merged
+from remend.formats import diff_checkpoints, load_adapter, save_adapter, save_merged
 from remend.formats.peft import CONFIG, WEIGHTS
 from remend.models import editable_modules, skeleton
 from remend.tasks import task_of
@@ -126,7 +126,7 @@ def test_changes_of_convolutions_survive_as_adapter_and_as_difference(tmp_path):
     assert torch.equal(loaded.delta, delta)
     after = copy.deepcopy(model)
     edit.merge(after)
-    for change in (loaded, difference(model, after).edit.changes[name]):
+    for change in (loaded, diff_checkpoints(model, after).edit.changes[name]):
         torch.testing.assert_close(change.dense(), edit.changes[name].dense(), rtol=1e-4, atol=1e-4)
     adapted = quietly(peft.PeftModel.from_pretrained, model, str(tmp_path / "adapter")).eval()
     with torch.no_grad():
@@ -331,7 +331,7 @@ def test_the_difference_of_two_models_is_the_edit(task, kind):
     edit = random_edit(task.model)
     after = copy.deepcopy(task.model)
     edit.merge(after)
-    found = difference(task.model, after)
+    found = diff_checkpoints(task.model, after)
     assert found.rest == ()
     assert found.edit.changes.keys() == edit.changes.keys()
     with edit.applied(task.model):
@@ -339,7 +339,7 @@ def test_the_difference_of_two_models_is_the_edit(task, kind):
     with found.edit.applied(task.model):
         torch.testing.assert_close(logits(task, kind), expected, rtol=0, atol=1e-4)
     assert max(found.lost.values()) < 1e-5
-    few = difference(task.model, after, rank=1)
+    few = diff_checkpoints(task.model, after, rank=1)
     assert max(few.lost.values()) > 0.05
     assert {change.rank for change in few.edit.changes.values()} == {1}
 
@@ -349,13 +349,13 @@ def test_what_no_edit_can_change_is_named(llama):
     with torch.no_grad():
         after.model.embed_tokens.weight[3] += 1
     with pytest.raises(EditError, match=r"only in model\.embed_tokens\.weight"):
-        difference(llama.model, after)
+        diff_checkpoints(llama.model, after)
     random_edit(llama.model).merge(after)
-    assert difference(llama.model, after).rest[0] == "model.embed_tokens.weight"
+    assert diff_checkpoints(llama.model, after).rest[0] == "model.embed_tokens.weight"
     with pytest.raises(EditError, match="in nothing"):
-        difference(llama.model, copy.deepcopy(llama.model))
+        diff_checkpoints(llama.model, copy.deepcopy(llama.model))
     with pytest.raises(WrongBaseError):
-        difference(llama.model, families.task("gpt2").model)
+        diff_checkpoints(llama.model, families.task("gpt2").model)
 
 
 def test_what_is_stored_more_coarsely_is_compared_by_value(llama):
@@ -363,7 +363,7 @@ def test_what_is_stored_more_coarsely_is_compared_by_value(llama):
     coarse = copy.deepcopy(llama.model).to(torch.bfloat16)
     fine = copy.deepcopy(coarse).float()
     with pytest.raises(EditError, match="in nothing"):
-        difference(fine, coarse)
+        diff_checkpoints(fine, coarse)
 
 
 # -- the commands ----------------------------------------------------------------------------------------------------

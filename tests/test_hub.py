@@ -16,7 +16,7 @@ from remend.apps.hub import card_of, push
 from remend.cli import run
 from remend.edit import Edit
 from remend.errors import FileError
-from remend.serialization import read_checked
+from remend.serialization import read_verified_manifest
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +41,21 @@ def head(card):
 
 
 def test_the_card_of_an_edit_says_what_it_is(saved):
-    card = card_of(read_checked(saved), "me/fix", "apache-2.0", "org/base", [("near prompts stay", "95 %")])
+    card = card_of(read_verified_manifest(saved), "me/fix", "apache-2.0", "org/base", [("near prompts stay", "95 %")])
     tags = {"library_name": "remend", "tags": ["remend", "model-editing"]}
     assert head(card) == {"license": "apache-2.0", "base_model": "org/base", **tags}
     assert "| The capital of Canada is | Toronto |" in card
     assert r"| A \| cell \<b\>with\</b\> \`marks\` | Rome\* |" in card, "nobody's text is taken for markup"
     for part in ("near prompts stay", "95 %", "transformer.h.5.mlp.c_proj", "applied.revert()", "hf:me/fix"):
         assert part in card
-    plain = card_of(read_checked(saved), "me/fix")
+    plain = card_of(read_verified_manifest(saved), "me/fix")
     assert head(plain) == tags
     assert "No evaluation was given" in plain
     assert "\n\n\n\n" not in plain
 
 
 def test_a_manifest_that_was_tampered_with_adds_nothing_to_a_card(saved):
-    manifest = read_checked(saved)
+    manifest = read_verified_manifest(saved)
     base = {**manifest["base"], "name": 'me/x\nlicense: evil\n---\n"); import os; ("'}
     card = card_of({**manifest, "base": base, "ranks": {"a`\n# heading": 1}, "norms": {"a`\n# heading": 1.0}}, "me/fix")
     assert head(card) == {"library_name": "remend", "tags": ["remend", "model-editing"]}
@@ -68,13 +68,15 @@ def test_a_manifest_that_was_tampered_with_adds_nothing_to_a_card(saved):
 
 def test_the_card_of_an_editor(tmp_path):
     editor = remend.Mend.from_pretrained("atlas")
-    card = card_of(read_checked(editor.save_pretrained(tmp_path / "editor")), "me/editor")
+    card = card_of(read_verified_manifest(editor.save_pretrained(tmp_path / "editor")), "me/editor")
     for part in ("of its edits took", "load_editor", "768 → 192", '"rank"'):
         assert part in card
     task = families.task("llama")
     ridge = remend.editors.make("ridge", task.model, task.tokenizer)
     if hasattr(ridge, "save_pretrained"):
-        assert "fitted to the model" in card_of(read_checked(ridge.save_pretrained(tmp_path / "ridge")), "me/ridge")
+        assert "fitted to the model" in card_of(
+            read_verified_manifest(ridge.save_pretrained(tmp_path / "ridge")), "me/ridge"
+        )
 
 
 THERE_AND_BACK = """

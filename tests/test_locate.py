@@ -17,7 +17,7 @@ from remend.editors.locate_then_edit.value_optimization import Sites, adding, tu
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError, WrongBaseError
 from remend.fingerprint import find_modules
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.models.structure import named_stacks
+from remend.models.structure import find_stacks
 from remend.request import Chat, EditRequest, Message, TextPair
 from remend.tasks import task_of
 
@@ -199,7 +199,7 @@ def test_memit_s_blocks_share_what_is_missing(decoder):
     request = worlds.requests(1)[0]
     sites = Sites(decoder, [reading(decoder, request, ())], FrozenPrefix(decoder.model, editor.shapes))
     last = list(editor.shapes)[-1]
-    module, block = find_modules(decoder.model, [last])[last], named_stacks(decoder.model)[0][1][2][1]
+    module, block = find_modules(decoder.model, [last])[last], find_stacks(decoder.model)[0][1][2][1]
 
     def given():
         with torch.no_grad(), adding(block, sites, None) as written:
@@ -292,7 +292,7 @@ def test_conversations():
 
 def test_the_matrices_are_of_the_stack_that_reads(world, name):
     task, _ = world
-    reads = [prefix for prefix, _ in named_stacks(task.model)[0][1]]
+    reads = [prefix for prefix, _ in find_stacks(task.model)[0][1]]
     editor = make(name, task)
     assert all(any(matrix.startswith(f"{prefix}.") for prefix in reads) for matrix in editor.shapes)
     assert all(d_in > d_out for d_in, d_out in editor.shapes.values())

@@ -7,7 +7,7 @@ from torch import nn
 import worlds
 from remend.errors import ConfigError, ModelError
 from remend.models import editable_modules, load
-from remend.models.structure import block_stack, choose_blocks
+from remend.models.structure import find_blocks, select_blocks
 
 
 def test_the_default_is_the_mlps_of_the_last_three_blocks():
@@ -55,7 +55,7 @@ class Strange(nn.Module):
 
 def test_odd_names_are_found_by_structure():
     assert list(editable_modules(Strange())) == [f"strata.{i}.{name}" for i in (2, 3, 4) for name in ("wide", "slim")]
-    assert len(block_stack(Strange())) == 5
+    assert len(find_blocks(Strange())) == 5
 
 
 def test_globs_and_their_mistakes():
@@ -94,7 +94,7 @@ def test_regular_expressions():
 )
 def test_blocks_can_be_chosen(layers, blocks):
     model = worlds.gpt2(n_layer=10)
-    assert [name for name, _ in choose_blocks(model, layers)] == [f"transformer.h.{block}" for block in blocks]
+    assert [name for name, _ in select_blocks(model, layers)] == [f"transformer.h.{block}" for block in blocks]
     found = editable_modules(model, layers=layers, outputs_only=True)
     assert list(found) == [f"transformer.h.{block}.mlp.c_proj" for block in blocks]
     found = editable_modules(model, ["*.c_attn"], layers=layers)
@@ -104,7 +104,7 @@ def test_blocks_can_be_chosen(layers, blocks):
 @pytest.mark.parametrize("layers", ["10", "8-10", "5-2", "first-2", "last-0", "", "0.99-0.995", "-1", "0.2", "1.5-2"])
 def test_wrong_choices_of_blocks(layers):
     with pytest.raises(ConfigError, match=r"names no blocks, or more than there are: 10\. Allowed are 'last-3'"):
-        choose_blocks(worlds.gpt2(n_layer=10), layers)
+        select_blocks(worlds.gpt2(n_layer=10), layers)
 
 
 def test_loading_a_folder(tmp_path):

@@ -14,7 +14,7 @@ import worlds
 from remend.core.operators import SymmetricOperator
 from remend.editors import Mend
 from remend.errors import ConfigError, ModelError
-from remend.models.fsdp import shard
+from remend.models.fsdp import shard_model
 from remend.models.loading import choose_device, load
 from remend.request import write_requests
 from remend.training.distributed import ProcessGroup
@@ -107,7 +107,7 @@ def test_processes_share_a_cache_folder(folder):
     assert equal(left(folder, "cached"), left(folder, "whole"))
     shards = list((folder / "cache").glob("*/*"))
     assert len(shards) >= 2
-    assert all(shard.name.startswith("shard-") for shard in shards), "nothing half-written is left"
+    assert all(shard_model.name.startswith("shard-") for shard_model in shards), "nothing half-written is left"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -154,6 +154,6 @@ def test_wrong_launches(monkeypatch, tmp_path):
     model = worlds.llama()
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(3, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match=r"lm_head\.weight is quantised or offloaded, and such a model"):
-        shard(model, torch.device("cpu"))
+        shard_model(model, torch.device("cpu"))
     with pytest.raises(ModelError, match="'map' spreads one model over all GPUs"):
         load(str(tmp_path), "map")

@@ -19,7 +19,13 @@ from remend.editors.finetune import FineTune
 from remend.errors import ConfigError, FileError, ModelError, RemendError
 from remend.evaluation import evaluate
 from remend.evaluation.reports.report import environment, metrics_of
-from remend.models.structure import LAST, LAST_OF_TWO, choose_blocks, mlp_matrices, named_stacks
+from remend.models.structure import (
+    DEFAULT_LAYERS,
+    DEFAULT_LAYERS_ENCODER_DECODER,
+    find_stacks,
+    mlp_layer_names,
+    select_blocks,
+)
 from remend.request import EditRequest
 from remend.serialization import MANIFEST, write_json
 from remend.training import train
@@ -266,10 +272,10 @@ def attention_matrices(model: PreTrainedModel) -> list[str]:
     Raises:
         ModelError: there is no stack of blocks, or nothing beside the MLPs.
     """
-    blocks = choose_blocks(model, LAST if len(named_stacks(model)) == 1 else LAST_OF_TWO)
+    blocks = select_blocks(model, DEFAULT_LAYERS if len(find_stacks(model)) == 1 else DEFAULT_LAYERS_ENCODER_DECODER)
     beside = {
         prefix: {name.removeprefix(prefix) for name, _ in editable_layers(block, prefix)}
-        - {name.removeprefix(prefix) for name in mlp_matrices(prefix, block)}
+        - {name.removeprefix(prefix) for name in mlp_layer_names(prefix, block)}
         for prefix, block in blocks
     }
     everywhere = set.intersection(*beside.values())

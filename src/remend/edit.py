@@ -29,14 +29,14 @@ from remend.core.low_rank import LowRank, concatenate
 from remend.errors import EditError, FileError, PrecisionError
 from remend.fingerprint import ModelFingerprint, find_modules
 from remend.request import EditRequest
-from remend.serialization import read_folder, take, write_folder
+from remend.serialization import get_field, read_folder, write_folder
 
-FORMAT = "remend.edit/1"
+EDIT_FORMAT = "remend.edit/1"
 MERGE_TOLERANCE = 0.25
 """The largest share of an edit (Frobenius norm) that merging may lose to rounding before it refuses."""
 
 
-def now() -> str:
+def utc_now() -> str:
     """The time as files give it: ISO 8601, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
@@ -59,7 +59,7 @@ class Edit:
     base: ModelFingerprint
     requests: tuple[EditRequest, ...] = ()
     editor: Mapping[str, Any] = field(default_factory=dict)
-    created: str = field(default_factory=now)
+    created: str = field(default_factory=utc_now)
 
     def __post_init__(self) -> None:
         for name, change in self.changes.items():
@@ -224,7 +224,7 @@ class Edit:
             "norms": self.norms(),
             **({"gates": gates} if gates else {}),
         }
-        return write_folder(path, FORMAT, manifest, tensors)
+        return write_folder(path, EDIT_FORMAT, manifest, tensors)
 
     @staticmethod
     def from_pretrained(path: str | Path) -> Edit:
@@ -238,10 +238,10 @@ class Edit:
         Raises:
             FileError: it is missing, damaged, altered, or of a version that this release does not know.
         """
-        manifest, tensors = read_folder(path, FORMAT)
-        base = ModelFingerprint.read(take(manifest, "base", dict, path), path)
-        ranks = take(manifest, "ranks", dict, path)
-        gates = take(manifest, "gates", dict, path) if "gates" in manifest else {}
+        manifest, tensors = read_folder(path, EDIT_FORMAT)
+        base = ModelFingerprint.from_manifest(get_field(manifest, "base", dict, path), path)
+        ranks = get_field(manifest, "ranks", dict, path)
+        gates = get_field(manifest, "gates", dict, path) if "gates" in manifest else {}
         changes = {name: _change(tensors, name, gates.get(name, 0.0), path) for name in ranks}
         own = sum(2 if change.experts is None else 3 for change in changes.values())
         if len(tensors) != own or any(changes[name].rank != rank for name, rank in ranks.items()):
@@ -250,11 +250,17 @@ class Edit:
             raise FileError(f"{path}: the base does not cover every changed module; it was altered")
         try:
             requests = tuple(
-                EditRequest.model_validate_json(json.dumps(r)) for r in take(manifest, "requests", list, path)
+                EditRequest.model_validate_json(json.dumps(r)) for r in get_field(manifest, "requests", list, path)
             )
         except ValidationError as error:
             raise FileError(f"{path}: a request in the manifest is malformed ({error.errors()[0]['msg']})") from None
-        return Edit(changes, base, requests, take(manifest, "editor", dict, path), take(manifest, "created", str, path))
+        return Edit(
+            changes,
+            base,
+            requests,
+            get_field(manifest, "editor", dict, path),
+            get_field(manifest, "created", str, path),
+        )
 
 
 def _apart(one: LowRank, other: LowRank) -> float:

@@ -82,7 +82,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
+def prefix_request_errors(what: str) -> Iterator[None]:
     """Within it, a :class:`RequestError` says which request it is about."""
     try:
         yield

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from remend.core.layers import describe_layer, editable_layers, is_editable, is_quantized, parameter_owner, weight_of
 from remend.core.moe import expert_linears
 from remend.errors import FileError, ModelError, WrongBaseError, nearest
-from remend.serialization import take
+from remend.serialization import get_field
 
 _VOLATILE = re.compile(
     r"_name_or_path|architectures|_?attn_implementation\w*|_?experts_implementation\w*|dtype|torch_dtype|return_dict"
@@ -54,16 +54,18 @@ class ModelFingerprint:
         )
 
     @staticmethod
-    def read(described: Mapping[str, Any], where: str | Path) -> ModelFingerprint:
+    def from_manifest(described: Mapping[str, Any], where: str | Path) -> ModelFingerprint:
         """The identity that a manifest describes (``asdict`` of one).
 
         Raises:
             FileError: a part is missing or malformed.
         """
-        weights = take(described, "weights", dict, where)
+        weights = get_field(described, "weights", dict, where)
         if not all(isinstance(value, str) for value in weights.values()):
             raise FileError(f"{where}: 'weights' of the base should give a hash for each module")
-        return ModelFingerprint(take(described, "name", str, where), take(described, "config", str, where), weights)
+        return ModelFingerprint(
+            get_field(described, "name", str, where), get_field(described, "config", str, where), weights
+        )
 
     def check_architecture(self, model: nn.Module, what: str) -> None:
         """Raise :class:`WrongBaseError` unless ``model`` has the class and configuration that ``what`` was made for."""
@@ -73,21 +75,21 @@ class ModelFingerprint:
                 "class or configuration. Load the model it was made for"
             )
 
-    def with_weights_of(self, model: nn.Module) -> ModelFingerprint:
+    def recomputed_for(self, model: nn.Module) -> ModelFingerprint:
         """The identity of ``model``, which passed :meth:`check_architecture`, with respect to this base's modules."""
         modules = find_modules(model, self.weights)
         return ModelFingerprint(
             _name(model), self.config, {name: _weight_hash(module) for name, module in modules.items()}
         )
 
-    def changed(self, model: nn.Module) -> list[str]:
+    def changed_modules(self, model: nn.Module) -> list[str]:
         """The modules whose weights are not those of this base."""
-        return [name for name, own in self.with_weights_of(model).weights.items() if own != self.weights[name]]
+        return [name for name, own in self.recomputed_for(model).weights.items() if own != self.weights[name]]
 
     def check(self, model: nn.Module, what: str) -> None:
         """Raise :class:`WrongBaseError` unless ``model`` is this base: same configuration, same edited weights."""
         self.check_architecture(model, what)
-        if changed := self.changed(model):
+        if changed := self.changed_modules(model):
             raise WrongBaseError(
                 f"{what} was made for {self.name!r}, but the weights of {', '.join(changed[:3])} differ in this model "
                 f"({getattr(model, 'dtype', 'unknown dtype')}). Load the unchanged base in the dtype it is stored in, "
@@ -150,7 +152,7 @@ def _lasting(value: Any) -> Any:
     return value
 
 
-def fingerprint(model: nn.Module) -> str:
+def hash_model(model: nn.Module) -> str:
     """SHA-256 of everything that decides what ``model`` computes: class, configuration, and every stored byte.
 
     Raises:

@@ -24,7 +24,7 @@ from remend.errors import FileError, nearest
 
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
-HUB = "hf:"
+HUB_PREFIX = "hf:"
 """What begins the name of a folder on the Hugging Face hub: ``hf:owner/name``, or ``hf:owner/name@revision``."""
 
 
@@ -48,15 +48,15 @@ def write_folder(path: str | Path, kind: str, manifest: Mapping[str, Any], tenso
     Raises:
         FileError: ``path`` holds something else, or cannot be written.
     """
-    with whole_folder(path) as staged:
+    with atomic_folder(path) as staged:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / TENSORS)
-        content = {"format": kind, "sha256": {TENSORS: hash_of(staged / TENSORS)}, **manifest}
-        (staged / MANIFEST).write_text(as_json(content), encoding="utf-8")
+        content = {"format": kind, "sha256": {TENSORS: file_sha256(staged / TENSORS)}, **manifest}
+        (staged / MANIFEST).write_text(format_json(content), encoding="utf-8")
     return Path(path)
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | Path, ours: Callable[[Path], bool] = _ours) -> Iterator[Path]:
+def atomic_folder(path: str | Path, ours: Callable[[Path], bool] = _ours) -> Iterator[Path]:
     """A folder to fill that takes its name only when all of it is on disk; after an exception it is gone.
 
     Args:
@@ -67,7 +67,7 @@ def whole_folder(path: str | Path, ours: Callable[[Path], bool] = _ours) -> Iter
         FileError: something else stands there, or it cannot be written.
     """
     path = Path(path)
-    check_target(path, ours)
+    check_replaceable(path, ours)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -86,7 +86,7 @@ def whole_folder(path: str | Path, ours: Callable[[Path], bool] = _ours) -> Iter
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def check_target(path: str | Path, ours: Callable[[Path], bool] = _ours) -> None:
+def check_replaceable(path: str | Path, ours: Callable[[Path], bool] = _ours) -> None:
     """Refuse a place where something stands that is not ours to replace; call it before long work.
 
     Only an empty folder, or one that is ``ours`` (nothing but a manifest and tensors that remend wrote), may be
@@ -111,7 +111,7 @@ def check_target(path: str | Path, ours: Callable[[Path], bool] = _ours) -> None
         )
 
 
-def clear_leftovers(folder: Path) -> None:
+def remove_temporary_folders(folder: Path) -> None:
     """Delete what a process that was killed while writing into ``folder`` left behind under temporary names."""
     for entry in folder.glob(".*"):
         if entry.is_dir() and any((entry / name).exists() for name in (MANIFEST, TENSORS, "replaced")):
@@ -121,7 +121,7 @@ def clear_leftovers(folder: Path) -> None:
 def read_format(path: str | Path) -> str:
     """What a folder's manifest says that it is; empty where it has none, which :func:`read_manifest` explains."""
     try:
-        found = parse_json((local(path) / MANIFEST).read_bytes())
+        found = parse_json((resolve_folder(path) / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
         return ""
     return str(found.get("format")) if isinstance(found, dict) else ""
@@ -133,7 +133,7 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
     Raises:
         FileError: there is no such folder, the manifest is not JSON, or it is of another kind or version.
     """
-    path = local(path)
+    path = resolve_folder(path)
     file = path / MANIFEST
     if not file.is_file():
         raise FileError(f"{path} is not a folder saved by remend: it has no {MANIFEST}")
@@ -159,13 +159,13 @@ def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, 
     Raises:
         FileError: as :func:`read_manifest`, or the tensors are missing, truncated or not those of the manifest.
     """
-    path = local(path)
+    path = resolve_folder(path)
     manifest = read_manifest(path, kind)
     file = path / TENSORS
     if not file.is_file():
         raise FileError(f"{path} is incomplete: {TENSORS} is missing")
     sums = manifest.get("sha256")
-    if hash_of(file) != (sums.get(TENSORS) if isinstance(sums, dict) else None):
+    if file_sha256(file) != (sums.get(TENSORS) if isinstance(sums, dict) else None):
         raise FileError(f"{file} is not what {MANIFEST} describes (sha256 differs): truncated or altered")
     try:
         return manifest, load_file(file)
@@ -173,7 +173,7 @@ def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, 
         raise FileError(f"{file} is not a safetensors file ({error})") from None
 
 
-def read_checked(path: str | Path) -> dict[str, Any]:
+def read_verified_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a folder of whatever kind, with whose tensors all is well.
 
     Raises:
@@ -183,17 +183,19 @@ def read_checked(path: str | Path) -> dict[str, Any]:
     return read_folder(path, kind if kind.startswith("remend.") else "remend.edit/1")[0]
 
 
-def local(path: str | Path) -> Path:
-    """A folder on this machine: the one that is named, or what :data:`HUB` names, fetched if it is not here yet.
+def resolve_folder(path: str | Path) -> Path:
+    """A folder on this machine: the one that is named, or what :data:`HUB_PREFIX` names, fetched if it is not here yet.
 
     Raises:
         FileError: the hub does not give it.
     """
-    if not str(path).startswith(HUB):
+    if not str(path).startswith(HUB_PREFIX):
         return Path(path)
-    found = re.fullmatch(r"(\w[\w.\-]*/\w[\w.\-]*)(?:@([\w.\-/]+))?", str(path).removeprefix(HUB))
+    found = re.fullmatch(r"(\w[\w.\-]*/\w[\w.\-]*)(?:@([\w.\-/]+))?", str(path).removeprefix(HUB_PREFIX))
     if found is None:
-        raise FileError(f"{path} is no folder on the hub: write {HUB}owner/name, or {HUB}owner/name@revision")
+        raise FileError(
+            f"{path} is no folder on the hub: write {HUB_PREFIX}owner/name, or {HUB_PREFIX}owner/name@revision"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -231,7 +233,7 @@ def parse_json(content: bytes) -> Any:
     return found
 
 
-def take(manifest: Mapping[str, Any], key: str, kind: type, where: str | Path) -> Any:
+def get_field(manifest: Mapping[str, Any], key: str, kind: type, where: str | Path) -> Any:
     """``manifest[key]``, or a :class:`FileError` that says what is wrong with it."""
     if key not in manifest:
         raise FileError(f"{where}: the manifest has no {key!r}; {nearest(key, manifest)}")
@@ -247,10 +249,10 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     Raises:
         FileError: it cannot be written there.
     """
-    write_text(path, as_json(content))
+    write_text(path, format_json(content))
 
 
-def as_json(content: Mapping[str, Any]) -> str:
+def format_json(content: Mapping[str, Any]) -> str:
     """JSON as remend writes it: for people too."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -261,12 +263,12 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         FileError: it cannot be written there.
     """
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(text)
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[TextIO]:
+def atomic_file(path: str | Path) -> Iterator[TextIO]:
     """A text file to write that takes its name only when all of it is on disk; after an exception it is gone.
 
     Raises:
@@ -288,7 +290,7 @@ def whole_file(path: str | Path) -> Iterator[TextIO]:
             staged.unlink()
 
 
-def hash_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,11 +22,11 @@ def show(
 ) -> None:
     """Show what a saved edit is for, and where and how strongly it acts."""
     from remend.edit import Edit
-    from remend.serialization import local, write_json
+    from remend.serialization import resolve_folder, write_json
 
     console = Console()
     loaded = Edit.load(edit)
-    size = sum(file.stat().st_size for file in local(edit).iterdir())
+    size = sum(file.stat().st_size for file in resolve_folder(edit).iterdir())
     made_by = loaded.editor.get("name", "an unnamed editor")
     console.print(f"[bold]{plain(str(edit))}[/]  {size / 1024:.0f} KiB")
     console.print(f"for {plain(loaded.base.name)}, made {plain(loaded.created)} by {plain(made_by)}")

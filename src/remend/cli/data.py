@@ -99,14 +99,14 @@ def convert(
     json: options.Json = None,
 ) -> None:
     """Write a source's requests as JSON lines, and tell what was left out."""
-    from remend.serialization import whole_file, write_json
+    from remend.serialization import atomic_file, write_json
 
     console = Console()
     skipped: Counter[str] = Counter()
     requests = _made(source, model, device, limit, seed, _counting(skipped))
     count, probes = 0, Counter[str]()
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed} requests"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar, whole_file(out) as file:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar, atomic_file(out) as file:
         task = bar.add_task("converting", total=None)
         for request in requests:
             file.write(codec.dumps(request.to_json(), ensure_ascii=False) + "\n")

@@ -59,10 +59,10 @@ def edit(
     from remend.edit import Edit
     from remend.evaluation.before_after import before_after
     from remend.evaluation.robustness import assure
-    from remend.serialization import MANIFEST, check_target, write_json
+    from remend.serialization import MANIFEST, check_replaceable, write_json
 
     console = Console()
-    check_target(out)
+    check_replaceable(out)
     if not overwrite and (out / MANIFEST).exists():
         raise FileError(f"{out} holds an edit or an editor already: choose another folder, or give --overwrite")
     chosen = options.find_editor(editor, model, statistics, seed)

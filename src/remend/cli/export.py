@@ -77,7 +77,7 @@ def write(
 
     from remend.formats import save_adapter, save_merged
     from remend.models import load, skeleton
-    from remend.serialization import check_target
+    from remend.serialization import check_replaceable
 
     if rank is not None:
         edit = edit.compressed(rank)
@@ -91,7 +91,7 @@ def write(
         save_adapter(edit, out, structure)
     else:
         named = options.known_dtype(dtype)
-        check_target(out, lambda there: False)  # before the model is loaded
+        check_replaceable(out, lambda there: False)  # before the model is loaded
         with named_by("the edit", unsaid, model):
             base, tokenizer = load(model, device, getattr(torch, named) if named else "auto")
         found = save_merged(edit, out, base, tokenizer)
@@ -125,12 +125,12 @@ def import_(
     device: options.Device = "auto",
 ) -> None:
     """Make an edit of a LoRA adapter, or of the difference between two checkpoints: to inspect, evaluate and revert."""
-    from remend.formats import difference, load_adapter
+    from remend.formats import diff_checkpoints, load_adapter
     from remend.formats.peft import CONFIG
-    from remend.serialization import check_target
+    from remend.serialization import check_replaceable
 
     console = Console()
-    check_target(out)
+    check_replaceable(out)
     if not source.is_dir():
         raise FileError(f"there is no folder {source}: give an adapter's, or that of a changed model's checkpoint")
     base, _ = options.load_model(model, device, 0)
@@ -139,7 +139,7 @@ def import_(
         edit = edit.compressed(rank) if rank is not None else edit
         lost: Mapping[str, float] = edit.editor.get("lost", {})
     else:
-        found = difference(base, options.load_model(str(source), device, 0)[0], rank)
+        found = diff_checkpoints(base, options.load_model(str(source), device, 0)[0], rank)
         edit, lost = found.edit, found.lost
         if found.rest and not leave_rest:
             raise FileError(

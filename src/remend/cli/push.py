@@ -31,12 +31,12 @@ def push(
     from remend.apps.hub import card_of
     from remend.apps.hub import push as publish
     from remend.apps.hub.push import check_place
-    from remend.serialization import read_checked, write_text
+    from remend.serialization import read_verified_manifest, write_text
 
     console, found = Console(), figures(report)
     check_place(to)
     if card is not None:
-        write_text(card, card_of(read_checked(folder), to, licence, base, found))
+        write_text(card, card_of(read_verified_manifest(folder), to, licence, base, found))
         console.print(f"the card is in [bold]{plain(str(card))}[/]; nothing was published")
         return
     where = publish(folder, to, licence=licence, base=base, evaluation=found, private=private or None)

@@ -115,7 +115,7 @@ def _gradient(
         within.enter_context(frozen(task.model))
         within.enter_context(torch.enable_grad())
         within.enter_context(sdpa_kernel(SDPBackend.MATH))  # the others have no second derivative
-        within.enter_context(prefix.resumed(states))
+        within.enter_context(prefix.resume_from(states))
         within.enter_context(_recorded(modules, trained, inputs, probes))
         logits = task.target_logits(batch).float()
         if not logits.isfinite().all():

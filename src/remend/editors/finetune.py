@@ -272,11 +272,11 @@ class _Tuning:
         batch, each = self.task.collate(mixed), 2 if others else 1
         edits = batch.row % each == 0
         with torch.no_grad():
-            states = self.prefix.states(lambda: self.task.target_logits(batch)) if self.prefix.depth else None
-            with self.prefix.resumed(states):
+            states = self.prefix.compute_states(lambda: self.task.target_logits(batch)) if self.prefix.depth else None
+            with self.prefix.resume_from(states):
                 base = self.task.target_logits(batch)[~edits] if others else None
         changes = {name: dense.select(active) for name, dense in self.dense.items()}
-        with self.prefix.resumed(states), changes_applied(self.modules, changes):
+        with self.prefix.resume_from(states), changes_applied(self.modules, changes):
             logits = self.task.target_logits(batch)
         target, row = batch.target[edits], batch.row[edits] // each
         losses = target_loss(logits[edits], target, row, len(own))

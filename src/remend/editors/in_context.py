@@ -17,7 +17,7 @@ from remend.errors import EditError
 from remend.fingerprint import ModelFingerprint
 from remend.models.structure import editable_modules
 from remend.request import Chat, EditRequest, Message, Prompt, TextPair, parse_request
-from remend.serialization import read_folder, take, write_folder
+from remend.serialization import get_field, read_folder, write_folder
 from remend.tasks import task_of
 from remend.tasks.base import Task
 
@@ -79,7 +79,7 @@ class ContextEdit:
             RequestError: a request is malformed.
         """
         manifest, _ = read_folder(path, FORMAT)
-        listed = take(manifest, "requests", list, path)
+        listed = get_field(manifest, "requests", list, path)
         return ContextEdit(
             tuple(parse_request(json.dumps(own), f"{path}, request {n}") for n, own in enumerate(listed, start=1))
         )

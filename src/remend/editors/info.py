@@ -53,7 +53,7 @@ def checked(
     if not requests or isinstance(requests, EditRequest) or not all(isinstance(r, EditRequest) for r in requests):
         raise RequestError("give a list of at least one EditRequest(prompt=…, target=…)")
     base.check_architecture(model, "this editor")
-    found = base.with_weights_of(model)
+    found = base.recomputed_for(model)
     if trained and found.weights != base.weights:
         warnings.warn(
             f"this editor was trained for {base.name!r}, or measured it, with other weights than this model has; "

@@ -84,7 +84,7 @@ class Ke(TrainableEditor):
     ) -> dict[str, LowRank]:
         """The gated gradient of each pair, and its shift: a factor pair for each token after the shift's."""
         batch, modules = task.collate(pairs), find_modules(task.model, self.shapes)
-        with prefix.resumed(states):
+        with prefix.resume_from(states):
             factors = capture_gradient_factors(
                 task.model, modules, task.tokens(batch, self.shapes, False), lambda: task.loss(batch)
             )[1]

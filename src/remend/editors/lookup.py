@@ -24,7 +24,7 @@ from remend.editors.info import EditorInfo, checked
 from remend.errors import EditError, FileError, ModelError
 from remend.fingerprint import ModelFingerprint
 from remend.request import EditRequest, parse_request
-from remend.serialization import read_folder, take, write_folder
+from remend.serialization import get_field, read_folder, write_folder
 from remend.tasks import task_of
 from remend.tasks.base import Example, Task, in_batches
 from remend.tasks.language_model import LanguageTask
@@ -134,11 +134,11 @@ class LookupEdit:
             raise FileError(f"{path}: keys and values are missing or do not fit together; it was altered")
         requests = tuple(
             parse_request(json.dumps(own), f"{path}, request {number}")
-            for number, own in enumerate(take(manifest, "requests", list, path), start=1)
+            for number, own in enumerate(get_field(manifest, "requests", list, path), start=1)
         )
-        base = ModelFingerprint.read(take(manifest, "base", dict, path), path)
-        reach, editor = take(manifest, "reach", float, path), take(manifest, "editor", dict, path)
-        return LookupEdit(keys, values, reach, base, requests, editor, take(manifest, "created", str, path))
+        base = ModelFingerprint.from_manifest(get_field(manifest, "base", dict, path), path)
+        reach, editor = get_field(manifest, "reach", float, path), get_field(manifest, "editor", dict, path)
+        return LookupEdit(keys, values, reach, base, requests, editor, get_field(manifest, "created", str, path))
 
 
 class Lookup:

@@ -13,7 +13,7 @@ from remend.config import from_json, to_json
 from remend.editors.info import EditorInfo
 from remend.errors import FileError
 from remend.fingerprint import ModelFingerprint
-from remend.serialization import read_folder, take
+from remend.serialization import get_field, read_folder
 
 FORMAT = "remend.editor/1"
 
@@ -66,15 +66,15 @@ def read_editor(path: Path, name: str, configuration: type[Any]) -> SavedEditor:
     manifest, tensors = read_folder(path, FORMAT)
     if manifest.get("editor") != name:
         raise FileError(f"{path} holds the editor {manifest.get('editor')!r}, not {name!r}")
-    shapes = take(manifest, "shapes", dict, path)
+    shapes = get_field(manifest, "shapes", dict, path)
     for module, shape in shapes.items():
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(d) is int and d > 0 for d in shape)):
             raise FileError(f"{path}: the shape of {module} should be [d_in, d_out], it is {shape!r}")
     return SavedEditor(
         manifest,
         tensors,
-        from_json(configuration, take(manifest, "config", dict, path)),
-        ModelFingerprint.read(take(manifest, "base", dict, path), path),
+        from_json(configuration, get_field(manifest, "config", dict, path)),
+        ModelFingerprint.from_manifest(get_field(manifest, "base", dict, path), path),
         {module: (d_in, d_out) for module, (d_in, d_out) in shapes.items()},
     )
 

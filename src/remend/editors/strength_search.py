@@ -58,7 +58,7 @@ class UneditedPass:
     def loss(self) -> Float[Tensor, " episode"]:
         """The pairs' losses, from one pass; what enters the lowest edited block on the way is kept."""
         batch = self.batch
-        with self.prefix.overheard() as entered:
+        with self.prefix.record_input() as entered:
             logits = self.task.target_logits(batch)
         self.logits, self.states = logits.detach().float(), entered.get("states")
         return target_loss(logits, batch.target, batch.row, batch.rows)
@@ -67,7 +67,7 @@ class UneditedPass:
     def margins(self, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
         """How far each target is ahead of its best rival in the edited model, in logits: at its first token."""
         modules = find_modules(self.task.model, changes)
-        with self.prefix.resumed(self.states), changes_applied(modules, changes):
+        with self.prefix.resume_from(self.states), changes_applied(modules, changes):
             return self.margins_of(self.task.target_logits(self.batch).float())
 
     def margins_of(self, logits: Float[Tensor, "target vocabulary"]) -> Float[Tensor, " episode"]:
@@ -88,7 +88,7 @@ class UneditedPass:
         if self.states is None or self.task.model in _CUT:
             return
         assert self.logits is not None
-        with self.prefix.resumed(self.states):
+        with self.prefix.resume_from(self.states):
             try:
                 found = self.task.target_logits(self.batch).float()
             except (TypeError, AttributeError, ValueError, IndexError, RuntimeError):  # blocks that expect more

@@ -23,7 +23,7 @@ from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
-from remend.serialization import take, write_folder
+from remend.serialization import get_field, write_folder
 from remend.tasks import task_of
 from remend.tasks.base import Example, Task, in_batches
 
@@ -195,7 +195,7 @@ class TrainableEditor(nn.Module):
             editor.load_state_dict({name: tensor.clone() for name, tensor in found.tensors.items()})
         except (RuntimeError, KeyError) as error:
             raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
-        editor.trained = take(found.manifest, "trained", dict, path)
+        editor.trained = get_field(found.manifest, "trained", dict, path)
         return editor
 
     def expect(self, tensors: Mapping[str, Tensor]) -> None:

@@ -21,8 +21,8 @@ EXACT = 1e-6
 
 
 @dataclass(frozen=True)
-class Difference:
-    """What :func:`difference` found.
+class CheckpointDifference:
+    """What :func:`diff_checkpoints` found.
 
     Attributes:
         edit: the change of the model's matrices.
@@ -36,7 +36,7 @@ class Difference:
 
 
 @torch.no_grad()
-def difference(before: PreTrainedModel, after: PreTrainedModel, rank: int | None = None) -> Difference:
+def diff_checkpoints(before: PreTrainedModel, after: PreTrainedModel, rank: int | None = None) -> CheckpointDifference:
     """The change that makes ``after`` of ``before``, as an edit of the latter.
 
     Each changed matrix's difference is decomposed (singular values): what fine-tuning did is rarely of low rank, what
@@ -73,7 +73,7 @@ def difference(before: PreTrainedModel, after: PreTrainedModel, rank: int | None
         what = f"only in {', '.join(rest[:3])}, which no edit changes" if rest else "in nothing"
         raise EditError(f"the two models differ {what}: there is no edit to be made of that")
     editor = {"name": "difference", **({"max_rank": rank} if rank else {})}
-    return Difference(Edit(changes, ModelFingerprint.of(before, changes), (), editor), lost, rest)
+    return CheckpointDifference(Edit(changes, ModelFingerprint.of(before, changes), (), editor), lost, rest)
 
 
 def _decomposed(dense: Float[Tensor, "d_out d_in"], rank: int | None) -> tuple[LowRank, float]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.edit import Edit
 from remend.errors import FileError
-from remend.serialization import whole_folder
+from remend.serialization import atomic_folder
 
 SHARD = "5GB"
 """The largest file of a checkpoint."""
@@ -46,7 +46,7 @@ def save_merged(
         WrongBaseError, PrecisionError, EditError: as :meth:`remend.Edit.merge`.
         FileError: ``path`` holds something, or cannot be written.
     """
-    with whole_folder(path, lambda there: False) as staged, edit.merge(model) as merged:
+    with atomic_folder(path, lambda there: False) as staged, edit.merge(model) as merged:
         try:
             model.save_pretrained(staged, max_shard_size=shard)
             tokenizer.save_pretrained(staged)

@@ -25,7 +25,7 @@ from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, nearest
 from remend.fingerprint import ModelFingerprint, find_modules
-from remend.serialization import as_json, hash_of, parse_json, whole_folder
+from remend.serialization import atomic_folder, file_sha256, format_json, parse_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -100,9 +100,9 @@ def save_adapter(edit: Edit, path: str | Path, model: PreTrainedModel) -> Path:
             u, delta = u.view(change.rank, *weight_of(modules[name]).shape[1:]), delta[:, :, None, None]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = u
         tensors[f"{PREFIX}{name}.lora_B.weight"] = delta
-    with whole_folder(path, _is_adapter) as staged:
+    with atomic_folder(path, _is_adapter) as staged:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged / WEIGHTS)
-        (staged / CONFIG).write_text(as_json(config), encoding="utf-8")
+        (staged / CONFIG).write_text(format_json(config), encoding="utf-8")
     return Path(path)
 
 
@@ -147,7 +147,7 @@ def load_adapter(path: str | Path, model: PreTrainedModel) -> Edit:
                 f"{path} changes {name} as if it were {change.u.shape[-1]} → {change.delta.shape[-1]}; in this model "
                 f"it is {' → '.join(map(str, dimensions(modules[name])))}: is it the model that the adapter is for?"
             )
-    editor = {"name": "lora", "sha256": hash_of(path / WEIGHTS)}
+    editor = {"name": "lora", "sha256": file_sha256(path / WEIGHTS)}
     return Edit(changes, ModelFingerprint.of(model, changes), (), editor)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from remend.errors import ModelError
-from remend.models.structure import named_stacks
+from remend.models.structure import find_stacks
 
 
 class _Reached(Exception):  # noqa: N818 - no error: the pass has gone as far as it should
@@ -37,16 +37,16 @@ class FrozenPrefix:
         blocks: the model's blocks, in order; empty where it cannot be cut.
         stack: which of the model's stacks is cut: the first one that is edited (0: the only one, or the encoder).
         depth: how many of them lie below the cut; with 0, everything is computed anew.
-        returned: how many parts a block returns, 0 where it returns hidden states themselves.
-        bare: whether the parts but the first are all None.
+        output_parts: how many parts a block returns, 0 where it returns hidden states themselves.
+        states_only: whether the parts but the first are all None.
     """
 
     def __init__(self, model: nn.Module, edited: Iterable[str]) -> None:
         self.blocks: list[nn.Module] = []
         self.depth = 0
-        self.stack, self.returned, self.bare = 0, 0, True
+        self.stack, self.output_parts, self.states_only = 0, 0, True
         try:
-            stacks = [blocks for _, blocks in named_stacks(model)]
+            stacks = [blocks for _, blocks in find_stacks(model)]
         except ModelError:  # no blocks: there is nothing to cut
             return
         prefixes = [[prefix for prefix, _ in blocks] for blocks in stacks]
@@ -61,19 +61,19 @@ class FrozenPrefix:
         self.stack, self.depth = min(places, default=(0, 0))
         self.blocks = [block for _, block in stacks[self.stack]]
 
-    def states(self, forward: Callable[[], object]) -> Float[Tensor, "row token d"]:
+    def compute_states(self, forward: Callable[[], object]) -> Float[Tensor, "row token d"]:
         """What enters the lowest edited block when ``forward`` runs the model; nothing above is computed."""
         with self._noting():
-            return reach(self.blocks[self.depth], forward)
+            return run_until(self.blocks[self.depth], forward)
 
     @contextmanager
-    def resumed(self, states: Float[Tensor, "row token d"] | None) -> Iterator[None]:
+    def resume_from(self, states: Float[Tensor, "row token d"] | None) -> Iterator[None]:
         """Within the block, the model's forward pass begins at the cut, with ``states`` (with ``None``, as ever)."""
         if states is None:
             yield
             return
         below = self.blocks[: self.depth]
-        if self.bare:
+        if self.states_only:
             with _replaced(below, lambda own: lambda *args, **kwargs: self._parts(states)):
                 yield
             return
@@ -90,7 +90,7 @@ class FrozenPrefix:
             yield
 
     @contextmanager
-    def overheard(self) -> Iterator[dict[str, Tensor]]:
+    def record_input(self) -> Iterator[dict[str, Tensor]]:
         """Within the block, what enters the lowest edited block in a whole pass is kept as ``states``, if it can be."""
         kept: dict[str, Tensor] = {}
 
@@ -109,22 +109,22 @@ class FrozenPrefix:
             handle.remove()
 
     @contextmanager
-    def hollow(self) -> Iterator[None]:
+    def bypass_blocks(self) -> Iterator[None]:
         """Within the block, no block of the model computes anything; what is left is around them."""
         with _replaced(self.blocks, lambda own: lambda *args, **kwargs: self._parts(_hidden(args, kwargs))):
             yield
 
     def _parts(self, states: Tensor) -> Tensor | tuple[Any, ...]:
         """Hidden states as a block returns them."""
-        return (states, *[None] * (self.returned - 1)) if self.returned else states
+        return (states, *[None] * (self.output_parts - 1)) if self.output_parts else states
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
         """Within the block, a pass that begins at the beginning tells what blocks return."""
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.returned = len(output) if isinstance(output, tuple) else 0
-            self.bare = not self.returned or all(part is None for part in output[1:])
+            self.output_parts = len(output) if isinstance(output, tuple) else 0
+            self.states_only = not self.output_parts or all(part is None for part in output[1:])
 
         if not self.blocks:
             yield
@@ -136,7 +136,7 @@ class FrozenPrefix:
             handle.remove()
 
     @contextmanager
-    def checkpointed(self) -> Iterator[None]:
+    def checkpoint_activations(self) -> Iterator[None]:
         """Within the block, activations above the cut are not kept for the backward pass but computed again."""
 
         def again(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,10 +163,10 @@ class FrozenPrefix:
         if not whole.isfinite().all():
             return True  # a broken model: training will say where it breaks
         try:
-            with self.resumed(self.states(logits) if self.depth else None):
+            with self.resume_from(self.compute_states(logits) if self.depth else None):
                 found = [logits().float()]
             states = last()
-            with self.hollow():
+            with self.bypass_blocks():
                 found.append(head(states).float())
             near = 1e-3 * float(whole.std())
             right = all(cut.shape == whole.shape and torch.allclose(cut, whole, 1e-3, near) for cut in found)
@@ -177,7 +177,7 @@ class FrozenPrefix:
         return right
 
 
-def reach(module: nn.Module, forward: Callable[[], object]) -> Tensor:
+def run_until(module: nn.Module, forward: Callable[[], object]) -> Tensor:
     """The hidden states that ``module`` is called with when ``forward`` runs; the pass ends there.
 
     Raises:

@@ -16,10 +16,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from remend.core.layers import is_plain_float, parameter_owner
 from remend.errors import ModelError
-from remend.models.structure import block_stack
+from remend.models.structure import find_blocks
 
 
-def wanted() -> bool:
+def fsdp_requested() -> bool:
     """Whether the launcher asks for it (``accelerate launch --use_fsdp``), in more than one process."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return several and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
@@ -30,7 +30,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
+def shard_model(model: nn.Module, device: torch.device) -> None:
     """Share the model's weights among all processes, for good; each keeps its part on ``device``.
 
     Blocks go there one after the other, so a model on the CPU may be larger than one device's memory.
@@ -46,13 +46,13 @@ def shard(model: nn.Module, device: torch.device) -> None:
             )
     model.requires_grad_(False)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    for _, block in block_stack(model):
+    for _, block in find_blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
 @contextmanager
-def gathered(model: nn.Module, module: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module, module: nn.Module) -> Iterator[None]:
     """Within the block, a part of the model can be called on its own; all processes must come here."""
     holder = parameter_owner(module)
     owners = [own for own in model.modules() if isinstance(own, FSDPModule) and holder in own.modules()]

@@ -16,10 +16,10 @@ from remend.core.moe import DOWN_PROJECTION, ExpertLinear
 from remend.errors import ConfigError, ModelError
 from remend.fingerprint import find_modules
 
-LAST = "last-3"
+DEFAULT_LAYERS = "last-3"
 """The paper edits the MLP matrices of a decoder's last three blocks (section 5)."""
 
-LAST_OF_TWO = "last-2"
+DEFAULT_LAYERS_ENCODER_DECODER = "last-2"
 """Of an encoder-decoder it edits the last two of either stack."""
 
 REGEX = "re:"
@@ -36,7 +36,7 @@ def editable_modules(
         patterns: globs, or regular expressions that begin with ``re:``; a name must match as a whole.
         outputs_only: of the MLPs, without ``patterns``, only the matrices that narrow again: what they write goes into
             the residual stream as it is, while what the others write goes through the activation first.
-        layers: the blocks to look in, as :func:`choose_blocks` reads it; by default the last three where there is no
+        layers: the blocks to look in, as :func:`select_blocks` reads it; by default the last three where there is no
             pattern, and everywhere where there is one.
 
     Raises:
@@ -50,7 +50,7 @@ def editable_modules(
         matches = [_matcher(pattern) for pattern in patterns]
         chosen = {name: module for name, module in every.items() if any(match(name) for match in matches)}
         if layers is not None:
-            inside = tuple(f"{prefix}." for prefix, _ in choose_blocks(model, layers))
+            inside = tuple(f"{prefix}." for prefix, _ in select_blocks(model, layers))
             chosen = {name: module for name, module in chosen.items() if name.startswith(inside)}
         if not chosen:
             where = f" in the blocks {layers}" if layers is not None else ""
@@ -59,22 +59,25 @@ def editable_modules(
                 f"modules share, cannot be edited); {_meant(patterns[0], every)}"
             )
         return chosen
-    blocks = choose_blocks(model, layers or (LAST_OF_TWO if len(named_stacks(model)) > 1 else LAST))
+    blocks = select_blocks(
+        model, layers or (DEFAULT_LAYERS_ENCODER_DECODER if len(find_stacks(model)) > 1 else DEFAULT_LAYERS)
+    )
     if outputs_only:  # of an encoder-decoder, the decoder's: there targets are predicted
-        writing = {prefix for prefix, _ in named_stacks(model)[-1][1]}
+        writing = {prefix for prefix, _ in find_stacks(model)[-1][1]}
         blocks = [(prefix, block) for prefix, block in blocks if prefix in writing]
-    names = [name for prefix, block in blocks for name in mlp_matrices(prefix, block)]
+    names = [name for prefix, block in blocks for name in mlp_layer_names(prefix, block)]
     if outputs_only:
-        names = [name for name, module in find_modules(model, names).items() if narrows(module)]
+        names = [name for name, module in find_modules(model, names).items() if is_down_projection(module)]
     if not names:
         raise ModelError(
             f"{type(model).__name__}: found no MLP (a pair of linear layers that widens and narrows again) in its "
-            f"blocks {layers or LAST}; name the matrices with --modules. Editable: {', '.join(list(every)[:8])} …"
+            f"blocks {layers or DEFAULT_LAYERS}; name the matrices with --modules. Editable: "
+            f"{', '.join(list(every)[:8])} …"
         )
     return find_modules(model, names)
 
 
-def choose_blocks(model: nn.Module, layers: str) -> list[tuple[str, nn.Module]]:
+def select_blocks(model: nn.Module, layers: str) -> list[tuple[str, nn.Module]]:
     """Some of the model's blocks, in order, with their names; of an encoder-decoder, the same of both stacks.
 
     Args:
@@ -87,7 +90,7 @@ def choose_blocks(model: nn.Module, layers: str) -> list[tuple[str, nn.Module]]:
         ModelError: the model has no stack of blocks.
     """
     every = []
-    for _, stack in named_stacks(model):
+    for _, stack in find_stacks(model):
         chosen: set[int] = set()
         for part in layers.split(","):
             found = _places(part.strip(), len(stack))
@@ -144,7 +147,7 @@ def _matcher(pattern: str) -> Callable[[str], object]:
         raise ConfigError(f"{pattern} is no regular expression: {error}") from None
 
 
-def named_stacks(model: Any) -> list[tuple[str, list[tuple[str, nn.Module]]]]:
+def find_stacks(model: Any) -> list[tuple[str, list[tuple[str, nn.Module]]]]:
     """The model's stacks of blocks in the order in which they run, each with the name of what it belongs to.
 
     One, or an encoder's and a decoder's.
@@ -153,16 +156,16 @@ def named_stacks(model: Any) -> list[tuple[str, list[tuple[str, nn.Module]]]]:
         ModelError: there is none.
     """
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return [("", block_stack(model))]
+        return [("", find_blocks(model))]
     names = {module: name for name, module in model.named_modules()}
     found = []
     for part in (model.get_encoder(), model.get_decoder()):
         own = names[part]
-        found.append((own, [(f"{own}.{name}", block) for name, block in block_stack(part)]))
+        found.append((own, [(f"{own}.{name}", block) for name, block in find_blocks(part)]))
     return found
 
 
-def block_stack(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The model's blocks, in order, with their names: the largest outermost ``ModuleList`` of blocks of one class.
 
     Raises:
@@ -179,7 +182,7 @@ def block_stack(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{index}", block) for index, block in enumerate(blocks)]
 
 
-def mlp_matrices(prefix: str, block: nn.Module) -> list[str]:
+def mlp_layer_names(prefix: str, block: nn.Module) -> list[str]:
     """The names of the MLP's matrices in one block.
 
     The MLP is the group of linear layers under one parent in which one widens, d → m (or d → 2m, a fused gate and up
@@ -220,7 +223,7 @@ def _widest(groups: Iterable[Mapping[str, tuple[int, int]]]) -> list[str]:
     return best
 
 
-def narrows(module: nn.Module) -> bool:
+def is_down_projection(module: nn.Module) -> bool:
     """Whether a matrix of an MLP writes to the residual stream."""
     d_in, d_out = dimensions(module)
     return module.parameter_name == DOWN_PROJECTION if isinstance(module, ExpertLinear) else d_in > d_out

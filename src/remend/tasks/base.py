@@ -146,7 +146,7 @@ class Task(ABC):
     def logits(self, states: Float[Tensor, "target state"]) -> Float[Tensor, "target answer"]:
         """The logits that the model makes of :meth:`target_states`.
 
-        Call it with the model's blocks made hollow (:meth:`FrozenPrefix.hollow`), or they may run for
+        Call it with the model's blocks made hollow (:meth:`FrozenPrefix.bypass_blocks`), or they may run for
         nothing.
         """
 

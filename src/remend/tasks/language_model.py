@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.core.hooks import frozen
 from remend.errors import ModelError, RequestError
-from remend.models.frozen_prefix import reach
+from remend.models.frozen_prefix import run_until
 from remend.request import Chat, Prompt, TextPair
 from remend.tasks.base import Batch, Example, Task
 from remend.tasks.chat_template import ChatTemplate
@@ -84,14 +84,14 @@ class LanguageTask(Task):
 
     def target_states(self, batch: Batch) -> Float[Tensor, "target state"]:
         """What the output layer sees at each target token: :meth:`logits` makes :meth:`target_logits` of it."""
-        hidden = reach(self.head, lambda: self._run(batch))
+        hidden = run_until(self.head, lambda: self._run(batch))
         return hidden[batch.row.to(hidden.device), batch.position.to(hidden.device)]
 
     def logits(self, states: Float[Tensor, "target state"]) -> Float[Tensor, "target vocabulary"]:
         """The logits that the model makes of what its output layer sees.
 
         The model runs on one token, with the layer's input replaced, so that it scales or caps its logits as ever; call
-        it with its blocks made hollow (:meth:`FrozenPrefix.hollow`), or they run for nothing.
+        it with its blocks made hollow (:meth:`FrozenPrefix.bypass_blocks`), or they run for nothing.
         """
         handle = self.head.register_forward_pre_hook(lambda head, args: (states[None], *args[1:]))
         try:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.errors import ModelError, RequestError
-from remend.models.structure import named_stacks
+from remend.models.structure import find_stacks
 from remend.request import Chat, Prompt
 from remend.tasks.base import Batch, Example
 from remend.tasks.language_model import LanguageTask, closed, gather_at
@@ -34,7 +34,7 @@ class Seq2SeqLM(LanguageTask):
                 "its decoder begins: set model.config.decoder_start_token_id"
             )
         self.start = int(start)
-        self._encoder = f"{named_stacks(model)[0][0]}."
+        self._encoder = f"{find_stacks(model)[0][0]}."
         super().__init__(model, tokenizer, autocast)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:

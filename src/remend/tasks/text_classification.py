@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.core.hooks import frozen
 from remend.errors import ModelError, RequestError, nearest
-from remend.models.structure import named_stacks
+from remend.models.structure import find_stacks
 from remend.request import Chat, Prompt, TextPair
 from remend.tasks.base import Batch, Example, Task
 
@@ -67,7 +67,7 @@ class Classification(Task):
             seen.append(hidden)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-        handle = named_stacks(self.model)[-1][1][-1][1].register_forward_hook(leaf)
+        handle = find_stacks(self.model)[-1][1][-1][1].register_forward_hook(leaf)
         try:
             with frozen(self.model), torch.enable_grad():
                 (gradient,) = torch.autograd.grad(self._run(torch.tensor([ids]).to(self.device))[:, 0].sum(), seen)

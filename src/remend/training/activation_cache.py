@@ -60,7 +60,7 @@ class ActivationCache:
 
         def compute(batch: Batch, places: Sequence[int]) -> list[Entry]:
             with torch.no_grad():
-                states = self.prefix.states(lambda: self.task.target_logits(batch))
+                states = self.prefix.compute_states(lambda: self.task.target_logits(batch))
             return [(own[: self._entering(pairs[i])],) for own, i in zip(states, places, strict=True)]
 
         found = self._look_up(self.states, [_prefix_key(pair) for pair in pairs], pairs, compute)
@@ -77,7 +77,7 @@ class ActivationCache:
         def compute(batch: Batch, places: Sequence[int]) -> list[Entry]:
             longest = max(self._entering(pairs[i]) for i in places)
             own = None if prefix is None else prefix[list(places), :longest]
-            with torch.no_grad(), self.prefix.resumed(own):
+            with torch.no_grad(), self.prefix.resume_from(own):
                 states = self.task.target_states(batch)
             return [(part,) for part in states.split([len(pairs[i].target) for i in places])]
 
@@ -89,12 +89,12 @@ class ActivationCache:
     ) -> Float[Tensor, "target vocabulary"]:
         """The unedited model's logits at each pair's targets; they are too large to be kept."""
         states = self.base_states(pairs, prefix)
-        with frozen(self.task.model), torch.no_grad(), self.prefix.hollow():
+        with frozen(self.task.model), torch.no_grad(), self.prefix.bypass_blocks():
             return self.task.logits(states)
 
     def gradient_factors(self, pairs: Sequence[Example]) -> dict[str, GradientFactors]:
         """The whole gradient factors of each pair: every token's, not kept."""
-        with self.prefix.resumed(self.prefix_states(pairs)):
+        with self.prefix.resume_from(self.prefix_states(pairs)):
             assert isinstance(self.editor, Mend)  # of others, no gradient is asked for
             return self.editor.capture(self.task, self.task.collate(pairs))
 

@@ -21,7 +21,7 @@ from remend.editors.mend.editor import Mend
 from remend.editors.packing import PackedFactors, active_rows
 from remend.errors import TrainingError
 from remend.fingerprint import find_modules
-from remend.models.fsdp import gathered
+from remend.models.fsdp import unsharded
 from remend.tasks.base import Example, Task
 from remend.training.activation_cache import ActivationCache
 from remend.training.distributed import ProcessGroup
@@ -228,7 +228,7 @@ def _fit_contrast(
     for chunk in chunks:
         pairs = _prompts(chunk)
         batch = constants.task.collate(pairs)
-        with constants.prefix.resumed(constants.prefix_states(pairs)):
+        with constants.prefix.resume_from(constants.prefix_states(pairs)):
             found = record_inputs(
                 constants.task.model, modules, batch.rows, partial(constants.task.target_logits, batch)
             )
@@ -313,7 +313,7 @@ def _measure_units(editor: Mend, constants: ActivationCache, batches: Sequence[S
             else []
         )
         dtype = constants.task.model.dtype if is_quantized(module) else weight_of(module).dtype
-        with gathered(constants.task.model, module):
+        with unsharded(constants.task.model, module):
             output = module(inputs_there.to(dtype), *experts).float()
         matched = (inputs_there.to(editor.device) * editor.whiten(pseudo_u, name)).sum(1).abs().mean()
         answer = matched * pseudo_delta.square().mean().sqrt()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from remend.config import to_json
 from remend.errors import FileError, TrainingError
-from remend.serialization import clear_leftovers, read_folder, take, write_folder
+from remend.serialization import get_field, read_folder, remove_temporary_folders, write_folder
 from remend.training.trainer import Trainer
 
 FORMAT = "remend.checkpoint/1"
@@ -85,20 +85,20 @@ def load(folder: Path, trainer: Trainer) -> TrainingState | None:
         return None
     path = _place(folder, int(step))
     manifest, tensors = read_folder(path, FORMAT)
-    _check(trainer, take(manifest, "run", dict, path), path)
+    _check(trainer, get_field(manifest, "run", dict, path), path)
     parts: dict[str, dict[str, Tensor]] = {"editor": {}, "best": {}, "adam": {}}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         parts[kind][rest] = tensor.clone()  # not a view of a file that will be deleted
     _restore(trainer, parts)
-    trainer.step = take(manifest, "step", int, path)
-    trainer.micro_batch = take(manifest, "micro_batch", int, path)
+    trainer.step = get_field(manifest, "step", int, path)
+    trainer.micro_batch = get_field(manifest, "micro_batch", int, path)
     workers.wait()  # before the first one writes the next, and deletes this one
     return TrainingState(
         seconds=float(manifest["seconds"]),
-        history=take(manifest, "history", list, path),
+        history=get_field(manifest, "history", list, path),
         best=parts["best"],
-        best_step=take(manifest, "best_step", int, path),
+        best_step=get_field(manifest, "best_step", int, path),
     )
 
 
@@ -106,7 +106,7 @@ def _newest(folder: Path) -> Path | None:
     """The newest checkpoint that is whole."""
     if not folder.is_dir():
         return None
-    clear_leftovers(folder)
+    remove_temporary_folders(folder)
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             read_folder(path, FORMAT)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from remend.errors import TrainingError, naming
+from remend.errors import TrainingError, prefix_request_errors
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task
 
@@ -165,7 +165,7 @@ class Episodes:
 
     def _prepare(self, number: int, request: EditRequest) -> _Episode:
         name = str(request.id) if request.id is not None else f"request {number}"
-        with naming(name):
+        with prefix_request_errors(name):
             return self._tokenised(name, request)
 
     def _tokenised(self, name: str, request: EditRequest) -> _Episode:

@@ -20,7 +20,7 @@ from remend.errors import FileError, TrainingError
 from remend.models import fsdp as sharding
 from remend.models.loading import choose_device
 from remend.request import EditRequest
-from remend.serialization import MANIFEST, check_target, read_manifest
+from remend.serialization import MANIFEST, check_replaceable, read_manifest
 from remend.tasks import task_of
 from remend.training import checkpoint
 from remend.training.config import PRESETS, Resources, TrainingConfig
@@ -116,7 +116,7 @@ def train(
         raise TrainingError(f"budget_seconds is how long to train and must be positive, not {budget_seconds}")
     settings = config or PRESETS[preset][1]
     resources = resources or Resources()
-    sharded = sharding.wanted()
+    sharded = sharding.fsdp_requested()
     workers = ProcessGroup(choose_device("auto") if sharded else execution_device(model.get_input_embeddings()))
     with (
         workers.one_voice(),
@@ -132,7 +132,7 @@ def train(
         chosen: Trainable = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
         _check_fresh(chosen, model)
         if sharded:  # only now: to know its base, the editor must see the whole weights
-            sharding.shard(model, workers.device)
+            sharding.shard_model(model, workers.device)
             chosen.to(workers.device)
         task = task_of(model, tokenizer, autocast=resources.autocast)
         kind = DirectTrainer if isinstance(chosen, TrainableEditor) else Trainer
@@ -201,7 +201,7 @@ def check_out(out: str | Path, resume: bool) -> None:
     Raises:
         FileError: something stands there already, and ``resume`` does not go on with it.
     """
-    check_target(out)
+    check_replaceable(out)
     has_editor = (Path(out) / MANIFEST).exists()
     left = checkpoint.folder_of(out).is_dir()
     if not resume and (has_editor or left):

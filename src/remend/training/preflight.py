@@ -16,7 +16,7 @@ from remend.editors.mend.config import MendConfig
 from remend.editors.mend.editor import Mend
 from remend.errors import EditError, PrecisionError, RemendError
 from remend.fingerprint import find_modules
-from remend.models.structure import named_stacks
+from remend.models.structure import find_stacks
 from remend.request import EditRequest
 from remend.tasks import task_of
 from remend.tasks.base import Batch, Task
@@ -230,12 +230,12 @@ def _reason(model: PreTrainedModel, editor: Mend, modules: Sequence[str], layers
     """Why these matrices."""
     if modules:
         return f"they match {' '.join(modules)}" + (f" in the blocks {layers}" if layers else "")
-    every = [prefix for _, stack in named_stacks(model) for prefix, _ in stack]
+    every = [prefix for _, stack in find_stacks(model) for prefix, _ in stack]
     chosen = [prefix for prefix in every if any(name.startswith(f"{prefix}.") for name in editor.shapes)]
     what = "the MLPs' output matrices" if editor.config.outputs_only else "the MLPs"
     if layers:
         return f"{what} of {len(chosen)} of {len(every)} blocks ({layers})"
-    if len(named_stacks(model)) > 1:
+    if len(find_stacks(model)) > 1:
         return f"{what} of {len(chosen)} of {len(every)} blocks, the last of encoder or decoder"
     return f"{what} of the last {len(chosen)} of {len(every)} blocks"
 

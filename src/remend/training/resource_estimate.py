@@ -14,7 +14,7 @@ from remend.editors.mend.config import MendConfig
 from remend.editors.mend.editor import Mend
 from remend.fingerprint import ModelFingerprint
 from remend.models.loading import skeleton
-from remend.models.structure import editable_modules, named_stacks
+from remend.models.structure import editable_modules, find_stacks
 from remend.training.config import PRESETS
 from remend.training.memory import bytes_of, moments_bytes
 
@@ -96,7 +96,7 @@ def dry_run(
     return ResourceEstimate(
         model=path,
         parameters=parameters,
-        blocks=tuple(len(stack) for _, stack in named_stacks(model)),
+        blocks=tuple(len(stack) for _, stack in find_stacks(model)),
         matrices=dict(editor.shapes),
         editor_parameters=sum(parameter.numel() for parameter in trained),
         model_bytes=parameters * dtype.itemsize,

@@ -19,7 +19,7 @@ from remend.core.low_rank import LowRank
 from remend.editors import Trainable
 from remend.editors.mend.editor import Mend
 from remend.errors import ConfigError, ModelError, NonFiniteError
-from remend.fingerprint import find_modules, fingerprint
+from remend.fingerprint import find_modules, hash_model
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.models.fsdp import is_sharded
 from remend.request import EditRequest
@@ -167,7 +167,7 @@ class Trainer:
         budget = int(self.resources.cache * 1e9)
         folder = self.resources.cache_folder
         if folder is not None:  # states of another model, cut or precision are other states
-            own = f"{fingerprint(self.task.model)[:32]}-{self.prefix.depth}-{self.resources.precision}"
+            own = f"{hash_model(self.task.model)[:32]}-{self.prefix.depth}-{self.resources.precision}"
             folder = folder / own
         states = TensorStore(budget, folder)
         factors = TensorStore(max(0, budget - self.state_bytes()))
@@ -292,10 +292,10 @@ class Trainer:
         base = self.constants.base_logits(batch.locality, None if states is None else states[1::2])
         with contextlib.ExitStack() as edited:
             edited.enter_context(frozen(self.task.model))
-            edited.enter_context(self.prefix.resumed(states))
+            edited.enter_context(self.prefix.resume_from(states))
             edited.enter_context(changes_applied(self._modules, changes))
             if backward and self.resources.recompute:
-                edited.enter_context(self.prefix.checkpointed())
+                edited.enter_context(self.prefix.checkpoint_activations())
             near, far = self.task.target_logits(probes).split((edits, local))
             wrong = near.argmax(-1) != probes.target[:edits], far.argmax(-1) != base.argmax(-1)
             whole = torch.ones(probes.rows, dtype=torch.bool, device=near.device)

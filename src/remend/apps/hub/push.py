@@ -10,7 +10,7 @@ from typing import Any
 
 from remend.apps.hub.model_card import card_of
 from remend.errors import FileError
-from remend.serialization import MANIFEST, TENSORS, hub_errors, local, read_checked
+from remend.serialization import MANIFEST, TENSORS, hub_errors, read_verified_manifest, resolve_folder
 
 CARD = "README.md"
 
@@ -42,7 +42,7 @@ def push(
         FileError: the folder holds neither, is damaged, or the hub does not take it.
     """
     check_place(repo)
-    manifest, folder = read_checked(folder), local(folder)
+    manifest, folder = read_verified_manifest(folder), resolve_folder(folder)
     card = card_of(manifest, repo, licence, base, evaluation)
     from huggingface_hub import CommitOperationAdd, HfApi
 

@@ -38,10 +38,10 @@ from remend.apps.patch_registry.database import (
     Event,
     active_after,
 )
-from remend.edit import Edit, now
+from remend.edit import Edit, utc_now
 from remend.errors import EditError, FileError, RemendError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
-from remend.serialization import MANIFEST, clear_leftovers, hash_of, whole_folder
+from remend.serialization import MANIFEST, atomic_folder, file_sha256, remove_temporary_folders
 
 FOLDER, STAGED = "edits", ".adding"
 
@@ -95,9 +95,9 @@ class PatchRegistry:
         if (path / DATABASE).exists():
             raise FileError(f"{path} is a book already; add edits to it, or choose another folder")
         base = ModelFingerprint.of(model, ())
-        with whole_folder(path, lambda there: False) as staged:
+        with atomic_folder(path, lambda there: False) as staged:
             (staged / FOLDER).mkdir()
-            Database(staged).create(base.name, base.config, now())
+            Database(staged).create(base.name, base.config, utc_now())
         return PatchRegistry(path)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -160,10 +160,10 @@ class PatchRegistry:
         """
         if edit.base.config != self._config:
             raise WrongBaseError(f"{self.path} is a book of {self.model!r}, and this edit is of {edit.base.name!r}")
-        added, name = now(), who or _user()
+        added, name = utc_now(), who or _user()
         with self._records.writing() as connection:
             staged = edit.save(self.path / FOLDER / STAGED)
-            file = hash_of(staged / MANIFEST)
+            file = file_sha256(staged / MANIFEST)
             place = self.path / FOLDER / file
             known = {entry.file: entry for entry in self._records.entries(connection)}.get(file)
             if known is not None and not self._lost(known):
@@ -276,7 +276,7 @@ class PatchRegistry:
                 self._read(entry)  # what cannot be had must not act
             what = ACTIVATED if state == ACTIVE else TAKEN_OFF
             self._records.note(
-                connection, state, edit=number, what=what, at=now(), who=who or _user(), why=why, measured=measured
+                connection, state, edit=number, what=what, at=utc_now(), who=who or _user(), why=why, measured=measured
             )
         return True
 
@@ -315,7 +315,7 @@ class PatchRegistry:
                         shutil.rmtree(folder, ignore_errors=True)
                     faults.append(Fault(f"{folder.name} was left behind by a process that was stopped", repair))
             if repair:
-                clear_leftovers(self.path / FOLDER)
+                remove_temporary_folders(self.path / FOLDER)
         return faults
 
     def _read(self, entry: Entry) -> Edit:
@@ -325,7 +325,7 @@ class PatchRegistry:
         if not (folder / MANIFEST).is_file():
             gone = f"{MANIFEST} of edit {entry.id} is gone from" if folder.is_dir() else f"edit {entry.id} is gone:"
             raise FileError(f"{gone} {folder}; restore it from a copy, or add the same edit again")
-        if hash_of(folder / MANIFEST) != entry.file:
+        if file_sha256(folder / MANIFEST) != entry.file:
             raise FileError(f"{folder} is not what was added as edit {entry.id}: its manifest was altered")
         return Edit.load(folder)
 

@@ -25,9 +25,9 @@ from remend.editors.locate_then_edit.value_optimization import LocateConfig
 from remend.editors.serialization import FORMAT, described, read_editor
 from remend.errors import ConfigError, FileError, ModelError
 from remend.fingerprint import ModelFingerprint, find_modules
-from remend.models.structure import choose_blocks, mlp_matrices, named_stacks, narrows
+from remend.models.structure import find_stacks, is_down_projection, mlp_layer_names, select_blocks
 from remend.request import EditRequest
-from remend.serialization import take, write_folder
+from remend.serialization import get_field, write_folder
 from remend.tasks import task_of
 from remend.tasks.base import Task
 
@@ -135,15 +135,17 @@ class LocateThenEdit:
     @classmethod
     def _matrices(cls, model: PreTrainedModel, layers: str | None) -> dict[str, nn.Module]:
         """The narrowing MLP matrices to edit, in the order in which they run."""
-        stack = named_stacks(model)[0][1]
+        stack = find_stacks(model)[0][1]
         if layers is None:
             blocks = [stack[place] for place in cls.places(len(stack))]
         else:
             own = {prefix for prefix, _ in stack}
-            blocks = [(prefix, block) for prefix, block in choose_blocks(model, layers) if prefix in own]
+            blocks = [(prefix, block) for prefix, block in select_blocks(model, layers) if prefix in own]
         chosen: dict[str, nn.Module] = {}
         for prefix, block in blocks:
-            found = [name for name in mlp_matrices(prefix, block) if narrows(find_modules(model, [name])[name])]
+            found = [
+                name for name in mlp_layer_names(prefix, block) if is_down_projection(find_modules(model, [name])[name])
+            ]
             if not found:
                 raise ModelError(f"{prefix} has no MLP whose narrowing matrix {cls.traits.name} could edit")
             chosen |= find_modules(model, found[-1:])
@@ -170,7 +172,7 @@ class LocateThenEdit:
         """
         path = Path(path)
         own = read_editor(path, cls.traits.name, cls.configuration)
-        begun = take(own.manifest, "beginnings", list, path)
+        begun = get_field(own.manifest, "beginnings", list, path)
         found = {
             name: unpack_symmetric(own.tensors.get(f"covariance_{place}", torch.zeros(0)))
             for place, name in enumerate(own.shapes)
@@ -206,7 +208,7 @@ class LocateThenEdit:
 
     def _block(self, model: PreTrainedModel, name: str) -> nn.Module:
         """The block that an edited matrix lies in."""
-        return next(block for prefix, block in named_stacks(model)[0][1] if name.startswith(f"{prefix}."))
+        return next(block for prefix, block in find_stacks(model)[0][1] if name.startswith(f"{prefix}."))
 
     def _signature(self) -> dict[str, Any]:
         return {"name": self.traits.name, **asdict(self.config)}

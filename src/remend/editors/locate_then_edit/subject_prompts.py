@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from remend.errors import RequestError, naming
+from remend.errors import RequestError, prefix_request_errors
 from remend.request import Chat, EditRequest, Prompt, TextPair
 from remend.tasks.base import Example, Task
 from remend.tasks.language_model import LanguageTask
@@ -65,7 +65,7 @@ def reading(task: Task, request: EditRequest, begun: Sequence[str]) -> Reading:
     Raises:
         RequestError: the request names no subject, its prompt does not hold it, or it does not fit the context.
     """
-    with naming(f"request {request.id if request.id is not None else str(request.prompt)[:60]!r}"):
+    with prefix_request_errors(f"request {request.id if request.id is not None else str(request.prompt)[:60]!r}"):
         subject = (request.subject or "").strip()
         if not subject:
             raise RequestError(

@@ -75,7 +75,7 @@ class Sites:
         self.places = torch.tensor(places, device=self.batch.row.device)
         self.length = self.batch.input_ids.shape[1]
         with torch.no_grad(), frozen(task.model):
-            self.states = prefix.states(self.logits) if prefix.depth else None
+            self.states = prefix.compute_states(self.logits) if prefix.depth else None
 
     def logits(self) -> Float[Tensor, "target answer"]:
         """What the model predicts the targets with."""
@@ -83,7 +83,7 @@ class Sites:
 
     def resumed(self) -> Float[Tensor, "target answer"]:
         """The same, without the blocks below the edited ones."""
-        with self.prefix.resumed(self.states):
+        with self.prefix.resume_from(self.states):
             return self.logits()
 
     def keys(self, name: str, module: nn.Module) -> Float[Tensor, "request d_in"]:

@@ -30,9 +30,9 @@ from remend.editors.serialization import FORMAT, described, directions_in, read_
 from remend.editors.strength_search import UneditedPass, settled
 from remend.errors import ConfigError, FileError
 from remend.fingerprint import ModelFingerprint, find_modules
-from remend.models.structure import editable_modules, named_stacks
+from remend.models.structure import editable_modules, find_stacks
 from remend.request import EditRequest
-from remend.serialization import take, write_folder
+from remend.serialization import get_field, write_folder
 from remend.tasks import task_of
 from remend.tasks.base import Batch, Task, in_batches
 
@@ -117,7 +117,7 @@ class Mend(nn.Module):
         """
         config = config or MendConfig()
         chosen = editable_modules(model, modules, config.outputs_only, layers)
-        reading = [name for stack, _ in named_stacks(model)[:-1] for name in chosen if name.startswith(f"{stack}.")]
+        reading = [name for stack, _ in find_stacks(model)[:-1] for name in chosen if name.startswith(f"{stack}.")]
         if reading and config.tokens == "target":
             raise ConfigError(
                 f"{reading[0]} lies in the encoder, where no target is predicted, and these settings edit only where "
@@ -147,7 +147,7 @@ class Mend(nn.Module):
             editor.load_state_dict(found, assign=True)
         except RuntimeError as error:
             raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
-        editor.trained = take(stored.manifest, "trained", dict, path)
+        editor.trained = get_field(stored.manifest, "trained", dict, path)
         return editor
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:

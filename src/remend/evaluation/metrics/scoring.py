@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from remend.editors.in_context import after_fact, fitting
-from remend.errors import naming
+from remend.errors import prefix_request_errors
 from remend.evaluation.before_after import Answer
 from remend.evaluation.metrics.functions import (
     contains,
@@ -43,7 +43,7 @@ class Scorer:
         self.limit = limit
         prompts: dict[Prompt, None] = {}
         for number, request in enumerate(requests):
-            with naming(str(request.id) if request.id is not None else f"request {number}"):
+            with prefix_request_errors(str(request.id) if request.id is not None else f"request {number}"):
                 self._targets(request, (request.prompt, *_phrasings(request)))
                 prompts |= dict.fromkeys(self._every(request))
         self.own = dict(zip(prompts, task.answers(list(prompts), limit), strict=True))
