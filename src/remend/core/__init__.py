@@ -1,1 +1,1 @@
-"""The mathematics: gradient factors, the editor network, low-rank changes, losses. Imports torch only."""
+"""The mathematics of model editing, in torch only: low-rank changes, gradient factors, hooks, MEND's editor network."""

@@ -1,4 +1,4 @@
-"""Gradient factors: what one forward and one partial backward pass say about each edited weight.
+"""Gradient factors: the low-rank form of each edited weight's gradient, from one forward and one partial backward pass.
 
 For a linear layer y = W x and a loss l, the gradient of a batch of token rows is ∇W = Σ_j δ_j u_jᵀ with u_j the layer's
 input at token j and δ_j = ∂l/∂y_j (paper, section 3.1 and appendix D). Only u and δ are kept; ∇W is never formed.
@@ -22,13 +22,13 @@ from remend.errors import ModelError, NonFiniteError
 
 @dataclass(frozen=True, eq=False)
 class GradientFactors:
-    """The factors of one layer's gradient, for each episode of a batch apart.
+    """The factors of one layer's gradient, separately for each episode of a batch.
 
     Attributes:
         u: the layer's input at every token.
-        delta: the loss's gradient with respect to the layer's output; zero at tokens that do not count.
-        active: the tokens that carry gradient: unmasked, and delta not zero. Only these are transformed.
-        experts: of a layer of experts, to whom each row goes; a token then has a row for each of its experts.
+        delta: the loss's gradient with respect to the layer's output; zero at tokens that are masked.
+        active: the tokens that carry gradient: unmasked, and delta not zero. Editors transform only these.
+        experts: for a layer of experts, the index of each row's expert; a token has one row for each of its experts.
     """
 
     u: Float[Tensor, "episode token d_in"]
@@ -37,18 +37,12 @@ class GradientFactors:
     experts: Int[Tensor, "episode token"] | None = None
 
     def gradient(self, experts: int = 0) -> Float[Tensor, "episode *expert d_out d_in"]:
-        """∇W, dense, for each episode (of ``experts`` experts). The size of the weight: for tests."""
+        """Compute the dense ∇W of each episode (and of each of ``experts`` experts). As large as W: for tests."""
         return LowRank(self.u, self.delta, experts=self.experts).dense(experts)
 
 
 class _Recorder:
-    """A forward hook that keeps a layer's inputs, and a zero added to its output whose gradient is δ.
-
-    The added zero (the *probe*) is what asks for a gradient first, so the backward pass ends at the lowest recorded
-    layer. It also survives what happens to the output later: a retained output would be spoilt by an in-place
-    activation. Every call of the layer is recorded, until the forward pass is declared over: activation checkpointing
-    calls it again during the backward pass, for values only.
-    """
+    """A forward hook that records a layer's inputs and adds a zero to its output (the *probe*) whose gradient is δ."""
 
     def __init__(self, module: nn.Module, tokens: Bool[Tensor, "episode token"]) -> None:
         self.module = module
@@ -59,10 +53,15 @@ class _Recorder:
         self.closed = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        # A probe instead of retain_grad on the output: an in-place activation would overwrite a retained output, and
+        # since nothing before the lowest probe requires a gradient, the backward pass ends there.
         probe = torch.zeros_like(output, requires_grad=True)
-        if self.closed:  # recomputed: the same operations again, so that checkpointing finds what it saved
+        # Activation checkpointing calls the layer again during the backward pass. It must see the same operations as
+        # before to find the tensors it saved, but these calls are not recorded.
+        if self.closed:
             return output + probe
-        # A copy: a frozen layer's backward pass does not need its input, and autograd would not see it overwritten.
+        # A copy: a frozen layer's backward pass does not need its input, so autograd would not notice that the model
+        # overwrites it in place.
         x, experts = layer_inputs(module, args, kwargs)
         self.inputs.append(x.detach().to(output.device, copy=True))
         if experts is not None:
@@ -71,7 +70,7 @@ class _Recorder:
         return output + probe
 
     def factors(self, gradients: list[Tensor | None]) -> GradientFactors:
-        """The calls' factors side by side along the token axis, as float32."""
+        """Join the factors of all calls along the token axis, as float32."""
         episodes, length = self.tokens.shape
         inputs, deltas, masks = [], [], []
         for x, probe, gradient in zip(self.inputs, self.probes, gradients, strict=True):
@@ -85,16 +84,18 @@ class _Recorder:
             u = x.reshape(episodes, -1, x.shape[-1]).float()
             delta = delta.reshape(episodes, -1, delta.shape[-1]).float()
             mask = self.tokens.to(u.device)
-            if self.experts:  # as many rows of a token as it has experts
+            if self.experts:  # a token has a row for each of its experts
                 mask = mask.repeat_interleave(u.shape[1] // length, 1)
-            if u.shape[1] != mask.shape[1]:  # another sequence than the batch's own (a layer over an encoder's output)
+            # A layer over another sequence than the batch's, such as an encoder's output or an image's patches: the
+            # mask says nothing about its rows.
+            if u.shape[1] != mask.shape[1]:
                 mask = mask.new_ones(u.shape[:2])
-            # masked_fill, not a product: what stands at a padded position may be NaN, and NaN · 0 is NaN.
+            # masked_fill, not a product: the value at a padded position may be NaN, and NaN · 0 is NaN.
             delta = delta.masked_fill(~mask[..., None], 0)
             inputs.append(u.masked_fill(~mask[..., None], 0))
             deltas.append(delta)
             masks.append(mask & (delta != 0).any(-1))
-        experts = torch.cat([own.view(episodes, -1) for own in self.experts], 1) if self.experts else None
+        experts = torch.cat([call.view(episodes, -1) for call in self.experts], 1) if self.experts else None
         return GradientFactors(torch.cat(inputs, 1), torch.cat(deltas, 1), torch.cat(masks, 1), experts)
 
 
@@ -106,13 +107,13 @@ def capture_gradient_factors(
 ) -> tuple[Float[Tensor, " episode"], dict[str, GradientFactors]]:
     """Run ``loss`` once and return it with the gradient factors of every module in ``modules``.
 
-    The episodes are independent: the loss is one number an episode, and their sum is differentiated, so that each
-    episode's factors are those of its own loss. ``model`` is left as it was: weights, modes, no ``.grad``, no hook.
+    The loss is one number for each episode, and the episodes are independent: each one's factors are those of its own
+    loss. ``model`` is left as it was: weights, modes, no ``.grad``, no hook.
 
     Args:
-        model: the model that ``loss`` runs; frozen meanwhile.
+        model: the model that ``loss`` runs; it is frozen meanwhile.
         modules: the layers to record, by name.
-        tokens: for each layer which tokens count; padding takes no part.
+        tokens: for each layer the tokens that count; padding is left out.
         loss: runs the model on the batch and returns l_e for each episode.
 
     Raises:
@@ -130,89 +131,100 @@ def capture_gradient_factors(
                     raise ModelError(f"{name} was not called by the model's forward pass; choose other modules to edit")
             probes = [probe for recorder in recorders.values() for probe in recorder.probes]
             if not losses.isfinite().all():
-                raise NonFiniteError(_where("the loss of the edit", losses) + explain_non_finite(model))
+                raise NonFiniteError(_non_finite_message("the loss of the edit", losses) + explain_non_finite(model))
+            # One backward pass of the sum gives each episode's own gradient, since episodes share no row of a probe.
             gradients = iter(torch.autograd.grad(losses.sum(), probes, allow_unused=True))
     finally:
         remove_hooks(handles)
     factors = {name: r.factors([next(gradients) for _ in r.probes]) for name, r in recorders.items()}
-    _refuse_non_finite(factors)
+    _raise_if_non_finite(factors)
     return losses.detach(), factors
 
 
 @dataclass(frozen=True, eq=False)
 class LayerInput:
-    """What a layer is called with in one pass, as float32.
+    """A layer's input in one forward pass, as float32 and with separate axes for rows and tokens.
 
-    Some models flatten rows and tokens into one axis before their MLPs; here they are apart again.
+    Some models flatten rows and tokens into one axis before their MLPs; that is undone here.
 
     Attributes:
-        x: the input; of experts a token's rows follow each other, one for each expert it goes to.
-        experts: of experts, to whom each goes.
+        x: the input; for a layer of experts a token's rows follow each other, one for each of its experts.
+        experts: for a layer of experts, the index of each row's expert.
     """
 
     x: Float[Tensor, "row token d"]
     experts: Int[Tensor, "row token"] | None = None
 
     def at_tokens(self, tokens: Int[Tensor, " row"], length: int) -> tuple[Tensor, Int[Tensor, "row slot"]]:
-        """The inputs [row, slot, d] at one token of each row, of ``length`` tokens, and to whom they go (0: to all)."""
-        rows, places, d = self.x.shape
-        slots, row = places // length, torch.arange(rows, device=self.x.device)
-        whose = self.x.new_zeros(rows, places, dtype=torch.long) if self.experts is None else self.experts
-        where = tokens.to(self.x.device)
-        return self.x.view(rows, length, slots, d)[row, where], whose.view(rows, length, slots)[row, where]
+        """Return the inputs [row, slot, d] at one token of each row, and the index of each slot's expert.
+
+        Args:
+            tokens: the token's index in each row.
+            length: the number of tokens in a row.
+
+        Returns:
+            The inputs, with one slot for each expert of a token (one slot for other layers), and the experts (0 for
+            other layers).
+        """
+        rows, positions, d = self.x.shape
+        slots, row = positions // length, torch.arange(rows, device=self.x.device)
+        experts = self.x.new_zeros(rows, positions, dtype=torch.long) if self.experts is None else self.experts
+        token = tokens.to(self.x.device)
+        return self.x.view(rows, length, slots, d)[row, token], experts.view(rows, length, slots)[row, token]
 
 
 @torch.no_grad()
 def record_inputs(
     model: nn.Module, modules: Mapping[str, nn.Module], rows: int, forward: Callable[[], object]
 ) -> dict[str, LayerInput]:
-    """What each module is called with when ``forward`` runs on ``rows`` rows; no gradient is taken.
+    """Run ``forward`` on ``rows`` rows and return the input of each module; no gradient is taken.
 
     Raises:
         ModelError: a module was not called.
     """
-    found: dict[str, LayerInput] = {}
+    inputs: dict[str, LayerInput] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def kept(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x, experts = layer_inputs(module, args, kwargs)
             x = x.detach().float().reshape(rows, -1, x.shape[-1])
-            found[name] = LayerInput(x, None if experts is None else experts.reshape(rows, -1))
+            inputs[name] = LayerInput(x, None if experts is None else experts.reshape(rows, -1))
 
-        return kept
+        return record
 
-    handles = [module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in modules.items()]
+    handles = [module.register_forward_pre_hook(recorder(name), with_kwargs=True) for name, module in modules.items()]
     try:
         with frozen(model):
             forward()
     finally:
         remove_hooks(handles)
-    if missed := modules.keys() - found.keys():
+    if missed := modules.keys() - inputs.keys():
         raise ModelError(f"{min(missed)} was not called by the model's forward pass; choose other modules to edit")
-    return found
+    return inputs
 
 
-def _refuse_non_finite(factors: Mapping[str, GradientFactors]) -> None:
-    """Raise with the first module whose factors hold NaN or infinity; one look at the device where all is well."""
+def _raise_if_non_finite(factors: Mapping[str, GradientFactors]) -> None:
+    """Raise with the first module whose factors hold NaN or infinity."""
+    # One sum for all modules, so that the usual case waits for the device once.
     sums = torch.stack([(f.u.sum() + f.delta.sum()).cpu() for f in factors.values()])
     if sums.isfinite().all():
         return
     for name, factor in factors.items():
         for what, values in ((f"the input of {name}", factor.u), (f"the gradient at {name}", factor.delta)):
             if not values.isfinite().all():
-                raise NonFiniteError(_where(what, values))
+                raise NonFiniteError(_non_finite_message(what, values))
 
 
 def explain_non_finite(model: nn.Module) -> str:
-    """Names the first parameter that holds NaN or infinity, if one does."""
+    """Return the end of an error message: the first parameter that is not finite, or what to try if all are."""
     for name, parameter in model.named_parameters():
         if is_plain_float(parameter) and not parameter.is_meta and not parameter.isfinite().all():
             return f"; the model's own weight {name} holds NaN or infinity: load it anew, or repair the checkpoint"
     return "; its weights are finite: try a wider dtype (float32 or bfloat16)"
 
 
-def _where(what: str, values: Tensor) -> str:
-    """Which episodes of a batch hold something that is not finite."""
+def _non_finite_message(what: str, values: Tensor) -> str:
+    """Say that a tensor with an episode axis is not finite, and in which episodes."""
     bad = (~values.isfinite()).reshape(values.shape[0], -1).any(1)
     rows = ", ".join(str(i) for i in bad.nonzero().flatten().tolist()[:8])
     return f"{what} is not finite (episodes {rows} of the batch)"

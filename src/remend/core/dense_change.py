@@ -1,4 +1,4 @@
-"""A whole matrix's change as a pair of factors, one of them the identity: dense changes in the form of all others."""
+"""Dense changes of a matrix, trainable entry by entry, in the form of :class:`~remend.core.low_rank.LowRank`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from remend.core.low_rank import LowRank
 
 
 class DenseChange:
-    """Independent changes of one matrix in all of its entries, one for each episode; zero at first.
+    """Independent changes of all entries of one matrix, one for each episode; zero at first.
 
-    ΔW = deltaᵀ u with the identity as the factor of the smaller side, so that nothing is stored twice and whatever
-    works with low-rank changes works with these.
+    ΔW = deltaᵀ u with the identity as the factor of the smaller side, so that every function of low-rank changes works
+    for these too and no entry is stored twice.
 
     Args:
         shape: (d_in, d_out) of the matrix.
-        episodes: how many there are.
-        device: where they are kept.
+        episodes: the number of changes.
+        device: the device of the entries.
     """
 
     def __init__(self, shape: tuple[int, int], episodes: int, device: torch.device) -> None:
@@ -28,12 +28,12 @@ class DenseChange:
         self.values = torch.zeros(episodes, min(shape), max(shape), device=device, requires_grad=True)
 
     def select(self, episodes: list[int]) -> LowRank:
-        """The changes of some episodes, differentiable in :attr:`values`."""
-        own: Float[Tensor, "episode small large"] = self.values[episodes]
+        """Return the changes of some episodes, differentiable in :attr:`values`."""
+        values: Float[Tensor, "episode small large"] = self.values[episodes]
         identity = self.identity.expand(len(episodes), -1, -1)
-        return LowRank(own, identity) if self.narrows else LowRank(identity, own)
+        return LowRank(values, identity) if self.narrows else LowRank(identity, values)
 
     def single_episode(self, episode: int) -> LowRank:
-        """The change of one episode, by itself."""
-        own = self.values.detach()[episode].clone()
-        return LowRank(own, self.identity.clone()) if self.narrows else LowRank(self.identity.clone(), own)
+        """Return a copy of one episode's change, without the episode axis."""
+        values = self.values.detach()[episode].clone()
+        return LowRank(values, self.identity.clone()) if self.narrows else LowRank(self.identity.clone(), values)

@@ -1,4 +1,4 @@
-"""The editor network g of MEND (paper, section 3.2, Eq. 3 and appendix A): one for all matrices of one shape."""
+"""MEND's editor network g (paper, section 3.2, Eq. 3 and appendix A): one network for all matrices of one shape."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from remend.core.running_statistics import RunningStatistics
 class LowRankResidual(nn.Module):
     """One layer of Eq. 3: z ↦ z + σ(s_ℓ ⊙ (U V z + b) + o_ℓ), with scale s_ℓ and offset o_ℓ for each edited matrix ℓ.
 
-    U starts at zero, so the layer starts as the identity, and V Xavier-uniform (appendix A); without ``identity`` U
-    does too (section 5.4). σ is a ReLU whose derivative at 0 is 1: with U = 0 every pre-activation *is* 0, and with the
-    usual derivative nothing would learn.
+    σ is a ReLU whose derivative at 0 is 1. U starts at zero, so the layer starts as the identity, and V Xavier-uniform
+    (appendix A); without ``identity`` U starts Xavier-uniform too (section 5.4).
     """
 
     def __init__(self, d: int, rank: int, matrices: int, bias: bool, identity: bool = True) -> None:
@@ -35,22 +34,24 @@ class LowRankResidual(nn.Module):
             nn.init.xavier_uniform_(self.up)
 
     def forward(
-        self, z: Float[Tensor, "row d"], counts: Sequence[int], ledger: FactoredGradients | None = None
+        self, z: Float[Tensor, "row d"], counts: Sequence[int], factored: FactoredGradients | None = None
     ) -> Float[Tensor, "row d"]:
-        """``z`` plus its learned correction; the rows are ordered by matrix, ``counts[ℓ]`` of them for matrix ℓ.
+        """Return ``z`` plus its learned correction.
 
-        Rows that follow are zero, and stay so.
-
-        With a ``ledger``, the backward pass writes the factors of U's and V's gradients there and makes no dense ones.
+        Args:
+            z: rows ordered by matrix; rows of zeros may follow, and stay zero.
+            counts: the number of rows of each matrix.
+            factored: if given, the backward pass adds the factors of U's and V's gradients here and computes no dense
+                gradients of them.
         """
-        found: Tensor = _Residual.apply(  # type: ignore[no-untyped-call]
-            z, self.down, self.up, self.bias, self.scale, self.offset, counts, ledger
+        output: Tensor = _Residual.apply(  # type: ignore[no-untyped-call]
+            z, self.down, self.up, self.bias, self.scale, self.offset, counts, factored
         )
-        return found
+        return output
 
 
 class _Residual(torch.autograd.Function):
-    """:class:`LowRankResidual`, with the fewest passes over memory: per row its two products cost little more."""
+    """:class:`LowRankResidual` with few passes over memory, which cost nearly as much as its two products."""
 
     @staticmethod
     def forward(
@@ -62,9 +63,9 @@ class _Residual(torch.autograd.Function):
         scale: nn.Parameter,
         offset: nn.Parameter,
         counts: Sequence[int],
-        ledger: FactoredGradients | None,
+        factored: FactoredGradients | None,
     ) -> Tensor:
-        dtype = torch.float32 if ledger is None else ledger.dtype
+        dtype = torch.float32 if factored is None else factored.dtype
         h = matmul(z, down.mT, dtype)
         inner = matmul(h, up.mT, dtype)
         if bias is not None:
@@ -73,10 +74,11 @@ class _Residual(torch.autograd.Function):
         for matrix, rows in enumerate(_segments(counts)):
             torch.addcmul(offset[matrix], inner[rows], scale[matrix], out=out[rows])
         out[sum(counts) :] = 0
+        # Not > 0: with U = 0 every pre-activation is exactly 0, and with a ReLU's usual derivative nothing would learn.
         active = out >= 0
         out.clamp_(min=0).add_(z)
         ctx.save_for_backward(z, down, up, h, inner, active, scale)
-        ctx.counts, ctx.ledger, ctx.bias, ctx.dtype = counts, ledger, bias is not None, dtype
+        ctx.counts, ctx.factored, ctx.bias, ctx.dtype = counts, factored, bias is not None, dtype
         return out
 
     @staticmethod
@@ -86,24 +88,25 @@ class _Residual(torch.autograd.Function):
         g_inner = gradient * active
         g_scale, g_offset = torch.zeros_like(scale), torch.zeros_like(scale)
         for matrix, rows in enumerate(_segments(ctx.counts)):
-            own = g_inner[rows]
-            g_offset[matrix] = own.sum(0)
-            g_scale[matrix] = torch.linalg.vecdot(own, inner[rows], dim=0)
-            own *= scale[matrix]
+            part = g_inner[rows]  # a view: scaled in place below
+            g_offset[matrix] = part.sum(0)
+            g_scale[matrix] = torch.linalg.vecdot(part, inner[rows], dim=0)
+            part *= scale[matrix]
+        # The bias acts through the scale, as U V z does.
         g_bias = (g_offset * scale).sum(0) if ctx.bias else None
         g_h = matmul(g_inner, up, ctx.dtype)
         g_z = None
         if ctx.needs_input_grad[0]:
             g_z = matmul(g_h, down, ctx.dtype).add_(gradient)
-        if ctx.ledger is None:
+        if ctx.factored is None:
             return g_z, matmul(g_h.mT, z), matmul(g_inner.mT, h), g_bias, g_scale, g_offset, None, None
-        ctx.ledger.add(down, g_h, z)
-        ctx.ledger.add(up, g_inner, h)
+        ctx.factored.add(down, g_h, z)
+        ctx.factored.add(up, g_inner, h)
         return g_z, None, None, g_bias, g_scale, g_offset, None, None
 
 
 def _segments(counts: Sequence[int]) -> list[slice]:
-    """The rows of each matrix."""
+    """Return the rows of each matrix as slices."""
     ends = torch.tensor(counts).cumsum(0).tolist()
     return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
@@ -111,16 +114,16 @@ def _segments(counts: Sequence[int]) -> list[slice]:
 class EditorNetwork(nn.Module):
     """g: (u, δ) ↦ (ũ, δ̃), token by token, for every edited matrix of one shape.
 
-    The input is normalised to zero mean and unit variance per dimension, with statistics of the training set taken
-    before training (the base model is frozen, so they never change); the output stays in normalised units, as in Eq. 3.
+    The input is normalized to zero mean and unit variance per dimension, with statistics of the training set taken
+    before training (the base model is frozen, so they never change). The output stays in normalized units, as in Eq. 3.
 
     Args:
-        d_in: of u.
-        d_out: of δ.
-        matrices: how many edited matrices share the network.
-        rank: the inner width; that of z where it is smaller.
-        transforms: ``both``, or which of ``u`` and ``delta`` makes up z; the other one is given back as it came.
-        normalize_inputs: whether the input is normalised. The statistics are taken either way.
+        d_in: the dimension of u.
+        d_out: the dimension of δ.
+        matrices: the number of edited matrices that share the network.
+        rank: the inner width; reduced to the width of z where that is smaller.
+        transforms: ``both``, or which of ``u`` and ``delta`` makes up z; the other one is returned unchanged.
+        normalize_inputs: whether the input is normalized. The statistics are taken either way.
         identity: whether the network starts as the identity.
     """
 
@@ -148,9 +151,9 @@ class EditorNetwork(nn.Module):
     def normalize(
         self, u: Sequence[Float[Tensor, "_row d_in"]], delta: Sequence[Float[Tensor, "_row d_out"]]
     ) -> Float[Tensor, "row d"]:
-        """Z = concat(norm(u), norm(δ)) of each matrix's rows, with its own statistics, one matrix after the other.
+        """Return z = concat(norm(u), norm(δ)), one matrix after the other, each with its own statistics.
 
-        Only one of the two where the network reads only one. Rows of zeros may follow
+        Where the network transforms only one of u and δ, z is that one. Rows of zeros may follow
         (:func:`remend.core.matmul.padded_row_count`).
         """
         device, rows = self.first.down.device, sum(map(len, u))
@@ -158,17 +161,17 @@ class EditorNetwork(nn.Module):
         z[rows:] = 0
         # Where u is read it comes first, where δ is it comes last; what is not read is left out.
         parts = ((u, self.u_statistics, z[:, : self.d_in]), (delta, self.delta_statistics, z[:, -self.d_out :]))
-        for values, statistics, room in {"both": parts, "u": parts[:1], "delta": parts[1:]}[self.transforms]:
+        for values, statistics, target in {"both": parts, "u": parts[:1], "delta": parts[1:]}[self.transforms]:
             scale = statistics.deviation().reciprocal() if self.normalize_inputs else None
-            for matrix, part in enumerate(_segments([len(own) for own in values])):
+            for matrix, part in enumerate(_segments(list(map(len, values)))):
                 if scale is None:
-                    room[part] = values[matrix]
+                    target[part] = values[matrix]
                 else:
-                    torch.sub(values[matrix], statistics.mean[matrix], out=room[part]).mul_(scale[matrix])
+                    torch.sub(values[matrix], statistics.mean[matrix], out=target[part]).mul_(scale[matrix])
         return z
 
     def denormalize_u(self, pseudo: Float[Tensor, "row d_in"], matrix: int) -> Float[Tensor, "row d_in"]:
-        """A matrix's ũ in the units of u: out of the normalised ones, if it is in them."""
+        """Return a matrix's ũ in the units of u; unchanged if the network does not normalize u."""
         if self.transforms == "delta" or not self.normalize_inputs:
             return pseudo
         return pseudo * self.u_statistics.deviation()[matrix] + self.u_statistics.mean[matrix]
@@ -177,12 +180,12 @@ class EditorNetwork(nn.Module):
         self,
         u: Sequence[Float[Tensor, "_row d_in"]],
         delta: Sequence[Float[Tensor, "_row d_out"]],
-        ledger: FactoredGradients | None = None,
+        factored: FactoredGradients | None = None,
     ) -> list[tuple[Float[Tensor, "_row d_in"], Float[Tensor, "_row d_out"]]]:
-        """The pseudo-activations ũ and pseudo-deltas δ̃ of each matrix's tokens; all go through together."""
-        counts = [len(own) for own in u]
-        z = self.second(self.first(self.normalize(u, delta), counts, ledger), counts, ledger)
-        found = z[: sum(counts)].split(counts)
+        """Compute the pseudo-activations ũ and pseudo-deltas δ̃ of each matrix's tokens, of all matrices together."""
+        counts = [len(part) for part in u]
+        z = self.second(self.first(self.normalize(u, delta), counts, factored), counts, factored)
+        parts = z[: sum(counts)].split(counts)
         if self.transforms == "both":
-            return [own.split((self.d_in, self.d_out), 1) for own in found]
-        return list(zip(found, delta, strict=True) if self.transforms == "u" else zip(u, found, strict=True))
+            return [part.split((self.d_in, self.d_out), 1) for part in parts]
+        return list(zip(parts, delta, strict=True) if self.transforms == "u" else zip(u, parts, strict=True))

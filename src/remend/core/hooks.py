@@ -1,4 +1,4 @@
-"""Low-rank side branches: how an edit acts on a model without touching a weight."""
+"""Hooks that apply low-rank changes to a model without writing to a weight, and the frozen state they need."""
 
 from __future__ import annotations
 
@@ -15,30 +15,27 @@ from remend.core.low_rank import LowRank
 
 
 class LowRankHook:
-    """A forward hook that adds ΔW x to a linear layer's output.
-
-    The branch is computed in the change's own dtype (float32 as a rule) and added before rounding to the layer's, so
-    that a small edit of a bfloat16 model is not lost factor by factor. It follows the layer to another device, which is
-    told by the output: hooks of Accelerate move the input only later. A class, not a closure, so that a model with a
-    branch can be deep-copied.
-    """
+    """A forward hook that adds ΔW x to a linear layer's output. A class, so that a hooked model can be deep-copied."""
 
     def __init__(self, change: LowRank) -> None:
         self.change = change
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """The layer's output with ΔW x added."""
+        """Return the layer's output with ΔW x added."""
+        # The output tells where the layer runs. The input does not: Accelerate's hooks move it only later.
         if self.change.u.device != output.device:
             self.change = self.change.to(output.device)
         dtype = self.change.u.dtype
         x, experts = layer_inputs(module, args, kwargs)
+        # In the change's dtype (usually float32), added before rounding to the layer's dtype: in bfloat16 a small edit
+        # would be lost factor by factor.
         with torch.autocast(output.device.type, enabled=False):
             change = rows_to_output(module, self.change.output_change(x.to(output.device, dtype), experts), output)
             return (output.to(dtype) + change).to(output.dtype)
 
 
 def attach_hooks(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> list[RemovableHandle]:
-    """Hook each change onto its module; the caller removes the handles. All of them are attached, or none."""
+    """Hook each change onto its module and return the handles, which the caller removes. Attaches all hooks or none."""
     handles: list[RemovableHandle] = []
     try:
         for name, change in changes.items():
@@ -50,14 +47,14 @@ def attach_hooks(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank
 
 
 def remove_hooks(handles: list[RemovableHandle]) -> None:
-    """Remove hooks; removing twice does no harm."""
+    """Remove hooks; removing them twice does no harm."""
     for handle in handles:
         handle.remove()
 
 
 @contextmanager
 def changes_applied(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> Iterator[None]:
-    """Within the block, each module computes y + ΔW x. Differentiable with respect to the changes' factors."""
+    """Let each module compute y + ΔW x within the block. Differentiable with respect to the changes' factors."""
     handles = attach_hooks(modules, changes)
     try:
         yield
@@ -67,22 +64,22 @@ def changes_applied(modules: Mapping[str, nn.Module], changes: Mapping[str, LowR
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within the block, no parameter of ``model`` asks for a gradient and the model is in evaluation mode.
+    """Freeze ``model`` within the block: no parameter requires a gradient, and all modules are in evaluation mode.
 
-    Autograd then records nothing below the first edited layer and no weight-sized gradient can arise. What each
-    parameter asked for, and each module's mode, is restored afterwards, after an exception too.
+    Autograd then records nothing below the first edited layer and forms no weight-sized gradient. Each parameter's
+    ``requires_grad`` and each module's mode are restored afterwards, also after an exception.
     """
-    # By owner and name: what is offloaded comes back from a forward pass as another tensor.
-    wanted = [(m, n) for m in model.modules() for n, p in m.named_parameters(recurse=False) if p.requires_grad]
+    # By owner and name: an offloaded parameter is another tensor after a forward pass.
+    trainable = [(m, n) for m in model.modules() for n, p in m.named_parameters(recurse=False) if p.requires_grad]
     training = [module for module in model.modules() if module.training]
-    for owner, name in wanted:
+    for owner, name in trainable:
         getattr(owner, name).requires_grad_(False)
     for module in training:
         module.training = False
     try:
         yield
     finally:
-        for owner, name in wanted:
+        for owner, name in trainable:
             getattr(owner, name).requires_grad_(True)
         for module in training:
             module.training = True

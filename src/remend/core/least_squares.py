@@ -1,13 +1,13 @@
-"""Many edits as one: what each matrix must do at every edit's keys at once.
+"""Several edits as one change of each matrix, by least squares: each acts at its keys as it does alone.
 
-A sum of edits (paper, section 3.1) adds up what they do to each other: an edit ΔW = Σ_i v_i ũ_iᵀ moves the output at
-the key of edit j by v_j, as it should, and by Σ_i v_i (ũ_i·k_j) besides. With a hundred edits that is more than v_j
-itself. So the moves are solved for, as MALMEN does (Tan et al., arXiv 2311.04661): with keys K [row, d_in], wanted
-moves V [row, d_out] and a metric M of keys (the identity in MALMEN),
+Edits that are summed (paper, section 3.1) disturb each other: an edit ΔW = Σ_i v_i ũ_iᵀ moves the output at the key of
+edit j by v_j, as it should, and by Σ_i v_i (ũ_i·k_j) in addition. With a hundred edits the addition is larger than v_j.
+So the moves are solved for, as MALMEN does (Tan et al., arXiv 2311.04661): with keys K [row, d_in], wanted moves
+V [row, d_out] and a metric M of keys (the identity in MALMEN),
 
     ΔW = Vᵀ (K M Kᵀ + λ I)⁻¹ K M,
 
-which is as low-rank as the sum, and where there is only one key the edit itself, but for λ.
+which is as low-rank as the sum. For a single key it is the edit itself, except for λ.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from remend.core.low_rank import LowRank
 from remend.core.operators import SymmetricOperator
 
 RIDGE = 0.05
-"""λ, as a share of a key's mean answer to itself."""
+"""λ, as a share of a key's mean response to itself."""
 
 EIGENVALUE_FLOOR = 0.05
-"""The least eigenvalue of a metric, as a share of its largest: one with negative ones can be solved for anything."""
+"""The least eigenvalue of a metric, as a share of its largest.
+
+With a negative eigenvalue, K M Kᵀ + λ I can be singular and the solution arbitrarily large.
+"""
 
 
 def least_squares(
@@ -34,31 +37,34 @@ def least_squares(
     gate: float = 0.0,
     experts: Int[Tensor, " row"] | None = None,
 ) -> LowRank:
-    """The change that moves the output at each key as wanted, in the keys' coordinates.
+    """Compute the change that moves the output by ``moves`` at ``keys``.
 
     Args:
-        keys: what the matrix reads where each move is wanted.
-        moves: by how much its output should move there.
-        metric: how keys answer to each other; the plain product without it.
-        ridge: λ, as a share of a key's mean answer to itself.
-        gate: of the change (:class:`LowRank`).
-        experts: of a matrix of several experts, whose each row is: others' do not answer to it.
+        keys: the matrix's input at each place where a move is wanted.
+        moves: the wanted change of its output there.
+        metric: M, by which keys respond to each other; the plain product if it is None.
+        ridge: λ, as a share of a key's mean response to itself.
+        gate: the gate of the change (:class:`LowRank`).
+        experts: for a matrix of several experts, the expert of each row; rows of different experts do not respond to
+            each other.
     """
     u = keys if metric is None else metric(keys)
-    own = (u * keys).sum(1).clamp(min=1e-12)
-    u = u / own[:, None]  # each key answers to its own pair with 1, as a gate expects
-    answers = keys @ u.mT
+    self_responses = (u * keys).sum(1).clamp(min=1e-12)
+    # Each key's response to its own pair is then 1, as a gate expects.
+    u = u / self_responses[:, None]
+    responses = keys @ u.mT
     if gate:
-        answers = torch.relu(answers - gate) / (1 - gate)
+        responses = torch.relu(responses - gate) / (1 - gate)
     if experts is not None:
-        answers = answers * (experts[:, None] == experts)
-    size = own.mean() / own  # λ in units in which the system is symmetric
-    delta = torch.linalg.solve(answers + torch.diag(ridge * size), moves) if len(keys) else moves
+        responses = responses * (experts[:, None] == experts)
+    # λ I with its columns divided by `self_responses`, as those of K M Kᵀ are.
+    size = self_responses.mean() / self_responses
+    delta = torch.linalg.solve(responses + torch.diag(ridge * size), moves) if len(keys) else moves
     return LowRank(u, delta, gate, experts)
 
 
 def make_definite(metric: SymmetricOperator) -> SymmetricOperator:
-    """The nearest metric all of whose eigenvalues are at least :data:`EIGENVALUE_FLOOR` of the largest."""
+    """Return the nearest metric with all eigenvalues at least :data:`EIGENVALUE_FLOOR` of the largest."""
     inner = metric.inner
     if inner.dim() == 1:
         return SymmetricOperator(inner.clamp(min=EIGENVALUE_FLOOR * float(inner.max())), metric.basis)

@@ -1,6 +1,7 @@
 """The losses of the paper's Eq. 4, one number for each row of a batch, in float32.
 
-Vocabularies are large, so each loss makes its gradient in the forward pass, in the buffer it has at hand anyway.
+A batch's logits are large (tokens × vocabulary), so each loss computes its gradient in the forward pass, in a buffer
+that it needs there anyway.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 
 def row_mean(values: Float[Tensor, " token"], row: Int[Tensor, " token"], rows: int) -> Float[Tensor, " row"]:
-    """The mean of the values that belong to each row; every row must own at least one."""
+    """Compute the mean of the values of each row; every row must have at least one."""
     totals = values.new_zeros(rows).index_add(0, row, values)
     return totals / torch.bincount(row, minlength=rows)
 
@@ -22,7 +23,7 @@ def row_mean(values: Float[Tensor, " token"], row: Int[Tensor, " token"], rows: 
 def target_loss(
     logits: Float[Tensor, "token vocabulary"], target: Int[Tensor, " token"], row: Int[Tensor, " token"], rows: int
 ) -> Float[Tensor, " row"]:
-    """−log p(y|x) of each row, per target token (so that long targets do not outweigh short ones), in nats."""
+    """Compute −log p(y|x) of each row in nats, averaged over its tokens so that long targets do not weigh more."""
     losses: Tensor = _TargetLoss.apply(logits, target)  # type: ignore[no-untyped-call]
     return row_mean(losses, row, rows)
 
@@ -33,22 +34,24 @@ def locality_loss(
     row: Int[Tensor, " token"],
     rows: int,
 ) -> Float[Tensor, " row"]:
-    """KL(p_base ‖ p_edited) of each row, averaged over its tokens, in nats; differentiable in ``edited`` alone."""
+    """Compute KL(p_base ‖ p_edited) of each row in nats, averaged over its tokens; differentiable in ``edited``."""
     losses: Tensor = _Divergence.apply(edited, base)  # type: ignore[no-untyped-call]
     return row_mean(losses, row, rows)
 
 
 class _WithGradient(torch.autograd.Function):
-    """A function of logits whose gradient was kept by its forward pass."""
+    """A function of logits whose forward pass saves its gradient."""
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (kept,) = ctx.saved_tensors
-        return kept.mul_(gradient[:, None]).to(ctx.dtype), None  # asked twice, autograd would refuse
+        (saved,) = ctx.saved_tensors
+        # In place, since the buffer is large. A second backward pass cannot use it: autograd sees that it was modified
+        # and raises.
+        return saved.mul_(gradient[:, None]).to(ctx.dtype), None
 
     @staticmethod
-    def keep(ctx: Any, logits: Tensor, gradient: Tensor) -> None:
+    def save(ctx: Any, logits: Tensor, gradient: Tensor) -> None:
         ctx.dtype = logits.dtype
         ctx.save_for_backward(gradient)
 
@@ -59,11 +62,11 @@ class _TargetLoss(_WithGradient):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
         log_p = logits.float().log_softmax(-1)
-        own = target[:, None]
-        loss = -log_p.gather(1, own)[:, 0]
+        index = target[:, None]
+        loss = -log_p.gather(1, index)[:, 0]
         if ctx.needs_input_grad[0]:
             gradient = log_p.exp_()
-            _WithGradient.keep(ctx, logits, gradient.scatter_add_(1, own, gradient.new_full(own.shape, -1)))
+            _WithGradient.save(ctx, logits, gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1)))
         return loss
 
 
@@ -76,5 +79,5 @@ class _Divergence(_WithGradient):
         p_base = log_base.exp()
         loss: Tensor = torch.linalg.vecdot(p_base, log_base.sub_(log_edited))
         if ctx.needs_input_grad[0]:
-            _WithGradient.keep(ctx, edited, log_edited.exp_().sub_(p_base))
+            _WithGradient.save(ctx, edited, log_edited.exp_().sub_(p_base))
         return loss

@@ -1,4 +1,4 @@
-"""``LowRank``: the one form in which a change of a weight exists, from the gradient to the saved file."""
+"""``LowRank``: a change of a weight as low-rank factors, from the gradient to the saved file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class LowRank:
 
     Attributes:
         u: the directions of the layer's input that the change reads, [rank, d_in] or [episode, rank, d_in].
-        delta: what it writes to the layer's output for each, [rank, d_out] or [episode, rank, d_out].
-        gate: if not 0, the change acts only where it is asked for: instead of ΔW x = deltaᵀ (u x) the layer's output
-            gets deltaᵀ relu(u x − gate) / (1 − gate), the same where u x is 1. That is no change of a weight any more.
-        experts: of a weight that holds several experts' matrices (:mod:`remend.core.moe`), whose each pair is; it
-            acts on that expert's rows alone.
+        delta: what it adds to the layer's output for each, [rank, d_out] or [episode, rank, d_out].
+        gate: if not 0, the change acts only on inputs that answer to it with more than this: instead of
+            ΔW x = deltaᵀ (u x) the layer's output gets deltaᵀ relu(u x − gate) / (1 − gate), the same where u x is 1.
+            Such a change cannot be written into a weight.
+        experts: for a weight that holds several experts' matrices (:mod:`remend.core.moe`), the expert of each factor
+            pair; a pair acts on the rows of its expert only.
     """
 
     u: Float[Tensor, "*episode rank d_in"]
@@ -44,11 +45,10 @@ class LowRank:
         return self.u.dim() == 3
 
     def dense(self, experts: int = 0) -> Float[Tensor, "*episode_expert d_out d_in"]:
-        """ΔW itself. The size of the weight: for merging and for tests.
+        """Compute ΔW. As large as the weight: for merging and for tests.
 
         Args:
-            experts: of how many the weight holds the matrices, if of several: they have an axis of their own before
-                d_out.
+            experts: for a weight of several experts, their number: the result has an axis for them before d_out.
 
         Raises:
             EditError: the change is gated.
@@ -56,34 +56,36 @@ class LowRank:
         self.raise_if_gated("written into a weight")
         if self.experts is None:
             return self.delta.mT @ self.u
-        own = self.experts[..., None] == torch.arange(experts, device=self.u.device)
-        return torch.einsum("...re,...ro,...ri->...eoi", own.to(self.u.dtype), self.delta, self.u)
+        one_hot = self.experts[..., None] == torch.arange(experts, device=self.u.device)
+        return torch.einsum("...re,...ro,...ri->...eoi", one_hot.to(self.u.dtype), self.delta, self.u)
 
     def output_change(
         self, x: Float[Tensor, "*rows d_in"], experts: Int[Tensor, " row"] | None = None
     ) -> Float[Tensor, "*rows d_out"]:
-        """ΔW x for every row of ``x``, as two thin products.
+        """Compute ΔW x for every row of ``x``, as two thin products.
 
-        With an episode axis, ``x`` must be ordered by episode, the same number of rows for each: its leading axes are
-        split evenly among the episodes. ``experts`` says which expert's matrix each row goes through.
+        Args:
+            x: the layer's input. With an episode axis, its rows must be ordered by episode, the same number for each:
+                the leading axes are split evenly among the episodes.
+            experts: for a layer of experts, the index of each row's expert.
         """
         if not self.batched:
-            return self._gated(self._own(x @ self.u.mT, experts)) @ self.delta
+            return self._gated(self._of_own_expert(x @ self.u.mT, experts)) @ self.delta
         rows = x.reshape(self.u.shape[0], -1, x.shape[-1])
-        answers = self._gated(self._own(torch.bmm(rows, self.u.mT), experts))
-        return torch.bmm(answers, self.delta).reshape(*x.shape[:-1], self.delta.shape[-1])
+        responses = self._gated(self._of_own_expert(torch.bmm(rows, self.u.mT), experts))
+        return torch.bmm(responses, self.delta).reshape(*x.shape[:-1], self.delta.shape[-1])
 
-    def _own(
-        self, answers: Float[Tensor, "*rows rank"], experts: Int[Tensor, " row"] | None
+    def _of_own_expert(
+        self, responses: Float[Tensor, "*rows rank"], experts: Int[Tensor, " row"] | None
     ) -> Float[Tensor, "*rows rank"]:
-        """Answers of each row to the pairs of its own expert; the others are zero."""
+        """Set the responses of each row to the factor pairs of other experts to zero."""
         if self.experts is None or experts is None:
-            return answers
-        whose = experts.to(answers.device).view(answers.shape[:-1])
-        return answers * (whose[..., None] == self.experts[..., None, :])
+            return responses
+        row_experts = experts.to(responses.device).view(responses.shape[:-1])
+        return responses * (row_experts[..., None] == self.experts[..., None, :])
 
-    def _gated(self, answers: Float[Tensor, "*rows rank"]) -> Float[Tensor, "*rows rank"]:
-        return torch.relu(answers - self.gate) / (1 - self.gate) if self.gate else answers
+    def _gated(self, responses: Float[Tensor, "*rows rank"]) -> Float[Tensor, "*rows rank"]:
+        return torch.relu(responses - self.gate) / (1 - self.gate) if self.gate else responses
 
     def raise_if_gated(self, what: str) -> None:
         """Raise :class:`EditError` if the change is gated, so that it cannot be ``what``."""
@@ -94,85 +96,93 @@ class LowRank:
             )
 
     def select(self, episodes: Int[Tensor, " row"] | slice) -> LowRank:
-        """The changes of some episodes."""
+        """Return the changes of some episodes."""
         experts = None if self.experts is None else self.experts[episodes]
         return replace(self, u=self.u[episodes], delta=self.delta[episodes], experts=experts)
 
     def single_episode(self, episode: int, rank: int) -> LowRank:
-        """The change of one episode, with its first ``rank`` factor pairs: what follows is padding."""
-        own = self.select(torch.tensor([episode]))
-        experts = None if own.experts is None else own.experts[0, :rank]
-        return replace(own, u=own.u[0, :rank], delta=own.delta[0, :rank], experts=experts)
+        """Return the change of one episode without the episode axis, with its first ``rank`` factor pairs.
+
+        The pairs after those are padding.
+        """
+        selected = self.select(torch.tensor([episode]))
+        experts = None if selected.experts is None else selected.experts[0, :rank]
+        return replace(selected, u=selected.u[0, :rank], delta=selected.delta[0, :rank], experts=experts)
 
     def scaled(self, factor: float | Float[Tensor, "episode ranks 1"]) -> LowRank:
-        """``factor`` · ΔW; with an episode axis, there may be a factor for each, or for each of its factor pairs."""
-        by = factor if isinstance(factor, (int, float)) else factor.to(self.delta)
-        return replace(self, delta=self.delta * by)
+        """Return ``factor`` · ΔW.
+
+        With an episode axis, ``factor`` may be a tensor: one for each episode, or for each of its factor pairs.
+        """
+        scale = factor if isinstance(factor, (int, float)) else factor.to(self.delta)
+        return replace(self, delta=self.delta * scale)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LowRank:
-        """The same change on another device, or in another dtype."""
+        """Return the same change on another device, or in another dtype."""
         u, delta = (factor.to(device=device, dtype=dtype) for factor in (self.u, self.delta))
         return replace(self, u=u, delta=delta, experts=None if self.experts is None else self.experts.to(device))
 
     def detach(self) -> LowRank:
-        """The same change without its autograd history."""
+        """Return the same change without its autograd history."""
         return replace(self, u=self.u.detach(), delta=self.delta.detach())
 
     def norm(self) -> Float[Tensor, "*episode"]:
-        """‖ΔW‖ (Frobenius), from the factors' Gram matrices: ‖deltaᵀu‖² = Σ (u uᵀ) ∘ (delta deltaᵀ)."""
+        """Compute ‖ΔW‖ (Frobenius) from the factors' Gram matrices: ‖deltaᵀu‖² = Σ (u uᵀ) ∘ (delta deltaᵀ)."""
         gram = (self.u @ self.u.mT) * (self.delta @ self.delta.mT)
         if self.experts is not None:
             gram = gram * (self.experts[..., :, None] == self.experts[..., None, :])
+        # Rounding can make the sum of a change that cancels itself slightly negative.
         return gram.sum((-2, -1)).clamp(min=0).sqrt()
 
     def recompress(self, rank: int) -> LowRank:
-        """The nearest change of at most ``rank`` pairs (truncated singular value decomposition, without forming ΔW).
+        """Return the nearest change of at most ``rank`` pairs: a truncated singular value decomposition of ΔW.
 
-        Two QR factorisations leave a rank × rank core whose SVD is that of ΔW. Of experts, each one's change is
-        compressed on its own.
+        ΔW is not formed: two QR factorizations leave a rank × rank core with the singular values of ΔW. The changes of
+        several experts are compressed separately, each to ``rank`` pairs.
 
         Raises:
             EditError: the change is gated.
         """
         self.raise_if_gated("compressed")
         if self.experts is not None:
-            own = [(expert, self.experts == expert) for expert in self.experts.unique().tolist()]
-            parts = [LowRank(self.u[rows], self.delta[rows]).recompress(rank) for _, rows in own]
-            whose = [self.experts.new_full((part.rank,), e) for part, (e, _) in zip(parts, own, strict=True)]
-            return replace(concatenate(parts), experts=torch.cat(whose)) if parts else self
+            masks = [(expert, self.experts == expert) for expert in self.experts.unique().tolist()]
+            parts = [LowRank(self.u[mask], self.delta[mask]).recompress(rank) for _, mask in masks]
+            experts = [self.experts.new_full((part.rank,), e) for part, (e, _) in zip(parts, masks, strict=True)]
+            return replace(concatenate(parts), experts=torch.cat(experts)) if parts else self
         q_u, r_u = torch.linalg.qr(self.u.mT.float())
         q_d, r_d = torch.linalg.qr(self.delta.mT.float())
         left, values, right = torch.linalg.svd(r_d @ r_u.mT, full_matrices=False)
-        kept = min(rank, values.shape[-1])
-        root = values[..., :kept, None].sqrt()
-        u = root * (right[..., :kept, :] @ q_u.mT)
-        delta = root * (left[..., :, :kept].mT @ q_d.mT)
+        pairs = min(rank, values.shape[-1])
+        # Each factor gets the root of the singular values, so that both have entries of similar size.
+        root = values[..., :pairs, None].sqrt()
+        u = root * (right[..., :pairs, :] @ q_u.mT)
+        delta = root * (left[..., :, :pairs].mT @ q_d.mT)
         return LowRank(u.to(self.u.dtype), delta.to(self.delta.dtype))
 
 
 def concatenate(changes: Sequence[LowRank]) -> LowRank:
-    """The sum of several changes of one weight: their factor pairs, side by side."""
-    whose = [change.experts for change in changes if change.experts is not None]
-    experts = torch.cat(whose, -1) if whose else None
+    """Return the sum of several changes of one weight: their factor pairs, concatenated along the rank axis."""
+    indices = [change.experts for change in changes if change.experts is not None]
+    experts = torch.cat(indices, -1) if indices else None
     u, delta = torch.cat([c.u for c in changes], -2), torch.cat([c.delta for c in changes], -2)
-    return LowRank(u, delta, _gate(changes), experts)
+    return LowRank(u, delta, _common_gate(changes), experts)
 
 
 def stack(changes: Sequence[LowRank]) -> LowRank:
-    """Several independent changes of one weight as one batched change, padded with zeros to the highest rank."""
+    """Return independent changes of one weight as one batched change, padded with zeros to the highest rank."""
     rank = max(change.rank for change in changes)
 
     def padded(factor: Tensor) -> Tensor:
         return torch.nn.functional.pad(factor, (0, 0, 0, rank - factor.shape[-2]))
 
-    whose = [torch.nn.functional.pad(c.experts, (0, rank - c.rank)) for c in changes if c.experts is not None]
-    experts = torch.stack(whose) if whose else None
+    indices = [torch.nn.functional.pad(c.experts, (0, rank - c.rank)) for c in changes if c.experts is not None]
+    experts = torch.stack(indices) if indices else None
     u, delta = torch.stack([padded(c.u) for c in changes]), torch.stack([padded(c.delta) for c in changes])
-    return LowRank(u, delta, _gate(changes), experts)
+    return LowRank(u, delta, _common_gate(changes), experts)
 
 
-def _gate(changes: Sequence[LowRank]) -> float:
-    """The gate of all these changes.
+def _common_gate(changes: Sequence[LowRank]) -> float:
+    """Return the gate that all these changes have.
 
     Raises:
         EditError: they have different ones.
@@ -180,7 +190,7 @@ def _gate(changes: Sequence[LowRank]) -> float:
     gates = sorted({change.gate for change in changes})
     if len(gates) > 1:
         raise EditError(
-            f"changes with different gates ({', '.join(f'{gate:g}' for gate in gates)}) cannot be one: apply the edits "
-            "one after the other"
+            f"changes with different gates ({', '.join(f'{gate:g}' for gate in gates)}) cannot be combined: apply the "
+            "edits one after the other"
         )
     return gates[0]

@@ -1,4 +1,4 @@
-"""Symmetric operators on a layer's inputs, dense or not; and symmetric matrices in files: one half says all."""
+"""Symmetric operators on a layer's inputs, dense or low-rank plus a multiple of the identity, and their packed form."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class SymmetricOperator:
-    """A symmetric operator on vectors of d dimensions: dense, or made of what it does in k directions and outside.
+    """A symmetric operator on vectors of d dimensions.
+
+    It is either dense, or a symmetric matrix in k directions and a multiple of the identity in all others.
 
     Attributes:
         inner: without a basis, the operator's matrix [d, d]. With one, its matrix in k + 1 coordinates, or the diagonal
-            of that: k of the basis, and the last for all that lies outside, which is multiplied with one number.
-        basis: orthonormal directions.
+            of that: k for the basis, and the last for everything outside of it, which is multiplied by one number.
+        basis: k orthonormal directions.
     """
 
     inner: Float[Tensor, "n n"] | Float[Tensor, " n"]
     basis: Float[Tensor, "d k"] | None = None
 
     def __call__(self, x: Float[Tensor, "*row d"]) -> Float[Tensor, "*row d"]:
-        """What it makes of each row; with a basis in k · d operations, and never as a d × d matrix."""
+        """Apply the operator to each row; with a basis this takes k · d operations and forms no d × d matrix."""
         if self.basis is None:
             return x @ self.inner
-        within = x @ self.basis
+        coordinates = x @ self.basis
         if self.inner.dim() > 1:
-            turned, outside = within @ self.inner[:-1, :-1], self.inner[-1, -1]
+            transformed, outside = coordinates @ self.inner[:-1, :-1], self.inner[-1, -1]
         else:
-            turned, outside = within * self.inner[:-1], self.inner[-1]
-        return outside * x + (turned - outside * within) @ self.basis.T
+            transformed, outside = coordinates * self.inner[:-1], self.inner[-1]
+        # The part outside of the basis is x − basis · coordinates; it is never formed.
+        return outside * x + (transformed - outside * coordinates) @ self.basis.T
 
     def to(self, device: torch.device) -> SymmetricOperator:
-        """The same operator on another device."""
+        """Return the same operator on another device."""
         return SymmetricOperator(self.inner.to(device), None if self.basis is None else self.basis.to(device))
 
     @property
@@ -45,18 +48,17 @@ class SymmetricOperator:
 
 
 def pack_symmetric(symmetric: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:
-    """One half of a symmetric matrix, with its diagonal: all there is to keep."""
+    """Return the upper triangle of a symmetric matrix, its diagonal included, as a vector. This halves a file."""
     return symmetric[torch.ones_like(symmetric, dtype=torch.bool).triu()]
 
 
 def unpack_symmetric(half: Tensor) -> Float[Tensor, "d d"]:
-    """The matrix again (one that was stored whole stays as it is)."""
-    if half.dim() != 1:
+    """Return the matrix that :func:`pack_symmetric` packed; any other tensor is returned unchanged."""
+    if half.dim() != 1:  # older files hold the whole matrix
         return half
     d = math.isqrt(2 * len(half))
-    whole = half.new_zeros(d, d)
-    try:
-        whole[torch.ones(d, d, dtype=torch.bool).triu()] = half
-    except RuntimeError:  # no matrix has so many
+    if d * (d + 1) // 2 != len(half):  # not the length of a triangle; load_state_dict reports the mismatch
         return half
+    whole = half.new_zeros(d, d)
+    whole[torch.ones(d, d, dtype=torch.bool).triu()] = half
     return whole + whole.triu(1).T
