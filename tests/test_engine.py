@@ -24,14 +24,16 @@ from remend.core.factored_gradients import FactoredGradients
 from remend.core.hooks import frozen
 from remend.core.losses import locality_loss, target_loss
 from remend.editors import Mend, MendConfig
+from remend.editors.lookup import FORMAT as LOOKUP_FORMAT
 from remend.errors import ConfigError, FileError, ModelError, TrainingError
 from remend.fingerprint import hash_model
 from remend.models.frozen_prefix import FrozenPrefix, run_until
+from remend.serialization import write_folder
 from remend.tasks.causal_lm import CausalLM
 from remend.training import Resources, Trainer, TrainingConfig, memory, train
 from remend.training.memory import estimate
 from remend.training.preflight import examine
-from remend.training.tensor_store import TensorStore
+from remend.training.tensor_store import STORE_FORMAT, TensorStore
 
 SETTINGS = TrainingConfig(
     batch_size=6, learning_rate=3e-3, alpha_learning_rate=3e-3, max_steps=12, validate_every=4, validation_size=8
@@ -334,6 +336,19 @@ def test_a_store_on_disk_is_read_again_and_repaired(tmp_path):
         repaired = TensorStore(0, tmp_path)
     assert ("a" in repaired) != ("b" in repaired)
     assert not shard.exists()
+
+
+def test_what_is_no_part_of_a_store_is_left_alone(tmp_path):
+    """Such as parts that an earlier release wrote, under the format of a lookup editor's edits."""
+    store = TensorStore(0, tmp_path)
+    store.put("a", (torch.ones(2),))
+    store.flush()
+    assert STORE_FORMAT != LOOKUP_FORMAT
+    other = write_folder(tmp_path / "shard-0123456789abcdef", LOOKUP_FORMAT, {}, {"b/0": torch.zeros(2)})
+    with pytest.warns(UserWarning, match=r"1 folders in .* are no parts of this cache .*remend\.cache/1.* delete them"):
+        again = TensorStore(0, tmp_path)
+    assert ("a" in again, "b" in again) == (True, False)
+    assert (other / "manifest.json").exists()
 
 
 def test_a_model_has_a_fingerprint_of_its_own(model):

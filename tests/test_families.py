@@ -12,8 +12,8 @@ from remend.core.layers import expert_count
 from remend.edit import Edit
 from remend.editors import Mend, MendConfig
 from remend.fingerprint import find_modules
+from remend.models.blocks import find_stacks
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.models.structure import find_stacks
 from remend.tasks import Example
 from remend.training import PRESETS, Trainer, TrainingConfig
 

@@ -177,3 +177,8 @@ def test_offline_says_so():
     with pytest.raises(FileError, match="cannot fetch hf:me/fix"):
         Edit.load("hf:me/fix")
     assert torch.is_grad_enabled()
+
+
+def test_the_templates_are_loaded_with_the_first_card_not_with_the_module():
+    code = "import sys, remend.apps.hub.model_card; sys.exit('jinja2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

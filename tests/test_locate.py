@@ -16,8 +16,8 @@ from remend.editors.locate_then_edit.subject_prompts import _by_beginning, begin
 from remend.editors.locate_then_edit.value_optimization import Sites, adding, tuned
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError, WrongBaseError
 from remend.fingerprint import find_modules
+from remend.models.blocks import find_stacks
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.models.structure import find_stacks
 from remend.request import Chat, EditRequest, Message, TextPair
 from remend.tasks import task_of
 

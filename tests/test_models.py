@@ -7,7 +7,7 @@ from torch import nn
 import worlds
 from remend.errors import ConfigError, ModelError
 from remend.models import editable_modules, load
-from remend.models.structure import find_blocks, select_blocks
+from remend.models.blocks import find_blocks, select_blocks
 
 
 def test_the_default_is_the_mlps_of_the_last_three_blocks():
@@ -63,7 +63,7 @@ def test_globs_and_their_mistakes():
     assert list(editable_modules(model, ["*.0.attn.c_attn"])) == ["transformer.h.0.attn.c_attn"]
     with pytest.raises(ModelError, match=r"no editable module matches .*did you mean 'transformer.h.0.mlp.c_fc'"):
         editable_modules(model, ["transformer.h.0.mlp.fc"])
-    with pytest.raises(ModelError, match="no stack of blocks"):
+    with pytest.raises(ModelError, match=r"found no MLP .*it has no editable layer"):
         editable_modules(nn.Linear(2, 2))
 
 

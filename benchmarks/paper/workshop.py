@@ -19,13 +19,8 @@ from remend.editors.finetune import FineTune
 from remend.errors import ConfigError, FileError, ModelError, RemendError
 from remend.evaluation import evaluate
 from remend.evaluation.reports.report import environment, metrics_of
-from remend.models.structure import (
-    DEFAULT_LAYERS,
-    DEFAULT_LAYERS_ENCODER_DECODER,
-    find_stacks,
-    mlp_layer_names,
-    select_blocks,
-)
+from remend.models.blocks import find_stacks, select_blocks
+from remend.models.structure import DEFAULT_LAYERS, DEFAULT_LAYERS_ENCODER_DECODER, mlp_layer_names
 from remend.request import EditRequest
 from remend.serialization import MANIFEST, write_json
 from remend.training import train

@@ -13,11 +13,10 @@ What the edit does at later tokens of the target is left as it is: a neighbour's
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from remend.core.hooks import changes_applied, frozen
 from remend.core.losses import target_loss
@@ -34,9 +33,6 @@ REFINED = 2
 
 False position comes from above, so what is left of the error makes edits stronger; on the atlas by a tenth.
 """
-
-_CUT: WeakSet[nn.Module] = WeakSet()
-"""Models that were entered at a cut with the right result: what their blocks hand on does not change."""
 
 
 class UneditedPass:
@@ -84,21 +80,12 @@ class UneditedPass:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Enter the model at the cut without an edit, once; where that differs, passes begin at the beginning."""
-        if self.states is None or self.task.model in _CUT:
+        """Run whole passes from now on where a pass of the unedited model from the cut gives other logits."""
+        if self.states is None:
             return
         assert self.logits is not None
-        with self.prefix.resume_from(self.states):
-            try:
-                found = self.task.target_logits(self.batch).float()
-            except (TypeError, AttributeError, ValueError, IndexError, RuntimeError):  # blocks that expect more
-                self.states = None
-                return
-        near = 1e-3 * float(self.logits.std())
-        if found.shape != self.logits.shape or not torch.allclose(found, self.logits, 1e-3, near):
+        if not self.prefix.check_resume(self.states, lambda: self.task.target_logits(self.batch), self.logits):
             self.states = None
-        else:
-            _CUT.add(self.task.model)
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
-"""The frozen prefix: the blocks below the lowest edited one, whose output no edit can change.
+"""Run a model only from its lowest edited block on: what the blocks below (the frozen prefix) give, no edit changes.
 
-What enters the lowest edited block is the same before and after every edit. So it is computed once, and the model is
-entered again there: its own forward pass runs, with the blocks below handing on what they were told.
+What enters the lowest edited block is computed once for each input. Later passes start there: the model's own forward
+runs, while the blocks below hand these hidden states on in place of computing.
 
-Most blocks return hidden states, some a tuple of which they are the first part. Where more parts count (T5's blocks
-hand on the position bias that the first of them computes), the first block runs, and only its hidden states are
-replaced.
+Most blocks return hidden states, some a tuple that begins with them. Where the rest of the tuple counts (the first of
+T5's blocks computes the position bias for all), the first block runs, and only its hidden states are replaced.
 """
 
 from __future__ import annotations
@@ -13,123 +12,148 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from remend.errors import ModelError
-from remend.models.structure import find_stacks
+from remend.errors import ModelError, RemendError
+from remend.models.blocks import find_stacks, is_inside
+
+TOLERANCE = 1e-3
+"""How much a pass from the cut may differ from a whole one: relative, or in units of the logits' standard deviation."""
+
+_verified: WeakSet[nn.Module] = WeakSet()
+"""The blocks below which a model was cut without a difference (:meth:`FrozenPrefix.check_resume`)."""
 
 
-class _Reached(Exception):  # noqa: N818 - no error: the pass has gone as far as it should
-    """Ends a forward pass at the place whose input was wanted."""
+class _StopForward(Exception):  # noqa: N818 - no error: it ends a pass that has gone as far as it should
+    """Ends a forward pass at a module, with the hidden states that the module was called with."""
 
-    def __init__(self, found: Tensor) -> None:
-        self.found = found
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
 
 
 class FrozenPrefix:
-    """Where a model is cut, and how it is entered again.
+    """The blocks of a model below the lowest edited one, and how to start a forward pass above them.
+
+    Args:
+        model: the model.
+        edited: the names of the edited modules.
 
     Attributes:
-        blocks: the model's blocks, in order; empty where it cannot be cut.
-        stack: which of the model's stacks is cut: the first one that is edited (0: the only one, or the encoder).
-        depth: how many of them lie below the cut; with 0, everything is computed anew.
-        output_parts: how many parts a block returns, 0 where it returns hidden states themselves.
-        states_only: whether the parts but the first are all None.
+        blocks: the blocks of the stack that is cut, in order; empty where the model cannot be cut.
+        stack: the number of the stack that is cut: the first one that is edited (0: the only one, or the encoder).
+        depth: how many blocks lie below the cut; with 0, everything is computed anew.
+        output_parts: how many parts a block's output tuple has; 0 where a block returns hidden states themselves.
+        states_only: whether all parts but the first are None.
     """
 
     def __init__(self, model: nn.Module, edited: Iterable[str]) -> None:
         self.blocks: list[nn.Module] = []
-        self.depth = 0
-        self.stack, self.output_parts, self.states_only = 0, 0, True
-        try:
-            stacks = [blocks for _, blocks in find_stacks(model)]
-        except ModelError:  # no blocks: there is nothing to cut
-            return
-        prefixes = [[prefix for prefix, _ in blocks] for blocks in stacks]
-        # Where each edited module lies; one in no block may come before all of them.
-        places = [
+        self.stack, self.depth = 0, 0
+        self.output_parts, self.states_only = 0, True
+        # Between the blocks of a stage nothing else runs, but a stage may begin with a layer that is no block.
+        stacks = [blocks for _, blocks in find_stacks(model, stages=True)]
+        if any(name == "" for blocks in stacks for name, _ in blocks):
+            return  # the model is one block: there is nothing to cut
+        block_names = [[name for name, _ in blocks] for blocks in stacks]
+        # A module outside of all blocks may run before all of them.
+        cuts = [
             next(
-                ((stack, place) for stack, own in enumerate(prefixes) if (place := _place(name, own)) is not None),
+                (
+                    (stack, number)
+                    for stack, names in enumerate(block_names)
+                    for number, block_name in enumerate(names)
+                    if is_inside(name, block_name)
+                ),
                 (0, 0),
             )
             for name in edited
         ]
-        self.stack, self.depth = min(places, default=(0, 0))
+        self.stack, self.depth = min(cuts, default=(0, 0))
         self.blocks = [block for _, block in stacks[self.stack]]
 
     def compute_states(self, forward: Callable[[], object]) -> Float[Tensor, "row token d"]:
-        """What enters the lowest edited block when ``forward`` runs the model; nothing above is computed."""
-        with self._noting():
+        """Return what enters the lowest edited block when ``forward`` runs the model; nothing above is computed."""
+        with self._observe_outputs():
             return run_until(self.blocks[self.depth], forward)
 
     @contextmanager
     def resume_from(self, states: Float[Tensor, "row token d"] | None) -> Iterator[None]:
-        """Within the block, the model's forward pass begins at the cut, with ``states`` (with ``None``, as ever)."""
+        """Start the model's forward passes at the cut, with ``states``, within the context; with None, as usual."""
         if states is None:
             yield
             return
         below = self.blocks[: self.depth]
         if self.states_only:
-            with _replaced(below, lambda own: lambda *args, **kwargs: self._parts(states)):
+            with _replaced_forward(below, lambda forward: lambda *args, **kwargs: self._as_output(states)):
                 yield
             return
-        found: list[tuple[Any, ...]] = []
+        output: tuple[Any, ...] = ()
 
-        def first(own: Callable[..., Any]) -> Callable[..., Any]:
+        def run_first(forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-                found[:] = [(states, *own(*args, **kwargs)[1:])]
-                return found[0]
+                nonlocal output
+                output = (states, *forward(*args, **kwargs)[1:])
+                return output
 
             return run
 
-        with _replaced(below[:1], first), _replaced(below[1:], lambda own: lambda *args, **kwargs: found[0]):
+        with (
+            _replaced_forward(below[:1], run_first),
+            _replaced_forward(below[1:], lambda forward: lambda *args, **kwargs: output),
+        ):
             yield
 
     @contextmanager
     def record_input(self) -> Iterator[dict[str, Tensor]]:
-        """Within the block, what enters the lowest edited block in a whole pass is kept as ``states``, if it can be."""
-        kept: dict[str, Tensor] = {}
+        """Record what enters the lowest edited block in a whole pass within the context, under ``"states"``.
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        The yielded dictionary stays empty where the model cannot be cut.
+        """
+        recorded: dict[str, Tensor] = {}
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with suppress(ModelError):
-                kept["states"] = _hidden(args, kwargs).detach()
+                recorded["states"] = _hidden_states(args, kwargs).detach()
 
         if not self.depth:
-            yield kept
+            yield recorded
             return
-        handle = self.blocks[self.depth].register_forward_pre_hook(keep, with_kwargs=True)
+        handle = self.blocks[self.depth].register_forward_pre_hook(record, with_kwargs=True)
         try:
-            with self._noting():
-                yield kept
+            with self._observe_outputs():
+                yield recorded
         finally:
             handle.remove()
 
     @contextmanager
     def bypass_blocks(self) -> Iterator[None]:
-        """Within the block, no block of the model computes anything; what is left is around them."""
-        with _replaced(self.blocks, lambda own: lambda *args, **kwargs: self._parts(_hidden(args, kwargs))):
+        """Make all blocks return their input within the context, so that only what surrounds them computes."""
+        with _replaced_forward(
+            self.blocks, lambda forward: lambda *args, **kwargs: self._as_output(_hidden_states(args, kwargs))
+        ):
             yield
 
-    def _parts(self, states: Tensor) -> Tensor | tuple[Any, ...]:
-        """Hidden states as a block returns them."""
+    def _as_output(self, states: Tensor) -> Tensor | tuple[Any, ...]:
+        """Return hidden states in the form in which a block returns them."""
         return (states, *[None] * (self.output_parts - 1)) if self.output_parts else states
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
-        """Within the block, a pass that begins at the beginning tells what blocks return."""
+    def _observe_outputs(self) -> Iterator[None]:
+        """Note in which form blocks return hidden states, in a pass that runs all of them."""
 
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def observe(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.output_parts = len(output) if isinstance(output, tuple) else 0
             self.states_only = not self.output_parts or all(part is None for part in output[1:])
 
         if not self.blocks:
             yield
             return
-        handle = self.blocks[0].register_forward_hook(note)
+        handle = self.blocks[0].register_forward_hook(observe)
         try:
             yield
         finally:
@@ -137,97 +161,138 @@ class FrozenPrefix:
 
     @contextmanager
     def checkpoint_activations(self) -> Iterator[None]:
-        """Within the block, activations above the cut are not kept for the backward pass but computed again."""
+        """Recompute activations above the cut in the backward pass within the context, instead of keeping them."""
 
-        def again(own: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: checkpoint(own, *args, use_reentrant=False, **kwargs)
+        def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-        with _replaced(self.blocks[self.depth :], again):
+        with _replaced_forward(self.blocks[self.depth :], checkpointed):
             yield
+
+    @torch.no_grad()
+    def check_resume(self, states: Tensor, forward: Callable[[], Tensor], expected: Tensor) -> bool:
+        """Return whether a pass from the cut gives the same logits as a whole pass; each cut is checked once.
+
+        Args:
+            states: what entered the lowest edited block in the whole pass.
+            forward: runs the model on the same input and returns logits.
+            expected: the logits of the whole pass.
+        """
+        # A block belongs to one model and is one cut. What blocks hand on does not change, so once is enough.
+        lowest_edited = self.blocks[self.depth]
+        if lowest_edited not in _verified:
+            with self.resume_from(states):
+                logits = _logits_or_none(forward)
+            if logits is None or not _same_logits(logits, expected):
+                return False
+            _verified.add(lowest_edited)
+        return True
 
     @torch.no_grad()
     def verify(
         self, logits: Callable[[], Tensor], last: Callable[[], Tensor], head: Callable[[Tensor], Tensor]
     ) -> bool:
-        """Whether a cut pass gives what the whole one gives; if not, the model counts as one that cannot be cut.
+        """Return whether a cut pass gives what the whole one gives; if not, the model is not cut any more.
 
         Blocks that hand on more than hidden states would be cut wrongly, and it would show here.
 
         Args:
-            logits: runs the model on some example.
-            last: runs it and returns what its output layer sees.
-            head: makes logits of that.
+            logits: runs the model on some example and returns its logits.
+            last: runs the model and returns what its output layer reads.
+            head: computes logits from that.
         """
-        with self._noting():
+        with self._observe_outputs():
             whole = logits().float()
         if not whole.isfinite().all():
             return True  # a broken model: training will say where it breaks
-        try:
+
+        def from_cut() -> Tensor:
             with self.resume_from(self.compute_states(logits) if self.depth else None):
-                found = [logits().float()]
+                return logits()
+
+        def from_head() -> Tensor:
             states = last()
             with self.bypass_blocks():
-                found.append(head(states).float())
-            near = 1e-3 * float(whole.std())
-            right = all(cut.shape == whole.shape and torch.allclose(cut, whole, 1e-3, near) for cut in found)
-        except (ModelError, TypeError, AttributeError, ValueError, IndexError, RuntimeError):
-            right = False  # a block that was expected to hand on more
-        if not right:
-            self.blocks, self.depth = [], 0
-        return right
+                return head(states)
+
+        for run in (from_cut, from_head):
+            found = _logits_or_none(run)
+            if found is None or not _same_logits(found, whole):
+                self.blocks, self.depth = [], 0
+                return False
+        return True
+
+
+def _logits_or_none(run: Callable[[], Tensor]) -> Tensor | None:
+    """Return the logits of a cut pass in float32, or None where it raises what a wrong cut makes blocks raise."""
+    try:
+        return run().float()
+    except Exception as error:
+        # torch reports shapes that do not fit as a plain RuntimeError. Its subclasses (out of memory, faults of the
+        # device, recursion) have other causes, and running the slow way would hide them. So do remend's own errors,
+        # but for the ModelError of `_hidden_states` and `run_until`; NaN (NonFiniteError) is not about the cut.
+        if isinstance(error, RuntimeError):
+            wrong_cut = type(error) is RuntimeError
+        elif isinstance(error, RemendError):
+            wrong_cut = type(error) is ModelError
+        else:
+            wrong_cut = isinstance(error, TypeError | AttributeError | ValueError | IndexError)
+        if not wrong_cut:
+            raise
+        return None
+
+
+def _same_logits(logits: Tensor, expected: Tensor) -> bool:
+    scale = float(expected.std())
+    return logits.shape == expected.shape and torch.allclose(logits, expected, TOLERANCE, TOLERANCE * scale)
 
 
 def run_until(module: nn.Module, forward: Callable[[], object]) -> Tensor:
-    """The hidden states that ``module`` is called with when ``forward`` runs; the pass ends there.
+    """Return the hidden states that ``module`` is called with when ``forward`` runs; the pass ends there.
 
     Raises:
         ModelError: ``forward`` never calls the module.
     """
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(_hidden(args, kwargs))
+        raise _StopForward(_hidden_states(args, kwargs))
 
     handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         forward()
-    except _Reached as reached:
-        return reached.found
+    except _StopForward as stopped:
+        return stopped.states
     finally:
         handle.remove()
     raise ModelError(f"the model's forward pass never calls {type(module).__name__}, which lies before what is edited")
 
 
-def _hidden(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among a block's arguments: the first, or the one that is named so."""
-    found = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(found, Tensor):
+def _hidden_states(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states among a block's arguments: the first, or the one that is named so."""
+    states = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(states, Tensor):
         raise ModelError("a block of the model is called without hidden states, so the model cannot be cut there")
-    return found
-
-
-def _place(name: str, prefixes: Sequence[str]) -> int | None:
-    """Which block a module lies in."""
-    return next((i for i, prefix in enumerate(prefixes) if name == prefix or name.startswith(f"{prefix}.")), None)
+    return states
 
 
 @contextmanager
-def _replaced(
+def _replaced_forward(
     blocks: Sequence[nn.Module],
-    make: Callable[[Callable[..., Any]], Callable[..., Any]],
+    replace: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> Iterator[None]:
-    """Within the block, each of ``blocks`` computes something else; as an attribute of the object, never of its class.
+    """Replace the ``forward`` of each block by ``replace(forward)`` within the context.
 
-    A block may have such an attribute already (Accelerate's way to move weights to where they are needed): it comes
-    back afterwards.
+    It is set as an attribute of the object, never of its class. A block may have such an attribute already
+    (Accelerate's way to move weights to where they are needed): it is restored afterwards.
     """
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
-            block.forward = make(block.forward)
+            block.forward = replace(block.forward)
         yield
     finally:
-        for block, own in zip(blocks, before, strict=True):
-            if own is None:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
                 block.__dict__.pop("forward", None)
             else:
-                block.forward = own
+                block.forward = forward

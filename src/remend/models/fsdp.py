@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from remend.core.layers import is_plain_float, parameter_owner
 from remend.errors import ModelError
-from remend.models.structure import find_blocks
+from remend.models.blocks import find_blocks
 
 
 def fsdp_requested() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.errors import ModelError, RequestError
-from remend.models.structure import find_stacks
+from remend.models.blocks import find_stacks
 from remend.request import Chat, Prompt
 from remend.tasks.base import Batch, Example
 from remend.tasks.language_model import LanguageTask, closed, gather_at

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.core.hooks import frozen
 from remend.errors import ModelError, RequestError, nearest
-from remend.models.structure import find_stacks
+from remend.models.blocks import find_stacks
 from remend.request import Chat, Prompt, TextPair
 from remend.tasks.base import Batch, Example, Task
 

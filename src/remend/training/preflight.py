@@ -16,7 +16,7 @@ from remend.editors.mend.config import MendConfig
 from remend.editors.mend.editor import Mend
 from remend.errors import EditError, PrecisionError, RemendError
 from remend.fingerprint import find_modules
-from remend.models.structure import find_stacks
+from remend.models.blocks import find_stacks
 from remend.request import EditRequest
 from remend.tasks import task_of
 from remend.tasks.base import Batch, Task

@@ -13,8 +13,9 @@ from remend.core.layers import dimensions
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.editor import Mend
 from remend.fingerprint import ModelFingerprint
+from remend.models.blocks import find_stacks
 from remend.models.loading import skeleton
-from remend.models.structure import editable_modules, find_stacks
+from remend.models.structure import editable_modules
 from remend.training.config import PRESETS
 from remend.training.memory import bytes_of, moments_bytes
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 from remend.errors import FileError
-from remend.serialization import read_folder, write_folder
+from remend.serialization import read_folder, read_format, write_folder
 
-FORMAT = "remend.cache/1"
+STORE_FORMAT = "remend.activation-cache/1"
+"""The format of a shard. Before, shards were ``remend.cache/1``, which is the format of a lookup editor's edits."""
 SHARD_BYTES = 64 << 20
 """Entries are written to disk together when they take this much."""
 
@@ -46,8 +47,18 @@ class TensorStore:
         self._pending: dict[str, Entry] = {}
         self._pending_bytes = 0
         if folder is not None:
-            for shard in sorted(folder.glob("shard-*")):
-                self._map(shard)
+            shards = sorted(folder.glob("shard-*"))
+            # What says that it is something else is not damaged: it is left alone, for its owner to delete.
+            others = [shard for shard in shards if read_format(shard) not in ("", STORE_FORMAT)]
+            if others:
+                warnings.warn(
+                    f"{len(others)} folders in {folder} are no parts of this cache ({others[0].name} is a "
+                    f"{read_format(others[0])}, of an earlier release perhaps) and are not read: delete them",
+                    stacklevel=2,
+                )
+            for shard in shards:
+                if shard not in others:
+                    self._map(shard)
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries or key in self._pending
@@ -82,13 +93,13 @@ class TensorStore:
             return
         name = uuid.uuid4().hex[:16]  # another process may write the same entries at the same time
         tensors = {f"{key}/{i}": tensor for key, entry in self._pending.items() for i, tensor in enumerate(entry)}
-        shard = write_folder(self.folder / f"shard-{name}", FORMAT, {}, tensors)
+        shard = write_folder(self.folder / f"shard-{name}", STORE_FORMAT, {}, tensors)
         self._pending, self._pending_bytes = {}, 0
         self._map(shard)
 
     def _map(self, shard: Path) -> None:
         try:
-            tensors = read_folder(shard, FORMAT)[1]
+            tensors = read_folder(shard, STORE_FORMAT)[1]
         except (FileError, OSError) as error:
             warnings.warn(f"a damaged part of the cache is deleted and computed anew: {error}", stacklevel=2)
             shutil.rmtree(shard, ignore_errors=True)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import jinja2
+from typing import TYPE_CHECKING, Any
 
 from remend.errors import FileError
 
+if TYPE_CHECKING:
+    import jinja2
+
 SHOWN = 50
 """Requests that a card lists, at most."""
-
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("remend.apps.hub", "."),
-    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    undefined=jinja2.StrictUndefined, autoescape=False,
-)  # fmt: skip
 
 
 def card_of(
@@ -42,7 +38,9 @@ def card_of(
     kind = str(manifest.get("format")).partition("/")[0]
     if kind not in ("remend.edit", "remend.editor"):
         raise FileError(f"there is no card for a {manifest.get('format')!r}; edits and editors have one")
-    template = _ENVIRONMENT.get_template(f"{kind.removeprefix('remend.')}.md.j2")
+    import jinja2
+
+    template = _environment().get_template(f"{kind.removeprefix('remend.')}.md.j2")
     try:
         own: Mapping[str, Any] = manifest["base"]
         requests = manifest.get("requests", [])
@@ -86,7 +84,21 @@ def _code(text: object) -> str:
     return f"`{line}`"
 
 
-_ENVIRONMENT.filters |= {"cell": _cell, "code": _code}
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Return what renders the cards' templates."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("remend.apps.hub", "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+    )
+    environment.filters |= {"cell": _cell, "code": _code}
+    return environment
 
 
 def _best(trained: Mapping[str, Any]) -> Mapping[str, Any] | None:

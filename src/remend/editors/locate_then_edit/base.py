@@ -25,7 +25,8 @@ from remend.editors.locate_then_edit.value_optimization import LocateConfig
 from remend.editors.serialization import FORMAT, described, read_editor
 from remend.errors import ConfigError, FileError, ModelError
 from remend.fingerprint import ModelFingerprint, find_modules
-from remend.models.structure import find_stacks, is_down_projection, mlp_layer_names, select_blocks
+from remend.models.blocks import find_stacks, select_blocks
+from remend.models.structure import is_down_projection, mlp_layer_names
 from remend.request import EditRequest
 from remend.serialization import get_field, write_folder
 from remend.tasks import task_of

@@ -30,7 +30,8 @@ from remend.editors.serialization import FORMAT, described, directions_in, read_
 from remend.editors.strength_search import UneditedPass, settled
 from remend.errors import ConfigError, FileError
 from remend.fingerprint import ModelFingerprint, find_modules
-from remend.models.structure import editable_modules, find_stacks
+from remend.models.blocks import find_stacks
+from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.serialization import get_field, write_folder
 from remend.tasks import task_of
