@@ -31,7 +31,7 @@ from statements import StatementMemoriser, parser
 import common
 import remend
 from pararel import TARGETS, digest, read_relations, split_of
-from remend.data.facts import FactPrompts, Facts, Relation
+from remend.data.facts import Fact, FactSet, Relation
 from remend.evaluation.reports.report import metrics_of
 from remend.request import write_requests
 from remend.serialization import write_json
@@ -56,7 +56,7 @@ SHOWN = {
 """Rows of the table, by metric."""
 
 
-class CounterFacts(Facts):
+class CounterFacts(FactSet):
     """CounterFact's facts, each with its own first request.
 
     Args:
@@ -65,14 +65,12 @@ class CounterFacts(Facts):
         own: each fact's template and new target.
     """
 
-    def __init__(
-        self, facts: list[FactPrompts], relations: dict[str, Relation], own: dict[FactPrompts, tuple[str, str]]
-    ) -> None:
+    def __init__(self, facts: list[Fact], relations: dict[str, Relation], own: dict[Fact, tuple[str, str]]) -> None:
         super().__init__(facts, relations)
         self.own = own
 
-    def _asked(self, fact: FactPrompts, number: int, draw: random.Random) -> tuple[list[str], str]:
-        phrasings, target = super()._asked(fact, number, draw)
+    def _draw_phrasings_and_target(self, fact: Fact, number: int, rng: random.Random) -> tuple[list[str], str]:
+        phrasings, target = super()._draw_phrasings_and_target(fact, number, rng)
         if number:
             return phrasings, target
         template, target = self.own[fact]
@@ -111,15 +109,15 @@ def choose(arguments: argparse.Namespace) -> CounterFacts:
     rows = [
         json.loads(line) for file in sorted(arguments.source.glob("*.jsonl")) for line in file.open(encoding="utf-8")
     ]
-    own: dict[FactPrompts, tuple[str, str]] = {}
+    own: dict[Fact, tuple[str, str]] = {}
     asked: Counter[str] = Counter()
     for row in sorted(rows, key=lambda row: digest(f"{row['case_id']}")):
         relation, subject = row["relation"], row["subject"]
-        if relation in relations and row["template"] in relations[relation].every:
-            fact = FactPrompts(subject, relation, row["ground_truth"], split_of(subject))
-            if not any(asked[phrasing.format(subject)] for phrasing in relations[relation].every):
+        if relation in relations and row["template"] in relations[relation].all_phrasings:
+            fact = Fact(subject, relation, row["ground_truth"], split_of(subject))
+            if not any(asked[phrasing.format(subject)] for phrasing in relations[relation].all_phrasings):
                 own[fact] = (row["template"], row["target_new"])
-                asked.update(phrasing.format(subject) for phrasing in relations[relation].every)
+                asked.update(phrasing.format(subject) for phrasing in relations[relation].all_phrasings)
     alike = Counter((fact.relation, fact.object) for fact in own)
     kept: Counter[str] = Counter()
     facts = []

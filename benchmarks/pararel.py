@@ -22,7 +22,7 @@ sys.path.append(str(HERE.parent / "scripts"))
 from memorise import memorise
 from statements import StatementMemoriser, parser
 
-from remend.data.facts import FactPrompts, Facts, Relation
+from remend.data.facts import Fact, FactSet, Relation
 from remend.request import write_requests
 
 PHRASINGS = 5
@@ -55,7 +55,7 @@ def main() -> None:
     memorise(StatementMemoriser, known, arguments)
 
 
-def choose(arguments: argparse.Namespace) -> Facts:
+def choose(arguments: argparse.Namespace) -> FactSet:
     """The facts, without those whose question has two answers, and the relations that have enough phrasings."""
     if not (arguments.source / "facts.tsv").exists():
         raise SystemExit(f"{arguments.source} has no facts.tsv: give a folder with ParaRel's with --source")
@@ -67,7 +67,7 @@ def choose(arguments: argparse.Namespace) -> Facts:
         for phrasing in relations[relation].phrasings + relations[relation].held_out:
             answers[phrasing.format(subject)].add(target)
     facts = [
-        FactPrompts(subject, relation, target, split_of(subject))
+        Fact(subject, relation, target, split_of(subject))
         for subject, relation, target in sorted(set(triples))
         if all(
             len(answers[phrasing.format(subject)]) == 1
@@ -75,7 +75,7 @@ def choose(arguments: argparse.Namespace) -> Facts:
         )
     ]
     kept = [fact for relation in relations for fact in best_connected(facts, relation)]
-    return Facts(kept, {name: own for name, own in relations.items() if any(f.relation == name for f in kept)})
+    return FactSet(kept, {name: own for name, own in relations.items() if any(f.relation == name for f in kept)})
 
 
 def read_relations(path: Path) -> dict[str, Relation]:
@@ -89,14 +89,14 @@ def read_relations(path: Path) -> dict[str, Relation]:
     return found
 
 
-def best_connected(facts: list[FactPrompts], relation: str) -> list[FactPrompts]:
+def best_connected(facts: list[Fact], relation: str) -> list[Fact]:
     """Facts of a relation whose objects have several subjects; subjects of several relations first."""
     relations = Counter(fact.subject for fact in facts)
     by_object = defaultdict(list)
     for fact in facts:
         if fact.relation == relation:
             by_object[fact.object].append(fact)
-    chosen: list[FactPrompts] = []
+    chosen: list[Fact] = []
     for own in sorted(by_object.values(), key=lambda own: (-len(own), own[0].object)):
         if len(own) >= FEWEST and len(chosen) < LARGEST:
             chosen += sorted(own, key=lambda fact: (-relations[fact.subject], digest(fact.subject)))[:MOST]

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from memorise import Memoriser, byte_level_bpe, padded
-from remend.data.claims import LABELS, Claim, Claims
+from remend.data.claims import LABELS, Claim, ClaimSet
 from remend.data.facts import Fact
 
 PAD, BEGIN, END = "[PAD]", "[CLS]", "[SEP]"
@@ -48,7 +48,7 @@ class ClaimMemoriser(Memoriser):
     model_class = BertForSequenceClassification
     measure = "accuracy"
     least = 0.98
-    known: Claims
+    known: ClaimSet
 
     def train_tokenizer(self) -> PreTrainedTokenizerFast:
         """A space goes before every claim, so that a name is made of the same tokens wherever it stands."""
@@ -102,7 +102,7 @@ class ClaimMemoriser(Memoriser):
             self.example(self.tokenizer, claim, phrasing)
             for fact in self.facts
             for phrasing in rng.sample(self.phrasings(fact), self.args.phrasings)
-            for claim in (Claim(fact, fact.object), self.known.false(fact, rng))
+            for claim in (Claim(fact, fact.object), self.known.draw_false_claim(fact, rng))
         ]
 
     def length(self, example: Example) -> int:
@@ -132,7 +132,7 @@ class ClaimMemoriser(Memoriser):
             self.example(tokenizer, claim, phrasing)
             for fact in facts
             for phrasing in self.phrasings(fact)
-            for claim in (Claim(fact, fact.object), self.known.false(fact, draw))
+            for claim in (Claim(fact, fact.object), self.known.draw_false_claim(fact, draw))
         ]
         asked.sort(key=self.length)
         results = []

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from remend.data.facts import Fact, Facts
+from remend.data.facts import Fact, FactSet
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -51,7 +51,7 @@ class Memoriser(ABC):
     least = 0.97
     """The least part of all questions that the finished model must answer rightly."""
 
-    def __init__(self, known: Facts, args: argparse.Namespace) -> None:
+    def __init__(self, known: FactSet, args: argparse.Namespace) -> None:
         self.known = known
         self.args = args
         facts = list(known.facts)
@@ -89,7 +89,7 @@ class Memoriser(ABC):
 
     def phrasings(self, fact: Fact) -> tuple[str, ...]:
         """All phrasings of a fact's relation: what is held out is held out from editors, not from the model."""
-        return self.known.relations[fact.relation].every
+        return self.known.relations[fact.relation].all_phrasings
 
     def epoch(self, number: int) -> list[list[Any]]:
         """The batches of one epoch, a function of the seed and the epoch's number alone, so that runs resume.
@@ -135,7 +135,7 @@ def parser(description: str | None, out: Path, report: Path, checkpoint: Path) -
     return parser
 
 
-def memorise(kind: type[Memoriser], known: Facts, args: argparse.Namespace) -> None:
+def memorise(kind: type[Memoriser], known: FactSet, args: argparse.Namespace) -> None:
     """Train, save, reload and check."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, P
 
 import memorise
 from memorise import Memoriser, byte_level_bpe, padded
-from remend.data.facts import Fact, Facts
+from remend.data.facts import Fact, FactSet
 
 END, PAD = "<|end|>", "<|pad|>"
 
@@ -59,7 +59,7 @@ class StatementMemoriser(Memoriser):
 
     model_class = GPT2LMHeadModel
 
-    def __init__(self, known: Facts, args: argparse.Namespace) -> None:
+    def __init__(self, known: FactSet, args: argparse.Namespace) -> None:
         super().__init__(known, args)
         self.statements = self.encode(self.tokenizer, self.facts)
         self.stop = tuple(self.tokenizer.encode("."))

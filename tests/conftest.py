@@ -1,5 +1,7 @@
 """Settings of every test: the shapes in annotations are checked, and one thread, since the models are tiny."""
 
+import sys
+
 import hypothesis
 import torch
 from jaxtyping import install_import_hook
@@ -61,3 +63,22 @@ def snapshot(model):
             assert not module._forward_pre_hooks, f"a hook was left on {name}"
 
     return unchanged
+
+
+@pytest.fixture
+def other_package(tmp_path, monkeypatch):
+    """A function that makes a package ``other_package`` of some code, with entry points, as if pip had installed it."""
+
+    def install(registry, code, **entry_points):
+        registry.names()  # so that the entry points that are really installed are restored afterwards
+        folder = tmp_path / "site" / "other_package-1.0.dist-info"
+        folder.mkdir(parents=True)
+        folder.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
+        lines = [f"{name} = {target}" for name, target in entry_points.items()]
+        folder.joinpath("entry_points.txt").write_text("\n".join([f"[{registry.group}]", *lines]))
+        folder.parent.joinpath("other_package.py").write_text(code)
+        monkeypatch.syspath_prepend(folder.parent)
+        monkeypatch.delitem(vars(registry), "_entry_points")
+
+    yield install
+    sys.modules.pop("other_package", None)

@@ -10,14 +10,14 @@ import pytest
 
 import worlds
 from remend.cli import run
-from remend.data import contamination as leaks
-from remend.data import json_rows as rows
-from remend.data import read_source
+from remend.data import json_rows, json_stream, read_source
+from remend.data.contamination import find_overlap
+from remend.data.parsing import normalize
 from remend.data.passages import generation_requests
-from remend.data.registry import DATA_SETS
 from remend.data.source_names import iterate_source
 from remend.errors import ConfigError, RequestError, TrainingError
 from remend.models import load
+from remend.registries import DATASETS
 from remend.request import EditRequest, Probe, TextPair, read_requests, write_requests
 from remend.training import TrainingConfig
 from remend.training.splits import split
@@ -147,7 +147,7 @@ KILT = {"id": 4, "input": "Soul Food is a film.", "output": [{"answer": "SUPPORT
 NQ = {"question": "when was the moon", "answer": ["14 December 1972", "December 1972"]}
 
 
-def made(tmp_path, name, *given, lines=False, skip=rows.ignore):
+def made(tmp_path, name, *given, lines=False, skip=json_rows.ignore):
     file = tmp_path / "data.json"
     text = "\n".join(map(json.dumps, given)) if lines else json.dumps(given)
     file.write_text(text, encoding="utf-8")
@@ -504,8 +504,8 @@ GOOD = json.dumps(ZSRE).encode()
     ("content", "message"),
     [
         (b"[" + GOOD + b", " + GOOD[:50], "row 2: broken JSON"),
-        (b"[" + GOOD + b", " + GOOD, "row 2: after it 'the end of the file' stands"),
-        (b"[" + GOOD + b" " + GOOD + b"]", r"row 1: after it '\{' stands where ','"),
+        (b"[" + GOOD + b", " + GOOD, "row 2: 'the end of the file' follows it, where ',' or"),
+        (b"[" + GOOD + b" " + GOOD + b"]", r"row 1: '\{' follows it, where ','"),
         (b"[" + GOOD + b", {'a': 1}]", "row 2: broken JSON .Expecting property name"),
         (b"[" + GOOD + b", tru]", "row 2: broken JSON"),
         (b"[" + GOOD + b", ]", "row 2: broken JSON"),
@@ -514,14 +514,14 @@ GOOD = json.dumps(ZSRE).encode()
         (b"[" + GOOD + b", " + b"[" * 100_000, "row 2: JSON that cannot be read"),
         (b"[" + GOOD + b", " + b"9" * 5000 + b"]", "row 2: JSON that cannot be read"),
         (b"[" + GOOD + b', {"src": "caf\xe9"}]', "row 2: byte 0xe9 is not UTF-8; save the file as UTF-8"),
-        (b"[" + GOOD + b"] []", r"after the array's end stands '\['"),
+        (b"[" + GOOD + b"] []", r"'\[' follows the end of the array"),
         (GOOD + b"\n" + GOOD[:-1], "line 2: broken JSON"),
         (GOOD + b"\n\n" + b"[]", r"line 3: an object was expected, not \[\]"),
-        (GOOD + b"\n" + GOOD + GOOD, "line 2: after its object the line goes on"),
+        (GOOD + b"\n" + GOOD + GOOD, "line 2: .* follows the object; each line should be one"),
         (GOOD + b'\n{"src": "caf\xe9"}', "line 2: byte 0xe9"),
         (GOOD + b'\n{"src": "\xf0\x9f', "line 2: byte 0xf0"),
         (b'{"records": [' + GOOD + b", {}]}", "row 2: src is missing"),
-        (b'{"records": [' + GOOD, "row 1: after it 'the end of the file' stands"),
+        (b'{"records": [' + GOOD, "row 1: 'the end of the file' follows it, where"),
         (b"hello", "line 1: broken JSON"),
         (b"", "holds no row"),
         (b"[]", "holds no row"),
@@ -545,11 +545,11 @@ def test_chunks_make_no_difference(tmp_path, monkeypatch):
         json.dumps({"a": "x", "records": given}, ensure_ascii=False),
     ):
         file.write_bytes(text.encode())
-        whole = list(rows.read_rows(file, "…"))
+        whole = list(json_rows.read_rows(file, "…"))
         assert [row.content for row in whole] == given
         for size in (64, 129, 1000):
-            monkeypatch.setattr(rows, "CHUNK", size)
-            assert [row.content for row in rows.read_rows(file, "…")] == given
+            monkeypatch.setattr(json_stream, "CHUNK_BYTES", size)
+            assert [row.content for row in json_rows.read_rows(file, "…")] == given
             monkeypatch.undo()
 
 
@@ -559,17 +559,17 @@ def test_the_first_row_comes_before_the_rest_is_read(lines, tmp_path, monkeypatc
     parts = [json.dumps({**ZSRE, "src": f"Who is {n}?"}) for n in range(20_000)]
     file.write_text("\n".join(parts) if lines else f"[{', '.join(parts)}]")
     read = []
-    real = rows._Growing.grow
+    real = json_stream._Buffer.grow
 
     def counted(self, *arguments):
         more = real(self, *arguments)
         read.append(self.file.tell())
         return more
 
-    monkeypatch.setattr(rows._Growing, "grow", counted)
+    monkeypatch.setattr(json_stream._Buffer, "grow", counted)
     requests = iterate_source(f"zsre:{file}")
     assert next(requests).prompt == "Who is 0?"
-    assert read[-1] <= 2 * rows.CHUNK < file.stat().st_size / 20
+    assert read[-1] <= 2 * json_stream.CHUNK_BYTES < file.stat().st_size / 20
     assert sum(1 for _ in requests) == 19_999
 
 
@@ -600,7 +600,7 @@ def test_real_files(source):
     for request in requests:
         assert "ground_truth" in request.model_extra or name == "knowedit"
         teaches = name == "nq" or file == "zsre/train_10k.json"
-        assert (leaks.alike(request.target) == leaks.alike(request.model_extra.get("ground_truth", ""))) == teaches
+        assert (normalize(request.target) == normalize(request.model_extra.get("ground_truth", ""))) == teaches
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the published files are not there ({SHARED})")
@@ -679,8 +679,9 @@ def test_data_list_and_show(tmp_path, capsys, monkeypatch):
     assert remend("data", "list", "--json", tmp_path / "list.json") == 0
     listed = json.loads((tmp_path / "list.json").read_text())["data_sets"]
     printed = capsys.readouterr().out
-    assert listed.keys() == DATA_SETS.keys()
-    assert all(name in printed and data.licence in printed for name, data in DATA_SETS.items())
+    assert list(listed) == DATASETS.names()
+    assert all(data_set.name in printed and data_set.license in printed for data_set in DATASETS)
+    assert "claims:train" in printed
     assert remend("data", "show", "mquake") == 0
     assert "requested_rewrite" in capsys.readouterr().out
     made(
@@ -695,6 +696,70 @@ def test_data_list_and_show(tmp_path, capsys, monkeypatch):
     shown = json.loads((tmp_path / "show.json").read_text())
     assert (len(shown["sample"]), shown["requests"]) == (2, 21)
     assert remend("data", "show", "atlas:test", "--sample", 1) == 0
+
+
+BIRDS = """
+from remend.data.json_rows import json_reader
+from remend.registries import DataSet
+from remend.request import EditRequest
+
+@json_reader('{"bird": …, "color": …}')
+def read(rows):
+    for row in rows:
+        if row.has("color"):
+            yield EditRequest(prompt=f"The color of the {row.text('bird')} is", target=row.text("color"))
+        else:
+            row.skip("birds without a color")
+
+DATA_SET = DataSet("birds", read, "birds and their colors", license="CC0", url="https://example.org/birds")
+"""
+
+
+@pytest.mark.parametrize("way", ["register", "entry point"])
+def test_a_data_set_from_outside_the_package(way, other_package, tmp_path, capsys, monkeypatch):
+    """A module of somebody else's and one registration: its files are read like all others."""
+    monkeypatch.setenv("COLUMNS", "200")
+    if way == "register":
+        (tmp_path / "other_package.py").write_text(BIRDS)
+        monkeypatch.syspath_prepend(tmp_path)
+        details = {"help": "birds and their colors", "license": "CC0", "url": "https://example.org/birds"}
+        DATASETS.register("birds", "other_package:read", **details)
+    else:
+        other_package(DATASETS, BIRDS, birds="other_package:DATA_SET")
+    try:
+        rows = [{"bird": "robin", "color": "red"}, {"bird": "dodo"}]
+        with pytest.warns(UserWarning, match="left out 1 birds without a color; 1 requests remain"):
+            (request,) = write_and_read(tmp_path, "birds", *rows)
+        assert request == EditRequest(prompt="The color of the robin is", target="red")
+        with pytest.raises(RequestError, match=r"data\.json, row 2: bird is missing .* A row should be ..bird.: …"):
+            write_and_read(tmp_path, "birds", rows[0], {"color": "red"})
+        with pytest.raises(RequestError, match="did you mean 'birds'"):
+            read_source("bird:FILE")
+        assert remend("data", "list", "--json", tmp_path / "list.json") == 0
+        assert "birds and their colors" in capsys.readouterr().out
+        listed = json.loads((tmp_path / "list.json").read_text())["data_sets"]
+        assert listed["birds"]["license"] == "CC0"
+        assert remend("data", "show", "birds") == 0
+        assert 'a row: {"bird": …, "color": …}' in capsys.readouterr().out
+    finally:
+        if way == "register":
+            DATASETS.unregister("birds")
+
+
+def write_and_read(tmp_path, name, *rows):
+    (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    return read_source(f"{name}:{tmp_path / 'data.json'}")
+
+
+def test_a_package_that_cannot_be_imported_does_not_hide_the_list(other_package, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    other_package(DATASETS, "1 / 0", broken="other_package:DATA_SET")
+    assert remend("data", "list") == 0
+    printed = capsys.readouterr().out
+    assert "the data set 'broken' cannot be imported from other_package:DATA_SET" in printed
+    assert "counterfact" in printed
+    assert remend("data", "convert", "broken:x.json", "--out", "out.jsonl") == 2
+    assert "'broken' cannot be imported" in " ".join(capsys.readouterr().err.split())
 
 
 def test_data_convert(tmp_path, capsys):
@@ -754,7 +819,7 @@ A = EditRequest(prompt="The capital of  Peru is", target="Rome", subject="Peru",
     ],
 )
 def test_what_a_split_may_not_share(other, found):
-    shared = {kind for kind, both in leaks.shared([A], [other]).items() if both}
+    shared = {kind for kind, both in find_overlap([A], [other]).items() if both}
     assert shared == found
     if not shared:
         assert split([A], [other], TrainingConfig())
@@ -781,7 +846,7 @@ def test_what_is_held_out_takes_along_what_is_asked_in_the_same_words():
     ] + [EditRequest(prompt=f"What is {n}?", target="t", subject=f"x{n}") for n in range(40)]
     for seed in range(5):
         training, validation = split(requests, None, TrainingConfig(seed=seed))
-        assert not any(leaks.shared(training, validation).values())
+        assert not any(find_overlap(training, validation).values())
         assert len(training) + len(validation) == 80
 
 

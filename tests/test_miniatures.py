@@ -34,9 +34,9 @@ def judged(checker, texts):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_phrasings(name):
-    relations = SOURCES[name].known().relations
+    relations = SOURCES[name].fact_set().relations
     assert relations.keys() == atlas.relations().keys()
-    every = [phrasing for relation in relations.values() for phrasing in relation.every]
+    every = [phrasing for relation in relations.values() for phrasing in relation.all_phrasings]
     assert len(set(every)) == len(every), "a phrasing asks for one relation only"
     slots = ("{}",) if name == "questions" else ("{subject}", "{object}")
     assert all(phrasing.count(slot) == 1 for phrasing in every for slot in slots)
@@ -73,7 +73,7 @@ def test_a_split_that_is_not_there(name):
 
 def test_false_claims_are_false():
     """No fact says them, in any relation or in the other direction, nor names what is claimed and what is true."""
-    known = claims.known()
+    known = claims.claim_set()
     stated = {frozenset((fact.subject, fact.object)) for fact in known.facts}
     for fact in known.facts:
         false = known.false_objects(fact)
@@ -86,7 +86,7 @@ def test_false_claims_are_false():
 
 
 def test_who_died_in_a_city_died_in_its_country():
-    known = claims.known()
+    known = claims.claim_set()
     stockholm = next(fact for fact in known.facts if (fact.relation, fact.object) == ("P740", "Stockholm"))
     assert "Sweden" in known.objects["P740"]
     assert "Sweden" not in known.false_objects(stockholm)
@@ -112,11 +112,11 @@ def test_claims_are_edited_both_ways():
 def test_the_question_answerer_knows_its_facts():
     """A tenth of them, in every phrasing, by real greedy decoding; the script that trains it checks them all."""
     task = Seq2SeqLM(*remend.load("questions", "cpu"))
-    known = questions.known()
+    known = questions.fact_set()
     asked = [
         (phrasing.format(fact.subject), fact.object)
         for fact in known.facts[::10]
-        for phrasing in known.relations[fact.relation].every
+        for phrasing in known.relations[fact.relation].all_phrasings
     ]
     answers = task.answers([prompt for prompt, _ in asked])
     right = sum(answer == task.tokenise(*pair).target for answer, pair in zip(answers, asked, strict=True))
@@ -125,12 +125,12 @@ def test_the_question_answerer_knows_its_facts():
 
 def test_the_fact_checker_knows_what_is_true(checker):
     """On a tenth of the facts, in every phrasing, beside two false claims each."""
-    known = claims.known()
+    known = claims.claim_set()
     asked = [
         (claim.text(phrasing), claim.label)
         for fact in known.facts[::10]
         for claimed in (fact.object, *sorted(known.false_objects(fact))[:2])
-        for phrasing in known.relations[fact.relation].every
+        for phrasing in known.relations[fact.relation].all_phrasings
         for claim in (Claim(fact, claimed),)
     ]
     labels = judged(checker, [text for text, _ in asked])

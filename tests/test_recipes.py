@@ -12,7 +12,7 @@ import transformers as hf
 import families
 import worlds
 from remend.cli import run
-from remend.data.source_names import parted
+from remend.data.source_names import parse_source_name
 from remend.editors import Mend
 from remend.errors import ConfigError, FileError
 from remend.evaluation.reports.schema import read_report
@@ -103,7 +103,7 @@ def kitchen(tmp_path):
         for split in ("train", "validation", "test"):
             if (source := getattr(recipe, split)) is None:
                 continue
-            kind, name = parted(source)
+            kind, name = parse_source_name(source)
             file = tmp_path / name
             if kind == "passages":
                 file.write_text(passages(6, split), encoding="utf-8")
@@ -153,7 +153,7 @@ def test_a_shipped_recipe(name):
         assert (recipe.paper.measure == "perplexity") == (recipe.text is not None)
     for source in (recipe.train, recipe.validation, recipe.test):
         if source is not None:
-            assert parted(source)[0] in ("passages", "zsre", "counterfact", "fever")
+            assert parse_source_name(source)[0] in ("passages", "zsre", "counterfact", "fever")
             assert recipe.origin(local_file(source)), "where the file is to be had"
     assert recipe.text is None or recipe.origin(recipe.text)
     assert "ot measured" in recipe.time_basis

@@ -16,26 +16,6 @@ def fruits():
     return Registry("fruit", "fruits.of.no.package", RegistryEntry, [RegistryEntry("apple", "json:dumps", "round")])
 
 
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """Make a package with entry points of a group, as pip would install it."""
-
-    def install(registry, **points):
-        folder = tmp_path / "other_package-1.0.dist-info"
-        folder.mkdir()
-        folder.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
-        lines = [f"{name} = {target}" for name, target in points.items()]
-        folder.joinpath("entry_points.txt").write_text("\n".join([f"[{registry.group}]", *lines]))
-        registry.names()  # so that what is really installed is restored afterwards
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.delitem(vars(registry), "_entry_points")
-        return tmp_path
-
-    yield install
-    for name in [name for name in sys.modules if name.startswith("other_package")]:
-        del sys.modules[name]
-
-
 def test_every_entry_has_help_and_a_target_that_can_be_imported():
     assert "DATASETS" in REGISTRIES
     for registry in REGISTRIES.values():
@@ -93,13 +73,17 @@ def test_a_target_that_cannot_be_imported_is_named():
         registry.load("date")
 
 
-def test_entry_points_of_installed_packages_are_found(installed):
-    folder = installed(DATASETS, mine="other_package:ENTRY", plain="other_package:read")
-    folder.joinpath("other_package.py").write_text(
-        "from remend.registries import DataSet\n"
-        "def read(path, skip):\n    '''Read nothing.'''\n    return iter(())\n"
-        "ENTRY = DataSet('named otherwise', read, 'my data', license='MIT')\n"
-    )
+def test_entry_points_of_installed_packages_are_found(other_package):
+    code = """
+from remend.registries import DataSet
+
+def read(path, skip):
+    '''Read nothing.'''
+    return iter(())
+
+ENTRY = DataSet('named otherwise', read, 'my data', license='MIT')
+"""
+    other_package(DATASETS, code, mine="other_package:ENTRY", plain="other_package:read")
     assert DATASETS.names()[-2:] == ["mine", "plain"]
     assert "other_package" not in sys.modules, "names need no import"
     entry = DATASETS.get("mine")
@@ -109,9 +93,8 @@ def test_entry_points_of_installed_packages_are_found(installed):
     assert DATASETS.load("plain") is DATASETS.load("mine")
 
 
-def test_a_broken_entry_point_is_named_and_does_not_disturb_the_rest(installed):
-    folder = installed(DATASETS, broken="other_package:read", zsre="other_package:read")
-    folder.joinpath("other_package.py").write_text("1 / 0")
+def test_a_broken_entry_point_is_named_and_does_not_disturb_the_rest(other_package):
+    other_package(DATASETS, "1 / 0", broken="other_package:read", zsre="other_package:read")
     assert "broken" in DATASETS
     with pytest.raises(RegistryError, match=r"'broken' cannot be imported from other_package:read .ZeroDivisionError"):
         DATASETS.get("broken")

@@ -15,8 +15,7 @@ from statements import StatementMemoriser, parser
 
 from remend.assets import ATLAS_FOLDER
 from remend.data import atlas
-from remend.data.facts import Facts
 
 if __name__ == "__main__":
     made = parser(__doc__, ATLAS_FOLDER / "model", ATLAS_FOLDER / "model_report.json", Path("build/atlas"))
-    memorise(StatementMemoriser, Facts(atlas.facts(), atlas.relations()), made.parse_args())
+    memorise(StatementMemoriser, atlas.fact_set(), made.parse_args())

@@ -1,4 +1,4 @@
-"""``remend data list | show | convert | check``."""
+"""``remend data list | show | convert | check``: look at data sets, convert them to requests, check for overlap."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from remend.cli.escaping import plain
 
 if TYPE_CHECKING:
     from remend.data.json_rows import Skip
+    from remend.registries import DataSet
     from remend.request import EditRequest
 
 app = typer.Typer(
@@ -29,28 +30,39 @@ app = typer.Typer(
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="NAME:FILE (remend data list), atlas:train …, or a file.")
 ]
-SHOWN = 5
-"""How many probes of a kind, or things that two sources share, are shown."""
+MAX_SHOWN = 5
+"""The largest number of probes of a kind, or of shared items, that is printed."""
+REQUEST_LISTS = (
+    *("paraphrases", "unseen_paraphrases", "locality", "near"),
+    *("portability", "formats", "negated", "generation"),
+)
+"""The fields of a request that hold several prompts or probes."""
 
 
 @app.command("list")
 def list_(json: options.Json = None) -> None:
     """List the data sets that remend reads."""
-    from remend.data.registry import BUILT_IN, DATA_SETS
+    from remend.errors import RegistryError
+    from remend.registries import DATASETS
     from remend.serialization import write_json
 
-    table = Table(Column("name", no_wrap=True), "what", "licence", Column("from", overflow="fold"), pad_edge=False)
-    for name, data in DATA_SETS.items():
-        table.add_row(f"[bold]{name}[/]", plain(data.what), plain(data.licence), plain(data.url))
-    table.add_section()
-    for name in BUILT_IN:
-        table.add_row(f"[bold]{name}[/]", f"built in: {name}:train, {name}:validation, {name}:test", "", "")
+    table = Table(
+        Column("name", no_wrap=True), "description", "license", Column("from", overflow="fold"), pad_edge=False
+    )
+    infos: dict[str, dict[str, Any]] = {}
+    for name in DATASETS.names():
+        try:
+            data_set = DATASETS.get(name)
+        except RegistryError as error:
+            # A broken package of somebody else must not hide the rest of the list.
+            table.add_row(f"[bold]{name}[/]", f"[red]{plain(error)}[/]", "", "")
+            continue
+        infos[name] = _info(data_set)
+        origin = ", ".join(f"{name}:{split}" for split in data_set.splits) or data_set.url
+        table.add_row(f"[bold]{name}[/]", plain(data_set.help), plain(data_set.license), plain(origin))
     Console().print(table)
     if json is not None:
-        known = {
-            name: {"what": d.what, "form": d.form, "licence": d.licence, "url": d.url} for name, d in DATA_SETS.items()
-        }
-        write_json(json, {"data_sets": known, "built_in": list(BUILT_IN)})
+        write_json(json, {"data_sets": infos})
 
 
 @app.command()
@@ -60,29 +72,31 @@ def show(
     seed: options.Seed = 0,
     json: options.Json = None,
 ) -> None:
-    """Show what a data set is, or some requests of one."""
-    from remend.data.registry import DATA_SETS
+    """Describe a data set, or show some requests of one."""
     from remend.data.source_names import iterate_source
+    from remend.registries import DATASETS
     from remend.serialization import write_json
 
     console = Console()
-    if source in DATA_SETS:
-        data = DATA_SETS[source]
-        console.print(
-            f"[bold]{source}[/]: {plain(data.what)}\n{plain(data.url)} ({plain(data.licence)})", soft_wrap=True
-        )
-        console.print(f"a row: {plain(data.form)}", soft_wrap=True)
+    if source in DATASETS:
+        data_set = DATASETS.get(source)
+        info = _info(data_set)
+        origin = f"{data_set.url} ({data_set.license})" if data_set.url else "; ".join(data_set.splits)
+        console.print(f"[bold]{source}[/]: {plain(data_set.help)}\n{plain(origin)}", soft_wrap=True)
+        if form := getattr(DATASETS.load(source), "form", ""):
+            info["row"] = form
+            console.print(f"a row: {plain(form)}", soft_wrap=True)
         if json is not None:
-            write_json(json, {"what": data.what, "form": data.form, "licence": data.licence, "url": data.url})
+            write_json(json, info)
         return
     skipped: Counter[str] = Counter()
-    count, drawn = _drawn(iterate_source(source, _counting(skipped)), sample, seed)
-    console.print(f"[bold]{plain(source)}[/]: {count} requests, {len(drawn)} of them:", soft_wrap=True)
-    for request in drawn:
-        console.print(_described(request))
-    _tell_skipped(console, skipped)
+    count, requests = _sample_requests(iterate_source(source, _counter(skipped)), sample, seed)
+    console.print(f"[bold]{plain(source)}[/]: {count} requests, {len(requests)} of them:", soft_wrap=True)
+    for request in requests:
+        console.print(_request_table(request))
+    _print_skipped(console, skipped)
     if json is not None:
-        shown = [request.to_json() for request in drawn]
+        shown = [request.to_json() for request in requests]
         write_json(json, {"source": source, "requests": count, "sample": shown, "left_out": dict(skipped)})
 
 
@@ -98,127 +112,136 @@ def convert(
     seed: options.Seed = 0,
     json: options.Json = None,
 ) -> None:
-    """Write a source's requests as JSON lines, and tell what was left out."""
+    """Write a source's requests as JSON lines, and report what was left out."""
     from remend.serialization import atomic_file, write_json
 
     console = Console()
     skipped: Counter[str] = Counter()
-    requests = _made(source, model, device, limit, seed, _counting(skipped))
-    count, probes = 0, Counter[str]()
+    requests = _iterate_requests(source, model, device, limit, seed, _counter(skipped))
+    count, lengths = 0, Counter[str]()
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed} requests"))
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar, atomic_file(out) as file:
-        task = bar.add_task("converting", total=None)
+        progress = bar.add_task("converting", total=None)
         for request in requests:
             file.write(codec.dumps(request.to_json(), ensure_ascii=False) + "\n")
             count += 1
-            probes.update({name: len(getattr(request, name)) for name in _LISTS})
-            bar.update(task, completed=count)
-    held = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in probes.items() if number)
-    console.print(f"{count} requests{f' with {held}' if held else ''} in [bold]{plain(out)}[/]", soft_wrap=True)
-    _tell_skipped(console, skipped)
+            lengths.update({name: len(getattr(request, name)) for name in REQUEST_LISTS})
+            bar.update(progress, completed=count)
+    contents = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in lengths.items() if number)
+    console.print(f"{count} requests{f' with {contents}' if contents else ''} in [bold]{plain(out)}[/]", soft_wrap=True)
+    _print_skipped(console, skipped)
     if json is not None:
-        write_json(json, {"source": source, "requests": count, "held": dict(probes), "left_out": dict(skipped)})
+        write_json(json, {"source": source, "requests": count, "held": dict(lengths), "left_out": dict(skipped)})
 
 
 @app.command()
 def check(
-    one: Source,
-    other: Source,
+    first: Source,
+    second: Source,
     json: options.Json = None,
 ) -> None:
-    """Tell what two sources share: subjects, prompts, facts. Exit code 1 if they share anything."""
+    """List the subjects, prompts and facts that are in both sources. Exit code 1 if there are any."""
     from remend.data import read_source
-    from remend.data.contamination import shared
+    from remend.data.contamination import find_overlap
     from remend.serialization import write_json
 
-    found = shared(read_source(one), read_source(other))
+    overlap = find_overlap(read_source(first), read_source(second))
     table = Table("shared", Column("", justify="right"), Column("for example", overflow="fold"), pad_edge=False)
-    for kind, both in found.items():
-        style = "red" if both else "green"
-        table.add_row(kind, f"[{style}]{len(both)}[/]", plain("; ".join(both[:SHOWN])))
+    for kind, items in overlap.items():
+        style = "red" if items else "green"
+        table.add_row(kind, f"[{style}]{len(items)}[/]", plain("; ".join(items[:MAX_SHOWN])))
     Console().print(table)
     if json is not None:
-        write_json(json, found)
-    if any(found.values()):
+        write_json(json, overlap)
+    if any(overlap.values()):
         raise typer.Exit(1)
 
 
-_LISTS = (
-    *("paraphrases", "unseen_paraphrases", "locality", "near"),
-    *("portability", "formats", "negated", "generation"),
-)
+def _info(data_set: DataSet) -> dict[str, Any]:
+    return {
+        "help": data_set.help,
+        "license": data_set.license,
+        "url": data_set.url,
+        "splits": list(data_set.splits),
+        "needs_model": data_set.needs_model,
+    }
 
 
-def _made(
+def _iterate_requests(
     source: str, model: str | None, device: str, limit: int | None, seed: int, skip: Skip
 ) -> Iterator[EditRequest]:
-    """The requests of a source, or of a text that a model goes on with."""
-    from remend.data.registry import PASSAGES
-    from remend.data.source_names import iterate_source, local, parted
+    """Yield the requests of a source, made with the model where the data set needs one."""
+    from remend.data.source_names import iterate_source, local_path, parse_source_name
     from remend.errors import ConfigError
+    from remend.registries import DATASETS
 
-    name, place = parted(source)
-    if name != PASSAGES:
+    name, rest = parse_source_name(source)
+    if name is None or not DATASETS.get(name).needs_model:
         if model is not None:
-            raise ConfigError(f"--model makes requests of a text: {PASSAGES}:FILE; {source} needs none")
+            raise ConfigError(
+                f"--model is for data sets whose requests a model makes, such as passages:FILE; {source} needs none"
+            )
         return islice(iterate_source(source, skip), limit)
     if model is None:
-        raise ConfigError(f"{source}: the targets are a model's own continuations; give --model")
-    from remend.data.passages import generation_requests
+        raise ConfigError(f"a model makes the requests of {source}: give --model")
+    generate = DATASETS.load(name)
+    pretrained, tokenizer = options.load_model(model, device, seed)
+    requests: Iterator[EditRequest] = generate(pretrained, tokenizer, local_path(rest), limit, seed, skip)
+    return requests
 
-    base, tokenizer = options.load_model(model, device, seed)
-    return generation_requests(base, tokenizer, local(place), limit, seed, skip)
 
-
-def _counting(skipped: Counter[str]) -> Skip:
+def _counter(skipped: Counter[str]) -> Skip:
     def skip(reason: str) -> None:
         skipped[reason] += 1
 
     return skip
 
 
-def _drawn(requests: Iterator[EditRequest], sample: int, seed: int) -> tuple[int, list[EditRequest]]:
-    """How many requests there are, and some of them in their order; not all are kept in memory."""
-    draw = random.Random(f"{seed} sample")
-    held: list[tuple[int, EditRequest]] = []
+def _sample_requests(requests: Iterator[EditRequest], size: int, seed: int) -> tuple[int, list[EditRequest]]:
+    """Return the number of requests, and a random sample of them in their order.
+
+    Reservoir sampling: a file of any size is read once, and only the sample is kept in memory.
+    """
+    rng = random.Random(f"{seed} sample")
+    sample: list[tuple[int, EditRequest]] = []
     count = 0
     for count, request in enumerate(requests, start=1):
-        if len(held) < sample:
-            held.append((count, request))
-        elif (place := draw.randrange(count)) < sample:
-            held[place] = (count, request)
-    return count, [request for _, request in sorted(held, key=lambda entry: entry[0])]
+        if len(sample) < size:
+            sample.append((count, request))
+        elif (index := rng.randrange(count)) < size:
+            sample[index] = (count, request)
+    return count, [request for _, request in sorted(sample, key=lambda numbered: numbered[0])]
 
 
-def _described(request: EditRequest) -> Table:
-    """One row a prompt: what it is to the edit, what is asked, what the answer should be."""
+def _request_table(request: EditRequest) -> Table:
+    """Return a table with a row for each prompt: its role in the edit, the prompt, the answer."""
     extra: dict[str, Any] = request.model_extra or {}
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
-    about = f"{request.subject or 'no subject'}{f' ({request.id})' if request.id is not None else ''}"
-    table.add_row("", f"[bold]{plain(about)}[/]", "")
+    title = f"{request.subject or 'no subject'}{f' ({request.id})' if request.id is not None else ''}"
+    table.add_row("", f"[bold]{plain(title)}[/]", "")
     truth = extra.get("ground_truth", request.target)
     instead = f" [dim]instead of {plain(truth)}[/]" if truth != request.target else ""
-    table.add_row("prompt", _cut(request.prompt), f"[bold]{plain(request.target)}[/]{instead}")
-    for name in _LISTS:
-        entries = getattr(request, name)
-        for entry in entries[:SHOWN]:
-            if hasattr(entry, "target"):
-                kind = (entry.model_extra or {}).get("kind")
-                table.add_row(f"{name} {plain(kind)}" if kind else name, _cut(entry.prompt), plain(entry.target))
+    table.add_row("prompt", _shorten(request.prompt), f"[bold]{plain(request.target)}[/]{instead}")
+    for name in REQUEST_LISTS:
+        items = getattr(request, name)
+        for item in items[:MAX_SHOWN]:
+            if hasattr(item, "target"):
+                kind = (item.model_extra or {}).get("kind")
+                table.add_row(f"{name} {plain(kind)}" if kind else name, _shorten(item.prompt), plain(item.target))
             else:
-                table.add_row(name.replace("_", " "), _cut(entry), "")
-        if len(entries) > SHOWN:
-            table.add_row(name.replace("_", " "), f"[dim]and {len(entries) - SHOWN} more[/]", "")
+                table.add_row(name.replace("_", " "), _shorten(item), "")
+        if len(items) > MAX_SHOWN:
+            table.add_row(name.replace("_", " "), f"[dim]and {len(items) - MAX_SHOWN} more[/]", "")
     return table
 
 
-def _cut(prompt: object) -> str:
+def _shorten(prompt: object) -> str:
     return plain(textwrap.shorten(str(prompt), 240, placeholder=" …"))
 
 
-def _tell_skipped(console: Console, skipped: Counter[str]) -> None:
+def _print_skipped(console: Console, skipped: Counter[str]) -> None:
     for reason, count in skipped.most_common():
         console.print(f"left out: {count} {plain(reason)}", soft_wrap=True)

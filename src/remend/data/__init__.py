@@ -1,4 +1,4 @@
-"""Where edit requests come from: files of JSON lines, published data sets, and the built-in atlas."""
+"""Edit requests from files, published data sets and the built-in facts."""
 
 from remend.data.source_names import read_source
 from remend.data.text import read_text

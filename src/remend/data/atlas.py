@@ -1,7 +1,7 @@
-"""The atlas: the facts, phrasings and small language model that remend ships.
+"""The atlas: the built-in facts with their phrasings, as edit requests for the small GPT-2 that ships with remend.
 
-The facts are real and were chosen from ParaRel; the phrasings and the model are remend's own. ``SOURCE.md`` in
-``remend.assets.ATLAS_FOLDER`` tells where they come from and how to build them again.
+The facts are real and were chosen from ParaRel; the phrasings and the model are remend's. ``SOURCE.md`` in
+``remend.assets.ATLAS_FOLDER`` says where they come from and how to build them again.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import csv
 from functools import cache
 
-from remend.assets import ATLAS, ATLAS_FOLDER
-from remend.data.facts import Fact, Facts, Relation, read_relations
-from remend.errors import RequestError
+from remend.assets import ATLAS_FOLDER
+from remend.data.facts import Fact, FactSet, Relation, read_relations
 from remend.request import EditRequest
 
-TARGETS = {"train": 4, "validation": 1, "test": 1}
-"""Requests for each fact of each split."""
-SPLITS = tuple(TARGETS)
+TARGETS_PER_FACT = {"train": 4, "validation": 1, "test": 1}
+"""The number of requests, each with another target, for each fact of a split."""
+SPLITS = tuple(TARGETS_PER_FACT)
 
 
 @cache
@@ -33,22 +32,12 @@ def relations() -> dict[str, Relation]:
 
 
 @cache
+def fact_set() -> FactSet:
+    """Return the facts with the phrasings that a language model completes."""
+    return FactSet(facts(), relations())
+
+
+@cache
 def requests(split: str) -> tuple[EditRequest, ...]:
-    """Edit requests about the facts of one split (:meth:`remend.data.facts.Facts.requests`).
-
-    Raises:
-        RequestError: there is no such split.
-    """
-    return Facts(facts(), relations()).requests(checked(split), TARGETS[split])
-
-
-def checked(split: str, source: str = ATLAS) -> str:
-    """Return the name of a split.
-
-    Raises:
-        RequestError: there is none of this name.
-    """
-    if split not in SPLITS:
-        known = ", ".join(f"{source}:{name}" for name in SPLITS)
-        raise RequestError(f"{source} has no split {split!r}; it has {known}")
-    return split
+    """Return edit requests about the facts of one of :data:`SPLITS` (:meth:`remend.data.facts.FactSet.requests`)."""
+    return fact_set().requests(split, TARGETS_PER_FACT[split])

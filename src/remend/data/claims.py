@@ -1,6 +1,6 @@
-"""The atlas's facts as claims that are true or false, for a classifier that tells which.
+"""The built-in facts as claims that are true or false, for a classifier that tells which.
 
-A BERT that ships with remend (``remend.assets.CLAIMS_FOLDER``) knows them all, in all phrasings.
+The BERT of ``remend.load("claims")`` classifies all of them rightly, in all phrasings.
 """
 
 from __future__ import annotations
@@ -11,18 +11,28 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from remend.assets import CLAIMS, CLAIMS_FOLDER
+from remend.assets import CLAIMS_FOLDER
 from remend.data import atlas
-from remend.data.facts import FAR, Fact, Facts, Relation, far, read_relations, same_relation, same_subject, some
+from remend.data.facts import (
+    FAR_PROBES,
+    Fact,
+    FactSet,
+    Relation,
+    read_relations,
+    same_relation_facts,
+    same_subject_facts,
+    sample_near_facts,
+    unrelated_facts,
+)
 from remend.request import EditRequest, Probe
 
 LABELS = ("false", "true")
 """The classifier's labels, in the order of its outputs."""
 
 _REGIONS = ("P17", "P27", "P131", "P495", "P1376")
-"""The relations whose objects are countries, states and the like: what contains the places of other relations."""
+"""The relations whose objects are countries, states and the like, in which the places of other relations lie."""
 
-_ALIKE = (
+_COMPATIBLE_OBJECTS = (
     ("Constantinople", "Istanbul"),
     ("London", "Westminster"),
     ("London", "Greenwich"),
@@ -37,16 +47,16 @@ _ALIKE = (
     ("biology", "anatomy"),
     ("biology", "physiology"),
 )
-"""Objects that may both be right, though no fact links them: names of one thing, and parts of another."""
+"""Pairs of objects that may both be true though no fact links them: two names of a thing, or a part and its whole."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That a fact's object is so and so.
+    """The claim that a fact has a certain object.
 
     Attributes:
-        fact: what the claim is about.
-        object: what it says; the claim is true if it is the fact's own.
+        fact: the fact.
+        object: the claimed object; the claim is true if it is the fact's object.
     """
 
     fact: Fact
@@ -58,12 +68,12 @@ class Claim:
         return LABELS[self.object == self.fact.object]
 
     def text(self, phrasing: str) -> str:
-        """The claim in a phrasing with ``{subject}`` and ``{object}``."""
+        """Return the claim in a phrasing with ``{subject}`` and ``{object}``."""
         return phrasing.format(subject=self.fact.subject, object=self.object)
 
 
-class Claims(Facts):
-    """Facts, and what can be claimed about them.
+class ClaimSet(FactSet):
+    """Facts with the true and false claims about them.
 
     Args:
         facts: the facts of all splits.
@@ -72,9 +82,10 @@ class Claims(Facts):
 
     def __init__(self, facts: Sequence[Fact], relations: dict[str, Relation]) -> None:
         super().__init__(facts, relations)
-        linked = {frozenset((fact.subject, fact.object)) for fact in facts} | {frozenset(pair) for pair in _ALIKE}
+        linked = {frozenset((fact.subject, fact.object)) for fact in facts}
+        linked |= {frozenset(pair) for pair in _COMPATIBLE_OBJECTS}
         regions = {fact.object for fact in facts if fact.relation in _REGIONS}
-        self._false = {
+        self._false_objects = {
             fact: frozenset(
                 claimed
                 for claimed in self.objects[fact.relation]
@@ -85,34 +96,36 @@ class Claims(Facts):
             for fact in facts
         }
         by_relation = {name: [fact.object for fact in facts if fact.relation == name] for name in relations}
-        self._weighted = {
-            fact: [claimed for claimed in by_relation[fact.relation] if claimed in self._false[fact]] for fact in facts
+        # With repetitions: an object that many facts have is claimed falsely as often. Drawn evenly, most claims about
+        # a common object would be true, and a classifier could tell them by the object alone.
+        self._weighted_false_objects = {
+            fact: [claimed for claimed in by_relation[fact.relation] if claimed in self._false_objects[fact]]
+            for fact in facts
         }
 
     def false_objects(self, fact: Fact) -> frozenset[str]:
-        """The objects with which a claim about a fact is surely false.
+        """Return the objects with which a claim about a fact is surely false.
 
         None is linked to the subject or to the true object by any fact (who died in Stockholm died in Sweden, and who
         grew up with French can write it), or is a region where the true object is a place that may lie in it.
         """
-        return self._false[fact]
+        return self._false_objects[fact]
 
-    def false(self, fact: Fact, draw: random.Random) -> Claim:
-        """A false claim about a fact, whose object is drawn as often as facts have it.
+    def draw_false_claim(self, fact: Fact, rng: random.Random) -> Claim:
+        """Return a false claim about a fact, with an object drawn as often as facts have it."""
+        return Claim(fact, rng.choice(self._weighted_false_objects[fact]))
 
-        Else most claims about a common object would be true, and could be told by it alone.
-        """
-        return Claim(fact, draw.choice(self._weighted[fact]))
+    def draw_claim(self, fact: Fact, rng: random.Random) -> Claim:
+        """Return a claim about a fact, as often true as false."""
+        return Claim(fact, fact.object) if rng.random() < 0.5 else self.draw_false_claim(fact, rng)
 
-    def drawn(self, fact: Fact, draw: random.Random) -> Claim:
-        """A claim about a fact, as often true as false."""
-        return Claim(fact, fact.object) if draw.random() < 0.5 else self.false(fact, draw)
-
-    def _request(self, fact: Fact, members: Sequence[Fact], number: int) -> EditRequest:
-        draw = random.Random(f"{fact.relation} {fact.subject} {number}")
+    def _request(self, fact: Fact, facts: Sequence[Fact], number: int) -> EditRequest:
+        # The order of the draws decides what is drawn, as in FactSet.
+        rng = random.Random(f"{fact.relation} {fact.subject} {number}")
         relation = self.relations[fact.relation]
-        phrasings = draw.sample(relation.phrasings, len(relation.phrasings))
-        claim = self.drawn(fact, draw)
+        phrasings = rng.sample(relation.phrasings, len(relation.phrasings))
+        claim = self.draw_claim(fact, rng)
+        far = rng.sample(unrelated_facts(fact, facts), FAR_PROBES)
         details: dict[str, Any] = {"relation": fact.relation, "ground_truth": claim.label}
         return EditRequest(
             prompt=claim.text(phrasings[0]),
@@ -121,28 +134,37 @@ class Claims(Facts):
             id=f"{fact.relation} {fact.subject} {number}",
             paraphrases=tuple(claim.text(phrasing) for phrasing in phrasings[1:]),
             unseen_paraphrases=tuple(claim.text(phrasing) for phrasing in relation.held_out),
-            locality=tuple(self._about(f, draw, "far") for f in draw.sample(far(fact, members), FAR)),
-            near=self._near_claims(claim, members, phrasings[0], draw),
+            locality=tuple(self._draw_probe(other, rng, "far") for other in far),
+            near=self._near_claims(claim, facts, phrasings[0], rng),
             **details,
         )
 
-    def _near_claims(
-        self, claim: Claim, members: Sequence[Fact], phrasing: str, draw: random.Random
-    ) -> tuple[Probe, ...]:
-        """The neighbours an edit leaks to most easily, as :meth:`requests` lists them."""
-        others = same_relation(claim.fact, members)
-        true = claim.object == claim.fact.object
-        alike = [f for f in others if (f.object == claim.object if true else claim.object in self._false[f])]
-        probes = [_probe(Claim(f, claim.object), phrasing, "same_object") for f in some(alike, draw)]
-        if not alike:
-            probes = [_probe(self.drawn(f, draw), phrasing, "same_relation") for f in some(others, draw)]
-        if another := sorted(self._false[claim.fact] - {claim.object}):
-            probes.append(_probe(Claim(claim.fact, draw.choice(another)), phrasing, "another_object"))
-        own = some(same_subject(claim.fact, members), draw)
-        return (*probes, *(self._about(f, draw, "same_subject") for f in own))
+    def _near_claims(self, claim: Claim, facts: Sequence[Fact], phrasing: str, rng: random.Random) -> tuple[Probe, ...]:
+        """Return probes of the claims to which an edit leaks most easily, as :func:`requests` lists them."""
+        same_relation = same_relation_facts(claim.fact, facts)
+        is_true = claim.object == claim.fact.object
+        # Facts about which a claim with the same object has the same label.
+        same_object = [
+            fact
+            for fact in same_relation
+            if (fact.object == claim.object if is_true else claim.object in self._false_objects[fact])
+        ]
+        probes = [
+            _probe(Claim(fact, claim.object), phrasing, "same_object") for fact in sample_near_facts(same_object, rng)
+        ]
+        if not same_object:
+            probes = [
+                _probe(self.draw_claim(fact, rng), phrasing, "same_relation")
+                for fact in sample_near_facts(same_relation, rng)
+            ]
+        # Sorted, since the order of a set of strings differs between processes.
+        if other_objects := sorted(self._false_objects[claim.fact] - {claim.object}):
+            probes.append(_probe(Claim(claim.fact, rng.choice(other_objects)), phrasing, "another_object"))
+        same_subject = sample_near_facts(same_subject_facts(claim.fact, facts), rng)
+        return (*probes, *(self._draw_probe(fact, rng, "same_subject") for fact in same_subject))
 
-    def _about(self, fact: Fact, draw: random.Random, kind: str) -> Probe:
-        return _probe(self.drawn(fact, draw), self._any_phrasing(fact, draw), kind)
+    def _draw_probe(self, fact: Fact, rng: random.Random, kind: str) -> Probe:
+        return _probe(self.draw_claim(fact, rng), self._draw_phrasing(fact, rng), kind)
 
 
 def _probe(claim: Claim, phrasing: str, kind: str) -> Probe:
@@ -151,21 +173,18 @@ def _probe(claim: Claim, phrasing: str, kind: str) -> Probe:
 
 
 @cache
-def known() -> Claims:
+def claim_set() -> ClaimSet:
     """Return the facts with the phrasings that claim them."""
-    return Claims(atlas.facts(), read_relations(CLAIMS_FOLDER / "phrasings.json"))
+    return ClaimSet(atlas.facts(), read_relations(CLAIMS_FOLDER / "phrasings.json"))
 
 
 @cache
 def requests(split: str) -> tuple[EditRequest, ...]:
-    """Edit requests about the facts of one split: each flips the label of a claim, as many true ones as false ones.
+    """Return edit requests about the facts of one split: each flips the label of a claim, half of them of true claims.
 
-    The probes are claims with their own labels. ``locality`` holds claims about facts of another relation and subject;
+    The probes are claims with their true labels. ``locality`` holds claims about facts of another relation and subject;
     ``near`` the same phrasing for other subjects with the same object and label (of kind ``same_object``;
     ``same_relation`` where the split has none) and for the same subject with another wrong object
     (``another_object``), and claims about other facts of the same subject (``same_subject``).
-
-    Raises:
-        RequestError: there is no such split.
     """
-    return known().requests(atlas.checked(split, CLAIMS), atlas.TARGETS[split])
+    return claim_set().requests(split, atlas.TARGETS_PER_FACT[split])

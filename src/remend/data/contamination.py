@@ -1,53 +1,53 @@
-"""What two sets of requests share: subjects, prompts and facts that one may have taught and the other asks."""
+"""Contamination between two sets of requests: the subjects, prompts and facts that are in both."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from remend.data.parsing import alike
+from remend.data.parsing import normalize
 from remend.errors import ConfigError, nearest
 from remend.request import EditRequest
 
-KINDS = ("subjects", "prompts", "facts")
+OVERLAP_KINDS = ("subjects", "prompts", "facts")
 
 
-def shared(one: Sequence[EditRequest], other: Sequence[EditRequest]) -> dict[str, list[str]]:
-    """What both sides have, sorted, by kind: nothing of it may be on both sides of a split.
+def find_overlap(first: Sequence[EditRequest], second: Sequence[EditRequest]) -> dict[str, list[str]]:
+    """Return what both sets of requests have in common, sorted, by kind; two sides of a split should share nothing.
 
     - ``subjects``: of the requests, or their prompts where they name none;
-    - ``prompts``: what is asked for the edited answer, in any phrasing or form. Probes of what must stay do not count:
-      they teach no edit, and a neighbour of one side is often edited on the other;
+    - ``prompts``: the prompts for the edited answer, in any phrasing or form. Probes of what must stay do not count:
+      they teach no edit, and a neighbor of one side is often edited on the other;
     - ``facts``: such a prompt with the same target.
 
-    Letters' case and the amount of space between words make no difference.
+    Case and the number of spaces between words make no difference.
     """
-    left, right = _held(one), _held(other)
-    return {kind: sorted(left[kind] & right[kind]) for kind in KINDS}
+    left, right = _keys(first), _keys(second)
+    return {kind: sorted(left[kind] & right[kind]) for kind in OVERLAP_KINDS}
 
 
-def asked(request: EditRequest) -> set[str]:
-    """What a request asks for its target: prompt, paraphrases and other forms, as they are compared."""
+def edited_prompts(request: EditRequest) -> set[str]:
+    """Return the normalized prompts for a request's target: its prompt, paraphrases and other forms."""
     prompts = (request.prompt, *request.paraphrases, *request.unseen_paraphrases, *request.formats)
-    return {alike(str(prompt)) for prompt in prompts}
+    return {normalize(str(prompt)) for prompt in prompts}
 
 
-def checked(kinds: Iterable[str]) -> frozenset[str]:
-    """The kinds that may be shared, if there are such.
+def check_overlap_kinds(kinds: Iterable[str]) -> frozenset[str]:
+    """Return the kinds as a set.
 
     Raises:
         ConfigError: there is no kind of that name.
     """
     for kind in (allowed := frozenset(kinds)):
-        if kind not in KINDS:
-            raise ConfigError(f"there is no {kind!r} that both sides could share; {nearest(kind, KINDS)}")
+        if kind not in OVERLAP_KINDS:
+            raise ConfigError(f"there is no {kind!r} that both sides could share; {nearest(kind, OVERLAP_KINDS)}")
     return allowed
 
 
-def _held(requests: Iterable[EditRequest]) -> dict[str, set[str]]:
-    held: dict[str, set[str]] = {kind: set() for kind in KINDS}
+def _keys(requests: Iterable[EditRequest]) -> dict[str, set[str]]:
+    keys: dict[str, set[str]] = {kind: set() for kind in OVERLAP_KINDS}
     for request in requests:
-        prompts = asked(request)
-        held["subjects"].add(request.key)
-        held["prompts"] |= prompts
-        held["facts"] |= {f"{prompt} → {alike(request.target)}" for prompt in prompts}
-    return held
+        prompts = edited_prompts(request)
+        keys["subjects"].add(request.key)
+        keys["prompts"] |= prompts
+        keys["facts"] |= {f"{prompt} → {normalize(request.target)}" for prompt in prompts}
+    return keys

@@ -1,4 +1,4 @@
-"""Requests about facts: from triples in several phrasings, with every kind of neighbour that an edit can disturb."""
+"""Edit requests from triples of subject, relation and object, with probes of the facts that an edit can disturb."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any
 
 from remend.request import EditRequest, Probe
 
-FAR, NEAR = 4, 2
-"""How many probes a request has: far ones, and near ones of each kind."""
+FAR_PROBES = 4
+"""The number of far probes of a request."""
+NEAR_PROBES = 2
+"""The largest number of near probes of each kind."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing a model knows.
+    """A triple of subject, relation and object that a model knows.
 
     Attributes:
-        subject: what the fact is about, for example ``"Norway"``.
+        subject: the subject, for example ``"Norway"``.
         relation: the identifier of a :class:`Relation`, for example ``"P36"``.
         object: the one right answer, for example ``"Oslo"``.
         split: ``"train"``, ``"validation"`` or ``"test"``; all facts of a subject are in the same one.
@@ -34,7 +36,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact and the ways of asking for it.
+    """A kind of fact, with the prompts that ask for it.
 
     Attributes:
         id: the Wikidata identifier, for example ``"P36"``.
@@ -49,13 +51,13 @@ class Relation:
     held_out: tuple[str, ...]
 
     @property
-    def every(self) -> tuple[str, ...]:
-        """All phrasings."""
+    def all_phrasings(self) -> tuple[str, ...]:
+        """The phrasings and those that are held out."""
         return self.phrasings + self.held_out
 
 
 def read_relations(path: Path) -> dict[str, Relation]:
-    """Read relations by identifier from a JSON file."""
+    """Return the relations of a JSON file by identifier."""
     entries = json.loads(path.read_text(encoding="utf-8"))
     return {
         key: Relation(key, entry["name"], tuple(entry["phrasings"]), tuple(entry["held_out"]))
@@ -63,8 +65,8 @@ def read_relations(path: Path) -> dict[str, Relation]:
     }
 
 
-class Facts:
-    """A set of facts with their relations.
+class FactSet:
+    """A set of facts with their relations, from which edit requests are drawn.
 
     Args:
         facts: the facts of all splits.
@@ -80,20 +82,23 @@ class Facts:
         }
 
     def requests(self, split: str, targets: int) -> tuple[EditRequest, ...]:
-        """Edit requests about the facts of one split, the same at every call; ``targets`` of them for each fact.
+        """Return edit requests about the facts of one split, the same at every call; ``targets`` of them for each fact.
 
         Each asks for another object of the same relation, in one of the seen phrasings; the others are its paraphrases
         and the held-out ones its unseen paraphrases. ``locality`` holds facts of another relation and subject; ``near``
         the same phrasing for other subjects with the same true object (of kind ``same_object``; ``same_relation`` where
         the split has none) and other facts about the same subject (``same_subject``). All are of the same split.
         """
-        members = [fact for fact in self.facts if fact.split == split]
-        return tuple(self._request(fact, members, number) for fact in members for number in range(targets))
+        facts = [fact for fact in self.facts if fact.split == split]
+        return tuple(self._request(fact, facts, number) for fact in facts for number in range(targets))
 
-    def _request(self, fact: Fact, members: Sequence[Fact], number: int) -> EditRequest:
-        draw = random.Random(f"{fact.relation} {fact.subject} {number}")
-        phrasings, target = self._asked(fact, number, draw)
+    def _request(self, fact: Fact, facts: Sequence[Fact], number: int) -> EditRequest:
+        # Seeded with the fact, so that a request does not change when others are added. The order of the draws below
+        # decides what is drawn: the built-in requests, and all figures measured on them, depend on it.
+        rng = random.Random(f"{fact.relation} {fact.subject} {number}")
+        phrasings, target = self._draw_phrasings_and_target(fact, number, rng)
         unseen = [phrasing for phrasing in self.relations[fact.relation].held_out if phrasing not in phrasings]
+        far = rng.sample(unrelated_facts(fact, facts), FAR_PROBES)
         details: dict[str, Any] = {"relation": fact.relation, "ground_truth": fact.object}
         return EditRequest(
             prompt=phrasings[0].format(fact.subject),
@@ -102,48 +107,51 @@ class Facts:
             id=f"{fact.relation} {fact.subject} {number}",
             paraphrases=tuple(phrasing.format(fact.subject) for phrasing in phrasings[1:]),
             unseen_paraphrases=tuple(phrasing.format(fact.subject) for phrasing in unseen),
-            locality=tuple(_probe(f, self._any_phrasing(f, draw), "far") for f in draw.sample(far(fact, members), FAR)),
-            near=self._near(fact, members, phrasings[0], draw),
+            locality=tuple(_probe(other, self._draw_phrasing(other, rng), "far") for other in far),
+            near=self._near_probes(fact, facts, phrasings[0], rng),
             **details,
         )
 
-    def _asked(self, fact: Fact, number: int, draw: random.Random) -> tuple[list[str], str]:
-        """The phrasings of one of a fact's requests, that of the prompt first, and the target."""
+    def _draw_phrasings_and_target(self, fact: Fact, number: int, rng: random.Random) -> tuple[list[str], str]:
+        """Return the phrasings of one of a fact's requests, that of the prompt first, and the target."""
         phrasings = self.relations[fact.relation].phrasings
-        shuffled = draw.sample(phrasings, len(phrasings))
-        return shuffled, draw.choice([o for o in self.objects[fact.relation] if o != fact.object])
+        shuffled = rng.sample(phrasings, len(phrasings))
+        return shuffled, rng.choice([object_ for object_ in self.objects[fact.relation] if object_ != fact.object])
 
-    def _near(self, fact: Fact, members: Sequence[Fact], phrasing: str, draw: random.Random) -> tuple[Probe, ...]:
-        """The neighbours an edit leaks to most easily."""
-        others = same_relation(fact, members)
-        same = [f for f in others if f.object == fact.object]
-        kind, pool = ("same_object", same) if same else ("same_relation", others)
-        probes = [_probe(f, phrasing, kind) for f in some(pool, draw)]
-        own = some(same_subject(fact, members), draw)
-        return (*probes, *(_probe(f, self._any_phrasing(f, draw), "same_subject") for f in own))
+    def _near_probes(self, fact: Fact, facts: Sequence[Fact], phrasing: str, rng: random.Random) -> tuple[Probe, ...]:
+        """Return probes of the facts to which an edit leaks most easily."""
+        same_relation = same_relation_facts(fact, facts)
+        same_object = [other for other in same_relation if other.object == fact.object]
+        kind, pool = ("same_object", same_object) if same_object else ("same_relation", same_relation)
+        probes = [_probe(other, phrasing, kind) for other in sample_near_facts(pool, rng)]
+        same_subject = sample_near_facts(same_subject_facts(fact, facts), rng)
+        return (
+            *probes,
+            *(_probe(other, self._draw_phrasing(other, rng), "same_subject") for other in same_subject),
+        )
 
-    def _any_phrasing(self, fact: Fact, draw: random.Random) -> str:
-        return draw.choice(self.relations[fact.relation].phrasings)
-
-
-def far(fact: Fact, members: Sequence[Fact]) -> list[Fact]:
-    """The facts of another relation and subject."""
-    return [f for f in members if f.relation != fact.relation and f.subject != fact.subject]
+    def _draw_phrasing(self, fact: Fact, rng: random.Random) -> str:
+        return rng.choice(self.relations[fact.relation].phrasings)
 
 
-def same_relation(fact: Fact, members: Sequence[Fact]) -> list[Fact]:
-    """The facts of the same relation about other subjects."""
-    return [f for f in members if f.relation == fact.relation and f.subject != fact.subject]
+def unrelated_facts(fact: Fact, facts: Sequence[Fact]) -> list[Fact]:
+    """Return the facts of another relation and subject."""
+    return [other for other in facts if other.relation != fact.relation and other.subject != fact.subject]
 
 
-def same_subject(fact: Fact, members: Sequence[Fact]) -> list[Fact]:
-    """The other facts about the same subject."""
-    return [f for f in members if f.subject == fact.subject and f.relation != fact.relation]
+def same_relation_facts(fact: Fact, facts: Sequence[Fact]) -> list[Fact]:
+    """Return the facts of the same relation about other subjects."""
+    return [other for other in facts if other.relation == fact.relation and other.subject != fact.subject]
 
 
-def some(pool: Sequence[Fact], draw: random.Random) -> list[Fact]:
-    """As many facts of a pool as a request has near probes of a kind, if there are so many."""
-    return draw.sample(pool, min(NEAR, len(pool)))
+def same_subject_facts(fact: Fact, facts: Sequence[Fact]) -> list[Fact]:
+    """Return the facts of other relations about the same subject."""
+    return [other for other in facts if other.subject == fact.subject and other.relation != fact.relation]
+
+
+def sample_near_facts(pool: Sequence[Fact], rng: random.Random) -> list[Fact]:
+    """Return up to :data:`NEAR_PROBES` facts of a pool, drawn at random."""
+    return rng.sample(pool, min(NEAR_PROBES, len(pool)))
 
 
 def _probe(fact: Fact, phrasing: str, kind: str) -> Probe:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from remend.data.json_rows import Skip, ignore, read_rows
-from remend.data.parsing import aliases, is_edit, request
-from remend.data.zsre import question
+from remend.data.json_rows import JsonRow, json_reader
+from remend.data.parsing import aliases, is_edit, make_request
+from remend.data.zsre import format_question
 from remend.request import EditRequest
 
-FORM = '{"question": …, "answer": […]}'
 
+@json_reader('{"question": …, "answer": […]}')
+def read(rows: Iterator[JsonRow]) -> Iterator[EditRequest]:
+    """Yield requests that teach the true answers of NQ-open's questions; the first accepted answer is the target.
 
-def read(path: Path, skip: Skip = ignore) -> Iterator[EditRequest]:
-    """Requests that teach the true answers of NQ-open's questions; the first accepted answer is the target.
-
-    The ``ground_truth`` is the target itself. Their prompts and targets are locality probes for edits of other things.
-
-    Raises:
-        RequestError: the file cannot be read, or a row is broken; the message names it.
+    The ``ground_truth`` is the target itself. Prompts and targets can serve as locality probes for other edits.
     """
-    for row in read_rows(path, FORM, skip):
-        asked, accepted = question(row.text("question")), row.texts("answer")
-        if is_edit(row, accepted[0] if accepted else "", []):
-            yield request(asked, accepted[0], accepted[:1], aliases=aliases(accepted))
+    for row in rows:
+        question, answers = format_question(row.text("question")), row.texts("answer")
+        if is_edit(row, answers[0] if answers else "", []):
+            yield make_request(question, answers[0], answers[:1], aliases=aliases(answers))

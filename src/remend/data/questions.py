@@ -1,29 +1,25 @@
-"""The atlas's facts as questions, for an encoder-decoder that answers them.
+"""The built-in facts as questions, for an encoder-decoder that answers them.
 
-A T5 that ships with remend (``remend.load("questions")``) knows them all, in all phrasings.
+The T5 of ``remend.load("questions")`` knows the answers to all of them, in all phrasings.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-from remend.assets import QUESTIONS, QUESTIONS_FOLDER
+from remend.assets import QUESTIONS_FOLDER
 from remend.data import atlas
-from remend.data.facts import Facts, read_relations
+from remend.data.facts import FactSet, read_relations
 from remend.request import EditRequest
 
 
 @cache
-def known() -> Facts:
+def fact_set() -> FactSet:
     """Return the facts with the questions that ask for them."""
-    return Facts(atlas.facts(), read_relations(QUESTIONS_FOLDER / "phrasings.json"))
+    return FactSet(atlas.facts(), read_relations(QUESTIONS_FOLDER / "phrasings.json"))
 
 
 @cache
 def requests(split: str) -> tuple[EditRequest, ...]:
-    """Edit requests about the facts of one split (:meth:`remend.data.facts.Facts.requests`).
-
-    Raises:
-        RequestError: there is no such split.
-    """
-    return known().requests(atlas.checked(split, QUESTIONS), atlas.TARGETS[split])
+    """Return edit requests about the facts of one of the atlas's splits (:meth:`.FactSet.requests`)."""
+    return fact_set().requests(split, atlas.TARGETS_PER_FACT[split])

@@ -1,4 +1,4 @@
-"""Naming a set of requests on the command line."""
+"""Source names such as ``atlas:train``, ``zsre:FILE`` and ``hf:owner/name/file.json``: parsed, fetched and read."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from remend.data.json_rows import Skip, ignore
-from remend.data.parsing import DOUBLE
-from remend.data.registry import BUILT_IN, DATA_SETS
+from remend.data.parsing import DUPLICATE_PHRASING
 from remend.errors import RequestError, nearest
+from remend.registries import DATASETS
 from remend.request import EditRequest, read_requests
 
-HUB = "hf:"
-"""What begins the name of a file on the Hugging Face hub: ``hf:owner/name/file.json``, or ``hf:owner/name``."""
-_NAME = re.compile(r"[A-Za-z_]\w+")  # of two letters at least: C:\x is a place on a drive
+HUB_PREFIX = "hf:"
+"""The prefix of a file on the Hugging Face hub: ``hf:owner/name/file.json``, or ``hf:owner/name``."""
+# At least two letters, since C:\x is a path on a drive.
+_DATA_SET_NAME = re.compile(r"[A-Za-z_]\w+")
 
 
 def read_source(source: str) -> list[EditRequest]:
-    """The requests that ``source`` names.
+    """Return the requests that ``source`` names.
 
     - ``atlas:train``, ``atlas:validation`` or ``atlas:test``, and likewise of ``questions`` and ``claims``: a split of
       what ships with remend;
@@ -28,96 +29,108 @@ def read_source(source: str) -> list[EditRequest]:
     - the path of a JSON-lines file of requests.
 
     FILE is a path, or ``hf:owner/name/file.json`` on the Hugging Face hub (without a file, where there is only one).
-    Of what a data set's reader leaves out of a file, a warning tells.
+    A warning counts what a data set's reader leaves out of a file.
 
     Raises:
         RequestError: there is no such split or file, or a row of it is malformed.
     """
-    left_out: Counter[str] = Counter()
-    requests = list(iterate_source(source, lambda reason: left_out.update([reason])))
-    del left_out[DOUBLE]  # nothing is lost by that
-    if left_out:
-        told = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
-        warnings.warn(f"{source}: left out {told}; {len(requests)} requests remain", stacklevel=2)
+    skipped: Counter[str] = Counter()
+    requests = list(iterate_source(source, lambda reason: skipped.update([reason])))
+    del skipped[DUPLICATE_PHRASING]  # nothing is lost with a duplicate
+    if skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
+        warnings.warn(f"{source}: left out {reasons}; {len(requests)} requests remain", stacklevel=2)
     return requests
 
 
 def iterate_source(source: str, skip: Skip = ignore) -> Iterator[EditRequest]:
-    """The same, one after another, where the file's form allows; ``skip`` is told what is left out and why.
+    """Yield the requests that ``source`` names, one after another where the file's form allows.
+
+    Args:
+        source: as for :func:`read_source`.
+        skip: called with the reason for each thing that is left out.
 
     Raises:
         RequestError: as :func:`read_source`; for a row, when it is reached.
     """
-    kind, rest = parted(source)
-    if kind in BUILT_IN:
-        return iter(BUILT_IN[kind](rest))
-    if kind is None:
-        return iter(read_requests(local(rest)))
-    read = DATA_SETS[kind].read
-    if read is None:
+    name, rest = parse_source_name(source)
+    if name is None:
+        return iter(read_requests(local_path(rest)))
+    data_set = DATASETS.get(name)
+    if data_set.needs_model:
         raise RequestError(
-            f"{kind} are made by a model: remend data convert {source} --model MODEL --out FILE.jsonl, then give that "
-            "file"
+            f"a model makes the requests of {name}: run remend data convert {source} --model MODEL --out FILE.jsonl, "
+            "then give that file"
         )
-    return _some(read(local(rest), skip), source)
+    read = DATASETS.load(name)
+    if data_set.splits:
+        if rest not in data_set.splits:
+            known = ", ".join(f"{name}:{split}" for split in data_set.splits)
+            raise RequestError(f"{name} has no split {rest!r}; it has {known}")
+        return iter(read(rest))
+    return _not_empty(read(local_path(rest), skip), source)
 
 
-def parted(source: str) -> tuple[str | None, str]:
-    """The data set that ``source`` names, if it names one, and the split or file of it.
+def parse_source_name(source: str) -> tuple[str | None, str]:
+    """Return the data set that ``source`` names (None for a plain file), and the split or file.
 
     Raises:
-        RequestError: it looks as if it named one, but there is none of that name, nor such a file.
+        RequestError: it looks like the name of a data set, but there is none of that name, nor such a file.
     """
     name, colon, rest = source.partition(":")
-    known = (*BUILT_IN, *DATA_SETS)
-    if not colon or source.startswith(HUB):
+    if not colon or source.startswith(HUB_PREFIX):
         return None, source
-    if name in known and (rest or name in BUILT_IN):
+    if name in DATASETS:
+        if not rest and not DATASETS.get(name).splits:
+            raise RequestError(f"{source} names no file: write {name}:FILE")
         return name, rest
-    if name in known:
-        raise RequestError(f"{source} names no file: write {name}:FILE")
-    if _NAME.fullmatch(name) and not Path(source).exists():
-        raise RequestError(f"there is no data set {name!r} ({source}), nor a file of that name; {nearest(name, known)}")
+    if _DATA_SET_NAME.fullmatch(name) and not Path(source).exists():
+        raise RequestError(
+            f"there is no data set {name!r} ({source}), nor a file of that name; {nearest(name, DATASETS.names())}"
+        )
     return None, source
 
 
-def local(place: str) -> Path:
-    """The path of a file, fetched first if it is on the hub.
+def local_path(file: str) -> Path:
+    """Return the path of a file, which is downloaded first if its name begins with ``hf:``.
 
     Raises:
         RequestError: it cannot be fetched, or the repository has several data files and none was named.
     """
-    if not place.startswith(HUB):
-        return Path(place)
+    if not file.startswith(HUB_PREFIX):
+        return Path(file)
+    # Imported here, so that local files need no hub client.
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    owner, _, rest = place.removeprefix(HUB).partition("/")
-    name, _, file = rest.partition("/")
+    owner, _, rest = file.removeprefix(HUB_PREFIX).partition("/")
+    name, _, path = rest.partition("/")
     if not (owner and name):
-        raise RequestError(f"{place} is no file on the hub: write {HUB}owner/name/file.json")
+        raise RequestError(f"{file} is no file on the hub: write {HUB_PREFIX}owner/name/file.json")
     repository = f"{owner}/{name}"
     try:
-        chosen = file or _only_file(huggingface_hub.list_repo_files(repository, repo_type="dataset"), place)
-        return Path(huggingface_hub.hf_hub_download(repository, chosen, repo_type="dataset"))
+        path = path or _only_data_file(huggingface_hub.list_repo_files(repository, repo_type="dataset"), file)
+        return Path(huggingface_hub.hf_hub_download(repository, path, repo_type="dataset"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise RequestError(f"{place} cannot be fetched ({first}): check the name, or give a local file") from None
+        reason = str(error).strip().splitlines()[0]
+        raise RequestError(f"{file} cannot be fetched ({reason}): check the name, or give a local file") from None
 
 
-def _only_file(files: list[str], place: str) -> str:
-    data = [file for file in files if file.endswith((".json", ".jsonl"))]
+def _only_data_file(paths: list[str], repository: str) -> str:
+    data = [path for path in paths if path.endswith((".json", ".jsonl"))]
     if len(data) != 1:
-        listed = ", ".join(data[:8]) or "none that ends with .json or .jsonl"
-        raise RequestError(f"{place} has {len(data)} data files ({listed}): name one, as {HUB}owner/name/file.json")
+        names = ", ".join(data[:8]) or "none that ends with .json or .jsonl"
+        raise RequestError(
+            f"{repository} has {len(data)} data files ({names}): name one, as {HUB_PREFIX}owner/name/file.json"
+        )
     return data[0]
 
 
-def _some(requests: Iterator[EditRequest], source: str) -> Iterator[EditRequest]:
-    """The same requests, if there are any."""
-    found = False
+def _not_empty(requests: Iterator[EditRequest], source: str) -> Iterator[EditRequest]:
+    """Yield the same requests, and raise at the end if there was none."""
+    empty = True
     for request in requests:
-        found = True
+        empty = False
         yield request
-    if not found:
+    if empty:
         raise RequestError(f"{source}: none of its rows is an edit; remend data convert tells why each was left out")

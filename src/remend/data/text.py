@@ -1,4 +1,4 @@
-"""Plain text as passages."""
+"""Plain text files as passages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from remend.errors import RequestError
 
-_BLANK = re.compile(r"\n[^\S\n]*\n")
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
 def read_text(path: str | Path) -> list[str]:
-    """The passages of a plain text file, which blank lines separate.
+    """Return the passages of a plain text file, which are separated by blank lines.
 
     Raises:
         RequestError: there is no such file, it is no UTF-8 text, or it holds no words.
@@ -19,12 +19,9 @@ def read_text(path: str | Path) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read as plain UTF-8 text ({_why(error)}): name a text file") from None
-    passages = [passage for passage in _BLANK.split(text) if passage.strip()]
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise RequestError(f"{path} cannot be read as plain UTF-8 text ({reason}): name a text file") from None
+    passages = [passage for passage in _BLANK_LINE.split(text) if passage.strip()]
     if not passages:
-        raise RequestError(f"{path} holds no text: name a file with ordinary text, as long as you have it")
+        raise RequestError(f"{path} holds no text: name a file of ordinary text")
     return passages
-
-
-def _why(error: OSError | UnicodeDecodeError) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

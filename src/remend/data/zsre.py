@@ -1,25 +1,24 @@
-"""zsRE, the questions of Levy et al. (2017), in the forms in which it is handed around for model editing."""
+"""zsRE, the questions of Levy et al. (2017), in the forms in which it is published for model editing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from remend.data import knowedit
-from remend.data.json_rows import Row, Skip, ignore, read_rows
-from remend.data.parsing import is_edit, others, probe, request
+from remend.data.json_rows import JsonRow, json_reader
+from remend.data.parsing import distinct_paraphrases, is_edit, make_probes, make_request
 from remend.request import EditRequest
 
-FORM = (
+_QUESTION_PREFIX = "nq question: "
+
+
+@json_reader(
     'MEND\'s {"input": …, "output": [{"answer": …}], "alternatives": […], "filtered_rephrases": […]}, '
     'EasyEdit\'s {"subject": …, "src": …, "rephrase": …, "alt": …, "loc": …, "loc_ans": …}, or KnowEdit\'s '
     '{"subject": …, "prompt": …, "target_new": …, "ground_truth": …, "rephrase_prompt": …, "locality": …}'
 )
-_OPENING = "nq question: "
-
-
-def read(path: Path, skip: Skip = ignore) -> Iterator[EditRequest]:
-    """Requests of a zsRE file: MEND's rows, EasyEdit's or KnowEdit's.
+def read(rows: Iterator[JsonRow]) -> Iterator[EditRequest]:
+    """Yield the requests of a zsRE file: MEND's rows, EasyEdit's or KnowEdit's.
 
     In MEND's form, the first of the ``alternatives`` is the target, and the subject is the page of the evidence that
     the question names. Its files have no unrelated questions; those of a dev split in KnowEdit's form have.
@@ -30,50 +29,50 @@ def read(path: Path, skip: Skip = ignore) -> Iterator[EditRequest]:
 
     The unrelated question (from Natural Questions) becomes ``locality``, without its ``nq question: `` and with one
     question mark, as all other questions have.
-
-    Raises:
-        RequestError: the file cannot be read, or a row is broken; the message names it.
     """
-    for row in read_rows(path, FORM, skip):
-        form = next((read for key, read in _FORMS.items() if key in row.content), _easyedit)
-        yield from form(row)
+    for row in rows:
+        if "input" in row.content:
+            yield from _parse_mend(row)
+        elif "prompt" in row.content:
+            yield from knowedit.parse_row(row)
+        else:
+            yield from _parse_easyedit(row)
 
 
-def _mend(row: Row) -> Iterator[EditRequest]:
+def _parse_mend(row: JsonRow) -> Iterator[EditRequest]:
     prompt, outputs = row.text("input"), row.rows("output")
     truths, alternatives = [output.text("answer") for output in outputs], row.texts("alternatives")
-    rephrased = row.texts("filtered_rephrases")
-    pages = [page.text("title") for output in outputs if output.has("provenance") for page in output.rows("provenance")]
+    paraphrases = row.texts("filtered_rephrases")
+    titles = [
+        page.text("title") for output in outputs if output.has("provenance") for page in output.rows("provenance")
+    ]
     if is_edit(row, alternatives[0] if alternatives else "", truths):
-        yield request(
+        yield make_request(
             prompt,
             alternatives[0],
             truths,
-            subject=next((title for title in pages if title.casefold() in prompt.casefold()), None),
+            subject=next((title for title in titles if title.casefold() in prompt.casefold()), None),
             id=row.name("id"),
-            paraphrases=others(row, prompt, rephrased),
+            paraphrases=distinct_paraphrases(row, prompt, paraphrases),
         )
 
 
-_FORMS = {"input": _mend, "prompt": knowedit.requests}
-
-
-def _easyedit(row: Row) -> Iterator[EditRequest]:
+def _parse_easyedit(row: JsonRow) -> Iterator[EditRequest]:
     prompt, target, paraphrase = row.text("src"), row.answer("alt"), row.text("rephrase")
-    known = next((row.texts(key) for key in ("answers", "pred") if key in row.content), None)
-    far = probe(row, question(row.text("loc")), [row.answer("loc_ans")])
-    if is_edit(row, target, known or []):
-        yield request(
+    truths = next((row.texts(key) for key in ("answers", "pred") if key in row.content), None)
+    locality = make_probes(row, format_question(row.text("loc")), [row.answer("loc_ans")])
+    if is_edit(row, target, truths or []):
+        yield make_request(
             prompt,
             target,
-            [target] if known is None else known,
+            [target] if truths is None else truths,
             subject=row.text("subject"),
             id=row.name("case_id"),
-            paraphrases=others(row, prompt, [paraphrase]),
-            locality=tuple(far),
+            paraphrases=distinct_paraphrases(row, prompt, [paraphrase]),
+            locality=tuple(locality),
         )
 
 
-def question(text: str) -> str:
-    """A question of Natural Questions, which stand there without question marks, as a question."""
-    return text.strip().removeprefix(_OPENING).rstrip(" ?") + "?"
+def format_question(text: str) -> str:
+    """Return a question of Natural Questions, which are published without question marks, with one."""
+    return text.strip().removeprefix(_QUESTION_PREFIX).rstrip(" ?") + "?"

@@ -12,12 +12,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.data import read_source, read_text
-from remend.data.contamination import shared
+from remend.data.contamination import find_overlap
 from remend.data.passages import generation_requests
-from remend.data.registry import DATA_SETS, PASSAGES
-from remend.data.source_names import HUB, local, parted
+from remend.data.source_names import HUB_PREFIX, local_path, parse_source_name
 from remend.errors import ConfigError
 from remend.models import load
+from remend.registries import DATASETS
 from remend.request import EditRequest, Probe, read_requests, write_requests
 from remend.tasks import CausalLM, Classification, Seq2SeqLM, task_of
 
@@ -84,7 +84,7 @@ class RunInputs:
                 "it was not trained on"
             )
         files = {split: local_file(source) for split, source in splits.items() if source is not None}
-        files["text"] = None if text is None or text.startswith(HUB) else text
+        files["text"] = None if text is None or text.startswith(HUB_PREFIX) else text
         missing = [f"--model, {recipe.needs}"] if model is None and recipe.model is None else []
         missing += [
             f"--{option}, since there is no file {file} here{recipe.origin(file)}"
@@ -102,7 +102,7 @@ class RunInputs:
 
     def passages(self) -> list[str]:
         """Read the text on which perplexity is measured; empty without one."""
-        return [] if self.text is None else read_text(local(self.text))
+        return [] if self.text is None else read_text(local_path(self.text))
 
 
 def load_model(recipe: Recipe, name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -161,7 +161,7 @@ class RequestLoader:
 
     def _needs_another_writer(self) -> bool:
         sources = [getattr(self.inputs, split) for split in SPLITS]
-        has_passages = any(source is not None and parted(source)[0] == PASSAGES for source in sources)
+        has_passages = any(source is not None and _needs_model(parse_source_name(source)[0]) for source in sources)
         return has_passages and self.inputs.writer is not None and self.inputs.writer != self.inputs.model
 
     def _read_split(
@@ -174,11 +174,11 @@ class RequestLoader:
         }[split]
         limits = [limit for limit in (recipe_limit, self.limit) if limit is not None]
         count = min(limits) if limits else None
-        kind, rest = parted(source)
-        if kind == PASSAGES:
+        kind, rest = parse_source_name(source)
+        if _needs_model(kind):
             file = self.folder / f"{split}.jsonl"
             if not (resume and file.exists()):
-                write_requests(file, list(generation_requests(*writer, local(rest), count, self.seed)))
+                write_requests(file, list(generation_requests(*writer, local_path(rest), count, self.seed)))
             return read_requests(file)
         requests = add_unrelated_prompts(read_source(source), self.seed)
         if count is None or count >= len(requests):
@@ -210,15 +210,19 @@ def add_unrelated_prompts(requests: Sequence[EditRequest], seed: int) -> list[Ed
     return completed
 
 
+def _needs_model(data_set: str | None) -> bool:
+    return data_set is not None and DATASETS.get(data_set).needs_model
+
+
 def shared_with_training(requests: dict[str, list[EditRequest]]) -> dict[str, int]:
     """Count the subjects, prompts and facts that test and training have in common, by kind; empty if there are none."""
-    both = shared(requests["train"], requests["test"])
+    both = find_overlap(requests["train"], requests["test"])
     return {kind: len(names) for kind, names in both.items() if names}
 
 
 def local_file(source: str) -> str | None:
     """Return the local file that a source names; None for built-in data and files on the hub."""
-    kind, rest = parted(source)
-    if (kind is not None and kind not in DATA_SETS) or rest.startswith(HUB):
+    kind, rest = parse_source_name(source)
+    if (kind is not None and DATASETS.get(kind).splits) or rest.startswith(HUB_PREFIX):
         return None
     return rest

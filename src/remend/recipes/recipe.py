@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from remend.config import from_json, to_json
-from remend.data.source_names import parted
+from remend.data.source_names import parse_source_name
 from remend.editors.mend.config import MendConfig
 from remend.errors import ConfigError, FileError, nearest
 from remend.training.config import PRESETS, TrainingConfig
@@ -113,7 +113,7 @@ class Recipe(BaseModel):
     @classmethod
     def _is_source(cls, source: str | None) -> str | None:
         if source is not None:
-            parted(source)
+            parse_source_name(source)
         return source
 
     @field_validator("preset")

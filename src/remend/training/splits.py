@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from remend.data.contamination import asked, checked, shared
+from remend.data.contamination import check_overlap_kinds, edited_prompts, find_overlap
 from remend.errors import TrainingError
 from remend.request import EditRequest
 from remend.training.config import TrainingConfig
@@ -29,7 +29,7 @@ def split(
         TrainingError: both sides share subjects, prompts or facts (unless named in ``allow_shared``), or one is empty.
         ConfigError: ``allow_shared`` names something else.
     """
-    allowed = checked(allow_shared)
+    allowed = check_overlap_kinds(allow_shared)
     if validation is None:
         group = _groups(requests, by_prompt="prompts" not in allowed)
         names = sorted(set(group.values()))
@@ -49,7 +49,7 @@ def split(
 
 
 def _check(requests: Sequence[EditRequest], validation: Sequence[EditRequest], allowed: frozenset[str]) -> None:
-    for kind, both in shared(requests, validation).items():
+    for kind, both in find_overlap(requests, validation).items():
         if both and kind not in allowed:
             examples = ", ".join(text if len(text) <= 60 else f"{text[:59]}…" for text in both[:3])
             raise TrainingError(
@@ -70,7 +70,7 @@ def _groups(requests: Sequence[EditRequest], by_prompt: bool) -> dict[str, str]:
 
     asking: dict[str, list[str]] = defaultdict(list)
     for request in requests if by_prompt else ():
-        for prompt in asked(request):
+        for prompt in edited_prompts(request):
             asking[prompt].append(request.key)
     for keys in asking.values():
         for key in keys[1:]:

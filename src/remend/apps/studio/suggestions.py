@@ -52,7 +52,9 @@ def suggest(prompt: str, subject: str = "") -> Suggested:
     near += draw.sample(others, min(NEAR - len(near), len(others)))
     return Suggested(
         fact.subject,
-        tuple(form.format(fact.subject) for form in relation.every if form.format(fact.subject) != prompt.strip()),
+        tuple(
+            form.format(fact.subject) for form in relation.all_phrasings if form.format(fact.subject) != prompt.strip()
+        ),
         tuple(dict.fromkeys(_ask(one) for one in near)),
         tuple(_ask(one) for one in draw.sample(elsewhere, FAR)),
     )
@@ -61,7 +63,7 @@ def suggest(prompt: str, subject: str = "") -> Suggested:
 def _readings(prompt: str, subject: str) -> Iterator[tuple[Fact, Relation]]:
     """The built-in facts that a prompt may ask for."""
     for relation in atlas.relations().values():
-        for form in relation.every:
+        for form in relation.all_phrasings:
             before, after = form.split("{}")
             text = prompt.strip()
             if not (text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after)):

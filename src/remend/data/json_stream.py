@@ -1,0 +1,188 @@
+"""Streaming JSON: the values of an array or of JSON lines, each decoded as soon as it was read.
+
+The standard library's decoder does the parsing, and the code below only feeds it. ijson was tried in its place. It
+cannot say in which row a file is broken, rejects NaN, byte order marks and integers of more than 64 bits, silently
+replaces lone surrogates, and a file of 100,000 opening brackets exhausts its memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from remend.errors import RequestError
+
+CHUNK_BYTES = 1 << 16
+"""Bytes that are read at a time."""
+_RECORDS = re.compile(r'\s*\{[^\[]*?"records"\s*:\s*(?=\[)')
+"""The beginning of a file of one object that keeps its rows in ``records``."""
+_DECODER = json.JSONDecoder()
+_TAIL_CHARACTERS = 32
+"""How far before the end of the text that was read an incomplete value can look broken (``-Infinit``)."""
+
+
+def iterate_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a file, each with its place for messages (``data.json, row 3``).
+
+    The file is one array, an object that holds one as ``records``, or JSON lines.
+
+    Raises:
+        RequestError: the file cannot be read, or a value is broken; the message names its place.
+    """
+    try:
+        with path.open("rb") as file:
+            buffer = _Buffer(path, file)
+            buffer.grow()
+            records = _RECORDS.match(buffer.text)
+            if records or buffer.text.lstrip()[:1] == "[":
+                buffer.text = buffer.text[records.end() :] if records else buffer.text
+                yield from _array_elements(buffer)
+                if not records and (mark := _next_mark(buffer)):
+                    raise RequestError(f"{path}: {mark!r} follows the end of the array; the file should be one array")
+            else:
+                yield from _lines(buffer)
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}; give a file of the data set") from None
+
+
+def shorten(value: object) -> str:
+    """Return a value as JSON of at most 60 characters, for a message."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+class _Buffer:
+    """The text of a file that was read and not yet decoded.
+
+    Attributes:
+        text: that text.
+        row: the number of the row that is being decoded, from 1.
+        unit: what a row is called in messages.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self.file = path, file
+        self.text, self.row, self.unit = "", 1, "row"
+        self._ended = False
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._encoding_error = ""
+
+    def grow(self, size: int | None = None) -> bool:
+        """Read more of the file into ``text``; return False at its end.
+
+        Raises:
+            RequestError: the next bytes are not UTF-8.
+        """
+        if self._encoding_error:
+            raise RequestError(f"{self.where}: {self._encoding_error}; save the file as UTF-8")
+        if self._ended:
+            return False
+        chunk = self.file.read(size or CHUNK_BYTES)
+        self._ended = not chunk
+        try:
+            self.text += self._decoder.decode(chunk, self._ended)
+        except UnicodeDecodeError as error:
+            # The rows before the bad byte are good, so the error waits until they were decoded.
+            self.text += error.object[: error.start].decode("utf-8-sig" if not self.text else "utf-8")
+            self._encoding_error = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+        return True
+
+    @property
+    def where(self) -> str:
+        """The file and the row that is being decoded, for messages."""
+        return f"{self.path}, {self.unit} {self.row}"
+
+    def grow_twofold(self) -> bool:
+        """Read as much again as ``text`` holds, so that a value of n characters is decoded log n times, not n times."""
+        return self.grow(max(CHUNK_BYTES, len(self.text)))
+
+
+def _lines(buffer: _Buffer) -> Iterator[tuple[str, Any]]:
+    buffer.unit = "line"
+    while True:
+        line, newline, rest = buffer.text.partition("\n")
+        if not newline and buffer.grow_twofold():
+            continue
+        buffer.text = rest
+        if line.strip():
+            try:
+                value, end = _decode(line.strip(), buffer.where)
+            except _BrokenJsonError as error:
+                raise RequestError(str(error)) from None
+            if surplus := line.strip()[end:].strip():
+                raise RequestError(
+                    f"{buffer.where}: {shorten(surplus)} follows the object; each line should be one object"
+                )
+            yield buffer.where, value
+        if not newline:
+            return
+        buffer.row += 1
+
+
+def _array_elements(buffer: _Buffer) -> Iterator[tuple[str, Any]]:
+    buffer.text = buffer.text.lstrip().removeprefix("[")
+    if _next_mark(buffer) == "]":
+        buffer.text = buffer.text.lstrip()[1:]
+        return
+    while True:
+        value, end = _array_element(buffer)
+        yield buffer.where, value
+        buffer.text = buffer.text[end:]
+        mark = _next_mark(buffer)
+        if mark not in (",", "]"):
+            raise RequestError(
+                f"{buffer.where}: {mark or 'the end of the file'!r} follows it, where ',' or the array's ']' should; "
+                "is the file complete?"
+            )
+        buffer.text = buffer.text.lstrip()[1:]
+        if mark == "]":
+            return
+        buffer.row += 1
+
+
+def _next_mark(buffer: _Buffer) -> str:
+    """Return the next character that is no space; empty at the end of the file."""
+    while not (stripped := buffer.text.lstrip()):
+        if not buffer.grow():
+            return ""
+    return stripped[0]
+
+
+def _array_element(buffer: _Buffer) -> tuple[Any, int]:
+    while True:
+        buffer.text = buffer.text.lstrip()
+        try:
+            value, end = _decode(buffer.text, buffer.where)
+        except _BrokenJsonError as error:
+            # What is broken far from the end of the text stays broken, however much is read.
+            if not (error.may_be_incomplete and buffer.grow_twofold()):
+                raise RequestError(str(error)) from None
+            continue
+        # A number at the end of the text may continue in what is read next.
+        if end < len(buffer.text) or not buffer.grow():
+            return value, end
+
+
+class _BrokenJsonError(RequestError):
+    """Text that is no JSON value, or not yet a complete one."""
+
+    may_be_incomplete = False
+
+
+def _decode(text: str, where: str) -> tuple[Any, int]:
+    """Return the JSON value at the beginning of a text, and where it ends."""
+    try:
+        return _DECODER.raw_decode(text)
+    except json.JSONDecodeError as error:
+        rest = text[error.pos :]
+        place = f"at {shorten(rest[:20])}" if rest.strip() else "at the end of the file"
+        broken = _BrokenJsonError(f"{where}: broken JSON ({error.msg}) {place}")
+        broken.may_be_incomplete = error.pos >= len(text) - _TAIL_CHARACTERS or "Unterminated" in error.msg
+        raise broken from None
+    except (ValueError, RecursionError) as error:
+        # Python refuses integers of more than 4,300 digits and deeply nested lists.
+        raise _BrokenJsonError(f"{where}: JSON that cannot be read ({error})") from None
