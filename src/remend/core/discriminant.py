@@ -129,7 +129,9 @@ class Discriminant:
         means, held_out_means = (self._means(*part) for part in zip(self.moments, self.counts, strict=True))
         used_means = self._means(self.moments[0] - self.moments[1], self.counts[0] - self.counts[1])
         operator = torch.eye(len(means[0]), dtype=torch.float64)
+        # Without a held-out fact nothing can be checked, so the identity stays.
         for neighbour_weight in (weight, 0.0) if self.counts[1, 0] else ():
+            # Estimated without the held-out facts, on which it is then measured.
             trial = _discriminant(used_means, neighbour_weight, ridge)
             used = self._response(trial, used_means[0])
             if not self._response(trial, held_out_means[0]) >= MIN_HELD_OUT_RESPONSE * used > 0:
@@ -141,6 +143,7 @@ class Discriminant:
         response = self._response(operator, means[0])
         if response <= 0:  # a matrix whose input is always zero
             return SymmetricOperator(torch.eye(len(operator), device=self.moments.device), self.basis)
+        # The mean over all keys is a trace; each direction outside of the basis adds the last entry.
         if self.basis is not None:
             response += self.outside * float(operator[-1, -1] * means[0][-1, -1])
         return SymmetricOperator((operator / response).float().to(self.moments.device), self.basis)
@@ -151,6 +154,7 @@ class Discriminant:
         if self.whitener is not None:
             whitening = self.whitener.matrix.cpu().double()
             means = torch.stack([whitening @ mean @ whitening for mean in means])
+        # N is not symmetric, since a neighbour is not a prompt, and a SymmetricOperator has to be.
         return (means + means.mT) / 2
 
     def _response(self, operator: Float[Tensor, "n n"], moment: Float[Tensor, "n n"]) -> float:

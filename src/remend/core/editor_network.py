@@ -73,7 +73,7 @@ class _Residual(torch.autograd.Function):
         out = torch.empty_like(z)
         for matrix, rows in enumerate(_segments(counts)):
             torch.addcmul(offset[matrix], inner[rows], scale[matrix], out=out[rows])
-        out[sum(counts) :] = 0
+        out[sum(counts) :] = 0  # padding: these rows belong to no matrix and are uninitialized
         # Not > 0: with U = 0 every pre-activation is exactly 0, and with a ReLU's usual derivative nothing would learn.
         active = out >= 0
         out.clamp_(min=0).add_(z)
@@ -95,7 +95,7 @@ class _Residual(torch.autograd.Function):
         # The bias acts through the scale, as U V z does.
         g_bias = (g_offset * scale).sum(0) if ctx.bias else None
         g_h = matmul(g_inner, up, ctx.dtype)
-        g_z = None
+        g_z = None  # the first layer's input is data: the captured factors
         if ctx.needs_input_grad[0]:
             g_z = matmul(g_h, down, ctx.dtype).add_(gradient)
         if ctx.factored is None:
@@ -157,6 +157,7 @@ class EditorNetwork(nn.Module):
         (:func:`remend.core.matmul.padded_row_count`).
         """
         device, rows = self.first.down.device, sum(map(len, u))
+        # Written in place, part by part: concatenating would copy all rows once more.
         z = torch.empty(padded_row_count(rows, device), self.width, device=device)
         z[rows:] = 0
         # Where u is read it comes first, where δ is it comes last; what is not read is left out.

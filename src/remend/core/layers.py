@@ -78,6 +78,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def dimensions(module: nn.Module) -> tuple[int, int]:
     """Return ``(d_in, d_out)`` of an editable layer, also where its weight is quantized and stored in another shape."""
+    # Not from the weight's shape: a quantized weight is packed, often into one column.
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, nn.Conv2d):
@@ -159,6 +160,7 @@ def layer_inputs(
 
     The patches of a convolution are unfolded: [image, position, c_in·k·k].
     """
+    # By position or by keyword: models call their layers either way.
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     floats = [value for value in tensors if value.is_floating_point()]
     assert len(floats) == 1, "a linear layer takes exactly one tensor"

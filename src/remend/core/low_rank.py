@@ -71,6 +71,7 @@ class LowRank:
         """
         if not self.batched:
             return self._gated(self._of_own_expert(x @ self.u.mT, experts)) @ self.delta
+        # Some models flatten rows and tokens into one axis before a layer, so only the order of the rows counts.
         rows = x.reshape(self.u.shape[0], -1, x.shape[-1])
         responses = self._gated(self._of_own_expert(torch.bmm(rows, self.u.mT), experts))
         return torch.bmm(responses, self.delta).reshape(*x.shape[:-1], self.delta.shape[-1])
@@ -149,6 +150,7 @@ class LowRank:
             parts = [LowRank(self.u[mask], self.delta[mask]).recompress(rank) for _, mask in masks]
             experts = [self.experts.new_full((part.rank,), e) for part, (e, _) in zip(parts, masks, strict=True)]
             return replace(concatenate(parts), experts=torch.cat(experts)) if parts else self
+        # In float32: there is no QR or SVD of half precision.
         q_u, r_u = torch.linalg.qr(self.u.mT.float())
         q_d, r_d = torch.linalg.qr(self.delta.mT.float())
         left, values, right = torch.linalg.svd(r_d @ r_u.mT, full_matrices=False)
@@ -170,6 +172,7 @@ def concatenate(changes: Sequence[LowRank]) -> LowRank:
 
 def stack(changes: Sequence[LowRank]) -> LowRank:
     """Return independent changes of one weight as one batched change, padded with zeros to the highest rank."""
+    # Padding pairs count as expert 0's, which changes nothing since their factors are zero.
     rank = max(change.rank for change in changes)
 
     def padded(factor: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "row d_in"], experts: Int[Tensor, " row"]) -> Float[Tensor, "row d_out"]:
         """Multiply each row with the matrix of its expert."""
+        # Sorted by expert, so that each expert's matrix is multiplied once. Stably, so that the order of an expert's
+        # rows, and with it the rounding, is always the same.
         order = experts.argsort(stable=True)
         counts = torch.bincount(experts, minlength=self.num_experts).tolist()
         bias = getattr(self.owner, f"{self.parameter_name}_bias") if self.owner.has_bias else None
