@@ -1,4 +1,4 @@
-"""``Edit``: a change of a model's weights as an object to apply, revert, merge, add, scale, save and load."""
+"""``Edit``: a low-rank change of a model's weights, to apply, revert, merge, add, scale, compress, save and load."""
 
 from __future__ import annotations
 
@@ -32,27 +32,30 @@ from remend.request import EditRequest
 from remend.serialization import get_field, read_folder, write_folder
 
 EDIT_FORMAT = "remend.edit/1"
+"""The format in the manifest of a saved edit."""
+
 MERGE_TOLERANCE = 0.25
 """The largest share of an edit (Frobenius norm) that merging may lose to rounding before it refuses."""
 
 
 def utc_now() -> str:
-    """The time as files give it: ISO 8601, UTC."""
+    """Return the current time as files give it: ISO 8601, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A low-rank change of some of a model's weight matrices, and what it is for.
+    """A low-rank change of some of a model's weight matrices, with the requests that it answers.
 
-    Nothing of an edit lives on the model but what :meth:`apply` puts there and takes away.
+    An edit leaves nothing on the model but the hooks of :meth:`apply` or the weights of :meth:`merge`, until reverted.
 
     Attributes:
-        changes: the change ΔW = deltaᵀu of each module, step size and sign included.
-        base: the model it was made for; it refuses any other.
-        requests: what it was made to do.
-        editor: what made it, such as ``{"name": "mend", "rank": 256}``; with ``scale`` if the edit was scaled.
-        created: when, ISO 8601, UTC.
+        changes: for each module, the change ΔW = deltaᵀu of its weight, step size and sign included.
+        base: the model that it was made for; other models are refused.
+        requests: the edit requests that it was made from.
+        editor: the editor's name and settings, such as ``{"name": "mend", "rank": 256}``; with ``scale`` if the edit
+            was scaled.
+        created: the time of its creation, ISO 8601, UTC.
     """
 
     changes: Mapping[str, LowRank]
@@ -63,8 +66,8 @@ class Edit:
 
     def __post_init__(self) -> None:
         for name, change in self.changes.items():
-            # The product of the factors' norms bounds that of the change: its square has to be a number as well.
-            u, delta = (torch.linalg.vector_norm(own, dtype=torch.float32) for own in (change.u, change.delta))
+            # The product of the factors' norms bounds the norm of the change, whose square has to be finite too.
+            u, delta = (torch.linalg.vector_norm(factor, dtype=torch.float32) for factor in (change.u, change.delta))
             if not (u.square() * delta.square()).isfinite():
                 raise EditError(
                     f"the change of {name} holds NaN or infinity, or is too large for any number; it would ruin the "
@@ -77,12 +80,12 @@ class Edit:
         sizes = ", ".join(f"{name}: rank {change.rank}" for name, change in self.changes.items())
         return f"Edit({len(self.requests)} requests for {self.base.name!r}; {sizes})"
 
-    # -- acting on a model ---------------------------------------------------------------------------------------
+    # -- on a model ----------------------------------------------------------------------------------------------
 
     def apply(self, model: nn.Module) -> AppliedEdit:
-        """Put the edit on ``model`` as side branches and return the handle that takes it off again.
+        """Add the edit to ``model`` as forward hooks and return the handle that removes it.
 
-        No weight is written. Several edits can be on at once, in any order of applying and reverting.
+        No weight is written. Several edits can be applied at once, and reverted in any order.
 
         Raises:
             WrongBaseError: the edit was made for another model; nothing is applied.
@@ -93,7 +96,7 @@ class Edit:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Within the block, ``model`` behaves as edited; afterwards, an exception included, as before."""
+        """Apply the edit within the context, and revert it afterwards, also after an exception."""
         handle = self.apply(model)
         try:
             yield model
@@ -102,15 +105,15 @@ class Edit:
 
     @torch.no_grad()
     def merge(self, model: nn.Module) -> MergedEdit:
-        """Write the edit into the weights and return the handle that puts the original weights back, bit for bit.
+        """Write the edit into the weights and return the handle that restores the original weights, bit for bit.
 
-        The sum is taken in float32 and rounded once to the weight's dtype. All weights are written, or none.
+        All weights are written, or none.
 
         Raises:
             WrongBaseError: the edit was made for another model.
             PrecisionError: rounding to the weights' dtype would lose more than :data:`MERGE_TOLERANCE` of the edit, or
                 a weight is quantised.
-            EditError: a weight is kept on another device between calls (offloaded).
+            EditError: a weight is offloaded between calls.
         """
         modules = self._modules(model)
         _refuse_unwritable(modules)
@@ -119,6 +122,7 @@ class Edit:
         for name, module in modules.items():
             weight = weight_of(module)
             dense = dense_in_weight_layout(module, self.changes[name].to(weight.device, torch.float32))
+            # Rounded once: in the weight's dtype, the change would be rounded before it is added.
             merged[name] = (weight.float() + dense).to(weight.dtype)
             rounded = (merged[name].float() - weight.float() - dense).norm()
             lost[name] = float(rounded / dense.norm().clamp(min=1e-30))
@@ -127,6 +131,7 @@ class Edit:
                     f"{name}: {weight.dtype} would round away {lost[name]:.0%} of the edit. Keep it as a side branch "
                     "(apply), or load the model in float32 and merge there; no weight was changed"
                 )
+        # Every weight is checked before the first is written, so that a refusal leaves the model as it was.
         originals = {name: weight_of(module).detach().clone() for name, module in modules.items()}
         handle = MergedEdit({name: weight_of(module) for name, module in modules.items()}, originals, lost)
         try:
@@ -138,7 +143,7 @@ class Edit:
         return handle
 
     def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules to change, after checking that ``model`` is the one this edit is for."""
+        """Return the modules to change, after checking that ``model`` is the one that the edit is for."""
         self.base.check(model, "this edit")
         modules = find_modules(model, self.changes)
         for name, module in modules.items():
@@ -157,15 +162,19 @@ class Edit:
     # -- arithmetic ----------------------------------------------------------------------------------------------
 
     def __add__(self, other: Edit) -> Edit:
-        """Both edits at once: ΔW is the sum (paper, section 3.1). Both must be for the same base.
+        """Return an edit whose ΔW is the sum of both (paper, section 3.1).
 
         Raises:
-            EditError: they are for different ones, or each holds what is every edit's of its editor, which would count
+            EditError: they are for different bases, or each holds what its editor adds to every edit, which would count
                 twice.
         """
         if not isinstance(other, Edit):
             return NotImplemented
-        self._refuse_other_base(other)
+        if not self.base.is_compatible(other.base):
+            raise EditError(
+                f"these edits are for different bases ({self.base.name!r}, {other.base.name!r}) and cannot be added; "
+                "make both from the same unedited model"
+            )
         if self.editor.get("shared") and other.editor.get("shared"):
             raise EditError(
                 f"each of two edits of {self.editor['name']!r} holds what training changed in the model, which would "
@@ -174,39 +183,36 @@ class Edit:
         changes = dict(self.changes)
         for name, change in other.changes.items():
             changes[name] = concatenate([changes[name], change]) if name in changes else change
-        base = ModelFingerprint(self.base.name, self.base.config, {**self.base.weights, **other.base.weights})
-        return Edit(changes, base, self.requests + other.requests, self.editor)
+        return Edit(changes, self.base.union(other.base), self.requests + other.requests, self.editor)
 
     def scaled(self, factor: float) -> Edit:
-        """The edit times ``factor``: 0 does nothing, 1 is the edit itself, more overdoes it. Its manifest tells."""
+        """Return the edit with its changes times ``factor``, which the manifest records; 0 changes nothing."""
         changes = {name: change.scaled(factor) for name, change in self.changes.items()}
         return replace(self, changes=changes, editor={**self.editor, "scale": factor * self.editor.get("scale", 1.0)})
 
     def compressed(self, rank: int) -> Edit:
-        """The nearest edit whose changes have at most ``rank`` factor pairs each; its manifest tells what was lost."""
+        """Return the nearest edit whose changes have at most ``rank`` factor pairs each.
+
+        The manifest records the rank and, under ``lost``, the share ‖ΔW − ΔW'‖ / ‖ΔW‖ of each change that is lost.
+
+        Raises:
+            EditError: ``rank`` is less than 1.
+        """
         if rank < 1:
             raise EditError(f"an edit needs a rank of at least 1, not {rank}")
         cut = {name: change.recompress(rank) for name, change in self.changes.items() if change.rank > rank}
-        lost = dict.fromkeys(self.changes, 0.0) | {name: _apart(self.changes[name], own) for name, own in cut.items()}
+        lost = dict.fromkeys(self.changes, 0.0)
+        lost |= {name: _relative_difference(self.changes[name], change) for name, change in cut.items()}
         return replace(self, changes={**self.changes, **cut}, editor={**self.editor, "max_rank": rank, "lost": lost})
 
     def norms(self) -> dict[str, float]:
-        """‖ΔW‖ (Frobenius) of each module."""
+        """Return ‖ΔW‖ (Frobenius) of each module."""
         return {name: float(change.norm()) for name, change in self.changes.items()}
-
-    def _refuse_other_base(self, other: Edit) -> None:
-        shared = self.base.weights.keys() & other.base.weights.keys()
-        differ = [name for name in shared if self.base.weights[name] != other.base.weights[name]]
-        if self.base.config != other.base.config or differ:
-            raise EditError(
-                f"these edits are for different bases ({self.base.name!r}, {other.base.name!r}) and cannot be added; "
-                "make both from the same unedited model"
-            )
 
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write the edit to a folder: the factors (safetensors) and a manifest (JSON) that a person can read."""
+        """Write the edit to a folder, as factors (safetensors) and a readable manifest (JSON); return the folder."""
         tensors, ranks, gates = {}, {}, {}
         for name, change in self.changes.items():
             tensors[f"{name}.u"], tensors[f"{name}.delta"] = change.u, change.delta
@@ -228,7 +234,7 @@ class Edit:
 
     @staticmethod
     def from_pretrained(path: str | Path) -> Edit:
-        """The same as :meth:`load`, by the name that transformers has for it."""
+        """Read a saved edit: the same as :meth:`load`, under the name that transformers uses."""
         return Edit.load(path)
 
     @staticmethod
@@ -242,9 +248,9 @@ class Edit:
         base = ModelFingerprint.from_manifest(get_field(manifest, "base", dict, path), path)
         ranks = get_field(manifest, "ranks", dict, path)
         gates = get_field(manifest, "gates", dict, path) if "gates" in manifest else {}
-        changes = {name: _change(tensors, name, gates.get(name, 0.0), path) for name in ranks}
-        own = sum(2 if change.experts is None else 3 for change in changes.values())
-        if len(tensors) != own or any(changes[name].rank != rank for name, rank in ranks.items()):
+        changes = {name: _read_change(tensors, name, gates.get(name, 0.0), path) for name in ranks}
+        tensor_count = sum(2 if change.experts is None else 3 for change in changes.values())
+        if len(tensors) != tensor_count or any(changes[name].rank != rank for name, rank in ranks.items()):
             raise FileError(f"{path}: the factors are not those that the manifest lists; it was altered")
         if changes.keys() - base.weights.keys():
             raise FileError(f"{path}: the base does not cover every changed module; it was altered")
@@ -263,13 +269,19 @@ class Edit:
         )
 
 
-def _apart(one: LowRank, other: LowRank) -> float:
-    """‖ΔW − ΔW'‖ / ‖ΔW‖, where the difference of nearly equal changes needs more digits than they have."""
-    wide, less = (replace(change, u=change.u.double(), delta=change.delta.double()) for change in (one, other))
-    return float(concatenate([wide, less.scaled(-1.0)]).norm() / wide.norm().clamp(min=1e-30))
+def _relative_difference(change: LowRank, approximation: LowRank) -> float:
+    """Return ‖ΔW − ΔW'‖ / ‖ΔW‖."""
+    # In float64: the difference of nearly equal changes cancels most of float32's digits.
+    exact, near = (replace(c, u=c.u.double(), delta=c.delta.double()) for c in (change, approximation))
+    return float(concatenate([exact, near.scaled(-1.0)]).norm() / exact.norm().clamp(min=1e-30))
 
 
-def _change(tensors: Mapping[str, Tensor], name: str, gate: object, path: str | Path) -> LowRank:
+def _read_change(tensors: Mapping[str, Tensor], name: str, gate: object, path: str | Path) -> LowRank:
+    """Return the change of one module from a file's tensors.
+
+    Raises:
+        FileError: factors are missing or do not fit together, or the gate is out of range.
+    """
     u, delta = tensors.get(f"{name}.u"), tensors.get(f"{name}.delta")
     if u is None or delta is None or u.dim() != 2 or delta.dim() != 2 or u.shape[0] != delta.shape[0]:
         raise FileError(f"{path}: the factors of {name} are missing or do not fit together; it was altered")
@@ -284,7 +296,7 @@ def _change(tensors: Mapping[str, Tensor], name: str, gate: object, path: str | 
 
 
 def _refuse_unwritable(modules: Mapping[str, nn.Module]) -> None:
-    """Raise if a layer's weight cannot be written to."""
+    """Raise where a layer's weight cannot be written: it is quantized (PrecisionError) or offloaded (EditError)."""
     for name, module in modules.items():
         if is_quantized(module):
             raise PrecisionError(
@@ -300,22 +312,22 @@ def _refuse_unwritable(modules: Mapping[str, nn.Module]) -> None:
 
 
 class AppliedEdit:
-    """An edit that is on a model; :meth:`revert` takes it off. Reverting twice does no harm."""
+    """An edit that is applied to a model as hooks; :meth:`revert` removes it. Reverting twice does no harm."""
 
     def __init__(self, handles: Sequence[RemovableHandle]) -> None:
         self._handles = list(handles)
 
     def revert(self) -> None:
-        """Take the edit's side branches off the model. The weights were never touched."""
+        """Remove the edit's hooks from the model. The weights were never touched."""
         remove_hooks(self._handles)
         self._handles.clear()
 
 
 class MergedEdit:
-    """An edit that is in a model's weights; :meth:`revert` puts back the stored originals. Also a context manager.
+    """An edit that is merged into a model's weights; :meth:`revert` restores the originals. Also a context manager.
 
     Attributes:
-        lost: of each matrix, the share of its change (Frobenius norm) that was lost to rounding.
+        lost: for each matrix, the share of its change (Frobenius norm) that was lost to rounding.
     """
 
     def __init__(
@@ -326,7 +338,8 @@ class MergedEdit:
 
     @torch.no_grad()
     def revert(self) -> None:
-        """Restore the original weights bit for bit: copied back, not subtracted, so nothing drifts."""
+        """Restore the original weights bit for bit."""
+        # Copied back, not subtracted: (w + ΔW) - ΔW is not w in floating point.
         for name, original in self._originals.items():
             self._weights[name].copy_(original)
         self._originals.clear()

@@ -1,19 +1,19 @@
-"""Every error that remend raises on purpose.
+"""The errors that remend raises on purpose, and helpers for their messages.
 
     RemendError
     ├── RequestError          an edit request or a data file that cannot be read
-    ├── ConfigError           a configuration with an unknown key or an impossible value
+    ├── ConfigError           a configuration with an unknown key or a value out of range
     │   └── RegistryError      ... or a name that is not registered, registered twice, or cannot be imported
     ├── ModelError            a model that cannot be loaded or edited
     │   └── NonFiniteError    NaN or infinity in weights, activations, statistics or losses
     ├── EditError             an edit that cannot be applied, merged or reverted
     │   ├── WrongBaseError    ... because it was made for another model
-    │   └── PrecisionError    ... because the weights would round it away, or are quantised
+    │   └── PrecisionError    ... because the weights would round it away, or are quantized
     ├── FileError             a saved edit or editor that is damaged, altered, unknown, or cannot be written
     └── TrainingError         a training run that cannot learn (no gradient, no data, shared subjects)
 
-A message says what arrived, what was allowed and what to do next. What is not listed here (``KeyError``,
-``RuntimeError`` from torch) is a defect of remend.
+A message says what arrived, what was allowed and what to do next. Any other error (``KeyError``, ``RuntimeError`` from
+torch) is a defect of remend.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from contextlib import contextmanager
 
 
 class RemendError(Exception):
-    """The root: catch this to catch everything remend raises on purpose."""
+    """The root: catch it to catch all errors that remend raises on purpose."""
 
 
 class RequestError(RemendError, ValueError):
-    """An edit request, or the file it stands in, is not what it should be."""
+    """An edit request, or the file that holds it, is malformed."""
 
 
 class ConfigError(RemendError, ValueError):
@@ -52,11 +52,11 @@ class EditError(RemendError):
 
 
 class WrongBaseError(EditError):
-    """The edit, or the editor, was made for another model."""
+    """The edit or the editor was made for another model."""
 
 
 class PrecisionError(EditError):
-    """The weights are too coarse to hold the merged edit: their dtype would round it away, or they are quantised."""
+    """The weights cannot hold the merged edit: their dtype would round it away, or they are quantized."""
 
 
 class FileError(RemendError, ValueError):
@@ -64,26 +64,26 @@ class FileError(RemendError, ValueError):
 
 
 class TrainingError(RemendError):
-    """A training run cannot learn, and stopped instead of pretending to."""
+    """A training run cannot learn, and was stopped."""
 
 
-MOST_NAMED = 20
-"""Of long lists of known names, so many are named."""
+MAX_LISTED_NAMES = 20
+"""How many of the known names a message lists."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause that names the known word closest to ``name``, or lists what is known."""
+    """Return a clause that suggests the known name closest to ``name``, or lists the known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    more = f" … ({len(names)} in all)" if len(names) > MOST_NAMED else ""
-    return "known: " + (", ".join(names[:MOST_NAMED]) + more if names else "none")
+    more = f" … ({len(names)} in all)" if len(names) > MAX_LISTED_NAMES else ""
+    return "known: " + (", ".join(names[:MAX_LISTED_NAMES]) + more if names else "none")
 
 
 @contextmanager
 def prefix_request_errors(what: str) -> Iterator[None]:
-    """Within it, a :class:`RequestError` says which request it is about."""
+    """Prefix the message of a :class:`RequestError` that is raised within the context with ``what``, the request."""
     try:
         yield
     except RequestError as error:

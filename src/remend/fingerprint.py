@@ -1,4 +1,4 @@
-"""Which model an edit or an editor belongs to."""
+"""The identity of a base model: what decides whether an edit or an editor belongs to it. It is computed only here."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _VOLATILE = re.compile(
 
 @dataclass(frozen=True)
 class ModelFingerprint:
-    """The identity of a base model, as far as an edit of it is concerned.
+    """The identity of a base model with respect to the modules that an edit changes.
 
     Attributes:
-        name: what the model was loaded as; for people, never compared.
+        name: what the model was loaded as (:func:`model_name`); for people, never compared.
         config: SHA-256 of the model's class and configuration.
-        weights: for each edited module, SHA-256 of its weight rounded to bfloat16, so that a checkpoint is the same
-            base whether it was loaded in float32 or bfloat16. (In float16 it need not be: that rounds differently.)
-            Of a quantised weight, SHA-256 of what is stored (codes, scales and tables): a base of its own, the same at
-            every load that quantises the same way.
+        weights: for each edited module, SHA-256 of its weight rounded to bfloat16, so that a checkpoint has the same
+            identity whether it was loaded in float32 or bfloat16. (Float16 rounds differently, so there it may change.)
+            For a quantised weight, SHA-256 of what is stored (codes, scales and tables): it differs from that of the
+            unquantised weight and is the same at every load that quantises the same way.
     """
 
     name: str
@@ -47,22 +47,27 @@ class ModelFingerprint:
 
     @staticmethod
     def of(model: nn.Module, names: Iterable[str]) -> ModelFingerprint:
-        """The identity of ``model`` with respect to the named modules."""
-        modules = find_modules(model, names)
-        return ModelFingerprint(
-            _name(model), _config_hash(model), {name: _weight_hash(m) for name, m in modules.items()}
-        )
+        """Compute the identity of ``model`` with respect to the named modules.
+
+        Raises:
+            ModelError: a name is no editable module, or a weight has no values.
+        """
+        return ModelFingerprint(model_name(model), _config_hash(model), _weight_hashes(model, names))
 
     @staticmethod
     def from_manifest(described: Mapping[str, Any], where: str | Path) -> ModelFingerprint:
-        """The identity that a manifest describes (``asdict`` of one).
+        """Read the identity that a manifest holds (``dataclasses.asdict`` of one).
+
+        Args:
+            described: the part of the manifest.
+            where: the file or folder, for messages.
 
         Raises:
-            FileError: a part is missing or malformed.
+            FileError: a field is missing or malformed.
         """
         weights = get_field(described, "weights", dict, where)
         if not all(isinstance(value, str) for value in weights.values()):
-            raise FileError(f"{where}: 'weights' of the base should give a hash for each module")
+            raise FileError(f"{where}: 'weights' of the base should hold a hash for each module")
         return ModelFingerprint(
             get_field(described, "name", str, where), get_field(described, "config", str, where), weights
         )
@@ -71,23 +76,25 @@ class ModelFingerprint:
         """Raise :class:`WrongBaseError` unless ``model`` has the class and configuration that ``what`` was made for."""
         if _config_hash(model) != self.config:
             raise WrongBaseError(
-                f"{what} was made for {self.name!r}; this model ({_name(model)!r}, {type(model).__name__}) has another "
-                "class or configuration. Load the model it was made for"
+                f"{what} was made for {self.name!r}; this model ({model_name(model)!r}, {type(model).__name__}) has "
+                "another class or configuration. Load the model it was made for"
             )
 
     def recomputed_for(self, model: nn.Module) -> ModelFingerprint:
-        """The identity of ``model``, which passed :meth:`check_architecture`, with respect to this base's modules."""
-        modules = find_modules(model, self.weights)
-        return ModelFingerprint(
-            _name(model), self.config, {name: _weight_hash(module) for name, module in modules.items()}
-        )
+        """Compute the identity of ``model`` for the same modules; the model has passed :meth:`check_architecture`."""
+        return ModelFingerprint(model_name(model), self.config, _weight_hashes(model, self.weights))
 
     def changed_modules(self, model: nn.Module) -> list[str]:
-        """The modules whose weights are not those of this base."""
-        return [name for name, own in self.recomputed_for(model).weights.items() if own != self.weights[name]]
+        """Return the names of the modules whose weights differ in ``model``."""
+        return [name for name, digest in self.recomputed_for(model).weights.items() if digest != self.weights[name]]
 
     def check(self, model: nn.Module, what: str) -> None:
-        """Raise :class:`WrongBaseError` unless ``model`` is this base: same configuration, same edited weights."""
+        """Raise :class:`WrongBaseError` unless ``model`` is this base: same configuration, same edited weights.
+
+        Args:
+            model: the model.
+            what: what was made for this base, for the message ("this edit").
+        """
         self.check_architecture(model, what)
         if changed := self.changed_modules(model):
             raise WrongBaseError(
@@ -97,16 +104,29 @@ class ModelFingerprint:
                 "quantised just as it was"
             )
 
+    def is_compatible(self, other: ModelFingerprint) -> bool:
+        """Return whether both may be of the same model: one configuration, and no module with different weights."""
+        common = self.weights.keys() & other.weights.keys()
+        return self.config == other.config and all(self.weights[name] == other.weights[name] for name in common)
+
+    def union(self, other: ModelFingerprint) -> ModelFingerprint:
+        """Return the identity with respect to the modules of both, which must be compatible."""
+        return ModelFingerprint(self.name, self.config, {**self.weights, **other.weights})
+
+    def digest(self) -> str:
+        """Return one SHA-256 of configuration and weights."""
+        return hashlib.sha256(json.dumps([self.config, self.weights]).encode()).hexdigest()
+
 
 def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The named editable modules of ``model``.
+    """Return the named editable modules of ``model``.
 
     Raises:
-        ModelError: a name is unknown, or names something that is not a linear layer.
+        ModelError: a name is unknown, or names a layer of a kind that cannot be edited.
     """
-    found = {}
+    modules = {}
     for name in names:
-        module = _module(model, name)
+        module = _find_module(model, name)
         if module is None:
             editable = [n for n, _ in editable_layers(model)]
             raise ModelError(f"the model has no module {name!r}; {nearest(name, editable)}")
@@ -116,23 +136,26 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
                 "experts, and only convolutions that are matrices: a Conv2d whose kernel is 1x1 or equals its stride, "
                 "without padding, dilation or groups. Name another module"
             )
-        found[name] = module
-    return found
+        modules[name] = module
+    return modules
 
 
-def _module(model: nn.Module, name: str) -> nn.Module | None:
-    """The module of some name, of experts the one that stands for their parameter of that name."""
+def _find_module(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the module of a name; of experts, the module that stands for their parameter of that name."""
     parent, _, last = name.rpartition(".")
     try:
         holder = model.get_submodule(parent)
     except AttributeError:
         return None
-    own = getattr(holder, last, None)
-    return own if isinstance(own, nn.Module) else expert_linears(holder).get(last)
+    child = getattr(holder, last, None)
+    return child if isinstance(child, nn.Module) else expert_linears(holder).get(last)
 
 
-def _name(model: nn.Module) -> str:
-    """What the model was loaded as: a hub id, or a folder's last name (no path of a machine ends up in a file)."""
+def model_name(model: nn.Module) -> str:
+    """Return what the model was loaded as: a hub id, or the last part of a folder's path; its class if nothing says.
+
+    Names are written into files that are shared, so they hold no path of a machine.
+    """
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     return PurePath(name).name if PurePath(name).is_absolute() or name.startswith(".") else name
 
@@ -140,23 +163,25 @@ def _name(model: nn.Module) -> str:
 def _config_hash(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     # The difference to the defaults: a later transformers release that adds a setting does not change it.
-    described: dict[str, Any] = config.to_diff_dict() if config is not None and hasattr(config, "to_diff_dict") else {}
-    text = json.dumps([type(model).__name__, _lasting(described)], sort_keys=True, default=str)
+    settings: dict[str, Any] = config.to_diff_dict() if config is not None and hasattr(config, "to_diff_dict") else {}
+    text = json.dumps([type(model).__name__, _without_volatile(settings)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _lasting(value: Any) -> Any:
-    """A configuration without its volatile keys, nested ones included."""
+def _without_volatile(value: Any) -> Any:
+    """Return a configuration without its volatile keys, nested ones included."""
     if isinstance(value, dict):
-        return {str(k): _lasting(v) for k, v in value.items() if not _VOLATILE.fullmatch(str(k))}
+        return {str(k): _without_volatile(v) for k, v in value.items() if not _VOLATILE.fullmatch(str(k))}
     return value
 
 
 def hash_model(model: nn.Module) -> str:
-    """SHA-256 of everything that decides what ``model`` computes: class, configuration, and every stored byte.
+    """Return SHA-256 of all that decides what ``model`` computes: class, configuration, and every stored byte.
+
+    It reads all weights. :class:`ModelFingerprint` reads only those of some modules, and allows for another dtype.
 
     Raises:
-        ModelError: some weights are offloaded, and would all have to be brought here.
+        ModelError: some weights are offloaded; all of them would have to be loaded.
     """
     digest = hashlib.sha256(_config_hash(model).encode())
     for name, stored in model.state_dict(keep_vars=True).items():
@@ -170,28 +195,32 @@ def hash_model(model: nn.Module) -> str:
 
 
 _Stamp = tuple[int, int, torch.dtype, float]
-_seen: weakref.WeakKeyDictionary[nn.Module, tuple[_Stamp, str]] = weakref.WeakKeyDictionary()
-"""Hashes already taken. A weight is hashed again when its storage, its version or its sum has changed."""
+_hashed: weakref.WeakKeyDictionary[nn.Module, tuple[_Stamp, str]] = weakref.WeakKeyDictionary()
+"""Hashes by module. A weight is hashed again when its storage, its version or its sum has changed."""
+
+
+def _weight_hashes(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    return {name: _weight_hash(module) for name, module in find_modules(model, names).items()}
 
 
 def _weight_hash(module: nn.Module) -> str:
-    with _brought(module):
+    with _weights_on_cpu(module):
         weight = weight_of(module).detach()
-        parts = _stored(module) if is_quantized(module) else {str(tuple(weight.shape)): weight}
+        parts = _stored_parts(module) if is_quantized(module) else {str(tuple(weight.shape)): weight}
         first = next(iter(parts.values()))
         stamp = (first.data_ptr(), first._version, first.dtype, sum(_sum(part) for part in parts.values()))
-        remembered = _seen.get(module)
+        previous = _hashed.get(module)
         # NaN never equals itself, so a broken weight is hashed every time; that is harmless.
-        if remembered is None or remembered[0] != stamp:
-            _seen[module] = remembered = (stamp, _sha256(parts))
-        return remembered[1]
+        if previous is None or previous[0] != stamp:
+            _hashed[module] = previous = (stamp, _sha256(parts))
+        return previous[1]
 
 
-def _brought(module: nn.Module) -> AbstractContextManager[None]:
-    """Within the block, the module's weights are there to be read, also if Accelerate keeps them elsewhere.
+def _weights_on_cpu(module: nn.Module) -> AbstractContextManager[None]:
+    """Load weights that Accelerate offloads to the CPU within the context; others are left where they are.
 
     Raises:
-        ModelError: nothing says where they are.
+        ModelError: the weights have no values, and nothing offloads them.
     """
     if not weight_of(module).is_meta:
         return nullcontext()
@@ -203,22 +232,22 @@ def _brought(module: nn.Module) -> AbstractContextManager[None]:
         )
     from accelerate.utils import align_module_device
 
-    brought: AbstractContextManager[None] = align_module_device(holder, torch.device("cpu"))
-    return brought
+    aligned: AbstractContextManager[None] = align_module_device(holder, torch.device("cpu"))
+    return aligned
 
 
-def _stored(module: nn.Module) -> dict[str, Tensor]:
-    """The bytes of everything that a quantised weight consists of, as a checkpoint would hold it; the weight first."""
+def _stored_parts(module: nn.Module) -> dict[str, Tensor]:
+    """Return the bytes of all that a quantised weight consists of, as a checkpoint would hold it; the weight first."""
     state = module.state_dict()
-    found: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
     for name in sorted(state.keys() - {"bias"}, key=lambda name: (name != "weight", name)):
         for part, tensor in _unwrapped(name, state[name]):
-            found[f"{part} {tensor.dtype} {tuple(tensor.shape)}"] = tensor.detach().reshape(-1).view(torch.uint8)
-    return found
+            parts[f"{part} {tensor.dtype} {tuple(tensor.shape)}"] = tensor.detach().reshape(-1).view(torch.uint8)
+    return parts
 
 
 def _unwrapped(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors inside of a tensor that wraps others, or the tensor itself."""
+    """Yield the plain tensors inside a tensor subclass that wraps others, or the tensor itself, with their names."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return
@@ -227,6 +256,7 @@ def _unwrapped(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sum(part: Tensor) -> float:
+    # MPS has no float64.
     return float(part.sum(dtype=torch.float32 if part.device.type == "mps" else torch.float64))
 
 

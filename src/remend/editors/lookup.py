@@ -105,7 +105,7 @@ class LookupEdit:
         """Both caches as one."""
         if not isinstance(other, LookupEdit):
             return NotImplemented
-        if (self.base.config, self.base.weights) != (other.base.config, other.base.weights):
+        if not self.base.is_compatible(other.base):
             raise EditError("these caches are of different models and cannot be one")
         keys, values = torch.cat([self.keys, other.keys]), torch.cat([self.values, other.values])
         return replace(self, keys=keys, values=values, requests=self.requests + other.requests)

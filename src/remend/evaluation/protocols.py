@@ -15,6 +15,7 @@ from remend.evaluation.metrics.perplexity import PerplexityText
 from remend.evaluation.metrics.scoring import Scorer
 from remend.evaluation.reports.report import Case, Report, Run, environment
 from remend.evaluation.runner import EvaluationRunner
+from remend.fingerprint import model_name
 from remend.request import EditRequest
 from remend.tasks import task_of
 
@@ -209,7 +210,7 @@ def _report(
 ) -> Report:
     text = bench.text
     return Report(
-        model=str(bench.task.model.config._name_or_path),
+        model=model_name(bench.task.model),
         data=data,
         editor=name,
         protocol=protocol,

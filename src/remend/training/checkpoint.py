@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import warnings
 from array import array
@@ -145,7 +144,7 @@ def _identity(trainer: Trainer) -> dict[str, Any]:
         "training settings": to_json(trainer.config),
         "editor settings": to_json(trainer.editor.config),
         "edited matrices": list(trainer.editor.shapes),
-        "base model": hashlib.sha256(json.dumps([base.config, base.weights]).encode()).hexdigest(),
+        "base model": base.digest(),
         "training data": data.hexdigest(),
         "cache": trainer.resources.cache,
         "precision": trainer.resources.precision,
