@@ -1,14 +1,22 @@
 """The built-in world: its facts, its model, its editor, and what the shipped editor reaches."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 
 import remend
+from remend import assets
 from remend.assets import ATLAS_FOLDER
 from remend.data import atlas
 from remend.editors import strength_search as settling
 from remend.editors.strength_search import LARGEST, UneditedPass, settled, taking_scales
+from remend.errors import ModelError
+from remend.models import skeleton
 from remend.tasks.causal_lm import CausalLM
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +80,24 @@ def test_the_model_knows_its_facts_in_every_phrasing(world):
 def test_sizes():
     for part in ("model", "editor"):
         assert sum(file.stat().st_size for file in (ATLAS_FOLDER / part).iterdir()) <= 8_000_000
+
+
+def test_the_wheel_is_small_and_says_where_the_other_models_are(tmp_path, monkeypatch):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    excluded = [ROOT / path for path in project["tool"]["hatch"]["build"]["targets"]["wheel"]["exclude"]]
+    assert sorted(excluded) == sorted(assets.BUILT_IN_MODELS[name] for name in ("questions", "claims"))
+    shipped = (
+        path
+        for path in ATLAS_FOLDER.parent.rglob("*")
+        if path.is_file() and not any(path.is_relative_to(folder) for folder in excluded)
+    )
+    assert sum(path.stat().st_size for path in shipped) <= 13_500_000
+    monkeypatch.setitem(assets.BUILT_IN_MODELS, "questions", tmp_path / "none")
+    for load in (remend.load, skeleton):
+        with pytest.raises(
+            ModelError, match=r"'questions' is not part .* src/remend/assets/questions/model\. Give that"
+        ):
+            load("questions")
 
 
 def test_the_shipped_editor(world):

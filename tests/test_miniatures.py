@@ -11,7 +11,7 @@ from remend.data.claims import LABELS, Claim
 from remend.errors import RequestError
 from remend.tasks.seq2seq import Seq2SeqLM
 
-SOURCES = {"questions": questions, "claims": claims}
+FACT_SETS = {"questions": questions.fact_set, "claims": claims.claim_set}
 LARGEST = 4_000_000
 
 
@@ -32,9 +32,9 @@ def judged(checker, texts):
     return found
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", FACT_SETS)
 def test_phrasings(name):
-    relations = SOURCES[name].fact_set().relations
+    relations = FACT_SETS[name]().relations
     assert relations.keys() == atlas.relations().keys()
     every = [phrasing for relation in relations.values() for phrasing in relation.all_phrasings]
     assert len(set(every)) == len(every), "a phrasing asks for one relation only"
@@ -42,7 +42,7 @@ def test_phrasings(name):
     assert all(phrasing.count(slot) == 1 for phrasing in every for slot in slots)
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", FACT_SETS)
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_requests(name, split):
     requests = remend.read_source(f"{name}:{split}")
@@ -57,7 +57,7 @@ def test_requests(name, split):
         assert request.target != request.model_extra["ground_truth"]
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", FACT_SETS)
 def test_splits_are_the_atlas_s(name):
     """By subject; so no two splits share one."""
     for split in atlas.SPLITS:
@@ -65,7 +65,7 @@ def test_splits_are_the_atlas_s(name):
         assert asked == {fact.subject for fact in atlas.facts() if fact.split == split}
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", FACT_SETS)
 def test_a_split_that_is_not_there(name):
     with pytest.raises(RequestError, match=f"{name} has no split 'tset'; it has {name}:train"):
         remend.read_source(f"{name}:tset")

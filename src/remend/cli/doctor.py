@@ -50,7 +50,7 @@ def doctor(
 
     Of a config.json, or a folder without weights: what would be edited, and what it would take, without a self-test.
     """
-    from remend.assets import BUILT_IN
+    from remend.assets import BUILT_IN_MODELS
     from remend.data import read_source
     from remend.serialization import write_json
     from remend.tasks import task_of
@@ -65,7 +65,7 @@ def doctor(
             raise ConfigError("--memory is for a model with weights: of a configuration alone, activations are unknown")
         _dry(model, chosen[0], modules or (), layers, dtype, json)
         return
-    own = f"{model}:train" if model in BUILT_IN else None
+    own = f"{model}:train" if model in BUILT_IN_MODELS else None
     requests = read_source(data or own or "atlas:train")
     base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
     if data is None and own is None and not isinstance(task_of(base, tokenizer), LanguageTask):

@@ -203,14 +203,17 @@ def find_editor(editor: str | None, model: str, text: Path | None = None, seed: 
         ConfigError: there is no such editor, or it takes no text.
         FileError: the folder holds none.
     """
-    from remend.assets import ATLAS, ATLAS_FOLDER, BUILT_IN
+    from remend.assets import ATLAS, ATLAS_FOLDER, BUILT_IN_MODELS
     from remend.core.layers import execution_device
     from remend.data import read_text
     from remend.editors import EDITORS, TRAINED, UNTRAINED, load_editor, make
     from remend.errors import ConfigError, nearest
 
     mistyped = (
-        editor is None and model not in BUILT_IN and not os.path.isdir(model) and get_close_matches(model, [ATLAS])
+        editor is None
+        and model not in BUILT_IN_MODELS
+        and not os.path.isdir(model)
+        and get_close_matches(model, [ATLAS])
     )
     if mistyped:
         raise ConfigError(

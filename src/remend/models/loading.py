@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_accelerate_available, is_bitsandbytes_available, is_torchao_available
 
-from remend.assets import BUILT_IN
+from remend.assets import BUILT_IN_MODELS, model_folder
 from remend.core.layers import is_editable, is_quantized
 from remend.errors import ConfigError, ModelError, nearest
 
@@ -84,12 +84,12 @@ def load(
     if quantise and quantise not in QUANTISATIONS:
         raise ConfigError(f"there is no quantisation {quantise!r}; {nearest(quantise, QUANTISATIONS)}")
     target = choose_device("auto" if device == MAP else device)
-    source = str(BUILT_IN[model] / "model") if model in BUILT_IN else model
+    source = str(model_folder(model)) if model in BUILT_IN_MODELS else model
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source} is not a model folder: it has no config.json")
     if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ModelError(
-            f"there is no folder {source}; MODEL is {', '.join(map(repr, BUILT_IN))}, a folder or a hub id"
+            f"there is no folder {source}; MODEL is {', '.join(map(repr, BUILT_IN_MODELS))}, a folder or a hub id"
         )
     if device == MAP:
         _require("accelerate", "big", "device 'map'")
@@ -103,7 +103,7 @@ def load(
     ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "the folder" if Path(source).exists() else "taken for a hub id, since no folder has this name"
-        where += f"; did you mean {meant[0]!r}?" if (meant := get_close_matches(model, BUILT_IN, n=1)) else ""
+        where += f"; did you mean {meant[0]!r}?" if (meant := get_close_matches(model, BUILT_IN_MODELS, n=1)) else ""
         raise ModelError(f"cannot load {model!r} ({where}) as a language model or classifier: {reason}") from error
     loaded.config._name_or_path = model
     if "device_map" not in placed:  # else it lies where it belongs, and must not be moved
@@ -123,7 +123,7 @@ def skeleton(model: str) -> PreTrainedModel:
     Raises:
         ModelError: it is no configuration of a language model or classifier.
     """
-    source = str(BUILT_IN[model] / "model") if model in BUILT_IN else model
+    source = str(model_folder(model)) if model in BUILT_IN_MODELS else model
     try:
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
