@@ -21,9 +21,9 @@ TEXTS = ["Oslo", "The capital of Peru is", "a", "Which city rules Egypt ? It is 
 
 def dense_gradients(task, names, pair):
     """Autograd's gradient of one pair's loss, of a copy of the model, as [d_out, d_in]."""
-    own = CausalLM(copy.deepcopy(task.model), task.tokenizer)
-    own.loss(own.collate([pair])).sum().backward()
-    modules = {name: own.model.get_submodule(name) for name in names}
+    copied = CausalLM(copy.deepcopy(task.model), task.tokenizer)
+    copied.loss(copied.collate([pair])).sum().backward()
+    modules = {name: copied.model.get_submodule(name) for name in names}
     return {n: m.weight.grad.T if is_conv1d(m) else m.weight.grad for n, m in modules.items()}
 
 
@@ -140,7 +140,7 @@ def test_square_conv1d_is_told_by_its_class():
 def test_nan_weights_are_named(task, snapshot):
     weight = task.model.get_input_embeddings().weight
     batch = task.collate([task.tokenise("Oslo is", "Rome")])
-    kept = weight.detach().clone()
+    original = weight.detach().clone()
     with torch.no_grad():
         weight[:] = float("nan")
     with pytest.raises(NonFiniteError, match=r"loss of the edit is not finite .*embed|wte"):
@@ -151,7 +151,7 @@ def test_nan_weights_are_named(task, snapshot):
             lambda: task.loss(batch),
         )
     with torch.no_grad():
-        weight.copy_(kept)
+        weight.copy_(original)
     snapshot()
 
 

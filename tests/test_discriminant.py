@@ -43,28 +43,37 @@ def fitted(keys, near):
     contrast = Discriminant(keys[0][0].numel(), CPU)
     half = len(keys) // 2
     for part in (slice(0, half), slice(half, None)):  # in two parts, as batches
-        own, around = keys[part], near[part]
+        part_keys, part_near = keys[part], near[part]
         contrast.update(
-            torch.stack(list(itertools.chain(*own))),
-            torch.tensor([i for i, group in enumerate(own) for _ in group]),
-            torch.stack(list(itertools.chain(*around))),
-            torch.tensor([i for i, group in enumerate(around) for _ in group]),
+            torch.stack(list(itertools.chain(*part_keys))),
+            torch.tensor([i for i, group in enumerate(part_keys) for _ in group]),
+            torch.stack(list(itertools.chain(*part_near))),
+            torch.tensor([i for i, group in enumerate(part_near) for _ in group]),
         )
     return contrast
 
 
 def test_contrast_is_what_its_definition_says():
     keys, near = facts(20, 6, 0.5)
-    found = fitted(keys, near).operator(0.7, 1e-3).inner
+    operator = fitted(keys, near).operator(0.7, 1e-3).inner
     every = torch.stack(list(itertools.chain(*keys))).double()
     moment = every.T @ every / len(every)
-    same = torch.stack([torch.outer(a, b) for own in keys for a, b in itertools.permutations(own, 2)]).double().mean(0)
-    pairs = [torch.outer(a, b) for own, around in zip(keys, near, strict=True) for a in own for b in around]
+    same = (
+        torch.stack([torch.outer(a, b) for prompts in keys for a, b in itertools.permutations(prompts, 2)])
+        .double()
+        .mean(0)
+    )
+    pairs = [
+        torch.outer(a, b)
+        for prompts, neighbours_of in zip(keys, near, strict=True)
+        for a in prompts
+        for b in neighbours_of
+    ]
     neighbours = torch.stack(pairs).double().mean(0)
     inverse = torch.linalg.inv(moment + 1e-3 * moment.diagonal().mean() * torch.eye(6))
     expected = inverse @ (same - 0.7 * (neighbours + neighbours.T) / 2) @ inverse
     expected /= (every @ expected * every).sum(1).mean()
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(operator.double(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_contrast_tells_paraphrases_from_neighbours_of_unseen_facts():
@@ -76,45 +85,45 @@ def test_contrast_tells_paraphrases_from_neighbours_of_unseen_facts():
     torch.manual_seed(5)
     scores = {"plain": [], "contrast": []}
     for number in range(200):
-        relation, own, other = relations[number % 4], torch.randn(d), torch.randn(d)
-        u, paraphrase, neighbour = (s + 3 * relation + 0.7 * torch.randn(d) for s in (own, own, other))
+        relation, subject, other_subject = relations[number % 4], torch.randn(d), torch.randn(d)
+        u, paraphrase, neighbour = (s + 3 * relation + 0.7 * torch.randn(d) for s in (subject, subject, other_subject))
         for name, direction in (("plain", u), ("contrast", operator @ u)):
             scores[name].append((direction @ paraphrase / (direction @ u), direction @ neighbour / (direction @ u)))
-    apart = {name: sum(float(p > 0.4 > n) for p, n in own) / len(own) for name, own in scores.items()}
+    apart = {name: sum(float(p > 0.4 > n) for p, n in pairs) / len(pairs) for name, pairs in scores.items()}
     assert apart["plain"] < 0.1
     assert apart["contrast"] > 0.9
 
 
 def test_contrast_of_too_few_facts_is_left_alone():
-    found = fitted(*facts(4, 64, 0.7)).operator(1.0, 1e-2).inner
-    torch.testing.assert_close(found, found[0, 0] * torch.eye(64))
-    assert found[0, 0] > 0
+    operator = fitted(*facts(4, 64, 0.7)).operator(1.0, 1e-2).inner
+    torch.testing.assert_close(operator, operator[0, 0] * torch.eye(64))
+    assert operator[0, 0] > 0
 
 
 def test_contrast_that_does_not_hold_of_other_facts_is_left_alone():
     """Paraphrases hardly differ, and fewer facts than the keys have dimensions: others lie in directions not seen."""
     d = 64
-    found = fitted(*facts(12, d, 0.01)).operator(1.0, 1e-3).inner
-    torch.testing.assert_close(found, found[0, 0] * torch.eye(d))
-    more = fitted(*facts(200, d, 0.01)).operator(1.0, 1e-3).inner
-    assert (more - more.diag().mean() * torch.eye(d)).norm() > 0.1 * more.norm(), "of more facts it holds"
+    few = fitted(*facts(12, d, 0.01)).operator(1.0, 1e-3).inner
+    torch.testing.assert_close(few, few[0, 0] * torch.eye(d))
+    many = fitted(*facts(200, d, 0.01)).operator(1.0, 1e-3).inner
+    assert (many - many.diag().mean() * torch.eye(d)).norm() > 0.1 * many.norm(), "of more facts it holds"
 
 
 def test_without_paraphrases_keys_are_left_as_they_are():
     contrast = Discriminant(4, CPU)
     keys = torch.randn(50, 4)
     contrast.update(keys, torch.arange(50), torch.empty(0, 4), torch.empty(0, dtype=torch.long))
-    found = contrast.operator(1.0, 1e-3).inner
-    torch.testing.assert_close(found, torch.eye(4) / keys.square().sum(1).mean())
+    operator = contrast.operator(1.0, 1e-3).inner
+    torch.testing.assert_close(operator, torch.eye(4) / keys.square().sum(1).mean())
 
 
 def test_inputs_are_what_the_modules_are_called_with(task):
     modules = editable_modules(task.model)
     batch = task.collate([task.tokenise(r.prompt, r.target) for r in worlds.requests(3)])
-    found = record_inputs(task.model, modules, batch.rows, lambda: task.target_logits(batch))
+    inputs = record_inputs(task.model, modules, batch.rows, lambda: task.target_logits(batch))
     editor = Mend.for_model(task.model, MendConfig(rank=4))
     for name, factor in editor.capture(task, batch).items():
-        torch.testing.assert_close(found[name].x[batch.mask], factor.u[batch.mask])
+        torch.testing.assert_close(inputs[name].x[batch.mask], factor.u[batch.mask])
 
 
 def test_the_default_edits_outputs_at_target_tokens_and_each_answers_to_itself_with_one(task):
@@ -126,10 +135,10 @@ def test_the_default_edits_outputs_at_target_tokens_and_each_answers_to_itself_w
     pairs = [task.tokenise(r.prompt, r.target) for r in requests[:5]]
     factors = editor.capture(task, task.collate(pairs))
     rows = editor.rows(factors)
-    for name, own in rows.items():
-        assert own.counts == tuple(len(pair.target) for pair in pairs)
+    for name, packed in rows.items():
+        assert packed.counts == tuple(len(pair.target) for pair in pairs)
         aimed, _ = editor.transform(rows)[name]
-        answers = (aimed * own.u).sum(1)
+        answers = (aimed * packed.u).sum(1)
         assert ((answers - 1).abs() < 1e-3).sum() >= len(answers) / 4
         assert answers.max() < 1.001, "no token answers with more"
 
@@ -156,14 +165,14 @@ def test_contrast_and_settling_survive_saving(task, tmp_path):
     again = Mend.from_pretrained(tmp_path / "editor")
     for name, value in editor.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-6, atol=1e-7)
-    for edit, other in zip(
+    for edit, loaded_edit in zip(
         editor.edit_each(task.model, task.tokenizer, requests[:3]),
         again.edit_each(task.model, task.tokenizer, requests[:3]),
         strict=True,
     ):
         for name, change in edit.changes.items():
-            torch.testing.assert_close(other.changes[name].u, change.u, rtol=1e-3, atol=1e-5)
-            torch.testing.assert_close(other.changes[name].delta, change.delta, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(loaded_edit.changes[name].u, change.u, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(loaded_edit.changes[name].delta, change.delta, rtol=1e-3, atol=1e-5)
 
 
 def test_a_setting_that_makes_no_sense_is_refused():
@@ -236,10 +245,10 @@ def test_one_fact_asked_for_by_several_requests_counts_once(task):
         paraphrases=("The capital of Peru is",),
         near=(Probe(prompt="The capital of Egypt is", target="Cairo"),),
     )
-    other = EditRequest(prompt="The capital of India is", target="Rome")
-    found = Episodes(task, [request, again, other], seed=0).facts()
-    assert sorted(len(fact.prompts) for fact in found) == [1, 2]
-    assert sum(len(fact.near) for fact in found) == 1
+    unrelated = EditRequest(prompt="The capital of India is", target="Rome")
+    facts_found = Episodes(task, [request, again, unrelated], seed=0).facts()
+    assert sorted(len(fact.prompts) for fact in facts_found) == [1, 2]
+    assert sum(len(fact.near) for fact in facts_found) == 1
 
 
 def test_a_gated_edit_acts_only_where_it_is_asked_for():

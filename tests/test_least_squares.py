@@ -44,19 +44,19 @@ def test_each_key_gets_its_move(gate):
 
 def test_experts_do_not_answer_to_each_other():
     torch.manual_seed(0)
-    keys, moves, whose = torch.randn(6, 16) + 1, torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
-    change = least_squares(keys, moves, ridge=1e-6, experts=whose)
-    torch.testing.assert_close(change.output_change(keys, whose), moves, rtol=1e-3, atol=1e-3)
-    own = least_squares(keys[whose == 1], moves[whose == 1], ridge=1e-6)
-    torch.testing.assert_close(change.dense(2)[1], own.dense(), rtol=1e-3, atol=1e-3)
+    keys, moves, experts = torch.randn(6, 16) + 1, torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+    change = least_squares(keys, moves, ridge=1e-6, experts=experts)
+    torch.testing.assert_close(change.output_change(keys, experts), moves, rtol=1e-3, atol=1e-3)
+    alone = least_squares(keys[experts == 1], moves[experts == 1], ridge=1e-6)
+    torch.testing.assert_close(change.dense(2)[1], alone.dense(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_metric_is_made_definite():
     values = torch.tensor([1.0, 0.5, -0.2, 0.001])
     basis = torch.linalg.qr(torch.randn(6, 3))[0]
     for metric in (SymmetricOperator(values.diag()), SymmetricOperator(values, basis)):
-        kept = make_definite(metric).matrix.diagonal()
-        torch.testing.assert_close(kept, torch.tensor([1.0, 0.5, EIGENVALUE_FLOOR, EIGENVALUE_FLOOR]))
+        values_kept = make_definite(metric).matrix.diagonal()
+        torch.testing.assert_close(values_kept, torch.tensor([1.0, 0.5, EIGENVALUE_FLOOR, EIGENVALUE_FLOOR]))
 
 
 def test_each_matrix_moves_at_each_request_as_by_its_edit_alone():
@@ -68,7 +68,7 @@ def test_each_matrix_moves_at_each_request_as_by_its_edit_alone():
     alone = editor._changes(task, requests, inputs)
     together = editor.edit(model, tokenizer, requests)
     for name, change in together.changes.items():
-        parts = [own[name] for own in alone]
+        parts = [changes[name] for changes in alone]
         assert max(part.rank for part in parts) > 1
         keys = torch.cat(inputs[name])
         wanted = torch.cat(
@@ -86,10 +86,10 @@ def test_edits_together_act_as_each_alone():
     before = remend.answers(model, tokenizer, [r.prompt for r in requests])
     edit = editor.edit(model, tokenizer, requests)
     with edit.applied(model):
-        found = remend.answers(model, tokenizer, [r.prompt for r in requests])
-    assert sum(one == r.target for one, r in zip(found, requests, strict=True)) >= 72, found
+        answers = remend.answers(model, tokenizer, [r.prompt for r in requests])
+    assert sum(answer == r.target for answer, r in zip(answers, requests, strict=True)) >= 72, answers
     editor.config = type(editor.config)(**{**editor.config.__dict__, "aggregate": "sum"})
     with editor.edit(model, tokenizer, requests).applied(model):
         summed = remend.answers(model, tokenizer, [r.prompt for r in requests])
-    assert sum(one == r.target for one, r in zip(summed, requests, strict=True)) < 60
+    assert sum(answer == r.target for answer, r in zip(summed, requests, strict=True)) < 60
     assert remend.answers(model, tokenizer, [r.prompt for r in requests]) == before

@@ -47,10 +47,10 @@ def test_recompression_is_the_best_of_its_rank(rank, d_in, d_out):
     change = drawn(rank, d_in, d_out)
     whole = change.recompress(min(rank, d_in, d_out))
     torch.testing.assert_close(whole.dense(), change.dense(), rtol=1e-3, atol=1e-4)
-    one = change.recompress(1)
+    compressed = change.recompress(1)
     values = torch.linalg.svdvals(change.dense())
-    assert one.rank == 1
-    torch.testing.assert_close((one.dense() - change.dense()).norm(), values[1:].norm(), rtol=1e-3, atol=1e-3)
+    assert compressed.rank == 1
+    torch.testing.assert_close((compressed.dense() - change.dense()).norm(), values[1:].norm(), rtol=1e-3, atol=1e-3)
 
 
 def test_changes_are_compared_by_identity():

@@ -78,16 +78,16 @@ def test_hooks_change_nothing_and_leave_nothing(model):
     before = logits(model)
     linear = find_modules(model, [NAME])[NAME]
     assert find_modules(model, [NAME])[NAME] is linear
-    seen = []
-    handle = linear.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    shapes = []
+    handle = linear.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
-    assert seen
+    assert shapes
     assert "forward" in linear.owner.__dict__
     handle.remove()
     handle.remove()
     assert "forward" not in linear.owner.__dict__
     assert torch.equal(logits(model), before)
-    assert len(seen) == 1
+    assert len(shapes) == 1
     assert not any("owner" in key for key in model.state_dict())
 
 
@@ -111,9 +111,9 @@ def test_each_row_goes_through_its_own_matrix(model):
     x, experts = torch.randn(7, 16), torch.tensor([3, 0, 3, 1, 0, 2, 3])
     weight = linear.weight.mT if linear.transposed else linear.weight
     for row, expert in zip(linear(x, experts), experts.tolist(), strict=True):
-        own = weight[expert] @ x[experts == expert].T
+        outputs = weight[expert] @ x[experts == expert].T
         bias = linear.owner.gate_up_proj_bias[expert] if linear.owner.has_bias else 0
-        assert (torch.isclose(own.T + bias, row, rtol=1e-4, atol=1e-5).all(1)).any()
+        assert (torch.isclose(outputs.T + bias, row, rtol=1e-4, atol=1e-5).all(1)).any()
 
 
 def test_a_copy_of_an_edited_model_stays_edited(model):
@@ -138,8 +138,8 @@ def test_factors_belong_to_those_that_tokens_are_routed_to(model):
     assert torch.equal(factors.experts.view(-1, routed[0].shape[1]), routed[0])
     gradient = factors.gradient(find_modules(model, [NAME])[NAME].num_experts)
     for expert in range(gradient.shape[1]):
-        asked = ((factors.experts == expert) & factors.active).any(1)
-        assert torch.equal(gradient[:, expert].flatten(1).any(1), asked)
+        has_rows = ((factors.experts == expert) & factors.active).any(1)
+        assert torch.equal(gradient[:, expert].flatten(1).any(1), has_rows)
 
 
 def test_low_rank_changes_of_experts():
@@ -154,10 +154,10 @@ def test_low_rank_changes_of_experts():
     torch.testing.assert_close(stack([a, wide]).dense(3), torch.stack([dense, wide.dense(3)]))
     torch.testing.assert_close(stack([a, wide]).select(torch.tensor([1])).dense(3)[0], wide.dense(3))
     torch.testing.assert_close(wide.recompress(4).dense(3), wide.dense(3), rtol=1e-3, atol=1e-4)
-    one = a.recompress(1)
-    assert one.experts.tolist() == a.experts.unique().tolist()
+    compressed = a.recompress(1)
+    assert compressed.experts.tolist() == a.experts.unique().tolist()
     values = torch.linalg.svdvals(dense)
-    torch.testing.assert_close((one.dense(3) - dense).norm(), values[:, 1:].norm(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close((compressed.dense(3) - dense).norm(), values[:, 1:].norm(), rtol=1e-3, atol=1e-3)
     assert expert_linears(linear) == {}
 
 
@@ -195,8 +195,8 @@ def test_experts_are_named_like_their_parameters(model):
 def test_experts_that_compute_in_another_way_are_refused_by_name():
     block = nn.Module()
     block.blocks = nn.ModuleList([nn.Module() for _ in range(3)])
-    for one in block.blocks:
-        one.matrices = nn.Parameter(torch.zeros(4, 8, 16))
+    for module in block.blocks:
+        module.matrices = nn.Parameter(torch.zeros(4, 8, 16))
     with pytest.raises(ModelError, match=r"blocks\.0\.matrices is one tensor of shape \(4, 8, 16\)"):
         editable_modules(block)
 

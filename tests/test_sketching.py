@@ -29,9 +29,9 @@ SETTINGS = TrainingConfig(batch_size=8, learning_rate=3e-3, alpha_learning_rate=
 def inputs(decay=0.7, tokens=400):
     """Vectors whose second moment has eigenvalues that fall by ``decay`` from one to the next."""
     generator = torch.Generator().manual_seed(0)
-    turned = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
+    rotation = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
     scales = decay ** (torch.arange(D) / 2)
-    return (torch.randn(10, tokens // 10, D, generator=generator) * scales) @ turned.T
+    return (torch.randn(10, tokens // 10, D, generator=generator) * scales) @ rotation.T
 
 
 def moments(u, directions):
@@ -96,16 +96,16 @@ def test_two_halves_add_up_to_the_whole():
 def contrast(whitener, noise=0.3, facts=200):
     """Of facts that paraphrases share in all directions, and neighbours in half of them."""
     generator = torch.Generator().manual_seed(1)
-    scales, turned = 0.8 ** torch.arange(D), torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
-    found = Discriminant(D, turned.device, whitener)
+    scales, rotation = 0.8 ** torch.arange(D), torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
+    discriminant = Discriminant(D, rotation.device, whitener)
     for _ in range(2):  # in two parts, as batches
-        own = torch.randn(facts, 1, D, generator=generator)
-        keys = own + noise * torch.randn(facts, 3, D, generator=generator)
-        near = own * (torch.arange(D) % 2) + torch.randn(facts, 2, D, generator=generator)
-        keys, near = ((rows * scales @ turned.T).reshape(-1, D) for rows in (keys, near))
+        shared = torch.randn(facts, 1, D, generator=generator)
+        keys = shared + noise * torch.randn(facts, 3, D, generator=generator)
+        near = shared * (torch.arange(D) % 2) + torch.randn(facts, 2, D, generator=generator)
+        keys, near = ((rows * scales @ rotation.T).reshape(-1, D) for rows in (keys, near))
         numbers = torch.arange(facts)
-        found.update(keys, numbers.repeat_interleave(3), near, numbers.repeat_interleave(2))
-    return found, keys
+        discriminant.update(keys, numbers.repeat_interleave(3), near, numbers.repeat_interleave(2))
+    return discriminant, keys
 
 
 def test_contrast_is_the_dense_one_of_moments_that_are_flat_outside():
@@ -120,8 +120,10 @@ def test_contrast_is_the_dense_one_of_moments_that_are_flat_outside():
     for moment in dense.moments.flatten(0, 1):
         moment.copy_(inside @ moment @ inside + (outside @ moment).trace() / (D - 8) * outside)
     dense.whitener = SymmetricOperator(SymmetricOperator(gains, basis)(torch.eye(D)))
-    found, right = wide.operator(0.7, 1e-7), dense.operator(0.7, 1e-7)
-    torch.testing.assert_close(found(torch.eye(D)), right.inner, rtol=1e-2, atol=1e-2 * float(right.inner.abs().max()))
+    operator, expected = wide.operator(0.7, 1e-7), dense.operator(0.7, 1e-7)
+    torch.testing.assert_close(
+        operator(torch.eye(D)), expected.inner, rtol=1e-2, atol=1e-2 * float(expected.inner.abs().max())
+    )
 
 
 def test_contrast_with_all_directions_but_one_is_the_dense_one():
@@ -177,9 +179,9 @@ class Shapes(TorchDispatchMode):
         self.found = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        self.found |= {tuple(own.shape) for own in tree_leaves(made) if isinstance(own, torch.Tensor)}
-        return made
+        result = function(*args, **(kwargs or {}))
+        self.found |= {tuple(tensor.shape) for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)}
+        return result
 
 
 @pytest.mark.parametrize("directions", [12, None])
