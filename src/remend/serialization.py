@@ -1,6 +1,6 @@
-"""Folders of one manifest (JSON) and one file of tensors (safetensors), written whole or not at all.
+"""Read and write saved edits and editors: folders of a manifest (JSON) and tensors (safetensors), written atomically.
 
-Nothing here is ever unpickled, and no path is read from a file: both names are fixed.
+Nothing is ever unpickled, and no path is read from a file: both file names are fixed.
 """
 
 from __future__ import annotations
@@ -25,25 +25,30 @@ from remend.errors import FileError, nearest
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
 HUB_PREFIX = "hf:"
-"""What begins the name of a folder on the Hugging Face hub: ``hf:owner/name``, or ``hf:owner/name@revision``."""
+"""How the name of a folder on the Hugging Face hub begins: ``hf:owner/name``, or ``hf:owner/name@revision``."""
 
 
-def _ours(path: Path) -> bool:
-    """Whether a folder holds nothing but what :func:`write_folder` wrote."""
+def _is_saved_by_remend(path: Path) -> bool:
+    """Return whether a folder holds nothing but what :func:`write_folder` wrote."""
     if not {entry.name for entry in path.iterdir()} <= {MANIFEST, TENSORS}:
         return False
     try:
-        found = parse_json((path / MANIFEST).read_bytes())
+        manifest = parse_json((path / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and str(found.get("format")).startswith("remend.")
+    return isinstance(manifest, dict) and str(manifest.get("format")).startswith("remend.")
 
 
 def write_folder(path: str | Path, kind: str, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write a folder of this ``kind`` (such as ``remend.edit/1``) and return its path.
+    """Write a folder of a manifest and tensors atomically and return its path.
 
-    Everything is written to a folder beside it that then takes its name, so a crash leaves the old content or the new.
-    A folder that holds something else than a manifest of ours is never replaced.
+    A crash leaves the old content or the new. A folder that holds anything that remend did not write is never replaced.
+
+    Args:
+        path: the folder.
+        kind: its format, such as ``remend.edit/1``.
+        manifest: the manifest, without format and checksum.
+        tensors: the tensors by name.
 
     Raises:
         FileError: ``path`` holds something else, or cannot be written.
@@ -56,18 +61,21 @@ def write_folder(path: str | Path, kind: str, manifest: Mapping[str, Any], tenso
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path, ours: Callable[[Path], bool] = _ours) -> Iterator[Path]:
-    """A folder to fill that takes its name only when all of it is on disk; after an exception it is gone.
+def atomic_folder(path: str | Path, replaceable: Callable[[Path], bool] = _is_saved_by_remend) -> Iterator[Path]:
+    """Yield a temporary folder to fill, and rename it to ``path`` when all of it is on disk.
+
+    After an exception the temporary folder is deleted, and ``path`` is as it was.
 
     Args:
-        path: the name that it will have.
-        ours: whether what stands there already may be replaced; by default what :func:`write_folder` wrote.
+        path: the final name.
+        replaceable: whether a folder that exists under that name may be replaced; by default one that
+            :func:`write_folder` wrote.
 
     Raises:
-        FileError: something else stands there, or it cannot be written.
+        FileError: something else exists under that name, or it cannot be written.
     """
     path = Path(path)
-    check_replaceable(path, ours)
+    check_replaceable(path, replaceable)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -75,25 +83,26 @@ def atomic_folder(path: str | Path, ours: Callable[[Path], bool] = _ours) -> Ite
         raise FileError(f"cannot write {path}: {error.strerror}; choose another place") from None
     try:
         yield staged
+        # Renaming before the content is on disk could leave empty files under the final name after a crash.
         for file in filter(Path.is_file, staged.rglob("*")):
-            _sync(file)
-        staged.chmod(0o777 & ~_umask())
-        _take_name(staged, path)
+            _flush_to_disk(file)
+        staged.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else read
+        _rename_folder(staged, path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise FileError(f"cannot write {path}: {reason}; what stood there before still does") from None
+        raise FileError(f"cannot write {path}: {reason}; what was there before is unchanged") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def check_replaceable(path: str | Path, ours: Callable[[Path], bool] = _ours) -> None:
-    """Refuse a place where something stands that is not ours to replace; call it before long work.
+def check_replaceable(path: str | Path, replaceable: Callable[[Path], bool] = _is_saved_by_remend) -> None:
+    """Raise if a folder cannot be written at ``path`` without replacing something of the user; call before long work.
 
-    Only an empty folder, or one that is ``ours`` (nothing but a manifest and tensors that remend wrote), may be
-    replaced.
+    Only an empty folder, or one for which ``replaceable`` is true (by default, nothing but a manifest and tensors that
+    remend wrote), may be replaced.
 
     Raises:
-        FileError: there is something else.
+        FileError: something else is there, or the folder above cannot be written to.
     """
     path = Path(path)
     if not path.exists():
@@ -104,7 +113,7 @@ def check_replaceable(path: str | Path, ours: Callable[[Path], bool] = _ours) ->
     if not path.is_dir():
         raise FileError(f"{path} is a file; choose a folder, or a name that is free")
     names = {entry.name for entry in path.iterdir()}
-    if names and not ours(path):
+    if names and not replaceable(path):
         raise FileError(
             f"{path} holds {', '.join(sorted(names)[:3])}, not just what remend wrote; it was left alone. "
             "Choose another folder"
@@ -112,23 +121,26 @@ def check_replaceable(path: str | Path, ours: Callable[[Path], bool] = _ours) ->
 
 
 def remove_temporary_folders(folder: Path) -> None:
-    """Delete what a process that was killed while writing into ``folder`` left behind under temporary names."""
+    """Delete temporary folders in ``folder`` that a process left which was killed while it wrote."""
     for entry in folder.glob(".*"):
         if entry.is_dir() and any((entry / name).exists() for name in (MANIFEST, TENSORS, "replaced")):
             shutil.rmtree(entry, ignore_errors=True)
 
 
 def read_format(path: str | Path) -> str:
-    """What a folder's manifest says that it is; empty where it has none, which :func:`read_manifest` explains."""
+    """Return the format that a folder's manifest gives; empty where there is none that can be read.
+
+    :func:`read_manifest` raises an error that says why.
+    """
     try:
-        found = parse_json((resolve_folder(path) / MANIFEST).read_bytes())
+        manifest = parse_json((resolve_folder(path) / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
         return ""
-    return str(found.get("format")) if isinstance(found, dict) else ""
+    return str(manifest.get("format")) if isinstance(manifest, dict) else ""
 
 
 def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
-    """The manifest of a folder written by :func:`write_folder`, checked for its kind but not against the tensors.
+    """Return the manifest of a folder that :func:`write_folder` wrote; its format is checked, the tensors are not.
 
     Raises:
         FileError: there is no such folder, the manifest is not JSON, or it is of another kind or version.
@@ -141,20 +153,20 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
         manifest = parse_json(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FileError(f"{file} is damaged, it is not JSON ({error}); save or fetch it again") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if str(found).partition("/")[0] != kind.partition("/")[0] and str(found).startswith("remend."):
+    written = manifest.get("format") if isinstance(manifest, dict) else None
+    if str(written).partition("/")[0] != kind.partition("/")[0] and str(written).startswith("remend."):
         raise FileError(
-            f"{path} holds a {found}, not a {kind}: this reads weights' changes or editors of them. What a cache or "
+            f"{path} holds a {written}, not a {kind}: this reads weights' changes or editors of them. What a cache or "
             "in-context made is read by remend.editors.load_edit"
         )
-    if found != kind:
-        raise FileError(f"{file} says format {found!r}; this version of remend reads {kind!r} here")
+    if written != kind:
+        raise FileError(f"{file} says format {written!r}; this version of remend reads {kind!r} here")
     assert isinstance(manifest, dict)
     return manifest
 
 
 def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Manifest and tensors of a folder written by :func:`write_folder`; the tensors are mapped, not yet read.
+    """Return manifest and tensors of a folder that :func:`write_folder` wrote; the tensors are memory-mapped.
 
     Raises:
         FileError: as :func:`read_manifest`, or the tensors are missing, truncated or not those of the manifest.
@@ -174,7 +186,7 @@ def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, 
 
 
 def read_verified_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a folder of whatever kind, with whose tensors all is well.
+    """Return the manifest of a folder of any format of remend, after checking the tensors against it.
 
     Raises:
         FileError: as :func:`read_folder`.
@@ -184,57 +196,68 @@ def read_verified_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def resolve_folder(path: str | Path) -> Path:
-    """A folder on this machine: the one that is named, or what :data:`HUB_PREFIX` names, fetched if it is not here yet.
+    """Return a local folder: ``path`` itself, or what ``hf:owner/name`` names, downloaded if it is not in the cache.
 
     Raises:
-        FileError: the hub does not give it.
+        FileError: it cannot be downloaded.
     """
     if not str(path).startswith(HUB_PREFIX):
         return Path(path)
-    found = re.fullmatch(r"(\w[\w.\-]*/\w[\w.\-]*)(?:@([\w.\-/]+))?", str(path).removeprefix(HUB_PREFIX))
-    if found is None:
+    match = re.fullmatch(r"(\w[\w.\-]*/\w[\w.\-]*)(?:@([\w.\-/]+))?", str(path).removeprefix(HUB_PREFIX))
+    if match is None:
         raise FileError(
             f"{path} is no folder on the hub: write {HUB_PREFIX}owner/name, or {HUB_PREFIX}owner/name@revision"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(found[1], revision=found[2], allow_patterns=[MANIFEST, TENSORS]))
+        return Path(snapshot_download(match[1], revision=match[2], allow_patterns=[MANIFEST, TENSORS]))
     except hub_errors() as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileError(f"cannot fetch {path}: {reason}") from None
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's library raises where there is no network, no such repository, or no right to it."""
+    """Return the errors that ``huggingface_hub`` raises without network, repository, or permission."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return (*HfHubHTTPError.__bases__, OSError, ValueError)  # its first base is that of all errors of its transport
+    # Its first base is that of all errors of the HTTP library, which is another one in other releases.
+    return (*HfHubHTTPError.__bases__, OSError, ValueError)
 
 
 def parse_json(content: bytes) -> Any:
-    """What a JSON document of unknown origin says, as the standard has it (RFC 8259), so that it can be written again.
+    """Parse a JSON document of unknown origin as the standard defines it (RFC 8259), so that it can be written again.
 
-    Python's own reader takes more: NaN, infinities, and halves of characters, which no UTF-8 file can hold.
+    Python's parser accepts more: NaN, infinities, and unpaired surrogates, which no UTF-8 file can hold.
 
     Raises:
         ValueError: it is not JSON.
         RecursionError: it is nested too deep.
     """
 
-    def refused(constant: str) -> float:
+    def refuse(constant: str) -> float:
         raise ValueError(f"{constant} is no number")
 
-    def finite(digits: str) -> float:
-        return float(digits) if abs(float(digits)) < float("inf") else refused(digits)
+    def finite_float(digits: str) -> float:
+        return float(digits) if abs(float(digits)) < float("inf") else refuse(digits)
 
-    found = json.loads(content, parse_constant=refused, parse_float=finite)
-    json.dumps(found, ensure_ascii=False).encode()
-    return found
+    document = json.loads(content, parse_constant=refuse, parse_float=finite_float)
+    json.dumps(document, ensure_ascii=False).encode()  # raises UnicodeEncodeError, a ValueError, at surrogates
+    return document
 
 
 def get_field(manifest: Mapping[str, Any], key: str, kind: type, where: str | Path) -> Any:
-    """``manifest[key]``, or a :class:`FileError` that says what is wrong with it."""
+    """Return ``manifest[key]``.
+
+    Args:
+        manifest: the manifest.
+        key: the key.
+        kind: the class that the value must have.
+        where: the file or folder, for messages.
+
+    Raises:
+        FileError: the key is missing, or its value is of another class.
+    """
     if key not in manifest:
         raise FileError(f"{where}: the manifest has no {key!r}; {nearest(key, manifest)}")
     value = manifest[key]
@@ -244,7 +267,7 @@ def get_field(manifest: Mapping[str, Any], key: str, kind: type, where: str | Pa
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write one JSON file under a temporary name, then rename it.
+    """Write a JSON file atomically.
 
     Raises:
         FileError: it cannot be written there.
@@ -253,12 +276,12 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def format_json(content: Mapping[str, Any]) -> str:
-    """JSON as remend writes it: for people too."""
+    """Format a JSON object as remend writes it, indented for people."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write one text file (UTF-8) under a temporary name, then rename it.
+    """Write a text file (UTF-8) atomically.
 
     Raises:
         FileError: it cannot be written there.
@@ -269,7 +292,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[TextIO]:
-    """A text file to write that takes its name only when all of it is on disk; after an exception it is gone.
+    """Yield a temporary text file (UTF-8) to write, and rename it to ``path`` when all of it is on disk.
+
+    After an exception the temporary file is deleted, and ``path`` is as it was.
 
     Raises:
         FileError: it cannot be written there.
@@ -291,22 +316,24 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file is safely on disk."""
+def _flush_to_disk(path: Path) -> None:
+    """Wait until the content of a file is on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _take_name(staged: Path, path: Path) -> None:
-    """Rename ``staged`` to ``path``; a folder that stands there moves aside, and goes when the new one is in place."""
+def _rename_folder(staged: Path, path: Path) -> None:
+    """Rename ``staged`` to ``path``; a folder of that name is moved away first, and deleted afterwards."""
     if not path.exists():
         staged.rename(path)
         return
+    # A folder that is not empty cannot be replaced in one step, so a crash between the two renames leaves no folder
+    # under the name, but the old one, whole, beside it.
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
     path.rename(aside / "replaced")
     try:
