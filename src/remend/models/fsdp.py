@@ -1,6 +1,6 @@
-"""A frozen base model whose weights lie in parts with several processes, gathered block by block when they are needed.
+"""Shard a frozen base model over several processes with torch's ``fully_shard`` (FSDP2).
 
-It is torch's ``fully_shard`` (FSDP2). No gradient of a weight ever exists here, so nothing is scattered back.
+The weights of a block are gathered when it runs. They are frozen, so no gradient is ever reduced or scattered.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from remend.models.blocks import find_blocks
 
 
 def fsdp_requested() -> bool:
-    """Whether the launcher asks for it (``accelerate launch --use_fsdp``), in more than one process."""
+    """Return whether the launcher asks for FSDP (``accelerate launch --use_fsdp``) in more than one process."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return several and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model was sharded: then every forward pass must be made by all processes together."""
+    """Return whether the model is sharded: then all processes must take part in every forward pass."""
     return isinstance(model, FSDPModule)
 
 
 def shard_model(model: nn.Module, device: torch.device) -> None:
-    """Share the model's weights among all processes, for good; each keeps its part on ``device``.
+    """Shard the model's weights over all processes, for good; each keeps its part on ``device``.
 
-    Blocks go there one after the other, so a model on the CPU may be larger than one device's memory.
+    Blocks are moved one after the other, so a model on the CPU may be larger than one device's memory. A model without
+    a list of blocks is sharded as a whole.
 
     Raises:
-        ModelError: it is quantised or offloaded, or has no stack of blocks.
+        ModelError: it is quantized or offloaded.
     """
     for name, parameter in model.named_parameters():
         if not is_plain_float(parameter) or not parameter.is_floating_point() or parameter.is_meta:
@@ -46,20 +47,24 @@ def shard_model(model: nn.Module, device: torch.device) -> None:
             )
     model.requires_grad_(False)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    for _, block in find_blocks(model):
-        fully_shard(block, mesh=mesh)
+    for name, block in find_blocks(model):
+        if name:
+            fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
 @contextmanager
 def unsharded(model: nn.Module, module: nn.Module) -> Iterator[None]:
-    """Within the block, a part of the model can be called on its own; all processes must come here."""
+    """Gather the weights of one module of the model within the context; all processes must enter it.
+
+    Then ``module`` can be called by itself: torch gathers weights only in the forward pass of a sharded module.
+    """
     holder = parameter_owner(module)
-    owners = [own for own in model.modules() if isinstance(own, FSDPModule) and holder in own.modules()]
-    for own in owners:
-        own.unshard()
+    sharded = [part for part in model.modules() if isinstance(part, FSDPModule) and holder in part.modules()]
+    for part in sharded:
+        part.unshard()
     try:
         yield
     finally:
-        for own in owners:
-            own.reshard()
+        for part in sharded:
+            part.reshard()
