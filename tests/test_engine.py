@@ -127,7 +127,7 @@ def test_products_are_right_by_either_library(monkeypatch, mkl_is_slow, rows):
     monkeypatch.setattr(products, "ONEDNN_MIN_MULTIPLICATIONS", 0)
     a, b, out = torch.randn(rows, 40), torch.randn(30, 40).mT, torch.empty(rows, 30)
     expected = (a.double() @ b.double()).float()
-    for found in (products.product(a, b), products.product(a.mT.contiguous().mT, b), products.product(a, b, out=out)):
+    for found in (products.matmul(a, b), products.matmul(a.mT.contiguous().mT, b), products.matmul(a, b, out=out)):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
