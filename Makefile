@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "remend needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint,plots,docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint,bench,docs]'
 	touch $@
 
 demo: install ## edit a few facts of the built-in model
@@ -46,7 +46,7 @@ bench-long: install ## how soon edits are good, and whether killed runs end alik
 	$(BIN)/python benchmarks/kill_and_resume.py
 	$(BIN)/python benchmarks/plot.py
 
-# PARAREL_FOLDER holds ParaRel's facts.tsv and templates.json, for the second world; without them it is passed over.
+# PARAREL_FOLDER holds ParaRel's facts.tsv and templates.json, for a second testbed; without them it is passed over.
 PARAREL_FOLDER ?=
 
 bench-frontier: install ## what was tried for edits that stay on their subject: some hours
@@ -55,7 +55,7 @@ bench-frontier: install ## what was tried for edits that stay on their subject: 
 	$(BIN)/python benchmarks/plot.py
 
 # WIKITEXT holds valid.txt and test.txt of WikiText-2, for the generation task, and COUNTERFACT its rows as JSON lines with
-# ParaRel's templates in PARAREL_FOLDER, for a world beside the built-in ones; without them, these are passed over.
+# ParaRel's templates in PARAREL_FOLDER, for a testbed beside the built-in ones; without them, these are passed over.
 WIKITEXT ?=
 COUNTERFACT ?=
 
@@ -65,7 +65,7 @@ bench-paper: install ## the paper's tables in miniature: some hours, fewer with 
 	test -z "$(COUNTERFACT)" || $(BIN)/python benchmarks/counterfact.py --source "$(COUNTERFACT)" \
 		--templates "$(PARAREL_FOLDER)/templates.json" --only-model
 	$(BIN)/python -m benchmarks.paper --out build/paper --jobs $(or $(JOBS),1) \
-		$(if $(WIKITEXT),--writer build/writer --text "$(WIKITEXT)/test.txt") $(if $(COUNTERFACT),--world build/counterfact)
+		$(if $(WIKITEXT),--writer build/writer --text "$(WIKITEXT)/test.txt") $(if $(COUNTERFACT),--testbed build/counterfact)
 
 # PARAREL=facts.tsv chooses the facts anew from ParaRel's triples (SOURCE.md); without it, the committed ones are used.
 PARAREL ?=

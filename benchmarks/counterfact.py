@@ -8,7 +8,7 @@ neighbours are chosen; a GPT-2 is trained from nothing to know them in five phra
 ``remend evaluate`` do what they do with anybody's model. Each test request is CounterFact's own: its template, its
 subject, its new target. On one thread in about an hour; models and requests go to ``build/counterfact``, the figures to
 ``benchmarks/results/counterfact.json`` and, as a table, beside it. ``--resume`` goes on with the model's checkpoint;
-``--only-model`` ends with the folder that ``python -m benchmarks.paper --world`` takes.
+``--only-model`` ends with the folder that ``python -m benchmarks.paper --testbed`` takes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/rivals.py
 
-A comparison is worth as much as the care that its rivals were given. ``paper.cells`` takes for each the
+A comparison is worth as much as the care that its rivals were given. ``paper.methods`` takes for each the
 settings with the largest sum of edit success, far and near locality over the worlds. It takes about twenty minutes on
 one thread.
 """
@@ -21,8 +21,8 @@ from typing import Any
 
 import common
 import remend
-from paper.cells import METHODS
-from paper.worlds import worlds
+from paper.methods import METHODS
+from paper.testbeds import make_testbeds
 from remend.editors import TRAINED
 from remend.evaluation.reports.report import metrics_of
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = common.start(arguments)
     rows = []
     for name in config["worlds"]:
-        source = worlds()[name].source
+        source = make_testbeds()[name].source
         world = (
             remend.load(source, "cpu"),
             remend.read_source(f"{source}:train"),

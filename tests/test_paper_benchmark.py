@@ -18,36 +18,42 @@ from remend.serialization import write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from paper import TABLES, Cell, Given, Scale, Workshop, cells, worlds
-from paper.cells import METHODS
-from paper.command import _command
-from paper.command import main as run
-from paper.drawing import COLOURS, Axis, chart
-from paper.memory import METHODS as MEASURED
-from paper.memory import measure
-from paper.render import _with_code
-from paper.results import Figure, Results, student
-from paper.tables import CACHE, EDITORS, TOGETHER
-from paper.workshop import attention_matrices
+from paper import experiments, testbeds
+from paper.charts import COLORS, Axis, line_chart
+from paper.cli import _command
+from paper.cli import main as run
+from paper.experiments import Cell, Scale
+from paper.methods import METHODS
+from paper.render import code_spans
+from paper.result_folder import ResultFolder
+from paper.results import Figure, Results, t_quantile
+from paper.runner import CellRunner, attention_matrices
+from paper.tables import CACHE, EDITORS, TABLES, TOGETHER
+from paper.testbeds import TestbedOptions, make_testbeds
+from paper.training_memory import MEMORY_METHODS, measure_memory
 
 TINY = Scale(seeds=2, requests=4, steps=2, train=40, many=4, text_tokens=32, memory=(256,))
 
 
 @pytest.fixture
 def claims(monkeypatch):
-    """Only the smallest world, and hardly any of it."""
-    only = {"claims": worlds.worlds()["claims"]}
-    monkeypatch.setattr(worlds, "worlds", lambda given=None: only)
+    """Only the smallest testbed, and hardly any of it."""
+    only = {"claims": make_testbeds()["claims"]}
+    monkeypatch.setattr(testbeds, "make_testbeds", lambda options=None: only)
     for name in ("FULL", "QUICK"):
-        monkeypatch.setattr(cells, name, TINY)
+        monkeypatch.setattr(experiments, name, TINY)
     return only
 
 
-KNOWN = ("passages", *worlds.worlds())
+KNOWN = ("passages", *make_testbeds())
 
 
-class Made:
-    """Results that are written down."""
+def runner_of(folder, beds, **options):
+    return CellRunner(ResultFolder(folder, beds, TINY), **options)
+
+
+class FixedResults:
+    """Figures that are written down, in place of measured ones."""
 
     def __init__(self, success, drawdown=None, locality=None):
         self._success, self._drawdown, self._locality = success, drawdown or {}, locality or {}
@@ -58,14 +64,14 @@ class Made:
     def drawdown(self, world, method, edits=1):
         return self._drawdown.get((world, method, edits), math.nan)
 
-    def given(self):
+    def user_testbeds(self):
         return [world for world in dict.fromkeys(world for world, _, _ in self._success) if world not in KNOWN]
 
     def locality(self, world, method, kind):
         return self._locality.get((world, method, kind), math.nan)
 
 
-def test_every_table_names_methods_and_worlds_that_exist():
+def test_every_table_names_methods_and_testbeds_that_exist():
     for table in TABLES.values():
         assert set(table.methods) <= METHODS.keys()
         assert {world for world, _ in table.columns} <= set(KNOWN)
@@ -86,51 +92,66 @@ def test_findings_hold_or_not():
     cached = {("questions", "cache", 1): 0.95, ("claims", "cache", 1): 0.99}
     well, fails = CACHE.findings
     cheap = {("questions", "cache", 1): 0.0, ("claims", "cache", 1): 0.01}
-    assert well.holds(Made(cached, cheap)) is True
-    assert well.holds(Made({**cached, ("claims", "cache", 1): 0.5}, cheap)) is False
-    assert well.holds(Made(cached, {**cheap, ("claims", "cache", 1): 0.3})) is False, "what it costs counts"
-    assert well.holds(Made({})) is None
-    assert fails.holds(Made(cached)) is None
-    assert fails.holds(Made({("passages", "cache", 1): 0.01, ("passages", "mend-paper", 1): 0.9})) is True
+    assert well.holds(FixedResults(cached, cheap)) is True
+    assert well.holds(FixedResults({**cached, ("claims", "cache", 1): 0.5}, cheap)) is False
+    assert well.holds(FixedResults(cached, {**cheap, ("claims", "cache", 1): 0.3})) is False, "what it costs counts"
+    assert well.holds(FixedResults({})) is None
+    assert fails.holds(FixedResults(cached)) is None
+    assert fails.holds(FixedResults({("passages", "cache", 1): 0.01, ("passages", "mend-paper", 1): 0.9})) is True
     bar = TOGETHER.findings[-1]
     both = {("facts", "mend", 125): 0.96, ("facts", "mend-gate", 125): 0.9}
     costs = {("facts", "mend", 125): 0.02, ("facts", "mend-gate", 125): 0.0}
-    assert bar.holds(Made(both, costs)) is False, "success and drawdown must be one method's"
-    assert bar.holds(Made(both, {**costs, ("facts", "mend", 125): 0.01})) is True
+    assert bar.holds(FixedResults(both, costs)) is False, "success and drawdown must be one method's"
+    assert bar.holds(FixedResults(both, {**costs, ("facts", "mend", 125): 0.01})) is True
     best = EDITORS.findings[-1]
     equal = {("facts", m, 1): 0.9 for m in ("mend", "ke", "enn")}
     places = {("facts", m, k): 0.9 for m in ("mend", "ke", "enn") for k in ("far", "near")}
-    assert best.holds(Made(equal, locality=places)) is True
-    assert best.holds(Made(equal, locality={**places, ("facts", "ke", "near"): 0.95})) is False
+    assert best.holds(FixedResults(equal, locality=places)) is True
+    assert best.holds(FixedResults(equal, locality={**places, ("facts", "ke", "near"): 0.95})) is False
     worse = {("own", m, 1): 0.9 for m in ("mend", "ke")} | {("own", "enn", 1): 0.95}
     there = {("own", m, k): 0.9 for m in ("mend", "ke", "enn") for k in ("far", "near")}
-    assert best.holds(Made(equal | worse, locality=places | there)) is False, "a given world counts"
+    assert best.holds(FixedResults(equal | worse, locality=places | there)) is False, (
+        "a testbed that the user gave counts"
+    )
 
 
 def test_intervals_over_seeds():
     assert Figure.of([0.5]) == Figure(0.5, None)
     figure = Figure.of([0.4, 0.5, 0.6])
     assert figure.mean == pytest.approx(0.5)
-    assert figure.half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    assert figure.half_width == pytest.approx(4.303 * 0.1 / math.sqrt(3))
     assert figure.text() == "0.500 ± 0.248"
     for seeds, quantile in ((2, 12.706), (9, 2.306), (10, 2.262), (31, 2.042), (32, 2.040), (101, 1.984)):
-        assert student(seeds - 1) == pytest.approx(quantile, abs=6e-4)
+        assert t_quantile(seeds - 1) == pytest.approx(quantile, abs=6e-4)
+
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_charts_name_each_line_once_and_apart():
-    across, up = Axis("edits", [(1, "1"), (5, "5"), (125, "125")], even=True), Axis("success", [(0, "0"), (1, "1")])
+    across = Axis("edits", [(1, "1"), (5, "5"), (125, "125")], evenly_spaced=True)
+    up = Axis("success", [(0, "0"), (1, "1")])
     lines = {"a": [(1, 1.0), (125, 0.5)], "none": [], "b<": [(1, 0.9), (5, 0.9), (125, 0.51)], "c": [(125, 0.5)]}
-    drawn = ElementTree.fromstring(chart("what", lines, across, up))
-    named = {text.text: float(text.get("y")) for text in drawn.iter("text") if text.get("style")}
-    ends = sorted(named[name] for name in ("a", "b<", "c"))
+    chart = line_chart("what <is> shown", lines, across, up)
+    drawn = ElementTree.fromstring(chart)
+    assert drawn.get("aria-label") == "what <is> shown"
+    texts = [(text.text, float(text.get("transform").split()[-1].rstrip(")"))) for text in drawn.iter(f"{SVG}text")]
+    names = [(name, height) for name, height in texts if name in lines]
+    assert sorted(name for name, _ in names) == ["a", "b<", "c"], "each once, and none without points"
+    ends = sorted(height for _, height in names)
     assert all(after - before >= 14.9 for before, after in itertools.pairwise(ends))
-    assert "none" not in named
-    points = [line.get("points").split() for line in drawn.iter("polyline")]
-    assert [len(own) for own in points] == [2, 3, 1]
-    assert points[0][-1].split(",")[0] == points[1][-1].split(",")[0] == points[2][0].split(",")[0]
-    fewer = chart("what", {"a": [], "b<": lines["b<"]}, across, up)
-    assert COLOURS[0] not in fewer, "a line keeps its colour where another has no points"
-    assert _with_code("a `b<` c") == "a <code>b&lt;</code> c"
+    assert min(names, key=lambda own: own[1])[0] == "b<", "in the order of the lines' ends"
+    drawn_lines = {group.get("id"): group for group in drawn.iter(f"{SVG}g") if "line:" in (group.get("id") or "")}
+    points = [drawn_lines[f"line:{name}"].find(f"{SVG}path").get("d").split() for name in ("a", "b<", "c")]
+    assert [sum(part in ("M", "L") for part in own) for own in points] == [2, 3, 1]
+    assert points[0][-2] == points[1][-2] == points[2][-2], "the last tick is one place for all"
+    first, last = float(points[0][1]), float(points[0][-2])
+    assert float(points[1][4]) == pytest.approx((first + last) / 2), "ticks are evenly spaced"
+    fewer = line_chart("what", {"a": [], "b<": lines["b<"]}, across, up)
+    assert COLORS[0] not in fewer, "a line keeps its color where another has no points"
+    assert COLORS[1] in fewer
+    assert chart == line_chart("what <is> shown", lines, across, up), "drawn again, it is the same file"
+    assert code_spans("a `b<` c") == "a <code>b&lt;</code> c"
 
 
 def test_a_run_is_gone_on_with_and_drawn(claims, tmp_path, capsys, monkeypatch):
@@ -152,8 +173,8 @@ def test_a_run_is_gone_on_with_and_drawn(claims, tmp_path, capsys, monkeypatch):
     assert "not measured</span>: paper: a cache fails on generation" in page
     content = json.loads((out / "tables.json").read_text())
     assert content["tables"][0]["rows"].keys() == {"cache", "mend-paper"}
-    assert {own["method"] for own in content["memory"]} == set(MEASURED)
-    monkeypatch.setattr(Workshop, "measure", lambda *_: pytest.fail("a cell was computed twice"))
+    assert {own["method"] for own in content["memory"]} == set(MEMORY_METHODS)
+    monkeypatch.setattr(CellRunner, "measure", lambda *_: pytest.fail("a cell was computed twice"))
     assert run(["--out", str(out), "--tables", "11"]) == 0
     assert {file: file.read_bytes() for file in (out / "cells").iterdir()} == kept
 
@@ -173,12 +194,12 @@ def test_one_cell_gives_the_figures_of_the_table(claims, tmp_path, capsys):
     "method", ["ft-kl", "ft-local", "ke", "enn", "mend-sum", "mend-gate", "only-u", "attention", "ridge-gate", "memit"]
 )
 def test_every_kind_of_method_is_computed(claims, tmp_path, method):
-    shop = Workshop(tmp_path, claims, TINY)
-    found = shop.measure(Cell("claims", method))
+    runner = runner_of(tmp_path, claims)
+    found = runner.measure(Cell("claims", method))
     assert 0 <= found["figures"]["edit_success"]["mean"] <= 1
     assert found["figures"]["accuracy_drawdown"]["n"] == 4
-    shop.compute([Cell("claims", method)])
-    assert Results(shop).success("claims", method) == found["figures"]["edit_success"]["mean"]
+    runner.compute([Cell("claims", method)])
+    assert Results(runner.results).success("claims", method) == found["figures"]["edit_success"]["mean"]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +212,7 @@ def test_every_kind_of_method_is_computed(claims, tmp_path, method):
 )
 def test_attention_is_found_by_structure(name, pattern, layers, count):
     """In T5 without cross-attention; its decoder has that too."""
-    model, _ = load(worlds.worlds()[name].source, "cpu")
+    model, _ = load(make_testbeds()[name].source, "cpu")
     named = list(editable_modules(model, [pattern], layers=layers))
     assert len(named) == count
     assert list(editable_modules(model, attention_matrices(model))) == named
@@ -201,8 +222,8 @@ def test_attention_of_a_model_of_one_s_own(capitals, tmp_path):
     import worlds as tiny
 
     tiny.llama().save_pretrained(capitals / "model")
-    shop = Workshop(tmp_path / "out", worlds.worlds(Given(world=capitals)), TINY)
-    names = list(shop.trained(Cell("capitals", "attention")).shapes)
+    runner = runner_of(tmp_path / "out", make_testbeds(TestbedOptions(testbed=capitals)))
+    names = list(runner.trained_editor(Cell("capitals", "attention")).shapes)
     assert len(names) == 12  # q, k, v and o of three blocks
     assert all(".self_attn." in name for name in names)
 
@@ -221,17 +242,17 @@ def writer(tmp_path):
         for a, b in pairs
     ]
     (tmp_path / "text.txt").write_text("\n\n".join(lines))
-    return Given(tmp_path / "writer", tmp_path / "text.txt")
+    return TestbedOptions(tmp_path / "writer", tmp_path / "text.txt")
 
 
 def test_passages_are_parted_and_edited(writer, tmp_path):
     lines = set(writer.text.read_text().split("\n\n"))
-    shop = Workshop(tmp_path / "out", worlds.worlds(writer), TINY)
-    home = shop.home("passages")
-    parts = {split: set(home.passages(split)) for split in worlds.SPLITS}
+    runner = runner_of(tmp_path / "out", make_testbeds(writer))
+    home = runner.testbed("passages")
+    parts = {split: set(home.passages(split)) for split in testbeds.TEXT_SHARES}
     assert sum(map(len, parts.values())) == len(lines)
     assert not parts["train"] & parts["test"]
-    figures = shop.measure(Cell("passages", "mend-paper"))["figures"]
+    figures = runner.measure(Cell("passages", "mend-paper"))["figures"]
     assert {"edit_success", "perplexity_drawdown"} <= figures.keys()
 
 
@@ -239,33 +260,33 @@ def test_a_folder_keeps_to_its_writer_and_text(writer, tmp_path):
     import worlds as tiny
 
     out, cell = tmp_path / "out", Cell("passages", "cache")
-    Workshop(out, worlds.worlds(), TINY).found(Cell("claims", "cache"))
-    assert Workshop(out, worlds.worlds(writer), TINY).found(cell) is None, "a folder may gain a world"
-    Workshop(out, worlds.worlds(), TINY).found(Cell("claims", "cache"))
-    assert Workshop(out, worlds.worlds(writer), TINY).found(cell) is None
+    ResultFolder(out, make_testbeds(), TINY).read(Cell("claims", "cache"))
+    assert ResultFolder(out, make_testbeds(writer), TINY).read(cell) is None, "a folder may gain a testbed"
+    ResultFolder(out, make_testbeds(), TINY).read(Cell("claims", "cache"))
+    assert ResultFolder(out, make_testbeds(writer), TINY).read(cell) is None
     (tmp_path / "other.txt").write_text(writer.text.read_text() + "\n\nOne more.")
     with pytest.raises(ConfigError, match="holds results of passages with another text: choose another folder"):
-        Workshop(out, worlds.worlds(Given(writer.writer, tmp_path / "other.txt")), TINY).found(cell)
+        ResultFolder(out, make_testbeds(TestbedOptions(writer.writer, tmp_path / "other.txt")), TINY).read(cell)
     tiny.gpt2(seed=1, n_positions=64).save_pretrained(writer.writer)
     with pytest.raises(ConfigError, match="with another model"):
-        Workshop(out, worlds.worlds(writer), TINY).home("passages")
+        runner_of(out, make_testbeds(writer)).testbed("passages")
 
 
 @pytest.fixture
 def capitals(tmp_path):
-    """The folder of a world of one's own."""
+    """The folder of a testbed of one's own."""
     import worlds as tiny
 
     folder = tmp_path / "capitals"
     tiny.gpt2().save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
     requests = tiny.requests(12)
-    for split, own in zip(worlds.REQUESTS, (requests[:8], requests[8:10], requests[10:]), strict=True):
+    for split, own in zip(testbeds.SPLITS, (requests[:8], requests[8:10], requests[10:]), strict=True):
         write_requests(folder / f"{split}.jsonl", own)
     return folder
 
 
-def test_results_are_drawn_where_their_world_is_not_at_hand(claims, tmp_path, capsys, monkeypatch):
+def test_results_are_shown_of_testbeds_that_are_not_available(claims, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     for name, parts in (("passages", {"model": "a", "text": "b"}), ("capitals", {"model": "a", "requests": "b"})):
         write_json(out / "worlds" / f"{name}.json", parts)
@@ -277,18 +298,18 @@ def test_results_are_drawn_where_their_world_is_not_at_hand(claims, tmp_path, ca
     assert run(["--out", str(out), "--tables", "11"]) == 0
     (row,) = (line for line in (out / "tables.md").read_text().splitlines() if line.startswith("| cache"))
     assert row.startswith("| cache | 0.424 ± 0.000 / 0.100 ± 0.000<br>*.001 / .211* | 0."), "passages, then claims"
-    assert Cell("capitals", "ft") in EDITORS.cells(TINY, Workshop(out, claims, TINY).worlds)
+    assert Cell("capitals", "ft") in EDITORS.cells(TINY, ResultFolder(out, claims, TINY).testbeds)
     assert run(["--out", str(out), "--cell", "passages/ft/1/0"]) == 2
     assert "the model is not at hand" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_world_of_ones_own(capitals, tmp_path, capsys, monkeypatch):
+def test_a_testbed_of_ones_own(capitals, tmp_path, capsys, monkeypatch):
     for name in ("FULL", "QUICK"):
-        monkeypatch.setattr(cells, name, TINY)
-    there = worlds.worlds(Given(world=capitals))
+        monkeypatch.setattr(experiments, name, TINY)
+    there = make_testbeds(TestbedOptions(testbed=capitals))
     assert Cell("capitals", "ke", 1, 1) in EDITORS.cells(TINY, there)
     assert ("capitals", 1) not in CACHE.columns_in(there)
-    arguments = ["--out", str(tmp_path / "out"), "--world", str(capitals)]
+    arguments = ["--out", str(tmp_path / "out"), "--testbed", str(capitals)]
     assert run([*arguments, "--cell", "capitals/ft/1/0"]) == 0
     assert "capitals/ft/1/0" in capsys.readouterr().out
     (capitals / "test.jsonl").write_text((capitals / "train.jsonl").read_text())
@@ -300,9 +321,9 @@ def test_a_world_of_ones_own(capitals, tmp_path, capsys, monkeypatch):
 
 
 def test_settings_that_changed_since(claims, tmp_path, monkeypatch):
-    shop = Workshop(tmp_path, claims, TINY)
+    runner = runner_of(tmp_path, claims)
     cell, summed = Cell("claims", "mend"), Cell("claims", "mend-sum")
-    shop.compute([cell, summed])
+    runner.compute([cell, summed])
     file = tmp_path / "cells" / "claims-mend-1-0.json"
     kept = json.loads(file.read_text())
     assert kept["settings"]["training"]["max_steps"] == TINY.steps
@@ -311,25 +332,25 @@ def test_settings_that_changed_since(claims, tmp_path, monkeypatch):
     changed = replace(method, config=replace(method.config, settle=0.3), training=replace(method.training, near=0.1))
     monkeypatch.setitem(METHODS, "mend", changed)
     with pytest.raises(ConfigError, match=r"mend-1-0\.json was computed with another config\.settle, training\.near"):
-        shop.found(cell)
-    assert shop.found(summed) is not None, "it has settings of its own"
+        runner.results.read(cell)
+    assert runner.results.read(summed) is not None, "it has settings of its own"
     file.unlink()
     with pytest.raises(ConfigError, match=r"claims-mend-0 was trained with another config\.settle, training\.near"):
-        shop.compute([cell])
+        runner.compute([cell])
     file.write_text(json.dumps({name: value for name, value in kept.items() if name != "settings"}))
-    assert shop.found(cell)["figures"] == kept["figures"], "cells of before settings were kept count"
+    assert runner.results.read(cell)["figures"] == kept["figures"], "cells of before settings were kept count"
 
 
 def test_a_cell_that_fails_stops_no_other(claims, tmp_path, capsys, monkeypatch):
     """It is told of, and computed again only when it is asked for."""
-    measure = Workshop.measure
+    measure = CellRunner.measure
 
     def diverging(self, cell):
         if cell == Cell("claims", "cache", 1, 1):
             raise NonFiniteError("the loss became NaN")
         return measure(self, cell)
 
-    monkeypatch.setattr(Workshop, "measure", diverging)
+    monkeypatch.setattr(CellRunner, "measure", diverging)
     arguments = ["--out", str(tmp_path)]
     assert run([*arguments, "--tables", "11"]) == 0
     told = " ".join(capsys.readouterr().out.split())
@@ -342,23 +363,23 @@ def test_a_cell_that_fails_stops_no_other(claims, tmp_path, capsys, monkeypatch)
     assert [row[-1]["ours"] == "failed" for row in table["rows"].values()] == [True, False]
     assert run([*arguments, "--cell", "claims/cache/1/1"]) == 1
     assert "the loss became NaN" in " ".join(capsys.readouterr().err.split())
-    monkeypatch.setattr(Workshop, "measure", measure)
+    monkeypatch.setattr(CellRunner, "measure", measure)
     assert run([*arguments, "--cell", "claims/cache/1/1"]) == 0
     assert run([*arguments, "--tables", "11"]) == 0
     assert "failed" not in (tmp_path / "tables.md").read_text()
 
 
 def test_the_command_of_a_table_can_be_typed_again():
-    given = Given(Path("build/my writer"), Path("../text.txt"), device="cuda:1")
-    options = "--quick --out build/tables --writer 'build/my writer' --text ../text.txt --device cuda:1"
-    assert _command(Path("build/tables"), given, True, None) == f"python -m benchmarks.paper {options}"
+    options = TestbedOptions(Path("build/my writer"), Path("../text.txt"), device="cuda:1")
+    line = "--quick --out build/tables --writer 'build/my writer' --text ../text.txt --device cuda:1"
+    assert _command(Path("build/tables"), options, True, None) == f"python -m benchmarks.paper {line}"
 
 
 def test_figures_do_not_depend_on_the_number_of_processes(claims, tmp_path, monkeypatch):
     """Each computes on one thread, and where it is told to."""
     told = []
     monkeypatch.setattr("torch.set_num_threads", told.append)
-    monkeypatch.setattr(worlds, "load", lambda source, device: told.append(device) or pytest.skip("enough"))
+    monkeypatch.setattr(testbeds, "load", lambda source, device: told.append(device) or pytest.skip("enough"))
     with pytest.raises(pytest.skip.Exception):
         run(["--out", str(tmp_path), "--tables", "11", "--device", "cuda:1"])
     assert told == [1, "cuda:1"]
@@ -368,9 +389,9 @@ def test_figures_do_not_depend_on_the_number_of_processes(claims, tmp_path, monk
     ("arguments", "message"),
     [
         (["--tables", "4"], "there is no table '4' here; there are 3, 5, 6, 9, 11 and memory"),
-        (["--cell", "claims/mend/1"], "is no cell: it is WORLD/METHOD/EDITS/SEED"),
+        (["--cell", "claims/mend/1"], "is no cell: it is TESTBED/METHOD/EDITS/SEED"),
         (["--cell", "claims/mend/1/0", "--jobs", "2"], "--jobs: of several cells; --cell names one"),
-        (["--cell", "seas/mend/1/0"], "there is no world 'seas' here"),
+        (["--cell", "seas/mend/1/0"], "there is no testbed 'seas' here"),
     ],
 )
 def test_wrong_use(claims, tmp_path, capsys, arguments, message):
@@ -379,22 +400,22 @@ def test_wrong_use(claims, tmp_path, capsys, arguments, message):
 
 
 def test_a_folder_of_another_size_is_refused(claims, tmp_path):
-    Workshop(tmp_path, claims, TINY)
-    Workshop(tmp_path, claims, TINY)
+    ResultFolder(tmp_path, claims, TINY)
+    ResultFolder(tmp_path, claims, TINY)
     with pytest.raises(ConfigError, match="another size of run"):
-        Workshop(tmp_path, claims, Scale())
+        ResultFolder(tmp_path, claims, Scale())
 
 
 def test_a_writer_needs_a_text(tmp_path):
     with pytest.raises(ConfigError, match="give both, or none"):
-        worlds.worlds(Given(writer=tmp_path))
+        make_testbeds(TestbedOptions(writer=tmp_path))
 
 
 def test_memory_is_measured_once(tmp_path, monkeypatch):
-    found = measure(tmp_path, [256])
+    found = measure_memory(tmp_path, [256])
     assert all(own["added"] > 0 and own["parameters"] > 0 for own in found)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("measured twice"))
-    assert measure(tmp_path, [256]) == found
+    assert measure_memory(tmp_path, [256]) == found
 
 
 @pytest.mark.parametrize(("error", "told"), [("", "it ended with -9"), ("Traceback …\nMemoryError\n", "MemoryError")])

@@ -1,8 +1,4 @@
-"""The paper's tables in miniature: what is measured, beside what was published."""
+"""The paper's tables in miniature: compare editors on small models, beside the published figures.
 
-from .cells import Cell, Scale
-from .tables import TABLES, Table
-from .workshop import Workshop
-from .worlds import Given
-
-__all__ = ["TABLES", "Cell", "Given", "Scale", "Table", "Workshop"]
+Run ``python -m benchmarks.paper`` or ``make bench-paper`` from the root of the repository.
+"""

@@ -1,4 +1,4 @@
-"""The tables as markdown and as one HTML page: our figures beside the paper's, and whether its findings hold."""
+"""The tables as Markdown, HTML and JSON: our figures beside the paper's, and whether its findings hold."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from markupsafe import Markup
 
 from remend.serialization import write_json, write_text
 
-from .cells import METHODS
-from .drawing import Axis, chart
+from .charts import Axis, line_chart
+from .findings import TOLERANCE
+from .methods import METHODS
 from .results import Results
-from .tables import SLACK, Table
+from .tables import Table
 
-TRIAL = "A quick run: it shows that everything works, and says nothing of any editor."
+TRIAL_NOTE = "A quick run: it shows that everything works, and says nothing of any editor."
 VERDICTS = {True: "holds", False: "does not hold", None: "not measured"}
 
 
 @dataclass(frozen=True)
-class Row:
-    """A method's figures: for each column ours, then the paper's."""
+class TableRow:
+    """The figures of a method: for each column success and drawdown, near locality, and the paper's figures."""
 
     title: str
     method: str
@@ -32,164 +33,178 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Filled:
-    """A table with what was measured; of cells that failed, why; and pictures of it, by world."""
+class FilledTable:
+    """A table with its figures.
+
+    Attributes:
+        table: which.
+        head: the heading of each column.
+        rows: one for each method.
+        findings: the statements with their verdicts.
+        failures: why cells failed, by the id of the cell.
+        charts: SVG charts by testbed.
+        command: the command that computes the table again.
+    """
 
     table: Table
     head: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     findings: tuple[tuple[str, str], ...]
     failures: Mapping[str, str]
-    pictures: Mapping[str, str]
+    charts: Mapping[str, str]
     command: str
 
 
-def fill(table: Table, results: Results, command: str) -> Filled:
-    """A table with its figures; of worlds that there are.
+def fill(table: Table, results: Results, command: str) -> FilledTable:
+    """Fill a table with the figures that were measured; it has a column for each testbed that is there.
 
     Args:
         table: which.
-        results: what was measured.
-        command: what computes it again.
+        results: the figures.
+        command: the command that computes the table again.
     """
-    worlds = results.workshop.worlds
-    columns = table.columns_in(worlds)
-    several = any(edits > 1 for _, edits in columns)
-    head = tuple(f"{world}, {edits}" if several else _headed(results, world) for world, edits in columns)
+    columns = table.columns_in(results.testbeds)
+    by_edits = any(edits > 1 for _, edits in columns)
+    head = tuple(f"{testbed}, {edits}" if by_edits else _column_heading(results, testbed) for testbed, edits in columns)
     rows = tuple(
-        Row(METHODS[method].title, method, tuple(_cell(table, results, method, w, n) for w, n in columns))
+        TableRow(
+            METHODS[method].title,
+            method,
+            tuple(_cell(table, results, method, testbed, edits) for testbed, edits in columns),
+        )
         for method in table.methods
     )
-    findings = tuple((one.says, VERDICTS[one.holds(results)]) for one in table.findings)
+    findings = tuple((finding.text, VERDICTS[finding.holds(results)]) for finding in table.findings)
     failures: dict[str, str] = {}
     for method in table.methods:
-        for world, edits in columns:
-            failures |= results.failures(world, method, edits)
-    return Filled(table, head, rows, findings, failures, draw_together(table, results), command)
+        for testbed, edits in columns:
+            failures |= results.failures(testbed, method, edits)
+    return FilledTable(table, head, rows, findings, failures, charts_by_edits(table, results), command)
 
 
-def _headed(results: Results, world: str) -> str:
-    """A world's name, with what it stands for and the perplexity that its drawdown adds to."""
-    own, perplexity = results.workshop.worlds[world], results.perplexity(world)
-    return f"{world} ({own.paper or own.what}{'' if perplexity is None else f', perplexity {perplexity:.0f}'})"
+def _column_heading(results: Results, name: str) -> str:
+    """Return a testbed's name with its task, and the unedited model's perplexity where drawdown is of perplexity."""
+    testbed, perplexity = results.testbeds[name], results.perplexity(name)
+    suffix = "" if perplexity is None else f", perplexity {perplexity:.0f}"
+    return f"{name} ({testbed.paper or testbed.description}{suffix})"
 
 
-def _cell(table: Table, results: Results, method: str, world: str, edits: int) -> tuple[str, str, str]:
-    """Success and drawdown as measured, near locality, and the paper's figures."""
-    paper = table.paper.get((method, world, edits), "")
-    if results.failures(world, method, edits):
-        return "failed", "", paper
-    success = results.get(world, method, results.workshop.worlds[world].success, edits)
-    drawdown = results.get(world, method, results.workshop.worlds[world].drawdown, edits)
-    near = results.get(world, method, "locality_near", edits)
-    ours = "" if success is None else f"{success.text()} / {'' if drawdown is None else drawdown.text()}"
-    return ours, "" if near is None else near.text(), paper
+def _cell(table: Table, results: Results, method: str, testbed: str, edits: int) -> tuple[str, str, str]:
+    """Return success and drawdown as measured, near locality, and the paper's figures."""
+    published = table.paper.get((method, testbed, edits), "")
+    if results.failures(testbed, method, edits):
+        return "failed", "", published
+    success = results.get(testbed, method, results.testbeds[testbed].success, edits)
+    drawdown = results.get(testbed, method, results.testbeds[testbed].drawdown, edits)
+    near = results.get(testbed, method, "locality_near", edits)
+    measured = "" if success is None else f"{success.text()} / {'' if drawdown is None else drawdown.text()}"
+    return measured, "" if near is None else near.text(), published
 
 
 def write(
-    folder: Path, filled: Sequence[Filled], memory: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+    folder: Path, tables: Sequence[FilledTable], memory: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
 ) -> None:
     """Write ``tables.md``, ``tables.html`` and ``tables.json`` into a folder, each whole or not at all."""
-    write_text(folder / "tables.md", markdown(filled, memory, about))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = Path(__file__).with_name("tables.html.j2").read_text(encoding="utf-8")
-    environment.filters["code"] = _with_code
-    drawn = Markup(draw_memory(memory)) if any(own["added"] for own in memory) else ""
-    page = environment.from_string(source).render(
-        filled=filled, memory=memory, about=about, picture=drawn, trial=TRIAL, slack=SLACK
-    )
-    write_text(folder / "tables.html", page)
-    write_json(
-        folder / "tables.json", {"about": dict(about), "tables": [_json(own) for own in filled], "memory": list(memory)}
-    )
+    write_text(folder / "tables.md", markdown(tables, memory, about))
+    write_text(folder / "tables.html", html(tables, memory, about))
+    content = {"about": dict(about), "tables": [_to_json(table) for table in tables], "memory": list(memory)}
+    write_json(folder / "tables.json", content)
 
 
-def _with_code(text: str) -> Markup:
-    """A text whose parts between backticks are code."""
-    parts = text.split("`")
-    return Markup("").join(Markup("<code>{}</code>").format(own) if n % 2 else own for n, own in enumerate(parts))
-
-
-def _json(filled: Filled) -> dict[str, Any]:
+def _to_json(filled: FilledTable) -> dict[str, Any]:
+    keys = ("ours", "near", "paper")
     return {
         "table": filled.table.name,
         "command": filled.command,
         "columns": list(filled.head),
-        "rows": {row.method: [_named(cell) for cell in row.cells] for row in filled.rows},
+        "rows": {row.method: [dict(zip(keys, cell, strict=True)) for cell in row.cells] for row in filled.rows},
         "findings": dict(filled.findings),
         "failures": dict(filled.failures),
     }
 
 
-def _named(cell: tuple[str, str, str]) -> dict[str, str]:
-    return dict(zip(("ours", "near", "paper"), cell, strict=True))
+def html(tables: Sequence[FilledTable], memory: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
+    """Return all tables as one HTML page that needs no other file."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["code"] = code_spans
+    template = Path(__file__).with_name("tables.html.j2").read_text(encoding="utf-8")
+    chart = Markup(memory_chart(memory)) if any(row["added"] for row in memory) else ""
+    return environment.from_string(template).render(
+        tables=tables, memory=memory, about=about, memory_chart=chart, trial_note=TRIAL_NOTE, tolerance=TOLERANCE
+    )
 
 
-def markdown(filled: Sequence[Filled], memory: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
-    """All tables as markdown."""
+def code_spans(text: str) -> Markup:
+    """Return a text as HTML in which the parts between backticks are code."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(parts)
+    )
+
+
+def markdown(tables: Sequence[FilledTable], memory: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
+    """Return all tables as Markdown."""
     lines = [
         "# The paper's tables in miniature",
         "",
-        *([f"**{TRIAL}**", ""] if about["trial"] else []),
+        *([f"**{TRIAL_NOTE}**", ""] if about["trial"] else []),
         "Edit success (Eq. 1, free decoding; of passages, ten tokens that were sampled, the share of tokens that are "
         "the first choice) / drawdown (of passages, what is added to the perplexity of other text); in brackets "
         "locality at near prompts; *in italics the paper's figures*. "
         f"Means over {about['seeds']} seeds, each with its own training and its own {about['requests']} test requests, "
         f"or all that there are ({about['many']} or one batch of several edits at once), ± half a 95 % interval of the "
-        f"seeds' means (Student's t). Of findings, differences below {SLACK} count as none. {about['machine']}.",
+        f"seeds' means (Student's t). Of findings, differences below {TOLERANCE} count as none. {about['machine']}.",
     ]
-    for own in filled:
-        lines += ["", f"## {own.table.heading}: {own.table.title}", ""]
-        lines += [f"| | {' | '.join(own.head)} |", f"|---|{'---|' * len(own.head)}"]
-        for row in own.rows:
+    for filled in tables:
+        lines += ["", f"## {filled.table.heading}: {filled.table.title}", ""]
+        lines += [f"| | {' | '.join(filled.head)} |", f"|---|{'---|' * len(filled.head)}"]
+        for row in filled.rows:
             cells = [
-                f"{ours}{f' ({near})' if near else ''}{f'<br>*{paper}*' if paper else ''}"
-                for ours, near, paper in row.cells
+                f"{measured}{f' ({near})' if near else ''}{f'<br>*{published}*' if published else ''}"
+                for measured, near, published in row.cells
             ]
             lines.append(f"| {row.title} | {' | '.join(cells)} |")
-        lines += ["", *(f"- {verdict}: {says}" for says, verdict in own.findings)]
-        lines += [f"- `{cell}` failed: {why}" for cell, why in own.failures.items()]
-        lines += ["", own.table.note] if own.table.note else []
-        lines += [
-            "",
-            f"`{own.command}`; one cell: `{own.command.split(' --tables')[0]} --cell WORLD/METHOD/EDITS/SEED`",
-        ]
+        lines += ["", *(f"- {verdict}: {text}" for text, verdict in filled.findings)]
+        lines += [f"- `{cell}` failed: {reason}" for cell, reason in filled.failures.items()]
+        lines += ["", filled.table.note] if filled.table.note else []
+        command = filled.command.split(" --tables")[0]
+        lines += ["", f"`{filled.command}`; one cell: `{command} --cell TESTBED/METHOD/EDITS/SEED`"]
     if memory:
         lines += ["", "## Figures 3 and 4: memory of training", ""]
         lines += ["| parameters | method | GB of the process | GB added by training |", "|---|---|---|---|"]
         lines += [
-            f"| {own['parameters'] / 1e6:.1f} million | {own['method']} | {own['peak']:.2f} | {own['added']:.2f} |"
-            for own in memory
+            f"| {row['parameters'] / 1e6:.1f} million | {row['method']} | {row['peak']:.2f} | {row['added']:.2f} |"
+            for row in memory
         ]
     return "\n".join(lines) + "\n"
 
 
-def draw_memory(memory: Sequence[Mapping[str, Any]]) -> str:
-    """Memory that training adds, against the size of the model, as SVG."""
-    sizes = sorted({own["parameters"] / 1e6 for own in memory})
-    most = max(own["added"] for own in memory)
+def memory_chart(memory: Sequence[Mapping[str, Any]]) -> str:
+    """Draw the memory that training adds against the size of the model."""
+    sizes = sorted({row["parameters"] / 1e6 for row in memory})
+    highest = max(row["added"] for row in memory)
     lines = {
-        method: [(own["parameters"] / 1e6, own["added"]) for own in memory if own["method"] == method]
-        for method in dict.fromkeys(own["method"] for own in memory)
+        method: [(row["parameters"] / 1e6, row["added"]) for row in memory if row["method"] == method]
+        for method in dict.fromkeys(row["method"] for row in memory)
     }
-    across = Axis("million parameters of the model", [(0.0, "0"), *((size, f"{size:.0f}") for size in sizes)])
-    up = Axis("GB that training adds", [(most * part / 4, f"{most * part / 4:.2f}") for part in range(5)])
-    return chart("memory of training against the model's size", lines, across, up)
+    x = Axis("million parameters of the model", [(0.0, "0"), *((size, f"{size:.0f}") for size in sizes)])
+    y = Axis("GB that training adds", [(highest * part / 4, f"{highest * part / 4:.2f}") for part in range(5)])
+    return line_chart("memory of training against the model's size", lines, x, y)
 
 
-def draw_together(table: Table, results: Results) -> dict[str, str]:
-    """Edit success against the number of edits at once, as SVG: a picture for each world of which there are several."""
-    found = {}
-    for world in dict.fromkeys(world for world, _ in table.columns_in(results.workshop.worlds)):
-        numbers = [edits for own, edits in table.columns if own == world]
+def charts_by_edits(table: Table, results: Results) -> dict[str, str]:
+    """Draw edit success against the number of edits at once, for each testbed with several numbers of edits."""
+    charts = {}
+    for testbed in dict.fromkeys(testbed for testbed, _ in table.columns_in(results.testbeds)):
+        counts = [edits for name, edits in table.columns if name == testbed]
         lines = {
             METHODS[method].title.replace("`", ""): [
-                (edits, value) for edits in numbers if not math.isnan(value := results.success(world, method, edits))
+                (edits, value) for edits in counts if not math.isnan(value := results.success(testbed, method, edits))
             ]
             for method in table.methods
         }
-        if len(numbers) > 1 and any(lines.values()):
-            across = Axis("edits at once", [(edits, str(edits)) for edits in numbers], even=True)
-            up = Axis("edit success", [(part / 4, f"{part / 4:.2f}") for part in range(5)])
-            found[world] = chart(f"edit success of {world} against the number of edits", lines, across, up)
-    return found
+        if len(counts) > 1 and any(lines.values()):
+            x = Axis("edits at once", [(edits, str(edits)) for edits in counts], evenly_spaced=True)
+            y = Axis("edit success", [(part / 4, f"{part / 4:.2f}") for part in range(5)])
+            charts[testbed] = line_chart(f"edit success of {testbed} against the number of edits", lines, x, y)
+    return charts

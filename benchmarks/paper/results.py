@@ -1,4 +1,4 @@
-"""What was measured of each method, over the seeds."""
+"""Figures of each method: means over the seeds with confidence intervals."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cells import METHODS, Cell
-from .workshop import Workshop
+from scipy.stats import t as student_t
 
-STUDENT = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""Two-sided 95 % quantiles of Student's t for 1, 2, … 30 degrees of freedom, one fewer than seeds."""
+from .experiments import Cell
+from .methods import METHODS
+from .result_folder import ResultFolder
 
 
-def student(freedom: int) -> float:
-    """The two-sided 95 % quantile of Student's t."""
-    # Beyond the table, the first terms of the expansion about the normal's quantile: right to three digits.
-    return STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.960 + 2.372 / freedom + 2.822 / freedom**2
+def t_quantile(degrees_of_freedom: int) -> float:
+    """Return the two-sided 95 % quantile of Student's t distribution."""
+    # Three digits, as printed tables of the quantiles have: the committed intervals were computed with those.
+    return round(float(student_t.ppf(0.975, degrees_of_freedom)), 3)
 
 
 @dataclass(frozen=True)
@@ -29,75 +26,81 @@ class Figure:
     """A metric over the seeds.
 
     Attributes:
-        mean: of the seeds' means.
-        half: half the width of the 95 % interval (Student's t); None of one seed.
+        mean: the mean of the seeds' means.
+        half_width: half the width of the 95 % interval (Student's t); None with one seed.
     """
 
     mean: float
-    half: float | None
+    half_width: float | None
 
     @staticmethod
     def of(values: Sequence[float]) -> Figure:
-        """The figure of some seeds' means."""
+        """Compute the figure from the seeds' means."""
         count = len(values)
-        half = None
+        half_width = None
         if count > 1:
-            half = student(count - 1) * statistics.stdev(values) / math.sqrt(count)
-        return Figure(statistics.fmean(values), half)
+            half_width = t_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
+        return Figure(statistics.fmean(values), half_width)
 
     def text(self) -> str:
-        """As tables show it."""
-        return f"{self.mean:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
+        """Return the figure as tables show it."""
+        return f"{self.mean:.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
 
 
 class Results:
-    """Figures by world, method and number of edits."""
+    """The figures in a folder, by testbed, method and number of edits."""
 
-    def __init__(self, workshop: Workshop) -> None:
-        self.workshop = workshop
+    def __init__(self, folder: ResultFolder) -> None:
+        self.folder = folder
+        self.testbeds = folder.testbeds
 
-    def given(self) -> list[str]:
-        """The worlds that are not built in."""
-        return [name for name, world in self.workshop.worlds.items() if world.folder is not None]
+    def user_testbeds(self) -> list[str]:
+        """Return the names of the testbeds that users gave."""
+        return [name for name, testbed in self.testbeds.items() if testbed.folder is not None]
 
-    def get(self, world: str, method: str, metric: str, edits: int = 1) -> Figure | None:
-        """A metric of one method; None where nothing was measured, or a seed failed: the others' mean would flatter."""
-        kept = self._kept(world, method, edits)
-        if any("failed" in own for own in kept):
+    def get(self, testbed: str, method: str, metric: str, edits: int = 1) -> Figure | None:
+        """Return a metric of one method; None if nothing was measured or a seed failed.
+
+        With a failed seed left out, the mean of the others would be too good.
+        """
+        results = self._of_seeds(testbed, method, edits)
+        if any("failed" in result for result in results):
             return None
-        values = [own["figures"][metric]["mean"] for own in kept if metric in own["figures"]]
+        values = [result["figures"][metric]["mean"] for result in results if metric in result["figures"]]
         return Figure.of(values) if values else None
 
-    def failures(self, world: str, method: str, edits: int = 1) -> dict[str, str]:
-        """Why there is no figure of a method: what went wrong, by the name of the cell."""
-        return {own["cell"]: own["failed"] for own in self._kept(world, method, edits) if "failed" in own}
+    def failures(self, testbed: str, method: str, edits: int = 1) -> dict[str, str]:
+        """Return why there is no figure of a method: the error of each failed cell, by the cell's id."""
+        results = self._of_seeds(testbed, method, edits)
+        return {result["cell"]: result["failed"] for result in results if "failed" in result}
 
-    def _kept(self, world: str, method: str, edits: int) -> list[dict[str, Any]]:
-        """What is there of each seed."""
-        cells = [Cell(world, method, edits, seed) for seed in range(self.workshop.scale.seeds)]
-        return [found for cell in cells if (found := self.workshop.found(cell)) is not None]
+    def _of_seeds(self, testbed: str, method: str, edits: int) -> list[dict[str, Any]]:
+        cells = [Cell(testbed, method, edits, seed) for seed in range(self.folder.scale.seeds)]
+        return [result for cell in cells if (result := self.folder.read(cell)) is not None]
 
-    def perplexity(self, world: str) -> float | None:
-        """What perplexity other text has without an edit, where that was measured."""
-        cells = [self.workshop.found(Cell(world, name, 1, 0)) for name in METHODS]
-        return next((own["perplexity"] for own in cells if own is not None and own.get("perplexity")), None)
+    def perplexity(self, testbed: str) -> float | None:
+        """Return the unedited model's perplexity on the text, if it was measured."""
+        results = [self.folder.read(Cell(testbed, name, 1, 0)) for name in METHODS]
+        return next(
+            (result["perplexity"] for result in results if result is not None and result.get("perplexity")), None
+        )
 
-    def success(self, world: str, method: str, edits: int = 1) -> float:
-        """Mean edit success, as the world counts it; NaN where nothing was measured."""
-        if world not in self.workshop.worlds:
+    def success(self, testbed: str, method: str, edits: int = 1) -> float:
+        """Return the mean of the testbed's metric of edit success; NaN if it was not measured."""
+        if testbed not in self.testbeds:
             return math.nan
-        return self._mean(self.get(world, method, self.workshop.worlds[world].success, edits))
+        return _mean(self.get(testbed, method, self.testbeds[testbed].success, edits))
 
-    def drawdown(self, world: str, method: str, edits: int = 1) -> float:
-        """Mean drawdown, of accuracy or perplexity as the world has it; NaN where nothing was measured."""
-        if world not in self.workshop.worlds:
+    def drawdown(self, testbed: str, method: str, edits: int = 1) -> float:
+        """Return the mean drawdown of accuracy or perplexity, whichever the testbed has; NaN if it was not measured."""
+        if testbed not in self.testbeds:
             return math.nan
-        return self._mean(self.get(world, method, self.workshop.worlds[world].drawdown, edits))
+        return _mean(self.get(testbed, method, self.testbeds[testbed].drawdown, edits))
 
-    def locality(self, world: str, method: str, kind: str) -> float:
-        """Mean locality, ``far`` or ``near``; NaN where nothing was measured."""
-        return self._mean(self.get(world, method, f"locality_{kind}"))
+    def locality(self, testbed: str, method: str, kind: str) -> float:
+        """Return the mean locality, ``far`` or ``near``; NaN if it was not measured."""
+        return _mean(self.get(testbed, method, f"locality_{kind}"))
 
-    @staticmethod
-    def _mean(figure: Figure | None) -> float:
-        return math.nan if figure is None else figure.mean
+
+def _mean(figure: Figure | None) -> float:
+    return math.nan if figure is None else figure.mean
