@@ -332,7 +332,7 @@ def test_the_difference_of_two_models_is_the_edit(task, kind):
     after = copy.deepcopy(task.model)
     edit.merge(after)
     found = diff_checkpoints(task.model, after)
-    assert found.rest == ()
+    assert found.other_parameters == ()
     assert found.edit.changes.keys() == edit.changes.keys()
     with edit.applied(task.model):
         expected = logits(task, kind)
@@ -351,7 +351,7 @@ def test_what_no_edit_can_change_is_named(llama):
     with pytest.raises(EditError, match=r"only in model\.embed_tokens\.weight"):
         diff_checkpoints(llama.model, after)
     random_edit(llama.model).merge(after)
-    assert diff_checkpoints(llama.model, after).rest[0] == "model.embed_tokens.weight"
+    assert diff_checkpoints(llama.model, after).other_parameters[0] == "model.embed_tokens.weight"
     with pytest.raises(EditError, match="in nothing"):
         diff_checkpoints(llama.model, copy.deepcopy(llama.model))
     with pytest.raises(WrongBaseError):

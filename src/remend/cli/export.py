@@ -141,13 +141,14 @@ def import_(
     else:
         found = diff_checkpoints(base, options.load_model(str(source), device, 0)[0], rank)
         edit, lost = found.edit, found.lost
-        if found.rest and not leave_rest:
+        others = found.other_parameters
+        if others and not leave_rest:
             raise FileError(
-                f"{source} also differs in {len(found.rest)} parameters that no edit can change "
-                f"({', '.join(found.rest[:3])}): the edit would not be all of it. Give --leave-rest to leave them out"
+                f"{source} also differs in {len(others)} parameters that no edit can change "
+                f"({', '.join(others[:3])}): the edit would not be all of it. Give --leave-rest to leave them out"
             )
-        if found.rest:
-            console.print(f"[yellow]left out[/]: {len(found.rest)} parameters ({plain(', '.join(found.rest[:3]))} …)")
+        if others:
+            console.print(f"[yellow]left out[/]: {len(others)} parameters ({plain(', '.join(others[:3]))} …)")
     if rank is not None:
         _tell(console, f"of rank {rank}", lost)
     edit.save(out)

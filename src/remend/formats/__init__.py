@@ -1,4 +1,4 @@
-"""Edits in the forms of other tools: a LoRA adapter, a merged checkpoint, and the way back from either."""
+"""Write edits as LoRA adapters and merged checkpoints, and make edits of adapters and changed checkpoints."""
 
 from remend.formats.checkpoint_difference import CheckpointDifference, diff_checkpoints
 from remend.formats.merged_checkpoint import save_merged

@@ -1,4 +1,4 @@
-"""What was done to a model, as an edit: the difference of two checkpoints of it."""
+"""Make an edit of the difference between two checkpoints of a model, for example before and after fine-tuning."""
 
 from __future__ import annotations
 
@@ -16,90 +16,90 @@ from remend.edit import Edit
 from remend.errors import EditError, ModelError
 from remend.fingerprint import ModelFingerprint
 
-EXACT = 1e-6
-"""Singular values below this share of the largest one are what float32 leaves of zero."""
+ZERO = 1e-6
+"""Singular values below this share of the largest one are zero but for float32's rounding."""
 
 
 @dataclass(frozen=True)
 class CheckpointDifference:
-    """What :func:`diff_checkpoints` found.
+    """The result of :func:`diff_checkpoints`.
 
     Attributes:
         edit: the change of the model's matrices.
-        lost: of each matrix, the share of its change (Frobenius norm) that the edit's rank leaves out.
-        rest: parameters that were changed and that no edit can change: embeddings, biases, norms.
+        lost: for each matrix, the share of its change (Frobenius norm) that the edit's rank leaves out.
+        other_parameters: parameters that differ too, but that no edit can change: embeddings, biases, norms.
     """
 
     edit: Edit
     lost: dict[str, float]
-    rest: tuple[str, ...]
+    other_parameters: tuple[str, ...]
 
 
 @torch.no_grad()
 def diff_checkpoints(before: PreTrainedModel, after: PreTrainedModel, rank: int | None = None) -> CheckpointDifference:
-    """The change that makes ``after`` of ``before``, as an edit of the latter.
+    """Return the change from ``before`` to ``after`` as an edit of ``before``.
 
-    Each changed matrix's difference is decomposed (singular values): what fine-tuning did is rarely of low rank, what
-    was merged into a model is.
+    The difference of each changed matrix is factored by a singular value decomposition. The change of fine-tuning is
+    rarely of low rank; that of a merged edit or adapter is.
 
     Args:
         before: the base model.
         after: the same model, changed.
-        rank: the most factor pairs that a matrix's change may have; as many as it needs by default.
+        rank: the largest rank of a matrix's change; by default, as large as the change needs.
 
     Raises:
-        EditError: the models differ in more than their weights, in nothing, or in no matrix; or the rank is no number
-            of pairs.
-        ModelError: weights are quantised or not at hand.
+        EditError: ``rank`` is less than 1, or the weights of the models do not differ, or not in a matrix.
+        WrongBaseError: the models have different classes or configurations.
+        ModelError: weights are quantized or offloaded.
     """
     if rank is not None and rank < 1:
         raise EditError(f"an edit needs a rank of at least 1, not {rank}")
     ModelFingerprint.of(before, ()).check_architecture(after, "the model before")
     matrices = {name: module for name, module in editable_layers(before) if not expert_count(module)}
-    changed = dict(editable_layers(after))
-    heads = _outputs(before)
+    matrices_after = dict(editable_layers(after))
+    tied_heads = _tied_output_layers(before)
     changes: dict[str, LowRank] = {}
     lost: dict[str, float] = {}
     for name, module in matrices.items():
-        old, new = weight_of(module), weight_of(changed[name])
-        if is_quantized(module) or is_quantized(changed[name]) or old.is_meta or new.is_meta:
+        old, new = weight_of(module), weight_of(matrices_after[name])
+        if is_quantized(module) or is_quantized(matrices_after[name]) or old.is_meta or new.is_meta:
             raise ModelError(f"{name} is quantised or offloaded: load both models whole, on one device")
-        if name in heads or _equal(old, new):
+        if name in tied_heads or _equal(old, new):
             continue
         dense = new.to(old.device).float() - old.float()
-        changes[name], lost[name] = _decomposed(weight_as_matrix(module, dense), rank)
-    rest = _rest(before, after, [f"{name}.weight" for name in matrices if name not in heads])
+        changes[name], lost[name] = _factorize(weight_as_matrix(module, dense), rank)
+    other_names = _other_differences(before, after, [f"{name}.weight" for name in matrices if name not in tied_heads])
     if not changes:
-        what = f"only in {', '.join(rest[:3])}, which no edit changes" if rest else "in nothing"
-        raise EditError(f"the two models differ {what}: there is no edit to be made of that")
+        where = f"only in {', '.join(other_names[:3])}, which no edit changes" if other_names else "in nothing"
+        raise EditError(f"the two models differ {where}: no edit can be made of that")
     editor = {"name": "difference", **({"max_rank": rank} if rank else {})}
-    return CheckpointDifference(Edit(changes, ModelFingerprint.of(before, changes), (), editor), lost, rest)
+    return CheckpointDifference(Edit(changes, ModelFingerprint.of(before, changes), (), editor), lost, other_names)
 
 
-def _decomposed(dense: Float[Tensor, "d_out d_in"], rank: int | None) -> tuple[LowRank, float]:
-    """The nearest change of some rank, and the share that is lost."""
+def _factorize(dense: Float[Tensor, "d_out d_in"], rank: int | None) -> tuple[LowRank, float]:
+    """Return the nearest change of at most ``rank``, and the share (Frobenius norm) that it leaves out."""
     left, values, right = torch.linalg.svd(dense, full_matrices=False)
-    kept = int((values > EXACT * values[0]).sum())
-    kept = max(1, min(kept, rank or kept))
-    root = values[:kept].sqrt()
-    lost = float(values[kept:].square().sum().sqrt() / values.square().sum().sqrt())
-    return LowRank((root[:, None] * right[:kept]).contiguous(), (root[:, None] * left[:, :kept].T).contiguous()), lost
+    nonzero = int((values > ZERO * values[0]).sum())
+    size = max(1, min(nonzero, rank or nonzero))
+    root = values[:size].sqrt()
+    lost = float(values[size:].square().sum().sqrt() / values.square().sum().sqrt())
+    return LowRank((root[:, None] * right[:size]).contiguous(), (root[:, None] * left[:, :size].T).contiguous()), lost
 
 
 def _equal(old: Tensor, new: Tensor) -> bool:
-    """Whether all values are the same, in whatever dtypes and wherever they are kept."""
+    """Return whether all values are equal, whatever the dtypes and devices."""
     return torch.equal(old.float(), new.to(old.device).float())
 
 
-def _outputs(model: PreTrainedModel) -> set[str]:
-    """The names of output layers that are an embedding's matrix too: a change of one would be one of the other."""
-    head, words = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = getattr(head, "weight", None) is getattr(words, "weight", None)
+def _tied_output_layers(model: PreTrainedModel) -> set[str]:
+    """Return the name of the output layer if it shares its matrix with the embeddings, which an edit cannot change."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(head, "weight", None) is getattr(embeddings, "weight", None)
     return {name for name, module in editable_layers(model) if module is head and tied}
 
 
-def _rest(before: PreTrainedModel, after: PreTrainedModel, covered: Sequence[str]) -> tuple[str, ...]:
-    """Parameters and buffers that differ beside the covered ones."""
+def _other_differences(before: PreTrainedModel, after: PreTrainedModel, compared: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of parameters and buffers that differ, apart from those that were ``compared`` already."""
     old, new = before.state_dict(), after.state_dict()
-    known = set(covered)
-    return tuple(n for n in old if n not in known and not _equal(old[n], new[n]))
+    skipped = set(compared)
+    return tuple(name for name in old if name not in skipped and not _equal(old[name], new[name]))

@@ -1,4 +1,4 @@
-"""A merged checkpoint: the edited model as a folder that anything loads which loads the base model."""
+"""Save the edited model as a checkpoint that loads wherever the base model loads."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SHARD = "5GB"
 
 
 class Merged(NamedTuple):
-    """What :func:`save_merged` wrote.
+    """The result of :func:`save_merged`.
 
     Attributes:
         path: the folder.
-        lost: of each matrix, the share of its change (Frobenius norm) that was lost to rounding.
+        lost: for each matrix, the share of its change (Frobenius norm) that was lost to rounding.
     """
 
     path: Path
@@ -32,8 +32,8 @@ def save_merged(
 ) -> Merged:
     """Write the edited model, in the dtype in which it is loaded, as sharded safetensors with its tokenizer.
 
-    The edit is in the model's weights while they are written, and out again afterwards, bit for bit: beside the model
-    itself there is a copy of the edited matrices only.
+    The edit is merged into the model while it is written, and reverted bit for bit afterwards, so that beside the model
+    only the edited matrices are copied.
 
     Args:
         edit: the edit.

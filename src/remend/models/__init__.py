@@ -1,4 +1,4 @@
-"""Loading a base model, and finding in its structure what can be edited."""
+"""Load base models, find their blocks and the matrices to edit, and run them from the lowest edited block on."""
 
 from remend.models.loading import load, skeleton
 from remend.models.structure import editable_modules

@@ -60,7 +60,7 @@ def find_blocks(model: nn.Module, stages: bool = False) -> Blocks:
     inner = [_blocks_of_stage(stage) for _, stage in blocks]
     if stages or not all(inner) or not _differ_in_width(members):
         return blocks
-    return [(f"{name}.{key}", block) for (name, _), own in zip(blocks, inner, strict=True) for key, block in own]
+    return [(f"{name}.{key}", block) for (name, _), part in zip(blocks, inner, strict=True) for key, block in part]
 
 
 def _blocks_of_stage(stage: nn.Module) -> Blocks:

@@ -216,8 +216,8 @@ class FrozenPrefix:
                 return head(states)
 
         for run in (from_cut, from_head):
-            found = _logits_or_none(run)
-            if found is None or not _same_logits(found, whole):
+            result = _logits_or_none(run)
+            if result is None or not _same_logits(result, whole):
                 self.blocks, self.depth = [], 0
                 return False
         return True

@@ -113,11 +113,11 @@ def _matcher(pattern: str) -> Callable[[str], object]:
 
 def _suggest(pattern: str, names: Iterable[str]) -> str:
     """Return a clause with the name closest to a pattern, or with all names, those that differ in numbers as one."""
-    known = list(names)
-    if close := difflib.get_close_matches(pattern, known, n=1):
+    all_names = list(names)
+    if close := difflib.get_close_matches(pattern, all_names, n=1):
         return f"did you mean {close[0]!r}?"
     grouped: dict[str, list[list[int]]] = {}
-    for name in known:
+    for name in all_names:
         grouped.setdefault(re.sub(r"\d+", "{}", name), []).append([int(n) for n in re.findall(r"\d+", name)])
     forms = []
     for form, numbers in grouped.items():
