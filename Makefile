@@ -60,7 +60,7 @@ WIKITEXT ?=
 COUNTERFACT ?=
 
 bench-paper: install ## the paper's tables in miniature: some hours, fewer with JOBS=2
-	test -z "$(WIKITEXT)" || test -f build/writer/report.json || $(BIN)/python scripts/train_writer.py --steps 2000 \
+	test -z "$(WIKITEXT)" || test -f build/writer/report.json || $(BIN)/python scripts/train_text_model.py --steps 2000 \
 		--resume --text "$(WIKITEXT)/valid.txt" --held-out "$(WIKITEXT)/test.txt" --out build/writer
 	test -z "$(COUNTERFACT)" || $(BIN)/python benchmarks/counterfact.py --source "$(COUNTERFACT)" \
 		--templates "$(PARAREL_FOLDER)/templates.json" --only-model

@@ -25,8 +25,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "scripts"))
 
-from memorise import memorise
-from statements import StatementMemoriser, parser
+from fact_trainer import train_on_facts
+from statement_trainer import StatementTrainer, parser
 
 import common
 import remend
@@ -95,7 +95,7 @@ def main() -> None:
     for split, targets in TARGETS.items():
         write_requests(files[split], list(known.requests(split, targets)))
     if arguments.resume or not (arguments.out / "config.json").exists():
-        memorise(StatementMemoriser, known, arguments)
+        train_on_facts(StatementTrainer, known, arguments)
     if arguments.only_model:
         return
     trained = time.perf_counter() - began

@@ -19,8 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "scripts"))
 
-from memorise import memorise
-from statements import StatementMemoriser, parser
+from fact_trainer import train_on_facts
+from statement_trainer import StatementTrainer, parser
 
 from remend.data.facts import Fact, FactSet, Relation
 from remend.request import write_requests
@@ -52,7 +52,7 @@ def main() -> None:
     arguments.requests.mkdir(parents=True, exist_ok=True)
     for split, targets in TARGETS.items():
         write_requests(arguments.requests / f"{split}.jsonl", list(known.requests(split, targets)))
-    memorise(StatementMemoriser, known, arguments)
+    train_on_facts(StatementTrainer, known, arguments)
 
 
 def choose(arguments: argparse.Namespace) -> FactSet:

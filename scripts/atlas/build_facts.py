@@ -24,21 +24,21 @@ RELATIONS = (
     "P413", "P449", "P495", "P641", "P740", "P937", "P1303", "P1376", "P1412",
 )
 # fmt: on
-"""Relations in which a subject has one sensible object; sister cities, borders, parts and classes are left out."""
+"""Relations in which a subject has one object; sister cities, borders, parts and classes are left out."""
 
-PLAIN = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '.\-])*")
-LONGEST_SUBJECT = 30
-SHARE = 0.14
-"""The largest part of a relation that one object may take, where the relation has objects enough."""
+PLAIN_NAME = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '.\-])*")
+MAX_SUBJECT_LENGTH = 30
+MAX_OBJECT_SHARE = 0.14
+"""The largest share of a relation's facts with the same object, where the relation has enough objects."""
 
-FEW = 8
-"""With at most so many objects, a relation takes its facts object by object rather than by fame alone."""
+FEW_OBJECTS = 8
+"""In relations with at most this number of objects, facts are taken in turn from each object."""
 
 PASSES = 6
-"""How often the choice is made again from its own outcome; more passes change little."""
+"""The number of times that the choice is repeated from its result; more passes change little."""
 
 SPLITS = (("test", 555), ("validation", 300))
-"""About how many facts the splits for measuring hold; the rest is for training."""
+"""The approximate number of facts of the test and validation splits; the rest is for training."""
 
 SEED = 20220425
 
@@ -52,7 +52,7 @@ class Triple(NamedTuple):
 
 
 def main() -> None:
-    """Read the source, choose, split and write."""
+    """Choose facts from the source, split them and write them."""
     root = Path(__file__).resolve().parents[2] / "src/remend/assets/atlas"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="subject, relation, object; one triple a line")
@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=190, help="most facts of a relation")
     args = parser.parse_args()
     source = [Triple(*row) for row in read_rows(args.source)]
-    facts = choose(source, {tuple(row) for row in read_rows(args.excluded)}, args.size, args.smallest, args.largest)
+    facts = choose_facts(
+        source, {tuple(row) for row in read_rows(args.excluded)}, args.size, args.smallest, args.largest
+    )
     splits = split_subjects(facts)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", encoding="utf-8", newline="") as file:
@@ -81,7 +83,7 @@ def read_rows(path: Path) -> Iterator[list[str]]:
                 yield line.rstrip("\n").split("\t")
 
 
-def choose(
+def choose_facts(
     source: list[Triple], excluded: set[tuple[str, ...]], size: int, smallest: int, largest: int
 ) -> list[Triple]:
     """Return about ``size`` facts, each relation holding between ``smallest`` and ``largest`` where it has so many.
@@ -90,22 +92,22 @@ def choose(
     all relations, and such that the whole comes to ``size``. Whether a subject's other facts are kept depends on the
     choice itself, so the choice is made again from what the last one kept.
     """
-    candidates = usable(source, excluded)
+    candidates = usable_triples(source, excluded)
     mentions = Counter(fact.subject for fact in source) + Counter(fact.object for fact in source)
-    kept = set(candidates)
+    chosen = set(candidates)
     for _ in range(PASSES):
-        pools = [rank(relation, candidates, kept, mentions) for relation in RELATIONS]
+        pools = [rank(relation, candidates, chosen, mentions) for relation in RELATIONS]
         for level in range(largest + 1):
             quotas = [min(largest, max(smallest, level + 2 * shared)) for _, shared in pools]
-            parts = [capped(pool, quota, smallest) for (pool, _), quota in zip(pools, quotas, strict=True)]
-            chosen = {fact for part in parts for fact in part}
-            if len(chosen) >= size:
+            parts = [take_capped(pool, quota, smallest) for (pool, _), quota in zip(pools, quotas, strict=True)]
+            choice = {fact for part in parts for fact in part}
+            if len(choice) >= size:
                 break
-        kept = chosen
-    return sorted(kept, key=lambda fact: (RELATIONS.index(fact.relation), fact.subject))
+        chosen = choice
+    return sorted(chosen, key=lambda fact: (RELATIONS.index(fact.relation), fact.subject))
 
 
-def usable(source: list[Triple], excluded: set[tuple[str, ...]]) -> list[Triple]:
+def usable_triples(source: list[Triple], excluded: set[tuple[str, ...]]) -> list[Triple]:
     """Return the triples of the kept relations that pass every filter of form and are not excluded by name."""
     answers = Counter((fact.subject, fact.relation) for fact in source)
     return [
@@ -113,16 +115,16 @@ def usable(source: list[Triple], excluded: set[tuple[str, ...]]) -> list[Triple]
         for fact in source
         if fact.relation in RELATIONS
         and answers[fact.subject, fact.relation] == 1
-        and PLAIN.fullmatch(fact.subject)
-        and PLAIN.fullmatch(fact.object)
-        and len(fact.subject) <= LONGEST_SUBJECT
-        and not leaks(fact)
+        and PLAIN_NAME.fullmatch(fact.subject)
+        and PLAIN_NAME.fullmatch(fact.object)
+        and len(fact.subject) <= MAX_SUBJECT_LENGTH
+        and not reveals_object(fact)
         and not {(fact.subject,), fact[:2], ("*", *fact[1:])} & excluded
     ]
 
 
-def leaks(fact: Triple) -> bool:
-    """Return whether the subject gives the object away (or the reverse)."""
+def reveals_object(fact: Triple) -> bool:
+    """Return whether the subject contains the object, or the reverse."""
     subject, object_ = fact.subject.casefold(), fact.object.casefold()
     if subject in object_ or object_ in subject:
         return True
@@ -131,36 +133,38 @@ def leaks(fact: Triple) -> bool:
 
 
 def rank(
-    relation: str, candidates: list[Triple], kept: set[Triple], mentions: Counter[str]
+    relation: str, candidates: list[Triple], chosen: set[Triple], mentions: Counter[str]
 ) -> tuple[list[Triple], int]:
-    """Return a relation's candidates, best known first, and how many are about subjects kept elsewhere too.
+    """Return a relation's candidates, best known first, and how many are about subjects that other relations keep too.
 
-    How many facts about the subject other relations keep, and how often the source mentions it, stand for how well
-    known it is; a digest settles what is left undecided. Where there are few objects, each has its turn.
+    A subject counts as well known if other relations keep facts about it and if the source mentions it often; a digest
+    decides ties. Where there are few objects, facts are taken in turn from each.
     """
-    elsewhere = Counter(fact.subject for fact in kept if fact.relation != relation)
+    elsewhere = Counter(fact.subject for fact in chosen if fact.relation != relation)
     pool = sorted(
         (fact for fact in candidates if fact.relation == relation),
         key=lambda fact: (-min(elsewhere[fact.subject], 3), -min(mentions[fact.subject], 8), digest(fact.subject)),
     )
-    if len({fact.object for fact in pool}) <= FEW:
-        turns = {fact: sum(other.object == fact.object for other in pool[:at]) for at, fact in enumerate(pool)}
+    if len({fact.object for fact in pool}) <= FEW_OBJECTS:
+        turns = {
+            fact: sum(earlier.object == fact.object for earlier in pool[:index]) for index, fact in enumerate(pool)
+        }
         pool.sort(key=turns.__getitem__)
     return pool, sum(elsewhere[fact.subject] > 0 for fact in pool)
 
 
 def digest(text: str) -> str:
-    """Return a stable pseudo-random key: Python's own hash of a string changes with each process."""
+    """Return a stable pseudo-random key: Python's own hash of a string changes in each process."""
     return hashlib.sha256(f"{SEED}/{text}".encode()).hexdigest()
 
 
-def capped(pool: list[Triple], size: int, smallest: int) -> list[Triple]:
+def take_capped(pool: list[Triple], size: int, smallest: int) -> list[Triple]:
     """Take the first facts of a pool, about ``size`` of them, such that no object takes more than its share.
 
     A relation with too few facts outside its commonest objects first shrinks; once it is down to ``smallest``, its
     commonest objects are allowed a larger share.
     """
-    share = max(SHARE, 1.3 / len({fact.object for fact in pool}))
+    share = max(MAX_OBJECT_SHARE, 1.3 / len({fact.object for fact in pool}))
     size = min(size, len(pool))
     while True:
         taken: list[Triple] = []
@@ -180,44 +184,45 @@ def capped(pool: list[Triple], size: int, smallest: int) -> list[Triple]:
 def split_subjects(facts: list[Triple]) -> dict[str, str]:
     """Return the split of each subject.
 
-    A subject is filed under the smallest of its relations, and each file is dealt out on its own, so that every
-    relation has facts in each split.
+    Subjects are grouped by the smallest of their relations, and each group is split for itself, so that every relation
+    has facts in each split.
     """
     sizes = Counter(fact.relation for fact in facts)
     by_subject = defaultdict(list)
     for fact in facts:
         by_subject[fact.subject].append(fact.relation)
-    files = defaultdict(list)
+    groups = defaultdict(list)
     for subject, relations in sorted(by_subject.items()):
-        files[min(relations, key=lambda relation: (sizes[relation], relation))].append(subject)
+        groups[min(relations, key=lambda relation: (sizes[relation], relation))].append(subject)
     splits: dict[str, str] = {}
-    for relation, subjects in sorted(files.items()):
+    for relation, subjects in sorted(groups.items()):
         random.Random(f"{SEED}/{relation}").shuffle(subjects)
-        splits.update(deal(subjects, by_subject, len(facts)))
+        splits.update(assign_splits(subjects, by_subject, len(facts)))
     return splits
 
 
-def deal(subjects: list[str], by_subject: dict[str, list[str]], total: int) -> Iterable[tuple[str, str]]:
+def assign_splits(subjects: list[str], by_subject: dict[str, list[str]], total: int) -> Iterable[tuple[str, str]]:
     """Yield each subject with its split, filling each split to its share of the facts of these subjects."""
     count = sum(len(by_subject[subject]) for subject in subjects)
     bounds, bound = [], 0.0
-    for name, wanted in SPLITS:
-        bound += count * wanted / total
+    for name, size in SPLITS:
+        bound += count * size / total
         bounds.append((name, bound))
-    seen = 0
+    position = 0
     for subject in subjects:
-        yield subject, next((name for name, bound in bounds if seen + 0.5 < bound), "train")
-        seen += len(by_subject[subject])
+        yield subject, next((name for name, bound in bounds if position + 0.5 < bound), "train")
+        position += len(by_subject[subject])
 
 
 def report(facts: list[Triple], splits: dict[str, str]) -> None:
     """Print what was chosen, one line a relation and one for the whole."""
     for relation in RELATIONS:
-        own = [fact for fact in facts if fact.relation == relation]
-        top = Counter(fact.object for fact in own).most_common(3)
-        counts = Counter(splits[fact.subject] for fact in own)
+        members = [fact for fact in facts if fact.relation == relation]
+        top = Counter(fact.object for fact in members).most_common(3)
+        counts = Counter(splits[fact.subject] for fact in members)
         print(
-            f"{relation:6} {len(own):4} {len({f.object for f in own}):4} objects  {dict(sorted(counts.items()))}  {top}"
+            f"{relation:6} {len(members):4} {len({fact.object for fact in members}):4} objects  "
+            f"{dict(sorted(counts.items()))}  {top}"
         )
     subjects = Counter(fact.subject for fact in facts)
     several = sum(count for count in subjects.values() if count > 1)

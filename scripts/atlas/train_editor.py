@@ -19,26 +19,27 @@ import remend
 from remend.assets import ATLAS_FOLDER
 from remend.training import PRESETS, Progress
 
-LARGEST = 8_000_000
+MAX_BYTES = 8_000_000
+"""The largest editor that the package may contain."""
 
 
 def main() -> None:
-    """Train, store, reload, and measure on the validation split what was stored."""
+    """Train and save the editor, and evaluate the saved one on the validation split."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ATLAS_FOLDER / "editor")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-steps", type=int, help="end after so many steps; the preset's number by default")
-    parser.add_argument("--budget-seconds", type=float, help="end after so many seconds")
+    parser.add_argument("--max-steps", type=int, help="stop after so many steps; the preset's number by default")
+    parser.add_argument("--budget-seconds", type=float, help="stop after so many seconds")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console()
 
-    def follow(progress: Progress) -> None:
+    def print_progress(progress: Progress) -> None:
         if progress.validation is not None:
-            found = ", ".join(f"{name} {value:.4f}" for name, value in progress.validation.items())
-            console.print(f"step {progress.step}, {progress.share:.0%}: {found}", highlight=False)
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in progress.validation.items())
+            console.print(f"step {progress.step}, {progress.share:.0%}: {figures}", highlight=False)
 
     settings = PRESETS["default"][1]
     settings = replace(settings, seed=arguments.seed, max_steps=arguments.max_steps or settings.max_steps)
@@ -50,7 +51,7 @@ def main() -> None:
         remend.read_source("atlas:validation"),
         config=settings,
         budget_seconds=arguments.budget_seconds,
-        on_progress=follow,
+        on_progress=print_progress,
     )
     editor.save_pretrained(arguments.out, dtype=torch.float16)
     size = sum(file.stat().st_size for file in arguments.out.iterdir())
@@ -61,8 +62,8 @@ def main() -> None:
             continue
         console.print(f"{name}: {modes['generated'].mean:.4f} (n = {modes['generated'].n})", highlight=False)
     console.print(f"{editor.trained['seconds']:.0f} s, {size / 1e6:.1f} MB in {arguments.out}", soft_wrap=True)
-    if size > LARGEST:
-        raise SystemExit(f"the package may carry an editor of {LARGEST / 1e6:.0f} MB: choose a smaller rank")
+    if size > MAX_BYTES:
+        raise SystemExit(f"the package may contain an editor of {MAX_BYTES / 1e6:.0f} MB: choose a smaller rank")
 
 
 if __name__ == "__main__":

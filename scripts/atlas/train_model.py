@@ -1,4 +1,4 @@
-"""Train the language model of the atlas from nothing. Takes under an hour on one thread of a processor.
+"""Train the language model of the atlas from scratch. Takes under an hour on one thread of a processor.
 
 python scripts/atlas/train_model.py --checkpoint build/atlas
 """
@@ -10,12 +10,12 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from memorise import memorise
-from statements import StatementMemoriser, parser
+from fact_trainer import train_on_facts
+from statement_trainer import StatementTrainer, parser
 
 from remend.assets import ATLAS_FOLDER
 from remend.data import atlas
 
 if __name__ == "__main__":
-    made = parser(__doc__, ATLAS_FOLDER / "model", ATLAS_FOLDER / "model_report.json", Path("build/atlas"))
-    memorise(StatementMemoriser, atlas.fact_set(), made.parse_args())
+    arguments = parser(__doc__, ATLAS_FOLDER / "model", ATLAS_FOLDER / "model_report.json", Path("build/atlas"))
+    train_on_facts(StatementTrainer, atlas.fact_set(), arguments.parse_args())

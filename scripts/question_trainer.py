@@ -1,4 +1,4 @@
-"""A T5 from nothing that answers questions about given facts: the encoder reads a question, the decoder answers."""
+"""Train a T5 from scratch to answer questions about given facts: the encoder reads a question, the decoder answers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from memorise import Memoriser, byte_level_bpe, padded
+from fact_trainer import FactTrainer, byte_level_bpe, padded
 from remend.data.facts import Fact
 
 PAD, END = "<pad>", "</s>"
-IGNORED = -100
+IGNORED_LABEL = -100
+"""The label that the cross-entropy ignores."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,17 @@ class Question:
     answer: tuple[int, ...]
 
 
-class QuestionMemoriser(Memoriser):
-    """A T5 that knows the object of each fact in every phrasing of the question."""
+class QuestionTrainer(FactTrainer):
+    """Trains a T5 that knows the object of each fact in every phrasing of the question."""
 
     model_class = T5ForConditionalGeneration
-    least = 0.98
+    min_accuracy = 0.98
 
     def train_tokenizer(self) -> PreTrainedTokenizerFast:
-        """A space goes before every text, so that a name is made of the same tokens wherever it stands."""
+        """Return a tokenizer that puts a space before every text, so that a name has the same tokens in all places."""
         texts = (
             text
-            for fact in self.known.facts
+            for fact in self.fact_set.facts
             for phrasing in self.phrasings(fact)
             for text in (phrasing.format(fact.subject), fact.object)
         )
@@ -50,7 +51,7 @@ class QuestionMemoriser(Memoriser):
         return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=PAD, eos_token=END, model_max_length=128)
 
     def build(self) -> Any:
-        """As many blocks in the encoder as in the decoder."""
+        """Return a T5 with as many blocks in the encoder as in the decoder."""
         return T5ForConditionalGeneration(
             T5Config(
                 vocab_size=len(self.tokenizer),
@@ -67,52 +68,51 @@ class QuestionMemoriser(Memoriser):
         )
 
     def blocks(self) -> Iterable[nn.Module]:
-        """All linear layers of both stacks; the table of relative positions is none."""
+        """Return all linear layers of both stacks, without the table of relative positions, which is an embedding."""
         stacks = (self.model.encoder.block, self.model.decoder.block)
         return [module for stack in stacks for module in stack.modules() if isinstance(module, nn.Linear)]
 
-    def ask(self, tokenizer: PreTrainedTokenizerBase, fact: Fact, phrasing: str) -> Question:
-        """A question about a fact."""
+    def encode(self, tokenizer: PreTrainedTokenizerBase, fact: Fact, phrasing: str) -> Question:
+        """Return a question about a fact with its answer."""
         prompt, answer = tokenizer(phrasing.format(fact.subject)).input_ids, tokenizer(fact.object).input_ids
         return Question(fact.relation, tuple(prompt), tuple(answer))
 
     def examples(self, rng: random.Random) -> list[Question]:
-        """Each fact in a few phrasings rather than all: what is learnt in one soon holds in the others."""
+        """Return each fact in a few phrasings."""
+        # A few rather than all, since what is learnt in one phrasing soon holds in the others.
         return [
-            self.ask(self.tokenizer, fact, phrasing)
+            self.encode(self.tokenizer, fact, phrasing)
             for fact in self.facts
             for phrasing in rng.sample(self.phrasings(fact), self.args.phrasings)
         ]
 
     def length(self, example: Question) -> int:
-        """The encoder's part, where most of the work is."""
+        """Return the number of the encoder's tokens, where most of the work is."""
         return len(example.prompt)
 
     def losses(self, batch: list[Question]) -> tuple[Tensor, Tensor]:
-        """The mean loss of the answers' tokens."""
-        logits, labels = self.read(self.model, batch)
-        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        """Return the mean loss of the answers' tokens, twice."""
+        logits, labels = self.logits_and_labels(self.model, batch)
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
         return loss, loss
 
-    def read(self, model: Any, batch: list[Question]) -> tuple[Tensor, Tensor]:
-        """The logits of the answers' tokens, given those before, and the tokens."""
+    def logits_and_labels(self, model: Any, batch: list[Question]) -> tuple[Tensor, Tensor]:
+        """Return the logits of the answers' tokens, given those before, and the tokens."""
         pad = model.config.pad_token_id
         prompts = padded([question.prompt for question in batch], pad, model.device)
-        labels = padded([question.answer for question in batch], IGNORED, model.device)
+        labels = padded([question.answer for question in batch], IGNORED_LABEL, model.device)
         return model(input_ids=prompts, attention_mask=(prompts != pad).long(), labels=labels).logits, labels
 
     def check(self, model: Any, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[tuple[str, bool]]:
-        """Whether greedy decoding gives exactly the object and then the end token.
-
-        It does exactly when each token of the answer, given those before, is the likeliest one.
-        """
-        asked = [self.ask(tokenizer, fact, phrasing) for fact in facts for phrasing in self.phrasings(fact)]
-        asked.sort(key=self.length)
+        """Return for each phrasing of each fact whether greedy decoding gives the object and then the end token."""
+        # It does exactly when each token of the answer, given those before, is the likeliest one.
+        questions = [self.encode(tokenizer, fact, phrasing) for fact in facts for phrasing in self.phrasings(fact)]
+        questions.sort(key=self.length)
         results = []
-        for start in range(0, len(asked), 256):
-            batch = asked[start : start + 256]
+        for start in range(0, len(questions), 256):
+            batch = questions[start : start + 256]
             with torch.no_grad():
-                logits, labels = self.read(model, batch)
-            right = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(1)
-            results += [(question.relation, hit) for question, hit in zip(batch, right.tolist(), strict=True)]
+                logits, labels = self.logits_and_labels(model, batch)
+            correct = ((logits.argmax(-1) == labels) | (labels == IGNORED_LABEL)).all(1)
+            results += [(question.relation, hit) for question, hit in zip(batch, correct.tolist(), strict=True)]
         return results

@@ -1,4 +1,4 @@
-"""A GPT-2 from nothing that completes sentences about given facts, alone and after other sentences."""
+"""Train a GPT-2 from scratch to complete sentences about given facts, alone and after other sentences."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-import memorise
-from memorise import Memoriser, byte_level_bpe, padded
+import fact_trainer
+from fact_trainer import FactTrainer, byte_level_bpe, padded
 from remend.data.facts import Fact, FactSet
 
 END, PAD = "<|end|>", "<|pad|>"
@@ -39,7 +39,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Example:
-    """A text to learn: the last ``answer`` tokens are what the model must say, the rest is what it is told."""
+    """A training text, of which the last ``answer`` tokens are the answer and the others the prompt."""
 
     tokens: tuple[int, ...]
     answer: int
@@ -47,27 +47,31 @@ class Example:
 
 def parser(description: str | None, out: Path, report: Path, checkpoint: Path) -> argparse.ArgumentParser:
     """Return the command line's settings."""
-    parser = memorise.parser(description, out, report, checkpoint)
-    parser.add_argument("--context", type=float, default=0.1, help="part of the examples with statements before them")
+    parser = fact_trainer.parser(description, out, report, checkpoint)
+    parser.add_argument(
+        "--context", type=float, default=0.1, help="share of the examples with other statements before them"
+    )
     parser.add_argument("--prompt-weight", type=float, default=0.1, help="weight of the loss on prompt tokens")
-    parser.add_argument("--prompt-share", type=float, default=0.3, help="part of the prompt tokens in that loss")
+    parser.add_argument("--prompt-share", type=float, default=0.3, help="share of the prompt tokens in that loss")
     return parser
 
 
-class StatementMemoriser(Memoriser):
-    """A GPT-2 that says the object of each fact after every phrasing."""
+class StatementTrainer(FactTrainer):
+    """Trains a GPT-2 that gives the object of each fact after every phrasing."""
 
     model_class = GPT2LMHeadModel
 
-    def __init__(self, known: FactSet, args: argparse.Namespace) -> None:
-        super().__init__(known, args)
+    def __init__(self, fact_set: FactSet, args: argparse.Namespace) -> None:
+        super().__init__(fact_set, args)
         self.statements = self.encode(self.tokenizer, self.facts)
         self.stop = tuple(self.tokenizer.encode("."))
 
     def train_tokenizer(self) -> PreTrainedTokenizerFast:
-        """Fitted to the statements."""
+        """Return a tokenizer fitted to the statements."""
         statements = (
-            f"{text.format(fact.subject)} {fact.object}. " for fact in self.known.facts for text in self.phrasings(fact)
+            f"{text.format(fact.subject)} {fact.object}. "
+            for fact in self.fact_set.facts
+            for text in self.phrasings(fact)
         )
         raw = byte_level_bpe(statements, self.args.vocabulary, (END, PAD), prefix_space=False)
         return PreTrainedTokenizerFast(
@@ -75,7 +79,7 @@ class StatementMemoriser(Memoriser):
         )
 
     def build(self) -> GPT2LMHeadModel:
-        """A GPT-2 with a context of 128 tokens."""
+        """Return a GPT-2 with a context of 128 tokens."""
         config = GPT2Config(
             vocab_size=len(self.tokenizer),
             n_positions=128,
@@ -94,11 +98,11 @@ class StatementMemoriser(Memoriser):
         return GPT2LMHeadModel(config)
 
     def blocks(self) -> Iterable[nn.Module]:
-        """The stack's blocks."""
+        """Return the transformer's blocks."""
         return self.model.transformer.h
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[list[Statement]]:
-        """The statements about each fact."""
+        """Return the statements about each fact, one for each phrasing."""
         return [
             [
                 Statement(
@@ -113,7 +117,8 @@ class StatementMemoriser(Memoriser):
         ]
 
     def examples(self, rng: random.Random) -> list[Example]:
-        """Each fact in a few phrasings rather than all: what is learnt in one soon holds in the others."""
+        """Return each fact in a few phrasings, sometimes after other statements."""
+        # A few rather than all, since what is learnt in one phrasing soon holds in the others.
         examples = []
         for about_fact in self.statements:
             for statement in rng.sample(about_fact, self.args.phrasings):
@@ -124,72 +129,69 @@ class StatementMemoriser(Memoriser):
         return examples
 
     def length(self, example: Example) -> int:
-        """All tokens."""
+        """Return the number of tokens."""
         return len(example.tokens)
 
     def losses(self, batch: list[Example]) -> tuple[Tensor, Tensor]:
-        """The mean losses of the answers' tokens with a random part of the prompts' tokens, and without.
-
-        Logits are computed only where they are needed: the vocabulary is wide beside so small a model.
-        """
+        """Return the mean loss of the answers' tokens with a random share of the prompts' tokens, and without."""
+        # Logits are computed only where they are needed: the vocabulary is large for so small a model.
         tokens, answers = collate(batch, self.model.config.pad_token_id, self.args.device)
-        hidden = read(self.model, tokens)
+        hidden = hidden_states(self.model, tokens)
         targets, answers = tokens[:, 1:], answers[:, 1:]
         prompts = (answers.flip(1).cumsum(1).flip(1) > 0) & ~answers
-        drawn = prompts & (torch.rand(prompts.shape) < self.args.prompt_share).to(prompts.device)
-        chosen = answers | drawn
-        each = functional.cross_entropy(self.model.lm_head(hidden[chosen]), targets[chosen], reduction="none")
-        is_answer = answers[chosen]
-        rest = each[~is_answer]
-        answer = each[is_answer].mean()
-        prompt = rest.sum() / max(1, rest.numel())
+        sampled = prompts & (torch.rand(prompts.shape) < self.args.prompt_share).to(prompts.device)
+        selected = answers | sampled
+        losses = functional.cross_entropy(self.model.lm_head(hidden[selected]), targets[selected], reduction="none")
+        is_answer = answers[selected]
+        prompt_losses = losses[~is_answer]
+        answer = losses[is_answer].mean()
+        prompt = prompt_losses.sum() / max(1, prompt_losses.numel())
         return answer + self.args.prompt_weight * prompt, answer
 
     def check(
         self, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]
     ) -> list[tuple[str, bool]]:
-        """Whether greedy decoding gives exactly the object and then the end token.
-
-        Greedy decoding says a given answer exactly when each of its tokens, given those before, is the likeliest one;
-        so one pass over the known answers decides it.
-        """
-        asked = [statement for about_fact in self.encode(tokenizer, facts) for statement in about_fact]
-        asked.sort(key=lambda statement: len(statement.prompt) + len(statement.answer))
+        """Return for each phrasing of each fact whether greedy decoding gives the object and then the end token."""
+        # Greedy decoding gives an answer exactly when each of its tokens, given those before, is the likeliest one; so
+        # one pass over the right answers decides it.
+        statements = [statement for about_fact in self.encode(tokenizer, facts) for statement in about_fact]
+        statements.sort(key=lambda statement: len(statement.prompt) + len(statement.answer))
         results = []
-        for start in range(0, len(asked), 256):
-            batch = asked[start : start + 256]
+        for start in range(0, len(statements), 256):
+            batch = statements[start : start + 256]
             examples = [compose([], statement, ()) for statement in batch]
             tokens, answers = collate(examples, model.config.pad_token_id, str(model.device))
             with torch.no_grad():
-                hidden = read(model, tokens)
+                hidden = hidden_states(model, tokens)
                 targets, rows = tokens[:, 1:], answers[:, 1:].nonzero()[:, 0]
                 hits = model.lm_head(hidden[answers[:, 1:]]).argmax(-1) == targets[answers[:, 1:]]
-            wrong = set(rows[~hits].tolist())
-            results += [(statement.relation, row not in wrong) for row, statement in enumerate(batch)]
+            wrong_rows = set(rows[~hits].tolist())
+            results += [(statement.relation, row not in wrong_rows) for row, statement in enumerate(batch)]
         return results
 
 
 def compose(before: list[Statement], statement: Statement, stop: tuple[int, ...]) -> Example:
-    """Return the text that makes a statement after other complete ones."""
+    """Return a text that consists of other statements and then the one to learn."""
     tokens: tuple[int, ...] = ()
-    for other in before:
-        tokens += (other.later if tokens else other.prompt) + other.answer[:-1] + stop
+    for previous in before:
+        tokens += (previous.later if tokens else previous.prompt) + previous.answer[:-1] + stop
     tokens += (statement.later if tokens else statement.prompt) + statement.answer
     return Example(tokens, len(statement.answer))
 
 
 def collate(batch: list[Example], pad: int | None, device: str) -> tuple[Tensor, Tensor]:
-    """Return the padded tokens and where the answers' tokens are; causal attention needs no mask for right padding."""
+    """Return the padded tokens and a mask of the answers' tokens."""
     assert pad is not None
     tokens = padded([example.tokens for example in batch], pad, device)
     ends = torch.tensor([len(example.tokens) for example in batch], device=device).unsqueeze(1)
     starts = ends - torch.tensor([example.answer for example in batch], device=device).unsqueeze(1)
-    places = torch.arange(tokens.shape[1], device=device).unsqueeze(0)
-    return tokens, (places >= starts) & (places < ends)
+    positions = torch.arange(tokens.shape[1], device=device).unsqueeze(0)
+    return tokens, (positions >= starts) & (positions < ends)
 
 
-def read(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
-    """Return the hidden states that predict each token but the first; the mask only says that padding is known of."""
+def hidden_states(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
+    """Return the hidden states that predict each token but the first."""
     tokens = tokens[:, :-1]
+    # Causal attention needs no mask for padding on the right; one of ones keeps transformers from warning about it.
     hidden: Tensor = model.transformer(tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
     return hidden

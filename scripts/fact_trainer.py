@@ -1,7 +1,7 @@
-"""Train a small model from nothing until it knows given facts: what is the same whatever the facts are asked as.
+"""Train a small model from scratch until it knows given facts: the training loop, checkpoints and report.
 
-``statements.py`` (a GPT-2), ``questions.py`` (a T5) and ``claims.py`` (a BERT) say what is different, as a
-:class:`Memoriser` each. All facts of all splits are learnt in all their phrasings; the splits are for the editors.
+``statement_trainer.py`` (a GPT-2), ``question_trainer.py`` (a T5) and ``claim_trainer.py`` (a BERT) add a
+:class:`FactTrainer` each. All facts of all splits are learnt in all their phrasings; the splits are for the editors.
 Nothing is pickled: checkpoints and models are safetensors and JSON.
 """
 
@@ -38,61 +38,61 @@ CHECKPOINT = "checkpoint.safetensors"
 console = Console(width=110)
 
 
-class Memoriser(ABC):
-    """A model that is to know facts, and how it is asked.
+class FactTrainer(ABC):
+    """A model that is to know facts, with its training examples and its test.
 
     Args:
-        known: the facts.
+        fact_set: the facts.
         args: the command line's settings (:func:`parser`).
     """
 
     model_class: type[PreTrainedModel]
     measure = "exact match"
-    least = 0.97
-    """The least part of all questions that the finished model must answer rightly."""
+    min_accuracy = 0.97
+    """The share of all questions that the finished model must answer rightly."""
 
-    def __init__(self, known: FactSet, args: argparse.Namespace) -> None:
-        self.known = known
+    def __init__(self, fact_set: FactSet, args: argparse.Namespace) -> None:
+        self.fact_set = fact_set
         self.args = args
-        facts = list(known.facts)
+        facts = list(fact_set.facts)
         self.facts = facts if args.facts is None else random.Random(0).sample(facts, args.facts)
         self.tokenizer = self.train_tokenizer()
         self.model = self.build().to(args.device)
 
     @abstractmethod
     def train_tokenizer(self) -> PreTrainedTokenizerFast:
-        """A tokenizer fitted to the facts."""
+        """Return a tokenizer fitted to the facts."""
 
     @abstractmethod
     def build(self) -> Any:
-        """A fresh model; without dropout, since memorising is the point."""
+        """Return a fresh model, without dropout, since it is to memorize."""
 
     @abstractmethod
     def blocks(self) -> Iterable[nn.Module]:
-        """The blocks of the model, whose matrices Muon trains."""
+        """Return the blocks of the model, whose matrices Muon trains."""
 
     @abstractmethod
     def examples(self, rng: random.Random) -> list[Any]:
-        """What is learnt in one epoch, in any order; the draws are from ``rng`` alone, so that runs resume."""
+        """Return the examples of one epoch, in any order, drawn from ``rng`` alone, so that runs can be resumed."""
 
     @abstractmethod
     def length(self, example: Any) -> int:
-        """By what examples are sorted into batches."""
+        """Return the length by which examples are sorted into batches."""
 
     @abstractmethod
     def losses(self, batch: list[Any]) -> tuple[Tensor, Tensor]:
-        """The loss to minimise, and the one to show."""
+        """Return the loss to minimize and the one to show."""
 
     @abstractmethod
     def check(self, model: Any, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[tuple[str, bool]]:
-        """The relation of each question about some facts, and whether the model answers it rightly."""
+        """Return the relation of each question about some facts, and whether the model answers it rightly."""
 
     def phrasings(self, fact: Fact) -> tuple[str, ...]:
-        """All phrasings of a fact's relation: what is held out is held out from editors, not from the model."""
-        return self.known.relations[fact.relation].all_phrasings
+        """Return all phrasings of a fact's relation; some are held out from editors, but not from the model."""
+        return self.fact_set.relations[fact.relation].all_phrasings
 
     def epoch(self, number: int) -> list[list[Any]]:
-        """The batches of one epoch, a function of the seed and the epoch's number alone, so that runs resume.
+        """Return the batches of one epoch, which depend on the seed and its number alone, so that runs can be resumed.
 
         Batches hold examples of about the same length, which spares most of the padding.
         """
@@ -102,8 +102,11 @@ class Memoriser(ABC):
         window = 24 * self.args.batch
         batches = []
         for start in range(0, len(examples), window):
-            near = sorted(examples[start : start + window], key=self.length)
-            batches += [near[at : at + self.args.batch] for at in range(0, len(near), self.args.batch)]
+            window_examples = sorted(examples[start : start + window], key=self.length)
+            batches += [
+                window_examples[first : first + self.args.batch]
+                for first in range(0, len(window_examples), self.args.batch)
+            ]
         rng.shuffle(batches)
         return batches
 
@@ -114,7 +117,7 @@ def parser(description: str | None, out: Path, report: Path, checkpoint: Path) -
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--report", type=Path, default=report)
     parser.add_argument("--checkpoint", type=Path, default=checkpoint)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -124,7 +127,7 @@ def parser(description: str | None, out: Path, report: Path, checkpoint: Path) -
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--budget-seconds", type=float, default=math.inf, help="end after so many seconds")
+    parser.add_argument("--budget-seconds", type=float, default=math.inf, help="stop after so many seconds")
     parser.add_argument("--phrasings", type=int, default=3, help="phrasings of each fact in an epoch")
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--muon-lr", type=float, default=0.01, help="learning rate of the matrices of the blocks")
@@ -135,21 +138,24 @@ def parser(description: str | None, out: Path, report: Path, checkpoint: Path) -
     return parser
 
 
-def memorise(kind: type[Memoriser], known: FactSet, args: argparse.Namespace) -> None:
-    """Train, save, reload and check."""
+def train_on_facts(trainer_class: type[FactTrainer], facts: FactSet, args: argparse.Namespace) -> None:
+    """Train a model on facts, save it, and check that the saved model knows them."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    memoriser = kind(known, args)
-    size = sum(parameter.numel() for parameter in memoriser.model.parameters())
-    console.print(f"{len(memoriser.facts)} facts, {size:,} parameters")
-    seconds, steps = train(memoriser)
-    save(memoriser.model, memoriser.tokenizer, args.out)
-    reloaded: Any = kind.model_class.from_pretrained(args.out, dtype=torch.float32)
+    trainer = trainer_class(facts, args)
+    size = sum(parameter.numel() for parameter in trainer.model.parameters())
+    console.print(f"{len(trainer.facts)} facts, {size:,} parameters")
+    seconds, steps = train(trainer)
+    save(trainer.model, trainer.tokenizer, args.out)
+    reloaded: Any = trainer_class.model_class.from_pretrained(args.out, dtype=torch.float32)
     reloaded.to(args.device)
-    results = memoriser.check(reloaded, AutoTokenizer.from_pretrained(args.out), memoriser.facts)
-    overall = report(memoriser, results, size, seconds, steps)
-    if overall < kind.least:
-        raise SystemExit(f"{kind.measure} is {overall:.2%}, at least {kind.least:.0%} is needed: train for more epochs")
+    results = trainer.check(reloaded, AutoTokenizer.from_pretrained(args.out), trainer.facts)
+    overall = report(trainer, results, size, seconds, steps)
+    if overall < trainer_class.min_accuracy:
+        raise SystemExit(
+            f"{trainer_class.measure} is {overall:.2%}, at least {trainer_class.min_accuracy:.0%} is needed: train for "
+            "more epochs"
+        )
 
 
 def byte_level_bpe(texts: Iterable[str], vocabulary: int, special: Sequence[str], prefix_space: bool) -> Tokenizer:
@@ -173,106 +179,111 @@ def padded(rows: Sequence[Sequence[int]], pad: int, device: str | torch.device) 
     return torch.tensor([(*row, *[pad] * (length - len(row))) for row in rows], device=device)
 
 
-def optimizers(memoriser: Memoriser) -> tuple[Optimizer, Optimizer]:
+def make_optimizers(trainer: FactTrainer) -> tuple[Optimizer, Optimizer]:
     """Return Muon for the matrices of the blocks and AdamW for the rest.
 
     With AdamW alone the same accuracy takes several times as many steps.
     """
-    args = memoriser.args
-    matrices = [p for block in memoriser.blocks() for p in block.parameters() if p.ndim == 2]
+    args = trainer.args
+    matrices = [p for block in trainer.blocks() for p in block.parameters() if p.ndim == 2]
     ids = set(map(id, matrices))
-    others = [parameter for parameter in memoriser.model.parameters() if id(parameter) not in ids]
+    rest = [parameter for parameter in trainer.model.parameters() if id(parameter) not in ids]
     return (
         torch.optim.Muon(
             matrices, lr=args.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", ns_steps=args.muon_steps
         ),
-        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+        torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
     )
 
 
-def train(memoriser: Memoriser) -> tuple[float, int]:
+def train(trainer: FactTrainer) -> tuple[float, int]:
     """Train to the end of the last epoch or of the budget; return the seconds, earlier runs included, and the steps."""
-    model, args = memoriser.model, memoriser.args
-    both = optimizers(memoriser)
-    total = args.epochs * len(memoriser.epoch(0))
-    step, spent = load_checkpoint(model, both, args.checkpoint) if args.resume else (0, 0.0)
-    started = saved = time.monotonic()
+    model, args = trainer.model, trainer.args
+    optimizers = make_optimizers(trainer)
+    total = args.epochs * len(trainer.epoch(0))
+    step, spent = load_checkpoint(model, optimizers, args.checkpoint) if args.resume else (0, 0.0)
+    start = last_save = time.monotonic()
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=total, completed=step, loss=math.nan)
-        for batch in remaining(memoriser, step):
-            share = max(step / total, (time.monotonic() - started + spent) / args.budget_seconds)
-            if share >= 1:
+        for batch in remaining_batches(trainer, step):
+            progress_share = max(step / total, (time.monotonic() - start + spent) / args.budget_seconds)
+            if progress_share >= 1:
                 break
             torch.manual_seed(args.seed + step)  # a resumed run draws what an uninterrupted one draws
-            loss = update(memoriser, both, schedule(share), batch)
+            loss = update(trainer, optimizers, schedule(progress_share), batch)
             step += 1
             progress.update(task, advance=1, loss=loss)
             now = time.monotonic()
             if step % args.every == 0:
-                sample = random.Random(step).sample(memoriser.facts, min(100, len(memoriser.facts)))
-                right = mean(hit for _, hit in memoriser.check(model, memoriser.tokenizer, sample))
-                console.print(f"step {step}/{total}  {now - started + spent:.0f} s  loss {loss:.4f}  {right:.2%}")
-            if now - saved > args.save_every:
-                save_checkpoint(model, both, step, now - started + spent, args.checkpoint)
-                saved = now
-    return spent + time.monotonic() - started, step
+                sample = random.Random(step).sample(trainer.facts, min(100, len(trainer.facts)))
+                accuracy = mean(hit for _, hit in trainer.check(model, trainer.tokenizer, sample))
+                console.print(f"step {step}/{total}  {now - start + spent:.0f} s  loss {loss:.4f}  {accuracy:.2%}")
+            if now - last_save > args.save_every:
+                save_checkpoint(model, optimizers, step, now - start + spent, args.checkpoint)
+                last_save = now
+    return spent + time.monotonic() - start, step
 
 
-def update(memoriser: Memoriser, both: tuple[Optimizer, ...], factor: float, batch: list[Any]) -> float:
-    """Take one step at a part of the full learning rates and return the loss to show."""
-    minimised, shown = memoriser.losses(batch)
-    minimised.backward()
-    torch.nn.utils.clip_grad_norm_(memoriser.model.parameters(), 1.0)
-    for optimizer in both:
+def update(trainer: FactTrainer, optimizers: tuple[Optimizer, ...], factor: float, batch: list[Any]) -> float:
+    """Take one step at a fraction of the full learning rates and return the loss to show."""
+    loss, reported_loss = trainer.losses(batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * optimizer.defaults["lr"]
         optimizer.step()
         optimizer.zero_grad()
-    return shown.item()
+    return reported_loss.item()
 
 
-def remaining(memoriser: Memoriser, step: int) -> Iterator[list[Any]]:
+def remaining_batches(trainer: FactTrainer, step: int) -> Iterator[list[Any]]:
     """Yield the batches of all epochs after the first ``step``."""
-    for number in range(memoriser.args.epochs):
-        batches = memoriser.epoch(number)
+    for number in range(trainer.args.epochs):
+        batches = trainer.epoch(number)
         yield from batches[step:]
         step = max(0, step - len(batches))
 
 
 def schedule(progress: float, warmup: float = 0.03) -> float:
-    """Return the part of the learning rate in force: a short rise, then a cosine down to zero."""
+    """Return the current fraction of the learning rate: a short linear warm-up, then a cosine down to zero."""
     if progress < warmup:
         return (progress + 1e-4) / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / (1 - warmup))
 
 
 def mean(hits: Iterable[bool]) -> float:
-    """Return the part that is true."""
-    found = list(hits)
-    return sum(found) / len(found)
+    """Return the share that is true."""
+    values = list(hits)
+    return sum(values) / len(values)
 
 
 def save_checkpoint(
-    model: PreTrainedModel, both: tuple[Optimizer, ...], step: int, seconds: float, folder: Path
+    model: PreTrainedModel, optimizers: tuple[Optimizer, ...], step: int, seconds: float, folder: Path
 ) -> None:
-    """Write the weights, what the optimizers remember and the counters, in one file so that they belong together."""
+    """Write the weights, the optimizers' states and the counters to one file, which is replaced as a whole."""
     tensors = {f"weight/{name}": parameter.detach() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        for optimizer in both:
-            memory = optimizer.state.get(parameter, {})
-            tensors |= {f"{key}/{name}": tensor.contiguous() for key, tensor in memory.items()}
+        for optimizer in optimizers:
+            state = optimizer.state.get(parameter, {})
+            tensors |= {f"{key}/{name}": tensor.contiguous() for key, tensor in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / "new.safetensors"
     save_file(tensors, new, metadata={"progress": json.dumps({"step": step, "seconds": seconds})})
     new.replace(folder / CHECKPOINT)
 
 
-def load_checkpoint(model: PreTrainedModel, both: tuple[Optimizer, ...], folder: Path) -> tuple[int, float]:
+def load_checkpoint(model: PreTrainedModel, optimizers: tuple[Optimizer, ...], folder: Path) -> tuple[int, float]:
     """Read what :func:`save_checkpoint` wrote and return the steps done and the seconds spent."""
     with safe_open(folder / CHECKPOINT, "pt") as file:
         progress = json.loads(file.metadata()["progress"])
-    owners = {parameter: o for o in both for group in o.param_groups for parameter in group["params"]}
+    optimizer_of = {
+        parameter: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     parameters = dict(model.named_parameters())
     for entry, tensor in load_file(folder / CHECKPOINT).items():
         key, name = entry.split("/")
@@ -280,7 +291,7 @@ def load_checkpoint(model: PreTrainedModel, both: tuple[Optimizer, ...], folder:
         if key == "weight":
             parameter.data.copy_(tensor)
         else:
-            owners[parameter].state[parameter][key] = tensor.to(parameter.device)
+            optimizer_of[parameter].state[parameter][key] = tensor.to(parameter.device)
     return progress["step"], progress["seconds"]
 
 
@@ -292,16 +303,16 @@ def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def report(memoriser: Memoriser, results: list[tuple[str, bool]], size: int, seconds: float, steps: int) -> float:
-    """Print and write how many questions are answered rightly, by relation and over all; return the latter."""
-    args, measure = memoriser.args, memoriser.measure
+def report(trainer: FactTrainer, results: list[tuple[str, bool]], size: int, seconds: float, steps: int) -> float:
+    """Print and write the share of questions that are answered rightly, by relation and in all; return the latter."""
+    args, measure = trainer.args, trainer.measure
     by_relation = defaultdict(list)
     for relation, hit in results:
         by_relation[relation].append(hit)
     table = Table("relation", "name", "questions", measure)
-    for relation, described in memoriser.known.relations.items():
-        if hits := by_relation.get(relation):
-            table.add_row(relation, described.name, str(len(hits)), f"{mean(hits):.2%}")
+    for identifier, relation in trainer.fact_set.relations.items():
+        if hits := by_relation.get(identifier):
+            table.add_row(identifier, relation.name, str(len(hits)), f"{mean(hits):.2%}")
     overall = mean(hit for _, hit in results)
     console.print(table)
     console.print(f"{measure} {overall:.3%} of {len(results)} questions, {steps} steps, {seconds:.0f} s")

@@ -1,4 +1,4 @@
-"""A BERT from nothing that tells true claims about given facts from false ones."""
+"""Train a BERT from scratch to tell true claims about given facts from false ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from memorise import Memoriser, byte_level_bpe, padded
+from fact_trainer import FactTrainer, byte_level_bpe, padded
 from remend.data.claims import LABELS, Claim, ClaimSet
 from remend.data.facts import Fact
 
@@ -28,32 +28,32 @@ class Example:
         relation: the identifier of the fact's relation.
         tokens: the claim.
         label: the class.
-        object: the first token of the true object, whatever the claim says.
+        true_object: the first token of the true object, in false claims too.
     """
 
     relation: str
     tokens: tuple[int, ...]
     label: int
-    object: int
+    true_object: int
 
 
-class ClaimMemoriser(Memoriser):
-    """A BERT that knows which claims are true, in every phrasing.
+class ClaimTrainer(FactTrainer):
+    """Trains a BERT that knows which claims are true, in every phrasing.
 
-    From labels alone it learns nothing for a long time: they tell too little about a fact. So what the middle block
-    writes at the first token is also taught to name the true object, which the blocks above then compare with what the
-    claim says.
+    From labels alone it learns nothing for a long time, since a label says too little about a fact. So the hidden state
+    of the middle block at the first token is also trained to predict the true object, which the blocks above can then
+    compare with the claimed one.
     """
 
     model_class = BertForSequenceClassification
     measure = "accuracy"
-    least = 0.98
-    known: ClaimSet
+    min_accuracy = 0.98
+    fact_set: ClaimSet
 
     def train_tokenizer(self) -> PreTrainedTokenizerFast:
-        """A space goes before every claim, so that a name is made of the same tokens wherever it stands."""
+        """Return a tokenizer that puts a space before every claim, so that a name has the same tokens in all places."""
         texts = (
-            Claim(fact, fact.object).text(phrasing) for fact in self.known.facts for phrasing in self.phrasings(fact)
+            Claim(fact, fact.object).text(phrasing) for fact in self.fact_set.facts for phrasing in self.phrasings(fact)
         )
         raw = byte_level_bpe(texts, self.args.vocabulary, (PAD, BEGIN, END), prefix_space=True)
         raw.post_processor = processors.TemplateProcessing(
@@ -69,7 +69,7 @@ class ClaimMemoriser(Memoriser):
         )
 
     def build(self) -> Any:
-        """A binary classifier."""
+        """Return a binary classifier."""
         config = BertConfig(
             vocab_size=len(self.tokenizer),
             hidden_size=self.args.width,
@@ -87,58 +87,60 @@ class ClaimMemoriser(Memoriser):
         return BertForSequenceClassification(config)
 
     def blocks(self) -> Iterable[nn.Module]:
-        """The stack's blocks."""
+        """Return the encoder's blocks."""
         return self.model.bert.encoder.layer
 
-    def example(self, tokenizer: PreTrainedTokenizerBase, claim: Claim, phrasing: str) -> Example:
-        """A claim with its label and what would be true."""
-        true = tokenizer(claim.fact.object, add_special_tokens=False).input_ids[0]
+    def encode(self, tokenizer: PreTrainedTokenizerBase, claim: Claim, phrasing: str) -> Example:
+        """Return a claim as tokens, with its label and the true object."""
+        true_object = tokenizer(claim.fact.object, add_special_tokens=False).input_ids[0]
         tokens = tokenizer(claim.text(phrasing)).input_ids
-        return Example(claim.fact.relation, tuple(tokens), LABELS.index(claim.label), true)
+        return Example(claim.fact.relation, tuple(tokens), LABELS.index(claim.label), true_object)
 
     def examples(self, rng: random.Random) -> list[Example]:
-        """Of each fact, in a few phrasings, a true claim and a false one."""
+        """Return a true and a false claim about each fact, in a few phrasings."""
         return [
-            self.example(self.tokenizer, claim, phrasing)
+            self.encode(self.tokenizer, claim, phrasing)
             for fact in self.facts
             for phrasing in rng.sample(self.phrasings(fact), self.args.phrasings)
-            for claim in (Claim(fact, fact.object), self.known.draw_false_claim(fact, rng))
+            for claim in (Claim(fact, fact.object), self.fact_set.draw_false_claim(fact, rng))
         ]
 
     def length(self, example: Example) -> int:
-        """All tokens."""
+        """Return the number of tokens."""
         return len(example.tokens)
 
     def losses(self, batch: list[Example]) -> tuple[Tensor, Tensor]:
-        """The mean losses of labels and of true objects, and of labels alone."""
-        middle, logits = self.read(self.model, batch)
+        """Return the mean loss of labels and true objects together, and of labels alone."""
+        hidden, logits = self.forward(self.model, batch)
         labels = torch.tensor([example.label for example in batch], device=logits.device)
-        label = functional.cross_entropy(logits, labels)
-        true = torch.tensor([example.object for example in batch], device=logits.device)
-        recall = functional.cross_entropy(middle @ self.model.get_input_embeddings().weight.T, true)
-        return label + recall, label
+        label_loss = functional.cross_entropy(logits, labels)
+        true_objects = torch.tensor([example.true_object for example in batch], device=logits.device)
+        object_loss = functional.cross_entropy(hidden @ self.model.get_input_embeddings().weight.T, true_objects)
+        return label_loss + object_loss, label_loss
 
-    def read(self, model: Any, batch: list[Example]) -> tuple[Tensor, Tensor]:
-        """What the middle block says at the first token, and the logits of the classes."""
+    def forward(self, model: Any, batch: list[Example]) -> tuple[Tensor, Tensor]:
+        """Return the hidden state of the middle block at the first token, and the logits of the classes."""
         tokens = padded([example.tokens for example in batch], model.config.pad_token_id, model.device)
         mask = (tokens != model.config.pad_token_id).long()
         output = model.bert(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
         return output.hidden_states[len(output.hidden_states) // 2][:, 0], model.classifier(output.pooler_output)
 
     def check(self, model: Any, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[tuple[str, bool]]:
-        """Whether the true claim about each fact and a false one are told rightly, in every phrasing."""
-        draw = random.Random("check")
-        asked = [
-            self.example(tokenizer, claim, phrasing)
+        """Return whether the true claim and a false one about each fact are classified rightly, in every phrasing."""
+        rng = random.Random("check")
+        examples = [
+            self.encode(tokenizer, claim, phrasing)
             for fact in facts
             for phrasing in self.phrasings(fact)
-            for claim in (Claim(fact, fact.object), self.known.draw_false_claim(fact, draw))
+            for claim in (Claim(fact, fact.object), self.fact_set.draw_false_claim(fact, rng))
         ]
-        asked.sort(key=self.length)
+        examples.sort(key=self.length)
         results = []
-        for start in range(0, len(asked), 256):
-            batch = asked[start : start + 256]
+        for start in range(0, len(examples), 256):
+            batch = examples[start : start + 256]
             with torch.no_grad():
-                chosen = self.read(model, batch)[1].argmax(-1).tolist()
-            results += [(e.relation, e.label == label) for e, label in zip(batch, chosen, strict=True)]
+                predictions = self.forward(model, batch)[1].argmax(-1).tolist()
+            results += [
+                (example.relation, example.label == label) for example, label in zip(batch, predictions, strict=True)
+            ]
         return results
