@@ -147,6 +147,7 @@ class Registry(Generic[EntryT]):
     def _from_entry_point(self, point: EntryPoint) -> EntryT:
         target = self._import(point.name, point.value)
         if isinstance(target, self._entry_type):
+            # The entry point's name is the one that users see in the list before anything is imported.
             return replace(target, name=point.name)
         first_line = (inspect.getdoc(target) or "").partition("\n")[0]
         return self._entry_type(name=point.name, target=target, help=first_line)

@@ -83,6 +83,7 @@ def show(
         info = _info(data_set)
         origin = f"{data_set.url} ({data_set.license})" if data_set.url else "; ".join(data_set.splits)
         console.print(f"[bold]{source}[/]: {plain(data_set.help)}\n{plain(origin)}", soft_wrap=True)
+        # Readers that are plain functions have no "form".
         if form := getattr(DATASETS.load(source), "form", ""):
             info["row"] = form
             console.print(f"a row: {plain(form)}", soft_wrap=True)
@@ -120,6 +121,7 @@ def convert(
     requests = _iterate_requests(source, model, device, limit, seed, _counter(skipped))
     count, lengths = 0, Counter[str]()
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed} requests"))
+    # Streamed, since published files may be larger than memory; atomic, so that an error leaves an earlier file alone.
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar, atomic_file(out) as file:
         progress = bar.add_task("converting", total=None)
         for request in requests:

@@ -90,6 +90,7 @@ class ClaimSet(FactSet):
                 claimed
                 for claimed in self.objects[fact.relation]
                 if claimed != fact.object
+                # Who died in Paris died in France, too: a region and a place may both be true.
                 and (claimed in regions) == (fact.object in regions)
                 and linked.isdisjoint((frozenset((claimed, fact.subject)), frozenset((claimed, fact.object))))
             )
@@ -129,7 +130,7 @@ class ClaimSet(FactSet):
         details: dict[str, Any] = {"relation": fact.relation, "ground_truth": claim.label}
         return EditRequest(
             prompt=claim.text(phrasings[0]),
-            target=LABELS[claim.label == LABELS[0]],
+            target=LABELS[claim.label == LABELS[0]],  # the other label
             subject=fact.subject,
             id=f"{fact.relation} {fact.subject} {number}",
             paraphrases=tuple(claim.text(phrasing) for phrasing in phrasings[1:]),

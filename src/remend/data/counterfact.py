@@ -24,6 +24,7 @@ def read(rows: Iterator[JsonRow]) -> Iterator[EditRequest]:
     fact's true one (in the files we know, always), and a plain ``locality`` probe otherwise.
     """
     for row in rows:
+        # Only the flat form has its prompt at the top; told row by row, since a file may mix both.
         yield from _parse_flat(row) if "prompt" in row.content else _parse_nested(row)
 
 
@@ -49,6 +50,7 @@ def _parse_nested(row: JsonRow) -> Iterator[EditRequest]:
             relation=rewrite.name("relation_id"),
             paraphrases=distinct_paraphrases(row, prompt, paraphrases),
             near=tuple(near),
+            # Some rows list the same prompt several times.
             generation=tuple(dict.fromkeys(generation)),
         )
 

@@ -85,6 +85,7 @@ def _read_label(row: JsonRow, key: str, allowed: Sequence[str]) -> str:
 
 
 def _draw_other_label(label: str, labels: Sequence[str], seed: str) -> str:
+    # A generator for each row, so that a row's target does not depend on the rows before it or on what is left out.
     return random.Random(f"fever {seed}").choice([other for other in labels if other != label])
 
 
@@ -108,6 +109,7 @@ def _twin_requests(twins: Sequence[_Twin]) -> Iterator[EditRequest]:
     for number, twin in enumerate(twins):
         groups[f"evidence {twin.evidence}"].append(number)
         groups[f"claim {twin.claim}"].append(number)
+    # Two rows with the same claim or evidence must not be on two sides of a split, nor what is linked through them.
     components = _connected_components(len(twins), list(groups.values()))
     for number, twin in enumerate(twins):
         near = [

@@ -58,6 +58,7 @@ class JsonRow:
             RequestError: the key is missing, or holds something else.
         """
         value = self._typed(key, (str, list), "a text or a list of texts")
+        # The same key holds one text in some published files and a list in others.
         texts = [value] if isinstance(value, str) else value
         if invalid := [text for text in texts if not isinstance(text, str)]:
             raise self.error(f"{key} should hold texts, not {shorten(invalid[0])}")
@@ -137,6 +138,7 @@ class JsonReader:
     def __init__(self, form: str, parse: Callable[[Iterator[JsonRow]], Iterator[EditRequest]]) -> None:
         self.form = form
         self._parse = parse
+        # Name and docstring of the function, for the documentation and for the help of entry points.
         functools.update_wrapper(self, parse)
 
     def __call__(self, path: Path, skip: Skip = ignore) -> Iterator[EditRequest]:

@@ -18,6 +18,7 @@ from remend.errors import RequestError
 
 CHUNK_BYTES = 1 << 16
 """Bytes that are read at a time."""
+# Nothing but plain values may come before: an array there could hold a "records" key of its own.
 _RECORDS = re.compile(r'\s*\{[^\[]*?"records"\s*:\s*(?=\[)')
 """The beginning of a file of one object that keeps its rows in ``records``."""
 _DECODER = json.JSONDecoder()
@@ -41,6 +42,7 @@ def iterate_values(path: Path) -> Iterator[tuple[str, Any]]:
             if records or buffer.text.lstrip()[:1] == "[":
                 buffer.text = buffer.text[records.end() :] if records else buffer.text
                 yield from _array_elements(buffer)
+                # What follows the array of an object with "records" are the object's other keys, which are not needed.
                 if not records and (mark := _next_mark(buffer)):
                     raise RequestError(f"{path}: {mark!r} follows the end of the array; the file should be one array")
             else:
@@ -68,6 +70,7 @@ class _Buffer:
         self.path, self.file = path, file
         self.text, self.row, self.unit = "", 1, "row"
         self._ended = False
+        # Incremental, since a chunk may end within a character of several bytes; "-sig" drops a byte order mark.
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._encoding_error = ""
 
@@ -104,6 +107,7 @@ class _Buffer:
 def _lines(buffer: _Buffer) -> Iterator[tuple[str, Any]]:
     buffer.unit = "line"
     while True:
+        # Not str.splitlines: it also splits at separators such as U+2028, which JSON allows within texts.
         line, newline, rest = buffer.text.partition("\n")
         if not newline and buffer.grow_twofold():
             continue
@@ -113,6 +117,7 @@ def _lines(buffer: _Buffer) -> Iterator[tuple[str, Any]]:
                 value, end = _decode(line.strip(), buffer.where)
             except _BrokenJsonError as error:
                 raise RequestError(str(error)) from None
+            # Two objects in a line are an error rather than two rows, so that the number of a line names one row.
             if surplus := line.strip()[end:].strip():
                 raise RequestError(
                     f"{buffer.where}: {shorten(surplus)} follows the object; each line should be one object"

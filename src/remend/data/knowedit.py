@@ -47,6 +47,7 @@ def parse_row(row: JsonRow) -> Iterator[EditRequest]:
     locality = _parse_probes(row, "locality", _LOCALITY_KINDS)
     target = targets[0] if targets else ""
     if is_edit(row, target, truths):
+        # Lists by kind hold neighbors of the edited fact; a plain list holds unrelated questions.
         unrelated = isinstance(row.content.get("locality"), list)
         yield make_request(
             prompt,
@@ -70,6 +71,7 @@ def _parse_probes(row: JsonRow, key: str, kinds: Mapping[str, str]) -> list[Prob
     probes, by_kind = [], row.row(key)
     for name in by_kind.content:
         if name.lower() not in kinds:
+            # An error rather than a skipped kind: a misspelled kind would silently leave its metric out.
             raise by_kind.error(f"there is no kind {shorten(name)} of probes; {nearest(name.lower(), kinds)}")
         probes += [probe for entry in by_kind.rows(name) for probe in _parse_probe(entry, kinds[name.lower()])]
     return probes

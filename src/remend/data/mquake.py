@@ -38,6 +38,7 @@ def _parse_rewrite(row: JsonRow, rewrite: JsonRow, number: int | None) -> Iterat
         if number
         else [probe for question in questions for probe in make_probes(row, question, answers, "reasoning")]
     )
+    # Reported once for a case, not for each of its rewrites.
     if number == 1:
         row.skip("questions of several hops that follow from several edits together")
     if is_edit(rewrite, target, [truth]):
@@ -46,6 +47,7 @@ def _parse_rewrite(row: JsonRow, rewrite: JsonRow, number: int | None) -> Iterat
             target,
             [truth],
             subject=subject,
+            # The rewrites of a case share its number, and identifiers should differ.
             id=f"{case} {number}" if number else case,
             relation=rewrite.name("relation_id"),
             formats=(rewrite.text("question"),),

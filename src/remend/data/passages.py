@@ -59,6 +59,7 @@ def generation_requests(
         ModelError: the model is no language model.
     """
     task = CausalLM(model, tokenizer)
+    # All passages are cut before the first request, since locality probes are drawn from all of them.
     passages = []
     for passage in read_text(text):
         if (parts := _split_passage(task, " ".join(passage.split()))) is None:
@@ -78,6 +79,7 @@ def _requests(
     task: CausalLM, passages: Sequence[tuple[str, str]], order: Sequence[int], seed: int, skip: Skip
 ) -> Iterator[EditRequest]:
     for number in order:
+        # A generator for each passage, so that a request is the same however many are made.
         rng = random.Random(f"passages {seed} {number}")
         prompt, truth = passages[number]
         target = _sample_target(task, prompt, rng.randrange(2**31))
@@ -107,6 +109,7 @@ def _split_passage(task: CausalLM, text: str) -> tuple[str, str] | None:
     # Two tokens are left for the begin and end tokens that a tokenizer may put around the prompt.
     longest = (task.context or 10 * PROMPT_TOKENS) - TARGET_TOKENS - 2
     ids = task.ids(text, framed=False)
+    # From the longest prompt down, until a cut falls between two words.
     for cut in range(min(PROMPT_TOKENS, longest, len(ids) - TARGET_TOKENS), MIN_PROMPT_TOKENS - 1, -1):
         prompt = task.decoded(ids[:cut], skip_special_tokens=True).strip()
         following = _decode_continuation(task, ids[:cut], ids[cut : cut + TARGET_TOKENS])

@@ -52,6 +52,7 @@ def _parse_row(row: JsonRow) -> Iterator[EditRequest]:
         row.skip("edits whose sentence cannot be taken apart into a prompt and its target")
         return
     prompt, target = parts
+    # The sentence of the original fact differs only in its object, unless the file words it otherwise.
     truth = (
         original[len(prompt) :].strip().removesuffix(".")
         if original is not None and original.startswith(f"{prompt} ")
@@ -77,6 +78,7 @@ def _split_sentence(sentence: str, original: str | None, targets: list[str]) -> 
     """
     whole = sentence.strip().removesuffix(".")
     for target in targets:
+        # With the space, so that "land" is not taken for the end of "Finland".
         if whole.endswith(f" {target.strip()}"):
             return whole.removesuffix(target.strip()).rstrip(), target.strip()
     shared = whole if original is None else whole[: _common_prefix_length(whole, original)]

@@ -81,9 +81,11 @@ def parse_source_name(source: str) -> tuple[str | None, str]:
     if not colon or source.startswith(HUB_PREFIX):
         return None, source
     if name in DATASETS:
+        # "atlas:" goes on, since the error about an unknown split lists the splits.
         if not rest and not DATASETS.get(name).splits:
             raise RequestError(f"{source} names no file: write {name}:FILE")
         return name, rest
+    # A file may have a colon in its name, so what looks like an unknown data set is an error only without such a file.
     if _DATA_SET_NAME.fullmatch(name) and not Path(source).exists():
         raise RequestError(
             f"there is no data set {name!r} ({source}), nor a file of that name; {nearest(name, DATASETS.names())}"
@@ -129,6 +131,7 @@ def _only_data_file(paths: list[str], repository: str) -> str:
 def _not_empty(requests: Iterator[EditRequest], source: str) -> Iterator[EditRequest]:
     """Yield the same requests, and raise at the end if there was none."""
     empty = True
+    # Not list(requests): a file may be larger than memory.
     for request in requests:
         empty = False
         yield request

@@ -31,6 +31,7 @@ def read(rows: Iterator[JsonRow]) -> Iterator[EditRequest]:
     question mark, as all other questions have.
     """
     for row in rows:
+        # Each form is told by a key that the others lack, row by row.
         if "input" in row.content:
             yield from _parse_mend(row)
         elif "prompt" in row.content:
@@ -51,6 +52,7 @@ def _parse_mend(row: JsonRow) -> Iterator[EditRequest]:
             prompt,
             alternatives[0],
             truths,
+            # MEND's rows name no subject, and a split needs one; the evidence's pages are about it or its object.
             subject=next((title for title in titles if title.casefold() in prompt.casefold()), None),
             id=row.name("id"),
             paraphrases=distinct_paraphrases(row, prompt, paraphrases),
@@ -65,6 +67,7 @@ def _parse_easyedit(row: JsonRow) -> Iterator[EditRequest]:
         yield make_request(
             prompt,
             target,
+            # Without a known truth (the training file), the target is the true answer.
             [target] if truths is None else truths,
             subject=row.text("subject"),
             id=row.name("case_id"),
