@@ -19,9 +19,10 @@ from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, ModelError, RemendError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
-from remend.formats import diff_checkpoints, load_adapter, save_adapter, save_merged
+from remend.formats import EditFormat, ImportedEdit, diff_checkpoints, load_adapter, save_adapter, save_merged
 from remend.formats.peft import CONFIG, WEIGHTS
 from remend.models import editable_modules, skeleton
+from remend.registries import FORMATS
 from remend.tasks import task_of
 
 KINDS = ["gpt2", "llama", "t5", "bart", "bert, binary"]
@@ -415,3 +416,51 @@ def test_a_skeleton_has_no_weights():
     assert all(parameter.is_meta for parameter in skeleton("atlas").parameters())
     with pytest.raises(ModelError, match="no configuration"):
         skeleton("no/such-model")
+
+
+class DenseFormat(EditFormat):
+    """A format of another package: one file of dense changes."""
+
+    low_rank = False
+
+    def write(self, edit, path, model, processor):
+        assert model is None, "it needs nothing"
+        path.mkdir(parents=True)
+        save_file({name: change.dense() for name, change in edit.changes.items()}, path / "dense.safetensors")
+        return {}
+
+    def detect(self, path):
+        return (path / "dense.safetensors").exists()
+
+    def read(self, path, model, load_model, rank=None):
+        changes = {}
+        for name, dense in load_file(path / "dense.safetensors").items():
+            left, values, right = torch.linalg.svd(dense, full_matrices=False)
+            keep = rank or int((values > 1e-6 * values[0]).sum())
+            changes[name] = LowRank(right[:keep], (left * values).mT[:keep].contiguous())
+        return ImportedEdit(Edit(changes, ModelFingerprint.of(model, changes)), dict.fromkeys(changes, 0.0))
+
+
+@pytest.fixture
+def dense_format():
+    FORMATS.register("dense", DenseFormat, help="dense changes", title="a file of dense changes")
+    yield "dense"
+    FORMATS.unregister("dense")
+
+
+def test_a_format_of_another_package_is_written_and_read(folder, dense_format, capsys):
+    model, edit = str(folder / "model"), str(folder / "edit")
+    assert run(["export", edit, "--to", dense_format, "--out", str(folder / "dense")]) == 0
+    assert "is a file of dense changes for" in capsys.readouterr().out
+    assert run(["import", str(folder / "dense"), "--model", model, "--out", str(folder / "back")]) == 0
+    assert Edit.load(folder / "back").norms() == pytest.approx(Edit.load(edit).norms(), rel=1e-4)
+    assert run(["export", edit, "--to", dense_format, "--out", str(folder / "dense")]) == 1, "it may not be replaced"
+
+
+def test_what_is_in_no_format_is_not_imported(folder, capsys):
+    (folder / "other").mkdir()
+    model = str(folder / "model")
+    assert run(["import", str(folder / "other"), "--model", model, "--out", str(folder / "x")]) == 1
+    assert "is in none of the formats native, peft, merged" in capsys.readouterr().err
+    assert run(["import", str(folder / "edit"), "--model", model, "--out", str(folder / "x")]) == 1
+    assert "is an edit of remend already" in capsys.readouterr().err

@@ -14,8 +14,10 @@ from remend.apps.acceptance import RejectedError
 from remend.apps.patch_registry import PatchRegistry
 from remend.apps.studio import Session, Workspace, suggest
 from remend.apps.studio.figures import answers, matrices, tokens
-from remend.apps.studio.workspace import StoppedError
+from remend.apps.studio.workspace import StoppedError, format_choices
 from remend.errors import EditError, RequestError
+from remend.formats import EditFormat
+from remend.registries import FORMATS
 from remend.request import EditRequest
 from test_page import CHROMIUM
 
@@ -141,6 +143,23 @@ def test_an_edit_is_packed(desk, form):
     names = zipfile.ZipFile(file).namelist()
     wanted = {"native": "manifest.json", "peft": "adapter_config.json", "merged": "config.json"}[form]
     assert wanted in names
+
+
+def test_an_edit_is_packed_in_a_format_of_another_package(desk):
+    class ListFormat(EditFormat):
+        def write(self, edit, path, model, processor):
+            path.mkdir()
+            (path / "matrices.txt").write_text("\n".join(edit.changes))
+            return {}
+
+    session = Session(desk)
+    edit = session.make(request()).edit
+    FORMATS.register("list", ListFormat, title="a list of matrices")
+    try:
+        assert ("a list of matrices", "list") in format_choices()
+        assert zipfile.ZipFile(session.export(edit, "list")).namelist() == ["matrices.txt"]
+    finally:
+        FORMATS.unregister("list")
 
 
 def test_what_an_edit_reacts_to(desk):

@@ -276,3 +276,47 @@ DATASETS = Registry(
     ],
 )
 """Data sets by name: what ``remend.read_source`` and ``--data`` read as ``NAME:SPLIT`` or ``NAME:FILE``."""
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Format(RegistryEntry):
+    """A format in which edits are exported and imported.
+
+    The target is a subclass of :class:`remend.formats.EditFormat`, which is made without arguments.
+
+    Attributes:
+        title: what a folder of the format is, with its article, to complete "... is" and for lists to choose from.
+    """
+
+    title: str = ""
+
+
+FORMATS = Registry(
+    "format",
+    "remend.formats",
+    Format,
+    [
+        Format(
+            name="native",
+            target="remend.formats.native:NativeFormat",
+            help="as remend saves edits, with their requests",
+            title="an edit of remend",
+        ),
+        Format(
+            name="peft",
+            target="remend.formats.peft:PeftFormat",
+            help="to be loaded by PEFT and served by LoRA servers",
+            title="a LoRA adapter (PEFT)",
+        ),
+        Format(
+            name="merged",
+            target="remend.formats.merged_checkpoint:MergedFormat",
+            help="a checkpoint that loads wherever the base model loads",
+            title="a merged model",
+        ),
+    ],
+)
+"""Formats of edits by name: ``--to`` of ``remend export``, and what ``remend import`` recognizes, in this order."""

@@ -28,7 +28,7 @@ HUB_PREFIX = "hf:"
 """How the name of a folder on the Hugging Face hub begins: ``hf:owner/name``, or ``hf:owner/name@revision``."""
 
 
-def _is_saved_by_remend(path: Path) -> bool:
+def is_saved_by_remend(path: Path) -> bool:
     """Return whether a folder holds nothing but what :func:`write_folder` wrote."""
     if not {entry.name for entry in path.iterdir()} <= {MANIFEST, TENSORS}:
         return False
@@ -61,7 +61,7 @@ def write_folder(path: str | Path, kind: str, manifest: Mapping[str, Any], tenso
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path, replaceable: Callable[[Path], bool] = _is_saved_by_remend) -> Iterator[Path]:
+def atomic_folder(path: str | Path, replaceable: Callable[[Path], bool] = is_saved_by_remend) -> Iterator[Path]:
     """Yield a temporary folder to fill, and rename it to ``path`` when all of it is on disk.
 
     After an exception the temporary folder is deleted, and ``path`` is as it was.
@@ -95,7 +95,7 @@ def atomic_folder(path: str | Path, replaceable: Callable[[Path], bool] = _is_sa
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def check_replaceable(path: str | Path, replaceable: Callable[[Path], bool] = _is_saved_by_remend) -> None:
+def check_replaceable(path: str | Path, replaceable: Callable[[Path], bool] = is_saved_by_remend) -> None:
     """Raise if a folder cannot be written at ``path`` without replacing something of the user; call before long work.
 
     Only an empty folder, or one for which ``replaceable`` is true (by default, nothing but a manifest and tensors that

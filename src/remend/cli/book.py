@@ -12,7 +12,9 @@ from rich.table import Table
 
 from remend.cli import options
 from remend.cli.escaping import plain
-from remend.errors import ConfigError, EditError, FileError, ModelError, nearest
+from remend.cli.export import FORMAT_HELP
+from remend.errors import EditError, FileError, ModelError
+from remend.registries import FORMATS
 
 if TYPE_CHECKING:
     from remend.apps.patch_registry import Entry, PatchRegistry
@@ -170,7 +172,7 @@ def verify(
 @app.command()
 def export(
     book: Folder,
-    to: Annotated[str, typer.Option(metavar="peft|merged|native", help="A LoRA adapter, a checkpoint, or an edit.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help=FORMAT_HELP)],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where it is written.")],
     model: Model = None,
     revision: Annotated[int | None, typer.Option(min=0, help="As it was after this event, not as it is.")] = None,
@@ -179,10 +181,9 @@ def export(
     dtype: options.Dtype = None,
 ) -> None:
     """Write all edits that act as one adapter, one model, or one edit."""
-    from remend.cli.export import FORMS, write
+    from remend.cli.export import write
 
-    if to not in FORMS:
-        raise ConfigError(f"there is no form {to!r}; {nearest(to, FORMS)}")
+    FORMATS.get(to)  # before the book is read
     opened = _room()(book)
     edit = opened.edit(revision)
     if edit is None:

@@ -14,18 +14,19 @@ from rich.console import Console
 
 from remend.cli import options
 from remend.cli.escaping import plain
-from remend.errors import ConfigError, FileError, ModelError, nearest
+from remend.errors import FileError, ModelError
+from remend.registries import FORMATS
 
 if TYPE_CHECKING:
     from remend.edit import Edit
 
-FORMS = ("peft", "merged", "native")
+FORMAT_HELP = "peft (a LoRA adapter), merged (a checkpoint), native (an edit), or the format of another package."
 
 
 def export(
     edits: Annotated[list[Path], typer.Argument(metavar="EDIT…", help="Saved edits; several are added up.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where it is written.")],
-    to: Annotated[str, typer.Option(metavar="peft|merged|native", help="A LoRA adapter, a checkpoint, or an edit.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help=FORMAT_HELP)],
     model: Annotated[
         str | None,
         typer.Option(help="The model that the edit is for; without it, the one that the edit names. Of an adapter, a "
@@ -43,8 +44,7 @@ def export(
     """
     from remend.edit import Edit
 
-    if to not in FORMS:
-        raise ConfigError(f"there is no form {to!r}; {nearest(to, FORMS)}")
+    FORMATS.get(to)  # before the edits are read
     edit: Edit = reduce(add, [Edit.load(path) for path in edits])
     write(Console(), edit, out, to, model or edit.base.name, model is None, rank, device, dtype)
 
@@ -60,54 +60,48 @@ def write(
     device: str,
     dtype: str | None,
 ) -> None:
-    """Write an edit in one of :data:`FORMS`, and tell what it has become.
+    """Write an edit in one of the registered formats and print what was written.
 
     Args:
-        console: where it is told.
+        console: where to print.
         edit: the edit.
-        out: where it is written.
-        to: the form.
-        model: what it is for.
+        out: the folder to write.
+        to: the name of the format.
+        model: the model that the edit is for.
         unsaid: whether only the edit or the book named the model.
-        rank: the most factor pairs.
-        device: where a model is loaded that is to be merged.
-        dtype: in which; as it is stored by default.
+        rank: the largest rank of a matrix's change.
+        device: the device of a model that is loaded to be merged.
+        dtype: its dtype; by default, the checkpoint's.
+
+    Raises:
+        RegistryError: there is no such format.
     """
     import torch
 
-    from remend.formats import save_adapter, save_merged
     from remend.models import load, skeleton
     from remend.serialization import check_replaceable
 
+    edit_format = FORMATS.load(to)()
     if rank is not None:
         edit = edit.compressed(rank)
         _tell(console, f"compressed to rank {rank}", edit.editor["lost"])
-    ranks = sorted({change.rank for change in edit.changes.values()})
-    if to == "native":
-        edit.save(out)
-    elif to == "peft":
-        with named_by("the edit", unsaid, model):
-            structure = skeleton(model)
-        save_adapter(edit, out, structure)
-    else:
-        named = options.known_dtype(dtype)
-        check_replaceable(out, lambda there: False)  # before the model is loaded
-        with named_by("the edit", unsaid, model):
+    named = options.known_dtype(dtype)
+    check_replaceable(out, edit_format.replaceable)  # before the model is loaded
+    base = tokenizer = None
+    with named_by("the edit", unsaid, model):
+        if edit_format.needs == "structure":
+            base = skeleton(model)
+        elif edit_format.needs == "weights":
             base, tokenizer = load(model, device, getattr(torch, named) if named else "auto")
-        found = save_merged(edit, out, base, tokenizer)
-        _tell(console, f"rounded to {base.dtype}".replace("torch.", ""), found.lost)
-    what = {"peft": "a LoRA adapter", "merged": "a model", "native": "an edit"}[to]
-    of_rank = f" of rank {_span(ranks)}" if to != "merged" and ranks else ""
-    console.print(f"[bold]{plain(str(out))}[/] is {what}{of_rank} for {plain(edit.base.name)}", soft_wrap=True)
-    if to == "peft":
-        if ranks[-1] > 64:
-            console.print("[yellow]servers limit ranks[/]: --rank N compresses it, and says what is lost")
-        console.print(
-            "In Python: peft.PeftModel.from_pretrained(model, DIR), or model.load_adapter(DIR). Served: vllm serve "
-            f"MODEL --enable-lora --max-lora-rank {_served(ranks[-1])} --lora-modules NAME=DIR",
-            soft_wrap=True,
-            highlight=False,
-        )
+    lost = edit_format.write(edit, out, base, tokenizer)
+    if lost and base is not None:
+        _tell(console, f"rounded to {base.dtype}".replace("torch.", ""), lost)
+    ranks = sorted({change.rank for change in edit.changes.values()})
+    of_rank = f" of rank {_span(ranks)}" if edit_format.low_rank and ranks else ""
+    title = FORMATS.get(to).title or f"in the format {to}"
+    console.print(f"[bold]{plain(str(out))}[/] is {plain(title)}{of_rank} for {plain(edit.base.name)}", soft_wrap=True)
+    for line in edit_format.usage(edit):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def import_(
@@ -125,32 +119,30 @@ def import_(
     device: options.Device = "auto",
 ) -> None:
     """Make an edit of a LoRA adapter, or of the difference between two checkpoints: to inspect, evaluate and revert."""
-    from remend.formats import diff_checkpoints, load_adapter
-    from remend.formats.peft import CONFIG
     from remend.serialization import check_replaceable
 
     console = Console()
     check_replaceable(out)
     if not source.is_dir():
         raise FileError(f"there is no folder {source}: give an adapter's, or that of a changed model's checkpoint")
+    edit_format = next((found for name in FORMATS.names() if (found := FORMATS.load(name)()).detect(source)), None)
+    if edit_format is None:
+        raise FileError(
+            f"{source} is in none of the formats {', '.join(FORMATS.names())}: give an adapter's folder, or that of a "
+            "changed model's checkpoint"
+        )
     base, _ = options.load_model(model, device, 0)
-    if (source / CONFIG).exists():
-        edit = load_adapter(source, base)
-        edit = edit.compressed(rank) if rank is not None else edit
-        lost: Mapping[str, float] = edit.editor.get("lost", {})
-    else:
-        found = diff_checkpoints(base, options.load_model(str(source), device, 0)[0], rank)
-        edit, lost = found.edit, found.lost
-        others = found.other_parameters
-        if others and not leave_rest:
-            raise FileError(
-                f"{source} also differs in {len(others)} parameters that no edit can change "
-                f"({', '.join(others[:3])}): the edit would not be all of it. Give --leave-rest to leave them out"
-            )
-        if others:
-            console.print(f"[yellow]left out[/]: {len(others)} parameters ({plain(', '.join(others[:3]))} …)")
+    imported = edit_format.read(source, base, lambda path: options.load_model(str(path), device, 0)[0], rank)
+    edit, others = imported.edit, imported.other_parameters
+    if others and not leave_rest:
+        raise FileError(
+            f"{source} also differs in {len(others)} parameters that no edit can change "
+            f"({', '.join(others[:3])}): the edit would not be all of it. Give --leave-rest to leave them out"
+        )
+    if others:
+        console.print(f"[yellow]left out[/]: {len(others)} parameters ({plain(', '.join(others[:3]))} …)")
     if rank is not None:
-        _tell(console, f"of rank {rank}", lost)
+        _tell(console, f"of rank {rank}", imported.lost)
     edit.save(out)
     ranks = sorted({change.rank for change in edit.changes.values()})
     console.print(
@@ -181,8 +173,3 @@ def _tell(console: Console, how: str, lost: Mapping[str, float]) -> None:
 
 def _span(ranks: Sequence[int]) -> str:
     return str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
-
-
-def _served(rank: int) -> int:
-    """The smallest rank that vLLM can be told to make room for."""
-    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,28 +14,14 @@ from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, ModelError
 from remend.fingerprint import ModelFingerprint
+from remend.formats.base import ImportedEdit
 
 ZERO = 1e-6
 """Singular values below this share of the largest one are zero but for float32's rounding."""
 
 
-@dataclass(frozen=True)
-class CheckpointDifference:
-    """The result of :func:`diff_checkpoints`.
-
-    Attributes:
-        edit: the change of the model's matrices.
-        lost: for each matrix, the share of its change (Frobenius norm) that the edit's rank leaves out.
-        other_parameters: parameters that differ too, but that no edit can change: embeddings, biases, norms.
-    """
-
-    edit: Edit
-    lost: dict[str, float]
-    other_parameters: tuple[str, ...]
-
-
 @torch.no_grad()
-def diff_checkpoints(before: PreTrainedModel, after: PreTrainedModel, rank: int | None = None) -> CheckpointDifference:
+def diff_checkpoints(before: PreTrainedModel, after: PreTrainedModel, rank: int | None = None) -> ImportedEdit:
     """Return the change from ``before`` to ``after`` as an edit of ``before``.
 
     The difference of each changed matrix is factored by a singular value decomposition. The change of fine-tuning is
@@ -73,7 +58,7 @@ def diff_checkpoints(before: PreTrainedModel, after: PreTrainedModel, rank: int 
         where = f"only in {', '.join(other_names[:3])}, which no edit changes" if other_names else "in nothing"
         raise EditError(f"the two models differ {where}: no edit can be made of that")
     editor = {"name": "difference", **({"max_rank": rank} if rank else {})}
-    return CheckpointDifference(Edit(changes, ModelFingerprint.of(before, changes), (), editor), lost, other_names)
+    return ImportedEdit(Edit(changes, ModelFingerprint.of(before, changes), (), editor), lost, other_names)
 
 
 def _factorize(dense: Float[Tensor, "d_out d_in"], rank: int | None) -> tuple[LowRank, float]:

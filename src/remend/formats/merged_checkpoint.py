@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.edit import Edit
 from remend.errors import FileError
+from remend.formats.base import EditFormat, ImportedEdit
+from remend.formats.checkpoint_difference import diff_checkpoints
 from remend.serialization import atomic_folder
 
 SHARD = "5GB"
@@ -53,3 +56,22 @@ def save_merged(
         except (RuntimeError, ValueError) as error:
             raise FileError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
         return Merged(Path(path), dict(merged.lost))
+
+
+class MergedFormat(EditFormat):
+    """The edited model as a checkpoint; also any changed checkpoint of the model."""
+
+    needs: ClassVar[Literal["nothing", "structure", "weights"]] = "weights"
+    low_rank: ClassVar[bool] = False
+
+    def write(self, edit: Edit, path: Path, model: Any, processor: Any) -> Mapping[str, float]:
+        """Write the edited model. See :meth:`EditFormat.write` and :func:`save_merged`."""
+        return save_merged(edit, path, model, processor).lost
+
+    def detect(self, path: Path) -> bool:
+        """Return whether the folder is a checkpoint of transformers."""
+        return (path / "config.json").is_file()
+
+    def read(self, path: Path, model: Any, load_model: Callable[[Path], Any], rank: int | None = None) -> ImportedEdit:
+        """Make an edit of a changed checkpoint. See :meth:`EditFormat.read` and :func:`diff_checkpoints`."""
+        return diff_checkpoints(model, load_model(path), rank)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import safetensors
 import torch
@@ -23,11 +23,18 @@ from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, nearest
 from remend.fingerprint import ModelFingerprint, find_modules
+from remend.formats.base import EditFormat, ImportedEdit
 from remend.serialization import atomic_folder, file_sha256, format_json, parse_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 """How the names of an adapter's tensors begin."""
+
+COMMON_RANK = 64
+"""The largest rank that most servers of adapters take."""
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM's ``--max-lora-rank`` takes."""
 
 _REFUSED: dict[str, str] = {
     "use_dora": "DoRA rescales the weights, which is no change of low rank",
@@ -267,3 +274,44 @@ def _matches(pattern: str, name: str, path: Path) -> bool:
         )
     start = "" if pattern.startswith("^") else r"(?:.*\.)?"
     return re.fullmatch(start + "".join(_REGEX_PARTS.get(part) or re.escape(part) for part in parts), name) is not None
+
+
+class PeftFormat(EditFormat):
+    """LoRA adapters of PEFT."""
+
+    needs: ClassVar[Literal["nothing", "structure", "weights"]] = "structure"
+
+    def write(self, edit: Edit, path: Path, model: Any, processor: Any) -> Mapping[str, float]:
+        """Write an edit as an adapter. See :meth:`EditFormat.write` and :func:`save_adapter`."""
+        save_adapter(edit, path, model)
+        return {}
+
+    def replaceable(self, path: Path) -> bool:
+        """Return whether the folder holds an adapter and nothing else."""
+        return _is_adapter(path)
+
+    def usage(self, edit: Edit) -> Sequence[str]:
+        """Return how to load and serve the adapter."""
+        largest = max((change.rank for change in edit.changes.values()), default=1)
+        lines = [
+            "In Python: peft.PeftModel.from_pretrained(model, DIR), or model.load_adapter(DIR). Served: vllm serve "
+            f"MODEL --enable-lora --max-lora-rank {_vllm_rank(largest)} --lora-modules NAME=DIR"
+        ]
+        if largest > COMMON_RANK:
+            lines.insert(0, "servers limit ranks: --rank N compresses it, and says what is lost")
+        return lines
+
+    def detect(self, path: Path) -> bool:
+        """Return whether the folder has the configuration of an adapter."""
+        return (path / CONFIG).exists()
+
+    def read(self, path: Path, model: Any, load_model: Callable[[Path], Any], rank: int | None = None) -> ImportedEdit:
+        """Read an adapter. See :meth:`EditFormat.read` and :func:`load_adapter`."""
+        edit = load_adapter(path, model)
+        edit = edit.compressed(rank) if rank is not None else edit
+        return ImportedEdit(edit, edit.editor.get("lost", {}))
+
+
+def _vllm_rank(rank: int) -> int:
+    """Return the smallest ``--max-lora-rank`` of vLLM that is enough."""
+    return next((size for size in VLLM_RANKS if size >= rank), rank)

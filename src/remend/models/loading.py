@@ -28,20 +28,22 @@ from remend.core.layers import is_editable, is_quantized
 from remend.errors import ConfigError, ModelError, nearest
 
 MAP = "map"
-"""The device that is all of them: Accelerate fills one after the other, then the memory, then the disk."""
+"""The device name for all devices: Accelerate fills one after the other, then the memory, then the disk."""
 QUANTISATIONS = ("bnb-4bit", "bnb-8bit", "torchao-int8")
+"""The ways to quantize a model while it is loaded."""
 AVAILABLE = {
     "accelerate": is_accelerate_available,
     "bitsandbytes": is_bitsandbytes_available,
     "torchao": is_torchao_available,
 }
+"""For each optional package, the function of transformers that tells whether it is installed and recent enough."""
 
 
 def choose_device(device: str) -> torch.device:
-    """The device for ``auto`` (a GPU where there is one) or the named one; of several processes, each has its own GPU.
+    """Return the named device; for ``auto``, a GPU if there is one. With several processes, each gets another GPU.
 
     Raises:
-        ModelError: the device does not exist here.
+        ModelError: the device cannot be used here.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,7 +117,7 @@ def load(
 
 
 def skeleton(model: str) -> PreTrainedModel:
-    """A model without weights (on the device ``meta``), built from its configuration: its modules and their shapes.
+    """Build a model without weights (on the device ``meta``) from its configuration: its modules and their shapes.
 
     Args:
         model: as for :func:`load`, or a ``config.json``.
@@ -138,7 +140,7 @@ def skeleton(model: str) -> PreTrainedModel:
 
 
 def model_class(config: Any) -> Any:
-    """What transformers loads a model with: by what the checkpoint says that it was saved as, and by its structure."""
+    """Return the auto class of transformers for a configuration, from the class that was saved and the structure."""
     if any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ()):
         return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -147,20 +149,20 @@ def model_class(config: Any) -> Any:
 def _placement(
     config: Any, target: torch.device, mapped: bool, dtype: torch.dtype | str | None, quantise: str | None
 ) -> dict[str, Any]:
-    """What to tell transformers about where a model's weights go and how they are stored."""
+    """Return the arguments of ``from_pretrained`` that say where the weights go and how they are stored."""
     stored = getattr(config, "quantization_config", None) is not None
     if stored and quantise:
         raise ModelError(f"this checkpoint is quantised already and cannot be made {quantise}; leave quantise out")
-    placed: dict[str, Any] = {"dtype": dtype or (torch.float32 if target.type == "cpu" and not stored else "auto")}
+    arguments: dict[str, Any] = {"dtype": dtype or (torch.float32 if target.type == "cpu" and not stored else "auto")}
     if quantise:
-        known = placed["dtype"] if placed["dtype"] != "auto" else config.dtype
-        placed["quantization_config"] = _quantisation(quantise, known)
+        compute_dtype = arguments["dtype"] if arguments["dtype"] != "auto" else config.dtype
+        arguments["quantization_config"] = _quantisation(quantise, compute_dtype)
     if mapped:
-        placed["device_map"] = "auto"
-    elif quantise or stored:  # quantised where it will be used
+        arguments["device_map"] = "auto"
+    elif quantise or stored:  # weights are quantized on the device that will use them, and cannot be moved afterwards
         _require("accelerate", "quantised", "a quantised model")
-        placed["device_map"] = {"": str(target)}
-    return placed
+        arguments["device_map"] = {"": str(target)}
+    return arguments
 
 
 def _quantisation(name: str, dtype: torch.dtype | None) -> BitsAndBytesConfig | TorchAoConfig:
@@ -180,17 +182,15 @@ def _require(package: str, extra: str, what: str) -> None:
 
 
 def _check_quantised(model: PreTrainedModel, quantise: str) -> None:
-    """Raise where nothing was quantised: torchao passes over ``Conv1D`` layers, of which GPT-2 is made."""
+    """Raise ModelError where nothing was quantized: torchao ignores ``Conv1D`` layers, of which GPT-2 consists."""
     if not any(is_editable(module) and is_quantized(module) for module in model.modules()):
         raise ModelError(f"{quantise} found nothing to quantise in a {type(model).__name__}; try bnb-8bit or bnb-4bit")
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first answer, as it does on CPUs with AVX512-BF16.
-
-    Gradients do not pass through a repacked layer. Nothing would fail: what the residual connections carry would be
-    taken for the whole gradient.
-    """
+    """Keep bitsandbytes from repacking 4-bit weights in the first forward pass, as it does on CPUs with AVX512-BF16."""
+    # Gradients do not pass through a repacked layer. Nothing would fail: the gradient through the residual connections
+    # would be taken for the whole gradient.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

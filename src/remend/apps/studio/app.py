@@ -13,11 +13,10 @@ from pydantic import ValidationError
 
 from remend.apps.studio import figures
 from remend.apps.studio.suggestions import suggest
-from remend.apps.studio.workspace import Made, Session, StoppedError, Workspace
+from remend.apps.studio.workspace import Made, Session, StoppedError, Workspace, format_choices
 from remend.errors import RemendError, RequestError
 from remend.request import EditRequest, Probe
 
-FORMS = {"an edit of remend": "native", "a LoRA adapter (PEFT)": "peft", "a merged model": "merged"}
 IDLE = 6 * 3600
 """Seconds after which a session that nobody uses is forgotten."""
 
@@ -172,7 +171,7 @@ def _own(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
         force = gr.Checkbox(label="even if the checks fail", elem_id="force")
         discard = gr.Button("Discard", elem_id="discard")
     verdict = gr.Markdown(elem_id="verdict")
-    form = gr.Dropdown(label="Export as", choices=list(FORMS), value=next(iter(FORMS)), elem_id="form")
+    form = gr.Dropdown(label="Export as", choices=format_choices(), value="native", elem_id="form")
     export = gr.Button("Export", elem_id="export")
     file = gr.File(label="The file", elem_id="file")
 
@@ -203,7 +202,7 @@ def _own(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
 
     def exported(key: str, number: int | None, form: str) -> str:
         session = sessions(key)
-        return str(session.export(session.own(_chosen(number)).edit, FORMS[form]))
+        return str(session.export(session.own(_chosen(number)).edit, form))
 
     changed.change(listed, [key, changed], [on, which])
     on.input(switched, [key, on], None)
@@ -229,7 +228,7 @@ def _book(sessions: Sessions, key: gr.State, changed: gr.State, tab: gr.Tab) -> 
         on = gr.Button("Have it act", elem_id="activate")
         off = gr.Button("Revert", elem_id="revert")
     said = gr.Markdown(elem_id="book-said")
-    form = gr.Dropdown(label="Export all that act, as", choices=list(FORMS), value=next(iter(FORMS)))
+    form = gr.Dropdown(label="Export all that act, as", choices=format_choices(), value="native")
     export = gr.Button("Export", elem_id="book-export")
     file = gr.File(label="The file", elem_id="book-file")
 
@@ -259,7 +258,7 @@ def _book(sessions: Sessions, key: gr.State, changed: gr.State, tab: gr.Tab) -> 
         edit = book.edit()
         if edit is None:
             raise RequestError("no edit of the book acts: there is nothing to export")
-        return str(sessions(key).export(edit, FORMS[form]))
+        return str(sessions(key).export(edit, form))
 
     tab.select(lambda: listed(), None, [table, number])
     changed.change(lambda: listed(), None, [table, number])

@@ -26,7 +26,7 @@ from remend.edit import Edit
 from remend.errors import EditError, RemendError, RequestError
 from remend.evaluation.before_after import Answer, ask, before_after
 from remend.fingerprint import find_modules
-from remend.formats import save_adapter, save_merged
+from remend.registries import FORMATS
 from remend.request import EditRequest, Prompt
 from remend.tasks import task_of
 
@@ -233,7 +233,7 @@ class Session:
         del self.made[self.own(number).number]
 
     def export(self, edit: Edit, to: str) -> Path:
-        """Write an edit in one of the forms (``native``, ``peft``, ``merged``), packed as one file.
+        """Write an edit in one of the registered formats (``native``, ``peft``, ``merged``, …), packed as one file.
 
         The file is gone when the session is.
         """
@@ -241,13 +241,8 @@ class Session:
             self._folder = Path(tempfile.mkdtemp(prefix="remend-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         place = Path(tempfile.mkdtemp(dir=self._folder)) / to
-        if to == "native":
-            edit.save(place)
-        elif to == "peft":
-            save_adapter(edit, place, self.desk.model)
-        else:
-            with self.desk.alone():
-                save_merged(edit, place, self.desk.model, self.desk.tokenizer)
+        with self.desk.alone():
+            FORMATS.load(to)().write(edit, place, self.desk.model, self.desk.tokenizer)
         packed = Path(shutil.make_archive(str(place), "zip", place))
         shutil.rmtree(place)
         return packed
@@ -255,6 +250,11 @@ class Session:
     def reactions(self, edit: Edit, prompt: Prompt) -> list[tuple[str, float]]:
         """How strongly an edit acts at each token that the model reads: ‖ΔW x‖ as a share of the largest."""
         return reactions(self.desk, edit, prompt)
+
+
+def format_choices() -> list[tuple[str, str]]:
+    """Return the titles and names of the registered formats, for a drop-down list."""
+    return [(entry.title or entry.name, entry.name) for entry in FORMATS]
 
 
 @torch.no_grad()

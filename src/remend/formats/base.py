@@ -1,0 +1,80 @@
+"""``EditFormat``: the interface of a format in which edits are written and read. Come here to add one.
+
+A subclass goes into a file of its own, with one line for it in :data:`remend.registries.FORMATS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from remend.edit import Edit
+from remend.errors import FileError
+
+
+@dataclass(frozen=True, eq=False)
+class ImportedEdit:
+    """An edit that was made of something else, and what of that it leaves out.
+
+    Attributes:
+        edit: the change of the model's matrices.
+        lost: for each matrix, the share of its change (Frobenius norm) that the edit's rank leaves out.
+        other_parameters: parameters that are changed too, but that no edit can change: embeddings, biases, norms.
+    """
+
+    edit: Edit
+    lost: Mapping[str, float]
+    other_parameters: tuple[str, ...] = ()
+
+
+class EditFormat(ABC):
+    """A format of edits: writes them to a folder, and may read them from one.
+
+    Attributes:
+        needs: what :meth:`write` reads of the model: nothing, its structure (:func:`remend.models.skeleton` is enough)
+            or its weights.
+        low_rank: whether what is written has the ranks of the edit.
+    """
+
+    needs: ClassVar[Literal["nothing", "structure", "weights"]] = "nothing"
+    low_rank: ClassVar[bool] = True
+
+    @abstractmethod
+    def write(self, edit: Edit, path: Path, model: Any, processor: Any) -> Mapping[str, float]:
+        """Write an edit to a folder.
+
+        Args:
+            edit: the edit.
+            path: the folder.
+            model: the model that the edit is for; None is given to a format that needs nothing.
+            processor: the model's tokenizer or other processor; None is given to a format that needs no weights.
+
+        Returns:
+            For each matrix, the share of its change (Frobenius norm) that was lost to rounding; empty if nothing was.
+        """
+
+    def replaceable(self, path: Path) -> bool:
+        """Return whether a folder that is not empty may be replaced by :meth:`write`; by default it may not."""
+        return False
+
+    def usage(self, edit: Edit) -> Sequence[str]:
+        """Return lines that tell a user what to do with the folder that was written."""
+        return ()
+
+    def detect(self, path: Path) -> bool:
+        """Return whether a folder holds this format; False for formats that are only written."""
+        return False
+
+    def read(self, path: Path, model: Any, load_model: Callable[[Path], Any], rank: int | None = None) -> ImportedEdit:
+        """Read an edit from a folder.
+
+        Args:
+            path: the folder, for which :meth:`detect` is true.
+            model: the model that the edit is for.
+            load_model: loads another model as ``model`` was loaded, for formats that are whole models.
+            rank: the largest rank of a matrix's change.
+        """
+        raise FileError(f"{path} is in a format that is written, but not read")

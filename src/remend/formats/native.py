@@ -1,0 +1,37 @@
+"""The format of :meth:`remend.Edit.save`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from remend.edit import EDIT_FORMAT, Edit
+from remend.errors import FileError
+from remend.formats.base import EditFormat, ImportedEdit
+from remend.serialization import is_saved_by_remend, read_format
+
+
+class NativeFormat(EditFormat):
+    """Edits as remend saves them, with their requests and the model's fingerprint."""
+
+    def write(self, edit: Edit, path: Path, model: Any, processor: Any) -> Mapping[str, float]:
+        """Write an edit to a folder. See :meth:`EditFormat.write`."""
+        edit.save(path)
+        return {}
+
+    def replaceable(self, path: Path) -> bool:
+        """Return whether remend wrote the folder."""
+        return is_saved_by_remend(path)
+
+    def detect(self, path: Path) -> bool:
+        """Return whether the folder is a saved edit."""
+        return read_format(path) == EDIT_FORMAT
+
+    def read(self, path: Path, model: Any, load_model: Callable[[Path], Any], rank: int | None = None) -> ImportedEdit:
+        """Refuse the folder, which needs no import.
+
+        Raises:
+            FileError: always.
+        """
+        raise FileError(f"{path} is an edit of remend already: there is nothing to import")
