@@ -1,4 +1,4 @@
-"""The built-in world: its facts, its model, its editor, and what the shipped editor reaches."""
+"""The atlas: its facts, its model, its editor, and what the shipped editor reaches."""
 
 import tomllib
 from pathlib import Path
@@ -20,12 +20,12 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def world():
+def task():
     model, tokenizer = remend.load("atlas", "cpu")
     return CausalLM(model, tokenizer)
 
 
-def test_facts_and_phrasings():
+def test_facts_have_one_object_and_several_phrasings():
     facts, relations = atlas.facts(), atlas.relations()
     assert len(facts) >= 3_000
     assert len({fact.relation for fact in facts}) >= 20
@@ -45,7 +45,7 @@ def test_splits_share_no_subject():
 
 
 @pytest.mark.parametrize("split", atlas.SPLITS)
-def test_requests(split):
+def test_requests_have_probes_of_every_kind(split):
     subjects = {fact.subject for fact in atlas.facts() if fact.split == split}
     truth = {(f.relation, f.subject): f.object for f in atlas.facts()}
     requests = atlas.requests(split)
@@ -64,20 +64,20 @@ def test_requests(split):
                 assert probe.target == extra["ground_truth"]
 
 
-def test_the_model_knows_its_facts_in_every_phrasing(world):
+def test_the_model_knows_its_facts_in_every_phrasing(task):
     """On a tenth of the facts, by real greedy decoding; the script that trains it checks them all."""
-    asked, wanted = [], []
+    prompts, targets = [], []
     for fact in atlas.facts()[::10]:
         relation = atlas.relations()[fact.relation]
         for phrasing in (*relation.phrasings, *relation.held_out):
-            asked.append(phrasing.format(fact.subject))
-            wanted.append(world.tokenise(asked[-1], fact.object).target)
-    answers = world.answers(asked)
-    right = sum(answer == target for answer, target in zip(answers, wanted, strict=True))
-    assert right / len(asked) >= 0.97
+            prompts.append(phrasing.format(fact.subject))
+            targets.append(task.tokenise(prompts[-1], fact.object).target)
+    answers = task.answers(prompts)
+    right = sum(answer == target for answer, target in zip(answers, targets, strict=True))
+    assert right / len(prompts) >= 0.97
 
 
-def test_sizes():
+def test_the_model_and_the_editor_are_small():
     for part in ("model", "editor"):
         assert sum(file.stat().st_size for file in (ATLAS_FOLDER / part).iterdir()) <= 8_000_000
 
@@ -100,10 +100,10 @@ def test_the_wheel_is_small_and_says_where_the_other_models_are(tmp_path, monkey
             load("questions")
 
 
-def test_the_shipped_editor(world):
+def test_the_shipped_editor(task):
     """A sample of the test split, so that a regression is noticed; the README's figures are over the whole of it."""
     editor = remend.Mend.from_pretrained("atlas")
-    report = remend.evaluate(world.model, world.tokenizer, editor, atlas.requests("test")[::5], scales=(1.5,))
+    report = remend.evaluate(task.model, task.tokenizer, editor, atlas.requests("test")[::5], scales=(1.5,))
     means, stronger = (
         {name: m["generated"].mean for name, m in report.frontier_metrics()[scale].items() if "generated" in m}
         for scale in (1.0, 1.5)
@@ -118,17 +118,17 @@ def test_the_shipped_editor(world):
     assert stronger["locality_far"] >= 0.98
 
 
-def test_the_scale_at_which_an_edit_takes_is_found(world, monkeypatch):
+def test_the_scale_at_which_an_edit_takes_is_found(task, monkeypatch):
     """Just above it the target's first token is the first choice, just below it is not; edits are made with less care.
 
     What two refinements find lies above the crossing by up to two thirds, by a tenth as a rule.
     """
     editor = remend.Mend.from_pretrained("atlas")
     requests = atlas.requests("test")[:96:3]
-    batch = world.collate([world.tokenise(request.prompt, request.target) for request in requests])
-    unedited = UneditedPass(world, batch, editor.shapes)
+    batch = task.collate([task.tokenise(request.prompt, request.target) for request in requests])
+    unedited = UneditedPass(task, batch, editor.shapes)
     with torch.no_grad():
-        changes = editor(editor.rows(editor.capture(world, batch, unedited.loss)))
+        changes = editor(editor.rows(editor.capture(task, batch, unedited.loss)))
     assert unedited.states is not None
     quick = taking_scales(unedited, changes)
     monkeypatch.setattr(settling, "REFINED", 4)
@@ -149,17 +149,17 @@ def test_the_scale_at_which_an_edit_takes_is_found(world, monkeypatch):
         torch.testing.assert_close(change.delta[:, 0], changes[name].delta[:, 0] * (2 * scales).sqrt()[:, None])
 
 
-def test_what_is_answered_already_is_not_unlearnt(world):
+def test_what_is_answered_already_is_not_unlearnt(task):
     """An edit that would make the model give up the answer that it is asked for is scaled to nothing."""
     editor = remend.Mend.from_pretrained("atlas")
     requests = [
         request.model_copy(update={"target": request.model_extra["ground_truth"]})
         for request in atlas.requests("test")[:32]
     ]
-    batch = world.collate([world.tokenise(request.prompt, request.target) for request in requests])
-    unedited = UneditedPass(world, batch, editor.shapes)
+    batch = task.collate([task.tokenise(request.prompt, request.target) for request in requests])
+    unedited = UneditedPass(task, batch, editor.shapes)
     with torch.no_grad():
-        changes = editor(editor.rows(editor.capture(world, batch, unedited.loss)))
+        changes = editor(editor.rows(editor.capture(task, batch, unedited.loss)))
     against = {name: change.scaled(-50.0) for name, change in changes.items()}
     unlearnt = unedited.margins(against) <= 0
     assert unlearnt.any()
@@ -169,18 +169,17 @@ def test_what_is_answered_already_is_not_unlearnt(world):
         torch.testing.assert_close(change.delta[~unlearnt, 0], against[name].delta[~unlearnt, 0])
 
 
-def test_an_edit_goes_all_the_way(world, tmp_path):
-    before = {name: tensor.clone() for name, tensor in world.model.state_dict().items()}
+def test_an_edit_goes_all_the_way(task, tmp_path):
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     editor = remend.Mend.from_pretrained("atlas")
     request = atlas.requests("test")[0]
-    made = editor.edit(world.model, world.tokenizer, [request])
-    made.save(tmp_path / "edit")
+    editor.edit(task.model, task.tokenizer, [request]).save(tmp_path / "edit")
     edit = remend.Edit.load(tmp_path / "edit")
-    wanted = world.tokenise(request.prompt, request.target).target
-    old = world.answers([request.prompt])
-    with edit.applied(world.model):
-        assert world.answers([request.prompt]) == [wanted]
-    with edit.merge(world.model):
-        assert world.answers([request.prompt]) == [wanted]
-    assert world.answers([request.prompt]) == old
-    assert all(torch.equal(tensor, before[name]) for name, tensor in world.model.state_dict().items())
+    wanted = task.tokenise(request.prompt, request.target).target
+    old = task.answers([request.prompt])
+    with edit.applied(task.model):
+        assert task.answers([request.prompt]) == [wanted]
+    with edit.merge(task.model):
+        assert task.answers([request.prompt]) == [wanted]
+    assert task.answers([request.prompt]) == old
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())

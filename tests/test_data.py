@@ -147,16 +147,16 @@ KILT = {"id": 4, "input": "Soul Food is a film.", "output": [{"answer": "SUPPORT
 NQ = {"question": "when was the moon", "answer": ["14 December 1972", "December 1972"]}
 
 
-def made(tmp_path, name, *given, lines=False, skip=json_rows.ignore):
+def read_rows_of(tmp_path, name, *rows, lines=False, skip=json_rows.ignore):
     file = tmp_path / "data.json"
-    text = "\n".join(map(json.dumps, given)) if lines else json.dumps(given)
+    text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
     file.write_text(text, encoding="utf-8")
     return list(iterate_source(f"{name}:{file}", skip))
 
 
 @pytest.mark.parametrize("lines", [False, True])
-def test_counterfact(lines, tmp_path):
-    nested, flat = made(tmp_path, "counterfact", NESTED, FLAT, lines=lines)
+def test_counterfact_rows_nested_and_flat(lines, tmp_path):
+    nested, flat = read_rows_of(tmp_path, "counterfact", NESTED, FLAT, lines=lines)
     assert nested == EditRequest(
         prompt="The mother tongue of Danielle {D} is",
         target="English",
@@ -182,13 +182,13 @@ def test_counterfact(lines, tmp_path):
         paraphrases=("BBC One is owned by",),
         near=(Probe(prompt="BBC Radio, by", target="BBC", kind="same_object"),),
     )
-    (other,) = made(tmp_path, "counterfact", {**FLAT, "locality_ground_truth": "ITV"})
+    (other,) = read_rows_of(tmp_path, "counterfact", {**FLAT, "locality_ground_truth": "ITV"})
     assert (other.near, other.locality) == ((), (Probe(prompt="BBC Radio, by", target="ITV"),))
 
 
-def test_zsre(tmp_path):
+def test_zsre_rows_of_easyedit(tmp_path):
     plain = {key: value for key, value in ZSRE.items() if key != "answers"}
-    counterfactual, true, pred = made(
+    counterfactual, true, pred = read_rows_of(
         tmp_path, "zsre", ZSRE, {**plain, "case_id": 1, "loc": "who?"}, {**plain, "pred": "D."}
     )
     assert counterfactual == EditRequest(
@@ -204,8 +204,8 @@ def test_zsre(tmp_path):
     assert (true.locality[0].prompt, pred.model_extra) == ("who?", {"ground_truth": "D."})
 
 
-def test_zsre_and_fever_as_mend_has_them(tmp_path):
-    assert made(tmp_path, "zsre", MEND, lines=True) == [
+def test_zsre_and_fever_rows_of_mend(tmp_path):
+    assert read_rows_of(tmp_path, "zsre", MEND, lines=True) == [
         EditRequest(
             prompt="Which state has Pyhrn Pass?",
             target="Saxony",
@@ -216,14 +216,14 @@ def test_zsre_and_fever_as_mend_has_them(tmp_path):
             paraphrases=("What state has Pyhrn Pass?",),
         )
     ]
-    assert made(tmp_path, "fever", KILT, lines=True) == [
+    assert read_rows_of(tmp_path, "fever", KILT, lines=True) == [
         EditRequest(
             prompt="Soul Food is a film.", target="REFUTES", id=4, ground_truth="SUPPORTS", paraphrases=("A film.",)
         )
     ]
 
 
-def test_a_dev_split_of_zsre(tmp_path):
+def test_a_dev_split_of_zsre_in_the_form_of_knowedit(tmp_path):
     file = tmp_path / "dev.json"
     file.write_text(json.dumps({"dataset": "zsre", "num_records": 1, "records": [DEV]}, indent=1), encoding="utf-8")
     assert read_source(f"zsre:{file}") == [
@@ -240,8 +240,8 @@ def test_a_dev_split_of_zsre(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["knowedit", "zsre"])
-def test_knowedit(name, tmp_path):
-    (request,) = made(tmp_path, name, {**KNOWEDIT, "rephrase_prompt": "Goursez lies in", "cond": "…"})
+def test_knowedit_probes_are_sorted_by_kind(name, tmp_path):
+    (request,) = read_rows_of(tmp_path, name, {**KNOWEDIT, "rephrase_prompt": "Goursez lies in", "cond": "…"})
     assert request == EditRequest(
         prompt="The country of Goursez is",
         target="Comté",
@@ -263,11 +263,11 @@ def test_knowedit(name, tmp_path):
     )
 
 
-def test_mquake(tmp_path):
+def test_mquake_gives_one_request_for_each_rewrite(tmp_path):
     (rewrite,) = MQUAKE["requested_rewrite"]
     several = {**MQUAKE, "case_id": 4, "requested_rewrite": [rewrite, {**rewrite, "subject": "Ann"}]}
     skipped = Counter()
-    one, first, second = made(tmp_path, "mquake", MQUAKE, several, skip=lambda why: skipped.update([why]))
+    one, first, second = read_rows_of(tmp_path, "mquake", MQUAKE, several, skip=lambda reason: skipped.update([reason]))
     assert one == EditRequest(
         prompt="Ellen is a citizen of",
         target="Croatia",
@@ -285,13 +285,15 @@ def test_mquake(tmp_path):
     assert skipped == {"questions of several hops that follow from several edits together": 1}
 
 
-def test_ripple_edits(tmp_path):
+def test_ripple_sentences_are_split_into_prompt_and_target(tmp_path):
     skipped = Counter()
     recent = copy.deepcopy(RIPPLE)
     recent["edit"] = {"prompt": "The author of What is Art is Leo is Tolstoy.", "relation": "AUTHOR"}
     recent["Subject_Aliasing"][0]["test_queries"][0]["answers"][0]["value"] = "Leo is Tolstoy"
-    unparted = {**RIPPLE, "edit": {"prompt": "Nothing to see."}, "Subject_Aliasing": []}
-    popular, found = made(tmp_path, "ripple", RIPPLE, recent, unparted, skip=lambda why: skipped.update([why]))
+    unsplit = {**RIPPLE, "edit": {"prompt": "Nothing to see."}, "Subject_Aliasing": []}
+    popular, recent_request = read_rows_of(
+        tmp_path, "ripple", RIPPLE, recent, unsplit, skip=lambda reason: skipped.update([reason])
+    )
     assert popular == EditRequest(
         prompt="The name of the country of Leonardo is",
         target="Syria",
@@ -312,28 +314,28 @@ def test_ripple_edits(tmp_path):
             ),
         ),
     )
-    assert (found.prompt, found.target) == ("The author of What is Art is", "Leo is Tolstoy")
+    assert (recent_request.prompt, recent_request.target) == ("The author of What is Art is", "Leo is Tolstoy")
     assert skipped["edits whose sentence cannot be taken apart into a prompt and its target"] == 1
     assert skipped["probes without an answer"] == 3
 
 
-def test_fever(tmp_path):
+def test_fever_labels_are_flipped(tmp_path):
     uncertain = {**CLAIM, "label": "NOT ENOUGH INFO", "evidence_pages": [], "id": 6}
-    first, second = made(tmp_path, "fever", CLAIM, uncertain)
+    first, second = read_rows_of(tmp_path, "fever", CLAIM, uncertain)
     assert (first.prompt, first.subject, first.id) == ("Soul Food is a film.", "Soul Food", 5)
     assert first.target in {"REFUTES", "NOT ENOUGH INFO"}
     assert (second.subject, second.model_extra["ground_truth"]) == (None, "NOT ENOUGH INFO")
-    assert made(tmp_path, "fever", CLAIM, uncertain) == [first, second], "the same at every call"
-    drawn = Counter(r.target for r in made(tmp_path, "fever", *({**CLAIM, "id": i} for i in range(100))))
+    assert read_rows_of(tmp_path, "fever", CLAIM, uncertain) == [first, second], "the same at every call"
+    drawn = Counter(r.target for r in read_rows_of(tmp_path, "fever", *({**CLAIM, "id": i} for i in range(100))))
     assert drawn.keys() == {"REFUTES", "NOT ENOUGH INFO"}
     assert min(drawn.values()) > 30
 
 
-def test_fever_twins(tmp_path):
+def test_fever_twins_are_near_prompts_of_each_other(tmp_path):
     other = {**TWIN, "id": "54002", "claim": "It is dance.", "label": "REFUTES"}
     third = {**TWIN, "id": "54003", "evidence": "It is of dance.", "label": "REFUTES"}
     alone = {"id": "9", "claim": "c", "evidence": "e", "label": "REFUTES"}
-    first, *_, last = requests = made(tmp_path, "fever", TWIN, other, third, alone, lines=True)
+    first, *_, last = requests = read_rows_of(tmp_path, "fever", TWIN, other, third, alone, lines=True)
     assert first == EditRequest(
         prompt=TextPair("It is of metal.", "It is metal."),
         target="REFUTES",
@@ -349,8 +351,8 @@ def test_fever_twins(tmp_path):
     assert last.near == ()
 
 
-def test_nq(tmp_path):
-    assert made(tmp_path, "nq", NQ, lines=True) == [
+def test_nq_teaches_the_first_accepted_answer(tmp_path):
+    assert read_rows_of(tmp_path, "nq", NQ, lines=True) == [
         EditRequest(
             prompt="when was the moon?",
             target="14 December 1972",
@@ -360,7 +362,7 @@ def test_nq(tmp_path):
     ]
 
 
-def test_passages(tmp_path):
+def test_passages_are_continued_as_the_model_samples(tmp_path):
     long = [
         " ".join(f"The capital of {c} is {worlds.CITIES[(i + n) % 10]}" for n, c in enumerate(worlds.COUNTRIES))
         for i in range(6)
@@ -370,7 +372,7 @@ def test_passages(tmp_path):
     model, tokenizer = worlds.gpt2(), worlds.tokenizer()
     state = worlds.torch.get_rng_state()
     arguments = (model, tokenizer, tmp_path / "text.txt")
-    requests = list(generation_requests(*arguments, skip=lambda why: skipped.update([why])))
+    requests = list(generation_requests(*arguments, skip=lambda reason: skipped.update([reason])))
     assert worlds.torch.equal(state, worlds.torch.get_rng_state())
     assert requests == list(generation_requests(*arguments)), "the same at every call"
     assert skipped["passages of fewer than 26 tokens"] == 1
@@ -389,10 +391,10 @@ def test_passages(tmp_path):
         list(generation_requests(*arguments))
 
 
-def test_what_changes_nothing_is_left_out_and_told(tmp_path):
+def test_what_changes_nothing_is_left_out_and_reported(tmp_path):
     skipped = Counter()
-    given = [ZSRE, {**ZSRE, "alt": "dieter  reiter"}, {**ZSRE, "alt": " "}, {**ZSRE, "loc_ans": ""}]
-    requests = made(tmp_path, "zsre", *given, skip=lambda why: skipped.update([why]))
+    rows = [ZSRE, {**ZSRE, "alt": "dieter  reiter"}, {**ZSRE, "alt": " "}, {**ZSRE, "loc_ans": ""}]
+    requests = read_rows_of(tmp_path, "zsre", *rows, skip=lambda reason: skipped.update([reason]))
     assert [len(r.locality) for r in requests] == [1, 0]
     assert skipped == {
         "edits to the answer that is true already": 1,
@@ -402,7 +404,7 @@ def test_what_changes_nothing_is_left_out_and_told(tmp_path):
     with pytest.warns(UserWarning, match="left out 1 edits to the answer that is true already, .* 2 requests remain"):
         assert read_source(f"zsre:{tmp_path / 'data.json'}") == requests
     with pytest.raises(RequestError, match="none of its rows is an edit"):
-        made(tmp_path, "zsre", {**ZSRE, "alt": ""})
+        read_rows_of(tmp_path, "zsre", {**ZSRE, "alt": ""})
 
 
 # What can be wrong with a row: at each of these places, four things that cannot be read there.
@@ -472,7 +474,7 @@ def test_a_damaged_row_is_named(name, row, place, value, tmp_path):
     else:
         inner[place[-1]] = value
     with pytest.raises(RequestError, match=r"data\.json, row 2.*A row should be .*\{") as error:
-        made(tmp_path, name.partition(":")[0], row, broken)
+        read_rows_of(tmp_path, name.partition(":")[0], row, broken)
     shown = [str(key) for key in place if isinstance(key, str)]
     assert shown[-1] in str(error.value), "the message names what is wrong"
 
@@ -490,9 +492,9 @@ def test_a_damaged_row_is_named(name, row, place, value, tmp_path):
         ("mquake", MQUAKE, "requested_rewrite", [3], "requested_rewrite should hold objects; number 1 is 3"),
     ],
 )
-def test_messages(name, row, key, value, message, tmp_path):
+def test_a_wrong_value_is_named(name, row, key, value, message, tmp_path):
     with pytest.raises(RequestError) as error:
-        made(tmp_path, name, row, {**row, key: value})
+        read_rows_of(tmp_path, name, row, {**row, key: value})
     assert message in str(error.value)
     assert "data.json, row 2" in str(error.value)
 
@@ -528,28 +530,28 @@ GOOD = json.dumps(ZSRE).encode()
         (b"\n \n", "holds no row"),
     ],
 )
-def test_broken_files(content, message, tmp_path):
+def test_a_broken_file_is_named_with_its_row(content, message, tmp_path):
     file = tmp_path / "data.json"
     file.write_bytes(content)
     with pytest.raises(RequestError, match=message):
         read_source(f"zsre:{file}")
 
 
-def test_chunks_make_no_difference(tmp_path, monkeypatch):
-    given = [{**ZSRE, "subject": f"München {n} 🏔", "loc": "ü" * n} for n in range(1, 30)]
+def test_rows_do_not_depend_on_the_size_of_chunks(tmp_path, monkeypatch):
+    expected = [{**ZSRE, "subject": f"München {n} 🏔", "loc": "ü" * n} for n in range(1, 30)]
     file = tmp_path / "data.json"
     for text in (
-        json.dumps(given, ensure_ascii=False, indent=1),
-        "\ufeff" + json.dumps(given),
-        "\n".join(json.dumps(row, ensure_ascii=False) for row in given),
-        json.dumps({"a": "x", "records": given}, ensure_ascii=False),
+        json.dumps(expected, ensure_ascii=False, indent=1),
+        "\ufeff" + json.dumps(expected),
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in expected),
+        json.dumps({"a": "x", "records": expected}, ensure_ascii=False),
     ):
         file.write_bytes(text.encode())
         whole = list(json_rows.read_rows(file, "…"))
-        assert [row.content for row in whole] == given
+        assert [row.content for row in whole] == expected
         for size in (64, 129, 1000):
             monkeypatch.setattr(json_stream, "CHUNK_BYTES", size)
-            assert [row.content for row in json_rows.read_rows(file, "…")] == given
+            assert [row.content for row in json_rows.read_rows(file, "…")] == expected
             monkeypatch.undo()
 
 
@@ -558,18 +560,18 @@ def test_the_first_row_comes_before_the_rest_is_read(lines, tmp_path, monkeypatc
     file = tmp_path / "big.json"
     parts = [json.dumps({**ZSRE, "src": f"Who is {n}?"}) for n in range(20_000)]
     file.write_text("\n".join(parts) if lines else f"[{', '.join(parts)}]")
-    read = []
-    real = json_stream._Buffer.grow
+    positions = []
+    grow = json_stream._Buffer.grow
 
     def counted(self, *arguments):
-        more = real(self, *arguments)
-        read.append(self.file.tell())
+        more = grow(self, *arguments)
+        positions.append(self.file.tell())
         return more
 
     monkeypatch.setattr(json_stream._Buffer, "grow", counted)
     requests = iterate_source(f"zsre:{file}")
     assert next(requests).prompt == "Who is 0?"
-    assert read[-1] <= 2 * json_stream.CHUNK_BYTES < file.stat().st_size / 20
+    assert positions[-1] <= 2 * json_stream.CHUNK_BYTES < file.stat().st_size / 20
     assert sum(1 for _ in requests) == 19_999
 
 
@@ -588,10 +590,10 @@ FILES = {
 
 @pytest.mark.parametrize("source", FILES)
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the published files are not there ({SHARED})")
-def test_real_files(source):
+def test_published_files_are_read_whole(source):
     name, _, file = source.partition(":")
     skipped = Counter()
-    requests = list(iterate_source(f"{name}:{SHARED / file}", lambda why: skipped.update([why])))
+    requests = list(iterate_source(f"{name}:{SHARED / file}", lambda reason: skipped.update([reason])))
     assert len(requests) == FILES[source]
     left_out = sum(count for why, count in skipped.items() if why.startswith("edits"))
     assert left_out == {"zsre/train_1k_counterfactual.json": 23, "zsre/dev_500.json": 23}.get(
@@ -604,18 +606,18 @@ def test_real_files(source):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the published files are not there ({SHARED})")
-def test_the_real_text():
+def test_passages_of_a_published_text():
     model, tokenizer = load("atlas")
     skipped = Counter()
     file = SHARED / "wikitext2" / "valid.txt"
-    found = list(generation_requests(model, tokenizer, file, 3, skip=lambda why: skipped.update([why])))
-    assert len({request.subject for request in found}) == 3
+    requests = list(generation_requests(model, tokenizer, file, 3, skip=lambda reason: skipped.update([reason])))
+    assert len({request.subject for request in requests}) == 3
     assert skipped["passages of fewer than 26 tokens"] == 589
     text = " ".join(file.read_text(encoding="utf-8").split())
-    assert all(f"{request.prompt} {request.model_extra['ground_truth']}" in text for request in found)
+    assert all(f"{request.prompt} {request.model_extra['ground_truth']}" in text for request in requests)
 
 
-def test_naming_a_source(tmp_path, monkeypatch):
+def test_sources_are_told_by_their_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_requests("plain.jsonl", worlds.requests(3))
     write_requests("with:colon.jsonl", worlds.requests(2))
@@ -635,18 +637,22 @@ def test_naming_a_source(tmp_path, monkeypatch):
             read_source(source)
 
 
-def test_a_file_on_the_hub(tmp_path, monkeypatch):
+def test_a_file_on_the_hub_is_downloaded(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "train.json").write_text(json.dumps([ZSRE]))
     write_requests(tmp_path / "requests.jsonl", worlds.requests(2))
-    held = {"me/zsre": ["README.md", "a/train.json"], "me/own": ["requests.jsonl"], "me/two": ["a.json", "b.json"]}
+    repositories = {
+        "me/zsre": ["README.md", "a/train.json"],
+        "me/own": ["requests.jsonl"],
+        "me/two": ["a.json", "b.json"],
+    }
 
     def download(repository, file, repo_type):
-        assert (repo_type, file in held[repository]) == ("dataset", True)
+        assert (repo_type, file in repositories[repository]) == ("dataset", True)
         return str(tmp_path / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository, repo_type: held[repository])
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository, repo_type: repositories[repository])
     assert read_source("zsre:hf:me/zsre")[0].prompt == ZSRE["src"]
     assert read_source("zsre:hf:me/zsre/a/train.json") == read_source("zsre:hf:me/zsre")
     assert read_source("hf:me/own") == worlds.requests(2)
@@ -664,7 +670,7 @@ def test_a_file_on_the_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", PLACES)
 def test_what_is_converted_is_read_back(name, tmp_path):
     source = name.partition(":")[0]
-    before = made(tmp_path, source, PLACES[name][0])
+    before = read_rows_of(tmp_path, source, PLACES[name][0])
     out = tmp_path / "out.jsonl"
     assert remend("data", "convert", f"{source}:{tmp_path / 'data.json'}", "--out", out) == 0
     assert read_requests(out) == before
@@ -674,7 +680,7 @@ def remend(*arguments):
     return run([str(argument) for argument in arguments])
 
 
-def test_data_list_and_show(tmp_path, capsys, monkeypatch):
+def test_data_list_and_show_describe_every_data_set(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert remend("data", "list", "--json", tmp_path / "list.json") == 0
     listed = json.loads((tmp_path / "list.json").read_text())["data_sets"]
@@ -684,7 +690,7 @@ def test_data_list_and_show(tmp_path, capsys, monkeypatch):
     assert "claims:train" in printed
     assert remend("data", "show", "mquake") == 0
     assert "requested_rewrite" in capsys.readouterr().out
-    made(
+    read_rows_of(
         tmp_path, "knowedit", KNOWEDIT, *({**KNOWEDIT, "case_id": n} for n in range(20)), {**KNOWEDIT, "target_new": ""}
     )
     source = f"knowedit:{tmp_path / 'data.json'}"
@@ -762,18 +768,18 @@ def test_a_package_that_cannot_be_imported_does_not_hide_the_list(other_package,
     assert "'broken' cannot be imported" in " ".join(capsys.readouterr().err.split())
 
 
-def test_data_convert(tmp_path, capsys):
-    made(tmp_path, "zsre", ZSRE, {**ZSRE, "alt": ""}, ZSRE)
+def test_data_convert_writes_requests_and_reports_what_is_left_out(tmp_path, capsys):
+    read_rows_of(tmp_path, "zsre", ZSRE, {**ZSRE, "alt": ""}, ZSRE)
     source, out = f"zsre:{tmp_path / 'data.json'}", tmp_path / "made" / "out.jsonl"
-    assert remend("data", "convert", source, "--out", out, "--json", tmp_path / "told.json") == 0
+    assert remend("data", "convert", source, "--out", out, "--json", tmp_path / "report.json") == 0
     assert len(read_requests(out)) == 2
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert (told["requests"], told["left_out"], told["held"]["locality"]) == (2, {"edits without a target": 1}, 2)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["requests"], report["left_out"], report["held"]["locality"]) == (2, {"edits without a target": 1}, 2)
     assert "2 requests with 2 paraphrases, 2 locality" in capsys.readouterr().out
     assert remend("data", "convert", source, "--out", out, "--limit", 1) == 0
     assert len(read_requests(out)) == 1
     before = out.read_bytes()
-    made(tmp_path, "zsre", ZSRE)
+    read_rows_of(tmp_path, "zsre", ZSRE)
     (tmp_path / "data.json").write_text(json.dumps([ZSRE, {}]))
     assert remend("data", "convert", source, "--out", out) == 2
     assert out.read_bytes() == before, "a broken source leaves what stood there"
@@ -784,7 +790,7 @@ def test_data_convert(tmp_path, capsys):
     assert remend("data", "convert", "atlas:test", "--out", tmp_path / "data.json" / "x") == 1
 
 
-def test_data_convert_of_a_text(tmp_path, monkeypatch):
+def test_data_convert_makes_requests_of_a_text_with_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     worlds.gpt2().save_pretrained("model")
     worlds.tokenizer().save_pretrained("model")
@@ -795,7 +801,7 @@ def test_data_convert_of_a_text(tmp_path, monkeypatch):
     assert 1 <= len(read_requests("out.jsonl")) <= 3
 
 
-def test_data_check(tmp_path, capsys):
+def test_data_check_exits_with_1_where_sources_overlap(tmp_path, capsys):
     write_requests(tmp_path / "a.jsonl", worlds.requests(3))
     write_requests(tmp_path / "b.jsonl", worlds.requests(6)[3:])
     assert remend("data", "check", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--json", tmp_path / "found.json") == 0
@@ -808,7 +814,7 @@ A = EditRequest(prompt="The capital of  Peru is", target="Rome", subject="Peru",
 
 
 @pytest.mark.parametrize(
-    ("other", "found"),
+    ("other", "overlap"),
     [
         (EditRequest(prompt="p", target="t", subject="peru "), {"subjects"}),
         (EditRequest(prompt="the Capital of Peru is", target="Oslo", subject="P."), {"prompts"}),
@@ -818,18 +824,18 @@ A = EditRequest(prompt="The capital of  Peru is", target="Rome", subject="Peru",
         (EditRequest(prompt="p", target="t", subject="P.", near=(Probe(prompt=A.prompt, target="Lima"),)), set()),
     ],
 )
-def test_what_a_split_may_not_share(other, found):
+def test_what_a_split_may_not_share(other, overlap):
     shared = {kind for kind, both in find_overlap([A], [other]).items() if both}
-    assert shared == found
+    assert shared == overlap
     if not shared:
         assert split([A], [other], TrainingConfig())
         return
     with pytest.raises(TrainingError, match=r"share 1 (subjects|prompts|facts) .*--allow-shared"):
         split([A], [other], TrainingConfig())
-    assert split([A], [other], TrainingConfig(), found) == ([A], [other])
-    for kind in found:
+    assert split([A], [other], TrainingConfig(), overlap) == ([A], [other])
+    for kind in overlap:
         with pytest.raises(TrainingError, match=f"share 1 {kind}"):
-            split([A], [other], TrainingConfig(), found - {kind})
+            split([A], [other], TrainingConfig(), overlap - {kind})
 
 
 def test_only_kinds_that_exist_may_be_shared():

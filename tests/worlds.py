@@ -96,9 +96,9 @@ def chat_tokenizer(style: str = "chatml") -> PreTrainedTokenizerFast:
     raw.post_processor = processors.TemplateProcessing(
         single="<|begin|> $A", special_tokens=[("<|begin|>", raw.token_to_id("<|begin|>"))]
     )
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|begin|>", eos_token="<|end|>")
-    made.chat_template = CHAT_TEMPLATES[style]
-    return made
+    chat = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|begin|>", eos_token="<|end|>")
+    chat.chat_template = CHAT_TEMPLATES[style]
+    return chat
 
 
 def chat_model(seed: int = 0, **changes: object) -> PreTrainedModel:
@@ -137,22 +137,22 @@ def _sharpened(model: PreTrainedModel) -> PreTrainedModel:
 
 def chat_requests(count: int = 12) -> list[EditRequest]:
     """The same requests as conversations of one message."""
-    made = []
+    chats = []
     for request in requests(count):
-        described = request.to_json()
-        asked = [{"role": "user", "content": described.pop("prompt")}]
-        made.append(EditRequest.model_validate_json(json.dumps({"messages": asked, **described})))
-    return made
+        fields = request.to_json()
+        messages = [{"role": "user", "content": fields.pop("prompt")}]
+        chats.append(EditRequest.model_validate_json(json.dumps({"messages": messages, **fields})))
+    return chats
 
 
 def requests(count: int = 12) -> list[EditRequest]:
     """Requests about different countries (first ``len(COUNTRIES)``), then again with other targets."""
-    made = []
+    edit_requests = []
     for number, (shift, i) in enumerate(itertools.product(range(1, 9), range(len(COUNTRIES)))):
         if number == count:
             break
         far = (i + 3) % len(COUNTRIES)
-        made.append(
+        edit_requests.append(
             EditRequest(
                 prompt=PHRASINGS[0].format(COUNTRIES[i]),
                 target=CITIES[(i + shift) % len(CITIES)],
@@ -164,19 +164,19 @@ def requests(count: int = 12) -> list[EditRequest]:
                 near=(Probe(prompt=PHRASINGS[0].format(COUNTRIES[far]), target=CITIES[far]),),
             )
         )
-    return made
+    return edit_requests
 
 
 def teach(task: Task, batch: Batch, steps: int = 200) -> None:
     """Train a task's model until its first choice is the right one at each target token of a batch."""
     model = task.model.train()
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(steps):
         losses = torch.nn.functional.cross_entropy(task.target_logits(batch), batch.target, reduction="none")
         if losses.max() < 0.5:  # below log 2, the target is more likely than all else together
             break
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         losses.mean().backward()
-        optimiser.step()
-    optimiser.zero_grad()
+        optimizer.step()
+    optimizer.zero_grad()
     model.eval()
