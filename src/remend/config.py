@@ -155,6 +155,7 @@ def _build_validators(kind: type[Config]) -> dict[str, pydantic.TypeAdapter[Any]
 
 def _wrong_value(kind: type[Config], name: str, value: object, error: pydantic.ValidationError) -> ConfigError:
     """Return the error that says which field got what, and what is allowed."""
+    # Values may come from a file and be of any size, so only the beginning is shown.
     allowed = next(setting.allowed for setting in settings(kind) if setting.name == name)
     return ConfigError(
         f"{kind.__name__}.{name} must be {allowed or error.errors()[0]['msg']}, not {reprlib.repr(value)}"
@@ -167,7 +168,7 @@ def _default(field: Field[Any]) -> Any:
 
 def _parts(hint: Any) -> tuple[Any, list[Any], bool]:
     """Split a type hint into the type, the constraints on its values, and whether None is allowed."""
-    if get_origin(hint) in (Union, types.UnionType):
+    if get_origin(hint) in (Union, types.UnionType):  # `Optional[Annotated[…]]` and `int | None` have different origins
         members = [member for member in get_args(hint) if member is not type(None)]
         optional = len(members) < len(get_args(hint))
         if len(members) == 1:

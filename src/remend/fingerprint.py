@@ -208,6 +208,7 @@ def _weight_hash(module: nn.Module) -> str:
         weight = weight_of(module).detach()
         parts = _stored_parts(module) if is_quantized(module) else {str(tuple(weight.shape)): weight}
         first = next(iter(parts.values()))
+        # The version counts writes in place, but not those through `.data`, which the sum shows.
         stamp = (first.data_ptr(), first._version, first.dtype, sum(_sum(part) for part in parts.values()))
         previous = _hashed.get(module)
         # NaN never equals itself, so a broken weight is hashed every time; that is harmless.
@@ -263,6 +264,7 @@ def _sum(part: Tensor) -> float:
 def _sha256(parts: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, part in parts.items():
+        # In bfloat16, so that a checkpoint loaded in float32 or bfloat16 is the same base.
         stored = (part.to(torch.bfloat16) if part.is_floating_point() else part).cpu().contiguous()
         digest.update(name.encode())
         digest.update(memoryview(stored.view(torch.uint8).numpy()))  # type: ignore[arg-type]

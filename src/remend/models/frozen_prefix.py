@@ -88,12 +88,15 @@ class FrozenPrefix:
             yield
             return
         below = self.blocks[: self.depth]
+        # The model's own forward still calls these blocks, so that masks and positions are computed as always.
         if self.states_only:
             with _replaced_forward(below, lambda forward: lambda *args, **kwargs: self._as_output(states)):
                 yield
             return
         output: tuple[Any, ...] = ()
 
+        # Later blocks read what the first one returns beside its hidden states (T5's position bias, which depends on
+        # lengths only), so it has to run.
         def run_first(forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
                 nonlocal output
@@ -117,7 +120,7 @@ class FrozenPrefix:
         recorded: dict[str, Tensor] = {}
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            with suppress(ModelError):
+            with suppress(ModelError):  # blocks without hidden states: such a model is not cut
                 recorded["states"] = _hidden_states(args, kwargs).detach()
 
         if not self.depth:
@@ -153,6 +156,7 @@ class FrozenPrefix:
         if not self.blocks:
             yield
             return
+        # The first block tells: the lowest edited one is not run by `run_until`.
         handle = self.blocks[0].register_forward_hook(observe)
         try:
             yield
@@ -164,6 +168,7 @@ class FrozenPrefix:
         """Recompute activations above the cut in the backward pass within the context, instead of keeping them."""
 
         def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+            # The reentrant variant supports neither torch.autograd.grad nor keyword arguments.
             return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
         with _replaced_forward(self.blocks[self.depth :], checkpointed):

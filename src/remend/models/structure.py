@@ -55,6 +55,7 @@ def editable_modules(
         return _matching(model, candidates, patterns, layers)
     stacks = find_stacks(model)
     names: list[str] = []
+    # Without blocks there is no residual stream: every hidden layer's output passes through an activation.
     if [name for name, _ in stacks[0][1]] == [""]:
         if layers is not None:
             select_blocks(model, layers)  # raises where it names no block
@@ -145,6 +146,7 @@ def mlp_layer_names(prefix: str, block: nn.Module) -> list[str]:
     layers = dict(editable_layers(block, prefix))
     if experts := [name for name, module in layers.items() if isinstance(module, ExpertLinear)]:
         return experts
+    # Without this, a pair of attention's matrices could be taken for the MLP: the experts' own are not found.
     for name, parameter in block.named_parameters(prefix=prefix):
         if parameter.dim() == 3 and min(parameter.shape) > 1:
             raise ModelError(
@@ -152,6 +154,7 @@ def mlp_layer_names(prefix: str, block: nn.Module) -> list[str]:
                 "that does not compute through transformers' interface for experts, so nothing can be captured there; "
                 "name other matrices with --modules (attention's, say)"
             )
+    # By parent first: in the whole block, matrices of attention that have the same shapes would be taken along.
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     for name, module in layers.items():
         groups.setdefault(name.rpartition(".")[0], {})[name] = dimensions(module)
