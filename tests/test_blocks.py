@@ -119,6 +119,22 @@ def test_an_image_model_is_cut_between_stages_or_blocks(make, name, depth):
         assert prefix.check_resume(states, lambda: model(pixels).logits, whole)
 
 
+def test_stages_that_hand_on_more_than_hidden_states_run_whole():
+    config = hf.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1, 2], num_heads=[1, 1, 2], window_size=2
+    )
+    model, pixels = hf.SwinForImageClassification(config).eval(), torch.randn(2, 3, 16, 16)
+    names = list(editable_modules(model, layers="last-1"))
+    assert len(names) == 2
+    prefix = FrozenPrefix(model, names)
+    assert prefix.depth == 2
+    with torch.no_grad():
+        states = prefix.compute_states(lambda: model(pixels))
+        with prefix.resume_from(states):
+            resumed = model(pixels).logits
+        assert torch.equal(resumed, model(pixels).logits)
+
+
 def test_a_model_without_blocks_is_not_cut():
     model = policy(4, 16, 2)
     prefix = FrozenPrefix(model, ["0"])

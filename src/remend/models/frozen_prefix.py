@@ -55,6 +55,7 @@ class FrozenPrefix:
         self.blocks: list[nn.Module] = []
         self.stack, self.depth = 0, 0
         self.output_parts, self.states_only = 0, True
+        self._has_stages = False
         # Between the blocks of a stage nothing else runs, but a stage may begin with a layer that is no block.
         stacks = [blocks for _, blocks in find_stacks(model, stages=True)]
         if any(name == "" for blocks in stacks for name, _ in blocks):
@@ -75,6 +76,7 @@ class FrozenPrefix:
         ]
         self.stack, self.depth = min(cuts, default=(0, 0))
         self.blocks = [block for _, block in stacks[self.stack]]
+        self._has_stages = len(find_stacks(model)[self.stack][1]) != len(self.blocks)
 
     def compute_states(self, forward: Callable[[], object]) -> Float[Tensor, "row token d"]:
         """Return what enters the lowest edited block when ``forward`` runs the model; nothing above is computed."""
@@ -84,7 +86,8 @@ class FrozenPrefix:
     @contextmanager
     def resume_from(self, states: Float[Tensor, "row token d"] | None) -> Iterator[None]:
         """Start the model's forward passes at the cut, with ``states``, within the context; with None, as usual."""
-        if states is None:
+        # What Swin's stages return beside hidden states differs from stage to stage, so such models run whole.
+        if states is None or (self._has_stages and not self.states_only):
             yield
             return
         below = self.blocks[: self.depth]
