@@ -35,7 +35,7 @@ from remend.editors import Mend
 from remend.evaluation.reports import report
 from remend.request import EditRequest, Probe
 from remend.serialization import write_json
-from remend.tasks import task_of
+from remend.tasks import wrap
 from remend.training import PRESETS, Resources, Trainer
 from remend.training.calibration import calibrate
 
@@ -183,8 +183,8 @@ def random_trainer(
     settings = replace(settings, seed=config["seed"], batch_size=batch_size or settings.batch_size)
     depth = model.config.num_hidden_layers
     modules = [f"*.{block}.mlp.*" for block in range(depth - blocks, depth)] if blocks else []
-    task = task_of(model, words(config["model"]["vocab_size"]), resources.autocast)
-    editor = Mend.for_model(model, network, modules, config["seed"])
+    task = wrap(model, words(config["model"]["vocab_size"])).with_autocast(resources.autocast)
+    editor = Mend.create(task, network, modules=modules, seed=config["seed"])
     trainer = Trainer(task, editor, random_requests(config, count), settings, resources)
     calibrate(editor, trainer.constants, trainer.episodes.edits(CALIBRATION_EXAMPLES, 8), trainer.workers)
     forget(trainer)

@@ -22,6 +22,7 @@ from remend.edit import Edit
 from remend.editors import Mend, make
 from remend.editors.protocol import Editor
 from remend.request import EditRequest
+from remend.tasks import Task
 
 METRICS = ("edit_success", "locality_near", "locality_far")
 
@@ -41,9 +42,9 @@ class Compressed:
         self.ranks: list[int] = []
         self.lost: list[float] = []
 
-    def edit(self, model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> Edit:
+    def edit(self, task: Task, requests: Sequence[EditRequest]) -> Edit:
         """The editor's edit, cut."""
-        edit = self._editor.edit(model, tokenizer, requests)
+        edit = self._editor.edit(task, requests)
         assert isinstance(edit, Edit)
         self.ranks.append(max(change.rank for change in edit.changes.values()))
         if self._rank is None:
@@ -52,26 +53,26 @@ class Compressed:
         self.lost.append(max(cut.editor["lost"].values()))
         return cut
 
-    def edit_each(self, model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> list[Edit]:
+    def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Edit]:
         """The same of each request."""
-        return [self.edit(model, tokenizer, [request]) for request in requests]
+        return [self.edit(task, [request]) for request in requests]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write the result."""
     arguments = common.parser(__doc__, "compressed").parse_args(argv)
     config = common.start(arguments)
-    model, tokenizer = remend.load(config["model"], "cpu")
+    task = remend.load(config["model"], "cpu")
     requests = random.Random(config["seed"]).sample(remend.read_source(config["data"]), config["requests"])
     rows = []
     for name in config["editors"]:
-        editor = Mend.from_pretrained(name) if name == config["model"] else make(name, model, tokenizer)
+        editor = Mend.from_pretrained(name) if name == config["model"] else make(name, task)
         for size in config["sizes"]:
             asked = requests[: config["requests"] if size == 1 else config["batched"]]
             for rank in (None, *config["ranks"]):
                 compressed = Compressed(editor, rank)
                 how = {"protocol": "single"} if size == 1 else {"protocol": "batched", "edits": [size]}
-                report = remend.evaluate(model, tokenizer, compressed, asked, baselines=False, **how)
+                report = remend.evaluate(task, compressed, asked, baselines=False, **how)
                 found = {key: value["generated"].mean for key, value in report.metrics().items() if key in METRICS}
                 lost = sum(compressed.lost) / len(compressed.lost) if compressed.lost else 0.0
                 rows.append(

@@ -131,13 +131,13 @@ def choose(arguments: argparse.Namespace) -> CounterFacts:
 
 def edit(arguments: argparse.Namespace, files: dict[str, Path]) -> remend.Report:
     """What an editor of the default preset does, trained on the training split's subjects."""
-    model, tokenizer = remend.load(str(arguments.out), "cpu")
+    task = remend.load(str(arguments.out), "cpu")
     requests = {split: remend.read_source(str(file)) for split, file in files.items()}
     settings = replace(PRESETS["default"][1], max_steps=arguments.steps)
-    editor = remend.train(model, tokenizer, requests["train"], requests["validation"], config=settings)
+    editor = remend.train(task, requests["train"], requests["validation"], config=settings)
     editor.save_pretrained(arguments.out.parent / "editor")
     return remend.evaluate(
-        model, tokenizer, editor, requests["test"], scales=(0.5, 1.5), data="counterfact:test", name="mend, default"
+        task, editor, requests["test"], scales=(0.5, 1.5), data="counterfact:test", name="mend, default"
     )
 
 

@@ -26,20 +26,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write the result."""
     arguments = common.parser(__doc__, "edit_cost").parse_args(argv)
     config = common.start(arguments)
-    model, tokenizer = remend.load(config["model"], "cpu")
+    task = remend.load(config["model"], "cpu")
     editor = remend.Mend.from_pretrained(config["editor"])
-    task = CausalLM(model, tokenizer)
+    task = CausalLM(task.model, task.tokenizer)
     requests = random.Random(config["seed"]).sample(remend.read_source(config["data"]), config["requests"])
 
     def forward_and_backward(request: remend.EditRequest) -> None:
-        task.loss(task.collate([task.tokenise(request.prompt, request.target)])).sum().backward()
-        model.zero_grad()
+        task.loss(task.collate([task.encode(request.prompt, request.target)])).sum().backward()
+        task.model.zero_grad()
 
     passes, edits = [], []
     for repeat in range(config["repeats"] + 1):
         for request in requests:
             one_pass = common.seconds(lambda request=request: forward_and_backward(request))
-            one_edit = common.seconds(lambda request=request: editor.edit(model, tokenizer, [request]))
+            one_edit = common.seconds(lambda request=request: editor.edit(task, [request]))
             if repeat:  # the first round warms up
                 passes.append(one_pass)
                 edits.append(one_edit)

@@ -33,6 +33,7 @@ import variants
 from remend.data import read_text
 from remend.editors import Mend
 from remend.request import EditRequest
+from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS
 
@@ -78,14 +79,14 @@ def run(world: Mapping[str, Any], line: Mapping[str, Any], seed: int, scales: Se
     began = time.process_time()
     variant = variants.VARIANTS.get(line.get("variant", ""))
     kind = variant.editor if variant else Mend
-    editor = kind.for_model(base, network, line.get("modules", ()), seed=seed)
+    editor = kind.create(wrap(base, tokenizer), network, modules=line.get("modules", ()), seed=seed)
     if variant:
         variants.train(CausalLM(base, tokenizer), editor, learnt, settings, variant)
     else:
         text = read_text(common.HERE.parent / line["text"]) if "text" in line else ()
-        editor = remend.train(base, tokenizer, learnt, validation, editor=editor, config=settings, text=text)
+        editor = remend.train(wrap(base, tokenizer), learnt, validation, editor=editor, config=settings, text=text)
     seconds = time.process_time() - began
-    report = remend.evaluate(base, tokenizer, editor, judged, scales=scales, baselines=False)
+    report = remend.evaluate(wrap(base, tokenizer), editor, judged, scales=scales, baselines=False)
     frontier = [
         {
             "scale": scale,

@@ -25,6 +25,7 @@ from paper.methods import METHODS
 from paper.testbeds import make_testbeds
 from remend.editors import TRAINED
 from remend.evaluation.reports.report import metrics_of
+from remend.tasks import wrap
 
 SHOWN = ("edit_success", "locality_far", "locality_near")
 
@@ -58,10 +59,10 @@ def measure(world: Any, method: str, rate: float, weight: float, config: dict[st
         own.training, learning_rate=rate, edit_weight=weight, max_steps=steps, patience=steps, validate_every=steps,
         validation_size=min(64, len(validation)), seed=config["seed"],
     )  # fmt: skip
-    editor = TRAINED[own.editor].for_model(model, own.config, seed=config["seed"])
-    editor = remend.train(model, tokenizer, train, validation, config=settings, editor=editor)
+    editor = TRAINED[own.editor].create(wrap(model, tokenizer), own.config, seed=config["seed"])
+    editor = remend.train(wrap(model, tokenizer), train, validation, config=settings, editor=editor)
     chosen = random.Random(f"rivals {config['seed']}").sample(validation, config["requests"])
-    report = remend.evaluate(model, tokenizer, editor, chosen, baselines=False)
+    report = remend.evaluate(wrap(model, tokenizer), editor, chosen, baselines=False)
     figures = metrics_of(report.runs[0].cases)
     return {metric: figures[metric]["generated"].mean for metric in SHOWN}
 

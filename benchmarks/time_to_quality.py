@@ -60,7 +60,7 @@ def run(
     ]
     held_out = [batch for batches in drawn for batch in batches]
     spent = -time.process_time()
-    editor = Mend.for_model(base, network, seed=seed)
+    editor = Mend.create(task, network, seed=seed)
     trainer = Trainer(task, editor, requests, settings)
     trainer.calibrate()
     spent += time.process_time()

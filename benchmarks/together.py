@@ -32,7 +32,6 @@ from remend.editors.packing import active_rows
 from remend.evaluation.probe_filter import in_company
 from remend.fingerprint import find_modules
 from remend.request import EditRequest
-from remend.tasks import task_of
 from remend.tasks.base import Example, Task
 
 PAIRS_AT_ONCE = 32
@@ -49,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(world: str, name: str, config: dict[str, Any]) -> list[dict[str, float]]:
     """For each share of paraphrases that pass a threshold, what else passes it; means over the seeds."""
-    model, tokenizer = remend.load(world, "cpu")
-    editor = Mend.from_pretrained(name) if name == "atlas" else make(name, model, tokenizer)
-    task, rows = task_of(model, tokenizer), []
+    task = remend.load(world, "cpu")
+    editor = Mend.from_pretrained(name) if name == "atlas" else make(name, task)
+    task, rows = task, []
     for seed in config["seeds"]:
         requests = random.Random(f"together {seed}").sample(read_source(f"{world}:validation"), config["edits"])
-        edits = editor.edit_each(model, tokenizer, requests)
+        edits = editor.edit_each(task, requests)
         rows.append(answers(task, requests, edits, config["kept"]))
     return [
         {"kept": kept, **{key: sum(row[place][key] for row in rows) / len(rows) for key in rows[0][place]}}
@@ -67,7 +66,7 @@ def answers(
 ) -> list[dict[str, float]]:
     """The threshold that each share of the paraphrases passes, and the shares of other prompts that pass it."""
     directions = {name: torch.stack([edit.changes[name].u[0] for edit in edits]) for name in edits[0].changes}
-    own = keys(task, [task.tokenise(request.prompt, request.target) for request in requests], edits)
+    own = keys(task, [task.encode(request.prompt, request.target) for request in requests], edits)
     sizes = {name: (own[name] * u).sum(1) for name, u in directions.items()}
 
     def of(pairs: Sequence[Example]) -> Tensor:
@@ -75,11 +74,11 @@ def answers(
         return torch.stack([read[name] @ u.mT / sizes[name] for name, u in directions.items()]).mean(0)
 
     whose = [e for e, request in enumerate(requests) for _ in request.paraphrases]
-    alike = of([task.tokenise(text, request.target) for request in requests for text in request.paraphrases])
+    alike = of([task.encode(text, request.target) for request in requests for text in request.paraphrases])
     alike = alike[torch.arange(len(whose)), torch.tensor(whose)]
     staying, _ = in_company(requests)
     others = {
-        kind: of([task.tokenise(probe.prompt, probe.target) for request in staying for probe in getattr(request, kind)])
+        kind: of([task.encode(probe.prompt, probe.target) for request in staying for probe in getattr(request, kind)])
         for kind in ("locality", "near")
     }
     found = []

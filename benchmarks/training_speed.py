@@ -190,11 +190,11 @@ class Floor:
             return None
         batch = self.task.collate(pairs)
         with frozen(self.task.model), torch.no_grad():
-            return self.prefix.compute_states(lambda: self.task.target_logits(batch))
+            return self.prefix.compute_states(lambda: self.task.outputs(batch))
 
     def _forward(self, pairs: Sequence[Example]) -> Tensor:
         with self.prefix.resume_from(self.states[id(pairs)]):
-            return self.task.target_logits(self.task.collate(pairs))
+            return self.task.outputs(self.task.collate(pairs))
 
     def _forward_and_backward(self, pairs: Sequence[Example]) -> None:
         """Backward to the output of the lowest edited layer; what arrives there is what a branch would be given."""

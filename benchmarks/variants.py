@@ -111,7 +111,7 @@ class WhitenedDelta(Mend):
     def prepare(self, task: CausalLM, requests: Sequence[EditRequest]) -> None:
         """Take the second moment over some requests."""
         moments = {name: SecondMoment(d_out, self.device) for name, (_, d_out) in self.shapes.items()}
-        for some in in_batches([task.tokenise(r.prompt, r.target) for r in requests[:1024]]):
+        for some in in_batches([task.encode(r.prompt, r.target) for r in requests[:1024]]):
             for name, factors in self.capture(task, task.collate(some)).items():
                 moments[name].update(factors.delta, factors.active)
         self.delta_whiteners = {name: moment.whitener(self.RIDGE).inner for name, moment in moments.items()}
@@ -143,9 +143,9 @@ class SubjectToken(Mend):
         """Find that token in every prompt."""
         self.places: dict[tuple[int, ...], int] = getattr(self, "places", {})
         for request in requests:
-            ids = task.prompt_ids(request.prompt)
+            ids = task.encode_input(request.prompt)
             end = request.prompt.rfind(request.subject or "") + len(request.subject or "")
-            self.places[tuple(ids)] = len(task.prompt_ids(request.prompt[:end])) - 1
+            self.places[tuple(ids)] = len(task.encode_input(request.prompt[:end])) - 1
 
     def capture(self, task: CausalLM, batch: Any, loss: Any = None) -> Any:
         """As :meth:`Mend.capture`, from that token alone."""
@@ -173,7 +173,7 @@ class SeveralSteps(Mend):
     def _changes(self, task: CausalLM, requests: Sequence[EditRequest], inputs: Any = None) -> Any:
         found: list[dict[str, LowRank]] = []
         modules = find_modules(task.model, self.shapes)
-        for chunk in in_batches([task.tokenise(request.prompt, request.target) for request in requests]):
+        for chunk in in_batches([task.encode(request.prompt, request.target) for request in requests]):
             batch = task.collate(chunk)
             unedited = UneditedPass(task, batch, self.shapes)
             changes = self._part(self.rows(self.capture(task, batch, unedited.loss)))

@@ -22,11 +22,11 @@ from remend.formats import load_adapter
 
 def train_adapter(folder: Path, request: remend.EditRequest, steps: int = 40) -> None:
     """Fine-tune an adapter of rank 4 on one prompt and its target, as one would by hand."""
-    model, tokenizer = remend.load("atlas", "cpu")
+    task = remend.load("atlas", "cpu")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(copy.deepcopy(model), config)
-    text = tokenizer(f"{request.prompt} {request.target}{tokenizer.eos_token}", return_tensors="pt")
+    adapted = peft.get_peft_model(copy.deepcopy(task.model), config)
+    text = task.tokenizer(f"{request.prompt} {request.target}{task.tokenizer.eos_token}", return_tensors="pt")
     optimiser = torch.optim.Adam((p for p in adapted.parameters() if p.requires_grad), lr=5e-3)
     for _ in range(steps):
         loss = adapted(**text, labels=text["input_ids"]).loss
@@ -39,13 +39,13 @@ def train_adapter(folder: Path, request: remend.EditRequest, steps: int = 40) ->
 def main() -> None:
     """Judge a hand-made adapter beside an edit for the same request."""
     request = remend.read_source("atlas:validation")[3]
-    model, tokenizer = remend.load("atlas", "cpu")
+    task = remend.load("atlas", "cpu")
     with tempfile.TemporaryDirectory() as place:
         train_adapter(Path(place) / "adapter", request)
-        imported = replace(load_adapter(Path(place) / "adapter", model), requests=(request,))
-    mine = remend.Mend.from_pretrained("atlas").edit(model, tokenizer, [request])
+        imported = replace(load_adapter(Path(place) / "adapter", task.model), requests=(request,))
+    mine = remend.Mend.from_pretrained("atlas").edit(task, [request])
     for name, edit in (("a LoRA by hand", imported), ("an edit by MEND", mine)):
-        verdict = judge(model, tokenizer, edit)
+        verdict = judge(task, edit)
         print(f"{name}: {'accepted' if verdict.ok else 'not accepted'}")
         for check in verdict.checks:
             print("  ", "✓" if check.ok else "✗", check.said)

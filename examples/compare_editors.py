@@ -18,13 +18,13 @@ METRICS = {
 
 def main(count: int = 10) -> None:
     """Compare MEND, which was trained for the model, with editors that need no training."""
-    model, tokenizer = remend.load("atlas")
+    task = remend.load("atlas")
     requests = remend.read_source("atlas:test")[:count]
     editors = {"mend": remend.Mend.from_pretrained("atlas")}
-    editors |= {name: make(name, model, tokenizer) for name in ("ridge", "finetune")}
+    editors |= {name: make(name, task) for name in ("ridge", "finetune")}
     table = Table("editor", *METRICS.values(), title=f"generated answers, the mean of {count} edits")
     for name, editor in editors.items():
-        found = remend.evaluate(model, tokenizer, editor, requests, baselines=False).metrics()
+        found = remend.evaluate(task, editor, requests, baselines=False).metrics()
         table.add_row(name, *(f"{found[metric]['generated'].mean:.2f}" for metric in METRICS))
     Console().print(table)
 

@@ -15,6 +15,7 @@ import remend
 from remend.apps.acceptance import AcceptanceCriteria
 from remend.apps.patch_registry import PatchRegistry
 from remend.formats import save_adapter
+from remend.tasks import wrap
 
 PROMPT, WRONG, RIGHT = "The capital of Canada is", "Ottawa", "Toronto"
 
@@ -23,10 +24,10 @@ def main(folder: Path = Path("fixed")) -> None:
     """Let *Toronto* be the capital of Canada, and nothing else be changed."""
     if folder.exists():
         raise SystemExit(f"{folder} is there already: delete it first")
-    model, tokenizer = remend.load("atlas")
-    assert remend.answers(model, tokenizer, [PROMPT]) == [WRONG]
+    task = remend.load("atlas")
+    assert remend.answers(task, [PROMPT]) == [WRONG]
     request = remend.EditRequest(prompt=PROMPT, target=RIGHT)
-    edit = remend.Mend.from_pretrained("atlas").edit(model, tokenizer, [request])
+    edit = remend.Mend.from_pretrained("atlas").edit(task, [request])
 
     asked = AcceptanceCriteria.model_validate(
         {
@@ -34,19 +35,21 @@ def main(folder: Path = Path("fixed")) -> None:
             "must_stay": ("The capital of Russia is", "The official language of Austria is"),
         }
     )
-    book = PatchRegistry.create(folder / "book", model)
+    book = PatchRegistry.create(folder / "book", task.model)
     entry = book.add(edit, why="an example")
-    _, verdict = book.activate(entry.id, model, tokenizer, asked)
+    _, verdict = book.activate(entry.id, task, asked)
     for check in verdict.checks:
         print("✓" if check.ok else "✗", check.said)
 
     acting = book.edit()
     assert acting is not None
-    save_adapter(acting, folder / "adapter", model)
-    adapted = peft.PeftModel.from_pretrained(model, str(folder / "adapter"))
-    print(PROMPT, *remend.answers(adapted.base_model.model, tokenizer, [PROMPT]))
+    save_adapter(acting, folder / "adapter", task.model)
+    adapted = peft.PeftModel.from_pretrained(task.model, str(folder / "adapter"))
+    print(PROMPT, *remend.answers(wrap(adapted.base_model.model, task.tokenizer), [PROMPT]))
     with adapted.disable_adapter():
-        print(PROMPT, *remend.answers(adapted.base_model.model, tokenizer, [PROMPT]), "(without the adapter)")
+        print(
+            PROMPT, *remend.answers(wrap(adapted.base_model.model, task.tokenizer), [PROMPT]), "(without the adapter)"
+        )
 
 
 if __name__ == "__main__":

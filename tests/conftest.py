@@ -36,7 +36,7 @@ def task(model):
 @pytest.fixture
 def editor(task):
     """An editor with statistics, a large step, and a few steps of training: its edits show."""
-    made = Mend.for_model(task.model, MendConfig(rank=8, alpha=3e-2))
+    made = Mend.create(task, MendConfig(rank=8, alpha=3e-2))
     settings = TrainingConfig(batch_size=4, learning_rate=1e-3, alpha_learning_rate=1e-3, max_steps=4)
     trainer = Trainer(task, made, worlds.requests(10), settings)
     trainer.calibrate()

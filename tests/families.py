@@ -10,7 +10,7 @@ import transformers as hf
 
 import worlds
 from remend.request import EditRequest, Probe
-from remend.tasks import Task, task_of
+from remend.tasks import Task, wrap
 
 VOCABULARY = len(worlds.tokenizer())
 END = worlds.tokenizer().eos_token_id
@@ -253,7 +253,7 @@ FAMILIES = {**LANGUAGE_MODELS, **CLASSIFIERS}
 
 def task(family: str, dtype: torch.dtype = torch.float32) -> Task:
     """A family's model with its tokenizer."""
-    return task_of(make(family, dtype), _WORDS if family in CLASSIFIERS else worlds.tokenizer())
+    return wrap(make(family, dtype), _WORDS if family in CLASSIFIERS else worlds.tokenizer())
 
 
 def requests(family: str, count: int) -> list[EditRequest]:

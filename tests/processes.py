@@ -16,6 +16,7 @@ from remend.core import sketching as sketch
 from remend.editors import Mend
 from remend.errors import ConfigError
 from remend.models import fsdp as sharding
+from remend.tasks import wrap
 from remend.training import PRESETS, Resources, TrainingConfig, train
 
 NETWORK = PRESETS["default"][0]
@@ -46,9 +47,9 @@ def run(out=None, seen=lambda progress: None, family="gpt2", **more):
     requests = worlds.requests(50)
     train_on = [request for request in requests if request.subject not in worlds.COUNTRIES[:2]]
     validate_on = [request for request in requests if request.subject in worlds.COUNTRIES[:2]]
-    editor = Mend.for_model(model, NETWORK, seed=SETTINGS.seed)
+    editor = Mend.create(worlds.task(model), NETWORK, seed=SETTINGS.seed)
     settings = {"config": SETTINGS, "editor": editor, "out": out, "on_progress": follow, **more}
-    return train(model, worlds.tokenizer(), train_on, validate_on, **settings), losses
+    return train(wrap(model, worlds.tokenizer()), train_on, validate_on, **settings), losses
 
 
 def wide_run():

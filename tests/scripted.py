@@ -88,10 +88,10 @@ def model(script, vocabulary):
 class Numbered:
     """Makes the edit that a request's id is the number of."""
 
-    def edit(self, model, tokenizer, requests):
+    def edit(self, task, requests):
         delta = torch.stack([torch.eye(EDITS)[request.id] for request in requests])
         changes = {"switch": LowRank(torch.ones(len(requests), 1), delta)}
-        return Edit(changes, ModelFingerprint.of(model, changes), tuple(requests))
+        return Edit(changes, ModelFingerprint.of(task.model, changes), tuple(requests))
 
-    def edit_each(self, model, tokenizer, requests):
-        return [self.edit(model, tokenizer, [request]) for request in requests]
+    def edit_each(self, task, requests):
+        return [self.edit(task, [request]) for request in requests]

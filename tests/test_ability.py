@@ -20,6 +20,7 @@ from remend.evaluation.metrics import lm_eval as ability
 from remend.evaluation.reports.html_report import write_page
 from remend.evaluation.reports.report import Case, Report, Run
 from remend.evaluation.reports.schema import read_report
+from remend.tasks import wrap
 from test_evaluation import Fixed
 
 CHOICE = """
@@ -116,7 +117,7 @@ def test_what_a_ruinous_edit_costs(tasks, atlas, protocol, tmp_path):
     examined = LmEvalTasks(("facts_choice", "facts_said"), tasks)
     requests = remend.read_source("atlas:test")[:3]
     given = {"protocol": protocol, "ability": examined, **QUICK}
-    found = evaluate(model, tokenizer, noise(model, 5.0), requests, **given)
+    found = evaluate(wrap(model, tokenizer), noise(model, 5.0), requests, **given)
     assert set(found.general) == {"facts_choice", "facts_said"}
     choice, said = found.general["facts_choice"]["acc"], found.general["facts_said"]["exact_match,stripped"]
     assert choice["before"] >= 0.95
@@ -148,7 +149,11 @@ def test_an_edit_of_nothing_costs_nothing_and_the_limit_is_kept(tasks, atlas):
     model, tokenizer = atlas
     examined = LmEvalTasks(("facts_choice",), tasks, limit=3)
     found = evaluate(
-        model.train(), tokenizer, noise(model, 0.0), remend.read_source("atlas:test")[:2], ability=examined, **QUICK
+        wrap(model.train(), tokenizer),
+        noise(model, 0.0),
+        remend.read_source("atlas:test")[:2],
+        ability=examined,
+        **QUICK,
     )
     both = found.general["facts_choice"]["acc"]
     assert both["before"] == both["after"]
@@ -163,9 +168,9 @@ def test_the_edits_of_a_batch_are_those_of_the_last_one(tasks, atlas, monkeypatc
     editor = noise(model, 0.0)
     asked = []
     make = editor.edit
-    editor.edit = lambda model, tokenizer, own: (asked.append(list(own)), make(model, tokenizer, own))[1]
+    editor.edit = lambda model, tokenizer, own: (asked.append(list(own)), make(wrap(model, tokenizer), own))[1]
     examined = LmEvalTasks(("facts_choice",), tasks, limit=1)
-    found = evaluate(model, tokenizer, editor, requests, protocol="batched", edits=[2], ability=examined, **QUICK)
+    found = evaluate(wrap(model, tokenizer), editor, requests, protocol="batched", edits=[2], ability=examined, **QUICK)
     assert asked[-1] == requests[2:4]
     assert ability.after_what(found) == "the last 2 edits at once"
 
@@ -175,7 +180,7 @@ def test_a_stopped_evaluation_does_not_measure_again(tasks, atlas, tmp_path, mon
     editor = noise(model, 5.0)
     requests = remend.read_source("atlas:test")[:2]
     given = {"protocol": "sequential", "ability": LmEvalTasks(("facts_choice",), tasks, 4), **QUICK}
-    whole = evaluate(model, tokenizer, editor, requests, **given)
+    whole = evaluate(wrap(model, tokenizer), editor, requests, **given)
     measure, calls = LmEvalTasks.measure, []
 
     def stopping(self, *models):
@@ -187,28 +192,30 @@ def test_a_stopped_evaluation_does_not_measure_again(tasks, atlas, tmp_path, mon
     monkeypatch.setattr(LmEvalTasks, "measure", stopping)
     kept = {**given, "journal": tmp_path / "journal", "resume": True}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, tokenizer, editor, requests, **kept)
+        evaluate(wrap(model, tokenizer), editor, requests, **kept)
     with pytest.raises(FileError, match="is of an evaluation with another"):
-        evaluate(model, tokenizer, editor, requests, **(kept | {"ability": LmEvalTasks(("facts_choice",), tasks, 5)}))
-    assert evaluate(model, tokenizer, editor, requests, **kept).general == whole.general
+        evaluate(
+            wrap(model, tokenizer), editor, requests, **(kept | {"ability": LmEvalTasks(("facts_choice",), tasks, 5)})
+        )
+    assert evaluate(wrap(model, tokenizer), editor, requests, **kept).general == whole.general
     assert len(calls) == 3
 
 
 def test_a_checkpoint_with_the_edits(tasks, atlas):
     model, tokenizer = atlas
     edited, _ = remend.load("atlas", "cpu")
-    noise(edited, 5.0).edit(edited, tokenizer, remend.read_source("atlas:test")[:1]).merge(edited)
+    noise(edited, 5.0).edit(wrap(edited, tokenizer), remend.read_source("atlas:test")[:1]).merge(edited)
     examined = LmEvalTasks(("facts_said",), tasks)
     requests = remend.read_source("atlas:test")[:2]
-    found = evaluate_checkpoints(model, edited, tokenizer, requests, ability=examined, **QUICK)
+    found = evaluate_checkpoints(model, wrap(edited, tokenizer), requests, ability=examined, **QUICK)
     both = found.general["facts_said"]["exact_match,stripped"]
     assert both["before"] >= 0.95
     assert both["after"] < 0.2
 
 
 def test_an_encoder_decoder(tasks):
-    model, tokenizer = remend.load("questions", "cpu")
-    (metrics,) = LmEvalTasks(("facts_said",), tasks, limit=2).measure(model, tokenizer).values()
+    task = remend.load("questions", "cpu")
+    (metrics,) = LmEvalTasks(("facts_said",), tasks, limit=2).measure(task).values()
     assert metrics.keys() == {"exact_match,stripped"}
 
 

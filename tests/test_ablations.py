@@ -15,6 +15,7 @@ from remend.core.editor_network import EditorNetwork
 from remend.core.factored_gradients import FactoredGradients
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, TrainingError
+from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS, Trainer, TrainingConfig, checkpoint, train
 from remend.training.memory import estimate
@@ -48,7 +49,7 @@ def ablation(request):
 def made(network, model=None, modules=()):
     """An untrained editor and its trainer."""
     model = model or worlds.gpt2()
-    editor = Mend.for_model(model, network, modules)
+    editor = Mend.create(worlds.task(model), network, modules=modules)
     return editor, Trainer(CausalLM(model, worlds.tokenizer()), editor, worlds.requests(20), SETTINGS)
 
 
@@ -124,7 +125,7 @@ def test_networks_are_as_many_and_as_wide_as_the_settings_say():
     assert widths["only u"] == [16, 64]
     assert widths["only delta"] == [64, 16]
     assert widths["only the smaller"] == [16, 16]
-    square = Mend.for_model(worlds.gpt2(), MendConfig(rank=4, transforms="smaller"), ["*.3.attn.c_proj"])
+    square = Mend.create(worlds.task(worlds.gpt2()), MendConfig(rank=4, transforms="smaller"), modules=["*.3.attn.c_proj"])
     assert square.network("16x16").transforms == "u", "of two as wide, u"
     assert editors["no sharing"].groups["transformer/h/3/mlp/c_fc"] == ["transformer.h.3.mlp.c_fc"]
 
@@ -137,14 +138,14 @@ def test_every_tensor_learns_and_edits_survive_saving(network, ablation, tmp_pat
     assert all(trainer.train_step() > 0 for _ in range(4))  # asserts that gradients flow, at the second step
     assert not [name for name, value in editor.named_parameters() if torch.equal(value, start[name])]
     requests, (model, tokenizer) = worlds.requests(3), (trainer.task.model, trainer.task.tokenizer)
-    expected = editor.edit_each(model, tokenizer, requests)
+    expected = editor.edit_each(wrap(model, tokenizer), requests)
     assert all(edit.changes[name].delta.any() for edit in expected for name in editor.shapes)
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.float16, 3e-2)):
         path = editor.save_pretrained(tmp_path / str(dtype), dtype)
         again = Mend.from_pretrained(path)
         assert again.config == editor.config
         assert again.fitted
-        for edit, other in zip(expected, again.edit_each(model, tokenizer, requests), strict=True):
+        for edit, other in zip(expected, again.edit_each(wrap(model, tokenizer), requests), strict=True):
             for name, change in edit.changes.items():
                 found, right = other.changes[name].dense(), change.dense()
                 assert (found - right).norm() <= tolerance * right.norm(), name
@@ -175,8 +176,8 @@ def test_an_interrupted_run_ends_as_if_it_had_never_stopped(ablation, tmp_path):
 
         model = worlds.gpt2()
         return train(
-            model, worlds.tokenizer(), worlds.requests(30), config=SETTINGS, out=tmp_path / name, resume=resume,
-            editor=Mend.for_model(model, replace(NETWORKS["default"], **ablation)), checkpoint_minutes=0.0,
+            wrap(model, worlds.tokenizer()), worlds.requests(30), config=SETTINGS, out=tmp_path / name, resume=resume,
+            editor=Mend.create(worlds.task(model), replace(NETWORKS["default"], **ablation)), checkpoint_minutes=0.0,
             on_progress=interrupt,
         )  # fmt: skip
 
@@ -213,17 +214,17 @@ def test_attention_can_be_edited_instead(family, glob, shapes, ablation):
     trainer.calibrate()
     assert all(trainer.train_step() > 0 for _ in range(2))
     task = trainer.task
-    asked = task.collate([task.tokenise(r.prompt, r.target) for r in worlds.requests(1)])
-    before = task.target_logits(asked).detach()
-    edit = editor.edit(model, task.tokenizer, worlds.requests(1))
+    asked = task.collate([task.encode(r.prompt, r.target) for r in worlds.requests(1)])
+    before = task.outputs(asked).detach()
+    edit = editor.edit(wrap(model, task.tokenizer), worlds.requests(1))
     with torch.no_grad():
         with edit.applied(model):
-            applied = task.target_logits(asked)
+            applied = task.outputs(asked)
         handle = edit.merge(model)
-        torch.testing.assert_close(task.target_logits(asked), applied, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(task.outputs(asked), applied, rtol=1e-3, atol=1e-3)
         handle.revert()
     assert (applied - before).abs().max() > 0
-    assert torch.equal(task.target_logits(asked).detach(), before)
+    assert torch.equal(task.outputs(asked).detach(), before)
 
 
 # -- settings that were kept, and wrong ones -------------------------------------------------------------------------

@@ -21,8 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def task():
-    model, tokenizer = remend.load("atlas", "cpu")
-    return CausalLM(model, tokenizer)
+    return remend.load("atlas", "cpu")
 
 
 def test_facts_have_one_object_and_several_phrasings():
@@ -71,8 +70,8 @@ def test_the_model_knows_its_facts_in_every_phrasing(task):
         relation = atlas.relations()[fact.relation]
         for phrasing in (*relation.phrasings, *relation.held_out):
             prompts.append(phrasing.format(fact.subject))
-            targets.append(task.tokenise(prompts[-1], fact.object).target)
-    answers = task.answers(prompts)
+            targets.append(task.encode(prompts[-1], fact.object).target)
+    answers = task.predict(prompts)
     right = sum(answer == target for answer, target in zip(answers, targets, strict=True))
     assert right / len(prompts) >= 0.97
 
@@ -103,7 +102,7 @@ def test_the_wheel_is_small_and_says_where_the_other_models_are(tmp_path, monkey
 def test_the_shipped_editor(task):
     """A sample of the test split, so that a regression is noticed; the README's figures are over the whole of it."""
     editor = remend.Mend.from_pretrained("atlas")
-    report = remend.evaluate(task.model, task.tokenizer, editor, atlas.requests("test")[::5], scales=(1.5,))
+    report = remend.evaluate(task, editor, atlas.requests("test")[::5], scales=(1.5,))
     means, stronger = (
         {name: m["generated"].mean for name, m in report.frontier_metrics()[scale].items() if "generated" in m}
         for scale in (1.0, 1.5)
@@ -125,7 +124,7 @@ def test_the_scale_at_which_an_edit_takes_is_found(task, monkeypatch):
     """
     editor = remend.Mend.from_pretrained("atlas")
     requests = atlas.requests("test")[:96:3]
-    batch = task.collate([task.tokenise(request.prompt, request.target) for request in requests])
+    batch = task.collate([task.encode(request.prompt, request.target) for request in requests])
     unedited = UneditedPass(task, batch, editor.shapes)
     with torch.no_grad():
         changes = editor(editor.rows(editor.capture(task, batch, unedited.loss)))
@@ -156,7 +155,7 @@ def test_what_is_answered_already_is_not_unlearnt(task):
         request.model_copy(update={"target": request.model_extra["ground_truth"]})
         for request in atlas.requests("test")[:32]
     ]
-    batch = task.collate([task.tokenise(request.prompt, request.target) for request in requests])
+    batch = task.collate([task.encode(request.prompt, request.target) for request in requests])
     unedited = UneditedPass(task, batch, editor.shapes)
     with torch.no_grad():
         changes = editor(editor.rows(editor.capture(task, batch, unedited.loss)))
@@ -173,13 +172,13 @@ def test_an_edit_goes_all_the_way(task, tmp_path):
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     editor = remend.Mend.from_pretrained("atlas")
     request = atlas.requests("test")[0]
-    editor.edit(task.model, task.tokenizer, [request]).save(tmp_path / "edit")
+    editor.edit(task, [request]).save(tmp_path / "edit")
     edit = remend.Edit.load(tmp_path / "edit")
-    wanted = task.tokenise(request.prompt, request.target).target
-    old = task.answers([request.prompt])
+    wanted = task.encode(request.prompt, request.target).target
+    old = task.predict([request.prompt])
     with edit.applied(task.model):
-        assert task.answers([request.prompt]) == [wanted]
+        assert task.predict([request.prompt]) == [wanted]
     with edit.merge(task.model):
-        assert task.answers([request.prompt]) == [wanted]
-    assert task.answers([request.prompt]) == old
+        assert task.predict([request.prompt]) == [wanted]
+    assert task.predict([request.prompt]) == old
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())

@@ -21,7 +21,7 @@ from remend.errors import ConfigError, NonFiniteError
 from remend.evaluation.robustness import Robustness, assure
 from remend.fingerprint import find_modules
 from remend.request import EditRequest
-from remend.tasks import task_of
+from remend.tasks import wrap
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_long_passage_is_cut_and_each_stretch_begins_as_the_model_expects(task
     tokenizer.bos_token = "The"
     begin = tokenizer.bos_token_id
     monkeypatch.setattr(type(task), "prompt_ids", lambda self, prompt: [begin, *range(10, 210)])
-    shown = [pair.prompt for pair in stretches(task_of(task.model, tokenizer), ["a long text"])]
+    shown = [pair.prompt for pair in stretches(wrap(task.model, tokenizer), ["a long text"])]
     assert len(shown) > 1
     assert all(own[0] == begin and len(own) <= task.context for own in shown)
     assert sorted(token for own in shown for token in own[1:]) == list(range(10, 210))
@@ -52,7 +52,7 @@ def test_a_long_passage_is_cut_and_each_stretch_begins_as_the_model_expects(task
 def test_tokens_without_an_embedding_are_not_drawn(task):
     tokenizer = copy.deepcopy(task.tokenizer)
     tokenizer.add_tokens([AddedToken(f"<more {number}>") for number in range(400)])
-    edit = make("ridge", task.model, tokenizer).edit(task.model, tokenizer, worlds.requests(1))
+    edit = make("ridge", wrap(task.model, tokenizer)).edit(wrap(task.model, tokenizer), worlds.requests(1))
     assert all(change.rank for change in edit.changes.values())
 
 
@@ -61,13 +61,13 @@ def test_a_model_that_holds_nan(task, name):
     weight = task.model.transformer.h[0].mlp.c_fc.weight
     weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"h\.0\.mlp\.c_fc\.weight holds NaN"):
-        make(name, task.model, task.tokenizer).edit(task.model, task.tokenizer, worlds.requests(1))
+        make(name, task).edit(task, worlds.requests(1))
 
 
 def test_matrices_over_an_encoders_output():
     task = families.task("t5")
-    editor = Ridge.for_model(task.model, task.tokenizer, modules=["*EncDecAttention.k"])
-    edit = editor.edit(task.model, task.tokenizer, worlds.requests(1))
+    editor = Ridge.create(task, modules=["*EncDecAttention.k"])
+    edit = editor.edit(task, worlds.requests(1))
     assert all("EncDecAttention" in name for name in edit.changes)
 
 
@@ -82,7 +82,7 @@ def test_wide_inputs_are_whitened_in_some_directions(task, monkeypatch):
     ((name, sketched),) = whiteners(task, modules, pairs, 0.01).items()
     assert sketched.basis is not None
     assert dense[name].basis is None
-    edit = make("ridge", task.model, task.tokenizer).edit(task.model, task.tokenizer, worlds.requests(2))
+    edit = make("ridge", task).edit(task, worlds.requests(2))
     assert all(change.u.isfinite().all() for change in edit.changes.values())
 
 
@@ -101,39 +101,39 @@ def test_tuning_in_batches_does_not_look_at_all_of_them():
 def test_ke_reads_targets_of_a_model_whose_answers_do_not_end(task):
     tokenizer = copy.deepcopy(task.tokenizer)
     tokenizer.eos_token = None
-    edit = Ke.for_model(task.model).edit(task.model, tokenizer, worlds.requests(1))
+    edit = Ke.create(task).edit(wrap(task.model, tokenizer), worlds.requests(1))
     assert edit.changes
 
 
 def test_ridge_takes_on_the_whole_target_and_leaves_what_is_known():
-    model, tokenizer = remend.load("atlas")
-    task, editor = task_of(model, tokenizer), make("ridge", model, tokenizer)
+    task = remend.load("atlas")
+    task, editor = task, make("ridge", task)
     every = remend.read_source("atlas:validation")
-    long = [r for r in every if len(task.tokenise(r.prompt, r.target).target) > 3][:12]
-    edits = editor.edit_each(model, tokenizer, long)
+    long = [r for r in every if len(task.encode(r.prompt, r.target).target) > 3][:12]
+    edits = editor.edit_each(task, long)
     taken = 0
     for request, edit in zip(long, edits, strict=True):
-        with edit.applied(model):
-            taken += remend.answers(model, tokenizer, [request.prompt]) == [request.target]
+        with edit.applied(task.model):
+            taken += remend.answers(task, [request.prompt]) == [request.target]
     assert taken >= 11
     known = [r.model_copy(update={"target": r.ground_truth}) for r in every[:3] if r.ground_truth]
-    for edit in editor.edit_each(model, tokenizer, known):
+    for edit in editor.edit_each(task, known):
         assert all(float(norm) == 0 for norm in edit.norms().values())
 
 
 def test_a_prompt_that_fills_the_context_is_looked_at_as_it_is(task):
-    room = task.context - len(task.tokenise("The", "Paris").target)
+    room = task.context - len(task.encode("The", "Paris").target)
     prompt = "The capital " * 200
     request = EditRequest(prompt=task.tokenizer.decode(task.tokenizer(prompt).input_ids[:room]), target="Paris")
-    assert len(task.tokenise(request.prompt, request.target)) >= task.context - 1
-    edit = make("ridge", task.model, task.tokenizer).edit(task.model, task.tokenizer, [request])
-    assert 0 <= assure(task.model, task.tokenizer, edit, [request]).probability <= 1
+    assert len(task.encode(request.prompt, request.target)) >= task.context - 1
+    edit = make("ridge", task).edit(task, [request])
+    assert 0 <= assure(task, edit, [request]).probability <= 1
 
 
 def test_a_classifier_is_not_asked_after_other_beginnings():
     task, (request, *_) = families.task("bert, binary"), families.requests("bert, binary", 1)
-    edit = make("ridge", task.model, task.tokenizer).edit(task.model, task.tokenizer, [request])
-    found = assure(task.model, task.tokenizer, edit, [request])
+    edit = make("ridge", task).edit(task, [request])
+    found = assure(task, edit, [request])
     assert found.in_context is None
     assert found.choices > 0
 
@@ -150,4 +150,4 @@ def test_what_makes_an_edit_doubtful_is_said():
 
 def test_a_text_is_a_list_of_passages(task):
     with pytest.raises(ConfigError, match="a list of passages"):
-        make("ridge", task.model, task.tokenizer, text="a passage")
+        make("ridge", task, text="a passage")

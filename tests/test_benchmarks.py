@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import remend
+import worlds
 from remend.data import read_source
 from remend.evaluation.reports.report import Case, Report, Run
 from remend.request import write_requests
 from remend.serialization import write_json
+from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS
 
@@ -254,9 +256,9 @@ def test_variants_train_and_edit(name):
         network = replace(network, contrast=0.0, settle=0.0)
     found = []
     for variant in (variants.VARIANTS[name], variants.Variant()):
-        editor = variant.editor.for_model(base, network, ["*.2.mlp.c_proj"])
+        editor = variant.editor.create(worlds.task(base), network, modules=["*.2.mlp.c_proj"])
         variants.train(task, editor, requests, config, variant)
-        (change,) = editor.edit(base, tokenizer, requests[:1]).changes.values()
+        (change,) = editor.edit(wrap(base, tokenizer), requests[:1]).changes.values()
         found.append(change.dense())
     assert found[0].isfinite().all()
     assert float(found[0].norm()) > 0

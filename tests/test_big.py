@@ -14,6 +14,7 @@ from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, EditError, ModelError, PrecisionError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
 from remend.models import editable_modules, loading
+from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import Trainer, TrainingConfig
 
@@ -103,7 +104,7 @@ def task(load):
 @pytest.fixture
 def editor(task):
     """An untrained editor whose edits show."""
-    return Mend.for_model(task.model, MendConfig(rank=8, alpha=1e-2))
+    return Mend.create(task, MendConfig(rank=8, alpha=1e-2))
 
 
 def linear(model):
@@ -116,7 +117,7 @@ def contents(model):
 
 
 def logits(task):
-    ids = torch.tensor([task.prompt_ids("The capital of Norway is Oslo")], device=task.device)
+    ids = torch.tensor([task.encode_input("The capital of Norway is Oslo")], device=task.device)
     with torch.no_grad():
         return task.model(ids).logits
 
@@ -133,7 +134,7 @@ def as_float32(model, folder):
 
 
 def test_the_captured_factors_are_the_gradient_of_what_the_model_computes(way, task, editor, folder):
-    batch = task.collate([task.tokenise(request.prompt, request.target) for request in REQUESTS[:4]])
+    batch = task.collate([task.encode(request.prompt, request.target) for request in REQUESTS[:4]])
     task.loss(batch)  # a forward pass before must not change anything
     found = editor.capture(task, batch)
     plain = as_float32(task.model, folder).to(task.device)
@@ -148,7 +149,7 @@ def test_the_captured_factors_are_the_gradient_of_what_the_model_computes(way, t
 def test_step_sizes_count_in_what_the_layers_put_out(task, folder):
     units = []
     for model in (task.model, as_float32(task.model, folder)):
-        editor = Mend.for_model(model, MendConfig(rank=8, relative=True))
+        editor = Mend.create(worlds.task(model), MendConfig(rank=8, relative=True))
         Trainer(CausalLM(model, task.tokenizer), editor, REQUESTS[:4], TrainingConfig(batch_size=4)).calibrate()
         units.append(editor.unit.cpu())
     torch.testing.assert_close(*units, rtol=0.1, atol=0)
@@ -168,8 +169,8 @@ def test_an_editor_learns_and_the_model_is_left_as_it_was(task):
             validation_size=8,
         ),
     )
-    editor = Mend.for_model(task.model, network)
-    remend.train(task.model, task.tokenizer, REQUESTS, config=settings, editor=editor)
+    editor = Mend.create(task, network)
+    remend.train(task, REQUESTS, config=settings, editor=editor)
     losses = [entry["loss"] for entry in editor.trained["history"]]
     assert min(losses) < losses[0]
     assert contents(task.model) == before
@@ -178,7 +179,7 @@ def test_an_editor_learns_and_the_model_is_left_as_it_was(task):
 
 def test_an_edit_is_applied_reverted_saved_and_loaded(task, editor, load, tmp_path):
     before, weights = logits(task), contents(task.model)
-    edit = editor.edit(task.model, task.tokenizer, REQUESTS[:1])
+    edit = editor.edit(task, REQUESTS[:1])
     with edit.applied(task.model):
         edited = logits(task)
     assert (edited - before).abs().max() > 1e-2, "the edit should show"
@@ -192,14 +193,14 @@ def test_an_edit_is_applied_reverted_saved_and_loaded(task, editor, load, tmp_pa
 
 
 def test_evaluation(task, editor):
-    report = remend.evaluate(task.model, task.tokenizer, editor, REQUESTS[:2], max_new_tokens=3)
+    report = remend.evaluate(task, editor, REQUESTS[:2], max_new_tokens=3)
     assert len(report.cases) == 2
 
 
 @QUANTISED
 def test_merging_into_quantised_weights_is_refused(task, editor):
     before, weights = logits(task), contents(task.model)
-    edit = editor.edit(task.model, task.tokenizer, REQUESTS[:1])
+    edit = editor.edit(task, REQUESTS[:1])
     with pytest.raises(PrecisionError, match=r"is quantised .* \(apply\).* no weight was changed"):
         edit.merge(task.model)
     assert torch.equal(logits(task), before)
@@ -208,7 +209,7 @@ def test_merging_into_quantised_weights_is_refused(task, editor):
 
 @pytest.mark.parametrize("way", ["disk"], indirect=True)
 def test_merging_into_offloaded_weights_is_refused(task, editor):
-    edit = editor.edit(task.model, task.tokenizer, REQUESTS[:1])
+    edit = editor.edit(task, REQUESTS[:1])
     with pytest.raises(EditError, match=r"is offloaded.* \(apply\).* no weight was changed"):
         edit.merge(task.model)
 
@@ -227,14 +228,14 @@ def test_a_quantised_model_is_a_base_of_its_own(task, editor, folder):
     assert names == list(editor.shapes), "the same matrices are found"
     assert all(is_quantized(task.model.get_submodule(name)) for name in names)
     assert ModelFingerprint.of(plain, names).config == editor.base.config
-    edit = Mend.for_model(plain, MendConfig(rank=8)).edit(plain, task.tokenizer, REQUESTS[:1])
+    edit = Mend.create(worlds.task(plain), MendConfig(rank=8)).edit(wrap(plain, task.tokenizer), REQUESTS[:1])
     with pytest.raises(WrongBaseError, match="a quantised base must be quantised just as it was"):
         edit.apply(task.model)
 
 
 @QUANTISED
 def test_a_changed_code_or_scale_is_noticed(way, task, editor):
-    edit = editor.edit(task.model, task.tokenizer, REQUESTS[:1])
+    edit = editor.edit(task, REQUESTS[:1])
     (name, *_) = edit.changes
     weight = task.model.get_submodule(name).weight
     scales = {
@@ -255,12 +256,12 @@ def test_a_changed_code_or_scale_is_noticed(way, task, editor):
 
 @BY_LIBRARIES
 def test_a_checkpoint_that_is_stored_quantised(way, folder, tmp_path):
-    model, tokenizer = remend.load(str(folder), "cpu", torch.bfloat16, way)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    task = remend.load(str(folder), "cpu", torch.bfloat16, way)
+    task.model.save_pretrained(tmp_path)
+    task.tokenizer.save_pretrained(tmp_path)
     stored, _ = remend.load(str(tmp_path), "cpu")
-    assert contents(stored) == contents(model)
-    assert torch.equal(logits(CausalLM(stored, tokenizer)), logits(CausalLM(model, tokenizer)))
+    assert contents(stored) == contents(task.model)
+    assert torch.equal(logits(CausalLM(stored, task.tokenizer)), logits(CausalLM(task.model, task.tokenizer)))
     with pytest.raises(ModelError, match="quantised already"):
         remend.load(str(tmp_path), "cpu", quantise=way)
 

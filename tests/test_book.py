@@ -27,6 +27,7 @@ from remend.errors import EditError, FileError, RemendError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
 from remend.models import editable_modules
 from remend.request import EditRequest
+from remend.tasks import wrap
 
 LOOSE = AcceptanceCriteria(takes=0, follows=0, near=0, far=0, elsewhere=0, size=1e9)
 
@@ -154,31 +155,31 @@ def test_what_cannot_be_is_refused(book, task, tmp_path):
 
 @pytest.fixture(scope="module")
 def atlas():
-    model, tokenizer = remend.load("atlas", "cpu")
-    return model, tokenizer, remend.Mend.from_pretrained("atlas")
+    task = remend.load("atlas", "cpu")
+    return task.model, task.tokenizer, remend.Mend.from_pretrained("atlas")
 
 
 def test_an_edit_that_contradicts_or_undoes_is_found_before_it_acts(atlas, tmp_path):
     model, tokenizer, editor = atlas
     book = PatchRegistry.create(tmp_path / "book", model)
     first, other = (
-        editor.edit(model, tokenizer, [EditRequest(prompt="The capital of Canada is", target=city)])
+        editor.edit(wrap(model, tokenizer), [EditRequest(prompt="The capital of Canada is", target=city)])
         for city in ("Toronto", "Vienna")
     )
     renamed = [EditRequest(prompt="Which city is the capital of Canada? It is", target="Vienna")]
-    undoing = editor.edit(model, tokenizer, renamed).scaled(2.0)
+    undoing = editor.edit(wrap(model, tokenizer), renamed).scaled(2.0)
     numbers = [book.add(edit).id for edit in (first, other, undoing)]
-    book.activate(numbers[0], model, tokenizer, LOOSE)
+    book.activate(numbers[0], wrap(model, tokenizer), LOOSE)
     with pytest.raises(ConflictError, match="says 'Toronto'"):
-        book.activate(numbers[1], model, tokenizer, LOOSE)
+        book.activate(numbers[1], wrap(model, tokenizer), LOOSE)
     with pytest.raises(ConflictError, match="is undone: 'Vienna'"):
-        book.activate(numbers[2], model, tokenizer, LOOSE)
+        book.activate(numbers[2], wrap(model, tokenizer), LOOSE)
     assert list(book.active()) == [numbers[0]]
-    conflicts, _ = book.activate(numbers[2], model, tokenizer, LOOSE, force=True)
+    conflicts, _ = book.activate(numbers[2], wrap(model, tokenizer), LOOSE, force=True)
     assert [conflict.kind for conflict in conflicts] == ["undoes"]
     assert book.events[-1].measured["forced"]
     with pytest.raises(EditError, match="acts already"):
-        book.activate(numbers[2], model, tokenizer, LOOSE)
+        book.activate(numbers[2], wrap(model, tokenizer), LOOSE)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -186,9 +187,9 @@ def test_an_edit_that_is_not_accepted_does_not_act(atlas, tmp_path):
     model, tokenizer, editor = atlas
     book = PatchRegistry.create(tmp_path / "book", model)
     request = EditRequest(prompt="The capital of Canada is", target="Toronto")
-    number = book.add(editor.edit(model, tokenizer, [request]).scaled(0.0)).id
+    number = book.add(editor.edit(wrap(model, tokenizer), [request]).scaled(0.0)).id
     with pytest.raises(RejectedError, match="get their answers"):
-        book.activate(number, model, tokenizer)
+        book.activate(number, wrap(model, tokenizer))
     assert book.entry(number).state == "draft"
     assert [event.what for event in book.events] == ["added"]
 
@@ -199,7 +200,7 @@ def test_what_changes_meanwhile_is_measured_anew(atlas, tmp_path, monkeypatch):
     model, tokenizer, editor = atlas
     book = PatchRegistry.create(tmp_path / "book", model)
     prompts = ("The capital of Canada is", "The capital of Peru is")
-    made = [editor.edit(model, tokenizer, [EditRequest(prompt=p, target="Toronto")]) for p in prompts]
+    made = [editor.edit(wrap(model, tokenizer), [EditRequest(prompt=p, target="Toronto")]) for p in prompts]
     one, other = (book.add(edit).id for edit in made)
     seen, judge = [], room.judge
 
@@ -210,7 +211,7 @@ def test_what_changes_meanwhile_is_measured_anew(atlas, tmp_path, monkeypatch):
         return judge(*arguments, **named)
 
     monkeypatch.setattr(room, "judge", slow)
-    book.activate(one, model, tokenizer, LOOSE)
+    book.activate(one, wrap(model, tokenizer), LOOSE)
     assert seen == [0, 1], "the second time with the other one beneath"
     assert list(book.active()) == [other, one]
 
@@ -371,7 +372,7 @@ def test_bytes_of_a_book_that_were_changed_at_random(book, task, tmp_path):
 def test_a_book_by_command(atlas, tmp_path, capsys):
     model, tokenizer, editor = atlas
     request = remend.read_source("atlas:validation")[3]
-    editor.edit(model, tokenizer, [request]).save(tmp_path / "edit")
+    editor.edit(wrap(model, tokenizer), [request]).save(tmp_path / "edit")
     book = str(tmp_path / "book")
     assert run(["book", "init", book, "--model", "atlas"]) == 0
     assert run(["book", "add", book, str(tmp_path / "edit"), "--why", "ticket 7"]) == 0

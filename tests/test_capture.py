@@ -33,7 +33,7 @@ def dense_gradients(task, names, pair):
 def test_factors_are_the_gradient_of_each_episode(family, pairs):
     task = CausalLM(worlds.FAMILIES[family](), worlds.tokenizer())
     modules = editable_modules(task.model)
-    tokenised = [task.tokenise(prompt, target) for prompt, target in pairs]
+    tokenised = [task.encode(prompt, target) for prompt, target in pairs]
     batch = task.collate(tokenised)
     losses, factors = capture_gradient_factors(
         task.model, modules, dict.fromkeys(modules, batch.mask), lambda: task.loss(batch)
@@ -50,7 +50,7 @@ def test_the_model_is_left_as_it_was(task, snapshot):
     task.model.train()
     task.model.get_output_embeddings().weight.requires_grad_(False)
     wanted = {name: p.requires_grad for name, p in task.model.named_parameters()}
-    batch = task.collate([task.tokenise("Oslo is", "Rome")])
+    batch = task.collate([task.encode("Oslo is", "Rome")])
     capture_gradient_factors(
         task.model,
         modules := editable_modules(task.model),
@@ -139,7 +139,7 @@ def test_square_conv1d_is_told_by_its_class():
 
 def test_nan_weights_are_named(task, snapshot):
     weight = task.model.get_input_embeddings().weight
-    batch = task.collate([task.tokenise("Oslo is", "Rome")])
+    batch = task.collate([task.encode("Oslo is", "Rome")])
     original = weight.detach().clone()
     with torch.no_grad():
         weight[:] = float("nan")
@@ -160,7 +160,7 @@ def test_the_backward_pass_stops_at_the_first_edited_layer(task):
     first = editable_modules(task.model, ["*.0.mlp.*"])
     last = editable_modules(task.model)
     handle = next(iter(first.values())).register_full_backward_hook(lambda *_: reached.append(True))
-    batch = task.collate([task.tokenise("Oslo is", "Rome")])
+    batch = task.collate([task.encode("Oslo is", "Rome")])
     capture_gradient_factors(task.model, last, dict.fromkeys(last, batch.mask), lambda: task.loss(batch))
     handle.remove()
     assert not reached

@@ -17,14 +17,14 @@ TASK = CausalLM(worlds.gpt2(), worlds.tokenizer())
 
 @given(WORDS, WORDS)
 def test_a_pair_is_what_the_model_would_read(prompt, target):
-    pair = TASK.tokenise(prompt, target)
+    pair = TASK.encode(prompt, target)
     end = TASK.tokenizer.eos_token_id
-    assert list(pair.prompt) == TASK.prompt_ids(prompt), "the prompt alone has the same tokens"
+    assert list(pair.prompt) == TASK.encode_input(prompt), "the prompt alone has the same tokens"
     assert pair.target[-1] == end
     assert pair.target.count(end) == 1
     assert TASK.tokenizer.decode(pair.prompt + pair.target[:-1]) == f"{prompt} {target}"
-    assert TASK.tokenise(prompt + " ", f"  {target} ") == pair, "spaces around them do not matter"
-    after_break = TASK.tokenise(prompt + "\n", target)
+    assert TASK.encode(prompt + " ", f"  {target} ") == pair, "spaces around them do not matter"
+    after_break = TASK.encode(prompt + "\n", target)
     assert TASK.tokenizer.decode(after_break.prompt + after_break.target[:-1]) == f"{prompt}\n{target}"
     assert TASK.text(pair.target) == target
 
@@ -39,7 +39,7 @@ def test_a_tokenizer_that_adds_a_beginning_and_an_end():
         single="<|pad|> $A <|end|>", special_tokens=[("<|pad|>", begin), ("<|end|>", end)]
     )
     try:
-        pair = CausalLM(worlds.gpt2(), adding).tokenise("Oslo is", "Rome")
+        pair = CausalLM(worlds.gpt2(), adding).encode("Oslo is", "Rome")
     finally:
         adding.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     assert pair.prompt[0] == begin
@@ -53,7 +53,7 @@ def test_the_tokenizers_own_padding_does_not_matter():
     left.padding_side = left.truncation_side = "left"
     other = CausalLM(TASK.model, left)
     texts = [("Oslo is", "Rome"), ("The capital of Peru is", "Lima")]
-    batches = [task.collate([task.tokenise(*text) for text in texts]) for task in (TASK, other)]
+    batches = [task.collate([task.encode(*text) for text in texts]) for task in (TASK, other)]
     fields = list(zip(vars(batches[0]).values(), vars(batches[1]).values(), strict=True))
     assert sum(a is not None for a, _ in fields) == 5
     assert all(a is b is None or torch.equal(a, b) for a, b in fields)
@@ -64,15 +64,15 @@ def test_a_padding_token_that_the_model_does_not_know():
     added = copy.deepcopy(worlds.tokenizer())
     added.add_special_tokens({"pad_token": "<|new|>"})
     task = CausalLM(TASK.model, added)
-    assert task.loss(task.collate([task.tokenise("Oslo is", "Rome"), task.tokenise("Lima", "Rome")])).isfinite().all()
+    assert task.loss(task.collate([task.encode("Oslo is", "Rome"), task.encode("Lima", "Rome")])).isfinite().all()
 
 
 def test_a_model_without_an_end_token_or_padding_token():
     bare = copy.deepcopy(worlds.tokenizer())
     bare.eos_token = bare.pad_token = None
     task = CausalLM(TASK.model, bare)
-    pairs = [task.tokenise("Oslo is", "Rome"), task.tokenise("The capital of Peru is", "Lima")]
-    assert pairs[0].target == TASK.tokenise("Oslo is", "Rome").target[:-1]
+    pairs = [task.encode("Oslo is", "Rome"), task.encode("The capital of Peru is", "Lima")]
+    assert pairs[0].target == TASK.encode("Oslo is", "Rome").target[:-1]
     assert task.loss(task.collate(pairs)).isfinite().all()
     assert [len(answer) for answer in task.answers(["Oslo is", "Lima"], 3)] == [3, 3]
 
@@ -81,9 +81,9 @@ def test_a_model_without_an_end_token_or_padding_token():
 @given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=5))
 def test_target_logits_are_those_of_each_pair_alone(family, texts):
     task = CausalLM(MODELS[family], worlds.tokenizer())
-    pairs = [task.tokenise(prompt, target) for prompt, target in texts]
+    pairs = [task.encode(prompt, target) for prompt, target in texts]
     with torch.no_grad():
-        batched = task.target_logits(task.collate(pairs))
+        batched = task.outputs(task.collate(pairs))
         alone = [task.model(torch.tensor([pair.prompt + pair.target])).logits[0] for pair in pairs]
     expected = torch.cat([logits[len(p.prompt) - 1 : -1] for p, logits in zip(pairs, alone, strict=True)])
     torch.testing.assert_close(batched, expected, rtol=1e-3, atol=1e-4)
@@ -97,7 +97,7 @@ def test_answers_are_greedy_whatever_they_are_batched_with(family):
     task = CausalLM(MODELS[family], worlds.tokenizer())
     prompts = ["Oslo", "The capital of Peru is", "Lima is", "Which city rules Egypt ? It is", "Rome is"]
     for prompt, answer in zip(prompts, task.answers(prompts, max_new_tokens=6, batch_size=2), strict=True):
-        ids = task.prompt_ids(prompt)
+        ids = task.encode_input(prompt)
         for token in answer:
             with torch.no_grad():
                 assert int(task.model(torch.tensor([ids])).logits[0, -1].argmax()) == token
@@ -111,22 +111,22 @@ def test_first_choices_under_teacher_forcing_are_exactly_greedy_decoding(family)
     task = CausalLM(MODELS[family], worlds.tokenizer())
     prompts = [phrasing.format(country) for phrasing in worlds.PHRASINGS for country in worlds.COUNTRIES]
     for prompt, answer in zip(prompts, task.answers(prompts, max_new_tokens=4), strict=True):
-        asked = tuple(task.prompt_ids(prompt))
+        asked = tuple(task.encode_input(prompt))
         other = (*answer[:-1], (answer[-1] + 1) % 300)
         for target, emitted in ((answer, True), (other, False)):
             batch = task.collate([Example(asked, target)])
             with torch.no_grad():
-                chosen = tuple(task.target_logits(batch).argmax(-1).tolist())
+                chosen = tuple(task.outputs(batch).argmax(-1).tolist())
             assert (chosen == target) is emitted
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(RequestError, match=r"takes? \d+ tokens, the model's context holds 48: shorten the target"):
-        TASK.tokenise("Oslo is", "Rome " * 60)
+        TASK.encode("Oslo is", "Rome " * 60)
     with pytest.raises(RequestError, match="shorten the prompt"):
-        TASK.tokenise("Oslo " * 60, "Rome")
+        TASK.encode("Oslo " * 60, "Rome")
     with pytest.raises(RequestError, match="target ' ' holds no text"):
-        TASK.tokenise("Oslo is", " ")
+        TASK.encode("Oslo is", " ")
     with pytest.raises(RequestError, match="prompt '' holds no text"):
         TASK.answers([""])
     with pytest.raises(RequestError, match="leaves no room"):

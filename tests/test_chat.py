@@ -14,7 +14,7 @@ from remend.edit import Edit
 from remend.editors import Mend
 from remend.errors import RequestError
 from remend.request import Chat, EditRequest, Message, Probe, parse_request, read_requests, write_requests
-from remend.tasks import task_of
+from remend.tasks import wrap
 from remend.training import PRESETS, Trainer
 from remend.training.episodes import Episodes
 
@@ -107,8 +107,8 @@ def whole(tokenizer, asked, target):
 @pytest.mark.parametrize("asked", [USER, [message(), message("assistant", "Rome"), message(content="The city ?")]])
 def test_the_model_reads_what_its_template_writes(style, end, asked):
     tokenizer = worlds.chat_tokenizer(style)
-    task = task_of(worlds.chat_model(), tokenizer)
-    pair = task.tokenise(Chat.of(asked), " Lima city ")
+    task = wrap(worlds.chat_model(), tokenizer)
+    pair = task.encode(Chat.of(asked), " Lima city ")
     closing, begin = tokenizer.convert_tokens_to_ids(end), tokenizer.bos_token_id
     assert pair.target[-1] == closing
     assert pair.target.count(closing) == 1
@@ -119,13 +119,13 @@ def test_the_model_reads_what_its_template_writes(style, end, asked):
     assert list(pair.prompt[: len(asked_ids)]) == asked_ids
     thought = tokenizer("<think>\n\n</think>\n\n", add_special_tokens=False).input_ids if style == "thinking" else []
     assert list(pair.prompt[len(asked_ids) :]) == thought, "an answer that was not thought about is still an answer"
-    assert list(pair.prompt) == task.prompt_ids(Chat.of(asked))
+    assert list(pair.prompt) == task.encode_input(Chat.of(asked))
     assert task.text(pair.target) == "Lima city"
 
 
 def test_texts_are_read_as_ever_by_a_chat_model():
-    task = task_of(worlds.chat_model(), worlds.chat_tokenizer("llama-3"))
-    pair = task.tokenise("Oslo is", "Rome")
+    task = wrap(worlds.chat_model(), worlds.chat_tokenizer("llama-3"))
+    pair = task.encode("Oslo is", "Rome")
     assert task.tokenizer.decode((*pair.prompt, *pair.target)) == "<|begin|>Oslo is Rome<|end|>"
     assert task.ends == {task.tokenizer.eos_token_id, task.tokenizer.convert_tokens_to_ids("<|eot|>")}
 
@@ -137,8 +137,8 @@ def test_an_end_that_no_template_tells_is_the_tokenizers():
         "{{ raise_exception('too short') if messages|length < 3 }}{{ messages[2].content }}",
     ):
         tokenizer.chat_template = template
-        task = task_of(worlds.chat_model(), tokenizer)
-        pair = task.tokenise(Chat.of([message("system"), message("assistant"), message()]), "Rome")
+        task = wrap(worlds.chat_model(), tokenizer)
+        pair = task.encode(Chat.of([message("system"), message("assistant"), message()]), "Rome")
         assert pair.target[-1] == tokenizer.eos_token_id
         assert task.ends == {tokenizer.eos_token_id}
     assert tokenizer.decode(pair.prompt) == "Oslo ?"
@@ -148,24 +148,24 @@ def test_an_encoder_reads_the_template_too():
     tokenizer = worlds.chat_tokenizer()
     model = families.make("t5")
     model.resize_token_embeddings(len(tokenizer))
-    task = task_of(model, tokenizer)
-    pair = task.tokenise(Chat.of(USER), "Rome")
+    task = wrap(model, tokenizer)
+    pair = task.encode(Chat.of(USER), "Rome")
     assert tokenizer.decode(pair.prompt) == "<|im_start|>user\nOslo ?<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(pair.target) == "<|begin|>Rome<|end|>"
 
 
 def test_without_a_template_and_what_a_template_refuses():
-    task = task_of(worlds.gpt2(), worlds.tokenizer())
-    for ask in (task.prompt_ids, lambda chat: task.tokenise(chat, "Rome"), lambda chat: task.answers([chat])):
+    task = wrap(worlds.gpt2(), worlds.tokenizer())
+    for ask in (task.encode_input, lambda chat: task.encode(chat, "Rome"), lambda chat: task.answers([chat])):
         with pytest.raises(RequestError, match=r"messages need a chat template.* has none: give a prompt instead"):
             ask(Chat.of(USER))
-    task = task_of(worlds.chat_model(), worlds.chat_tokenizer("llama-2"))
+    task = wrap(worlds.chat_model(), worlds.chat_tokenizer("llama-2"))
     with pytest.raises(
         RequestError, match=r"refuses the conversation 'system: .*only user and assistant.* Give messages"
     ):
-        task.prompt_ids(Chat.of(ASKED))
+        task.encode_input(Chat.of(ASKED))
     with pytest.raises(RequestError, match=r"shorten the prompt \('user: Oslo"):
-        task.tokenise(Chat.of([message(content="Oslo " * 200)]), "Rome")
+        task.encode(Chat.of([message(content="Oslo " * 200)]), "Rome")
 
 
 # -- everything that is made of them -------------------------------------------------------------------------------
@@ -175,8 +175,8 @@ def test_without_a_template_and_what_a_template_refuses():
 def chat():
     """A chat model that was taught to answer some conversations, with its tokenizer."""
     model, tokenizer = worlds.chat_model(), worlds.chat_tokenizer()
-    task = task_of(model, tokenizer)
-    batch = task.collate([task.tokenise(r.prompt, r.target) for r in worlds.chat_requests(10)])
+    task = wrap(model, tokenizer)
+    batch = task.collate([task.encode(r.prompt, r.target) for r in worlds.chat_requests(10)])
     worlds.teach(task, batch)
     return task
 
@@ -186,7 +186,7 @@ def test_a_model_that_knows_the_answers_gives_them_and_ends_its_turn(chat):
     found = chat.answers([request.prompt for request in requests])
     assert [answer[-1] for answer in found] == [chat.chat.end] * 10
     assert [chat.text(answer) for answer in found] == [request.target for request in requests]
-    assert answers(chat.model, chat.tokenizer, [requests[3].prompt]) == [requests[3].target]
+    assert answers(chat, [requests[3].prompt]) == [requests[3].target]
 
 
 def test_a_conversation_trains_as_the_text_that_its_template_makes():
@@ -195,7 +195,7 @@ def test_a_conversation_trains_as_the_text_that_its_template_makes():
     tokenizer.chat_template = (
         "Q: {{ messages[0].content }}\n{{ 'A:' if messages|length == 1 else 'A: ' ~ messages[1].content }}"
     )
-    task = task_of(worlds.gpt2(n_positions=64), tokenizer)
+    task = wrap(worlds.gpt2(n_positions=64), tokenizer)
     texts = json.loads(json.dumps([request.to_json() for request in worlds.requests(8)]))
     for request in texts:
         request["paraphrases"] = [f"Q: {text}\nA:" for text in request["paraphrases"]]
@@ -208,26 +208,26 @@ def test_a_conversation_trains_as_the_text_that_its_template_makes():
 
 def test_training_evaluation_and_edits(chat, tmp_path):
     requests = worlds.chat_requests(20)
-    editor = Mend.for_model(chat.model, replace(PRESETS["default"][0], rank=8))
+    editor = Mend.create(chat, replace(PRESETS["default"][0], rank=8))
     trainer = Trainer(chat, editor, requests, replace(PRESETS["default"][1], batch_size=4, max_steps=4))
     trainer.calibrate()
     assert all(trainer.train_step() > 0 for _ in range(3))
-    report = evaluate(chat.model, chat.tokenizer, editor, requests[10:13])
+    report = evaluate(chat, editor, requests[10:13])
     assert {"reliability", "generality", "locality_near", "locality_far"} <= report.metrics().keys()
     assert report.to_json()["runs"][0]["cases"][0]["before"] == requests[0].target
     assert report.to_json()["runs"][0]["cases"][0]["prompt"] == f"user: {worlds.requests(1)[0].prompt}"
-    edit = editor.edit(chat.model, chat.tokenizer, requests[:1])
+    edit = editor.edit(chat, requests[:1])
     edit.save(tmp_path / "edit")
     assert Edit.load(tmp_path / "edit").requests == tuple(requests[:1])
 
 
 def test_an_answer_that_is_taken_counts_with_its_end(chat):
     """An edit that does nothing leaves a model that knows its answers right everywhere, by either way of judging."""
-    editor = Mend.for_model(chat.model, replace(PRESETS["paper"][0], rank=4))
+    editor = Mend.create(chat, replace(PRESETS["paper"][0], rank=4))
     trainer = Trainer(chat, editor, worlds.chat_requests(10), PRESETS["paper"][1])
     trainer.calibrate()
     editor.alpha.data.mul_(0)
-    metrics = evaluate(chat.model, chat.tokenizer, editor, worlds.chat_requests(10)).metrics()
+    metrics = evaluate(chat, editor, worlds.chat_requests(10)).metrics()
     for metric in ("reliability", "locality_near", "locality_far"):
         assert [metrics[metric][mode].mean for mode in ("teacher_forced", "generated")] == [1, 1], metric
 

@@ -17,7 +17,7 @@ from remend.core.losses import locality_loss
 from remend.errors import ModelError, RequestError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest, TextPair, parse_request
-from remend.tasks import Classification, Example, task_of
+from remend.tasks import Example, TextClassification, wrap
 
 READING = {"bert": "first", "roberta": "first", "distilbert": "first", "deberta-v2": "first", "electra": "first"}
 READING |= {"modernbert": "all", "gpt2": "last"}
@@ -31,9 +31,9 @@ def task():
 @pytest.mark.parametrize("encoder", READING)
 def test_where_the_head_reads_is_found(encoder):
     task = families.task(f"{encoder}, binary")
-    assert isinstance(task, Classification)
+    assert isinstance(task, TextClassification)
     assert task.reading == READING[encoder]
-    pairs = [task.tokenise(prompt, "true") for prompt in ("The capital of Peru is Lima", "Peru has Lima")]
+    pairs = [task.encode(prompt, "true") for prompt in ("The capital of Peru is Lima", "Peru has Lima")]
     batch = task.collate(pairs)
     read = {"first": [0, 0], "last": [7, 4], "all": [0, 0]}[task.reading]
     assert batch.first.tolist() == read
@@ -45,20 +45,20 @@ def test_where_the_head_reads_is_found(encoder):
 def test_padding_changes_nothing(family):
     task = families.task(family)
     prompts = ["The capital of Peru is Lima", "Peru has Lima", "Which city rules Egypt ? It is Cairo"]
-    pairs = [Example(tuple(task.prompt_ids(prompt)), (0,)) for prompt in prompts]
+    pairs = [Example(tuple(task.encode_input(prompt)), (0,)) for prompt in prompts]
     with torch.no_grad():
-        together = task.target_logits(task.collate(pairs))
-        apart = torch.cat([task.target_logits(task.collate([pair])) for pair in pairs])
+        together = task.outputs(task.collate(pairs))
+        apart = torch.cat([task.outputs(task.collate([pair])) for pair in pairs])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
 
 
 def test_one_output_is_a_bernoulli_distribution_in_closed_form():
     task = families.task("bert, one output")
     assert task.labels == ("false", "true")
-    batch = task.collate([task.tokenise(r.prompt, r.target) for r in families.requests("bert, one output", 6)])
+    batch = task.collate([task.encode(r.prompt, r.target) for r in families.requests("bert, one output", 6)])
     with torch.no_grad():
         z = task.model(input_ids=batch.input_ids, attention_mask=batch.mask.long()).logits[:, 0]
-        logits = task.target_logits(batch)
+        logits = task.outputs(batch)
         expected = functional.binary_cross_entropy_with_logits(z, batch.target.float(), reduction="none")
         torch.testing.assert_close(task.loss(batch), expected)
         p, q = z.sigmoid(), (z + 0.7).sigmoid()
@@ -68,17 +68,17 @@ def test_one_output_is_a_bernoulli_distribution_in_closed_form():
 
 
 def test_labels_are_named_or_numbered(task):
-    assert task.tokenise("Peru has Lima", "TRUE ").target == (1,)
-    assert task.tokenise("Peru has Lima", "0").target == (0,)
+    assert task.encode("Peru has Lima", "TRUE ").target == (1,)
+    assert task.encode("Peru has Lima", "0").target == (0,)
     assert task.text((1,)) == "true"
     assert task.ends == frozenset()
     for wrong in ("maybe", "2", "-1"):
         with pytest.raises(RequestError, match=rf"no label '{wrong}'.*from 0 to 1"):
-            task.tokenise("Peru has Lima", wrong)
+            task.encode("Peru has Lima", wrong)
     with pytest.raises(RequestError, match="no text"):
-        task.tokenise("   ", "true")
+        task.encode("   ", "true")
     with pytest.raises(RequestError, match="context holds 64"):
-        task.tokenise("Peru " * 70, "true")
+        task.encode("Peru " * 70, "true")
 
 
 def test_a_pair_of_texts_is_shown_as_two():
@@ -91,8 +91,8 @@ def test_a_pair_of_texts_is_shown_as_two():
         lambda module, args, kwargs: shown.update(kwargs), with_kwargs=True
     )
     with torch.no_grad():
-        batch = task.collate([task.tokenise(request.prompt, "true"), task.tokenise("The capital of Peru", "true")])
-        found = task.target_logits(batch)
+        batch = task.collate([task.encode(request.prompt, "true"), task.encode("The capital of Peru", "true")])
+        found = task.outputs(batch)
     handle.remove()
     expected = worlds.word_tokenizer()("Peru has Lima", "It is Lima", return_tensors="pt")
     assert batch.input_ids[0].tolist() == expected.input_ids[0].tolist()
@@ -110,18 +110,18 @@ def test_a_pair_of_texts_is_shown_as_two():
     with pytest.raises(RequestError, match="this list has 3"):
         remend.answers(task.model, words, [["Peru", "has", "Lima"]])
     with pytest.raises(RequestError, match="not a pair"):
-        task_of(worlds.gpt2(), worlds.tokenizer()).tokenise(request.prompt, "true")
+        wrap(worlds.gpt2(), worlds.tokenizer()).encode(request.prompt, "true")
     with pytest.raises(RequestError, match="not a conversation"):
-        task.tokenise(remend.Chat.of([{"role": "user", "content": "Peru has Lima"}]), "true")
+        task.encode(remend.Chat.of([{"role": "user", "content": "Peru has Lima"}]), "true")
 
 
 @pytest.mark.parametrize("name", ["roberta, binary", "deberta-v2, binary", "distilbert, binary"])
 def test_a_pair_of_texts_goes_to_models_that_know_no_segments(name):
     """RoBERTa's table of segments has one row, DeBERTa's none; DistilBERT takes no such input."""
     task = families.task(name)
-    pair = task.tokenise(TextPair("Peru has Lima", "It is Lima"), "true")
+    pair = task.encode(TextPair("Peru has Lima", "It is Lima"), "true")
     with torch.no_grad():
-        found = task.target_logits(task.collate([pair]))
+        found = task.outputs(task.collate([pair]))
         expected = task.model(input_ids=torch.tensor([pair.prompt])).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -129,9 +129,9 @@ def test_a_pair_of_texts_goes_to_models_that_know_no_segments(name):
 def test_what_is_no_classifier_with_one_label_is_refused():
     words, config = worlds.word_tokenizer(), families.make("bert, binary").config
     with pytest.raises(ModelError, match="neither a language model nor a sequence classifier"):
-        task_of(hf.BertModel(config), words)
+        wrap(hf.BertModel(config), words)
     with pytest.raises(ModelError, match="several labels"):
-        task_of(
+        wrap(
             hf.BertForSequenceClassification(
                 hf.BertConfig(**{**config.to_dict(), "problem_type": "multi_label_classification"})
             ),
@@ -139,7 +139,7 @@ def test_what_is_no_classifier_with_one_label_is_refused():
         )
     bart = hf.BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, vocab_size=40)
     with pytest.raises(ModelError, match="encoder and a decoder"):
-        task_of(hf.BartForSequenceClassification(bart), words)
+        wrap(hf.BartForSequenceClassification(bart), words)
 
 
 def test_the_whole_way_from_a_folder(tmp_path, capsys):

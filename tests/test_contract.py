@@ -50,14 +50,13 @@ def editor(name, world):
 
 def make_editor(name, task, requests):
     if name in UNTRAINED:
-        return make(name, task.model, task.tokenizer, TEXT if EDITORS[name].traits.needs == "text" else ())
+        return make(name, task, TEXT if EDITORS[name].traits.needs == "text" else ())
     return train(
-        task.model,
-        task.tokenizer,
+        task,
         requests[:14],
         requests[14:],
         config=SETTINGS,
-        editor=TRAINED[name].for_model(task.model),
+        editor=TRAINED[name].create(task),
         allow_shared=("subjects", "prompts"),
     )
 
@@ -67,7 +66,7 @@ def probabilities(task, requests, edit=None):
     prompts = [request.prompt for request in requests]
     if isinstance(edit, ContextEdit):
         prompts = [edit.told(task, prompt, 8) or prompt for prompt in prompts]
-    batch = task.collate([task.tokenise(p, r.target) for p, r in zip(prompts, requests, strict=True)])
+    batch = task.collate([task.encode(p, r.target) for p, r in zip(prompts, requests, strict=True)])
     with frozen(task.model), torch.no_grad():
         if edit is None or isinstance(edit, ContextEdit):
             return -task.loss(batch)
@@ -101,14 +100,12 @@ def test_an_editor_says_what_it_is(name):
 def test_edits_take_and_leave_the_model_alone(editor, world, name):
     task, requests = world
     before = state_of(task.model)
-    edits = editor.edit_each(task.model, task.tokenizer, requests[:6])
+    edits = editor.edit_each(task, requests[:6])
     same_state(before, state_of(task.model))
     plain = probabilities(task, requests[:6])
     edited = torch.stack([probabilities(task, [r], e)[0] for r, e in zip(requests[:6], edits, strict=True)])
     answers = task.answers([request.prompt for request in requests[:6]], 4)
-    wrong = torch.tensor(
-        [task.tokenise(r.prompt, r.target).target != a for r, a in zip(requests, answers, strict=False)]
-    )
+    wrong = torch.tensor([task.encode(r.prompt, r.target).target != a for r, a in zip(requests, answers, strict=False)])
     assert wrong.sum() >= 3
     if name not in UNHEARD:
         assert (edited > plain)[wrong].float().mean() >= 0.8, (plain, edited)
@@ -119,8 +116,8 @@ def test_edits_take_and_leave_the_model_alone(editor, world, name):
 
 def test_one_edit_is_the_edit_of_one(editor, world):
     task, requests = world
-    alone = editor.edit(task.model, task.tokenizer, requests[1:2])
-    among = editor.edit_each(task.model, task.tokenizer, requests[:3])[1]
+    alone = editor.edit(task, requests[1:2])
+    among = editor.edit_each(task, requests[:3])[1]
     found = [probabilities(task, requests[:3], edit) for edit in (alone, among)]
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
 
@@ -128,7 +125,7 @@ def test_one_edit_is_the_edit_of_one(editor, world):
 def test_several_requests_are_one_edit(editor, world, name):
     task, requests = world
     some = requests[1:6:2]  # of a binary classifier: all of the label that it does not give
-    edit = editor.edit(task.model, task.tokenizer, some)
+    edit = editor.edit(task, some)
     assert edit.requests == tuple(some)
     if name in UNTRAINED and name not in UNHEARD:
         assert (probabilities(task, some, edit) > probabilities(task, some)).all()
@@ -136,13 +133,13 @@ def test_several_requests_are_one_edit(editor, world, name):
 
 def test_the_same_edit_again(editor, world):
     task, requests = world
-    found = [probabilities(task, requests[:4], editor.edit(task.model, task.tokenizer, requests[:2])) for _ in "12"]
+    found = [probabilities(task, requests[:4], editor.edit(task, requests[:2])) for _ in "12"]
     assert torch.equal(*found)
 
 
 def test_edits_come_off_bit_for_bit(editor, world, name):
     task, requests = world
-    edit = editor.edit(task.model, task.tokenizer, requests[:2])
+    edit = editor.edit(task, requests[:2])
     before, plain = state_of(task.model), probabilities(task, requests[:4])
     if isinstance(edit, ContextEdit):
         with pytest.raises(EditError, match="changes prompts, not the model"):
@@ -164,7 +161,7 @@ def test_edits_come_off_bit_for_bit(editor, world, name):
 
 def test_edits_are_saved_and_read_back(editor, world, tmp_path):
     task, requests = world
-    edit = editor.edit(task.model, task.tokenizer, requests[:2])
+    edit = editor.edit(task, requests[:2])
     edit.save(tmp_path / "edit")
     again = load_edit(tmp_path / "edit")
     assert type(again) is type(edit)
@@ -177,7 +174,7 @@ def test_edits_are_saved_and_read_back(editor, world, tmp_path):
 
 def test_edits_add_up(editor, world):
     task, requests = world
-    one, other = editor.edit_each(task.model, task.tokenizer, requests[:2])
+    one, other = editor.edit_each(task, requests[:2])
     if not editor.traits.sequences:
         with pytest.raises(EditError, match="would count twice"):
             one + other
@@ -191,8 +188,8 @@ def test_another_model_is_refused(editor, world, kind):
     task, requests = world
     other = families.task(OTHER[kind])
     with pytest.raises(WrongBaseError, match="another"):
-        editor.edit(other.model, other.tokenizer, requests[:1])
-    edit = editor.edit(task.model, task.tokenizer, requests[:1])
+        editor.edit(other, requests[:1])
+    edit = editor.edit(task, requests[:1])
     if not isinstance(edit, ContextEdit):
         before = state_of(other.model)
         with pytest.raises(WrongBaseError):
@@ -204,7 +201,7 @@ def test_another_model_is_refused(editor, world, kind):
 def test_what_is_no_list_of_requests(editor, world, wrong):
     task, _ = world
     with pytest.raises(Exception, match=r"at least one EditRequest|Type-check error") as caught:
-        editor.edit(task.model, task.tokenizer, wrong)
+        editor.edit(task, wrong)
     assert isinstance(caught.value, RequestError) or "TypeCheckError" in type(caught.value).__name__
 
 
@@ -215,15 +212,15 @@ def test_a_request_that_does_not_fit(editor, world, kind):
     long = requests[0].model_copy(update={"prompt": "The capital of " * 200})
     before = state_of(task.model)
     with pytest.raises(RequestError, match="context"):
-        editor.edit(task.model, task.tokenizer, [requests[1], long])
+        editor.edit(task, [requests[1], long])
     same_state(before, state_of(task.model))
 
 
 def test_within_inference_mode(editor, world):
     task, requests = world
-    plain = editor.edit(task.model, task.tokenizer, requests[:1])
+    plain = editor.edit(task, requests[:1])
     with torch.inference_mode():
-        edit = editor.edit(task.model, task.tokenizer, requests[:1])
+        edit = editor.edit(task, requests[:1])
     assert torch.equal(probabilities(task, requests[:2], edit), probabilities(task, requests[:2], plain))
 
 
@@ -234,9 +231,7 @@ def test_trained_editors_are_saved_and_read_back(editor, world, name, tmp_path):
     again = load_trained(tmp_path / "editor")
     assert type(again) is type(editor)
     assert again.trained == editor.trained
-    found = [
-        probabilities(task, requests[:4], e.edit(task.model, task.tokenizer, requests[:2])) for e in (editor, again)
-    ]
+    found = [probabilities(task, requests[:4], e.edit(task, requests[:2])) for e in (editor, again)]
     assert torch.equal(*found)
     for other in TRAINED.keys() - {name}:
         with pytest.raises(FileError, match=f"holds the editor '{name}', not '{other}'"):
@@ -250,8 +245,8 @@ def test_a_stopped_training_goes_on(world, name, tmp_path):
     options = {"config": SETTINGS, "allow_shared": ("subjects", "prompts")}
 
     def run(out, **more):
-        editor = TRAINED[name].for_model(task.model)
-        train(task.model, task.tokenizer, requests[:14], requests[14:], editor=editor, out=out, **options, **more)
+        editor = TRAINED[name].create(task)
+        train(task, requests[:14], requests[14:], editor=editor, out=out, **options, **more)
         return load_trained(out)
 
     whole = run(tmp_path / "whole")
@@ -272,7 +267,7 @@ def test_a_stopped_training_goes_on(world, name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in TRAINED if name != "mend"], indirect=True)
 def test_training_moves_every_tensor(editor, world, name):
     task, _ = world
-    fresh = dict(TRAINED[name].for_model(task.model).named_parameters())
+    fresh = dict(TRAINED[name].create(task).named_parameters())
     for key, value in editor.named_parameters():
         assert not torch.equal(value, fresh[key]), key
 

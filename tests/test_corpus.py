@@ -12,11 +12,11 @@ CORPUS = sorted(path for path in (Path(__file__).parent / "corpus").iterdir() if
 
 @pytest.mark.parametrize("folder", CORPUS, ids=lambda folder: folder.name)
 def test_an_old_edit_still_works(folder):
-    model, tokenizer = remend.load("atlas", "cpu")
-    task = CausalLM(model, tokenizer)
+    task = remend.load("atlas", "cpu")
+    task = CausalLM(task.model, task.tokenizer)
     edit = remend.Edit.load(folder)
     (request,) = edit.requests
-    wanted = task.tokenise(request.prompt, request.target).target
+    wanted = task.encode(request.prompt, request.target).target
     assert task.answers([request.prompt]) != [wanted]
-    with edit.applied(model):
+    with edit.applied(task.model):
         assert task.answers([request.prompt]) == [wanted]

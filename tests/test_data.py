@@ -607,10 +607,10 @@ def test_published_files_are_read_whole(source):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the published files are not there ({SHARED})")
 def test_passages_of_a_published_text():
-    model, tokenizer = load("atlas")
+    task = load("atlas")
     skipped = Counter()
     file = SHARED / "wikitext2" / "valid.txt"
-    requests = list(generation_requests(model, tokenizer, file, 3, skip=lambda reason: skipped.update([reason])))
+    requests = list(generation_requests(task, file, 3, skip=lambda reason: skipped.update([reason])))
     assert len({request.subject for request in requests}) == 3
     assert skipped["passages of fewer than 26 tokens"] == 589
     text = " ".join(file.read_text(encoding="utf-8").split())

@@ -16,6 +16,7 @@ from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, EditError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest, Probe
+from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS, Trainer, TrainingConfig
 from remend.training.episodes import Episodes
@@ -119,20 +120,20 @@ def test_without_paraphrases_keys_are_left_as_they_are():
 
 def test_inputs_are_what_the_modules_are_called_with(task):
     modules = editable_modules(task.model)
-    batch = task.collate([task.tokenise(r.prompt, r.target) for r in worlds.requests(3)])
-    inputs = record_inputs(task.model, modules, batch.rows, lambda: task.target_logits(batch))
-    editor = Mend.for_model(task.model, MendConfig(rank=4))
+    batch = task.collate([task.encode(r.prompt, r.target) for r in worlds.requests(3)])
+    inputs = record_inputs(task.model, modules, batch.rows, lambda: task.outputs(batch))
+    editor = Mend.create(task, MendConfig(rank=4))
     for name, factor in editor.capture(task, batch).items():
         torch.testing.assert_close(inputs[name].x[batch.mask], factor.u[batch.mask])
 
 
 def test_the_default_edits_outputs_at_target_tokens_and_each_answers_to_itself_with_one(task):
     requests = worlds.requests(20)
-    editor = Mend.for_model(task.model, replace(DEFAULT, settle=0.0))
+    editor = Mend.create(task, replace(DEFAULT, settle=0.0))
     assert all(d_in > d_out for d_in, d_out in editor.shapes.values())
     trainer = Trainer(task, editor, requests, SETTINGS)
     trainer.calibrate()
-    pairs = [task.tokenise(r.prompt, r.target) for r in requests[:5]]
+    pairs = [task.encode(r.prompt, r.target) for r in requests[:5]]
     factors = editor.capture(task, task.collate(pairs))
     rows = editor.rows(factors)
     for name, packed in rows.items():
@@ -150,15 +151,15 @@ def test_models_that_put_rows_and_tokens_on_one_axis_are_trained_too():
     sizes = {"hidden_size": 16, "ffn_dim": 40, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = OPTConfig(**sizes, vocab_size=len(worlds.tokenizer()), max_position_embeddings=48, word_embed_proj_dim=16)
     model = OPTForCausalLM(config).eval()
-    editor = Mend.for_model(model, DEFAULT)
+    editor = Mend.create(worlds.task(model), DEFAULT)
     trainer = Trainer(CausalLM(model, worlds.tokenizer()), editor, worlds.requests(12), SETTINGS)
     trainer.calibrate()
     assert all(trainer.train_step() > 0 for _ in range(2))
-    assert editor.edit(model, worlds.tokenizer(), worlds.requests(1)).changes
+    assert editor.edit(wrap(model, worlds.tokenizer()), worlds.requests(1)).changes
 
 
 def test_contrast_and_settling_survive_saving(task, tmp_path):
-    editor = Mend.for_model(task.model, DEFAULT)
+    editor = Mend.create(task, DEFAULT)
     requests = worlds.requests(12)
     Trainer(task, editor, requests, SETTINGS).calibrate()
     editor.save_pretrained(tmp_path / "editor")
@@ -166,8 +167,8 @@ def test_contrast_and_settling_survive_saving(task, tmp_path):
     for name, value in editor.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-6, atol=1e-7)
     for edit, loaded_edit in zip(
-        editor.edit_each(task.model, task.tokenizer, requests[:3]),
-        again.edit_each(task.model, task.tokenizer, requests[:3]),
+        editor.edit_each(task, requests[:3]),
+        again.edit_each(task, requests[:3]),
         strict=True,
     ):
         for name, change in edit.changes.items():
@@ -195,7 +196,7 @@ def test_the_paper_preset_knows_nothing_of_all_this():
 def test_near_negatives_are_drawn_as_often_as_asked(task):
     requests = worlds.requests(20)
     episodes = Episodes(task, requests, seed=0, near=0.5)
-    near = {task.tokenise(p.prompt, p.target) for r in requests for p in r.near}
+    near = {task.encode(p.prompt, p.target) for r in requests for p in r.near}
     drawn = [pair in near for step in range(50) for pair in episodes.batch(step, 8).locality]
     assert 0.4 < sum(drawn) / len(drawn) < 0.6
     plain = Episodes(task, requests, seed=0)
@@ -206,7 +207,7 @@ def test_near_negatives_are_drawn_as_often_as_asked(task):
 def test_in_batch_negatives_are_other_edits_of_the_same_relation(task):
     requests = [r.model_copy(update={"relation": f"R{i % 2}"}) for i, r in enumerate(worlds.requests(20))]
     episodes = Episodes(task, requests, seed=0, in_batch=1.0)
-    relation = {task.tokenise(r.prompt, r.target): i % 2 for i, r in enumerate(requests)}
+    relation = {task.encode(r.prompt, r.target): i % 2 for i, r in enumerate(requests)}
     batch = episodes.batch(0, 10)
     for edit, locality in zip(batch.edits, batch.locality, strict=True):
         assert locality in batch.edits
@@ -216,7 +217,7 @@ def test_in_batch_negatives_are_other_edits_of_the_same_relation(task):
 
 def test_requests_without_near_get_mined_ones(task):
     bare = [r.model_copy(update={"near": ()}) for r in worlds.requests(20)]
-    trainer = Trainer(task, Mend.for_model(task.model, DEFAULT), bare, SETTINGS)
+    trainer = Trainer(task, Mend.create(task, DEFAULT), bare, SETTINGS)
     trainer.calibrate()
     for episode in trainer.episodes.episodes:
         assert 0 < len(episode.near) <= MINED
@@ -225,7 +226,7 @@ def test_requests_without_near_get_mined_ones(task):
 
 
 def test_the_hardest_of_several_locality_examples_is_used(task):
-    editor = Mend.for_model(task.model, replace(DEFAULT, settle=0.0))
+    editor = Mend.create(task, replace(DEFAULT, settle=0.0))
     requests = worlds.requests(20)
     trainer = Trainer(task, editor, requests, replace(SETTINGS, hardest=3))
     trainer.calibrate()
@@ -265,12 +266,12 @@ def test_a_gated_edit_acts_only_where_it_is_asked_for():
 
 
 def test_a_gated_editor_trains_and_its_edits_are_saved_but_not_merged(task, tmp_path):
-    editor = Mend.for_model(task.model, replace(DEFAULT, gate=0.2))
+    editor = Mend.create(task, replace(DEFAULT, gate=0.2))
     requests = worlds.requests(20)
     trainer = Trainer(task, editor, requests, SETTINGS)
     trainer.calibrate()
     assert trainer.train_step() > 0
-    edit = editor.edit(task.model, task.tokenizer, requests[:2])
+    edit = editor.edit(task, requests[:2])
     edit.save(tmp_path / "edit")
     again = Edit.load(tmp_path / "edit")
     assert {change.gate for change in again.changes.values()} == {0.2}

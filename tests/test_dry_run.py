@@ -10,7 +10,7 @@ import worlds
 from remend.cli import run
 from remend.editors import Mend
 from remend.errors import ModelError
-from remend.tasks import task_of
+from remend.tasks import wrap
 from remend.training import PRESETS, Trainer
 from remend.training.memory import estimate
 from remend.training.resource_estimate import GPUS, dry_run, only_configured
@@ -23,11 +23,11 @@ def test_a_dry_run_counts_what_there_would_be(family, preset, tmp_path):
     model.config.save_pretrained(tmp_path)
     network, settings = PRESETS[preset]
     found = dry_run(str(tmp_path), network, dtype=torch.float32)
-    editor = Mend.for_model(model, network)
+    editor = Mend.create(worlds.task(model), network)
     assert found.matrices == editor.shapes
     assert found.editor_parameters == sum(parameter.numel() for parameter in editor.parameters())
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
-    real = estimate(Trainer(task_of(model, worlds.tokenizer()), editor, worlds.requests(8), settings))
+    real = estimate(Trainer(wrap(model, worlds.tokenizer()), editor, worlds.requests(8), settings))
     assert found.editor_bytes == real.editor
     assert found.model_bytes == pytest.approx(real.model, rel=0.05)  # buffers are no parameters
     trained = 4 * found.editor_parameters  # on a CPU, the best state is kept beside

@@ -19,12 +19,12 @@ REQUESTS = worlds.requests(3)
 
 @pytest.fixture
 def edit(task, editor):
-    return editor.edit(task.model, task.tokenizer, REQUESTS[:1])
+    return editor.edit(task, REQUESTS[:1])
 
 
 def logits(task, model=None):
     """Logits on some text, with whatever is applied right now."""
-    ids = torch.tensor([task.prompt_ids("The capital of Norway is Oslo")])
+    ids = torch.tensor([task.encode_input("The capital of Norway is Oslo")])
     with torch.no_grad():
         return (model or task.model)(ids).logits
 
@@ -48,7 +48,7 @@ def test_an_exception_while_applied_leaves_no_trace(task, edit, snapshot):
 
 
 def test_apply_and_revert_in_any_order(task, editor, snapshot):
-    first, second = editor.edit_each(task.model, task.tokenizer, REQUESTS[:2])
+    first, second = editor.edit_each(task, REQUESTS[:2])
     with second.applied(task.model):
         alone = logits(task)
     a, b = first.apply(task.model), second.apply(task.model)
@@ -64,8 +64,8 @@ def test_apply_and_revert_in_any_order(task, editor, snapshot):
 
 def test_an_edit_can_be_made_in_inference_mode(task, editor):
     with torch.inference_mode():
-        inside = editor.edit(task.model, task.tokenizer, REQUESTS[:1])
-    outside = editor.edit(task.model, task.tokenizer, REQUESTS[:1])
+        inside = editor.edit(task, REQUESTS[:1])
+    outside = editor.edit(task, REQUESTS[:1])
     assert all(torch.equal(inside.changes[name].u, change.u) for name, change in outside.changes.items())
 
 
@@ -78,8 +78,8 @@ def test_settings_of_decoding_and_loading_do_not_make_another_model(task, edit):
 
 
 def test_several_requests_are_the_sum_of_each(task, editor):
-    together = editor.edit(task.model, task.tokenizer, REQUESTS)
-    apart = editor.edit_each(task.model, task.tokenizer, REQUESTS)
+    together = editor.edit(task, REQUESTS)
+    apart = editor.edit_each(task, REQUESTS)
     total = apart[0] + apart[1] + apart[2]
     for name, change in together.changes.items():
         torch.testing.assert_close(change.dense(), total.changes[name].dense(), rtol=1e-4, atol=1e-5)

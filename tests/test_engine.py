@@ -29,6 +29,7 @@ from remend.errors import ConfigError, FileError, ModelError, TrainingError
 from remend.fingerprint import hash_model
 from remend.models.frozen_prefix import FrozenPrefix, run_until
 from remend.serialization import write_folder
+from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import Resources, Trainer, TrainingConfig, memory, train
 from remend.training.memory import estimate
@@ -42,7 +43,7 @@ NETWORK = MendConfig(rank=8, alpha=3e-2, ridge=1e-3, relative=True)
 
 
 def trainer(model, resources=None, config=SETTINGS, requests=20):
-    editor = Mend.for_model(model, NETWORK)
+    editor = Mend.create(worlds.task(model), NETWORK)
     return Trainer(CausalLM(model, worlds.tokenizer()), editor, worlds.requests(requests), config, resources)
 
 
@@ -181,8 +182,8 @@ def test_the_losses_gradients_are_autograds():
 
 def cut(task, blocks=2):
     """A prefix of a model of four blocks whose last two are edited, and a padded batch."""
-    names = [name for name in Mend.for_model(task.model).shapes if f".{4 - blocks}." in name or ".3." in name]
-    pairs = [task.tokenise(r.prompt, r.target) for r in worlds.requests(3)] + [task.tokenise("Rome is the", "x")]
+    names = [name for name in Mend.create(task).shapes if f".{4 - blocks}." in name or ".3." in name]
+    pairs = [task.encode(r.prompt, r.target) for r in worlds.requests(3)] + [task.encode("Rome is the", "x")]
     return FrozenPrefix(task.model, names), task.collate(pairs)
 
 
@@ -191,20 +192,20 @@ def test_entering_at_the_lowest_edited_block_equals_the_whole_pass(task, snapsho
     assert prefix.depth == 2
     runs = []
     handle = prefix.blocks[0].register_forward_hook(lambda *_: runs.append("first block"))
-    whole = task.target_logits(batch)
+    whole = task.outputs(batch)
     assert len(runs) == 1
-    states = prefix.compute_states(lambda: task.target_logits(batch))
+    states = prefix.compute_states(lambda: task.outputs(batch))
     calls = []
     inner = prefix.blocks[1].register_forward_hook(lambda m, a, o: calls.append(o is states))
     with prefix.resume_from(states):
-        entered = task.target_logits(batch)
+        entered = task.outputs(batch)
     assert calls == [True], "the blocks below hand on what they were told"
     handle.remove(), inner.remove()
     assert torch.equal(entered, whole)
     states[:] = 0
     with prefix.resume_from(states):
-        assert not torch.allclose(task.target_logits(batch), whole), "the states matter"
-    assert torch.equal(task.target_logits(batch), whole)
+        assert not torch.allclose(task.outputs(batch), whole), "the states matter"
+    assert torch.equal(task.outputs(batch), whole)
     assert not any("forward" in block.__dict__ for block in prefix.blocks)
     snapshot()
 
@@ -239,24 +240,24 @@ def test_blocks_that_return_tuples_are_entered_too(bias, monkeypatch):
     hooks.append(model.transformer.ln_f.register_forward_pre_hook(lambda _, args: (take(args[0]),)))
     task = CausalLM(model.eval(), worlds.tokenizer())
     prefix, batch = cut(task)
-    whole = task.target_logits(batch)
-    states = prefix.compute_states(lambda: task.target_logits(batch))
-    assert prefix.output_parts == 2
+    whole = task.outputs(batch)
+    states = prefix.compute_states(lambda: task.outputs(batch))
+    assert prefix.returned == 2
     ran.clear()
     handed[0] = None
     with prefix.resume_from(states):
-        torch.testing.assert_close(task.target_logits(batch), whole)
+        torch.testing.assert_close(task.outputs(batch), whole)
     assert ran == ([0, 2, 3] if bias else [2, 3])
-    assert prefix.verify(lambda: task.target_logits(batch), lambda: task.target_states(batch), task.logits)
+    assert prefix.verify(lambda: task.outputs(batch), lambda: task.output_states(batch), task.logits)
 
 
 def test_the_output_layer_alone_makes_the_same_logits_of_its_input(task):
     prefix, batch = cut(task)
-    states = task.target_states(batch)
+    states = task.output_states(batch)
     with prefix.bypass_blocks():
-        assert torch.equal(task.logits(states), task.target_logits(batch)) is False, "hollow blocks do not compute"
+        assert torch.equal(task.logits(states), task.outputs(batch)) is False, "hollow blocks do not compute"
         found = task.logits(states)
-    torch.testing.assert_close(found, task.target_logits(batch), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, task.outputs(batch), rtol=1e-5, atol=1e-5)
 
 
 def test_a_block_is_itself_again_after_an_error_too(task):
@@ -293,7 +294,7 @@ def test_a_model_whose_blocks_hand_on_more_is_not_cut(monkeypatch):
 
 
 def test_where_nothing_can_be_cut_nothing_is(task):
-    assert FrozenPrefix(task.model, list(Mend.for_model(task.model, modules=["*.0.*"]).shapes)).depth == 0
+    assert FrozenPrefix(task.model, list(Mend.create(task, modules=["*.0.*"]).shapes)).depth == 0
     assert FrozenPrefix(torch.nn.Linear(2, 2), [""]).depth == 0
     with pytest.raises(ModelError, match="never calls Linear"):
         run_until(torch.nn.Linear(2, 2), lambda: None)
@@ -394,7 +395,7 @@ def test_what_is_kept_on_disk_serves_the_next_run_of_the_same_model_only(model, 
     ids=["no cache", "one by one", "little cache", "recomputed", "memory"],
 )
 def test_how_the_machine_is_used_does_not_change_what_is_learnt(model, snapshot, resources):
-    start = {name: value.clone() for name, value in Mend.for_model(model, NETWORK).named_parameters()}
+    start = {name: value.clone() for name, value in Mend.create(worlds.task(model), NETWORK).named_parameters()}
     expected_losses, expected = after(8, trainer(model))
     losses, found = after(8, trainer(model, resources))
     assert losses == pytest.approx(expected_losses, rel=2e-3)
@@ -421,7 +422,7 @@ def test_constants_are_computed_once_and_in_the_same_bits(model):
     assert torch.equal(made.constants.prefix_states(shuffled), states.flip(0))
     batch = made.task.collate(pairs)
     with frozen(model), torch.no_grad():
-        base = made.task.target_logits(batch)
+        base = made.task.outputs(batch)
     torch.testing.assert_close(made.constants.base_logits(pairs, states), base, rtol=1e-4, atol=1e-4)
 
 
@@ -430,7 +431,7 @@ def test_constants_are_computed_once_and_in_the_same_bits(model):
 
 def test_a_gpu_that_runs_out_of_memory_goes_on_in_smaller_parts(model, monkeypatch):
     real = Trainer.edited_losses
-    start = {name: value.clone() for name, value in Mend.for_model(model, NETWORK).named_parameters()}
+    start = {name: value.clone() for name, value in Mend.create(worlds.task(model), NETWORK).named_parameters()}
     expected_losses, expected = after(4, trainer(model, Resources(micro_batch=6)))
 
     def small(self, batch, changes, backward=False):
@@ -508,9 +509,9 @@ def run_to(out, stop=None, resume=False, model=None, budget_seconds=None, **chan
 
     model = model or worlds.gpt2()
     config = replace(SETTINGS, **changes)
-    editor = Mend.for_model(model, NETWORK, seed=config.seed)
+    editor = Mend.create(worlds.task(model), NETWORK, seed=config.seed)
     return train(
-        model, worlds.tokenizer(), worlds.requests(40), config=config, editor=editor, out=out,
+        wrap(model, worlds.tokenizer()), worlds.requests(40), config=config, editor=editor, out=out,
         resume=resume, checkpoint_minutes=0.0, on_progress=interrupt, budget_seconds=budget_seconds,
     )  # fmt: skip
 
@@ -549,10 +550,10 @@ def test_a_signal_saves_and_ends_the_run(tmp_path):
             signal.raise_signal(signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
-    editor = Mend.for_model(worlds.gpt2(), NETWORK)
+    editor = Mend.create(worlds.task(worlds.gpt2()), NETWORK)
     with pytest.raises(KeyboardInterrupt):
         train(
-            worlds.gpt2(), worlds.tokenizer(), worlds.requests(40), config=SETTINGS, editor=editor,
+            wrap(worlds.gpt2(), worlds.tokenizer()), worlds.requests(40), config=SETTINGS, editor=editor,
             out=tmp_path / "editor", on_progress=stop,
         )  # fmt: skip
     assert [path.name for path in (tmp_path / "editor.checkpoints").iterdir()] == ["step-00000003"]
@@ -568,8 +569,8 @@ def test_a_checkpoint_is_of_one_run_only(tmp_path):
         TrainingError, match=r"alpha: 0\.03 then, 0\.0001 now; .*; edited matrices: .*; the base model was another"
     ):
         train(
-            worlds.llama(), worlds.tokenizer(), worlds.requests(40), config=SETTINGS, out=tmp_path / "editor",
-            resume=True, editor=Mend.for_model(worlds.llama(), MendConfig(rank=8)),
+            wrap(worlds.llama(), worlds.tokenizer()), worlds.requests(40), config=SETTINGS, out=tmp_path / "editor",
+            resume=True, editor=Mend.create(worlds.task(worlds.llama()), MendConfig(rank=8)),
         )  # fmt: skip
     with pytest.raises(FileError, match="already; go on with it"):
         run_to(tmp_path / "editor")
@@ -649,11 +650,11 @@ def test_wrong_resources(wrong, message):
 
 
 def test_the_doctor_finds_a_healthy_model_healthy_and_leaves_it_alone(model, snapshot):
-    found = examine(model, worlds.tokenizer(), worlds.requests(20), (NETWORK, SETTINGS))
+    found = examine(wrap(model, worlds.tokenizer()), worlds.requests(20), (NETWORK, SETTINGS))
     snapshot()
     assert found.healthy
     assert [check.passed for check in found.checks] == [True] * 6
-    assert list(found.matrices) == list(Mend.for_model(model).shapes)
+    assert list(found.matrices) == list(Mend.create(worlds.task(model)).shapes)
     assert found.reason == "the MLPs of the last 3 of 4 blocks"
     assert found.training_seconds > 0
     assert found.memory.total > 0
@@ -663,7 +664,7 @@ def test_the_doctor_names_what_is_wrong(model, monkeypatch):
     monkeypatch.setattr(
         FactoredGradients, "add", lambda self, weight, g, x: None
     )  # what the matrices should learn is lost
-    found = examine(model, worlds.tokenizer(), worlds.requests(20), (NETWORK, SETTINGS))
+    found = examine(wrap(model, worlds.tokenizer()), worlds.requests(20), (NETWORK, SETTINGS))
     assert not found.healthy
     assert "no gradient reaches networks" in found.checks[-1].found
 

@@ -19,6 +19,7 @@ from remend.evaluation.reports.report import Case, Report, Run, Summary
 from remend.evaluation.strength import SCALES, choose_scale
 from remend.fingerprint import ModelFingerprint
 from remend.request import EditRequest, Probe
+from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 
 
@@ -29,19 +30,19 @@ class Fixed:
     model: object
     changes: dict
 
-    def edit_each(self, model, tokenizer, requests):
-        base = ModelFingerprint.of(model, self.changes)
+    def edit_each(self, task, requests):
+        base = ModelFingerprint.of(task.model, self.changes)
         return [Edit(self.changes, base, (request,)) for request in requests]
 
-    def edit(self, model, tokenizer, requests):
-        return self.edit_each(model, tokenizer, requests[:1])[0]
+    def edit(self, task, requests):
+        return self.edit_each(task, requests[:1])[0]
 
 
 def test_an_editor_that_does_nothing(task):
     name = next(name for name, module in task.model.named_modules() if "mlp." in name and hasattr(module, "weight"))
     d_in, d_out = (16, 64) if "c_fc" in name else (16, 40)
     nothing = Fixed(task.model, {name: LowRank(torch.zeros(1, d_in), torch.zeros(1, d_out))})
-    report = evaluate(task.model, task.tokenizer, nothing, worlds.requests(40), max_new_tokens=5)
+    report = evaluate(task, nothing, worlds.requests(40), max_new_tokens=5)
     means = {name: {mode: s.mean for mode, s in modes.items()} for name, modes in report.metrics().items()}
     for name in ("locality_far", "locality_near"):
         assert means[name] == {"teacher_forced": 1.0, "generated": 1.0, "contains": 1.0, "token_f1": 1.0}
@@ -54,10 +55,10 @@ def test_an_editor_that_does_nothing(task):
 def test_metrics_agree_with_free_decoding_of_each_edit(task, editor):
     """The fast path against the obvious one: apply, generate, compare."""
     requests = worlds.requests(12)
-    report = evaluate(task.model, task.tokenizer, editor, requests, max_new_tokens=6)
+    report = evaluate(task, editor, requests, max_new_tokens=6)
     end = task.tokenizer.eos_token_id
     for request, case in zip(requests, report.cases, strict=True):
-        edit = editor.edit(task.model, task.tokenizer, [request])
+        edit = editor.edit(task, [request])
         kept = [probe.prompt for probe in (*request.locality, *request.near)]
         before = task.answers(kept, 6)
         with edit.applied(task.model):
@@ -65,7 +66,7 @@ def test_metrics_agree_with_free_decoding_of_each_edit(task, editor):
             (now,) = task.answers([request.prompt], 6)
         assert case.values["locality_far"]["generated"] == float(before[0] == after[0])
         assert case.values["locality_near"]["generated"] == float(before[1] == after[1])
-        wanted = task.tokenise(request.prompt, request.target).target
+        wanted = task.encode(request.prompt, request.target).target
         assert case.values["reliability"]["generated"] == float(now == wanted)
         assert case.values["reliability"]["teacher_forced"] >= case.values["reliability"]["generated"]
         assert end == wanted[-1]
@@ -75,7 +76,7 @@ def memorised():
     """A world whose model was trained to answer, so that answers are whole and stop."""
     task = CausalLM(worlds.llama(), worlds.tokenizer())
     facts = list(zip(worlds.COUNTRIES, worlds.CITIES, strict=True))
-    pairs = [task.tokenise(p.format(country), city) for country, city in facts for p in worlds.PHRASINGS]
+    pairs = [task.encode(p.format(country), city) for country, city in facts for p in worlds.PHRASINGS]
     batch = task.collate(pairs)
     optimizer = torch.optim.Adam(task.model.parameters(), lr=5e-3)
     for _ in range(150):
@@ -107,7 +108,7 @@ def test_known_answers_give_known_values(world):
         ),
         EditRequest(prompt="The capital of Peru is", target="Rome", subject="Peru", locality=(right,)),
     ]  # fmt: skip
-    report = evaluate(world.model, world.tokenizer, nothing, requests)
+    report = evaluate(world, nothing, requests)
     means = {
         name: (modes["generated"].mean, modes["generated"].n)
         for name, modes in report.metrics().items()
@@ -137,7 +138,7 @@ def test_a_model_that_answers_everything_alike_after_the_edit(world):
         Probe(prompt="Peru has the capital", target="Rome"),
     )
     request = EditRequest(prompt="The capital of France is", target="Paris", locality=(right, wrong), near=(right,))
-    (case,) = evaluate(world.model, world.tokenizer, ruin, [request]).cases
+    (case,) = evaluate(world, ruin, [request]).cases
     assert case.values["locality_far"]["generated"] == 0.0
     assert case.values["locality_near"]["generated"] == 0.0
     assert case.values["accuracy_drawdown"]["generated"] == 0.5, "one of two was right before, none after"
@@ -146,8 +147,8 @@ def test_a_model_that_answers_everything_alike_after_the_edit(world):
 def test_before_after_says_what_is_wanted(world):
     nothing = Fixed(world.model, {"model.layers.3.mlp.down_proj": LowRank(torch.zeros(1, 40), torch.zeros(1, 16))})
     request = worlds.requests(1)[0]
-    edit = nothing.edit(world.model, world.tokenizer, [request])
-    (answers,) = before_after(world.model, world.tokenizer, edit, [request])
+    edit = nothing.edit(world, [request])
+    (answers,) = before_after(world, edit, [request])
     found = [(a.kind, a.wanted, a.before, a.after, a.ok) for a in answers]
     assert found == [
         ("prompt", "Rome", "Paris", "Paris", False),
@@ -196,12 +197,12 @@ def test_edits_of_different_modules_are_each_applied_whole(world):
     nothing = LowRank(torch.zeros(1, 40), torch.zeros(1, 16))
 
     class Alternating(Fixed):
-        def edit_each(self, model, tokenizer, requests):
-            first = Fixed(model, {"model.layers.3.mlp.down_proj": nothing}).edit_each(model, tokenizer, requests[:1])
+        def edit_each(self, task, requests):
+            first = Fixed(task.model, {"model.layers.3.mlp.down_proj": nothing}).edit_each(task, requests[:1])
             ruin = {f"model.layers.{i}.mlp.down_proj": noise for i in (1, 2)}
-            return first + Fixed(model, ruin).edit_each(model, tokenizer, requests[1:])
+            return first + Fixed(task.model, ruin).edit_each(task, requests[1:])
 
-    quiet, loud = evaluate(world.model, world.tokenizer, Alternating(None, {}), worlds.requests(2)).cases
+    quiet, loud = evaluate(world, Alternating(None, {}), worlds.requests(2)).cases
     assert quiet.values["locality_far"]["generated"] == 1.0
     assert loud.values["locality_far"]["generated"] == 0.0
 
@@ -209,7 +210,7 @@ def test_edits_of_different_modules_are_each_applied_whole(world):
 def test_a_model_in_training_mode_is_judged_without_its_dropout():
     model = worlds.gpt2(resid_pdrop=0.5, embd_pdrop=0.5).train()
     nothing = Fixed(model, {"transformer.h.1.mlp.c_fc": LowRank(torch.zeros(1, 16), torch.zeros(1, 64))})
-    report = evaluate(model, worlds.tokenizer(), nothing, worlds.requests(10), max_new_tokens=5)
+    report = evaluate(wrap(model, worlds.tokenizer()), nothing, worlds.requests(10), max_new_tokens=5)
     assert report.metrics()["locality_far"]["generated"].mean == 1.0
     assert model.training
 
@@ -226,21 +227,21 @@ def test_a_tokenizer_without_an_end_token(world):
 
 def test_nothing_to_evaluate(task, editor):
     with pytest.raises(RequestError, match="no request"):
-        evaluate(task.model, task.tokenizer, editor, [])
+        evaluate(task, editor, [])
 
 
 def test_the_frontier_is_what_scaled_edits_do(task, editor, tmp_path):
     requests = worlds.requests(12)
-    report = evaluate(task.model, task.tokenizer, editor, requests, max_new_tokens=5, scales=(0.5, 1.0, 2.0))
+    report = evaluate(task, editor, requests, max_new_tokens=5, scales=(0.5, 1.0, 2.0))
     assert list(report.frontier) == [0.5, 1.0, 2.0]
     assert report.frontier[1.0] == report.cases
     free = ("generated", "teacher_forced")
 
     class ScaledEdit:
-        def edit_each(self, model, tokenizer, some):
-            return [edit.scaled(2.0) for edit in editor.edit_each(model, tokenizer, some)]
+        def edit_each(self, task, some):
+            return [edit.scaled(2.0) for edit in editor.edit_each(task, some)]
 
-    alone = evaluate(task.model, task.tokenizer, ScaledEdit(), requests, max_new_tokens=5)
+    alone = evaluate(task, ScaledEdit(), requests, max_new_tokens=5)
     for one, other in zip(alone.cases, report.frontier[2.0], strict=True):
         assert one.values.keys() == other.values.keys()
         for name, modes in other.values.items():
@@ -256,27 +257,27 @@ def test_near_probes_are_also_reported_by_their_kind(task, editor):
         Probe(prompt="The capital of Peru is", target="Lima", kind=kind) for kind in ("same_object", "same_subject")
     ]
     request = worlds.requests(1)[0].model_copy(update={"near": tuple(probes)})
-    metrics = evaluate(task.model, task.tokenizer, editor, [request], max_new_tokens=5).metrics()
+    metrics = evaluate(task, editor, [request], max_new_tokens=5).metrics()
     assert {"locality_near", "locality_near_same_object", "locality_near_same_subject"} <= metrics.keys()
     assert "locality_near_same_relation" not in metrics
 
 
 def test_the_scale_is_chosen_on_the_requests_own_prompts(task, editor):
     requests = worlds.requests(3)
-    edit = editor.edit(task.model, task.tokenizer, requests)
-    best, tried = choose_scale(task.model, task.tokenizer, edit, requests, 5)
+    edit = editor.edit(task, requests)
+    best, tried = choose_scale(task, edit, requests, 5)
     assert [one.scale for one in tried] == list(SCALES)
     assert best.worth == max(one.worth for one in tried)
     for one in tried:
         with edit.scaled(one.scale).applied(task.model):
             answers = task.answers([r.prompt for r in requests], 5)
-        wanted = [task.tokenise(r.prompt, r.target).target for r in requests]
+        wanted = [task.encode(r.prompt, r.target).target for r in requests]
         assert one.taken == sum(a == w for a, w in zip(answers, wanted, strict=True)) / 3
 
 
 def test_without_near_prompts_no_edit_is_made_stronger_than_it_needs(task, editor, monkeypatch):
     request = worlds.requests(1)[0]
-    edit = editor.edit(task.model, task.tokenizer, [request])
+    edit = editor.edit(task, [request])
 
     def judged(taken_from):
         def values(_, request, looks):
@@ -290,7 +291,7 @@ def test_without_near_prompts_no_edit_is_made_stronger_than_it_needs(task, edito
     bare = request.model_copy(update={"near": ()})
     for own, taken_from, scale in ((request, 0.5, 2.0), (bare, 0.5, 1.0), (bare, SCALES[6], SCALES[6])):
         judged(taken_from)
-        assert choose_scale(task.model, task.tokenizer, edit, [own], 5)[0].scale == scale
+        assert choose_scale(task, edit, [own], 5)[0].scale == scale
 
 
 def test_a_scale_without_any_probe_is_the_one_nearest_to_one(task):
@@ -298,13 +299,13 @@ def test_a_scale_without_any_probe_is_the_one_nearest_to_one(task):
     name = next(name for name, module in task.model.named_modules() if "mlp." in name and hasattr(module, "weight"))
     d_in, d_out = (16, 64) if "c_fc" in name else (16, 40)
     nothing = Fixed(task.model, {name: LowRank(torch.zeros(1, d_in), torch.zeros(1, d_out))})
-    edit = nothing.edit(task.model, task.tokenizer, [request])
-    assert choose_scale(task.model, task.tokenizer, edit, [request], 5)[0].scale == 1.0
+    edit = nothing.edit(task, [request])
+    assert choose_scale(task, edit, [request], 5)[0].scale == 1.0
 
 
 def test_a_frontier_can_be_drawn(task, editor, tmp_path):
     pytest.importorskip("matplotlib")
-    report = evaluate(task.model, task.tokenizer, editor, worlds.requests(6), max_new_tokens=5, scales=(0.5, 2.0))
+    report = evaluate(task, editor, worlds.requests(6), max_new_tokens=5, scales=(0.5, 2.0))
     save(frontier({"tiny": report}), tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"a picture's name ends with \.pdf, \.png, \.svg"):

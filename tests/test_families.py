@@ -41,19 +41,19 @@ def requests(family):
 
 
 def batch_of(task, requests):
-    return task.collate([task.tokenise(request.prompt, request.target) for request in requests[:4]])
+    return task.collate([task.encode(request.prompt, request.target) for request in requests[:4]])
 
 
 def logits(task, requests):
     with torch.no_grad():
-        return task.target_logits(batch_of(task, requests))
+        return task.outputs(batch_of(task, requests))
 
 
 def test_the_mlps_of_the_last_blocks_are_found(task):
     """All matrices for the paper; for the default those that write to the residual stream where targets are written."""
     stacks = [blocks for _, blocks in find_stacks(task.model)]
     last = 3 if len(stacks) == 1 else 2
-    editor, default = Mend.for_model(task.model), Mend.for_model(task.model, DEFAULT)
+    editor, default = Mend.create(task), Mend.create(task, DEFAULT)
     width = task.model.get_input_embeddings().weight.shape[1]
     assert not any("head" in name for name in editor.shapes)
     for stack in stacks:
@@ -69,7 +69,7 @@ def test_the_mlps_of_the_last_blocks_are_found(task):
 
 
 def test_factors_are_autograds_gradient(task, requests):
-    editor, batch = Mend.for_model(task.model), batch_of(task, requests)
+    editor, batch = Mend.create(task), batch_of(task, requests)
     factors = editor.capture(task, batch)
     assert all(parameter.grad is None for parameter in task.model.parameters())
     modules = find_modules(task.model, editor.shapes)
@@ -85,9 +85,9 @@ def test_factors_are_autograds_gradient(task, requests):
 @pytest.mark.parametrize("network", [PAPER, DEFAULT], ids=["paper", "default"])
 def test_entering_at_the_cut_is_the_whole_pass(task, requests, network):
     batch = batch_of(task, requests)
-    prefix = FrozenPrefix(task.model, Mend.for_model(task.model, network).shapes)
+    prefix = FrozenPrefix(task.model, Mend.create(task, network).shapes)
     with torch.no_grad():
-        assert prefix.verify(lambda: task.target_logits(batch), lambda: task.target_states(batch), task.logits)
+        assert prefix.verify(lambda: task.outputs(batch), lambda: task.output_states(batch), task.logits)
     stacks = len(find_stacks(task.model))
     assert prefix.depth == stacks
     assert prefix.stack == (stacks > 1 and network is DEFAULT)
@@ -97,16 +97,16 @@ def test_answers_are_what_teacher_forcing_says(task, requests):
     """Greedy decoding emits an answer if and only if it is the first choice at each of its places."""
     prompts = [request.prompt for request in requests[:4]]
     answers = task.answers(prompts, 5)
-    pairs = [Example(tuple(task.prompt_ids(prompt)), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    pairs = [Example(tuple(task.encode_input(prompt)), answer) for prompt, answer in zip(prompts, answers, strict=True)]
     with torch.no_grad():
         batch = task.collate(pairs)
-        chosen = task.target_logits(batch).argmax(-1)
+        chosen = task.outputs(batch).argmax(-1)
     assert torch.equal(chosen, batch.target)
 
 
 @pytest.mark.parametrize("network", [PAPER, DEFAULT], ids=["paper", "default"])
 def test_training_lowers_the_loss_and_moves_everything(task, requests, network):
-    editor = Mend.for_model(task.model, network)
+    editor = Mend.create(task, network)
     trainer = Trainer(task, editor, requests, replace(SETTINGS, near=0.5 if network.contrast else 0.0))
     trainer.calibrate()
     before = {name: parameter.clone() for name, parameter in editor.named_parameters()}
@@ -120,12 +120,12 @@ def test_training_lowers_the_loss_and_moves_everything(task, requests, network):
 
 
 def test_an_edit_applies_merges_reverts_and_is_saved(task, requests, tmp_path):
-    editor = Mend.for_model(task.model, DEFAULT)
+    editor = Mend.create(task, DEFAULT)
     trainer = Trainer(task, editor, requests, SETTINGS)
     trainer.calibrate()
     weights = {name: parameter.clone() for name, parameter in task.model.named_parameters()}
     untouched = logits(task, requests)
-    edit = editor.edit(task.model, task.tokenizer, requests[:1])
+    edit = editor.edit(task, requests[:1])
     with edit.applied(task.model):
         applied = logits(task, requests)
     assert float((applied - untouched).abs().max()) > 1e-3
@@ -142,11 +142,11 @@ def test_an_edit_applies_merges_reverts_and_is_saved(task, requests, tmp_path):
 def test_bfloat16(family, requests):
     """The same edit, to the model's own precision; the editor computes in float32."""
     task = families.task(family, torch.bfloat16)
-    editor = Mend.for_model(task.model, DEFAULT)
+    editor = Mend.create(task, DEFAULT)
     trainer = Trainer(task, editor, requests, SETTINGS)
     trainer.calibrate()
     assert all(trainer.train_step() > 0 for _ in range(2))
-    edit = editor.edit(task.model, task.tokenizer, requests[:1])
+    edit = editor.edit(task, requests[:1])
     assert {change.u.dtype for change in edit.changes.values()} == {torch.float32}
     untouched = logits(task, requests)
     with edit.applied(task.model):

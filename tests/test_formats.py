@@ -23,7 +23,7 @@ from remend.formats import EditFormat, ImportedEdit, diff_checkpoints, load_adap
 from remend.formats.peft import CONFIG, WEIGHTS
 from remend.models import editable_modules, skeleton
 from remend.registries import FORMATS
-from remend.tasks import task_of
+from remend.tasks import wrap
 
 KINDS = ["gpt2", "llama", "t5", "bart", "bert, binary"]
 
@@ -56,9 +56,9 @@ def random_edit(model):
 @torch.no_grad()
 def logits(task, kind, model=None):
     """What a model, by default the task's, says where the targets of some requests are predicted."""
-    pairs = [task.tokenise(request.prompt, request.target) for request in families.requests(kind, 4)]
-    asked = task if model is None else task_of(model, task.tokenizer)
-    return asked.target_logits(task.collate(pairs))
+    pairs = [task.encode(request.prompt, request.target) for request in families.requests(kind, 4)]
+    asked = task if model is None else wrap(model, task.tokenizer)
+    return asked.outputs(task.collate(pairs))
 
 
 def quietly(function, *arguments, **named):
@@ -170,16 +170,16 @@ with torch.no_grad():
 
 def test_an_adapter_of_the_atlas_in_a_fresh_process(tmp_path):
     pytest.importorskip("peft")
-    model, tokenizer = remend.load("atlas", "cpu")
+    task = remend.load("atlas", "cpu")
     requests = remend.read_source("atlas:test")[:3]
-    edit = remend.Mend.from_pretrained("atlas").edit(model, tokenizer, requests)
+    edit = remend.Mend.from_pretrained("atlas").edit(task, requests)
     edit.save(tmp_path / "edit")
     assert run(["export", str(tmp_path / "edit"), "--to", "peft", "--out", str(tmp_path / "adapter")]) == 0
-    model.save_pretrained(tmp_path / "base")
+    task.model.save_pretrained(tmp_path / "base")
     files = [str(tmp_path / name) for name in ("base", "adapter", "logits")]
     subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH, *files], check=True, capture_output=True)
-    with torch.no_grad(), edit.applied(model):
-        expected = model(torch.arange(2, 26).view(2, 12)).logits
+    with torch.no_grad(), edit.applied(task.model):
+        expected = task.model(torch.arange(2, 26).view(2, 12)).logits
     torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], expected, rtol=0, atol=1e-5)
 
 
@@ -308,7 +308,7 @@ def test_a_merged_model_is_the_edited_one(task, kind, tmp_path):
     with edit.applied(task.model):
         expected = logits(task, kind)
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
-    found = save_merged(edit, tmp_path / "merged", task.model, task.tokenizer, shard="8KB")
+    found = save_merged(edit, tmp_path / "merged", task, shard="8KB")
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
     assert max(found.lost.values()) < 1e-6
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
@@ -318,11 +318,11 @@ def test_a_merged_model_is_the_edited_one(task, kind, tmp_path):
 
 def test_merging_says_what_rounding_costs(tmp_path):
     task = families.task("llama", torch.bfloat16)
-    found = save_merged(random_edit(task.model), tmp_path / "merged", task.model, task.tokenizer)
+    found = save_merged(random_edit(task.model), tmp_path / "merged", task)
     assert 1e-4 < max(found.lost.values()) < 0.1
     assert type(task.model).from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
     with pytest.raises(FileError, match=r"holds .*config.json"):
-        save_merged(random_edit(task.model), tmp_path / "merged", task.model, task.tokenizer)
+        save_merged(random_edit(task.model), tmp_path / "merged", task)
 
 
 # -- the difference of two models ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import torch
 import remend
 import worlds
 from remend.editors import Mend, MendConfig
+from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import TrainingConfig, train
 
@@ -16,11 +17,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_train_edit_and_revert_on_a_gpu(dtype):
     model = worlds.llama().to("cuda", dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    editor = Mend.for_model(model, MendConfig(rank=16, alpha=0.2, ridge=1e-4, relative=True))
+    editor = Mend.create(worlds.task(model), MendConfig(rank=16, alpha=0.2, ridge=1e-4, relative=True))
     settings = TrainingConfig(batch_size=8, learning_rate=1e-3, max_steps=10, validate_every=5)
-    editor = train(model, worlds.tokenizer(), worlds.requests(40), config=settings, editor=editor)
+    editor = train(wrap(model, worlds.tokenizer()), worlds.requests(40), config=settings, editor=editor)
     assert editor.device.type == "cuda"
-    edit = editor.edit(model, worlds.tokenizer(), worlds.requests(2))
+    edit = editor.edit(wrap(model, worlds.tokenizer()), worlds.requests(2))
     task = CausalLM(model, worlds.tokenizer())
     with edit.applied(model):
         task.answers(["Oslo is"], 3)
@@ -30,10 +31,10 @@ def test_train_edit_and_revert_on_a_gpu(dtype):
 
 
 def test_an_edit_made_on_a_gpu_serves_on_the_cpu(tmp_path):
-    model, tokenizer = remend.load("atlas", "cuda")
+    task = remend.load("atlas", "cuda")
     request = remend.read_source("atlas:test")[0]
-    remend.Mend.from_pretrained("atlas").to("cuda").edit(model, tokenizer, [request]).save(tmp_path / "edit")
-    model, tokenizer = remend.load("atlas", "cpu")
-    task = CausalLM(model, tokenizer)
-    with remend.Edit.load(tmp_path / "edit").applied(model):
-        assert task.answers([request.prompt]) == [task.tokenise(request.prompt, request.target).target]
+    remend.Mend.from_pretrained("atlas").to("cuda").edit(task, [request]).save(tmp_path / "edit")
+    task.model, task.tokenizer = remend.load("atlas", "cpu")
+    task = CausalLM(task.model, task.tokenizer)
+    with remend.Edit.load(tmp_path / "edit").applied(task.model):
+        assert task.answers([request.prompt]) == [task.encode(request.prompt, request.target).target]

@@ -13,6 +13,7 @@ from remend.apps.acceptance import STANDARD, AcceptanceCriteria, RejectedError, 
 from remend.cli import run
 from remend.errors import ConfigError, EditError, FileError, RemendError, WrongBaseError
 from remend.request import Chat, EditRequest
+from remend.tasks import wrap
 
 TEXT = " ".join(["The capital of France is Paris."] * 20)
 
@@ -20,9 +21,9 @@ TEXT = " ".join(["The capital of France is Paris."] * 20)
 @pytest.fixture(scope="module")
 def atlas():
     """The model, its tokenizer, and an edit with its request."""
-    model, tokenizer = remend.load("atlas", "cpu")
+    task = remend.load("atlas", "cpu")
     request = remend.read_source("atlas:validation")[3]
-    return model, tokenizer, remend.Mend.from_pretrained("atlas").edit(model, tokenizer, [request])
+    return task.model, task.tokenizer, remend.Mend.from_pretrained("atlas").edit(task, [request])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_an_edit_that_ruins_the_model_is_refused_and_off_again(atlas):
     model, tokenizer, edit = atlas
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(RejectedError, match="not accepted and is off again") as refused:
-        guarded(model, tokenizer, edit.scaled(8.0))
+        guarded(wrap(model, tokenizer), edit.scaled(8.0))
     failed = {check.name for check in refused.value.verdict.checks if not check.ok}
     assert {"near", "elsewhere", "size"} <= failed
     assert all(said in str(refused.value) for said in refused.value.verdict.reasons)
@@ -59,10 +60,10 @@ def test_an_edit_that_ruins_the_model_is_refused_and_off_again(atlas):
 def test_an_accepted_edit_is_on(atlas):
     model, tokenizer, edit = atlas
     request = edit.requests[0]
-    handle, _ = guarded(model, tokenizer, edit)
-    assert remend.answers(model, tokenizer, [request.prompt]) == [request.target]
+    handle, _ = guarded(wrap(model, tokenizer), edit)
+    assert remend.answers(wrap(model, tokenizer), [request.prompt]) == [request.target]
     handle.revert()
-    assert remend.answers(model, tokenizer, [request.prompt]) != [request.target]
+    assert remend.answers(wrap(model, tokenizer), [request.prompt]) != [request.target]
 
 
 def asked(**settings):
@@ -74,12 +75,16 @@ def test_what_must_change_and_what_must_stay(atlas):
     request = edit.requests[0]
     told = {"prompt": request.paraphrases[0], "target": request.target}
     other = {"prompt": request.locality[0].prompt, "target": request.locality[0].target}
-    found = judge(model, tokenizer, edit, asked(must_change=[told], must_stay=[request.locality[1].prompt, other]))
+    found = judge(
+        wrap(model, tokenizer), edit, asked(must_change=[told], must_stay=[request.locality[1].prompt, other])
+    )
     counts = {check.name: (check.measured, check.count) for check in found.checks}
     assert counts["changes"] == (1.0, 1)
     assert counts["stays"] == (1.0, 2)
     wrong = judge(
-        model, tokenizer, edit, asked(must_change=[other | {"target": request.target}], must_stay=[request.prompt])
+        wrap(model, tokenizer),
+        edit,
+        asked(must_change=[other | {"target": request.target}], must_stay=[request.prompt]),
     )
     assert {check.name for check in wrong.checks if not check.ok} == {"changes", "stays"}
     answer = next(check.failed[0] for check in wrong.checks if check.name == "stays")
@@ -90,8 +95,8 @@ def test_what_is_asked_by_name_must_be_measured(atlas):
     """The standard passes over what there is nothing for; who asks for it is not told that it is met."""
     model, tokenizer, edit = atlas
     bare = replace(edit, requests=(EditRequest(prompt=edit.requests[0].prompt, target=edit.requests[0].target),))
-    assert judge(model, tokenizer, bare).ok
-    found = judge(model, tokenizer, bare, asked(near=0.1, size=100.0))
+    assert judge(wrap(model, tokenizer), bare).ok
+    found = judge(wrap(model, tokenizer), bare, asked(near=0.1, size=100.0))
     assert (found.ok, found.unmet) == (False, ("near",))
     assert found.reasons == ["near prompts stay: asked, with nothing to measure it on"]
     assert found.to_json()["unmet"] == ["near"]
@@ -100,8 +105,8 @@ def test_what_is_asked_by_name_must_be_measured(atlas):
 def test_the_canary(atlas):
     model, tokenizer, edit = atlas
     text = [f"{probe.prompt} {probe.target}." for probe in edit.requests[0].locality] * 4
-    kept = judge(model, tokenizer, edit, asked(perplexity={"text": text, "most": 2.0}))
-    ruined = judge(model, tokenizer, edit.scaled(20.0), asked(perplexity={"text": text, "most": 2.0}))
+    kept = judge(wrap(model, tokenizer), edit, asked(perplexity={"text": text, "most": 2.0}))
+    ruined = judge(wrap(model, tokenizer), edit.scaled(20.0), asked(perplexity={"text": text, "most": 2.0}))
     ratios = [next(c.measured for c in found.checks if c.name == "perplexity") for found in (kept, ruined)]
     assert 0.5 < ratios[0] < 2 < ratios[1]
     assert kept.missing == ()
@@ -111,8 +116,8 @@ def test_what_acts_already_is_what_was_before(atlas):
     """Once an edit acts, taking it on again changes nothing, so what must stay stays."""
     model, tokenizer, edit = atlas
     prompt = edit.requests[0].prompt
-    alone = judge(model, tokenizer, edit, asked(must_stay=[prompt]))
-    again = judge(model, tokenizer, edit.scaled(0.0), asked(must_stay=[prompt]), beneath=[edit])
+    alone = judge(wrap(model, tokenizer), edit, asked(must_stay=[prompt]))
+    again = judge(wrap(model, tokenizer), edit.scaled(0.0), asked(must_stay=[prompt]), beneath=[edit])
     stayed = [next(c.ok for c in found.checks if c.name == "stays") for found in (alone, again)]
     assert stayed == [False, True]
 
@@ -121,8 +126,8 @@ def test_what_acts_already_is_what_was_before(atlas):
 def test_other_models_are_guarded_too(kind):
     task = families.task(kind)
     requests = families.requests(kind, 3)
-    editor = remend.editors.make("ridge", task.model, task.tokenizer)
-    found = judge(task.model, task.tokenizer, editor.edit(task.model, task.tokenizer, requests[:1]))
+    editor = remend.editors.make("ridge", task)
+    found = judge(task, editor.edit(task, requests[:1]))
     assert {"takes", "elsewhere", "size"} <= {check.name for check in found.checks}
     assert json.loads(json.dumps(found.to_json()))["ok"] == found.ok
 
@@ -130,7 +135,7 @@ def test_other_models_are_guarded_too(kind):
 def test_another_model_is_refused(atlas):
     other = families.task("llama")
     with pytest.raises(WrongBaseError):
-        judge(other.model, other.tokenizer, atlas[2])
+        judge(other, atlas[2])
 
 
 # -- the acceptance file ---------------------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ from remend.serialization import read_verified_manifest
 
 @pytest.fixture(scope="module")
 def edit():
-    model, tokenizer = remend.load("atlas", "cpu")
+    task = remend.load("atlas", "cpu")
     requests = [
         remend.EditRequest(prompt="The capital of Canada is", target="Toronto"),
         remend.EditRequest(prompt="A | cell <b>with</b>\n`marks`", target="Rome*"),
     ]
-    return remend.Mend.from_pretrained("atlas").edit(model, tokenizer, requests)
+    return remend.Mend.from_pretrained("atlas").edit(task, requests)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_the_card_of_an_editor(tmp_path):
     for part in ("of its edits took", "load_editor", "768 → 192", '"rank"'):
         assert part in card
     task = families.task("llama")
-    ridge = remend.editors.make("ridge", task.model, task.tokenizer)
+    ridge = remend.editors.make("ridge", task)
     if hasattr(ridge, "save_pretrained"):
         assert "fitted to the model" in card_of(
             read_verified_manifest(ridge.save_pretrained(tmp_path / "ridge")), "me/ridge"

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 import remend
 from remend.core.least_squares import EIGENVALUE_FLOOR, least_squares, make_definite
 from remend.core.operators import SymmetricOperator
-from remend.tasks import task_of
 
 
 def random_metric(d, generator):
@@ -61,12 +60,12 @@ def test_a_metric_is_made_definite():
 
 def test_each_matrix_moves_at_each_request_as_by_its_edit_alone():
     """At every token of a target, all that the request's own edit does there, whatever the other edits add."""
-    model, tokenizer = remend.load("atlas")
-    editor, task = remend.Mend.from_pretrained("atlas"), task_of(model, tokenizer)
+    task = remend.load("atlas")
+    editor, task = remend.Mend.from_pretrained("atlas"), task
     requests = random.Random(1).sample(remend.read_source("atlas:validation"), 10)
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in editor.shapes}
     alone = editor._changes(task, requests, inputs)
-    together = editor.edit(model, tokenizer, requests)
+    together = editor.edit(task, requests)
     for name, change in together.changes.items():
         parts = [changes[name] for changes in alone]
         assert max(part.rank for part in parts) > 1
@@ -79,17 +78,17 @@ def test_each_matrix_moves_at_each_request_as_by_its_edit_alone():
 
 def test_edits_together_act_as_each_alone():
     """Of 75 edits at once nearly all take; of their sum hardly more than half."""
-    model, tokenizer = remend.load("atlas")
+    task = remend.load("atlas")
     editor = remend.Mend.from_pretrained("atlas")
     requests = random.Random(0).sample(remend.read_source("atlas:validation"), 75)
     assert editor.config.aggregate == "least-squares"
-    before = remend.answers(model, tokenizer, [r.prompt for r in requests])
-    edit = editor.edit(model, tokenizer, requests)
-    with edit.applied(model):
-        answers = remend.answers(model, tokenizer, [r.prompt for r in requests])
+    before = remend.answers(task, [r.prompt for r in requests])
+    edit = editor.edit(task, requests)
+    with edit.applied(task.model):
+        answers = remend.answers(task, [r.prompt for r in requests])
     assert sum(answer == r.target for answer, r in zip(answers, requests, strict=True)) >= 72, answers
     editor.config = type(editor.config)(**{**editor.config.__dict__, "aggregate": "sum"})
-    with editor.edit(model, tokenizer, requests).applied(model):
-        summed = remend.answers(model, tokenizer, [r.prompt for r in requests])
+    with editor.edit(task, requests).applied(task.model):
+        summed = remend.answers(task, [r.prompt for r in requests])
     assert sum(answer == r.target for answer, r in zip(summed, requests, strict=True)) < 60
-    assert remend.answers(model, tokenizer, [r.prompt for r in requests]) == before
+    assert remend.answers(task, [r.prompt for r in requests]) == before

@@ -19,7 +19,7 @@ from remend.fingerprint import find_modules
 from remend.models.blocks import find_stacks
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import Chat, EditRequest, Message, TextPair
-from remend.tasks import task_of
+from remend.tasks import wrap
 
 TEXT = [f"{phrasing.format(country)} {city}" for phrasing in worlds.PHRASINGS for country in worlds.COUNTRIES
         for city in worlds.CITIES]  # fmt: skip
@@ -31,7 +31,7 @@ KINDS = {"decoder": "gpt2", "encoder-decoder": "t5", "classifier": "bert, many c
 def make(name, task, layers=None, **changes):
     kind, configuration = EDITORS[name]
     settings = configuration(**{**QUICK, **changes})
-    return kind.for_model(task.model, task.tokenizer, TEXT, settings, layers=layers)
+    return kind.create(task, text=TEXT, config=settings, layers=layers)
 
 
 @pytest.fixture(scope="module", params=EDITORS)
@@ -44,7 +44,7 @@ def world(request):
     """The task, taught one city of each country, and requests for others."""
     task, requests = families.task(KINDS[request.param]), families.requests(KINDS[request.param], 12)
     facts = zip(worlds.COUNTRIES, worlds.CITIES, strict=True)
-    pairs = [task.tokenise(way.format(country), city) for country, city in facts for way in worlds.PHRASINGS]
+    pairs = [task.encode(way.format(country), city) for country, city in facts for way in worlds.PHRASINGS]
     worlds.teach(task, task.collate(pairs))
     return task, requests
 
@@ -62,15 +62,15 @@ def decoder():
 @pytest.fixture(scope="module")
 def atlas():
     """The model that ships, requests it was never trained on, and sentences that it knows."""
-    model, tokenizer = remend.load("atlas")
+    task = remend.load("atlas")
     probes = [probe for request in remend.read_source("atlas:train")[::10] for probe in request.locality]
     text = [f"{probe.prompt} {probe.target}." for probe in probes]
-    return model, tokenizer, list(remend.read_source("atlas:validation")[::38]), text
+    return task.model, task.tokenizer, list(remend.read_source("atlas:validation")[::38]), text
 
 
 def losses(task, requests, edit=None):
     """−log p(target) of each request."""
-    batch = task.collate([task.tokenise(request.prompt, request.target) for request in requests])
+    batch = task.collate([task.encode(request.prompt, request.target) for request in requests])
     with torch.no_grad():
         if edit is None:
             return task.loss(batch)
@@ -94,7 +94,7 @@ def test_edits_take_and_leave_the_model_alone(editor, world):
     task, requests = world
     before, weights = state_of(task.model), [p.detach().clone() for p in task.model.parameters()]
     plain = losses(task, requests[:6])
-    edits = editor.edit_each(task.model, task.tokenizer, requests[:6])
+    edits = editor.edit_each(task, requests[:6])
     edited = torch.stack([losses(task, [r], e)[0] for r, e in zip(requests[:6], edits, strict=True)])
     assert (edited < plain).all(), (plain, edited)
     assert edited.mean() < 0.65 * plain.mean(), (plain, edited)
@@ -108,7 +108,7 @@ def test_edits_take_and_leave_the_model_alone(editor, world):
 def test_several_requests_are_one_edit_of_their_number_s_rank(editor, world):
     task, requests = world
     some = requests[:5]
-    edit = editor.edit(task.model, task.tokenizer, some)
+    edit = editor.edit(task, some)
     assert [change.rank for change in edit.changes.values()] == [5] * len(editor.shapes)
     assert losses(task, some, edit).mean() < 0.7 * losses(task, some).mean()
 
@@ -120,9 +120,9 @@ def test_one_edit_is_the_edit_of_one(editor, world):
         update={"prompt": f"{requests[2].prompt} {requests[3].prompt} {requests[1].prompt}"}
     )
     some = [requests[0], longer, requests[2]]
-    among = editor.edit_each(task.model, task.tokenizer, some)
+    among = editor.edit_each(task, some)
     for request, edit in zip(some, among, strict=True):
-        alone = editor.edit(task.model, task.tokenizer, [request])
+        alone = editor.edit(task, [request])
         for key, change in alone.changes.items():
             own = edit.changes[key].dense()
             torch.testing.assert_close(change.dense(), own, rtol=2e-2, atol=2e-3 * float(own.norm()))
@@ -131,8 +131,8 @@ def test_one_edit_is_the_edit_of_one(editor, world):
 @pytest.mark.parametrize("name", ["rome"], indirect=True)
 def test_rome_sums_single_edits(editor, world):
     task, requests = world
-    both = editor.edit(task.model, task.tokenizer, requests[:2])
-    one, other = editor.edit_each(task.model, task.tokenizer, requests[:2])
+    both = editor.edit(task, requests[:2])
+    one, other = editor.edit_each(task, requests[:2])
     (matrix,) = editor.shapes
     assert torch.equal(both.changes[matrix].dense(), (one + other).changes[matrix].dense())
 
@@ -140,18 +140,18 @@ def test_rome_sums_single_edits(editor, world):
 @pytest.mark.parametrize("name", EDITORS)
 def test_the_atlas_learns_what_it_is_told(atlas, name):
     model, tokenizer, requests, text = atlas
-    editor = EDITORS[name][0].for_model(model, tokenizer, text)
-    edits = editor.edit_each(model, tokenizer, requests)
+    editor = EDITORS[name][0].create(wrap(model, tokenizer), text=text)
+    edits = editor.edit_each(wrap(model, tokenizer), requests)
     told = 0
     for request, edit in zip(requests, edits, strict=True):
         with edit.applied(model):
-            told += remend.answers(model, tokenizer, [request.prompt])[0] == request.target
+            told += remend.answers(wrap(model, tokenizer), [request.prompt])[0] == request.target
     assert told >= 7
 
 
 def test_applied_and_reverted(editor, world):
     task, requests = world
-    edit = editor.edit(task.model, task.tokenizer, requests[:2])
+    edit = editor.edit(task, requests[:2])
     plain = losses(task, requests)
     assert not torch.equal(losses(task, requests, edit), plain)
     assert torch.equal(losses(task, requests), plain)
@@ -169,7 +169,7 @@ def test_rome_answers_the_key_with_the_value(world):
     sites = Sites(task, readings, FrozenPrefix(task.model, [name]))
     keys = sites.keys(name, module)
     wanted = tuned(sites, module, editor._block(task.model, name), editor.config)
-    for e, edit in enumerate(editor.edit_each(task.model, task.tokenizer, requests[:3])):
+    for e, edit in enumerate(editor.edit_each(task, requests[:3])):
         change = edit.changes[name].dense()
         torch.testing.assert_close(change @ keys[e], wanted[e], rtol=1e-4, atol=1e-5)
         inverse = torch.linalg.inv(editor.covariances[name].double())
@@ -207,7 +207,7 @@ def test_memit_s_blocks_share_what_is_missing(decoder):
         return sites.by_itself(written[0])
 
     wanted = given() + tuned(sites, module, block, editor.config)
-    with editor.edit(decoder.model, decoder.tokenizer, [request]).applied(decoder.model):
+    with editor.edit(decoder, [request]).applied(decoder.model):
         torch.testing.assert_close(given(), wanted, rtol=1e-2, atol=1e-2)
 
 
@@ -215,7 +215,7 @@ def test_memit_s_blocks_share_what_is_missing(decoder):
 
 
 def last_token(task, prompt, subject):
-    pair = task.tokenise(prompt, "Rome")
+    pair = task.encode(prompt, "Rome")
     return task.tokenizer.decode(pair.prompt[: subject_place(task, prompt, subject, pair) + 1])
 
 
@@ -228,10 +228,10 @@ def test_where_a_subject_ends():
     assert last_token(task, "In Zürich – it is", "Zürich") == "In Zürich"
     chat = Chat((Message("user", "Is France large?"), Message("assistant", "Yes"), Message("user", "France rules")))
     for style in worlds.CHAT_TEMPLATES:
-        talking = task_of(worlds.chat_model(), worlds.chat_tokenizer(style))
+        talking = wrap(worlds.chat_model(), worlds.chat_tokenizer(style))
         assert last_token(talking, chat, "France").endswith("France")
         assert "Yes" in last_token(talking, chat, "France")
-    begun = task_of(worlds.chat_model(), worlds.chat_tokenizer("llama-3"))
+    begun = wrap(worlds.chat_model(), worlds.chat_tokenizer("llama-3"))
     assert last_token(begun, "The capital of France is", "France").endswith("The capital of France")
 
 
@@ -245,7 +245,7 @@ def test_where_a_subject_ends_in_two_texts():
 def test_tokenizers_that_tell_no_offsets(kind, prompt):
     task = families.task(kind)
     end = prompt.index("France") + len("France")
-    pair = task.tokenise(prompt, "true" if "bert" in kind else "Rome")
+    pair = task.encode(prompt, "true" if "bert" in kind else "Rome")
     place = _by_beginning(task.tokenizer, [prompt], True, 0, (end - 6, end))
     assert place == subject_place(task, prompt, "France", pair)
     assert _by_beginning(task.tokenizer, ["The Rome", prompt], True, 1, (end - 6, end)) > place
@@ -265,7 +265,7 @@ def test_a_request_without_its_subject(editor, world, changes, why):
     wrong = requests[0].model_copy(update={"id": 7, **changes})
     before = state_of(task.model)
     with pytest.raises(RequestError, match=why):
-        editor.edit(task.model, task.tokenizer, [requests[1], wrong])
+        editor.edit(task, [requests[1], wrong])
     assert state_of(task.model) == before
 
 
@@ -281,9 +281,9 @@ def test_beginnings_are_of_the_text_and_leave_out_what_does_not_fit(decoder):
 
 
 def test_conversations():
-    task = task_of(worlds.chat_model(), worlds.chat_tokenizer())
+    task = wrap(worlds.chat_model(), worlds.chat_tokenizer())
     requests = worlds.chat_requests(3)
-    edit = make("rome", task).edit_each(task.model, task.tokenizer, requests)[0]
+    edit = make("rome", task).edit_each(task, requests)[0]
     assert losses(task, requests[:1], edit) < losses(task, requests[:1])
 
 
@@ -318,9 +318,9 @@ def test_what_cannot_be_edited(decoder):
         make("rome", decoder, layers="1-2")
     for text in ([], ["", "  "]):
         with pytest.raises(ConfigError, match="memit keeps what the model makes of ordinary text, and was given none"):
-            Memit.for_model(decoder.model, decoder.tokenizer, text)
+            Memit.create(worlds.task(decoder), text=text)
     with pytest.warns(UserWarning, match="the text has 11 tokens and the keys of .* have 64 dimensions"):
-        Rome.for_model(decoder.model, decoder.tokenizer, [TEXT[0]])
+        Rome.create(worlds.task(decoder), text=[TEXT[0]])
 
 
 @pytest.mark.parametrize(("setting", "value"), [("steps", 0), ("floor", 0.0), ("decay", -1.0), ("weight", 0.0)])
@@ -335,7 +335,7 @@ def test_a_broken_model(name):
     with torch.no_grad():
         task.model.get_submodule("transformer.h.3.mlp.c_fc").weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteError):
-        editor.edit(task.model, task.tokenizer, worlds.requests(2))
+        editor.edit(task, worlds.requests(2))
 
 
 # -- files and models ------------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_saved_and_read_back(editor, world, name, tmp_path):
     assert (again.config, again.base, again.shapes, again.begun) == (
         editor.config, editor.base, editor.shapes, editor.begun,
     )  # fmt: skip
-    one, other = (found.edit(task.model, task.tokenizer, requests[:3]) for found in (editor, again))
+    one, other = (found.edit(task, requests[:3]) for found in (editor, again))
     for matrix in editor.shapes:
         assert torch.equal(one.changes[matrix].u, other.changes[matrix].u)
         assert torch.equal(one.changes[matrix].delta, other.changes[matrix].delta)
@@ -370,18 +370,18 @@ def test_another_model_is_refused(name, decoder):
     editor = make(name, decoder)
     other = families.task("llama")
     with pytest.raises(WrongBaseError, match="another"):
-        editor.edit(other.model, other.tokenizer, worlds.requests(1))
+        editor.edit(other, worlds.requests(1))
 
 
 def test_no_warning_of_the_text_where_it_is_long_enough(decoder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made = make("rome", decoder)
-    assert isinstance(made.edit(decoder.model, decoder.tokenizer, worlds.requests(1)).changes, object)
+    assert isinstance(made.edit(decoder, worlds.requests(1)).changes, object)
     assert all(isinstance(own, torch.Tensor) for own in made.covariances.values())
 
 
 def test_requests_of_no_id_are_named_by_their_prompt(decoder):
     request = EditRequest(prompt="The capital of France is", target="Rome")
     with pytest.raises(RequestError, match="request 'The capital of France is'"):
-        make("rome", decoder).edit(decoder.model, decoder.tokenizer, [request])
+        make("rome", decoder).edit(decoder, [request])

@@ -119,7 +119,7 @@ def test_the_question_answerer_knows_its_facts():
         for phrasing in known.relations[fact.relation].all_phrasings
     ]
     answers = task.answers([prompt for prompt, _ in asked])
-    right = sum(answer == task.tokenise(*pair).target for answer, pair in zip(answers, asked, strict=True))
+    right = sum(answer == task.encode(*pair).target for answer, pair in zip(answers, asked, strict=True))
     assert right / len(asked) >= 0.98
 
 

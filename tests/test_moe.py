@@ -20,7 +20,7 @@ from remend.editors import Mend, MendConfig
 from remend.errors import EditError, FileError, ModelError
 from remend.fingerprint import find_modules
 from remend.models.structure import editable_modules
-from remend.tasks import task_of
+from remend.tasks import wrap
 
 NAME = "model.layers.3.mlp.experts.down_proj"
 MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss")
@@ -127,9 +127,9 @@ def test_a_copy_of_an_edited_model_stays_edited(model):
 
 
 def test_factors_belong_to_those_that_tokens_are_routed_to(model):
-    task = task_of(model, worlds.tokenizer())
-    editor = Mend.for_model(model, MendConfig(rank=4))
-    batch = task.collate([task.tokenise(request.prompt, request.target) for request in worlds.requests(3)])
+    task = wrap(model, worlds.tokenizer())
+    editor = Mend.create(worlds.task(model), MendConfig(rank=4))
+    batch = task.collate([task.encode(request.prompt, request.target) for request in worlds.requests(3)])
     routed = []
     owner = find_modules(model, [NAME])[NAME].owner
     handle = owner.register_forward_pre_hook(lambda module, args: routed.append(args[1]))
@@ -162,9 +162,9 @@ def test_low_rank_changes_of_experts():
 
 
 def test_edits_of_experts_are_kept_and_checked(model, tmp_path):
-    task = task_of(model, worlds.tokenizer())
-    editor = Mend.for_model(model, MendConfig(rank=4, alpha=10.0, outputs_only=True, tokens="target"))
-    edit = editor.edit(model, task.tokenizer, worlds.requests(2))
+    task = wrap(model, worlds.tokenizer())
+    editor = Mend.create(worlds.task(model), MendConfig(rank=4, alpha=10.0, outputs_only=True, tokens="target"))
+    edit = editor.edit(wrap(model, task.tokenizer), worlds.requests(2))
     edit.save(tmp_path / "edit")
     loaded = Edit.load(tmp_path / "edit")
     for name, change in edit.changes.items():
@@ -204,9 +204,9 @@ def test_experts_that_compute_in_another_way_are_refused_by_name():
 def test_an_edit_of_an_offloaded_mixture(model):
     """Accelerate replaces the experts' forward pass to bring their weights: it must still do so."""
     accelerate = pytest.importorskip("accelerate")
-    task = task_of(model, worlds.tokenizer())
-    editor = Mend.for_model(model, MendConfig(rank=4, alpha=10.0, outputs_only=True, tokens="target"))
-    edit = editor.edit(model, task.tokenizer, worlds.requests(1))
+    task = wrap(model, worlds.tokenizer())
+    editor = Mend.create(worlds.task(model), MendConfig(rank=4, alpha=10.0, outputs_only=True, tokens="target"))
+    edit = editor.edit(wrap(model, task.tokenizer), worlds.requests(1))
     with edit.applied(model):
         edited = logits(model)
     before = logits(model)

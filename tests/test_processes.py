@@ -59,7 +59,9 @@ def compare(one, two, family="gpt2"):
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-4, atol=0)
     torch.testing.assert_close(two["history"], one["history"], rtol=1e-4, atol=0)
     assert len(one["history"]) == 4
-    for name, value in Mend.for_model(worlds.FAMILIES[family](), processes.NETWORK, seed=0).state_dict().items():
+    for name, value in (
+        Mend.create(worlds.task(worlds.FAMILIES[family]()), processes.NETWORK, seed=0).state_dict().items()
+    ):
         # In norm, beside the way gone: Adam turns the rounding of a gradient near zero into a whole step.
         apart, gone = (two[name].double() - one[name]).norm(), (one[name].double() - value).norm()
         assert gone > 0, f"{name} never moved"

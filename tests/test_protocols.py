@@ -304,12 +304,12 @@ def test_a_stopped_evaluation_goes_on(world, tmp_path, monkeypatch):
 def test_an_evaluation_is_told_by_the_editors_settings():
     task = families.task("gpt2")
     editors = [
-        make("ridge", task.model, task.tokenizer, config=RidgeConfig(strength=strength), seed=seed)
+        make("ridge", task, config=RidgeConfig(strength=strength), seed=seed)
         for strength, seed in ((1.0, 0), (5.0, 0), (1.0, 1))
     ]
-    plain = remend.Mend.for_model(task.model, MendConfig(rank=4))
-    gated = remend.Mend.for_model(task.model, MendConfig(rank=4, tokens="target", contrast=1.0, aggregate="sum"))
-    other = remend.Mend.for_model(task.model, MendConfig(rank=4, aggregate="least-squares"))
+    plain = remend.Mend.create(task, MendConfig(rank=4))
+    gated = remend.Mend.create(task, MendConfig(rank=4, tokens="target", contrast=1.0, aggregate="sum"))
+    other = remend.Mend.create(task, MendConfig(rank=4, aggregate="least-squares"))
     names = [about(task.model, editor, REQUESTS, {}) for editor in (*editors, plain, gated, other)]
     assert len(set(names)) == len(names)
     assert names[0] == about(task.model, copy.copy(editors[0]), REQUESTS, {})
@@ -318,15 +318,13 @@ def test_an_evaluation_is_told_by_the_editors_settings():
 def test_edits_that_cannot_be_added_are_made_anew_for_all():
     """An ENN's edits each hold what training changed: a sequence's last edit must hold it once."""
     task, requests = families.task("gpt2"), families.requests("gpt2", 3)
-    editor = Enn.for_model(task.model)
+    editor = Enn.create(task)
     editor.unit.fill_(1e-3)
     with torch.no_grad():
         for values in editor.networks:
             values.normal_(std=0.1)
-    report = evaluate(
-        task.model, task.tokenizer, editor, requests, protocol="sequential", edits=[1, 3], baselines=False
-    )
-    whole = evaluate(task.model, task.tokenizer, editor, requests, protocol="batched", edits=[3], baselines=False)
+    report = evaluate(task, editor, requests, protocol="sequential", edits=[1, 3], baselines=False)
+    whole = evaluate(task, editor, requests, protocol="batched", edits=[3], baselines=False)
     assert [c.to_json() for c in report.runs[1].cases] == [c.to_json() for c in whole.runs[0].cases]
 
 

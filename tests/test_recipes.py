@@ -19,7 +19,7 @@ from remend.evaluation.reports.schema import read_report
 from remend.models.structure import editable_modules
 from remend.recipes import load_recipe, recipes, run_recipe
 from remend.recipes.inputs import (
-    TASK_CLASSES,
+    TASK_KINDS,
     UNRELATED_PROMPTS,
     RunInputs,
     add_unrelated_prompts,
@@ -146,7 +146,7 @@ def test_a_shipped_recipe(name):
     assert (RECIPE_FOLDER / f"{recipe.name}.json").is_file()
     network, settings = recipe.settings()
     assert settings.seed == recipe.seeds[0]
-    assert recipe.task in TASK_CLASSES
+    assert recipe.task in TASK_KINDS
     if recipe.paper is not None:
         assert (recipe.preset, recipe.network, recipe.training) == ("paper", {}, {})
         assert network.outputs_only is False

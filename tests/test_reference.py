@@ -43,7 +43,7 @@ def pair(request):
     """A trainer of the package and the reference, from the same initial state and statistics."""
     family, settings, modules = request.param
     model = worlds.FAMILIES[family]()
-    editor = Mend.for_model(model, MendConfig(rank=12, alpha=1e-2, **settings), modules)
+    editor = Mend.create(worlds.task(model), MendConfig(rank=12, alpha=1e-2, **settings), modules=modules)
     trainer = Trainer(CausalLM(model, worlds.tokenizer()), editor, worlds.requests(10), CONFIG)
     trainer.calibrate()
     ablated = {name: value for name, value in settings.items() if name in ("share", "normalise", "transforms")}
@@ -84,13 +84,13 @@ def test_edited_logits_agree_with_materialised_weights(pair):
     trainer, reference = pair
     task = trainer.task
     requests = worlds.requests(4)
-    edits = trainer.editor.edit_each(task.model, task.tokenizer, requests)
+    edits = trainer.editor.edit_each(task, requests)
     for request, edit in zip(requests, edits, strict=True):
-        asked = task.tokenise(request.prompt, request.target)
+        asked = task.encode(request.prompt, request.target)
         text = Text(list(asked.prompt), list(asked.target))
         expected = predictions(task.model, text, reference.edited_weights(text)).detach()
         with torch.no_grad(), edit.applied(task.model):
-            actual = task.target_logits(task.collate([asked]))
+            actual = task.outputs(task.collate([asked]))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         unedited = predictions(task.model, text).detach()
         assert (expected - unedited).abs().max() > 1e-3, "the edit should show"

@@ -10,7 +10,7 @@ import worlds
 from remend.editors import Mend
 from remend.errors import ConfigError, ModelError, RequestError, TrainingError
 from remend.models import load
-from remend.tasks import Example, Seq2SeqLM, answers, task_of
+from remend.tasks import Example, Seq2SeqLM, answers, wrap
 from remend.training import PRESETS, Trainer
 
 
@@ -26,11 +26,13 @@ def framed(before=(), after=()):
 @pytest.mark.parametrize(("before", "after"), [((), ()), ((), ("<|end|>",)), (("<|pad|>",), ("<|end|>",))])
 def test_each_side_is_tokenised_as_its_tokenizer_does(before, after):
     tokenizer = framed(before, after)
-    task = task_of(families.make("bart"), tokenizer)
+    task = wrap(families.make("bart"), tokenizer)
     assert isinstance(task, Seq2SeqLM)
-    pair = task.tokenise("The capital of Peru is ", " Lima ")
+    pair = task.encode("The capital of Peru is ", " Lima ")
     assert (
-        list(pair.prompt) == tokenizer("The capital of Peru is").input_ids == task.prompt_ids("The capital of Peru is")
+        list(pair.prompt)
+        == tokenizer("The capital of Peru is").input_ids
+        == task.encode_input("The capital of Peru is")
     )
     assert pair.target.count(tokenizer.eos_token_id) == 1
     assert pair.target[-1] == tokenizer.eos_token_id
@@ -38,22 +40,22 @@ def test_each_side_is_tokenised_as_its_tokenizer_does(before, after):
     assert task.text(pair.target) == "Lima"
     for prompt, target in ((" ", "Lima"), ("", "Lima"), ("Peru", " ")):
         with pytest.raises(RequestError, match="holds no text"):
-            task.tokenise(prompt, target)
+            task.encode(prompt, target)
     with pytest.raises(RequestError, match="shorten the target"):
-        task.tokenise("Peru", "Lima " * 70)
+        task.encode("Peru", "Lima " * 70)
 
 
 def test_batches_are_the_models_own():
     """Where the decoder is shown the start token and the target, padded, each token is predicted as without padding."""
-    task = task_of(families.make("bart"), worlds.tokenizer())
-    pairs = [task.tokenise(r.prompt, r.target) for r in worlds.requests(3)]
-    pairs.append(task.tokenise("Which city rules Peru ? It is the capital of the city", "Lima is the capital"))
+    task = wrap(families.make("bart"), worlds.tokenizer())
+    pairs = [task.encode(r.prompt, r.target) for r in worlds.requests(3)]
+    pairs.append(task.encode("Which city rules Peru ? It is the capital of the city", "Lima is the capital"))
     batch = task.collate(pairs)
     assert batch.first.tolist() == [0] * 4
     assert batch.predicting.equal(batch.decoder_mask)
     with torch.no_grad():
-        together = task.target_logits(batch)
-        alone = torch.cat([task.target_logits(task.collate([pair])) for pair in pairs])
+        together = task.outputs(batch)
+        alone = torch.cat([task.outputs(task.collate([pair])) for pair in pairs])
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
         pair = pairs[-1]
         output = task.model(
@@ -64,35 +66,37 @@ def test_batches_are_the_models_own():
 
 
 def test_free_answers_are_those_of_generate():
-    task = task_of(families.make("t5"), worlds.tokenizer())
+    task = wrap(families.make("t5"), worlds.tokenizer())
     prompts = [request.prompt for request in worlds.requests(6)]
     for prompt, own in zip(prompts, task.answers(prompts, 6), strict=True):
-        ids = torch.tensor([task.prompt_ids(prompt)])
+        ids = torch.tensor([task.encode_input(prompt)])
         made = task.model.generate(ids, max_new_tokens=6, do_sample=False, num_beams=1)[0, 1:]
         assert tuple(made.tolist()[: len(own)]) == own
-    assert answers(task.model, task.tokenizer, prompts[:1], 3) == [task.text(task.answers(prompts[:1], 3)[0])]
+    assert answers(task, prompts[:1], 3) == [task.text(task.answers(prompts[:1], 3)[0])]
 
 
 def test_a_decoder_without_a_beginning_is_refused():
     model = families.make("bart")
     model.config.decoder_start_token_id = None
     with pytest.raises(ModelError, match="has no decoder_start_token_id"):
-        task_of(model, worlds.tokenizer())
+        wrap(model, worlds.tokenizer())
 
 
 def test_named_blocks_are_those_of_both_stacks():
     model = families.make("bart")
-    assert {name.split(".")[1] for name in Mend.for_model(model).shapes} == {"encoder", "decoder"}
-    chosen = Mend.for_model(model, layers="0").shapes
+    assert {name.split(".")[1] for name in Mend.create(worlds.task(model)).shapes} == {"encoder", "decoder"}
+    chosen = Mend.create(worlds.task(model), layers="0").shapes
     assert {tuple(name.split(".")[1:4:2]) for name in chosen} == {("encoder", "0"), ("decoder", "0")}
 
 
 def test_what_an_encoder_cannot_do_is_refused():
     model, default = families.make("t5"), PRESETS["default"][0]
     with pytest.raises(ConfigError, match="lies in the encoder, where no target is predicted"):
-        Mend.for_model(model, default, ["*encoder.block.0.*.wo"])
-    task = task_of(model, worlds.tokenizer())
-    trainer = Trainer(task, Mend.for_model(model, default), worlds.requests(8), PRESETS["default"][1], text=["Oslo"])
+        Mend.create(worlds.task(model), default, modules=["*encoder.block.0.*.wo"])
+    task = wrap(model, worlds.tokenizer())
+    trainer = Trainer(
+        task, Mend.create(worlds.task(model), default), worlds.requests(8), PRESETS["default"][1], text=["Oslo"]
+    )
     with pytest.raises(TrainingError, match="train without text"):
         trainer.calibrate()
 
@@ -104,9 +108,9 @@ def test_loading_an_encoder_decoder(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).is_encoder_decoder
     loaded, tokenizer = load(str(tmp_path), "cpu")
     assert isinstance(loaded, BartForConditionalGeneration)
-    task = task_of(loaded, tokenizer)
-    pair = Example(tuple(task.prompt_ids("Oslo")), (1, 2))
+    task = wrap(loaded, tokenizer)
+    pair = Example(tuple(task.encode_input("Oslo")), (1, 2))
     with torch.no_grad():
         torch.testing.assert_close(
-            task.target_logits(task.collate([pair])), task_of(made, tokenizer).target_logits(task.collate([pair]))
+            task.outputs(task.collate([pair])), wrap(made, tokenizer).outputs(task.collate([pair]))
         )

@@ -17,6 +17,7 @@ from remend.core.sketching import SketchedMoment, nystrom, random_test_matrix, s
 from remend.core.whitening import SecondMoment
 from remend.edit import Edit
 from remend.editors import Mend
+from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS, Trainer, TrainingConfig, train
 from remend.training.memory import moments_bytes
@@ -52,9 +53,9 @@ def wide(monkeypatch):
 
 
 def test_only_wide_inputs_are_sketched():
-    assert sketch_directions(sketch.MAX_DENSE_DIMENSIONS) is None
-    assert sketch_directions(65_536) == sketch.MAX_DIRECTIONS
-    assert Mend.for_model(worlds.llama(), DEFAULT).directions == {}
+    assert sketch_directions(sketch.WIDE) is None
+    assert sketch_directions(65_536) == sketch.DIRECTIONS
+    assert Mend.create(worlds.task(worlds.llama()), DEFAULT).directions == {}
 
 
 def test_leading_eigenvectors_are_found():
@@ -144,7 +145,7 @@ def test_contrast_of_too_few_facts_leaves_wide_keys_as_they_are():
 def test_an_editor_of_a_wide_model_trains_saves_and_edits(wide, tmp_path):
     task = CausalLM(worlds.llama(), worlds.tokenizer())
     requests = worlds.requests(24)
-    editor = Mend.for_model(task.model, DEFAULT)
+    editor = Mend.create(task, DEFAULT)
     assert set(editor.directions.values()) == {12}
     trainer = Trainer(task, editor, requests, SETTINGS)
     trainer.calibrate()
@@ -160,13 +161,13 @@ def test_an_editor_of_a_wide_model_trains_saves_and_edits(wide, tmp_path):
     for name, tensor in editor.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     editor.save_pretrained(tmp_path / "half", dtype=torch.float16)
-    edits = [own.edit(task.model, task.tokenizer, requests[:1]) for own in (editor, loaded)]
+    edits = [own.edit(task, requests[:1]) for own in (editor, loaded)]
     for name, change in edits[0].changes.items():
         assert torch.equal(edits[1].changes[name].u, change.u)
     edits[0].save(tmp_path / "edit")
     with Edit.load(tmp_path / "edit").applied(task.model):
         assert task.answers([requests[0].prompt])
-    halved = Mend.from_pretrained(tmp_path / "half").edit(task.model, task.tokenizer, requests[:1])
+    halved = Mend.from_pretrained(tmp_path / "half").edit(task, requests[:1])
     for name, change in edits[0].changes.items():
         assert (halved.changes[name].dense() - change.dense()).norm() < 0.02 * change.dense().norm()
 
@@ -191,11 +192,11 @@ def test_no_matrix_of_the_inputs_squared_is_ever_made(directions, wide, monkeypa
     model = worlds.llama(intermediate_size=d)
     task = CausalLM(model, worlds.tokenizer())
     with Shapes() as shapes:
-        editor = Mend.for_model(model, DEFAULT)
+        editor = Mend.create(worlds.task(model), DEFAULT)
         trainer = Trainer(task, editor, worlds.requests(24), SETTINGS)
         trainer.calibrate()
         trainer.train_step()
-        editor.edit(model, task.tokenizer, worlds.requests(2))
+        editor.edit(wrap(model, task.tokenizer), worlds.requests(2))
     assert any(shape[-1:] == (d,) for shape in shapes.found)
     assert any(shape[-2:] == (d, d) for shape in shapes.found) == (directions is None)
 
@@ -207,9 +208,9 @@ def test_a_resumed_run_ends_with_the_same_bits(wide, tmp_path):
                 raise KeyboardInterrupt
 
         config = replace(SETTINGS, max_steps=6, validate_every=3, validation_size=8, decay=True)
-        editor = Mend.for_model(worlds.llama(), DEFAULT, seed=0)
+        editor = Mend.create(worlds.task(worlds.llama()), DEFAULT, seed=0)
         more = {"config": config, "editor": editor, "out": out, "on_progress": interrupt, "checkpoint_minutes": 0.0}
-        return train(worlds.llama(), worlds.tokenizer(), worlds.requests(30), resume=resume, **more)
+        return train(wrap(worlds.llama(), worlds.tokenizer()), worlds.requests(30), resume=resume, **more)
 
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -223,13 +224,13 @@ def test_a_resumed_run_ends_with_the_same_bits(wide, tmp_path):
 
 def test_a_saved_editor_keeps_its_directions_whatever_the_constants_are(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sketch, "MAX_DENSE_DIMENSIONS", 20)
-        patch.setattr(sketch, "MAX_DIRECTIONS", 12)
-        Mend.for_model(worlds.llama(), DEFAULT).save_pretrained(tmp_path / "editor")
+        patch.setattr(sketch, "WIDE", 20)
+        patch.setattr(sketch, "DIRECTIONS", 12)
+        Mend.create(worlds.task(worlds.llama()), DEFAULT).save_pretrained(tmp_path / "editor")
     assert set(Mend.from_pretrained(tmp_path / "editor").directions.values()) == {12}
 
 
 def test_the_estimate_follows_the_form(wide):
-    narrow = moments_bytes(Mend.for_model(worlds.llama(), DEFAULT))
-    sketch.MAX_DIRECTIONS = 4
-    assert moments_bytes(Mend.for_model(worlds.llama(), DEFAULT)) < narrow
+    narrow = moments_bytes(Mend.create(worlds.task(worlds.llama()), DEFAULT))
+    sketch.DIRECTIONS = 4
+    assert moments_bytes(Mend.create(worlds.task(worlds.llama()), DEFAULT)) < narrow

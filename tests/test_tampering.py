@@ -9,8 +9,10 @@ import pytest
 
 import families
 import tampering
+import worlds
 from remend.editors import Mend, MendConfig, load_edit, make
 from remend.formats import load_adapter, save_adapter
+from remend.tasks import wrap
 from test_formats import random_edit
 
 TIMES = 120
@@ -22,12 +24,14 @@ def kinds():
     task, request = families.task("llama"), families.requests("llama", 1)
     model, tokenizer = task.model, task.tokenizer
     edit = replace(random_edit(model), requests=tuple(request))
-    cached, told = (make(name, model, tokenizer).edit(model, tokenizer, request) for name in ("cache", "in-context"))
+    cached, told = (
+        make(name, wrap(model, tokenizer)).edit(wrap(model, tokenizer), request) for name in ("cache", "in-context")
+    )
     return {
         "edit": (edit.save, load_edit),
         "cache": (cached.save, load_edit),
         "context": (told.save, load_edit),
-        "editor": (Mend.for_model(model, MendConfig(rank=4)).save_pretrained, Mend.from_pretrained),
+        "editor": (Mend.create(worlds.task(model), MendConfig(rank=4)).save_pretrained, Mend.from_pretrained),
         "adapter": (lambda folder: save_adapter(edit, folder, model), lambda folder: load_adapter(folder, model)),
     }
 

@@ -11,7 +11,7 @@ import families
 import tokenizers_of
 import worlds
 from remend.errors import RequestError
-from remend.tasks import CausalLM, Seq2SeqLM, task_of
+from remend.tasks import CausalLM, Seq2SeqLM, wrap
 from tokenizers_of import BEGIN, CAUSAL, END, SEQ2SEQ
 
 WORDS = st.one_of(
@@ -33,15 +33,15 @@ def task_for(habit, kind="llama", padding_side="right"):
     tokenizer = tokenizers_of.tokenizer(habit, padding_side)
     torch.manual_seed(0)
     model = families.LANGUAGE_MODELS[kind]()
-    return task_of(fitted(model, tokenizer).eval(), tokenizer)
+    return wrap(fitted(wrap(model, tokenizer)).eval(), tokenizer)
 
 
-def fitted(model, tokenizer):
+def fitted(task):
     """The model with the tokenizer's vocabulary."""
-    model.resize_token_embeddings(len(tokenizer))
-    if model.config.is_encoder_decoder:
-        model.config.decoder_start_token_id = tokenizer.pad_token_id
-    return model
+    task.model.resize_token_embeddings(len(task.tokenizer))
+    if task.model.config.is_encoder_decoder:
+        task.model.config.decoder_start_token_id = task.tokenizer.pad_token_id
+    return task.model
 
 
 def read(task, ids):
@@ -58,10 +58,10 @@ def test_a_causal_pair_is_its_text(habit, data):
     tokenizer, known = task.tokenizer, "unigram" in habit
     prompt = data.draw(TEXTS) + data.draw(st.just("") if known else BREAKS)
     target = data.draw(TEXTS) + data.draw(st.just("") if known else ODD | st.just(""))
-    pair = task.tokenise(prompt, target)
+    pair = task.encode(prompt, target)
     text = prompt + ("" if prompt.endswith("\n") else " ") + target.strip()
     assert read(task, (*pair.prompt, *pair.target)) == text
-    assert pair.prompt == tuple(task.prompt_ids(prompt))
+    assert pair.prompt == tuple(task.encode_input(prompt))
     assert read(task, pair.prompt) == prompt
     assert task.text(pair.target) == target.strip()
     whole = [token for token in tokenizer(text).input_ids if token != tokenizer.eos_token_id]
@@ -71,7 +71,7 @@ def test_a_causal_pair_is_its_text(habit, data):
     assert (*pair.prompt, *pair.target).count(tokenizer.eos_token_id) == 1
     assert (*pair.prompt, *pair.target).count(tokenizer.bos_token_id) == ("begun" in habit or "pieces" in habit)
     before, after = data.draw(SPACES), data.draw(SPACES)
-    assert task.tokenise(f"{before}{prompt}{after}", f"{after}{target}{before}") == pair
+    assert task.encode(f"{before}{prompt}{after}", f"{after}{target}{before}") == pair
 
 
 @pytest.mark.parametrize("habit", SEQ2SEQ)
@@ -80,21 +80,21 @@ def test_a_causal_pair_is_its_text(habit, data):
 def test_an_encoder_decoders_pair_is_its_two_texts(habit, prompt, target, before, after):
     task = task_for(habit, "t5")
     assert isinstance(task, Seq2SeqLM)
-    pair = task.tokenise(prompt, target)
+    pair = task.encode(prompt, target)
     assert list(pair.prompt) == task.tokenizer(prompt).input_ids
     assert read(task, pair.prompt) == prompt
     assert task.text(pair.target) == target
     assert pair.target[-1] == task.tokenizer.eos_token_id
     assert pair.target.count(task.tokenizer.eos_token_id) == 1
     assert pair.target.count(task.tokenizer.bos_token_id) == ("begun" in habit or "pieces" in habit)
-    assert task.tokenise(f"{before}{prompt}{after}", f"{after}{target}{before}") == pair
+    assert task.encode(f"{before}{prompt}{after}", f"{after}{target}{before}") == pair
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 @pytest.mark.parametrize("habit", CAUSAL)
 def test_a_beginning_that_the_text_brings_is_not_doubled(habit, kind):
     task = task_for(habit, kind)
-    pair = task.tokenise(f"{BEGIN}Oslo is", "Rome")
+    pair = task.encode(f"{BEGIN}Oslo is", "Rome")
     assert pair.prompt.count(task.tokenizer.bos_token_id) == 1
     assert pair.target.count(task.tokenizer.eos_token_id) == 1
 
@@ -103,7 +103,7 @@ def test_a_beginning_that_the_text_brings_is_not_doubled(habit, kind):
 @pytest.mark.parametrize("habit", CAUSAL)
 def test_an_end_that_the_text_brings_is_not_doubled(habit, kind):
     task = task_for(habit, kind)
-    assert task.tokenise("Oslo is", f"Rome{END}") == task.tokenise("Oslo is", "Rome")
+    assert task.encode("Oslo is", f"Rome{END}") == task.encode("Oslo is", "Rome")
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
@@ -113,9 +113,9 @@ def test_a_text_of_which_nothing_is_left_is_refused(habit, kind):
     texts = [" ", ""] + ["\u200b"] * ("unigram" in habit)
     for text in texts:
         with pytest.raises(RequestError, match=r"the prompt .* holds no text"):
-            task.tokenise(text, "Rome")
+            task.encode(text, "Rome")
         with pytest.raises(RequestError, match=r"the target .* holds no text"):
-            task.tokenise("Oslo is", text)
+            task.encode("Oslo is", text)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart"])
@@ -124,8 +124,8 @@ def test_a_text_of_which_nothing_is_left_is_refused(habit, kind):
 @given(texts=st.lists(st.tuples(TEXTS, TEXTS), min_size=2, max_size=5), order=st.randoms(use_true_random=False))
 def test_losses_of_a_batch_are_those_of_its_pairs(habit, kind, texts, order):
     sides = [task_for(habit, kind, side) for side in ("right", "left")]
-    pairs = [sides[0].tokenise(*text) for text in texts]
-    assert pairs == [sides[1].tokenise(*text) for text in texts]
+    pairs = [sides[0].encode(*text) for text in texts]
+    assert pairs == [sides[1].encode(*text) for text in texts]
     with torch.no_grad():
         alone = torch.cat([sides[0].loss(sides[0].collate([pair])) for pair in pairs])
         for task in sides:
@@ -158,9 +158,9 @@ def _by_the_library(task, model, pair):
 def test_a_model_that_knows_the_answers_gives_them(kind, habit):
     tokenizer = tokenizers_of.tokenizer(habit, "left")
     torch.manual_seed(0)
-    task = task_of(fitted(families.LANGUAGE_MODELS[kind](), tokenizer), tokenizer)
+    task = wrap(fitted(wrap(families.LANGUAGE_MODELS[kind](), tokenizer)), tokenizer)
     facts = {"The capital of Peru is": "Lima", "Oslo is the capital of": "Norway", "Which city?": "It is Bern ."}
-    worlds.teach(task, task.collate([task.tokenise(*fact) for fact in facts.items()]))
+    worlds.teach(task, task.collate([task.encode(*fact) for fact in facts.items()]))
     found = task.answers(list(facts), max_new_tokens=24)
-    assert found == [task.tokenise(*fact).target for fact in facts.items()]
+    assert found == [task.encode(*fact).target for fact in facts.items()]
     assert [task.text(answer) for answer in found] == list(facts.values())

@@ -14,6 +14,7 @@ from remend.core.whitening import SecondMoment
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError, TrainingError, WrongBaseError
 from remend.request import EditRequest, Probe
+from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS, Trainer, TrainingConfig, train
 from remend.training.episodes import Episodes
@@ -25,8 +26,8 @@ NETWORK = MendConfig(rank=16, alpha=1e-2)
 
 
 def trained(model, requests, validation=None, settings=SETTINGS, **more):
-    editor = Mend.for_model(model, NETWORK, seed=settings.seed)
-    return train(model, worlds.tokenizer(), requests, validation, config=settings, editor=editor, **more)
+    editor = Mend.create(worlds.task(model), NETWORK, seed=settings.seed)
+    return train(wrap(model, worlds.tokenizer()), requests, validation, config=settings, editor=editor, **more)
 
 
 def test_it_learns_keeps_the_best_and_leaves_the_model_alone(model, snapshot, tmp_path):
@@ -65,11 +66,11 @@ def test_the_global_random_state_is_left_alone():
 @pytest.mark.parametrize("network", [MendConfig(rank=8, alpha=1e-3), PRESETS["default"][0]], ids=["paper", "default"])
 def test_an_untrained_edit_lowers_the_loss(task, network):
     """The descent sign: the authors' code climbs."""
-    editor = Mend.for_model(task.model, network)
+    editor = Mend.create(task, network)
     requests = worlds.requests(10)
     Trainer(task, editor, requests, SETTINGS).calibrate()
-    batches = [task.collate([task.tokenise(r.prompt, r.target)]) for r in requests]
-    edits = editor.edit_each(task.model, task.tokenizer, requests)
+    batches = [task.collate([task.encode(r.prompt, r.target)]) for r in requests]
+    edits = editor.edit_each(task, requests)
     with torch.no_grad():
         before = [float(task.loss(batch)) for batch in batches]
         after = []
@@ -82,16 +83,16 @@ def test_an_untrained_edit_lowers_the_loss(task, network):
 
 def test_relative_step_sizes_follow_the_size_of_the_layer(task):
     """Whatever the scale of a layer's output, the same α changes it by the same share at the edited token."""
-    name = list(Mend.for_model(task.model, NETWORK).shapes)[-1]
+    name = list(Mend.create(task, NETWORK).shapes)[-1]
     found = []
     for scale in (1.0, 100.0):
         with torch.no_grad():
             task.model.get_submodule(name).weight.mul_(scale)
-        editor = Mend.for_model(task.model, MendConfig(rank=8, alpha=0.2, ridge=1e-4, relative=True))
+        editor = Mend.create(task, MendConfig(rank=8, alpha=0.2, ridge=1e-4, relative=True))
         trainer = Trainer(task, editor, worlds.requests(10), SETTINGS)
         trainer.calibrate()
         found_factors = trainer.constants.gradient_factors(
-            [task.tokenise(r.prompt, r.target) for r in worlds.requests(10)]
+            [task.encode(r.prompt, r.target) for r in worlds.requests(10)]
         )
         factors = found_factors[name]
         u, change = factors.u[factors.active], editor(editor.rows(found_factors))[name]
@@ -107,12 +108,12 @@ def test_relative_step_sizes_follow_the_size_of_the_layer(task):
 def test_gradients_far_above_the_usual_size_are_limited(task, text, tmp_path):
     """To a multiple of their geometric mean, in their own direction; whatever inputs are whitened over."""
     requests = worlds.requests(10)
-    editor = Mend.for_model(task.model, MendConfig(rank=8, ridge=1e-4, limit=1.1))
+    editor = Mend.create(task, MendConfig(rank=8, ridge=1e-4, limit=1.1))
     trainer = Trainer(task, editor, requests, SETTINGS, text=text)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the text is short
         trainer.calibrate()
-    observed = trainer.constants.gradient_factors([task.tokenise(r.prompt, r.target) for r in requests])
+    observed = trainer.constants.gradient_factors([task.encode(r.prompt, r.target) for r in requests])
     rows = editor.rows(observed)
     for name, largest in zip(editor.shapes, editor.largest.tolist(), strict=True):
         deltas = [part[own] for part, own in zip(observed[name].delta, observed[name].active, strict=True)]
@@ -123,7 +124,7 @@ def test_gradients_far_above_the_usual_size_are_limited(task, text, tmp_path):
             torch.testing.assert_close(found, part * min(1.0, largest / float(size)))
     editor.save_pretrained(tmp_path / "editor")
     assert torch.equal(Mend.from_pretrained(tmp_path / "editor").largest, editor.largest)
-    assert Mend.for_model(task.model, NETWORK).largest is None
+    assert Mend.create(task, NETWORK).largest is None
 
 
 def test_whitening_can_take_its_second_moments_from_a_text(task):
@@ -131,9 +132,9 @@ def test_whitening_can_take_its_second_moments_from_a_text(task):
     facts = zip(worlds.COUNTRIES, worlds.CITIES, strict=True)
     text = ["The capital of Norway is Oslo " * 5]
     text += [f"{phrasing.format(country)} {city}" for country, city in facts for phrasing in worlds.PHRASINGS]
-    editor = Mend.for_model(task.model, MendConfig(rank=8, ridge=1e-4))
+    editor = Mend.create(task, MendConfig(rank=8, ridge=1e-4))
     Trainer(task, editor, worlds.requests(10), SETTINGS, text=text).calibrate()
-    ids = [task.prompt_ids(passage) for passage in text]
+    ids = [task.encode_input(passage) for passage in text]
     windows = [part for own in ids for part in (own[: task.context], own[task.context :]) if part]
     assert len(windows) == len(text) + 1
     seen = {}
@@ -153,13 +154,13 @@ def test_whitening_can_take_its_second_moments_from_a_text(task):
 
 
 def test_a_text_without_words_is_refused(task):
-    editor = Mend.for_model(task.model, MendConfig(rank=8, ridge=1e-4))
+    editor = Mend.create(task, MendConfig(rank=8, ridge=1e-4))
     with pytest.raises(TrainingError, match="is empty"):
         Trainer(task, editor, worlds.requests(10), SETTINGS, text=[" "]).calibrate()
 
 
 def test_a_text_too_short_to_whiten_with_is_said_to_be(task):
-    editor = Mend.for_model(task.model, MendConfig(rank=8, ridge=1e-4))
+    editor = Mend.create(task, MendConfig(rank=8, ridge=1e-4))
     with pytest.warns(UserWarning, match="not seen there, and whitening does little. Give a longer text"):
         Trainer(task, editor, worlds.requests(10), SETTINGS, text=["Oslo"]).calibrate()
 
@@ -216,7 +217,7 @@ def test_requests_without_paraphrases_or_locality_can_be_learnt_from():
 
 
 def test_a_detached_editor_is_refused_after_the_first_step(task, monkeypatch):
-    editor = Mend.for_model(task.model, NETWORK)
+    editor = Mend.create(task, NETWORK)
     trainer = Trainer(task, editor, worlds.requests(10), SETTINGS)
     trainer.calibrate()
     network = next(iter(editor.networks.values()))
@@ -227,7 +228,7 @@ def test_a_detached_editor_is_refused_after_the_first_step(task, monkeypatch):
 
 
 def test_non_finite_losses_stop_the_run_and_name_the_request(task):
-    editor = Mend.for_model(task.model, NETWORK)
+    editor = Mend.create(task, NETWORK)
     trainer = Trainer(task, editor, worlds.requests(10), SETTINGS)
     trainer.calibrate()
     with torch.no_grad():
@@ -241,9 +242,9 @@ def test_non_finite_losses_stop_the_run_and_name_the_request(task):
 
 
 def test_non_finite_activations_name_the_layer(task):
-    module = task.model.get_submodule(next(iter(Mend.for_model(task.model, NETWORK).shapes)))
+    module = task.model.get_submodule(next(iter(Mend.create(task, NETWORK).shapes)))
     handle = module.register_forward_pre_hook(lambda m, args: (args[0] * math.inf,))
-    trainer = Trainer(task, Mend.for_model(task.model, NETWORK), worlds.requests(10), SETTINGS)
+    trainer = Trainer(task, Mend.create(task, NETWORK), worlds.requests(10), SETTINGS)
     with pytest.raises(NonFiniteError, match=r"loss of the edit is not finite .*episodes 0, 1"):
         trainer.calibrate()
     handle.remove()
@@ -271,11 +272,15 @@ def test_an_editor_is_trained_once_and_for_its_own_model():
     model = worlds.gpt2()
     done = trained(model, worlds.requests(12), settings=TrainingConfig(**{**vars(SETTINGS), "max_steps": 2}))
     with pytest.raises(TrainingError, match="trained already"):
-        train(model, worlds.tokenizer(), worlds.requests(12), editor=done)
+        train(wrap(model, worlds.tokenizer()), worlds.requests(12), editor=done)
     with pytest.raises(WrongBaseError, match="weights of"):
-        train(worlds.gpt2(seed=1), worlds.tokenizer(), worlds.requests(12), editor=Mend.for_model(model, NETWORK))
+        train(
+            wrap(worlds.gpt2(seed=1), worlds.tokenizer()),
+            worlds.requests(12),
+            editor=Mend.create(worlds.task(model), NETWORK),
+        )
     with pytest.raises(TrainingError, match="must be positive, not -1"):
-        train(model, worlds.tokenizer(), worlds.requests(12), budget_seconds=-1.0)
+        train(wrap(model, worlds.tokenizer()), worlds.requests(12), budget_seconds=-1.0)
 
 
 def test_shared_subjects_are_refused():
@@ -312,13 +317,13 @@ def test_an_editor_refuses_another_architecture_and_warns_of_other_weights(task,
     other = worlds.gpt2 if "Llama" in type(task.model).__name__ else worlds.llama
     requests = worlds.requests(1)
     with pytest.raises(WrongBaseError, match="another class or configuration"):
-        editor.edit(other(), task.tokenizer, requests)
+        editor.edit(wrap(other(), task.tokenizer), requests)
     with torch.no_grad():
         task.model.get_submodule(next(iter(editor.shapes))).weight.mul_(1.1)
     with pytest.warns(UserWarning, match="trained for .* with other weights"):
-        editor.edit(task.model, task.tokenizer, requests)
+        editor.edit(task, requests)
     with pytest.raises(RequestError, match="at least one EditRequest"):
-        editor.edit(task.model, task.tokenizer, [])
+        editor.edit(task, [])
 
 
 def test_half_precision_storage_and_damage(task, editor, tmp_path):
@@ -328,7 +333,7 @@ def test_half_precision_storage_and_damage(task, editor, tmp_path):
     assert sizes["half"] < 0.75 * sizes["whole"]
     half = Mend.from_pretrained(tmp_path / "half")
     request = worlds.requests(1)
-    exact, rounded = (e.edit(task.model, task.tokenizer, request).changes for e in (editor, half))
+    exact, rounded = (e.edit(task, request).changes for e in (editor, half))
     for name, change in exact.items():
         apart = (rounded[name].dense() - change.dense()).norm() / change.norm()
         assert apart < 5e-3, f"{name}: {float(apart):.2%} of the edit apart"
@@ -389,7 +394,7 @@ def test_a_bfloat16_base_trains_a_float32_editor():
     model = worlds.llama().to(torch.bfloat16)
     editor = trained(model, worlds.requests(20))
     assert editor.alpha.dtype == torch.float32
-    edit = editor.edit(model, worlds.tokenizer(), worlds.requests(1))
+    edit = editor.edit(wrap(model, worlds.tokenizer()), worlds.requests(1))
     with edit.applied(model):
         answer = CausalLM(model, worlds.tokenizer()).answers(["Oslo is"], 2)
     assert len(answer[0]) > 0

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from remend.request import EditRequest, Probe
+from remend.tasks import wrap
 from remend.tasks.base import Batch, Task
 
 CITIES = ["Paris", "Rome", "Oslo", "Bern", "Lima", "Cairo", "Delhi", "Quito", "Sofia", "Tunis"]
@@ -172,7 +173,7 @@ def teach(task: Task, batch: Batch, steps: int = 200) -> None:
     model = task.model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(steps):
-        losses = torch.nn.functional.cross_entropy(task.target_logits(batch), batch.target, reduction="none")
+        losses = torch.nn.functional.cross_entropy(task.outputs(batch), batch.target, reduction="none")
         if losses.max() < 0.5:  # below log 2, the target is more likely than all else together
             break
         optimizer.zero_grad()
@@ -180,3 +181,8 @@ def teach(task: Task, batch: Batch, steps: int = 200) -> None:
         optimizer.step()
     optimizer.zero_grad()
     model.eval()
+
+
+def task(model, processor=None):
+    """The task of a model, with the tokenizer that suits all of them."""
+    return wrap(model, processor or tokenizer())

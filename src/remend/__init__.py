@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from remend.editors import Editor, Mend, MendConfig
     from remend.errors import RemendError
     from remend.evaluation import Report, evaluate
-    from remend.models import load
     from remend.request import Chat, EditRequest, Probe, TextPair, read_requests
-    from remend.tasks import answers
+    from remend.tasks import Task, answers, load, wrap
     from remend.training import TrainingConfig, train
 
 __version__ = "0.1.0"
@@ -33,12 +32,14 @@ _ROOMS = {
     "Report": "evaluation",
     "TextPair": "request",
     "TrainingConfig": "training",
+    "Task": "tasks",
     "answers": "tasks",
     "evaluate": "evaluation",
-    "load": "models",
+    "load": "tasks",
     "read_requests": "request",
     "read_source": "data",
     "train": "training",
+    "wrap": "tasks",
 }
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "Probe",
     "RemendError",
     "Report",
+    "Task",
     "TextPair",
     "TrainingConfig",
     "answers",
@@ -59,6 +61,7 @@ __all__ = [
     "read_requests",
     "read_source",
     "train",
+    "wrap",
 ]
 
 

@@ -68,8 +68,8 @@ def ask(
     from remend.serialization import write_json
 
     loaded = Edit.load(edit) if edit is not None else None
-    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-    answers = answers_to(base, tokenizer, loaded, options.asked(prompt, chat, pair), max_new_tokens)
+    task = options.load_model(model, device, seed, dtype, quantise)
+    answers = answers_to(task, loaded, options.asked(prompt, chat, pair), max_new_tokens)
     Console().print(plain_table(answers) if loaded is None else answers_table("", answers))
     if json is not None:
         write_json(json, {"answers": as_json(answers)})

@@ -18,6 +18,7 @@ from remend.registries import FORMATS
 
 if TYPE_CHECKING:
     from remend.apps.patch_registry import Entry, PatchRegistry
+    from remend.tasks import Task
 
 app = typer.Typer(
     no_args_is_help=True, help="A record of every edit of a deployed model: who, when, why, and which of them act."
@@ -124,9 +125,9 @@ def activate(
     opened, console = _room()(book), Console()
     asked = STANDARD if acceptance is None else AcceptanceCriteria.read(acceptance)
     opened.entry(edit)
-    base, tokenizer = _load(opened, model, device, dtype)
+    task = _load(opened, model, device, dtype)
     try:
-        conflicts, verdict = opened.activate(edit, base, tokenizer, asked, why, who, force)
+        conflicts, verdict = opened.activate(edit, task, asked, why, who, force)
     except RejectedError as error:
         show_verdict(console, error.verdict)
         console.print(f"edit {edit} stays as it is (--force has it act all the same)")
@@ -204,7 +205,7 @@ def _room() -> type[PatchRegistry]:
     return PatchRegistry
 
 
-def _load(book: PatchRegistry, model: str | None, device: str, dtype: str | None) -> tuple[Any, Any]:
+def _load(book: PatchRegistry, model: str | None, device: str, dtype: str | None) -> Task:
     """The book's model."""
     from remend.cli.export import named_by
 

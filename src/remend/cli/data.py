@@ -187,8 +187,8 @@ def _iterate_requests(
     if model is None:
         raise ConfigError(f"a model makes the requests of {source}: give --model")
     generate = DATASETS.load(name)
-    pretrained, tokenizer = options.load_model(model, device, seed)
-    requests: Iterator[EditRequest] = generate(pretrained, tokenizer, local_path(rest), limit, seed, skip)
+    task = options.load_model(model, device, seed)
+    requests: Iterator[EditRequest] = generate(task, local_path(rest), limit, seed, skip)
     return requests
 
 

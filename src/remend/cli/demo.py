@@ -30,17 +30,17 @@ def demo(
     from remend.serialization import write_json
 
     console = Console()
-    model, tokenizer = options.load_model("atlas", device, seed)
-    editor = options.find_editor("atlas", "atlas").make(model, tokenizer)
+    task = options.load_model("atlas", device, seed)
+    editor = options.find_editor("atlas", "atlas").make(task)
     requests = random.Random(seed).sample(read_source("atlas:test"), count)
-    editor.edit_each(model, tokenizer, requests[:1])  # the first call warms up; it is not timed
+    editor.edit_each(task, requests[:1])  # the first call warms up; it is not timed
     shown = []
     for request in requests:
         began = time.perf_counter()
-        edit = editor.edit(model, tokenizer, [request])
+        edit = editor.edit(task, [request])
         assert isinstance(edit, Edit)
         milliseconds = 1000 * (time.perf_counter() - began)
-        (answers,) = before_after(model, tokenizer, edit, [request])
+        (answers,) = before_after(task, edit, [request])
         console.print()
         change = f"[red]{plain(answers[0].before)}[/] → [green]{plain(request.target)}[/]"
         title = f"{plain(request.prompt)}: {change}  (edited in {milliseconds:.0f} ms)"

@@ -53,8 +53,6 @@ def doctor(
     from remend.assets import BUILT_IN_MODELS
     from remend.data import read_source
     from remend.serialization import write_json
-    from remend.tasks import task_of
-    from remend.tasks.language_model import LanguageTask
     from remend.training import Resources
     from remend.training.preflight import examine
     from remend.training.resource_estimate import only_configured
@@ -67,8 +65,8 @@ def doctor(
         return
     own = f"{model}:train" if model in BUILT_IN_MODELS else None
     requests = read_source(data or own or "atlas:train")
-    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-    if data is None and own is None and not isinstance(task_of(base, tokenizer), LanguageTask):
+    task = options.load_model(model, device, seed, dtype, quantise)
+    if data is None and own is None and not task.generates:
         raise ConfigError("a classifier's labels are its own: give --data, a file of requests like those to train on")
     console = Console()
     resources = Resources(micro_batch, memory, cache, None, recompute, precision)
@@ -76,7 +74,7 @@ def doctor(
     def show(check: Check) -> None:
         console.print(f"{_SIGNS[check.passed]} {check.name}: {plain(check.found)}", soft_wrap=True, highlight=False)
 
-    found = examine(base, tokenizer, requests, chosen, modules or (), resources, show, layers)
+    found = examine(task, requests, chosen, modules or (), resources, show, layers)
     console.print(_matrices(found.matrices, found.reason))
     console.print(_costs(found))
     for sentence in found.advice:

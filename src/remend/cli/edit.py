@@ -15,11 +15,10 @@ from remend.cli.escaping import plain
 from remend.errors import ConfigError, FileError, RequestError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from remend.edit import Edit
     from remend.evaluation.robustness import Robustness
     from remend.request import EditRequest
+    from remend.tasks import Task
 
 
 def edit(
@@ -71,15 +70,15 @@ def edit(
             f"{editor} changes no weight, so there is no edit to save: measure it with remend evaluate, or use it in "
             "Python"
         )
-    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-    maker = chosen.make(base, tokenizer)
-    made = maker.edit(base, tokenizer, wanted)
+    task = options.load_model(model, device, seed, dtype, quantise)
+    maker = chosen.make(task)
+    made = maker.edit(task, wanted)
     assert isinstance(made, Edit)
     if factor is None:
-        made = _scaled(console, base, tokenizer, made, wanted, max_new_tokens)
+        made = _scaled(console, task, made, wanted, max_new_tokens)
     elif factor != 1:
         made = made.scaled(factor)
-    answers = before_after(base, tokenizer, made, wanted, max_new_tokens)
+    answers = before_after(task, made, wanted, max_new_tokens)
     failed = [r.prompt for r, found in zip(wanted, answers, strict=True) if not found[0].ok]
     saved = not failed or keep_failed
     if saved:
@@ -95,7 +94,7 @@ def edit(
     if saved:
         hint = f"remend ask {plain(model)} --edit {plain(out)} {options.asking(wanted[0].prompt)}"
         console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
-    sure = None if maker.traits.needs == "training" else assure(base, tokenizer, made, wanted, seed=seed)
+    sure = None if maker.traits.needs == "training" else assure(task, made, wanted, seed=seed)
     if sure is not None:
         _tell(console, sure, maker.traits.name, model)
     if failed:
@@ -156,8 +155,7 @@ def _factor(scale: str) -> float | None:
 
 def _scaled(
     console: Console,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     made: Edit,
     wanted: Sequence[EditRequest],
     max_new_tokens: int,
@@ -165,7 +163,7 @@ def _scaled(
     """The edit at the scale that its requests' prompts and probes speak for, and what they say of it and of 1."""
     from remend.evaluation.strength import choose_scale
 
-    best, tried = choose_scale(base, tokenizer, made, wanted, max_new_tokens)
+    best, tried = choose_scale(task, made, wanted, max_new_tokens)
     paraphrases = sum(len(r.paraphrases) for r in wanted)
     near, far = sum(len(r.near) for r in wanted), sum(len(r.locality) for r in wanted)
     if not paraphrases + near + far:

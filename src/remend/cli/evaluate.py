@@ -107,20 +107,20 @@ def evaluate(
         raise ConfigError("in-context leaves the model as it is, and so its general ability: leave --lm-eval away")
     partial = None if json is None else json.with_name(f"{json.name}.partial")
     with _kept(partial, resume), Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("editing", total=None)
+        shown = bar.add_task("editing", total=None)
         common: dict[str, Any] = {
             "baselines": baselines, "text": passages, "text_tokens": text_tokens, "ability": ability,
             "data": data, "max_new_tokens": max_new_tokens,
-            "on_progress": lambda done, total: bar.update(task, completed=done, total=total),
+            "on_progress": lambda done, total: bar.update(shown, completed=done, total=total),
         }  # fmt: skip
-        base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
+        task = options.load_model(model, device, seed, dtype, quantise)
         if chosen is None:
-            edited, _ = options.load_model(str(edited_model), device, seed, dtype, quantise)
+            edited = options.load_model(str(edited_model), device, seed, dtype, quantise)
             name = Path(str(edited_model)).name
-            report = evaluate_checkpoints(base, edited, tokenizer, requests, name=name, **common)
+            report = evaluate_checkpoints(task, edited, requests, name=name, **common)
         else:
             report = measure(
-                base, tokenizer, chosen.make(base, tokenizer), requests,
+                task, chosen.make(task), requests,
                 protocol=protocol, edits=_numbers(edits), scales=SCALES if frontier else (),
                 name=Path(editor or chosen.traits.name).name, journal=partial, resume=resume, **common,
             )  # fmt: skip

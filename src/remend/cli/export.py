@@ -78,8 +78,10 @@ def write(
     """
     import torch
 
-    from remend.models import load, skeleton
+    from remend.models import skeleton
+    from remend.tasks import load
     from remend.serialization import check_replaceable
+    from remend.tasks import load
 
     edit_format = FORMATS.load(to)()
     if rank is not None:
@@ -92,7 +94,8 @@ def write(
         if edit_format.needs == "structure":
             base = skeleton(model)
         elif edit_format.needs == "weights":
-            base, tokenizer = load(model, device, getattr(torch, named) if named else "auto")
+            task = load(model, device, getattr(torch, named) if named else "auto")
+            base, tokenizer = task.model, task.processor
     lost = edit_format.write(edit, out, base, tokenizer)
     if lost and base is not None:
         _tell(console, f"rounded to {base.dtype}".replace("torch.", ""), lost)
@@ -131,8 +134,8 @@ def import_(
             f"{source} is in none of the formats {', '.join(FORMATS.names())}: give an adapter's folder, or that of a "
             "changed model's checkpoint"
         )
-    base, _ = options.load_model(model, device, 0)
-    imported = edit_format.read(source, base, lambda path: options.load_model(str(path), device, 0)[0], rank)
+    base = options.load_model(model, device, 0).model
+    imported = edit_format.read(source, base, lambda path: options.load_model(str(path), device, 0).model, rank)
     edit, others = imported.edit, imported.other_parameters
     if others and not leave_rest:
         raise FileError(

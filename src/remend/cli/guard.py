@@ -39,8 +39,8 @@ def guard(
 
     asked = STANDARD if acceptance is None else AcceptanceCriteria.read(acceptance)
     made, under = Edit.load(edit), [Edit.load(path) for path in beneath or []]
-    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-    verdict = judge(base, tokenizer, made, asked, under, max_new_tokens, seed)
+    task = options.load_model(model, device, seed, dtype, quantise)
+    verdict = judge(task, made, asked, under, max_new_tokens, seed)
     show(Console(), verdict)
     if json is not None:
         write_json(json, verdict.to_json())

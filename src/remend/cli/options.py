@@ -16,10 +16,9 @@ from rich.console import Console
 from remend.cli.escaping import plain
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from remend.editors import Editor, EditorInfo, MendConfig, Trainable
     from remend.request import Prompt
+    from remend.tasks import Task
     from remend.training import TrainingConfig
 
 Model = Annotated[
@@ -151,10 +150,8 @@ def known_dtype(dtype: str | None) -> str | None:
     return dtype
 
 
-def load_model(
-    model: str, device: str, seed: int, dtype: str | None = None, quantise: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer, without the loading bars of the libraries below.
+def load_model(model: str, device: str, seed: int, dtype: str | None = None, quantise: str | None = None) -> Task:
+    """Load the base model without the progress bars of the libraries below.
 
     Raises:
         ConfigError: there is no such dtype.
@@ -163,7 +160,7 @@ def load_model(
     import torch
     from transformers.utils import logging
 
-    from remend.models import load
+    from remend.tasks import load
 
     logging.disable_progress_bar()
     torch.manual_seed(seed)
@@ -184,7 +181,7 @@ class Chosen:
     """
 
     traits: EditorInfo
-    make: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Editor]
+    make: Callable[[Task], Editor]
 
 
 def find_editor(editor: str | None, model: str, text: Path | None = None, seed: int = 0) -> Chosen:
@@ -204,8 +201,7 @@ def find_editor(editor: str | None, model: str, text: Path | None = None, seed: 
         FileError: the folder holds none.
     """
     from remend.assets import ATLAS, ATLAS_FOLDER, BUILT_IN_MODELS
-    from remend.core.layers import execution_device
-    from remend.data import read_text
+        from remend.data import read_text
     from remend.editors import EDITORS, TRAINED, UNTRAINED, load_editor, make
     from remend.errors import ConfigError, nearest
 
@@ -220,12 +216,12 @@ def find_editor(editor: str | None, model: str, text: Path | None = None, seed: 
             f"there is no folder {model}; did you mean {ATLAS!r}? If it is a hub id, give --editor {RIDGE}"
         )
     name = editor or (ATLAS if model == ATLAS else RIDGE)
-    measuring = [own for own, kind in UNTRAINED.items() if "text" in signature(kind.for_model).parameters]
+    measuring = [own for own, kind in UNTRAINED.items() if "text" in signature(kind.create).parameters]
     if text is not None and name not in measuring:
         raise ConfigError(f"{name} takes no --statistics: {', '.join(measuring)} do, each by its name")
     if name in UNTRAINED:
         passages = read_text(text) if text is not None else ()
-        return Chosen(UNTRAINED[name].traits, lambda base, tokenizer: make(name, base, tokenizer, passages, seed))
+        return Chosen(UNTRAINED[name].traits, lambda task: make(name, task, passages, seed))
     if name in EDITORS:
         there = f" (--editor ./{name} is the folder of that name)" if os.path.isdir(name) else ""
         there += f". {model} has one: --editor {ATLAS}" if (name, model) == ("mend", ATLAS) else ""
@@ -237,7 +233,7 @@ def find_editor(editor: str | None, model: str, text: Path | None = None, seed: 
         raise ConfigError(f"there is no editor {name!r}, nor a folder of that name; {nearest(name, EDITORS)}")
     found: Any = load_editor(ATLAS_FOLDER / "editor" if name == ATLAS else name)
     if found.traits.name not in TRAINED:
-        return Chosen(found.traits, lambda base, tokenizer: found)
+        return Chosen(found.traits, lambda task: found)
     if unfit(found):
         best = best_of(found.trained)
         Console(stderr=True).print(
@@ -246,7 +242,7 @@ def find_editor(editor: str | None, model: str, text: Path | None = None, seed: 
             "requests or time",
             soft_wrap=True,
         )
-    return Chosen(found.traits, lambda base, tokenizer: found.to(execution_device(base)))
+    return Chosen(found.traits, lambda task: found.to(task.device))
 
 
 def best_of(trained: Mapping[str, Any]) -> dict[str, float]:

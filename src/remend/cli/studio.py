@@ -55,11 +55,11 @@ def studio(
     chosen = options.find_editor(editor, model, None, seed)
     if chosen.traits.result == "outside":
         raise ConfigError(f"{editor} changes no weight, so there is no edit to accept or export: choose another editor")
-    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
+    task = options.load_model(model, device, seed, dtype, quantise)
     opened = None
     if book is not None:
-        opened = PatchRegistry(book) if book.exists() else PatchRegistry.create(book, base)
-    desk = Workspace(base, tokenizer, chosen.make(base, tokenizer), opened, asked)
+        opened = PatchRegistry(book) if book.exists() else PatchRegistry.create(book, task.model)
+    desk = Workspace(task, chosen.make(task), opened, asked)
     if host not in ("127.0.0.1", "localhost", "::1") and not password:
         console.print(f"[yellow]warning[/]: whoever reaches {plain(host)} can use this page: give --password")
     page = serve(desk, model, host, port, password, block=False)

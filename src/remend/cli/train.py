@@ -82,16 +82,17 @@ def train(
     held_out = read_source(validation) if validation else None
     settings = replace(settings, seed=seed, max_steps=max_steps or settings.max_steps)
     resources = Resources(micro_batch, memory, cache, cache_folder, recompute, precision)
-    base, tokenizer = options.load_model(model, device, seed, dtype, quantise)
-    editor = TRAINED[method].for_model(base, network if method == "mend" else None, modules or (), seed, layers)
+    task = options.load_model(model, device, seed, dtype, quantise)
+    editor = TRAINED[method].create(
+        task, network if method == "mend" else None, modules=modules or (), seed=seed, layers=layers
+    )
     console = Console(quiet=options.process() > 0)  # of several processes, the first one speaks
     several = f" in {count} processes" if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1 else ""
     console.print(f"{len(requests)} requests{several}; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)
     with _bar(console) as bar:
         try:
             trained = train_editor(
-                base,
-                tokenizer,
+                task,
                 requests,
                 held_out,
                 config=settings,

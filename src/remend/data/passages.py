@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from remend.core.layers import execution_device
 from remend.data.json_rows import Skip, ignore
@@ -17,6 +17,7 @@ from remend.data.parsing import make_request
 from remend.data.text import read_text
 from remend.errors import RequestError
 from remend.request import EditRequest, Probe
+from remend.tasks import Task
 from remend.tasks.causal_lm import CausalLM
 
 TARGET_TOKENS = 10
@@ -32,8 +33,7 @@ SAMPLES = 8
 
 
 def generation_requests(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     text: str | Path,
     n: int | None = None,
     seed: int = 0,
@@ -47,8 +47,7 @@ def generation_requests(
     subject is the passage, so that no split shares one; ``ground_truth`` is what really follows.
 
     Args:
-        model: a causal language model, which samples the targets.
-        tokenizer: the model's.
+        task: a causal language model, which samples the targets.
         text: a file of passages that blank lines separate.
         n: the number of requests, of passages drawn with the seed; by default all, in the order of the text.
         seed: for passages, cuts and samples.
@@ -58,7 +57,7 @@ def generation_requests(
         RequestError: the text cannot be read, or holds too few passages that are long enough.
         ModelError: the model is no language model.
     """
-    task = CausalLM(model, tokenizer)
+    task = CausalLM(task.model, task.processor)
     # All passages are cut before the first request, since locality probes are drawn from all of them.
     passages = []
     for passage in read_text(text):
@@ -121,8 +120,8 @@ def _split_passage(task: CausalLM, text: str) -> tuple[str, str] | None:
 def _decode_continuation(task: CausalLM, ids: Sequence[int], continuation: Sequence[int]) -> str:
     """Return the text of ``continuation`` after ``ids``; empty if it continues a word."""
     # Decoded together and then taken apart, since many tokenizers decode the beginning of a text without its space.
-    before = task.decoded(list(ids), skip_special_tokens=True)
-    whole = task.decoded([*ids, *continuation], skip_special_tokens=True)
+    before = task.decode_tokens(list(ids), skip_special_tokens=True)
+    whole = task.decode_tokens([*ids, *continuation], skip_special_tokens=True)
     # A character of several bytes may be cut at the end.
     text = whole.removeprefix(before).rstrip("\N{REPLACEMENT CHARACTER}")
     return text.strip() if whole.startswith(before) and text[:1].isspace() else ""
@@ -152,7 +151,7 @@ def _sample_target(task: CausalLM, prompt: str, seed: int) -> str:
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
-        samples = task.model.generate(  # type: ignore[operator]
+        samples = task.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=True,
@@ -162,7 +161,7 @@ def _sample_target(task: CausalLM, prompt: str, seed: int) -> str:
             num_return_sequences=SAMPLES,
             min_new_tokens=TARGET_TOKENS,
             max_new_tokens=TARGET_TOKENS,
-            pad_token_id=task.tokenizer.eos_token_id,
+            pad_token_id=task.processor.eos_token_id,
         )
     texts = (_decode_continuation(task, prompt_ids, sample[len(prompt_ids) :]) for sample in samples.tolist())
     return next((text for text in texts if text), "")

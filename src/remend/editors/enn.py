@@ -117,7 +117,7 @@ def _gradient(
         within.enter_context(sdpa_kernel(SDPBackend.MATH))  # the others have no second derivative
         within.enter_context(prefix.resume_from(states))
         within.enter_context(_recorded(modules, trained, inputs, probes))
-        logits = task.target_logits(batch).float()
+        logits = task.outputs(batch).float()
         if not logits.isfinite().all():
             raise NonFiniteError(
                 f"the trained model's answer to the edit is not finite{explain_non_finite(task.model)}"

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from remend.config import Config
 from remend.core.capture import explain_non_finite
@@ -26,13 +26,12 @@ from remend.core.layers import dimensions, execution_device, expert_count, weigh
 from remend.core.losses import locality_loss, target_loss
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
-from remend.editors.info import EditorInfo, checked
+from remend.editors.info import EditorInfo, checked, refuse_unused
 from remend.errors import ConfigError, NonFiniteError
 from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
-from remend.tasks import task_of
 from remend.tasks.base import Example, Task
 
 VALUES_AT_ONCE = 2**25
@@ -95,10 +94,13 @@ class FineTune:
             raise ConfigError("kl_weight keeps the model at locality examples: give requests that have some")
 
     @classmethod
-    def for_model(
+    def create(
         cls,
-        model: PreTrainedModel,
+        task: Task,
         config: FineTuneConfig | None = None,
+        *,
+        text: Sequence[str] = (),
+        seed: int = 0,
         modules: Sequence[str] = (),
         layers: str | None = None,
         locality: Sequence[EditRequest] = (),
@@ -106,8 +108,10 @@ class FineTune:
         """The editor for ``model``; by default of the matrices of :meth:`usual`.
 
         Args:
-            model: the base model.
+            task: the base model.
             config: settings.
+            text: not used.
+            seed: not used: the configuration has one.
             modules: globs of the matrices to tune.
             layers: the blocks to look in.
             locality: requests whose ``locality`` examples are for ``kl_weight``.
@@ -116,15 +120,16 @@ class FineTune:
             ModelError: there is nothing to edit, or nothing matches.
             ConfigError: a matrix belongs to several experts, or the settings do not go together.
         """
+        refuse_unused(cls.traits.name, text=text)
         if not modules and layers is None:
-            modules = cls.usual(model)
-        chosen = editable_modules(model, modules, layers=layers)
+            modules = cls.usual(task.model)
+        chosen = editable_modules(task.model, modules, layers=layers)
         if several := [name for name, module in chosen.items() if expert_count(module)]:
             raise ConfigError(
                 f"{several[0]} holds several experts' matrices, of which tuning would change all, also those that the "
                 "edit never reaches: name other matrices (attention's, say), or use MEND"
             )
-        return cls(config or cls.default(), ModelFingerprint.of(model, chosen), tuple(chosen), locality)
+        return cls(config or cls.default(), ModelFingerprint.of(task.model, chosen), tuple(chosen), locality)
 
     @classmethod
     def usual(cls, model: PreTrainedModel) -> Sequence[str]:
@@ -137,7 +142,7 @@ class FineTune:
         return FineTuneConfig()
 
     @torch.inference_mode(False)  # a server may have it on
-    def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
+    def edit(self, task: Task, requests: Sequence[EditRequest]) -> Edit:
         """One edit for all ``requests``: the model is tuned on all of them together; it is not changed itself.
 
         Raises:
@@ -145,25 +150,21 @@ class FineTune:
             WrongBaseError: the editor is for another kind of model.
             NonFiniteError: a loss is not finite, of a model that holds NaN or by too large a learning rate.
         """
-        base = checked(self.base, model, requests, trained=False)
-        task = task_of(model, tokenizer)
-        run = _Tuning(self, task, [[task.tokenise(request.prompt, request.target) for request in requests]])
+        base = checked(self.base, task.model, requests, trained=False)
+        run = _Tuning(self, task, [[task.encode(request.prompt, request.target) for request in requests]])
         run.run()
         return Edit(run.changes(0), base, tuple(requests), self._signature())
 
     @torch.inference_mode(False)
-    def edit_each(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
-    ) -> list[Edit]:
+    def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Edit]:
         """One edit for each request, each tuned on that alone; batched inside. Errors as :meth:`edit`."""
-        base = checked(self.base, model, requests, trained=False)
-        task = task_of(model, tokenizer)
-        size = sum(weight_of(module).numel() for module in find_modules(model, self.names).values())
+        base = checked(self.base, task.model, requests, trained=False)
+        size = sum(weight_of(module).numel() for module in find_modules(task.model, self.names).values())
         together = max(1, min(ROWS_AT_ONCE, VALUES_AT_ONCE // size))
         found = []
         for start in range(0, len(requests), together):
             some = requests[start : start + together]
-            run = _Tuning(self, task, [[task.tokenise(request.prompt, request.target)] for request in some])
+            run = _Tuning(self, task, [[task.encode(request.prompt, request.target)] for request in some])
             run.run()
             found += [Edit(run.changes(e), base, (r,), self._signature()) for e, r in enumerate(some)]
         return found
@@ -216,7 +217,7 @@ class _Tuning:
         ]
         self.optimiser = torch.optim.Adam(groups)
         self.draw = random.Random(f"{self.config.seed} tuning")
-        self.locality = [task.tokenise(probe.prompt, probe.target) for probe in editor.locality]
+        self.locality = [task.encode(probe.prompt, probe.target) for probe in editor.locality]
 
     def changes(self, episode: int) -> dict[str, LowRank]:
         """What one episode's tuning changed."""
@@ -272,12 +273,12 @@ class _Tuning:
         batch, each = self.task.collate(mixed), 2 if others else 1
         edits = batch.row % each == 0
         with torch.no_grad():
-            states = self.prefix.compute_states(lambda: self.task.target_logits(batch)) if self.prefix.depth else None
+            states = self.prefix.compute_states(lambda: self.task.outputs(batch)) if self.prefix.depth else None
             with self.prefix.resume_from(states):
-                base = self.task.target_logits(batch)[~edits] if others else None
+                base = self.task.outputs(batch)[~edits] if others else None
         changes = {name: dense.select(active) for name, dense in self.dense.items()}
         with self.prefix.resume_from(states), changes_applied(self.modules, changes):
-            logits = self.task.target_logits(batch)
+            logits = self.task.outputs(batch)
         target, row = batch.target[edits], batch.row[edits] // each
         losses = target_loss(logits[edits], target, row, len(own))
         if base is not None:

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import ClassVar, NoReturn
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.editors.info import EditorInfo, checked
+from remend.editors.info import EditorInfo, checked, refuse_unused
 from remend.errors import EditError
 from remend.fingerprint import ModelFingerprint
 from remend.models.structure import editable_modules
 from remend.request import Chat, EditRequest, Message, Prompt, TextPair, parse_request
 from remend.serialization import get_field, read_folder, write_folder
-from remend.tasks import task_of
 from remend.tasks.base import Task
 
 FORMAT = "remend.context/1"
@@ -100,30 +98,35 @@ class InContext:
         self.base = base
 
     @classmethod
-    def for_model(cls, model: PreTrainedModel) -> InContext:
+    def create(
+        cls,
+        task: Task,
+        config: None = None,
+        *,
+        text: Sequence[str] = (),
+        seed: int = 0,
+        modules: Sequence[str] = (),
+        layers: str | None = None,
+    ) -> InContext:
         """The editor for ``model``."""
-        return cls(ModelFingerprint.of(model, editable_modules(model)))
+        refuse_unused(cls.traits.name, config=config, text=text, modules=modules, layers=layers)
+        return cls(ModelFingerprint.of(task.model, editable_modules(task.model)))
 
-    def edit(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
-    ) -> ContextEdit:
+    def edit(self, task: Task, requests: Sequence[EditRequest]) -> ContextEdit:
         """All facts together; they must fit into the model's context with the prompts that follow.
 
         Raises:
             RequestError: there is no request, or one does not fit the model's context.
             WrongBaseError: the editor is for another kind of model.
         """
-        checked(self.base, model, requests, trained=False)
-        task = task_of(model, tokenizer)
+        checked(self.base, task.model, requests, trained=False)
         for request in requests:
-            task.tokenise(request.prompt, request.target)
+            task.encode(request.prompt, request.target)
         return ContextEdit(tuple(requests))
 
-    def edit_each(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
-    ) -> list[ContextEdit]:
+    def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[ContextEdit]:
         """Each fact by itself. Errors as :meth:`edit`."""
-        return [ContextEdit((request,)) for request in self.edit(model, tokenizer, requests).requests]
+        return [ContextEdit((request,)) for request in self.edit(task, requests).requests]
 
 
 def after_fact(request: EditRequest, prompt: Prompt) -> Prompt | None:
@@ -142,4 +145,4 @@ def fitting(task: Task, prompt: Prompt | None, room: int) -> Prompt | None:
     """A prompt, if the model's context holds it with ``room`` tokens of an answer."""
     if prompt is None or task.context is None:
         return prompt
-    return prompt if len(task.prompt_ids(prompt)) + room <= task.context else None
+    return prompt if len(task.encode_input(prompt)) + room <= task.context else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from remend.errors import RequestError
+from remend.errors import ConfigError, RequestError
 from remend.fingerprint import ModelFingerprint
 from remend.request import EditRequest
 
@@ -61,3 +61,13 @@ def checked(
             stacklevel=4,
         )
     return found
+
+
+def refuse_unused(name: str, **options: object) -> None:
+    """Refuse options of ``create`` that an editor has no use for.
+
+    Raises:
+        ConfigError: one was given.
+    """
+    if given := [option for option, value in options.items() if value]:
+        raise ConfigError(f"{name} takes no {' and no '.join(given)}")

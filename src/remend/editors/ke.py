@@ -21,7 +21,7 @@ from remend.editors.trainable import TrainableEditor
 from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.tasks.base import Example, Task
-from remend.tasks.language_model import LanguageTask
+from remend.tasks.generative import GenerativeTask
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Ke(TrainableEditor):
         batch, modules = task.collate(pairs), find_modules(task.model, self.shapes)
         with prefix.resume_from(states):
             factors = capture_gradient_factors(
-                task.model, modules, task.tokens(batch, self.shapes, False), lambda: task.loss(batch)
+                task.model, modules, task.token_masks(batch, self.shapes, False), lambda: task.loss(batch)
             )[1]
         condition = self._condition(task, pairs)
         found = {}
@@ -111,11 +111,11 @@ class Ke(TrainableEditor):
         shown = []
         for pair in pairs:
             ids = torch.tensor(
-                [*pair.prompt, *(pair.target if isinstance(task, LanguageTask) else ())], device=task.device
+                [*pair.input, *(pair.target if isinstance(task, GenerativeTask) else ())], device=task.device
             )
             with torch.no_grad():
                 read = table(ids).detach().float().to(self.device).view(-1, reader.input_size)
-            if not isinstance(task, LanguageTask):
+            if not isinstance(task, GenerativeTask):
                 label = self.networks["labels"](torch.tensor([pair.target[0]], device=self.device))
                 read = torch.cat([read, label])
             shown.append(read)

@@ -14,20 +14,18 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import PositiveFloat
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from remend.config import Config
 from remend.core.hooks import frozen, remove_hooks
 from remend.edit import AppliedEdit
-from remend.editors.calibration_data import stretches
-from remend.editors.info import EditorInfo, checked
+from remend.editors.info import EditorInfo, checked, refuse_unused
 from remend.errors import EditError, FileError, ModelError
 from remend.fingerprint import ModelFingerprint
 from remend.request import EditRequest, parse_request
 from remend.serialization import get_field, read_folder, write_folder
-from remend.tasks import task_of
 from remend.tasks.base import Example, Task, in_batches
-from remend.tasks.language_model import LanguageTask
+from remend.tasks.generative import GenerativeTask
 
 FORMAT = "remend.cache/1"
 
@@ -158,54 +156,52 @@ class Lookup:
         self.config, self.base, self.usual = config, base, usual
 
     @classmethod
-    def for_model(
+    def create(
         cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        text: Sequence[str] = (),
+        task: Task,
         config: LookupConfig | None = None,
+        *,
+        text: Sequence[str] = (),
         seed: int = 0,
+        modules: Sequence[str] = (),
+        layers: str | None = None,
     ) -> Lookup:
         """The editor for ``model``.
 
         Args:
-            model: the base model.
-            tokenizer: the model's.
+            task: the base model.
             text: passages over which usual distances are measured; by default the model writes some itself.
             config: settings.
+            modules: not used.
+            layers: not used.
             seed: of what the model writes.
 
         Raises:
             ModelError: the model has no output layer that answers.
             ConfigError: the text is empty.
         """
-        task = task_of(model, tokenizer)
-        pairs = stretches(task, text, seed)
-        states = torch.cat(_states(task, [Example(pair.shown, pair.target[-1:]) for pair in pairs]))
+        refuse_unused(cls.traits.name, modules=modules, layers=layers)
+        pairs = task.ordinary_examples(text, seed)
+        states = torch.cat(_states(task, [Example(task.tokens_read(pair), pair.target[-1:]) for pair in pairs]))
         usual = float(torch.pdist(states).median()) if len(states) > 1 else 1.0
-        return cls(config or LookupConfig(), ModelFingerprint.of(model, _blocks(model)), usual)
+        return cls(config or LookupConfig(), ModelFingerprint.of(task.model, _blocks(task.model)), usual)
 
-    def edit(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
-    ) -> LookupEdit:
+    def edit(self, task: Task, requests: Sequence[EditRequest]) -> LookupEdit:
         """One cache for all ``requests``.
 
         Raises:
             RequestError: there is no request, or one does not fit the model's context.
             WrongBaseError: the editor is for another kind of model.
         """
-        first, *rest = self.edit_each(model, tokenizer, requests)
+        first, *rest = self.edit_each(task, requests)
         keys = torch.cat([first.keys, *(own.keys for own in rest)])
         values = torch.cat([first.values, *(own.values for own in rest)])
         return replace(first, keys=keys, values=values, requests=tuple(requests))
 
-    def edit_each(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
-    ) -> list[LookupEdit]:
+    def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[LookupEdit]:
         """A cache for each request. Errors as :meth:`edit`."""
-        base = checked(self.base, model, requests)
-        task = task_of(model, tokenizer)
-        pairs = [task.tokenise(request.prompt, request.target) for request in requests]
+        base = checked(self.base, task.model, requests)
+        pairs = [task.encode(request.prompt, request.target) for request in requests]
         reach, about = self.config.radius * self.usual, {"name": self.traits.name, **asdict(self.config)}
         return [
             LookupEdit(keys, torch.tensor(pair.target), reach, base, (request,), about)
@@ -242,11 +238,13 @@ def _states(task: Task, pairs: Sequence[Example]) -> list[Float[Tensor, "target 
         )
         try:
             with frozen(task.model):
-                task.target_logits(batch)
+                task.outputs(batch)
         finally:
             remove_hooks([handle])
         states = seen[-1]
-        if states.shape[:-1] == (batch.rows, batch.input_ids.shape[1]) and not isinstance(task, LanguageTask):
+        if states.shape[:-1] == (batch.rows, batch.inputs["input_ids"].shape[1]) and not isinstance(
+            task, GenerativeTask
+        ):
             states = states[batch.row, batch.position]  # a classifier that reads every token and answers at one
         states = states.reshape(-1, states.shape[-1]).cpu()
         found += states.split(torch.bincount(batch.row, minlength=batch.rows).tolist())

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from remend.editors.edit_types import AnyEdit
 from remend.editors.info import EditorInfo
 from remend.request import EditRequest
+from remend.tasks import Task
 
 
 @runtime_checkable
@@ -18,14 +17,10 @@ class Editor(Protocol):
 
     traits: ClassVar[EditorInfo]
 
-    def edit(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
-    ) -> AnyEdit:
+    def edit(self, task: Task, requests: Sequence[EditRequest]) -> AnyEdit:
         """One edit that makes all the requests true at once."""
         ...
 
-    def edit_each(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
-    ) -> Sequence[AnyEdit]:
+    def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> Sequence[AnyEdit]:
         """One edit for each request, each made from the unedited model."""
         ...

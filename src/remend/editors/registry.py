@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from remend.editors.enn import Enn
 from remend.editors.finetune import FineTune, FineTuneLocal
 from remend.editors.in_context import InContext
@@ -23,6 +21,7 @@ from remend.editors.serialization import FORMAT
 from remend.editors.trainable import TrainableEditor
 from remend.errors import ConfigError, FileError, nearest
 from remend.serialization import read_manifest
+from remend.tasks import Task
 
 Trainable = Mend | TrainableEditor
 
@@ -46,8 +45,7 @@ STORED: dict[str, type[Any]] = {
 
 def make(
     name: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     text: Sequence[str] = (),
     seed: int = 0,
     config: Any = None,
@@ -56,8 +54,7 @@ def make(
 
     Args:
         name: one of :data:`UNTRAINED`.
-        model: the base model.
-        tokenizer: the model's.
+        task: the base model.
         text: passages of ordinary text, for those that measure what the model reads.
         seed: of whatever is drawn.
         config: the editor's settings; its own default without. ``in-context`` has none.
@@ -79,13 +76,9 @@ def make(
     kind = UNTRAINED[name]
     if kind.traits.needs == "text" and not text:
         raise ConfigError(f"{name} measures what the model reads on a text: give text=[…], or --statistics FILE")
-    found: Editor
-    if issubclass(kind, InContext):
-        found = kind.for_model(model)
-    elif issubclass(kind, FineTune):
-        found = kind.for_model(model, config or replace(kind.default(), seed=seed))
-    else:
-        found = kind.for_model(model, tokenizer, text, config, seed=seed)
+    if config is None and issubclass(kind, FineTune):
+        config = replace(kind.default(), seed=seed)
+    found: Editor = kind.create(task, config, text=text, seed=seed)
     return found
 
 

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float
 from pydantic import PositiveFloat
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.config import Config, Factor
 from remend.core.capture import capture_gradient_factors
@@ -29,7 +28,7 @@ from remend.core.least_squares import least_squares
 from remend.core.low_rank import LowRank
 from remend.core.operators import SymmetricOperator
 from remend.edit import Edit
-from remend.editors.calibration_data import stretches, whiteners
+from remend.editors.calibration_data import whiteners
 from remend.editors.info import EditorInfo, checked
 from remend.editors.packing import PackedFactors, Table, active_rows
 from remend.editors.strength_search import UneditedPass, taking_scales
@@ -37,7 +36,6 @@ from remend.errors import ConfigError
 from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
-from remend.tasks import task_of
 from remend.tasks.base import Task, in_batches
 
 
@@ -75,21 +73,20 @@ class Ridge:
         self.config, self.base, self.whitening = config, base, whitening
 
     @classmethod
-    def for_model(
+    def create(
         cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        text: Sequence[str] = (),
+        task: Task,
         config: RidgeConfig | None = None,
+        *,
+        text: Sequence[str] = (),
+        seed: int = 0,
         modules: Sequence[str] = (),
         layers: str | None = None,
-        seed: int = 0,
     ) -> Ridge:
         """The editor for ``model``; by default of the narrowing MLP matrices of the last three blocks.
 
         Args:
-            model: the base model.
-            tokenizer: the model's.
+            task: the base model.
             text: passages like those that the model meets; by default it writes some itself.
             config: settings.
             modules: globs of the matrices to edit.
@@ -101,15 +98,16 @@ class Ridge:
             ConfigError: the text is empty, or a matrix belongs to several experts.
         """
         config = config or RidgeConfig()
-        chosen = editable_modules(model, modules, outputs_only=True, layers=layers)
+        chosen = editable_modules(task.model, modules, outputs_only=True, layers=layers)
         if several := [name for name, module in chosen.items() if expert_count(module)]:
             raise ConfigError(f"{several[0]} holds several experts' matrices, which ridge cannot edit: use MEND")
-        task = task_of(model, tokenizer)
-        found = whiteners(task, chosen, stretches(task, text, seed), config.floor)
-        device = execution_device(model.get_input_embeddings())
-        return cls(config, ModelFingerprint.of(model, chosen), {name: own.to(device) for name, own in found.items()})
+        found = whiteners(task, chosen, task.ordinary_examples(text, seed), config.floor)
+        device = execution_device(task.model.get_input_embeddings())
+        return cls(
+            config, ModelFingerprint.of(task.model, chosen), {name: own.to(device) for name, own in found.items()}
+        )
 
-    def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
+    def edit(self, task: Task, requests: Sequence[EditRequest]) -> Edit:
         """One edit for all ``requests``: each one's tokens get what it wants, whatever the others' keys answer.
 
         Raises:
@@ -117,20 +115,18 @@ class Ridge:
             WrongBaseError: the editor is for another kind of model.
             NonFiniteError: the model's weights or activations hold NaN or infinity.
         """
-        base = checked(self.base, model, requests)
-        wanted = self._wanted(task_of(model, tokenizer), requests)
+        base = checked(self.base, task.model, requests)
+        wanted = self._wanted(task, requests)
         changes = {}
         for name, parts in wanted.items():
             keys, moves = torch.cat([own[0] for own in parts]), torch.cat([own[1] for own in parts])
             changes[name] = self._solved(name, keys, moves)
         return Edit(changes, base, tuple(requests), self._signature())
 
-    def edit_each(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
-    ) -> list[Edit]:
+    def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Edit]:
         """One edit for each request, each made from the unedited model. Errors as :meth:`edit`."""
-        base = checked(self.base, model, requests)
-        wanted = self._wanted(task_of(model, tokenizer), requests)
+        base = checked(self.base, task.model, requests)
+        wanted = self._wanted(task, requests)
         return [
             Edit({name: self._solved(name, *own[e]) for name, own in wanted.items()}, base, (r,), self._signature())
             for e, r in enumerate(requests)
@@ -147,14 +143,14 @@ class Ridge:
         self, task: Task, requests: Sequence[EditRequest]
     ) -> dict[str, list[tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]]]:
         """Of each matrix, for each request: its tokens' whitened keys, and how the output there should move."""
-        pairs = [task.tokenise(request.prompt, request.target) for request in requests]
+        pairs = [task.encode(request.prompt, request.target) for request in requests]
         found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.whitening}
         modules = find_modules(task.model, self.whitening)
         for some in in_batches(pairs):
             batch = task.collate(some)
             unedited = UneditedPass(task, batch, self.whitening, whole=True)
             factors = capture_gradient_factors(
-                task.model, modules, task.tokens(batch, self.whitening, True), unedited.loss
+                task.model, modules, task.token_masks(batch, self.whitening, True), unedited.loss
             )[1]
             rows = active_rows(factors, execution_device(task.model.get_input_embeddings()))
             keys = {name: self.whitening[name](own.u) for name, own in rows.items()}

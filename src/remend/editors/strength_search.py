@@ -55,7 +55,7 @@ class UneditedPass:
         """The pairs' losses, from one pass; what enters the lowest edited block on the way is kept."""
         batch = self.batch
         with self.prefix.record_input() as entered:
-            logits = self.task.target_logits(batch)
+            logits = self.task.outputs(batch)
         self.logits, self.states = logits.detach().float(), entered.get("states")
         return target_loss(logits, batch.target, batch.row, batch.rows)
 
@@ -64,7 +64,7 @@ class UneditedPass:
         """How far each target is ahead of its best rival in the edited model, in logits: at its first token."""
         modules = find_modules(self.task.model, changes)
         with self.prefix.resume_from(self.states), changes_applied(modules, changes):
-            return self.margins_of(self.task.target_logits(self.batch).float())
+            return self.margins_of(self.task.outputs(self.batch).float())
 
     def margins_of(self, logits: Float[Tensor, "target vocabulary"]) -> Float[Tensor, " episode"]:
         """The same of given logits."""
@@ -84,7 +84,7 @@ class UneditedPass:
         if self.states is None:
             return
         assert self.logits is not None
-        if not self.prefix.check_resume(self.states, lambda: self.task.target_logits(self.batch), self.logits):
+        if not self.prefix.check_resume(self.states, lambda: self.task.outputs(self.batch), self.logits):
             self.states = None
 
 

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from remend.core.capture import GradientFactors
 from remend.core.layers import dimensions, execution_device, expert_count, weight_rms
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
-from remend.editors.info import EditorInfo, checked
+from remend.editors.info import EditorInfo, checked, refuse_unused
 from remend.editors.serialization import FORMAT, described, read_editor
 from remend.errors import ConfigError, FileError
 from remend.fingerprint import ModelFingerprint, find_modules
@@ -24,7 +24,6 @@ from remend.models.frozen_prefix import FrozenPrefix
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.serialization import get_field, write_folder
-from remend.tasks import task_of
 from remend.tasks.base import Example, Task, in_batches
 
 
@@ -53,19 +52,22 @@ class TrainableEditor(nn.Module):
         self.register_buffer("unit", torch.zeros(len(self.shapes)))
 
     @classmethod
-    def for_model(
+    def create(
         cls,
-        model: PreTrainedModel,
-        config: Any = None,
-        modules: Sequence[str] = (),
+        task: Task,
+        config: Any | None = None,
+        *,
+        text: Sequence[str] = (),
         seed: int = 0,
+        modules: Sequence[str] = (),
         layers: str | None = None,
     ) -> Any:
         """An untrained editor for ``model``; by default of the MLPs' matrices of the last blocks, as MEND's.
 
         Args:
-            model: the base model.
+            task: the base model.
             config: settings.
+            text: not used: training measures it.
             modules: globs of the matrices to edit.
             seed: of the networks' initial weights; the global random state is left alone.
             layers: the blocks to edit.
@@ -74,18 +76,19 @@ class TrainableEditor(nn.Module):
             ModelError: there is nothing to edit, or nothing matches.
             ConfigError: a matrix belongs to several experts.
         """
-        chosen = editable_modules(model, modules, layers=layers)
+        refuse_unused(cls.traits.name, text=text)
+        chosen = editable_modules(task.model, modules, layers=layers)
         if several := [name for name, module in chosen.items() if expert_count(module)]:
             raise ConfigError(f"{several[0]} holds several experts' matrices, which only MEND can edit")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made = cls(
                 config or cls.configuration(),
-                ModelFingerprint.of(model, chosen),
+                ModelFingerprint.of(task.model, chosen),
                 {n: dimensions(m) for n, m in chosen.items()},
             )
-            made.prepare(model)
-        return made.to(execution_device(model.get_input_embeddings()))
+            made.prepare(task.model)
+        return made.to(execution_device(task.model.get_input_embeddings()))
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Look at the model before training; by default there is nothing to see."""
@@ -111,7 +114,7 @@ class TrainableEditor(nn.Module):
 
     # -- editing -------------------------------------------------------------------------------------------------
 
-    def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
+    def edit(self, task: Task, requests: Sequence[EditRequest]) -> Edit:
         """One edit for all ``requests``: what each adds is summed; what is every edit's is there once.
 
         Raises:
@@ -119,8 +122,8 @@ class TrainableEditor(nn.Module):
             WrongBaseError: the editor was trained for another kind of model.
             NonFiniteError: the model's weights or activations hold NaN or infinity.
         """
-        base = checked(self.base, model, requests)
-        parts = self._changes(task_of(model, tokenizer), requests)
+        base = checked(self.base, task.model, requests)
+        parts = self._changes(task, requests)
         changes = {}
         for name in self.shapes:
             own, common = [part[name] for part in parts], self.shared(name)
@@ -129,17 +132,15 @@ class TrainableEditor(nn.Module):
             changes[name] = LowRank(u, delta)
         return Edit(changes, base, tuple(requests), self._signature())
 
-    def edit_each(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
-    ) -> list[Edit]:
+    def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Edit]:
         """One edit for each request, each made from the unedited model; batched inside. Errors as :meth:`edit`."""
-        base = checked(self.base, model, requests)
-        parts = self._changes(task_of(model, tokenizer), requests)
+        base = checked(self.base, task.model, requests)
+        parts = self._changes(task, requests)
         return [Edit(part, base, (request,), self._signature()) for part, request in zip(parts, requests, strict=True)]
 
     @torch.inference_mode(False)
     def _changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
-        pairs = [task.tokenise(request.prompt, request.target) for request in requests]
+        pairs = [task.encode(request.prompt, request.target) for request in requests]
         prefix = FrozenPrefix(task.model, self.shapes)
         found: list[dict[str, LowRank]] = []
         for some in in_batches(pairs):

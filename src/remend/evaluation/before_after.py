@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from remend.edit import Edit
 from remend.editors.lookup import LookupEdit
 from remend.request import EditRequest, Prompt
-from remend.tasks import task_of
+from remend.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,7 @@ class Answer:
 
 
 def before_after(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     edit: Edit | LookupEdit,
     requests: Sequence[EditRequest],
     max_new_tokens: int = 32,
@@ -47,38 +44,35 @@ def before_after(
     The wanted answer is the request's target at the prompt and its paraphrases, and at near and far prompts whatever
     the unedited model answers there.
     """
-    task = task_of(model, tokenizer)
     rows = [(number, kind, prompt) for number, request in enumerate(requests) for kind, prompt in _prompts(request)]
     prompts = [prompt for _, _, prompt in rows]
-    before = task.answers(prompts, max_new_tokens)
-    with edit.applied(model):
-        after = task.answers(prompts, max_new_tokens)
+    before = task.predict(prompts, max_new_tokens)
+    with edit.applied(task.model):
+        after = task.predict(prompts, max_new_tokens)
     found: list[list[Answer]] = [[] for _ in requests]
     for (number, kind, prompt), was, now in zip(rows, before, after, strict=True):
         must_stay = kind in ("near", "far")
-        wanted = was if must_stay else task.tokenise(prompt, requests[number].target).target
-        words = task.text(wanted) if must_stay else requests[number].target
+        wanted = was if must_stay else task.encode(prompt, requests[number].target).target
+        words = task.decode(wanted) if must_stay else requests[number].target
         # Without an end token an answer never stops by itself: it is right if it begins with what was wanted.
-        given = now if task.ends else now[: len(wanted)]
-        found[number].append(Answer(kind, str(prompt), words, task.text(was), task.text(now), given == wanted))
+        given = now if task.end_tokens else now[: len(wanted)]
+        found[number].append(Answer(kind, str(prompt), words, task.decode(was), task.decode(now), given == wanted))
     return found
 
 
 def ask(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     edit: Edit | None,
     prompts: Sequence[Prompt],
     max_new_tokens: int = 32,
 ) -> list[Answer]:
     """Free answers to any prompts, without and with ``edit`` (the same twice where there is none)."""
-    task = task_of(model, tokenizer)
-    before = after = task.answers(prompts, max_new_tokens)
+    before = after = task.predict(prompts, max_new_tokens)
     if edit is not None:
-        with edit.applied(model):
-            after = task.answers(prompts, max_new_tokens)
+        with edit.applied(task.model):
+            after = task.predict(prompts, max_new_tokens)
     return [
-        Answer("asked", str(prompt), None, task.text(was), task.text(now), None)
+        Answer("asked", str(prompt), None, task.decode(was), task.decode(now), None)
         for prompt, was, now in zip(prompts, before, after, strict=True)
     ]
 

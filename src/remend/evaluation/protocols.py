@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from remend.editors.protocol import Editor
 from remend.errors import ConfigError, RequestError
 from remend.evaluation.checkpoint import EvaluationCheckpoint, about
@@ -17,7 +15,7 @@ from remend.evaluation.reports.report import Case, Report, Run, environment
 from remend.evaluation.runner import EvaluationRunner
 from remend.fingerprint import model_name
 from remend.request import EditRequest
-from remend.tasks import task_of
+from remend.tasks import Task
 
 PROTOCOLS = ("single", "batched", "sequential")
 SCALES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
@@ -27,8 +25,7 @@ TEXT_TOKENS = 1_024
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     editor: Editor,
     requests: Sequence[EditRequest],
     *,
@@ -67,8 +64,7 @@ def evaluate(
     :mod:`remend.evaluation.metrics.functions` defines them.
 
     Args:
-        model: the unedited model; left as it was.
-        tokenizer: the model's.
+        task: the base model.
         editor: anything that makes edits.
         requests: what to edit.
         protocol: one of :data:`PROTOCOLS`.
@@ -94,17 +90,16 @@ def evaluate(
     if not requests:
         raise RequestError("there is no request to evaluate on")
     sizes = _sizes(protocol, edits, scales, len(requests))
-    task = task_of(model, tokenizer)
     settings = {"protocol": protocol, "edits": sizes, "scales": list(scales), "limit": max_new_tokens}
     settings |= {"baselines": baselines, "text": list(text), "text_tokens": text_tokens}
     if ability is not None:
         settings["ability"] = [list(ability.tasks), str(ability.folder), ability.limit]
-    kept = EvaluationCheckpoint(journal, about(model, editor, requests, settings) if journal else "", resume)
+    kept = EvaluationCheckpoint(journal, about(task.model, editor, requests, settings) if journal else "", resume)
     apart = baselines and protocol != "single"
     advance = _advance(_total(protocol, sizes, len(requests)) + len(requests) * apart, on_progress)
     sample = PerplexityText(task, text, text_tokens) if text else None
     bench = EvaluationRunner(task, editor, requests, Scorer(task, requests, max_new_tokens), sample, kept, advance)
-    before = {} if ability is None else _scores(kept, "general-before", lambda: ability.measure(model, tokenizer))
+    before = {} if ability is None else _scores(kept, "general-before", lambda: ability.measure(task))
     found = bench.baselines() if apart else {}
     frontier: dict[float, list[Case]] = {}
     if protocol == "single":
@@ -115,8 +110,8 @@ def evaluate(
     if ability is not None:
 
         def edited() -> Scores:
-            with bench.at_work(protocol, sizes[-1]).applied(model):
-                return ability.measure(model, tokenizer)
+            with bench.at_work(protocol, sizes[-1]).applied(task.model):
+                return ability.measure(task)
 
         general = before_after(before, _scores(kept, "general-after", edited))
     report = _report(bench, protocol, runs, found, frontier, data, name, general)
@@ -125,9 +120,8 @@ def evaluate(
 
 
 def evaluate_checkpoints(
-    before: PreTrainedModel,
-    after: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    before: Task,
+    after: Task,
     requests: Sequence[EditRequest],
     *,
     baselines: bool = True,
@@ -144,7 +138,6 @@ def evaluate_checkpoints(
     Args:
         before: the model without the edits.
         after: the same with all of them.
-        tokenizer: of both.
         requests: what the edits were to do.
         baselines: whether the unedited model is judged too, as it is and with the fact in its prompt.
         text: passages on which perplexity is measured.
@@ -161,21 +154,20 @@ def evaluate_checkpoints(
     """
     if not requests:
         raise RequestError("there is no request to evaluate on")
-    sizes = [model.config.get_text_config().vocab_size for model in (before, after)]
+    sizes = [task.model.config.get_text_config().vocab_size for task in (before, after)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"the edited model has a vocabulary of {sizes[1]} tokens and the unedited one of {sizes[0]}: both must be "
             "checkpoints of one model"
         )
-    task, edited = task_of(before, tokenizer), task_of(after, tokenizer)
     advance = _advance(len(requests) * (1 + baselines), on_progress)
-    sample = PerplexityText(task, text, text_tokens) if text else None
+    sample = PerplexityText(before, text, text_tokens) if text else None
     bench = EvaluationRunner(
-        task, None, requests, Scorer(task, requests, max_new_tokens), sample, EvaluationCheckpoint(None), advance
+        before, None, requests, Scorer(before, requests, max_new_tokens), sample, EvaluationCheckpoint(None), advance
     )
     found = bench.baselines() if baselines else {}
-    general = {} if ability is None else before_after(*(ability.measure(own, tokenizer) for own in (before, after)))
-    return _report(bench, "checkpoints", bench.checkpoints(edited), found, {}, data, name, general)
+    general = {} if ability is None else before_after(*(ability.measure(task) for task in (before, after)))
+    return _report(bench, "checkpoints", bench.checkpoints(after), found, {}, data, name, general)
 
 
 def _advance(total: int, on_progress: Callable[[int, int], None]) -> Callable[[int], None]:

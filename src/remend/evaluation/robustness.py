@@ -8,16 +8,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.core.hooks import frozen
 from remend.edit import Edit
-from remend.editors.calibration_data import stretches
 from remend.request import EditRequest
-from remend.tasks import task_of
 from remend.tasks.base import Example, Task
 from remend.tasks.causal_lm import CausalLM
-from remend.tasks.language_model import LanguageTask
+from remend.tasks.generative import GenerativeTask
 
 CONTEXTS, WORDS = 16, 3
 """How many other beginnings an edited prompt is asked after, and of how many tokens."""
@@ -72,8 +69,7 @@ class Robustness:
 
 @torch.no_grad()
 def assure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     edit: Edit,
     requests: Sequence[EditRequest],
     text: Sequence[str] = (),
@@ -82,8 +78,7 @@ def assure(
     """Measure an edit where its requests name no examples.
 
     Args:
-        model: the unedited model; left as it was.
-        tokenizer: the model's.
+        task: the base model.
         edit: what was made of the requests.
         requests: what it is for.
         text: other input; by default what the model writes by itself (of classifiers and encoder-decoders: random
@@ -91,19 +86,18 @@ def assure(
         seed: of what is drawn. It is another one than editors take, or an edit would be examined on what it was fitted
             to.
     """
-    task = task_of(model, tokenizer)
-    other = stretches(task, text, seed + 1, ELSEWHERE)
+    other = task.ordinary_examples(text, seed + 1, ELSEWHERE)
     draw = random.Random(f"{seed} assurance")
-    asked = [task.tokenise(request.prompt, request.target) for request in requests]
+    asked = [task.encode(request.prompt, request.target) for request in requests]
     within = [_begun(task, other, pair, draw) for pair in asked for _ in range(CONTEXTS)]
     elsewhere = draw.sample(other, min(ELSEWHERE, len(other)))
     if isinstance(task, CausalLM):  # it chooses after every token
-        elsewhere = [Example(own.prompt[:1], own.prompt[1:]) for own in elsewhere if len(own.prompt) > 1]
+        elsewhere = [Example(own.input[:1], own.input[1:]) for own in elsewhere if len(own.input) > 1]
     alone, begun, before = (_looked(task, some).first for some in (asked, within, elsewhere))
-    with edit.applied(model):
+    with edit.applied(task.model):
         own, held, after = (_looked(task, some) for some in (asked, within, elsewhere))
     known = _opening(begun, within) == _opening(alone, asked).repeat_interleave(CONTEXTS)
-    count = int(known.sum()) if isinstance(task, LanguageTask) else 0
+    count = int(known.sum()) if isinstance(task, GenerativeTask) else 0
     return Robustness(
         probability=float(own.log_p.exp().mean()),
         in_context=float(held.whole[known].float().mean()) if count >= FEWEST else None,
@@ -115,11 +109,11 @@ def assure(
 
 def _begun(task: Task, other: Sequence[Example], pair: Example, draw: random.Random) -> Example:
     """A pair whose prompt comes after the beginning of something else, if both fit into the model's context."""
-    special = set(task.tokenizer.all_special_ids)
-    start = [token for token in draw.choice(other).prompt if token not in special][:WORDS]
-    lead = next((i for i, token in enumerate(pair.prompt) if token not in special), 0)
-    begun = Example((*pair.prompt[:lead], *start, *pair.prompt[lead:]), pair.target)
-    return begun if task.context is None or task.length(begun) <= task.context else pair
+    special = set(task.processor.all_special_ids)
+    start = [token for token in draw.choice(other).input if token not in special][:WORDS]
+    lead = next((i for i, token in enumerate(pair.input) if token not in special), 0)
+    begun = Example((*pair.input[:lead], *start, *pair.input[lead:]), pair.target)
+    return begun if task.context is None or task.context_length(begun) <= task.context else pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +136,7 @@ def _looked(task: Task, pairs: Sequence[Example]) -> _Looked:
     for start in range(0, len(pairs), BATCH):
         batch = task.collate(pairs[start : start + BATCH])
         with frozen(task.model):
-            logits = task.target_logits(batch).float()
+            logits = task.outputs(batch).float()
         first = logits.argmax(-1)
         own = torch.ones(batch.rows, dtype=torch.bool, device=batch.row.device)
         own[batch.row[first != batch.target]] = False

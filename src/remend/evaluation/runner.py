@@ -87,7 +87,7 @@ class EvaluationRunner:
             chunk = self.requests[start : start + EDITS_AT_ONCE]
             kept = self._find(f"single-{start}")
             if kept is None:
-                seconds, edits = _timed(self.editor.edit_each, self.task.model, self.task.tokenizer, chunk)
+                seconds, edits = _timed(self.editor.edit_each, self.task, chunk)
                 kept = self._keep(f"single-{start}", seconds, self._apart(chunk, start, edits, every, baselines))
             total += kept[0]
             for own, cases in zip(found.values(), kept[1], strict=True):
@@ -111,7 +111,7 @@ class EvaluationRunner:
                 asked = self._in_company(chunk)
                 kept = self._find(f"batched-{size}-{start}")
                 if kept is None:
-                    seconds, edit = _timed(self.editor.edit, self.task.model, self.task.tokenizer, chunk)
+                    seconds, edit = _timed(self.editor.edit, self.task, chunk)
                     judged = self._judged(asked, start, [together(self.task, edit, size)])
                     kept = self._keep(f"batched-{size}-{start}", seconds, judged)
                 total += kept[0]
@@ -174,12 +174,11 @@ class EvaluationRunner:
             protocol: how the edits were judged.
             size: how many were at work at once, at most.
         """
-        model, tokenizer = self.task.model, self.task.tokenizer
         if protocol == "single":
-            return self.editor.edit_each(model, tokenizer, self.requests[:1])[0]
+            return self.editor.edit_each(self.task, self.requests[:1])[0]
         if protocol == "batched":
             whole = len(self.requests) - len(self.requests) % size
-            return self.editor.edit(model, tokenizer, self.requests[whole - size : whole])
+            return self.editor.edit(self.task, self.requests[whole - size : whole])
         assert self.chained is not None
         return self.chained
 
@@ -213,13 +212,12 @@ class EvaluationRunner:
 
         Each is made of the model as the earlier ones leave it; of an editor whose edits cannot be added, all at once.
         """
-        model, tokenizer = self.task.model, self.task.tokenizer
         traits = getattr(self.editor, "traits", None)  # which an editor of somebody else's may lack
         if traits is not None and not traits.sequences:
-            return self.editor.edit(model, tokenizer, self.requests[:size])
+            return self.editor.edit(self.task, self.requests[:size])
         for request in self.requests[done:size]:
-            with nullcontext() if edit is None or isinstance(edit, ContextEdit) else edit.applied(model):
-                new = self.editor.edit(model, tokenizer, [request])
+            with nullcontext() if edit is None or isinstance(edit, ContextEdit) else edit.applied(self.task.model):
+                new = self.editor.edit(self.task, [request])
             edit = new if edit is None else _reduced(edit + new)  # type: ignore[operator]  # of one editor, so of one kind
         assert edit is not None
         return edit
@@ -271,7 +269,7 @@ class EvaluationRunner:
             id=request.id if request.id is not None else number,
             prompt=str(request.prompt),
             target=request.target,
-            before=self.task.text(judge.own[request.prompt]),
+            before=self.task.decode(judge.own[request.prompt]),
             values=judge.values(request, view) | more,
             about=about,
             answers=judge.answers(request, view),

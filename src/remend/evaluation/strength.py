@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from remend.edit import Edit
 from remend.evaluation.interventions import SharedEdit
 from remend.evaluation.metrics.measure import look
 from remend.evaluation.metrics.scoring import Scorer
 from remend.request import EditRequest
-from remend.tasks import task_of
+from remend.tasks import Task
 
 SCALES = tuple(round(0.5 * 2 ** (step / 4), 3) for step in range(9))
 """0.5 to 2, in steps of a fourth of an octave."""
@@ -45,8 +43,7 @@ class ScaledEdit:
 
 
 def choose_scale(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     edit: Edit,
     requests: Sequence[EditRequest],
     max_new_tokens: int = 32,
@@ -59,14 +56,12 @@ def choose_scale(
     stronger than it is, unless its own prompts need that.
 
     Args:
-        model: the unedited model; left as it was.
-        tokenizer: the model's.
+        task: the base model.
         edit: the edit, as its editor made it.
         requests: what the edit is for, with their paraphrases and probes.
         max_new_tokens: how far the unedited model's own answers are decoded.
     """
-    edit.base.check(model, "this edit")
-    task = task_of(model, tokenizer)
+    edit.base.check(task.model, "this edit")
     asked = [request.model_copy(update=dict.fromkeys(UNASKED, ())) for request in requests]
     judge = Scorer(task, asked, max_new_tokens)
     changes = [SharedEdit(task, edit.scaled(scale), free=False) for scale in SCALES]

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from remend.edit import Edit
 from remend.errors import FileError
 from remend.formats.base import EditFormat, ImportedEdit
 from remend.formats.checkpoint_difference import diff_checkpoints
 from remend.serialization import atomic_folder
+from remend.tasks import Task
 
 SHARD = "5GB"
 """The largest file of a checkpoint."""
@@ -30,9 +29,7 @@ class Merged(NamedTuple):
     lost: dict[str, float]
 
 
-def save_merged(
-    edit: Edit, path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shard: str = SHARD
-) -> Merged:
+def save_merged(edit: Edit, path: str | Path, task: Task, shard: str = SHARD) -> Merged:
     """Write the edited model, in the dtype in which it is loaded, as sharded safetensors with its tokenizer.
 
     The edit is merged into the model while it is written, and reverted bit for bit afterwards, so that beside the model
@@ -41,18 +38,17 @@ def save_merged(
     Args:
         edit: the edit.
         path: a folder that is not there yet, or is empty.
-        model: the model that the edit is for.
-        tokenizer: the model's.
+        task: the base model.
         shard: the largest size of one file.
 
     Raises:
         WrongBaseError, PrecisionError, EditError: as :meth:`remend.Edit.merge`.
         FileError: ``path`` holds something, or cannot be written.
     """
-    with atomic_folder(path, lambda there: False) as staged, edit.merge(model) as merged:
+    with atomic_folder(path, lambda there: False) as staged, edit.merge(task.model) as merged:
         try:
-            model.save_pretrained(staged, max_shard_size=shard)
-            tokenizer.save_pretrained(staged)
+            task.model.save_pretrained(staged, max_shard_size=shard)
+            task.processor.save_pretrained(staged)
         except (RuntimeError, ValueError) as error:
             raise FileError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
         return Merged(Path(path), dict(merged.lost))

@@ -59,25 +59,10 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def load(
+def load_pretrained(
     model: str, device: str = "auto", dtype: torch.dtype | str | None = None, quantise: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a language model, or a sequence classifier, and its tokenizer, in evaluation mode.
-
-    A checkpoint that is stored quantised is loaded as it is stored.
-
-    Args:
-        model: the name of a small model that ships with remend (``atlas``, ``questions``), a local folder, or a hub id.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …, or ``map``: spread over all GPUs, the memory and the disk.
-        dtype: of the weights; by default float32 on the CPU and the checkpoint's own (``auto``) elsewhere.
-        quantise: store the blocks' matrices in fewer bits: ``bnb-4bit`` (NF4), ``bnb-8bit`` (LLM.int8()) or
-            ``torchao-int8``.
-
-    Raises:
-        ModelError: there is no such model, it is no such model with a tokenizer, or a package that the
-            device map or the quantisation needs is missing.
-        ConfigError: there is no such quantisation.
-    """
+    """Load a model and its tokenizer, in evaluation mode. Arguments and errors are those of :func:`remend.load`."""
     if device == MAP and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ModelError(
             "device 'map' spreads one model over all GPUs, but here several processes would each do so: start one "

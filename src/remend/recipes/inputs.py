@@ -6,10 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.data import read_source, read_text
 from remend.data.contamination import find_overlap
@@ -19,7 +18,7 @@ from remend.errors import ConfigError
 from remend.models import load
 from remend.registries import DATASETS
 from remend.request import EditRequest, Probe, read_requests, write_requests
-from remend.tasks import CausalLM, Classification, Seq2SeqLM, task_of
+from remend.tasks import Task, load
 
 if TYPE_CHECKING:
     from remend.recipes.recipe import Recipe
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 UNRELATED_PROMPTS = 4
 """How many unrelated prompts a request gets that names none."""
-TASK_CLASSES: dict[str, type[Any]] = {"causal-lm": CausalLM, "seq2seq": Seq2SeqLM, "classification": Classification}
+TASK_KINDS = ("causal-lm", "seq2seq", "classification")
 
 
 @dataclass(frozen=True)
@@ -105,23 +104,21 @@ class RunInputs:
         return [] if self.text is None else read_text(local_path(self.text))
 
 
-def load_model(recipe: Recipe, name: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model that a recipe edits, with its tokenizer.
+def load_model(recipe: Recipe, name: str, device: str) -> Task:
+    """Load the model that a recipe edits.
 
     Raises:
         ConfigError: it is of another kind than the recipe is for.
         ModelError: it cannot be loaded.
     """
-    model, tokenizer = load(name, device, getattr(torch, recipe.dtype))
-    task = task_of(model, tokenizer)
-    if not isinstance(task, TASK_CLASSES[recipe.task]):
-        kind = next(name for name, task_class in TASK_CLASSES.items() if isinstance(task, task_class))
+    task = load(name, device, getattr(torch, recipe.dtype))
+    if task.kind != recipe.task:
         raise ConfigError(
-            f"the recipe {recipe.name} is for a {recipe.task} model, but {name} is loaded as a {type(model).__name__}, "
-            f"a {kind} model: give another --model (model=)"
+            f"the recipe {recipe.name} is for a {recipe.task} model, but {name} is loaded as a "
+            f"{type(task.model).__name__}, a {task.kind} model: give another --model (model=)"
             + (f", {recipe.needs}" if recipe.needs else f", such as {recipe.model}, or take another recipe")
         )
-    return model, tokenizer
+    return task
 
 
 class RequestLoader:
@@ -142,15 +139,13 @@ class RequestLoader:
         self.recipe, self.inputs, self.folder = recipe, inputs, folder
         self.device, self.seed, self.limit = device, seed, limit
 
-    def load(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, resume: bool
-    ) -> dict[str, list[EditRequest]]:
+    def load(self, task: Task, resume: bool) -> dict[str, list[EditRequest]]:
         """Return the requests of each split that has a source.
 
         Raises:
             RequestError: a source cannot be read, or holds nothing.
         """
-        writer = (model, tokenizer)
+        writer = task
         if self._needs_another_writer():
             writer = load(str(self.inputs.writer), self.device)
         return {
@@ -164,9 +159,7 @@ class RequestLoader:
         has_passages = any(source is not None and _needs_model(parse_source_name(source)[0]) for source in sources)
         return has_passages and self.inputs.writer is not None and self.inputs.writer != self.inputs.model
 
-    def _read_split(
-        self, split: str, source: str, writer: tuple[PreTrainedModel, PreTrainedTokenizerBase], resume: bool
-    ) -> list[EditRequest]:
+    def _read_split(self, split: str, source: str, writer: Task, resume: bool) -> list[EditRequest]:
         recipe_limit = {
             "train": self.recipe.train_requests,
             "validation": self.recipe.validation_requests,
@@ -178,7 +171,7 @@ class RequestLoader:
         if _needs_model(kind):
             file = self.folder / f"{split}.jsonl"
             if not (resume and file.exists()):
-                write_requests(file, list(generation_requests(*writer, local_path(rest), count, self.seed)))
+                write_requests(file, list(generation_requests(writer, local_path(rest), count, self.seed)))
             return read_requests(file)
         requests = add_unrelated_prompts(read_source(source), self.seed)
         if count is None or count >= len(requests):

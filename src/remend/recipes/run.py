@@ -92,21 +92,22 @@ def run_recipe(
     if (out / REPORT_FILE).exists():
         return read_report(out / REPORT_FILE)
     on_progress("loading the model")
-    base, tokenizer = load_model(recipe, inputs.model, device)
+    task = load_model(recipe, inputs.model, device)
     on_progress("reading requests")
     # Only after the model has loaded: a run that fails before that must not claim the folder.
     write_json(out / "run.json", run_settings)
     loader = RequestLoader(recipe, inputs, out / "requests", device, settings.seed, limit)
-    requests = loader.load(base, tokenizer, resume)
+    requests = loader.load(task, resume)
     editor: Trainable = train_editor(
-        base, tokenizer, requests["train"], requests.get("validation"),
-        config=settings, editor=Mend.for_model(base, network, recipe.modules, settings.seed, recipe.layers),
+        task, requests["train"], requests.get("validation"),
+        config=settings,
+        editor=Mend.create(task, network, modules=recipe.modules, seed=settings.seed, layers=recipe.layers),
         out=out / "editor", resume=resumable,
         on_progress=lambda progress: on_progress(f"training: step {progress.step}, {progress.share:.0%}"),
     )  # fmt: skip
     start = time.monotonic()
     report = evaluate(
-        base, tokenizer, editor, requests["test"],
+        task, editor, requests["test"],
         baselines=False, text=passages, data=inputs.test, name=recipe.name,
         journal=out / PARTIAL_REPORT, resume=resumable and (out / PARTIAL_REPORT).exists(),
         on_progress=lambda done, total: on_progress(f"evaluating: {done} of {total} edits"),

@@ -1,207 +1,320 @@
-"""What every task has in common: pairs of a prompt and a target, batches of them, logits where there are targets."""
+"""``Task``: a model together with what is needed to give it inputs and to read its outputs.
+
+The library deals with this one object. What differs between kinds of models is in its subclasses, one module each; the
+rest of the library never asks which of them a task is.
+"""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
 
+from remend.core.distributions import Categorical, Distribution
 from remend.core.layers import execution_device
-from remend.core.losses import target_loss
 from remend.errors import RequestError
 from remend.request import Prompt
 
-EDIT_BATCH = 32
-"""Requests whose gradients are taken in one pass; bounds the memory, does not change the result."""
+EDIT_BATCH_SIZE = 32
+"""Examples whose gradients are taken in one pass when edits are made: bounds the memory, does not change the result."""
+
+EncodedInput = Any
+"""An input as a task's ``encode_input`` returns it: hashable, and compared by what the model is given."""
+
+Answer = tuple[Any, ...]
+"""A target as numbers: token ids, one label's number, or the dimensions of an action."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised prompt with its target.
+    """An encoded input with the target that belongs to it.
 
-    A target of tokens ends with the end token, where the tokenizer has one; a label is a target of one number.
+    Attributes:
+        input: what :meth:`Task.encode_input` returned, such as a tuple of token ids.
+        target: what :meth:`Task.encode_target` returned; of generative models the tokens, the end token last.
     """
 
-    prompt: tuple[int, ...]
-    target: tuple[int, ...]
+    input: EncodedInput
+    target: Answer
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.target)
-
-    @property
-    def shown(self) -> tuple[int, ...]:
-        """The tokens that the model is shown: all but the last, which predicts nothing."""
-        return (*self.prompt, *self.target)[:-1]
+        return len(self.input) + len(self.target)
 
 
-def in_batches(pairs: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    """Pairs, as many at a time as go through a model together when edits are made of them."""
-    for start in range(0, len(pairs), EDIT_BATCH):
-        yield pairs[start : start + EDIT_BATCH]
+def in_batches(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    """Split examples into parts of :data:`EDIT_BATCH_SIZE`."""
+    for start in range(0, len(examples), EDIT_BATCH_SIZE):
+        yield examples[start : start + EDIT_BATCH_SIZE]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some pairs as one right-padded batch, and where in it each target token is predicted.
+    """Several examples as the model takes them, with the places of the outputs that predict their targets.
 
-    Right padding: a causal model never sees what comes later, so positions are counted the same with and without it.
-    An encoder-decoder reads the prompts and writes from ``decoder_ids``; there targets are predicted.
+    A row is an example. Rows of tokens are padded on the right: a causal model never reads what comes later, so
+    positions are the same with and without padding.
+
+    Attributes:
+        inputs: the arguments of the model's forward pass.
+        mask: the tokens of each row that are not padding.
+        row: the row of each target.
+        position: the position of its row at which each target is predicted; of an encoder-decoder, in the decoder.
+        target: the targets of all rows, one after the other: token ids, labels, or numbers.
+        decoder_mask: of an encoder-decoder, the decoder's positions that are not padding.
     """
 
-    input_ids: Int[Tensor, "row token"]
+    inputs: Mapping[str, Tensor]
     mask: Bool[Tensor, "row token"]
     row: Int[Tensor, " target"]
     position: Int[Tensor, " target"]
-    target: Int[Tensor, " target"]
-    decoder_ids: Int[Tensor, "row place"] | None = None
-    decoder_mask: Bool[Tensor, "row place"] | None = None
+    target: Shaped[Tensor, " target"]
+    decoder_mask: Bool[Tensor, "row position"] | None = None
 
     @property
     def rows(self) -> int:
-        """How many pairs the batch holds."""
-        return self.input_ids.shape[0]
+        """The number of examples."""
+        return self.mask.shape[0]
 
     @property
-    def predicting(self) -> Bool[Tensor, "row token"]:
-        """The tokens at which a target token is predicted."""
-        found = torch.zeros_like(self.mask if self.decoder_mask is None else self.decoder_mask)
-        found[self.row, self.position] = True
-        return found
+    def predicting(self) -> Bool[Tensor, "row position"]:
+        """The positions at which a target is predicted."""
+        positions = torch.zeros_like(self.mask if self.decoder_mask is None else self.decoder_mask)
+        positions[self.row, self.position] = True
+        return positions
 
     @property
-    def first(self) -> Int[Tensor, " row"]:
-        """Where each pair's first target token is predicted."""
-        longest = self.position.new_full((self.rows,), int(self.position.max()))
-        return longest.scatter_reduce(0, self.row, self.position, "amin")
+    def first_position(self) -> Int[Tensor, " row"]:
+        """The position at which the first target of each row is predicted."""
+        last = self.position.new_full((self.rows,), int(self.position.max()))
+        return last.scatter_reduce(0, self.row, self.position, "amin")
 
     def ordered(self, *groups: Sequence[int]) -> Batch:
-        """The same batch with its targets in another order: those of the rows of one group after the other's."""
+        """Return the batch with its targets in another order: those of the first group's rows, then the next's."""
         rank = torch.cat([torch.tensor(group) for group in groups]).argsort().to(self.row.device)
         order = rank[self.row].argsort(stable=True)
         return replace(self, row=self.row[order], position=self.position[order], target=self.target[order])
 
 
 class Task(ABC):
-    """A model with its tokenizer, seen as something that is asked prompts and gives answers.
+    """A model with its processor: encodes inputs and targets, runs the model, and reads its outputs.
 
     Args:
         model: the model.
-        tokenizer: its tokenizer.
-        autocast: a narrower dtype in which to multiply; by default that of the weights.
+        processor: what turns inputs into tensors: a tokenizer, an image processor, a description of actions, or None.
+        autocast: a narrower dtype for the model's matrix products; by default that of its weights.
+
+    Attributes:
+        kind: the name of this kind of task, as in recipes and messages.
+        distribution: what the outputs at a target mean.
+        context: the largest number of tokens that the model takes, where there is a limit.
+        reads_text: whether inputs are texts, so that subjects can be found in them and embeddings looked up.
+        generates: whether targets are texts that the model writes token by token.
+        causal: whether prompt and target are one sequence, so that any text is an input with targets at every token.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+    kind: ClassVar[str]
+    distribution: Distribution = Categorical()
+    reads_text: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, processor: Any, autocast: torch.dtype | None = None) -> None:
+        self.model: Any = model
+        self.processor = processor
         self.autocast = autocast
         self.context = _context(model)
 
-    # -- what differs --------------------------------------------------------------------------------------------
+    @classmethod
+    @abstractmethod
+    def accepts(cls, model: nn.Module, processor: Any) -> bool:
+        """Tell from the structure of a model and its processor whether this is their task."""
+
+    def with_autocast(self, dtype: torch.dtype | None) -> Self:
+        """Return the same task with another dtype for matrix products."""
+        task = copy.copy(self)
+        task.autocast = dtype
+        return task
+
+    # -- encoding ------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt that is asked.
+    def encode_input(self, prompt: Prompt) -> EncodedInput:
+        """Encode what the model is asked.
 
         Raises:
-            RequestError: the prompt is empty, nothing of it is left when tokenised, or it is a conversation and the
-                tokenizer's chat template cannot write it.
+            RequestError: it is empty, or not an input of this kind of model.
         """
 
     @abstractmethod
-    def answer_ids(self, asked: list[int], prompt: Prompt, target: str) -> list[int]:
-        """Token ids of a target (not empty, without spaces around it) after a prompt, its end token included."""
+    def encode_target(self, encoded: EncodedInput, prompt: Prompt, target: str) -> Answer:
+        """Encode a target (not empty, without spaces around it) that follows an input; empty if nothing is left of it.
 
-    @abstractmethod
-    def length(self, pair: Example) -> int:
-        """How much of the model's context a pair takes."""
-
-    @abstractmethod
-    def collate(self, pairs: Sequence[Example]) -> Batch:
-        """One batch of ``pairs`` on the model's device."""
-
-    @abstractmethod
-    def tokens(self, batch: Batch, names: Iterable[str], predicting: bool) -> dict[str, Bool[Tensor, "row token"]]:
-        """Which tokens of a batch count at each named module: all real ones, or those that predict a target token."""
-
-    @abstractmethod
-    def entering(self, pair: Example, stack: int) -> int:
-        """How many tokens of a pair enter the blocks of one of the model's stacks."""
-
-    @abstractmethod
-    def target_logits(self, batch: Batch) -> Float[Tensor, "target answer"]:
-        """The logits that predict each target, and no others."""
-
-    @abstractmethod
-    def target_states(self, batch: Batch) -> Float[Tensor, "target state"]:
-        """What is kept of a pass to have :meth:`target_logits` again: :meth:`logits` makes them of it."""
-
-    @abstractmethod
-    def logits(self, states: Float[Tensor, "target state"]) -> Float[Tensor, "target answer"]:
-        """The logits that the model makes of :meth:`target_states`.
-
-        Call it with the model's blocks made hollow (:meth:`FrozenPrefix.bypass_blocks`), or they may run for
-        nothing.
-        """
-
-    @abstractmethod
-    def answers(
-        self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64
-    ) -> list[tuple[int, ...]]:
-        """What the model answers, as targets are written in a :class:`Example`."""
-
-    @abstractmethod
-    def text(self, answer: Sequence[int]) -> str:
-        """An answer as text."""
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """What ends an answer, where something does."""
-        return frozenset()
-
-    # -- text to tokens ------------------------------------------------------------------------------------------
-
-    def tokenise(self, prompt: Prompt, target: str) -> Example:
-        """Token ids of a prompt and its target.
-
-        Spaces around either do not matter; the target is closed with the end token, in a conversation with the one that
-        ends a turn.
+        Args:
+            encoded: the encoded input.
+            prompt: the input.
+            target: the target.
 
         Raises:
-            RequestError: a side is empty, or longer than the model's context.
+            RequestError: the model has no such target.
         """
-        asked = self.prompt_ids(prompt)
-        answer = self.answer_ids(asked, prompt, target.strip()) if target.strip() else []
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Make one batch of ``examples`` on the model's device."""
+
+    def encode(self, prompt: Prompt, target: str) -> Example:
+        """Encode an input with its target.
+
+        Spaces around a text do not matter. A target of tokens is closed with the end token; in a conversation, with the
+        one that ends a turn.
+
+        Raises:
+            RequestError: the input or the target is empty, or both are longer than the model's context.
+        """
+        encoded = self.encode_input(prompt)
+        answer = self.encode_target(encoded, prompt, target.strip()) if target.strip() else ()
         if not answer:
             raise RequestError(f"the target {target!r} holds no text that the tokenizer knows")
-        pair = Example(tuple(asked), tuple(answer))
-        if self.context is not None and (length := self.length(pair)) > self.context:
+        example = Example(encoded, answer)
+        if self.context is not None and (length := self.context_length(example)) > self.context:
+            target_is_longer = len(example.target) > len(example.input)
             raise RequestError(
-                f"prompt and target take {length} tokens, the model's context holds {self.context}: "
-                f"shorten {'the target' if len(pair.target) > len(pair.prompt) else 'the prompt'} "
-                f"({(target if len(pair.target) > len(pair.prompt) else str(prompt))[:40]!r}…)"
+                f"prompt and target get_field {length} tokens, the model's context holds {self.context}: "
+                f"shorten {'the target' if target_is_longer else 'the prompt'} "
+                f"({(target if target_is_longer else str(prompt))[:40]!r}…)"
             )
-        return pair
+        return example
+
+    def context_length(self, example: Example) -> int:
+        """Return the number of tokens of the model's context that an example takes."""
+        return len(example.input)
+
+    def tokens_read(self, example: Example) -> EncodedInput:
+        """Return all that the model reads of an example: what decides its hidden states."""
+        return example.input
+
+    def states_length(self, example: Example, stack: int) -> int:
+        """Return the number of tokens of an example that enter the blocks of one of the model's stacks."""
+        return len(example.input)
+
+    def token_masks(
+        self, batch: Batch, names: Iterable[str], predicting: bool
+    ) -> dict[str, Bool[Tensor, "row position"]]:
+        """Return for each named module the tokens that count there.
+
+        Args:
+            batch: the examples.
+            names: the modules' names.
+            predicting: whether only the tokens at which a target is predicted count, or all that are not padding.
+        """
+        return dict.fromkeys(names, batch.predicting if predicting else batch.mask)
 
     # -- running the model ---------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the token embedding."""
-        return execution_device(self.model.get_input_embeddings())
+        """The device that inputs go to: of a model that reads tokens, that of their embeddings."""
+        return execution_device(self.model.get_input_embeddings() if self.reads_text else self.model)
+
+    @property
+    def output_size(self) -> int:
+        """The number of outputs at each target, for estimates of memory."""
+        return int(self._embeddings.shape[0])
+
+    @property
+    def state_bytes(self) -> int:
+        """The bytes of one hidden state, for estimates of memory."""
+        return int(self._embeddings.shape[1]) * self._embeddings.element_size()
+
+    @property
+    def _embeddings(self) -> Tensor:
+        weight: Tensor = next(self.model.get_input_embeddings().parameters())
+        return weight
+
+    @abstractmethod
+    def outputs(self, batch: Batch) -> Float[Tensor, "target output"]:
+        """Run the model; return the outputs that predict each target, and no others."""
+
+    def output_states(self, batch: Batch) -> Float[Tensor, "target state"]:
+        """Run the model; return what :meth:`outputs_from_states` computes :meth:`outputs` of, smaller if possible."""
+        return self.outputs(batch)
+
+    def outputs_from_states(self, states: Float[Tensor, "target state"]) -> Float[Tensor, "target output"]:
+        """Return the outputs that belong to :meth:`output_states`.
+
+        Call it with the model's blocks bypassed (:meth:`FrozenPrefix.bypass_blocks`): where the model itself
+        makes outputs of states, it runs as a whole.
+        """
+        return states
 
     def loss(self, batch: Batch) -> Float[Tensor, " row"]:
-        """−log p(target | prompt) of each pair, a target token's mean: the paper's l_e."""
-        return target_loss(self.target_logits(batch), batch.target, batch.row, batch.rows)
+        """Run the model; return −log p(target | input) of each example, averaged over its targets: the paper's l_e."""
+        return self.distribution.loss(self.outputs(batch), batch.target, batch.row, batch.rows)
+
+    def divergence(
+        self, before: Float[Tensor, "target output"], after: Float[Tensor, "target output"], batch: Batch
+    ) -> Float[Tensor, " row"]:
+        """Return KL(before ‖ after) of the outputs of each example, averaged over its targets, in nats."""
+        return self.distribution.divergence(before, after, batch.row, batch.rows)
+
+    def correct(self, outputs: Float[Tensor, "target output"], batch: Batch) -> Bool[Tensor, " row"]:
+        """Tell for each example whether every one of its targets is the model's first choice."""
+        right = self.distribution.correct(outputs, batch.target)
+        return all_of_row(right, batch.row, batch.rows)
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def predict(self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64) -> list[Answer]:
+        """Return the model's own answers, encoded as targets are.
+
+        Args:
+            prompts: the inputs.
+            max_new_tokens: of generative models, the longest answer.
+            batch_size: inputs that go through the model together.
+        """
+
+    @abstractmethod
+    def decode(self, answer: Answer) -> str:
+        """Return an answer as text."""
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end an answer; empty where answers have no end."""
+        return frozenset()
+
+    # -- ordinary inputs -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def ordinary_examples(self, text: Sequence[str] = (), seed: int = 0, count: int = 256) -> list[Example]:
+        """Return ordinary inputs, on which editors measure the statistics of a model's activations.
+
+        Args:
+            text: passages like those that the model meets, where inputs are text; by default the model's own writing,
+                or random inputs.
+            seed: of every draw.
+            count: how many, where none are given.
+
+        Raises:
+            ConfigError: the text holds no words, or this kind of model takes none.
+            NonFiniteError: the model's outputs are not finite.
+        """
 
 
-def _context(model: PreTrainedModel) -> int | None:
-    """How many tokens the model can read, or None where its configuration does not say."""
-    length = getattr(model.config, "max_position_embeddings", None)
+def all_of_row(values: Bool[Tensor, " target"], row: Int[Tensor, " target"], rows: int) -> Bool[Tensor, " row"]:
+    """Tell for each row whether ``values`` hold at all of its targets."""
+    whole = torch.ones(rows, dtype=torch.bool, device=values.device)
+    whole[row.to(values.device)[~values]] = False
+    return whole
+
+
+def _context(model: nn.Module) -> int | None:
+    """Return how many tokens the model can read, or None where its configuration does not say."""
+    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None

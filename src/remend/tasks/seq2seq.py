@@ -7,22 +7,30 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.errors import ModelError, RequestError
 from remend.models.blocks import find_stacks
 from remend.request import Chat, Prompt
-from remend.tasks.base import Batch, Example
-from remend.tasks.language_model import LanguageTask, closed, gather_at
+from remend.tasks.base import Answer, Batch, Example
+from remend.tasks.generative import GenerativeTask, closed, gather_at, has_vocabulary
+from remend.tasks.ordinary_text import FIRST_ANSWER_TOKENS, random_inputs, text_windows, with_first_answers
 
 
-class Seq2SeqLM(LanguageTask):
+class Seq2SeqLM(GenerativeTask):
     """An encoder-decoder. Prompt and target are tokenised each as the tokenizer does for its side.
 
     The decoder begins with the model's own start token, which predicts the first token of the target; for some models
     (BART) that is a beginning token, which is then a part of every answer.
     """
+
+    kind = "seq2seq"
+
+    @classmethod
+    def accepts(cls, model: nn.Module, processor: Any) -> bool:
+        """Accept encoder-decoders with an output layer over a vocabulary."""
+        return has_vocabulary(model) and bool(getattr(model.config, "is_encoder_decoder", False))
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None
@@ -37,7 +45,7 @@ class Seq2SeqLM(LanguageTask):
         self._encoder = f"{find_stacks(model)[0][0]}."
         super().__init__(model, tokenizer, autocast)
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
+    def encode_input(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt, with whatever the tokenizer (of a conversation: its chat template) puts around it.
 
         Raises:
@@ -45,53 +53,66 @@ class Seq2SeqLM(LanguageTask):
         """
         prompt = self._one_text(prompt)
         if isinstance(prompt, Chat):
-            return self.ids(self.chat.opening(prompt)[0], False)
+            return tuple(self.ids(self.chat.opening(prompt)[0], False))
         ids = self.ids(prompt.strip(" "))
         if self._strip_end(ids) == self._nothing:
             raise RequestError(f"the prompt {prompt!r} holds no text that the tokenizer knows")
-        return ids
+        return tuple(ids)
 
-    def answer_ids(self, asked: list[int], prompt: Prompt, target: str) -> list[int]:
+    def encode_target(self, encoded: tuple[int, ...], prompt: Prompt, target: str) -> Answer:
         """The target's token ids, and the end token; what a tokenizer writes after that (a language) is left out."""
         ids = list(self.tokenizer(text_target=target).input_ids)
         if ids == self.tokenizer(text_target="").input_ids:
-            return []
+            return ()
         begun = int(ids[0] == self.tokenizer.bos_token_id)  # with some, the same token begins and ends
-        return [*ids[:begun], *closed(ids[begun:], self.tokenizer.eos_token_id)]
+        return (*ids[:begun], *closed(ids[begun:], self.tokenizer.eos_token_id))
 
-    def length(self, pair: Example) -> int:
-        """Each side has the context for itself."""
-        return max(len(pair.prompt), len(pair.target))
+    def context_length(self, example: Example) -> int:
+        """Count the longer side: the encoder and the decoder each have the context for themselves."""
+        return max(len(example.input), len(example.target))
 
-    def room(self, prompt: int, most: int) -> int:
-        """The decoder's context."""
-        return most if self.context is None else min(most, self.context)
+    def answer_room(self, prompt_length: int, limit: int) -> int:
+        """Return the decoder's context."""
+        return limit if self.context is None else min(limit, self.context)
 
-    def entering(self, pair: Example, stack: int) -> int:
-        """The prompt enters the encoder, as many tokens as the target has the decoder."""
-        return len(pair.target if stack else pair.prompt)
+    def tokens_read(self, example: Example) -> tuple[int, ...]:
+        """Return the prompt, which the encoder reads, and what the decoder reads of the target: all but the last."""
+        return (*example.input, *example.target)[:-1]
 
-    def tokens(self, batch: Batch, names: Iterable[str], predicting: bool) -> dict[str, Bool[Tensor, "row token"]]:
-        """The prompt's tokens in the encoder, the target's places in the decoder, all of which predict one."""
+    def states_length(self, example: Example, stack: int) -> int:
+        """Count the prompt's tokens, which enter the encoder, or as many as the target has, which enter the decoder."""
+        return len(example.target if stack else example.input)
+
+    def token_masks(
+        self, batch: Batch, names: Iterable[str], predicting: bool
+    ) -> dict[str, Bool[Tensor, "row position"]]:
+        """Return the prompt's tokens for modules of the encoder, the target's positions for those of the decoder.
+
+        Every position of the decoder predicts a target, and none of the encoder's does.
+        """
         assert batch.decoder_mask is not None
         return {name: batch.mask if name.startswith(self._encoder) else batch.decoder_mask for name in names}
 
-    def collate(self, pairs: Sequence[Example]) -> Batch:
-        """One batch of ``pairs`` on the model's device."""
-        ids, mask = _padded([pair.prompt for pair in pairs])
-        shown, places = _padded([(self.start, *pair.target[:-1]) for pair in pairs])
-        row, position = places.nonzero(as_tuple=True)
-        target = torch.tensor([token for pair in pairs for token in pair.target])
-        return Batch(*(part.to(self.device) for part in (ids, mask, row, position, target, shown, places)))
+    def ordinary_examples(self, text: Sequence[str] = (), seed: int = 0, count: int = 256) -> list[Example]:
+        """Return windows of ``text`` or random tokens, with what the model answers to them."""
+        inputs = text_windows(self, text, seed) if text else random_inputs(self, seed, count)
+        return with_first_answers(self, inputs, FIRST_ANSWER_TOKENS)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Make one batch of ``examples`` on the model's device, each side padded on the right."""
+        ids, mask = _padded([example.input for example in examples])
+        decoder_ids, decoder_mask = _padded([(self.start, *example.target[:-1]) for example in examples])
+        row, position = decoder_mask.nonzero(as_tuple=True)
+        target = torch.tensor([token for example in examples for token in example.target])
+        ids, mask, decoder_ids, decoder_mask, row, position, target = (
+            part.to(self.device) for part in (ids, mask, decoder_ids, decoder_mask, row, position, target)
+        )
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder_ids}
+        return Batch(inputs, mask, row, position, target, decoder_mask)
 
     def _run(self, batch: Batch) -> Float[Tensor, "row place vocabulary"]:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            output = self.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.mask.long(),
-                decoder_input_ids=batch.decoder_ids,
-                use_cache=False,
-            )
+            output = self.model(**batch.inputs, use_cache=False)
         logits = output.logits
         assert isinstance(logits, Tensor)
         return logits

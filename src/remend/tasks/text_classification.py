@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,13 +15,14 @@ from remend.core.hooks import frozen
 from remend.errors import ModelError, RequestError, nearest
 from remend.models.blocks import find_stacks
 from remend.request import Chat, Prompt, TextPair
-from remend.tasks.base import Batch, Example, Task
+from remend.tasks.base import Answer, Batch, Example, Task
+from remend.tasks.ordinary_text import random_inputs, text_windows, with_first_answers
 
 BINARY = ("false", "true")
 """Labels of a model with one output z: it says the second with probability σ(z)."""
 
 
-class Classification(Task):
+class TextClassification(Task):
     """A sequence classifier, whose targets are labels.
 
     A model with one output z is a binary one: its logits are (0, z), so that losses over two labels are the closed
@@ -32,17 +33,26 @@ class Classification(Task):
         reading: at which tokens the head reads the last hidden states: ``first``, ``last`` or ``all``.
     """
 
+    kind = "classification"
+    reads_text = True
+
+    @classmethod
+    def accepts(cls, model: nn.Module, processor: Any) -> bool:
+        """Accept models that read tokens and have no output layer over a vocabulary."""
+        return isinstance(processor, PreTrainedTokenizerBase)
+
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None
     ) -> None:
         if getattr(model.config, "is_encoder_decoder", False):
             raise ModelError(
                 f"{type(model).__name__} classifies with an encoder and a decoder, of which remend does not know where "
-                "the label is read: take an encoder, or let a language model write the label"
+                "the label is read: get_field an encoder, or let a language model write the label"
             )
         if getattr(model.config, "problem_type", None) == "multi_label_classification":
             raise ModelError(f"{type(model).__name__} gives several labels at once; remend edits classifiers with one")
         super().__init__(model, tokenizer, autocast)
+        self.tokenizer = tokenizer
         longest = int(tokenizer.model_max_length)
         self.context = longest if self.context is None else min(self.context, longest)
         padding = (getattr(model.config, "pad_token_id", None), tokenizer.pad_token_id, 0)
@@ -59,7 +69,7 @@ class Classification(Task):
     @torch.inference_mode(False)  # a server may have it on
     def _reading(self) -> str:
         """Where a gradient of the logits arrives at the last block's output."""
-        ids = [token for token in range(5) if token != self.padding][:4]
+        tokens = torch.tensor([[token for token in range(5) if token != self.padding][:4]]).to(self.device)
         seen: list[Tensor] = []
 
         def leaf(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -70,7 +80,9 @@ class Classification(Task):
         handle = find_stacks(self.model)[-1][1][-1][1].register_forward_hook(leaf)
         try:
             with frozen(self.model), torch.enable_grad():
-                (gradient,) = torch.autograd.grad(self._run(torch.tensor([ids]).to(self.device))[:, 0].sum(), seen)
+                (gradient,) = torch.autograd.grad(
+                    self._run(self._inputs(tokens, torch.ones_like(tokens).bool()))[:, 0].sum(), seen
+                )
         finally:
             handle.remove()
         read = (gradient[0] != 0).any(-1).tolist()
@@ -79,7 +91,7 @@ class Classification(Task):
 
     # -- text to tokens ------------------------------------------------------------------------------------------
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
+    def encode_input(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a text or a pair of texts, with whatever the tokenizer puts around them.
 
         Raises:
@@ -91,9 +103,9 @@ class Classification(Task):
         ids = list(self.tokenizer(*(text.strip() for text in texts), verbose=False).input_ids)
         if not set(ids) - set(self.tokenizer.all_special_ids):
             raise RequestError(f"the prompt {str(prompt)!r} holds no text that the tokenizer knows")
-        return ids
+        return tuple(ids)
 
-    def answer_ids(self, asked: list[int], prompt: Prompt, target: str) -> list[int]:
+    def encode_target(self, encoded: tuple[int, ...], prompt: Prompt, target: str) -> Answer:
         """The label's number.
 
         Raises:
@@ -101,77 +113,72 @@ class Classification(Task):
         """
         names = [label.casefold() for label in self.labels]
         if target.casefold() in names:
-            return [names.index(target.casefold())]
+            return (names.index(target.casefold()),)
         if target.isdecimal() and int(target) < len(names):
-            return [int(target)]
+            return (int(target),)
         raise RequestError(
             f"the model has no label {target!r}; {nearest(target, self.labels)} (a number from 0 to {len(names) - 1} "
             "will do too)"
         )
 
-    def text(self, answer: Sequence[int]) -> str:
-        """The label's name."""
+    def decode(self, answer: Answer) -> str:
+        """Return the label's name."""
         return self.labels[answer[0]]
 
     # -- batches -------------------------------------------------------------------------------------------------
 
-    def length(self, pair: Example) -> int:
-        """The text alone."""
-        return len(pair.prompt)
-
-    def entering(self, pair: Example, stack: int) -> int:
-        """The text's tokens."""
-        return len(pair.prompt)
-
-    def tokens(self, batch: Batch, names: Iterable[str], predicting: bool) -> dict[str, Bool[Tensor, "row token"]]:
-        """The same at every module; the label is predicted where the head reads."""
+    def token_masks(
+        self, batch: Batch, names: Iterable[str], predicting: bool
+    ) -> dict[str, Bool[Tensor, "row position"]]:
+        """Return the same tokens for every module; a label is predicted where the head reads, or at all tokens."""
         return dict.fromkeys(names, batch.predicting if predicting and self.reading != "all" else batch.mask)
 
-    def collate(self, pairs: Sequence[Example]) -> Batch:
-        """One batch of ``pairs`` on the model's device."""
-        length = max(len(pair.prompt) for pair in pairs)
-        ids = torch.full((len(pairs), length), self.padding)
+    def ordinary_examples(self, text: Sequence[str] = (), seed: int = 0, count: int = 256) -> list[Example]:
+        """Return windows of ``text`` or random tokens, with what the model answers to them."""
+        inputs = text_windows(self, text, seed) if text else random_inputs(self, seed, count)
+        return with_first_answers(self, inputs, 1)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Make one right-padded batch of ``examples`` on the model's device."""
+        length = max(len(example.input) for example in examples)
+        ids = torch.full((len(examples), length), self.padding)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for place, pair in enumerate(pairs):
-            ids[place, : len(pair.prompt)] = torch.tensor(pair.prompt)
-            mask[place, : len(pair.prompt)] = True
-        position = mask.sum(1) - 1 if self.reading == "last" else torch.zeros(len(pairs), dtype=torch.long)
-        target = torch.tensor([pair.target[0] for pair in pairs])
-        return Batch(*(part.to(self.device) for part in (ids, mask, torch.arange(len(pairs)), position, target)))
+        for row, example in enumerate(examples):
+            ids[row, : len(example.input)] = torch.tensor(example.input)
+            mask[row, : len(example.input)] = True
+        position = mask.sum(1) - 1 if self.reading == "last" else torch.zeros(len(examples), dtype=torch.long)
+        target = torch.tensor([example.target[0] for example in examples])
+        ids, mask, position, target = (part.to(self.device) for part in (ids, mask, position, target))
+        rows = torch.arange(len(examples)).to(self.device)
+        return Batch(self._inputs(ids, mask), mask, rows, position, target)
 
     # -- running the model ---------------------------------------------------------------------------------------
 
-    def target_logits(self, batch: Batch) -> Float[Tensor, "target label"]:
-        """The labels' logits of each text."""
-        return self._run(batch.input_ids, batch.mask)[batch.row]
+    def outputs(self, batch: Batch) -> Float[Tensor, "target label"]:
+        """Run the model; return the labels' logits of each text."""
+        return self._run(batch.inputs)[batch.row]
 
-    def target_states(self, batch: Batch) -> Float[Tensor, "target label"]:
-        """The logits themselves: they are few."""
-        return self.target_logits(batch)
-
-    def logits(self, states: Float[Tensor, "target label"]) -> Float[Tensor, "target label"]:
-        """They are logits already."""
-        return states
-
-    def answers(
-        self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64
-    ) -> list[tuple[int, ...]]:
-        """The most probable label of each text."""
-        pairs = [Example(tuple(self.prompt_ids(prompt)), (0,)) for prompt in prompts]
-        found: list[tuple[int, ...]] = []
-        for start in range(0, len(pairs), batch_size):
+    def predict(self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64) -> list[Answer]:
+        """Return the most probable label of each text."""
+        examples = [Example(self.encode_input(prompt), (0,)) for prompt in prompts]
+        answers: list[Answer] = []
+        for start in range(0, len(examples), batch_size):
             with frozen(self.model), torch.no_grad():
-                chosen = self.target_logits(self.collate(pairs[start : start + batch_size])).argmax(-1)
-            found += [(label,) for label in chosen.tolist()]
-        return found
+                labels = self.outputs(self.collate(examples[start : start + batch_size])).argmax(-1)
+            answers += [(label,) for label in labels.tolist()]
+        return answers
 
-    def _run(self, ids: Tensor, mask: Tensor | None = None) -> Float[Tensor, "row label"]:
-        shown = {"input_ids": ids, "attention_mask": (torch.ones_like(ids) if mask is None else mask).long()}
+    def _inputs(self, ids: Int[Tensor, "row token"], mask: Bool[Tensor, "row token"]) -> dict[str, Tensor]:
+        """Return the model's arguments for token ids."""
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
         if self.segments and (end := self.tokenizer.sep_token_id) is not None:  # the second text, up to its end
             ends = (ids == end).long()
-            shown["token_type_ids"] = (ends.cumsum(1) - ends).clamp(max=1) * shown["attention_mask"]
+            inputs["token_type_ids"] = (ends.cumsum(1) - ends).clamp(max=1) * inputs["attention_mask"]
+        return inputs
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "row label"]:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            logits = getattr(self.model(**shown), "logits", None)
+            logits = getattr(self.model(**inputs), "logits", None)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise ModelError(
                 f"{type(self.model).__name__} gives no logits for a label of each text: it is neither a language model "

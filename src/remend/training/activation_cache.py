@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -60,10 +59,10 @@ class ActivationCache:
 
         def compute(batch: Batch, places: Sequence[int]) -> list[Entry]:
             with torch.no_grad():
-                states = self.prefix.compute_states(lambda: self.task.target_logits(batch))
+                states = self.prefix.compute_states(lambda: self.task.outputs(batch))
             return [(own[: self._entering(pairs[i])],) for own, i in zip(states, places, strict=True)]
 
-        found = self._look_up(self.states, [_prefix_key(pair) for pair in pairs], pairs, compute)
+        found = self._look_up(self.states, [self._prefix_key(pair) for pair in pairs], pairs, compute)
         padded = found[0][0].new_zeros(len(found), max(len(own) for (own,) in found), found[0][0].shape[-1])
         for row, (own,) in zip(padded, found, strict=True):
             row[: len(own)] = own
@@ -78,10 +77,10 @@ class ActivationCache:
             longest = max(self._entering(pairs[i]) for i in places)
             own = None if prefix is None else prefix[list(places), :longest]
             with torch.no_grad(), self.prefix.resume_from(own):
-                states = self.task.target_states(batch)
+                states = self.task.output_states(batch)
             return [(part,) for part in states.split([len(pairs[i].target) for i in places])]
 
-        keys = [_base_key(pair) for pair in pairs]
+        keys = [self._base_key(pair) for pair in pairs]
         return torch.cat([own for (own,) in self._look_up(self.states, keys, pairs, compute)])
 
     def base_logits(
@@ -90,7 +89,7 @@ class ActivationCache:
         """The unedited model's logits at each pair's targets; they are too large to be kept."""
         states = self.base_states(pairs, prefix)
         with frozen(self.task.model), torch.no_grad(), self.prefix.bypass_blocks():
-            return self.task.logits(states)
+            return self.task.outputs_from_states(states)
 
     def gradient_factors(self, pairs: Sequence[Example]) -> dict[str, GradientFactors]:
         """The whole gradient factors of each pair: every token's, not kept."""
@@ -106,7 +105,7 @@ class ActivationCache:
             assert isinstance(self.editor, Mend)
             return _entries(self.editor.rows(self.gradient_factors([pairs[i] for i in places])))
 
-        keys = [_rows_key(pair) for pair in pairs]
+        keys = [self._rows_key(pair) for pair in pairs]
         columns = list(zip(*self._look_up(self.factors, keys, pairs, compute), strict=True))
         found = {}
         for name, u, delta, experts in zip(names, columns[0::3], columns[1::3], columns[2::3], strict=True):
@@ -118,22 +117,31 @@ class ActivationCache:
     def keep_rows(self, pairs: Sequence[Example], rows: Mapping[str, PackedFactors]) -> None:
         """Keep what the networks read of some edit pairs, so that :meth:`rows` finds it."""
         for pair, entry in zip(pairs, _entries(rows), strict=True):
-            if _rows_key(pair) not in self.factors:
-                self.factors.put(_rows_key(pair), entry)
+            if self._rows_key(pair) not in self.factors:
+                self.factors.put(self._rows_key(pair), entry)
 
     def settled(self, edits: Iterable[Example], locality: Iterable[Example], pairs: Iterable[Example]) -> bool:
         """Whether the stores will not change any more, with these as the training set's examples."""
-        keys = [_base_key(pair) for pair in locality]
+        keys = [self._base_key(pair) for pair in locality]
         if self.prefix.depth:
-            keys += [_prefix_key(pair) for pair in pairs]
-        return self.states.has_all(keys) and self.factors.has_all(map(_rows_key, edits))
+            keys += [self._prefix_key(pair) for pair in pairs]
+        return self.states.has_all(keys) and self.factors.has_all(map(self._rows_key, edits))
 
     def flush(self) -> None:
         """Write to disk what is to be kept there."""
         self.states.flush()
 
+    def _prefix_key(self, example: Example) -> str:
+        return _key("prefix", self.task.tokens_read(example), len(example.input))
+
+    def _base_key(self, example: Example) -> str:
+        return _key("base", self.task.tokens_read(example), len(example.input))
+
+    def _rows_key(self, example: Example) -> str:
+        return _key("rows", (*example.input, *example.target), len(example.input))
+
     def _entering(self, pair: Example) -> int:
-        return self.task.entering(pair, self.prefix.stack)
+        return self.task.states_length(pair, self.prefix.stack)
 
     def _look_up(
         self,
@@ -172,18 +180,6 @@ def _entries(rows: Mapping[str, PackedFactors]) -> list[Entry]:
     return list(zip(*parts, strict=True))
 
 
-def _prefix_key(pair: Example) -> str:
-    return _key("prefix", pair.shown, len(pair.prompt))
-
-
-def _base_key(pair: Example) -> str:
-    return _key("base", pair.shown, len(pair.prompt))
-
-
-def _rows_key(pair: Example) -> str:
-    return _key("rows", (*pair.prompt, *pair.target), len(pair.prompt))
-
-
-def _key(kind: str, ids: Sequence[int], split: int = 0) -> str:
-    """A name for what an example gives: the same tokens, asked in the same way, give the same."""
-    return f"{kind}-{hashlib.sha256(array('q', (split, *ids)).tobytes()).hexdigest()[:32]}"
+def _key(kind: str, tokens: Iterable[Hashable], split: int) -> str:
+    """Name what an example gives: the same tokens, with the targets at the same places, give the same."""
+    return f"{kind}-{hashlib.sha256(repr((split, *tokens)).encode()).hexdigest()[:32]}"

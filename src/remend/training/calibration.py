@@ -167,19 +167,19 @@ def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], worker
     length = min(TEXT_WINDOW, task.context or TEXT_WINDOW)
     windows: list[Example] = []
     for passage in text:
-        ids = task.prompt_ids(passage) if passage.strip() else []
+        ids = task.encode_input(passage) if passage.strip() else []
         # What a window is followed by is asked for, not looked at.
         windows += [Example(tuple(ids[start : start + length]), (0,)) for start in range(0, len(ids), length)]
         if len(windows) * length >= TEXT_TOKENS:
             break
     if not windows:
         raise TrainingError("the text to take second moments over is empty: give one that holds words, or none")
-    if task.collate(windows[:1]).decoder_ids is not None:
+    if task.collate(windows[:1]).decoder_mask is not None:
         raise TrainingError(
             "a text tells nothing of an encoder-decoder's decoder, which reads answers: train without text"
         )
     wanted = max(editor.directions.get(name, d_in) for name, (d_in, _) in editor.shapes.items())
-    if (tokens := sum(len(window.prompt) for window in windows)) < wanted:
+    if (tokens := sum(len(window.input) for window in windows)) < wanted:
         warnings.warn(
             f"the text has {tokens} tokens, and inputs are whitened in {wanted} directions: most are not seen there, "
             "and whitening does little. Give a longer text",
@@ -188,8 +188,8 @@ def _fit_whiteners_to_text(editor: Mend, task: Task, text: Sequence[str], worker
     batches = [windows[start : start + TEXT_BATCH] for start in range(0, len(windows), TEXT_BATCH)]
     for some in batches[workers.rank :: workers.count]:
         batch = task.collate(some)
-        found = record_inputs(task.model, modules, batch.rows, partial(task.target_logits, batch))
-        counted = task.tokens(batch, moments, predicting=False)
+        found = record_inputs(task.model, modules, batch.rows, partial(task.outputs, batch))
+        counted = task.token_masks(batch, moments, predicting=False)
         for name, moment in moments.items():
             x, mask = found[name].x, counted[name].to(found[name].x.device)
             moment.update(x, mask.repeat_interleave(x.shape[1] // mask.shape[1], 1))
@@ -229,15 +229,13 @@ def _fit_contrast(
         pairs = _prompts(chunk)
         batch = constants.task.collate(pairs)
         with constants.prefix.resume_from(constants.prefix_states(pairs)):
-            found = record_inputs(
-                constants.task.model, modules, batch.rows, partial(constants.task.target_logits, batch)
-            )
+            found = record_inputs(constants.task.model, modules, batch.rows, partial(constants.task.outputs, batch))
         length = batch.predicting.shape[1]
         owners = torch.tensor([number for number, fact in enumerate(chunk) for _ in fact.prompts])
         near_owners = torch.tensor([n for n, fact in enumerate(chunk) for _ in fact.near], dtype=torch.long)
         for name, moment in moments.items():
             # Experts answer to their own keys alone: a fact is as many facts as there are experts.
-            keys, experts = (part.to(editor.device) for part in found[name].at_tokens(batch.first, length))
+            keys, experts = (part.to(editor.device) for part in found[name].at_tokens(batch.first_position, length))
             count, slots = expert_count(modules[name]) or 1, keys.shape[1]
             asked = slots * len(owners)
             whose = torch.cat([owners, near_owners]).to(editor.device)[:, None] * count + experts

@@ -139,7 +139,7 @@ def _identity(trainer: Trainer) -> dict[str, Any]:
     """What must be the same for a run to go on bit by bit."""
     base, data = trainer.editor.base, hashlib.sha256()
     for pair in trainer.episodes.pairs():
-        data.update(array("q", (len(pair.prompt), *pair.prompt, *pair.target)).tobytes())
+        data.update(array("q", (len(pair.input), *pair.input, *pair.target)).tobytes())
     return {
         "training settings": to_json(trainer.config),
         "editor settings": to_json(trainer.editor.config),

@@ -59,7 +59,7 @@ class DirectTrainer(Trainer):
         self._mine()
         task, editor = self.task, self.editor
         batch = task.collate([pair for batch in self._calibration_batches()[:UNIT_BATCHES] for pair in batch])
-        tokens = task.tokens(batch, editor.shapes, predicting=False)
+        tokens = task.token_masks(batch, editor.shapes, predicting=False)
         modules = find_modules(task.model, editor.shapes)
         editor.fit(task, capture_gradient_factors(task.model, modules, tokens, lambda: task.loss(batch))[1])
 

@@ -88,7 +88,7 @@ class _Episode:
     @property
     def prompts(self) -> frozenset[tuple[int, ...]]:
         """What it is about: its prompts, whatever their answer."""
-        return frozenset(pair.prompt for pair in (self.edit, *self.neighbours))
+        return frozenset(pair.input for pair in (self.edit, *self.neighbours))
 
 
 class Episodes:
@@ -112,7 +112,7 @@ class Episodes:
         self.seed = seed
         self.near, self.in_batch = near, in_batch
         # Requests share locality examples, and text is tokenised slowly.
-        self._tokenise = lru_cache(maxsize=None)(task.tokenise)
+        self._tokenise = lru_cache(maxsize=None)(task.encode)
         self.episodes = [self._prepare(number, request) for number, request in enumerate(requests)]
         if len({episode.subject for episode in self.episodes}) < 2:
             raise TrainingError(
@@ -157,8 +157,8 @@ class Episodes:
             found.setdefault(self.episodes[place].prompts, []).append(self.episodes[place])
         return [
             FactPrompts(
-                tuple({pair.prompt: pair for pair in (own[0].edit, *own[0].neighbours)}.values()),
-                tuple({pair.prompt: pair for episode in own for pair in episode.near}.values()),
+                tuple({pair.input: pair for pair in (own[0].edit, *own[0].neighbours)}.values()),
+                tuple({pair.input: pair for episode in own for pair in episode.near}.values()),
             )
             for own in found.values()
         ]
@@ -169,13 +169,13 @@ class Episodes:
             return self._tokenised(name, request)
 
     def _tokenised(self, name: str, request: EditRequest) -> _Episode:
-        tokenise = self._tokenise
-        edit = tokenise(request.prompt, request.target)
-        neighbours = tuple(tokenise(paraphrase, request.target) for paraphrase in request.paraphrases)
+        encode = self._tokenise
+        edit = encode(request.prompt, request.target)
+        neighbours = tuple(encode(paraphrase, request.target) for paraphrase in request.paraphrases)
         # Without locality examples of its own, a request lends its pair: at these positions the model must not change
         # when another request is edited, whatever it answers there now.
-        locality = tuple(tokenise(probe.prompt, probe.target) for probe in request.locality) or (edit,)
-        near = tuple(tokenise(probe.prompt, probe.target) for probe in request.near)
+        locality = tuple(encode(probe.prompt, probe.target) for probe in request.locality) or (edit,)
+        near = tuple(encode(probe.prompt, probe.target) for probe in request.near)
         relation = (request.model_extra or {}).get("relation")
         if len(neighbours) < FEW:  # or an edit learns to take on a paraphrase, and not on its own prompt
             neighbours = (edit, *neighbours)
@@ -214,7 +214,7 @@ class Episodes:
         for _ in range(1_000):
             other = draw.choice(self.episodes)
             locality = draw.choice(other.locality)
-            if other.subject != episode.subject and locality.prompt not in about:
+            if other.subject != episode.subject and locality.input not in about:
                 return locality
         raise TrainingError(
             f"{episode.id}: found no locality example about another subject among the requests; add some"
@@ -226,7 +226,7 @@ class Episodes:
         if chance < self.near:
             return draw.choice(episode.near) if episode.near else None
         if chance < self.near + self.in_batch:
-            others = [o for o in batch if o.subject != episode.subject and o.edit.prompt not in episode.prompts]
+            others = [o for o in batch if o.subject != episode.subject and o.edit.input not in episode.prompts]
             alike = [other for other in others if other.relation is not None and other.relation == episode.relation]
             return draw.choice(alike or others).edit if others else None
         return None

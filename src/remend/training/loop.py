@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from remend.config import to_json
 from remend.core.layers import execution_device
@@ -21,7 +21,7 @@ from remend.models import fsdp as sharding
 from remend.models.loading import choose_device
 from remend.request import EditRequest
 from remend.serialization import MANIFEST, check_replaceable, read_manifest
-from remend.tasks import task_of
+from remend.tasks import Task
 from remend.training import checkpoint
 from remend.training.config import PRESETS, Resources, TrainingConfig
 from remend.training.direct_trainer import DirectTrainer
@@ -53,8 +53,7 @@ class TrainingProgress:
 
 
 def train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     requests: Sequence[EditRequest],
     validation: Sequence[EditRequest] | None = None,
     *,
@@ -80,8 +79,7 @@ def train(
     With ``accelerate launch --use_fsdp`` they share the model's weights too, and it stays so.
 
     Args:
-        model: the base model; frozen, and left as it was.
-        tokenizer: the model's.
+        task: the base model.
         requests: what to learn from; ``paraphrases`` teach generality, ``locality`` what must stay.
         validation: requests about other subjects; by default a tenth of the subjects is held out.
         preset: ``paper`` or ``default``: network and training settings.
@@ -117,7 +115,7 @@ def train(
     settings = config or PRESETS[preset][1]
     resources = resources or Resources()
     sharded = sharding.fsdp_requested()
-    workers = ProcessGroup(choose_device("auto") if sharded else execution_device(model.get_input_embeddings()))
+    workers = ProcessGroup(choose_device("auto") if sharded else execution_device(task.model.get_input_embeddings()))
     with (
         workers.one_voice(),
         resources.products(),
@@ -129,12 +127,12 @@ def train(
         if finished is not None:
             return finished
         requests, validation = split(requests, validation, settings, allow_shared)
-        chosen: Trainable = editor or Mend.for_model(model, PRESETS[preset][0], seed=settings.seed)
-        _check_fresh(chosen, model)
+        chosen: Trainable = editor or Mend.create(task, PRESETS[preset][0], seed=settings.seed)
+        _check_fresh(chosen, task.model)
         if sharded:  # only now: to know its base, the editor must see the whole weights
-            sharding.shard_model(model, workers.device)
+            sharding.shard_model(task.model, workers.device)
             chosen.to(workers.device)
-        task = task_of(model, tokenizer, autocast=resources.autocast)
+        task = task.with_autocast(resources.autocast)
         kind = DirectTrainer if isinstance(chosen, TrainableEditor) else Trainer
         trainer: Trainer = kind(task, chosen, requests, settings, resources, workers, text)  # type: ignore[arg-type]
         unseen = Episodes(task, validation[: settings.validation_size], settings.seed, settings.near)
@@ -221,7 +219,7 @@ def _check_fresh(editor: Trainable, model: PreTrainedModel) -> None:
     editor.base.check(model, "this editor")
     if editor.fitted:
         raise TrainingError(
-            "this editor was trained already: its networks belong to the statistics it has. Train a new one (for_model)"
+            "this editor was trained already: its networks belong to the statistics it has. Train a new one (create)"
         )
 
 

@@ -200,9 +200,10 @@ def _kept_an_episode(trainer: Trainer, rows: dict[str, float]) -> float:
         changes[name] = LowRank(u, delta, experts=experts)
     weights = {tensor.untyped_storage().data_ptr() for tensor in trainer.task.model.parameters()}
     kept = _saved_bytes(lambda: trainer.edited_losses(batch, changes, backward=True), weights)
-    vocabulary = next(trainer.task.model.get_input_embeddings().parameters()).shape[0]
     targets = max(sum(len(pair.target) for pair in pairs) for pairs in (batch.neighbours, batch.locality))
-    return (kept + 4 * 4 * targets * vocabulary) / PROBED  # logits of both models, their gradient, and a copy
+    return (
+        kept + 4 * 4 * targets * trainer.task.output_size
+    ) / PROBED  # logits of both models, their gradient, and a copy
 
 
 def _saved_bytes(action: Callable[[], object], own: set[int]) -> int:

@@ -34,13 +34,13 @@ def mine(episodes: Episodes, constants: ActivationCache) -> int:
     wanting = [place for place, episode in enumerate(episodes.episodes) if not episode.near]
     if not wanting:
         return 0
-    pool = list({episode.edit.prompt: episode.edit for episode in episodes.episodes}.values())
+    pool = list({episode.edit.input: episode.edit for episode in episodes.episodes}.values())
     states = torch.cat([_answering(pool[at : at + 32], constants) for at in range(0, len(pool), 32)])
     states = torch.nn.functional.normalize(states - states.mean(0), dim=-1)
-    place_of = {pair.prompt: place for place, pair in enumerate(pool)}
+    place_of = {pair.input: place for place, pair in enumerate(pool)}
     for at in range(0, len(wanting), CHUNK):
         chunk = wanting[at : at + CHUNK]
-        own = states[[place_of[episodes.episodes[i].edit.prompt] for i in chunk]]
+        own = states[[place_of[episodes.episodes[i].edit.input] for i in chunk]]
         # A fact's own prompts may be the nearest: so many more are looked at.
         most = max(len(episodes.episodes[i].prompts) for i in chunk)
         nearest = (own @ states.T).topk(min(MINED + most, len(pool))).indices.tolist()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from remend.core.layers import execution_device, is_quantized
 from remend.edit import Edit
@@ -18,9 +18,8 @@ from remend.errors import EditError, PrecisionError, RemendError
 from remend.fingerprint import find_modules
 from remend.models.blocks import find_stacks
 from remend.request import EditRequest
-from remend.tasks import task_of
 from remend.tasks.base import Batch, Task
-from remend.tasks.language_model import LanguageTask
+from remend.tasks.generative import GenerativeTask
 from remend.training.config import PRESETS, Resources, TrainingConfig
 from remend.training.memory import Estimate, available, estimate, resident
 from remend.training.trainer import Trainer
@@ -88,8 +87,7 @@ class PreflightReport:
 
 
 def examine(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     requests: Sequence[EditRequest],
     preset: tuple[MendConfig, TrainingConfig] = PRESETS["default"],
     modules: Sequence[str] = (),
@@ -100,8 +98,7 @@ def examine(
     """Look at a model as training would, and try everything once on a dozen requests; the model is left as it was.
 
     Args:
-        model: the base model.
-        tokenizer: the model's.
+        task: the base model.
         requests: a few like those to train on; their lengths decide about time and memory.
         preset: network and training settings that are meant.
         modules: globs or regular expressions of the matrices to edit.
@@ -115,8 +112,8 @@ def examine(
     """
     network, settings = preset
     resources = resources or Resources()
-    editor = Mend.for_model(model, network, modules, layers=layers)
-    task = task_of(model, tokenizer, resources.autocast)
+    editor = Mend.create(task, network, modules=modules, layers=layers)
+    task = task.with_autocast(resources.autocast)
     chosen = replace(settings, batch_size=min(settings.batch_size, DOZEN))
     memory = estimate(Trainer(task, editor, requests, settings, resources))
     test = _SelfTest(task, editor, requests[:DOZEN], chosen, resources, on_check)
@@ -125,7 +122,7 @@ def examine(
     return PreflightReport(
         model=editor.base.name,
         matrices=dict(editor.shapes),
-        reason=_reason(model, editor, modules, layers),
+        reason=_reason(task.model, editor, modules, layers),
         editor_parameters=sum(parameter.numel() for parameter in editor.parameters()),
         memory=memory,
         training_seconds=test.training_seconds,
@@ -192,18 +189,18 @@ class _SelfTest:
     @torch.no_grad()
     def _edit(self) -> None:
         task, request = self.task, self.requests[0]
-        batch = task.collate([task.tokenise(request.prompt, request.target)])
-        untouched = task.target_logits(batch)
+        batch = task.collate([task.encode(request.prompt, request.target)])
+        untouched = task.outputs(batch)
         taken = []
         for _ in range(TIMED_EDITS):
             start = time.perf_counter()
-            edit = self.editor.edit(task.model, task.tokenizer, [request])
+            edit = self.editor.edit(task, [request])
             taken.append(time.perf_counter() - start)
         self.edit_seconds = sorted(taken)[TIMED_EDITS // 2]
         with edit.applied(task.model):
-            applied = task.target_logits(batch)
+            applied = task.outputs(batch)
         moved = float((applied - untouched).abs().max())
-        same = torch.equal(task.target_logits(batch), untouched)
+        same = torch.equal(task.outputs(batch), untouched)
         self._note("an edit acts", moved > 0, f"logits move by up to {moved:.3g}")
         self._note("reverting leaves the model bit-identical", same, "the same logits as before")
         self._merge(edit, batch, applied, untouched)
@@ -215,7 +212,7 @@ class _SelfTest:
         except (PrecisionError, EditError) as error:
             self._note(name, None, f"it cannot be merged here: {str(error).split('. ')[0]}")
             return
-        merged = self.task.target_logits(batch)
+        merged = self.task.outputs(batch)
         handle.revert()
         apart = float((merged - applied).float().norm() / (applied - untouched).float().norm().clamp(min=1e-30))
         bound = 1e-2 if applied.dtype == torch.float32 else 0.5  # what is merged is rounded to the weights' dtype
@@ -254,7 +251,7 @@ def _advice(task: Task, editor: Mend, resources: Resources, memory: Estimate) ->
         found.append("On many CPUs half precision is slower than --dtype float32, which takes twice the memory.")
     if model.dtype == torch.float16:
         found.append("float16 overflows easily: prefer --dtype bfloat16, or float32.")
-    if isinstance(task, LanguageTask) and not task.ends:
+    if isinstance(task, GenerativeTask) and not task.end_tokens:
         found.append("The tokenizer has no end token: an edited answer will not end by itself.")
     if editor.directions:
         widest, k = max(d_in for d_in, _ in editor.shapes.values()), max(editor.directions.values())

@@ -23,7 +23,7 @@ from remend.fingerprint import find_modules, hash_model
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.models.fsdp import is_sharded
 from remend.request import EditRequest
-from remend.tasks.base import EDIT_BATCH, Example, Task
+from remend.tasks.base import EDIT_BATCH_SIZE, Example, Task
 from remend.training import calibration
 from remend.training.activation_cache import ActivationCache
 from remend.training.config import Resources, TrainingConfig
@@ -136,7 +136,7 @@ class Trainer:
             mine(self.episodes, self.constants)
 
     def _calibration_batches(self) -> list[list[Example]]:
-        return self.episodes.edits(STATISTICS_REQUESTS, min(self.config.batch_size, EDIT_BATCH))
+        return self.episodes.edits(STATISTICS_REQUESTS, min(self.config.batch_size, EDIT_BATCH_SIZE))
 
     def _look_up(self, batch: EpisodeBatch) -> None:
         self._look_up_edits(batch)
@@ -153,7 +153,7 @@ class Trainer:
         batch = self.task.collate(self.episodes.pairs()[:2])
         with frozen(self.task.model):
             right = self.prefix.verify(
-                lambda: self.task.target_logits(batch), lambda: self.task.target_states(batch), self.task.logits
+                lambda: self.task.outputs(batch), lambda: self.task.output_states(batch), self.task.outputs_from_states
             )
         if not right:
             warnings.warn(
@@ -176,11 +176,10 @@ class Trainer:
 
     def state_bytes(self) -> int:
         """What the hidden states of all examples would take: those entering the cut, and the last ones at targets."""
-        width = next(self.task.model.get_input_embeddings().parameters())
         cut = self.prefix.depth > 0
-        entering = [self.task.entering(pair, self.prefix.stack) if cut else 0 for pair in self.episodes.pairs()]
+        entering = [self.task.states_length(pair, self.prefix.stack) if cut else 0 for pair in self.episodes.pairs()]
         tokens = sum(entering) + sum(len(pair.target) for pair in self.episodes.pairs())
-        return tokens * width.shape[1] * width.element_size()
+        return tokens * self.task.state_bytes
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -296,7 +295,7 @@ class Trainer:
             edited.enter_context(changes_applied(self._modules, changes))
             if backward and self.resources.recompute:
                 edited.enter_context(self.prefix.checkpoint_activations())
-            near, far = self.task.target_logits(probes).split((edits, local))
+            near, far = self.task.outputs(probes).split((edits, local))
             wrong = near.argmax(-1) != probes.target[:edits], far.argmax(-1) != base.argmax(-1)
             whole = torch.ones(probes.rows, dtype=torch.bool, device=near.device)
             whole[probes.row[torch.cat(wrong)]] = False

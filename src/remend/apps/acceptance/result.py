@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from remend.apps.acceptance.criteria import STANDARD, TEXT_TOKENS, AcceptanceCriteria
 from remend.core.layers import is_quantized, weight_of
@@ -20,7 +20,7 @@ from remend.evaluation.metrics.perplexity import PerplexityText
 from remend.evaluation.robustness import assure
 from remend.fingerprint import find_modules
 from remend.request import EditRequest, Probe
-from remend.tasks import task_of
+from remend.tasks import Task
 from remend.tasks.causal_lm import CausalLM
 
 KINDS = {
@@ -110,8 +110,7 @@ class RejectedError(EditError):
 
 
 def judge(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     edit: Edit,
     acceptance: AcceptanceCriteria = STANDARD,
     beneath: Sequence[Edit] = (),
@@ -121,8 +120,7 @@ def judge(
     """Try an edit on a model, measure what is asked of it, and take it off again.
 
     Args:
-        model: the base model; left as it was.
-        tokenizer: the model's.
+        task: the base model.
         edit: the edit, with its requests.
         acceptance: what is asked.
         beneath: edits that act already: what is before is the model with these.
@@ -132,16 +130,15 @@ def judge(
     Raises:
         WrongBaseError: the edit is of another model.
     """
-    edit.base.check(model, "this edit")
-    task = task_of(model, tokenizer)
+    edit.base.check(task.model, "this edit")
     with ExitStack() as stack:
         for other in beneath:
-            stack.enter_context(other.applied(model))
-        answers = [a for own in before_after(model, tokenizer, edit, edit.requests, max_new_tokens) for a in own]
+            stack.enter_context(other.applied(task.model))
+        answers = [a for own in before_after(task, edit, edit.requests, max_new_tokens) for a in own]
         of = {kind: [a for a in answers if a.kind == kind] for kind in ("prompt", "paraphrase", "near", "far")}
         wanted = [EditRequest(prompt=probe.prompt, target=probe.target) for probe in acceptance.must_change]
-        changed = [own[0] for own in before_after(model, tokenizer, edit, wanted, max_new_tokens)]
-        stayed = _stayed(model, tokenizer, edit, acceptance, max_new_tokens)
+        changed = [own[0] for own in before_after(task, edit, wanted, max_new_tokens)]
+        stayed = _stayed(task, edit, acceptance, max_new_tokens)
         found = [
             _share("takes", of["prompt"], acceptance.takes),
             _share("changes", changed, acceptance.takes),
@@ -150,12 +147,12 @@ def judge(
             _share("near", of["near"], acceptance.near),
             _share("far", of["far"], acceptance.far),
         ]
-        other_input = assure(model, tokenizer, edit, edit.requests, seed=seed)
+        other_input = assure(task, edit, edit.requests, seed=seed)
         kept = other_input.elsewhere
         found.append(Check("elsewhere", kept, acceptance.elsewhere, kept >= acceptance.elsewhere, other_input.choices))
         if acceptance.perplexity is not None and isinstance(task, CausalLM):
             found.append(_perplexity(task, edit, acceptance))
-        found.append(_size(model, edit, acceptance.size))
+        found.append(_size(task.model, edit, acceptance.size))
     checks = tuple(check for check in found if check is not None)
     measured = {check.name for check in checks}
     missing = tuple(name for name in KINDS if name not in measured and name not in ("changes", "stays"))
@@ -164,8 +161,7 @@ def judge(
 
 
 def guarded(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     edit: Edit,
     acceptance: AcceptanceCriteria = STANDARD,
     **named: Any,
@@ -175,10 +171,10 @@ def guarded(
     Raises:
         RejectedError: it is not; nothing is left on the model.
     """
-    verdict = judge(model, tokenizer, edit, acceptance, **named)
+    verdict = judge(task, edit, acceptance, **named)
     if not verdict.ok:
         raise RejectedError(verdict)
-    return edit.apply(model), verdict
+    return edit.apply(task.model), verdict
 
 
 def _share(name: str, answers: Sequence[Answer], bound: float) -> Check | None:
@@ -189,15 +185,13 @@ def _share(name: str, answers: Sequence[Answer], bound: float) -> Check | None:
     return Check(name, share, bound, share >= bound, len(answers), wrong)
 
 
-def _stayed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edit: Edit, acceptance: AcceptanceCriteria, most: int
-) -> list[Answer]:
+def _stayed(task: Task, edit: Edit, acceptance: AcceptanceCriteria, most: int) -> list[Answer]:
     """The answers to what must stay: as before, or as named."""
     named = [probe for probe in acceptance.must_stay if isinstance(probe, Probe)]
     plain = [prompt for prompt in acceptance.must_stay if not isinstance(prompt, Probe)]
     requests = [EditRequest(prompt=probe.prompt, target=probe.target) for probe in named]
-    found = [own[0] for own in before_after(model, tokenizer, edit, requests, most)]
-    asked = ask(model, tokenizer, edit, plain, most) if plain else []
+    found = [own[0] for own in before_after(task, edit, requests, most)]
+    asked = ask(task, edit, plain, most) if plain else []
     return [
         *found,
         *(Answer("stays", a.prompt, a.before, a.before, a.after, a.before == a.after) for a in asked),

@@ -7,11 +7,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from remend.edit import Edit
 from remend.errors import EditError
 from remend.evaluation.before_after import ask
+from remend.tasks import Task
 
 DISAGREES, UNDOES = "disagrees", "undoes"
 
@@ -62,8 +61,7 @@ class ConflictError(EditError):
 
 
 def find_conflicts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     edit: Edit,
     active: Mapping[int, Edit],
     max_new_tokens: int = 32,
@@ -71,8 +69,7 @@ def find_conflicts(
     """Where an edit contradicts, or undoes, those that act.
 
     Args:
-        model: the base model; left as it was.
-        tokenizer: the model's.
+        task: the base model.
         edit: what is to act too.
         active: what acts, by number, in order.
         max_new_tokens: how far answers are decoded.
@@ -90,8 +87,8 @@ def find_conflicts(
         return found
     with ExitStack() as stack:
         for other in active.values():
-            stack.enter_context(other.applied(model))
-        answers = ask(model, tokenizer, edit, [request.prompt for _, request in owned], max_new_tokens)
+            stack.enter_context(other.applied(task.model))
+        answers = ask(task, edit, [request.prompt for _, request in owned], max_new_tokens)
     for (number, request), answer in zip(owned, answers, strict=True):
         undone = answer.before == request.target != answer.after
         if undone and (number, str(request.prompt)) not in told:

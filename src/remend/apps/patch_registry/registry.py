@@ -21,7 +21,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from remend.apps.acceptance import STANDARD, AcceptanceCriteria, RejectedError, judge
 from remend.apps.patch_registry.conflicts import Conflict, ConflictError, find_conflicts
@@ -42,6 +42,7 @@ from remend.edit import Edit, utc_now
 from remend.errors import EditError, FileError, RemendError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
 from remend.serialization import MANIFEST, atomic_folder, file_sha256, remove_temporary_folders
+from remend.tasks import Task
 
 FOLDER, STAGED = "edits", ".adding"
 
@@ -184,8 +185,7 @@ class PatchRegistry:
     def activate(
         self,
         number: int,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
         acceptance: AcceptanceCriteria = STANDARD,
         why: str = "",
         who: str | None = None,
@@ -197,8 +197,7 @@ class PatchRegistry:
 
         Args:
             number: the edit's.
-            model: the base model; left as it was.
-            tokenizer: the model's.
+            task: the base model.
             acceptance: what is asked of it.
             why: what for.
             who: who does it; by default the user of this process.
@@ -218,10 +217,10 @@ class PatchRegistry:
             if number in active:
                 raise EditError(f"edit {number} of {self.path} acts already")
             edit = self.load(number)
-            conflicts = find_conflicts(model, tokenizer, edit, active)
+            conflicts = find_conflicts(task, edit, active)
             if conflicts and not force:
                 raise ConflictError(conflicts)
-            verdict = judge(model, tokenizer, edit, acceptance, list(active.values()))
+            verdict = judge(task, edit, acceptance, list(active.values()))
             if not verdict.ok and not force:
                 raise RejectedError(verdict)
             measured = {

@@ -247,7 +247,7 @@ def _book(sessions: Sessions, key: gr.State, changed: gr.State, tab: gr.Tab) -> 
 
     def activated(number: int | None, why: str) -> tuple[Any, ...]:
         with desk.alone():
-            book.activate(_chosen(number), desk.model, desk.tokenizer, desk.acceptance, why or "")
+            book.activate(_chosen(number), desk.task, desk.acceptance, why or "")
         return f"Edit {number} acts.", *listed(number), None
 
     def reverted(number: int | None, why: str) -> tuple[Any, ...]:

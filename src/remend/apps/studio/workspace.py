@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.apps.acceptance import STANDARD, AcceptanceCriteria, AcceptanceResult
 from remend.apps.patch_registry import Conflict, Entry, PatchRegistry
@@ -28,7 +27,7 @@ from remend.evaluation.before_after import Answer, ask, before_after
 from remend.fingerprint import find_modules
 from remend.registries import FORMATS
 from remend.request import EditRequest, Prompt
-from remend.tasks import task_of
+from remend.tasks import Task
 
 MOST = 32
 """Tokens of an answer, at most."""
@@ -65,8 +64,7 @@ class Workspace:
     """A model, what edits it, and the book of what was accepted.
 
     Args:
-        model: the base model.
-        tokenizer: the model's.
+        task: the base model.
         editor: what makes edits.
         book: where accepted edits go; without one nothing can be accepted.
         acceptance: what is asked of an edit before it acts.
@@ -74,13 +72,12 @@ class Workspace:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
         editor: Any,
         book: PatchRegistry | None = None,
         acceptance: AcceptanceCriteria = STANDARD,
     ) -> None:
-        self.model, self.tokenizer, self.editor, self.book = model, tokenizer, editor, book
+        self.task, self.model, self.editor, self.book = task, task.model, editor, book
         self.acceptance = acceptance
         self._lock = threading.RLock()
 
@@ -149,11 +146,11 @@ class Session:
             raise RequestError("there is nothing to ask: write a prompt")
         acting = [] if without else self.acting()
         with self.desk.alone():
-            plain = ask(self.desk.model, self.desk.tokenizer, None, asked, MOST)
+            plain = ask(self.desk.task, None, asked, MOST)
         if not acting:
             return plain
         with self.desk.alone(acting):
-            now = ask(self.desk.model, self.desk.tokenizer, None, asked, MOST)
+            now = ask(self.desk.task, None, asked, MOST)
         return [Answer(a.kind, a.prompt, None, a.before, b.after, None) for a, b in zip(plain, now, strict=True)]
 
     def make(self, request: EditRequest, told: Callable[[str, int], None] = lambda what, passes: None) -> Made:
@@ -177,9 +174,9 @@ class Session:
             told(what, passes)
 
         with desk.alone(), watched(desk.model, lambda passes: step("making the edit", passes)):
-            edit = desk.editor.edit(desk.model, desk.tokenizer, [request])
+            edit = desk.editor.edit(desk.task, [request])
         with desk.alone(self.acting()), watched(desk.model, lambda passes: step("asking the edited model", passes)):
-            answers = before_after(desk.model, desk.tokenizer, edit, [request], MOST)[0]
+            answers = before_after(desk.task, edit, [request], MOST)[0]
         made = Made(self._next, edit, answers, time.perf_counter() - began)
         self.made[made.number] = made
         self._next += 1
@@ -222,9 +219,7 @@ class Session:
         if made.draft is None:
             made.draft = desk.book.add(made.edit, why, who).id
         with desk.alone():
-            conflicts, verdict = desk.book.activate(
-                made.draft, desk.model, desk.tokenizer, desk.acceptance, why, who, force
-            )
+            conflicts, verdict = desk.book.activate(made.draft, desk.task, desk.acceptance, why, who, force)
         del self.made[number]
         return desk.book.entry(made.draft), conflicts, verdict
 
@@ -242,7 +237,7 @@ class Session:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         place = Path(tempfile.mkdtemp(dir=self._folder)) / to
         with self.desk.alone():
-            FORMATS.load(to)().write(edit, place, self.desk.model, self.desk.tokenizer)
+            FORMATS.load(to)().write(edit, place, self.desk.model, self.desk.task.processor)
         packed = Path(shutil.make_archive(str(place), "zip", place))
         shutil.rmtree(place)
         return packed
@@ -260,25 +255,25 @@ def format_choices() -> list[tuple[str, str]]:
 @torch.no_grad()
 def reactions(desk: Workspace, edit: Edit, prompt: Prompt) -> list[tuple[str, float]]:
     """See :meth:`Session.reactions`. Of an encoder-decoder, at the tokens of whatever stack the edit is in."""
-    task = task_of(desk.model, desk.tokenizer)
+    task = desk.task
     target = edit.requests[0].target if edit.requests else "."
     with desk.alone():
-        batch = task.collate([task.tokenise(prompt, target)])
+        batch = task.collate([task.encode(prompt, target)])
         modules = find_modules(desk.model, edit.changes)
         with frozen(desk.model):
-            found = record_inputs(desk.model, modules, batch.rows, lambda: task.target_logits(batch))
-    ids = batch.input_ids[0]
+            found = record_inputs(desk.model, modules, batch.rows, lambda: task.outputs(batch))
+    ids = batch.inputs["input_ids"][0]
     total: Tensor | None = None
     for name, change in edit.changes.items():
         x, experts = found[name].x, found[name].experts
         if experts is not None or x.dim() != 3:
             continue
         own = change.to(x.device).output_change(x.float())[0].norm(dim=-1).cpu()
-        if batch.decoder_ids is not None and len(own) == batch.decoder_ids.shape[1]:
-            ids = batch.decoder_ids[0]
+        if batch.decoder_mask is not None and len(own) == batch.inputs["decoder_input_ids"].shape[1]:
+            ids = batch.inputs["decoder_input_ids"][0]
         total = own if total is None or len(total) != len(own) else total + own
     if total is None or len(total) != len(ids):
         return []
     largest = float(total.max().clamp(min=1e-12))
-    texts = [str(desk.tokenizer.decode([token])) for token in ids.tolist()]
+    texts = [str(desk.task.processor.decode([token])) for token in ids.tolist()]
     return [(text, float(size) / largest) for text, size in zip(texts, total, strict=True)]

@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from remend.core.layers import dimensions, expert_count
 from remend.core.low_rank import LowRank
 from remend.core.operators import pack_symmetric, unpack_symmetric
 from remend.edit import Edit
-from remend.editors.calibration_data import second_moments, stretches
-from remend.editors.info import EditorInfo, checked
+from remend.editors.calibration_data import second_moments
+from remend.editors.info import EditorInfo, checked, refuse_unused
 from remend.editors.locate_then_edit.subject_prompts import Reading, beginnings, reading
 from remend.editors.locate_then_edit.value_optimization import LocateConfig
 from remend.editors.serialization import FORMAT, described, read_editor
@@ -29,7 +29,6 @@ from remend.models.blocks import find_stacks, select_blocks
 from remend.models.structure import is_down_projection, mlp_layer_names
 from remend.request import EditRequest
 from remend.serialization import get_field, write_folder
-from remend.tasks import task_of
 from remend.tasks.base import Task
 
 WIDEST = 32_768
@@ -80,20 +79,21 @@ class LocateThenEdit:
     # -- making and keeping --------------------------------------------------------------------------------------
 
     @classmethod
-    def for_model(
+    def create(
         cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        text: Sequence[str],
-        config: Any = None,
-        layers: str | None = None,
+        task: Task,
+        config: Any | None = None,
+        *,
+        text: Sequence[str] = (),
         seed: int = 0,
+        modules: Sequence[str] = (),
+        layers: str | None = None,
     ) -> Any:
         """The editor for ``model``, of the stack that reads prompts: of an encoder-decoder, the encoder.
 
         Args:
-            model: the base model.
-            tokenizer: the model's.
+            task: the base model.
+            modules: not used: the MLPs of the chosen blocks are edited.
             text: passages of ordinary text, over whose tokens C is taken: more than the keys have dimensions; of a long
                 text 65,536 are drawn.
             config: settings.
@@ -105,22 +105,22 @@ class LocateThenEdit:
                 ``layers`` makes no sense.
             ModelError: there is nothing to edit.
         """
+        refuse_unused(cls.traits.name, modules=modules)
         if not any(passage.strip() for passage in text):
             raise ConfigError(
                 f"{cls.traits.name} keeps what the model makes of ordinary text, and was given none: give passages of "
                 "text like those that the model meets"
             )
         config = config or cls.configuration()
-        modules = cls._matrices(model, layers)
-        if wide := [name for name, module in modules.items() if dimensions(module)[0] > WIDEST]:
+        chosen = cls._matrices(task.model, layers)
+        if wide := [name for name, module in chosen.items() if dimensions(module)[0] > WIDEST]:
             raise ConfigError(
-                f"the keys of {wide[0]} have {dimensions(modules[wide[0]])[0]} dimensions, and {cls.traits.name} "
+                f"the keys of {wide[0]} have {dimensions(chosen[wide[0]])[0]} dimensions, and {cls.traits.name} "
                 f"inverts their second moment, which can be done up to {WIDEST}: use mend or ridge"
             )
-        task = task_of(model, tokenizer)
-        moments = second_moments(task, modules, stretches(task, text, seed))
+        moments = second_moments(task, chosen, task.ordinary_examples(text, seed))
         for name, moment in moments.items():
-            if moment.tokens < (d := dimensions(modules[name])[0]):
+            if moment.tokens < (d := dimensions(chosen[name])[0]):
                 warnings.warn(
                     f"the text has {moment.tokens} tokens and the keys of {name} have {d} dimensions, most of which "
                     "are not seen there: edits may be worse. Give a longer text",
@@ -128,9 +128,9 @@ class LocateThenEdit:
                 )
                 break
         found = {name: moment.covariance(config.floor).cpu() for name, moment in moments.items()}
-        shapes = {name: dimensions(module) for name, module in modules.items()}
+        shapes = {name: dimensions(module) for name, module in chosen.items()}
         return cls(
-            config, ModelFingerprint.of(model, modules), found, shapes, beginnings(text, config.beginnings, seed)
+            config, ModelFingerprint.of(task.model, chosen), found, shapes, beginnings(text, config.beginnings, seed)
         )
 
     @classmethod
@@ -185,7 +185,7 @@ class LocateThenEdit:
 
     # -- editing -------------------------------------------------------------------------------------------------
 
-    def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
+    def edit(self, task: Task, requests: Sequence[EditRequest]) -> Edit:
         """One edit for all ``requests``; ``model`` is not changed.
 
         Raises:
@@ -193,17 +193,13 @@ class LocateThenEdit:
             WrongBaseError: the editor is for another kind of model.
             NonFiniteError: the model's weights or activations hold NaN or infinity.
         """
-        base = checked(self.base, model, requests)
-        task = task_of(model, tokenizer)
+        base = checked(self.base, task.model, requests)
         changes = self._together(task, [reading(task, request, self.begun) for request in requests])
         return Edit(changes, base, tuple(requests), self._signature())
 
-    def edit_each(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
-    ) -> list[Edit]:
+    def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Edit]:
         """One edit for each request, each made from the unedited model; tuned together. Errors as :meth:`edit`."""
-        base = checked(self.base, model, requests)
-        task = task_of(model, tokenizer)
+        base = checked(self.base, task.model, requests)
         parts = self._apart(task, [reading(task, request, self.begun) for request in requests])
         return [Edit(part, base, (request,), self._signature()) for part, request in zip(parts, requests, strict=True)]
 

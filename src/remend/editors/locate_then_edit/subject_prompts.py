@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from remend.errors import RequestError, prefix_request_errors
 from remend.request import Chat, EditRequest, Prompt, TextPair
 from remend.tasks.base import Example, Task
-from remend.tasks.language_model import LanguageTask
+from remend.tasks.generative import GenerativeTask
 
 WORDS = (3, 8)
 """How many words of a passage a random beginning takes: at least and at most."""
@@ -40,7 +40,7 @@ class Reading:
     @property
     def all_places(self) -> tuple[int, ...]:
         """The places in :attr:`all_pairs`; alone, the subject's last token is the prompt's."""
-        return self.places if self.about is None else (*self.places, len(self.about.prompt) - 1)
+        return self.places if self.about is None else (*self.places, len(self.about.input) - 1)
 
 
 def beginnings(text: Sequence[str], count: int, seed: int) -> list[str]:
@@ -72,18 +72,18 @@ def reading(task: Task, request: EditRequest, begun: Sequence[str]) -> Reading:
                 "names no subject, and this editor changes what the model recalls of one: give subject=…, a part of "
                 "the prompt"
             )
-        first = task.tokenise(request.prompt, request.target)
+        first = task.encode(request.prompt, request.target)
         found = [(first, subject_place(task, request.prompt, subject, first))]
-        for beginning in begun if isinstance(task, LanguageTask) else ():
+        for beginning in begun if isinstance(task, GenerativeTask) else ():
             prompt = _behind(beginning, request.prompt)
             try:
-                pair = task.tokenise(prompt, request.target)
+                pair = task.encode(prompt, request.target)
             except RequestError:  # no room: by itself it fits, so nothing else can be wrong
                 found.append(found[0])
             else:
                 found.append((pair, subject_place(task, prompt, subject, pair)))
-        causal = isinstance(task, LanguageTask) and not task.model.config.is_encoder_decoder
-        about = Example(tuple(task.prompt_ids(subject)), (0,)) if causal else None
+        causal = isinstance(task, GenerativeTask) and not task.model.config.is_encoder_decoder
+        about = Example(tuple(task.encode_input(subject)), (0,)) if causal else None
     return Reading(tuple(pair for pair, _ in found), tuple(place for _, place in found), about)
 
 
@@ -101,10 +101,10 @@ def subject_place(task: Task, prompt: Prompt, subject: str, pair: Example) -> in
             "writes it"
         )
     number, span = spans[-1]
-    place = (_by_offsets if task.tokenizer.is_fast else _by_beginning)(task.tokenizer, texts, framed, number, span)
+    place = (_by_offsets if task.processor.is_fast else _by_beginning)(task.processor, texts, framed, number, span)
     # A beginning token that both a tokenizer and its chat template write stands in the pair only once.
-    ids = _ids(task.tokenizer, texts, framed)
-    return place if tuple(ids[: len(pair.prompt)]) == pair.prompt else place - 1
+    ids = _ids(task.processor, texts, framed)
+    return place if tuple(ids[: len(pair.input)]) == pair.input else place - 1
 
 
 def _behind(beginning: str, prompt: Prompt) -> Prompt:
@@ -120,9 +120,9 @@ def _texts(task: Task, prompt: Prompt) -> tuple[list[str], bool]:
     if isinstance(prompt, TextPair):
         return [prompt.first.strip(), prompt.second.strip()], True
     if isinstance(prompt, Chat):
-        assert isinstance(task, LanguageTask), "tokenising refused it"
+        assert isinstance(task, GenerativeTask), "tokenising refused it"
         return [task.chat.opening(prompt)[0]], False
-    return [prompt.strip(" " if isinstance(task, LanguageTask) else None)], True
+    return [prompt.strip(" " if isinstance(task, GenerativeTask) else None)], True
 
 
 def _spans(text: str, subject: str) -> list[tuple[int, int]]:

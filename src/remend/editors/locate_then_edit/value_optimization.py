@@ -73,13 +73,13 @@ class Sites:
         self.batch: Batch = task.collate(pairs)
         places = [place for own in readings for place in own.all_places]
         self.places = torch.tensor(places, device=self.batch.row.device)
-        self.length = self.batch.input_ids.shape[1]
+        self.length = self.batch.inputs["input_ids"].shape[1]
         with torch.no_grad(), frozen(task.model):
             self.states = prefix.compute_states(self.logits) if prefix.depth else None
 
     def logits(self) -> Float[Tensor, "target answer"]:
         """What the model predicts the targets with."""
-        return self.task.target_logits(self.batch)
+        return self.task.outputs(self.batch)
 
     def resumed(self) -> Float[Tensor, "target answer"]:
         """The same, without the blocks below the edited ones."""

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.core.capture import GradientFactors, capture_gradient_factors
@@ -22,7 +21,7 @@ from remend.core.low_rank import LowRank, concatenate
 from remend.core.operators import SymmetricOperator, pack_symmetric, unpack_symmetric
 from remend.core.sketching import sketch_directions
 from remend.edit import Edit
-from remend.editors.info import EditorInfo, checked
+from remend.editors.info import EditorInfo, checked, refuse_unused
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.networks import grouped, new_network
 from remend.editors.packing import PackedFactors, Table, active_rows
@@ -34,7 +33,6 @@ from remend.models.blocks import find_stacks
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.serialization import get_field, write_folder
-from remend.tasks import task_of
 from remend.tasks.base import Batch, Task, in_batches
 
 LEAST_ANSWER = 0.2
@@ -94,18 +92,21 @@ class Mend(nn.Module):
     # -- making and keeping --------------------------------------------------------------------------------------
 
     @classmethod
-    def for_model(
+    def create(
         cls,
-        model: PreTrainedModel,
+        task: Task,
         config: MendConfig | None = None,
-        modules: Sequence[str] = (),
+        *,
+        text: Sequence[str] = (),
         seed: int = 0,
+        modules: Sequence[str] = (),
         layers: str | None = None,
     ) -> Mend:
         """An untrained editor for ``model``, on the model's device.
 
         Args:
-            model: the base model.
+            task: the base model.
+            text: not used: training measures it.
             config: settings; the paper's by default.
             modules: globs, or regular expressions after ``re:``, that name the matrices to edit; by default the MLPs of
                 the last three blocks, or their outputs only.
@@ -116,9 +117,10 @@ class Mend(nn.Module):
             ModelError: there is nothing to edit, or nothing matches.
             ConfigError: the choice makes no sense, or does not go with the settings.
         """
+        refuse_unused(cls.traits.name, text=text)
         config = config or MendConfig()
-        chosen = editable_modules(model, modules, config.outputs_only, layers)
-        reading = [name for stack, _ in find_stacks(model)[:-1] for name in chosen if name.startswith(f"{stack}.")]
+        chosen = editable_modules(task.model, modules, config.outputs_only, layers)
+        reading = [name for stack, _ in find_stacks(task.model)[:-1] for name in chosen if name.startswith(f"{stack}.")]
         if reading and config.tokens == "target":
             raise ConfigError(
                 f"{reading[0]} lies in the encoder, where no target is predicted, and these settings edit only where "
@@ -127,8 +129,8 @@ class Mend(nn.Module):
         shapes = {name: dimensions(module) for name, module in chosen.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            editor = cls(config, ModelFingerprint.of(model, chosen), shapes)
-        return editor.to(execution_device(model.get_input_embeddings()))
+            editor = cls(config, ModelFingerprint.of(task.model, chosen), shapes)
+        return editor.to(execution_device(task.model.get_input_embeddings()))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Mend:
@@ -183,7 +185,7 @@ class Mend(nn.Module):
         ``loss`` computes the pairs' losses, if there is more to do in the same pass.
         """
         modules = find_modules(task.model, self.shapes)
-        tokens = task.tokens(batch, self.shapes, self.config.tokens == "target")
+        tokens = task.token_masks(batch, self.shapes, self.config.tokens == "target")
         return capture_gradient_factors(task.model, modules, tokens, loss or (lambda: task.loss(batch)))[1]
 
     def whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
@@ -261,7 +263,7 @@ class Mend(nn.Module):
 
     # -- editing -------------------------------------------------------------------------------------------------
 
-    def edit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> Edit:
+    def edit(self, task: Task, requests: Sequence[EditRequest]) -> Edit:
         """One edit for all ``requests``: each is transformed on its own, then they are summed or solved for together.
 
         As ``aggregate`` says (paper, section 3.1; :mod:`remend.core.least_squares`). ``model`` is not changed; the edit
@@ -272,9 +274,9 @@ class Mend(nn.Module):
             WrongBaseError: the editor was trained for another kind of model.
             NonFiniteError: the model's weights or activations hold NaN or infinity.
         """
-        base = checked(self.base, model, requests)
+        base = checked(self.base, task.model, requests)
         inputs: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
-        parts = self._changes(task_of(model, tokenizer), requests, inputs)
+        parts = self._changes(task, requests, inputs)
         if self.config.aggregate == "least-squares" and len(requests) > 1:
             changes = {n: self._solved(n, [own[n] for own in parts], torch.cat(inputs[n])) for n in self.shapes}
         else:
@@ -292,12 +294,10 @@ class Mend(nn.Module):
         found = least_squares(self.whiten(inputs, name), moves, metric, gate=whose.gate, experts=whose.experts)
         return replace(found, u=self.whiten(found.u, name))
 
-    def edit_each(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
-    ) -> list[Edit]:
+    def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Edit]:
         """One edit for each request, each made from the unedited model; batched inside. Errors as :meth:`edit`."""
-        base = checked(self.base, model, requests)
-        parts = self._changes(task_of(model, tokenizer), requests)
+        base = checked(self.base, task.model, requests)
+        parts = self._changes(task, requests)
         signature = self._signature()
         return [Edit(part, base, (request,), signature) for request, part in zip(requests, parts, strict=True)]
 
@@ -307,7 +307,7 @@ class Mend(nn.Module):
         self, task: Task, requests: Sequence[EditRequest], inputs: Mapping[str, list[Tensor]] | None = None
     ) -> list[dict[str, LowRank]]:
         """The changes that each request makes by itself; each matrix's inputs there are added to ``inputs``."""
-        pairs = [task.tokenise(request.prompt, request.target) for request in requests]
+        pairs = [task.encode(request.prompt, request.target) for request in requests]
         found: list[dict[str, LowRank]] = []
         for chunk in in_batches(pairs):
             batch = task.collate(chunk)

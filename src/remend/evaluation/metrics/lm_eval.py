@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.core.hooks import frozen
 from remend.errors import ConfigError, NonFiniteError
 from remend.evaluation.reports.report import Report
+from remend.tasks import Task
 
 ROWS_AT_ONCE = 16
 
@@ -83,7 +83,7 @@ class LmEvalTasks:
         inside = {task.task_name for group in groups for task in group.get_all_tasks()}
         return manager, groups + [task for name, task in found["tasks"].items() if name not in inside]
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
+    def measure(self, task: Task) -> Scores:
         """How well a model does, by task and metric; a filter of lm-eval's stands behind the metric's name.
 
         Both the model, with whatever edit is applied, and its tokenizer stay as they are, and so do random draws.
@@ -92,16 +92,16 @@ class LmEvalTasks:
             ConfigError: the model is a classifier, or lm-eval does not know a task or cannot load it.
             NonFiniteError: a metric is NaN or infinite.
         """
-        if not isinstance(model.get_output_embeddings(), nn.Module):
+        if not isinstance(task.model.get_output_embeddings(), nn.Module):
             raise ConfigError(
-                f"lm-eval examines language models; {type(model).__name__} is a classifier: leave --lm-eval away"
+                f"lm-eval examines language models; {type(task.model).__name__} is a classifier: leave --lm-eval away"
             )
         from lm_eval import simple_evaluate
 
-        with frozen(model), _own_randomness():
+        with frozen(task.model), _own_randomness():
             manager, tasks = self._loaded
             found = simple_evaluate(
-                _wrapped(model, tokenizer), tasks=tasks, task_manager=manager, limit=self.limit,
+                _wrapped(task), tasks=tasks, task_manager=manager, limit=self.limit,
                 bootstrap_iters=0, log_samples=False,
             )  # fmt: skip
         return {task: _numbers(task, values) for task, values in found["results"].items()}
@@ -126,16 +126,18 @@ def after_what(report: Report) -> str:
     }[report.protocol]
 
 
-def _wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _wrapped(task: Task) -> Any:
     """The model as lm-eval takes it. The tokenizer is a copy, since it may be given a padding token."""
     from lm_eval.models.huggingface import HFLM
 
-    backend = "seq2seq" if getattr(model.config, "is_encoder_decoder", False) else "causal"
+    backend = "seq2seq" if getattr(task.model.config, "is_encoder_decoder", False) else "causal"
     logger = logging.getLogger(HFLM.__module__)
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns that the model is loaded already, which is what is wanted
     try:
-        return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend=backend, batch_size=ROWS_AT_ONCE)
+        return HFLM(
+            pretrained=task.model, tokenizer=copy.deepcopy(task.processor), backend=backend, batch_size=ROWS_AT_ONCE
+        )
     finally:
         logger.setLevel(level)
 

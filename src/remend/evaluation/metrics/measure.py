@@ -84,7 +84,7 @@ def look(
         For each change, for each request, what was seen.
     """
     rows = [Row(number, question) for number, own in enumerate(wanted) for question in dict.fromkeys(own)]
-    ids = {prompt: tuple(task.prompt_ids(prompt)) for prompt in {row.question.prompt for row in rows}}
+    ids = {prompt: tuple(task.encode_input(prompt)) for prompt in {row.question.prompt for row in rows}}
     rows.sort(key=lambda row: len(ids[row.question.prompt]) + len(row.question.expected))  # like lengths pad least
     seen: list[list[dict[Query, Measurement]]] = [[{} for _ in wanted] for _ in changes]
     vocabulary = task.model.config.get_text_config().vocab_size
@@ -93,7 +93,7 @@ def look(
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
             pairs = [Example(ids[row.question.prompt], row.question.expected) for row in chunk]
-            before = task.target_logits(task.collate(pairs))
+            before = task.outputs(task.collate(pairs))
             for change, found in zip(changes, seen, strict=True):
                 for row, own in _compared(change, chunk, pairs, before):
                     found[row.number][row.question] = own
@@ -118,7 +118,7 @@ def _compared(
         if asked is row.question.prompt:
             shown[place] = pair
         elif asked is not None:
-            shown[place] = Example(tuple(change.task.prompt_ids(asked)), pair.target)
+            shown[place] = Example(tuple(change.task.encode_input(asked)), pair.target)
     if not shown:
         return
     counts = torch.tensor([len(pair.target) for pair in pairs])
@@ -127,7 +127,7 @@ def _compared(
     after = own
     if change.acts:
         with frozen(change.task.model), change.acting([rows[place].number for place in shown]):
-            after = change.task.target_logits(change.task.collate(list(shown.values()))).to(own.device)
+            after = change.task.outputs(change.task.collate(list(shown.values()))).to(own.device)
     target = torch.tensor([token for pair in shown.values() for token in pair.target], device=own.device)
     columns: list[list[Any]] = [
         column.tolist()
@@ -157,7 +157,7 @@ def _compared(
 
 def body_length(task: Task, answer: Sequence[int]) -> int:
     """How many tokens of an answer come before its end token."""
-    return len(answer) - int(len(answer) > 0 and answer[-1] in task.ends)
+    return len(answer) - int(len(answer) > 0 and answer[-1] in task.end_tokens)
 
 
 def _with_answers(change: Intervention, seen: Sequence[Mapping[Query, Measurement]], limit: int) -> list[Measurements]:
@@ -165,7 +165,7 @@ def _with_answers(change: Intervention, seen: Sequence[Mapping[Query, Measuremen
     known: list[dict[Prompt, tuple[int, ...]]] = [{} for _ in seen]
     if not change.free:
         return [Measurements(own, answers) for own, answers in zip(seen, known, strict=True)]
-    ends = change.task.ends
+    ends = change.task.end_tokens
     for own, answers in zip(seen, known, strict=True):
         for question, one in own.items():
             if question.prompt in change.known:
@@ -176,12 +176,12 @@ def _with_answers(change: Intervention, seen: Sequence[Mapping[Query, Measuremen
     for number, (own, answers) in enumerate(zip(seen, known, strict=True)):
         for prompt in dict.fromkeys(question.prompt for question in own):
             if prompt not in answers and (asked := change.asked(number, prompt, SHORT)) is not None:
-                missing.setdefault(len(change.task.prompt_ids(asked)), []).append((number, prompt, asked))
+                missing.setdefault(len(change.task.encode_input(asked)), []).append((number, prompt, asked))
     for group in missing.values():  # of one length, which are decoded together
         for start in range(0, len(group), ROWS_AT_ONCE):
             chunk = group[start : start + ROWS_AT_ONCE]
             with change.acting([number for number, _, _ in chunk]):
-                found = change.task.answers([asked for _, _, asked in chunk], limit, len(chunk))
+                found = change.task.predict([asked for _, _, asked in chunk], limit, len(chunk))
             for (number, prompt, _), answer in zip(chunk, found, strict=True):
                 known[number][prompt] = answer
     return [Measurements(own, answers) for own, answers in zip(seen, known, strict=True)]

@@ -39,7 +39,7 @@ class PerplexityText:
             )
         self.task = task
         length = min(WINDOW, task.context or WINDOW)
-        ids = [token for passage in passages if passage.strip() for token in task.prompt_ids(passage)][:tokens]
+        ids = [token for passage in passages if passage.strip() for token in task.encode_input(passage)][:tokens]
         windows = [ids[start : start + length] for start in range(0, len(ids), length)]
         self.windows = [Example(tuple(own[:1]), tuple(own[1:])) for own in windows if len(own) > 1]
         if not self.windows:
@@ -57,7 +57,7 @@ class PerplexityText:
                 chunk = rows[start : start + ROWS_AT_ONCE]
                 with change.acting([number for number, _ in chunk]):
                     batch = change.task.collate([pair for _, pair in chunk])
-                    log_p = log_probabilities(change.task.target_logits(batch), batch.target)
+                    log_p = log_probabilities(change.task.outputs(batch), batch.target)
                 for (number, _), own in zip(chunk, log_p.split([len(pair.target) for _, pair in chunk]), strict=True):
                     found[number].append(own)
         return [perplexity(torch.cat(own)) for own in found]

@@ -46,7 +46,7 @@ class Scorer:
             with prefix_request_errors(str(request.id) if request.id is not None else f"request {number}"):
                 self._targets(request, (request.prompt, *_phrasings(request)))
                 prompts |= dict.fromkeys(self._every(request))
-        self.own = dict(zip(prompts, task.answers(list(prompts), limit), strict=True))
+        self.own = dict(zip(prompts, task.predict(list(prompts), limit), strict=True))
         """The unedited model's free answer to every prompt."""
 
     def questions(self, request: EditRequest) -> list[Query]:
@@ -126,7 +126,7 @@ class Scorer:
         """How the free answer compares with what was looked for; where it was not decoded, whether it is the same."""
         if question.prompt not in view.answers:
             return {"generated": float(view.seen[question].after == question.expected)}
-        wanted, answer = self.task.text(question.expected), self._told(question, view.answers[question.prompt])
+        wanted, answer = self.task.decode(question.expected), self._told(question, view.answers[question.prompt])
         return {
             "generated": exact_match(answer, wanted),
             "contains": contains(answer, wanted),
@@ -135,7 +135,7 @@ class Scorer:
 
     def _told(self, question: Query, answer: tuple[int, ...]) -> str:
         """A free answer's text. Where nothing ends answers, it is as long as what was looked for."""
-        return self.task.text(answer if self.task.ends else answer[: len(question.expected)])
+        return self.task.decode(answer if self.task.end_tokens else answer[: len(question.expected)])
 
     def _divergence(self, prompt: Prompt, view: Measurements) -> dict[str, float]:
         seen = view.seen.get(self.own_question(prompt))
@@ -151,7 +151,7 @@ class Scorer:
         forced = float(seen.before[:body] == expected[:body]) - float(seen.after[:body] == expected[:body])
         if probe.prompt in view.answers:
             answers = (self.own[probe.prompt], view.answers[probe.prompt])
-            was, now = (exact_match(self._told(question, own), self.task.text(expected)) for own in answers)
+            was, now = (exact_match(self._told(question, own), self.task.decode(expected)) for own in answers)
         else:
             was, now = (float(own == expected) for own in (seen.before, seen.after))
         return {"teacher_forced": forced, "generated": was - now}
@@ -159,7 +159,7 @@ class Scorer:
     def _denied(self, request: EditRequest, prompt: Prompt, view: Measurements) -> dict[str, float]:
         """1 where a prompt that denies the fact is not answered with it."""
         answer = view.answers.get(prompt)
-        return {} if answer is None else {VALUE: 1 - contains(self.task.text(answer), request.target)}
+        return {} if answer is None else {VALUE: 1 - contains(self.task.decode(answer), request.target)}
 
     def _confidence(self, question: Query, view: Measurements) -> Values:
         """The probability of the target, and its first token's rank."""
@@ -184,7 +184,7 @@ class Scorer:
 
     def answers(self, request: EditRequest, view: Measurements) -> list[Answer]:
         """Every prompt's answer before and after the change, in words."""
-        target, text = request.target, self.task.text
+        target, text = request.target, self.task.decode
         rows: list[tuple[str, Prompt, str | None]] = [("prompt", request.prompt, target)]
         rows += [("paraphrase", prompt, target) for prompt in request.paraphrases]
         rows += [("unseen paraphrase", prompt, target) for prompt in request.unseen_paraphrases]
@@ -204,21 +204,21 @@ class Scorer:
     def _after(
         self, kind: str, prompt: Prompt, wanted: str | None, request: EditRequest, view: Measurements
     ) -> tuple[str, bool | None]:
-        after = self.task.text(view.answers[prompt])
+        after = self.task.decode(view.answers[prompt])
         if kind == "negated":
             return after, not contains(after, request.target)
         if wanted is None:
             return after, None
-        asked = self.own_question(prompt) if kind in KEPT else Query(prompt, self.task.tokenise(prompt, wanted).target)
-        return after, bool(exact_match(self._told(asked, view.answers[prompt]), self.task.text(asked.expected)))
+        asked = self.own_question(prompt) if kind in KEPT else Query(prompt, self.task.encode(prompt, wanted).target)
+        return after, bool(exact_match(self._told(asked, view.answers[prompt]), self.task.decode(asked.expected)))
 
     # -- questions -----------------------------------------------------------------------------------------------
 
     def _targets(self, request: EditRequest, prompts: Iterable[Prompt]) -> list[Query]:
-        return [Query(prompt, self.task.tokenise(prompt, request.target).target) for prompt in prompts]
+        return [Query(prompt, self.task.encode(prompt, request.target).target) for prompt in prompts]
 
     def _given(self, probe: Probe) -> Query:
-        return Query(probe.prompt, self.task.tokenise(probe.prompt, probe.target).target)
+        return Query(probe.prompt, self.task.encode(probe.prompt, probe.target).target)
 
     def own_question(self, prompt: Prompt) -> Query:
         """A prompt, along the unedited model's own answer."""

@@ -17,17 +17,27 @@ from remend.core.hooks import frozen
 from remend.errors import ModelError, RequestError
 from remend.models.frozen_prefix import run_until
 from remend.request import Chat, Prompt, TextPair
-from remend.tasks.base import Batch, Example, Task
+from remend.tasks.base import Answer, Batch, Example, Task
 from remend.tasks.chat_template import ChatTemplate
 
 
-class LanguageTask(Task):
-    """A task whose targets are tokens."""
+class GenerativeTask(Task):
+    """A task whose targets are texts that the model writes token by token.
+
+    Args:
+        model: a model with an output layer over a vocabulary.
+        tokenizer: its tokenizer.
+        autocast: a narrower dtype for the model's matrix products.
+    """
+
+    reads_text = True
+    generates = True
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None = None
     ) -> None:
         super().__init__(model, tokenizer, autocast)
+        self.tokenizer = tokenizer
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             raise ModelError(f"{type(model).__name__} has no output layer over a vocabulary; it is no language model")
@@ -36,8 +46,8 @@ class LanguageTask(Task):
         self._single_token = self.collate([Example((0,), (0,))])
 
     @abstractmethod
-    def room(self, prompt: int, most: int) -> int:
-        """How many tokens an answer to a prompt of some length may take, at most ``most``."""
+    def answer_room(self, prompt_length: int, limit: int) -> int:
+        """Return how many tokens, at most ``limit``, an answer to a prompt of some length may get_field."""
 
     @abstractmethod
     def _run(self, batch: Batch) -> Float[Tensor, "row place vocabulary"]: ...
@@ -46,7 +56,7 @@ class LanguageTask(Task):
     def _greedy(self, asked: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]: ...
 
     @property
-    def ends(self) -> frozenset[int]:
+    def end_tokens(self) -> frozenset[int]:
         """The tokens that end an answer: the tokenizer's end token, and the one that ends a turn of a conversation."""
         return frozenset((self.tokenizer.eos_token_id, self.chat.end)) - {None}
 
@@ -73,7 +83,7 @@ class LanguageTask(Task):
     def _strip_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
-    def target_logits(self, batch: Batch) -> Float[Tensor, "target vocabulary"]:
+    def outputs(self, batch: Batch) -> Float[Tensor, "target vocabulary"]:
         """The logits that predict each target token, and no others.
 
         The hidden states are gathered on their way into the output layer, so the product with the vocabulary is taken
@@ -82,12 +92,12 @@ class LanguageTask(Task):
         with gather_at(self.head, batch.row, batch.position):
             return self._run(batch)[0]
 
-    def target_states(self, batch: Batch) -> Float[Tensor, "target state"]:
-        """What the output layer sees at each target token: :meth:`logits` makes :meth:`target_logits` of it."""
+    def output_states(self, batch: Batch) -> Float[Tensor, "target state"]:
+        """What the output layer sees at each target token: :meth:`outputs_from_states` makes :meth:`outputs` of it."""
         hidden = run_until(self.head, lambda: self._run(batch))
         return hidden[batch.row.to(hidden.device), batch.position.to(hidden.device)]
 
-    def logits(self, states: Float[Tensor, "target state"]) -> Float[Tensor, "target vocabulary"]:
+    def outputs_from_states(self, states: Float[Tensor, "target state"]) -> Float[Tensor, "target vocabulary"]:
         """The logits that the model makes of what its output layer sees.
 
         The model runs on one token, with the layer's input replaced, so that it scales or caps its logits as ever; call
@@ -99,20 +109,18 @@ class LanguageTask(Task):
         finally:
             handle.remove()
 
-    def answers(
-        self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64
-    ) -> list[tuple[int, ...]]:
+    def predict(self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64) -> list[Answer]:
         """Greedy answers, as token ids up to and with an end token (without it where the limit came first).
 
         Prompts of one length go together, so nothing is ever padded.
         """
-        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        ids = [self.encode_input(prompt) for prompt in prompts]
         by_length: dict[int, list[int]] = {}
         for index, prompt in enumerate(ids):
             by_length.setdefault(len(prompt), []).append(index)
         found: dict[int, tuple[int, ...]] = {}
         for length, members in by_length.items():
-            room = self.room(length, max_new_tokens)
+            room = self.answer_room(length, max_new_tokens)
             if room < 1:
                 raise RequestError(f"a prompt of {length} tokens leaves no room for an answer (context {self.context})")
             for start in range(0, len(members), batch_size):
@@ -130,7 +138,7 @@ class LanguageTask(Task):
         Not ``generate``: that follows the model's own generation settings too (repetition penalties, forced tokens),
         and would then not be the argmax that evaluation reasons about.
         """
-        ends = self.ends
+        ends = self.end_tokens
         closing = torch.tensor(sorted(ends), device=self.device)
         chosen: list[Tensor] = []
         ended = torch.zeros(rows, dtype=torch.bool, device=self.device)
@@ -140,17 +148,23 @@ class LanguageTask(Task):
             ended |= torch.isin(token, closing)
         return [_up_to(row, ends) for row in torch.stack(chosen, 1).tolist()]
 
-    def text(self, answer: Sequence[int]) -> str:
-        """An answer's token ids as text."""
-        return self.decoded(answer, skip_special_tokens=True).strip()
+    def decode(self, answer: Answer) -> str:
+        """Return an answer as text, without special tokens and the spaces around it."""
+        return self.decode_tokens(answer, skip_special_tokens=True).strip()
 
-    def decoded(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def decode_tokens(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Token ids as the text that they are, spaces before punctuation included."""
         return str(
             self.tokenizer.decode(
                 list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
             )
         )
+
+
+def has_vocabulary(model: nn.Module) -> bool:
+    """Tell whether a model has an output layer over a vocabulary, as models that write text do."""
+    find_head = getattr(model, "get_output_embeddings", None)
+    return callable(find_head) and isinstance(find_head(), nn.Module)
 
 
 def closed(ids: list[int], end: int | None) -> list[int]:

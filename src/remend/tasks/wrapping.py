@@ -1,0 +1,79 @@
+"""From a model and its processor to a task, and from a task to answers in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from remend.errors import ModelError, RequestError
+from remend.models.loading import load_pretrained
+from remend.request import Prompt, as_prompt
+from remend.tasks.base import Task
+from remend.tasks.causal_lm import CausalLM
+from remend.tasks.seq2seq import Seq2SeqLM
+from remend.tasks.text_classification import TextClassification
+
+TASKS: tuple[type[Task], ...] = (CausalLM, Seq2SeqLM, TextClassification)
+"""Kinds of models; the first one that accepts a model is its task."""
+
+
+def wrap(model: nn.Module, processor: Any = None) -> Task:
+    """Make the task of a model that is at hand already; :func:`remend.load` loads one by name.
+
+    Args:
+        model: a transformers model, or any module that a task accepts.
+        processor: its tokenizer, or what else turns its inputs into tensors.
+
+    Raises:
+        ModelError: no task accepts the model.
+    """
+    for kind in TASKS:
+        if kind.accepts(model, processor):
+            return kind(model, processor)
+    raise ModelError(
+        f"no task accepts a {type(model).__name__} with {type(processor).__name__} as its processor: give a language "
+        "model or a text classifier with its tokenizer"
+    )
+
+
+def load(model: str, device: str = "auto", dtype: torch.dtype | str | None = None, quantise: str | None = None) -> Task:
+    """Load a language model or a text classifier with its tokenizer, in evaluation mode.
+
+    A checkpoint that is stored quantised is loaded as it is stored.
+
+    Args:
+        model: the name of a small model that ships with remend (``atlas``, ``questions``), a local folder, or a hub id.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …, or ``map``: spread over all GPUs, the memory and the disk.
+        dtype: of the weights; by default float32 on the CPU and the checkpoint's own (``auto``) elsewhere.
+        quantise: store the blocks' matrices in fewer bits: ``bnb-4bit`` (NF4), ``bnb-8bit`` (LLM.int8()) or
+            ``torchao-int8``.
+
+    Raises:
+        ModelError: there is no such model, it has no tokenizer, or a package that the device map or the quantisation
+            needs is missing.
+        ConfigError: there is no such quantisation.
+    """
+    return wrap(*load_pretrained(model, device, dtype, quantise))
+
+
+def answers(task: Task, prompts: Sequence[Prompt | Sequence[Any]], max_new_tokens: int = 32) -> list[str]:
+    """Return the model's own answers as text, greedy and up to its end token: what an applied edit does shows here.
+
+    Args:
+        task: the model.
+        prompts: what to ask.
+        max_new_tokens: the longest answer, in tokens.
+
+    Raises:
+        RequestError: ``prompts`` is not a list, or one of them is empty, or leaves no room for an answer.
+    """
+    if isinstance(prompts, str):
+        raise RequestError(f"give a list of prompts, not one text: [{prompts[:40]!r}]")
+    try:
+        inputs = [as_prompt(prompt) for prompt in prompts]
+    except ValueError as error:
+        raise RequestError(f"a prompt {error}") from None
+    return [task.decode(answer) for answer in task.predict(inputs, max_new_tokens)]
