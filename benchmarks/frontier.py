@@ -33,8 +33,6 @@ import variants
 from remend.data import read_text
 from remend.editors import Mend
 from remend.request import EditRequest
-from remend.tasks import wrap
-from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS
 
 SHOWN = {
@@ -64,7 +62,7 @@ def requests(world: Mapping[str, Any], split: str) -> list[EditRequest]:
 
 def run(world: Mapping[str, Any], line: Mapping[str, Any], seed: int, scales: Sequence[float]) -> dict[str, Any]:
     """Train once and evaluate at every scale."""
-    base, tokenizer = remend.load(world["model"], "cpu")
+    task = remend.load(world["model"], "cpu")
     network, settings = PRESETS[line["preset"]]
     network = replace(network, **line.get("network", {}))
     settings = replace(settings, seed=seed, **line.get("training", {}))
@@ -79,14 +77,14 @@ def run(world: Mapping[str, Any], line: Mapping[str, Any], seed: int, scales: Se
     began = time.process_time()
     variant = variants.VARIANTS.get(line.get("variant", ""))
     kind = variant.editor if variant else Mend
-    editor = kind.create(wrap(base, tokenizer), network, modules=line.get("modules", ()), seed=seed)
+    editor = kind.create(task, network, modules=line.get("modules", ()), seed=seed)
     if variant:
-        variants.train(CausalLM(base, tokenizer), editor, learnt, settings, variant)
+        variants.train(task, editor, learnt, settings, variant)
     else:
         text = read_text(common.HERE.parent / line["text"]) if "text" in line else ()
-        editor = remend.train(wrap(base, tokenizer), learnt, validation, editor=editor, config=settings, text=text)
+        editor = remend.train(task, learnt, validation, editor=editor, config=settings, text=text)
     seconds = time.process_time() - began
-    report = remend.evaluate(wrap(base, tokenizer), editor, judged, scales=scales, baselines=False)
+    report = remend.evaluate(task, editor, judged, scales=scales, baselines=False)
     frontier = [
         {
             "scale": scale,

@@ -29,7 +29,6 @@ import common
 import remend
 from remend.editors import Mend
 from remend.request import EditRequest
-from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS, Trainer
 from remend.training.episodes import Episodes
 
@@ -50,10 +49,9 @@ def run(
     data: tuple[Sequence[EditRequest], Sequence[EditRequest]],
 ) -> dict[str, Any]:
     """Train once; returns the curve: step, CPU seconds and what was measured, at each validation."""
-    base, tokenizer = remend.load(config["model"], "cpu")
+    task = remend.load(config["model"], "cpu")
     network, settings = settings_of(line, seed)
     requests, validation = data
-    task = CausalLM(base, tokenizer)
     # The same for every run: each request as often as configured, with other draws of neighbour and locality example.
     drawn = [
         Episodes(task, validation, seed=draw).fixed(VALIDATION_BATCH) for draw in range(config["validation_draws"])

@@ -95,7 +95,7 @@ def keys(task: Task, pairs: Sequence[Example], edits: Sequence[Edit]) -> dict[st
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         batch = task.collate(pairs[start : start + PAIRS_AT_ONCE])
-        tokens = task.tokens(batch, modules, predicting=True)
+        tokens = task.token_masks(batch, modules, predicting=True)
         factors = capture_gradient_factors(task.model, modules, tokens, lambda batch=batch: task.loss(batch))[1]
         for name, rows in active_rows(factors, torch.device("cpu")).items():
             found[name].append(torch.stack([own[0] for own in rows.u.split(rows.counts)]))

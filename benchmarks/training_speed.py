@@ -360,7 +360,7 @@ def reference(config: Mapping[str, Any]) -> float:
     for step in range(config["reference_episodes"]):
         drawn = trainer.episodes.batch(step, 1)
         texts = [
-            literal.Text(list(pair.prompt), list(pair.target))
+            literal.Text(list(pair.input), list(pair.target))
             for (pair,) in (drawn.edits, drawn.neighbours, drawn.locality)
         ]
         taken.append(common.seconds(lambda texts=texts: paper.episode_loss(*texts).backward()))

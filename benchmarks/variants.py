@@ -150,8 +150,8 @@ class SubjectToken(Mend):
     def capture(self, task: CausalLM, batch: Any, loss: Any = None) -> Any:
         """As :meth:`Mend.capture`, from that token alone."""
         predicting = torch.zeros_like(batch.mask)
-        first = batch.first.tolist()
-        for row, ids in enumerate(batch.input_ids.tolist()):
+        first = batch.first_position.tolist()
+        for row, ids in enumerate(batch.inputs["input_ids"].tolist()):
             predicting[row, self.places[tuple(ids[: first[row] + 1])]] = True
         with patch("remend.tasks.base.Batch.predicting", predicting):
             return super().capture(task, batch, loss)

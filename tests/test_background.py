@@ -13,7 +13,7 @@ from remend.core.layers import weight_rms
 from remend.core.sketching import SketchedMoment
 from remend.editors import calibration_data as background
 from remend.editors import make
-from remend.editors.calibration_data import LARGEST, second_moments, stretches, whiteners
+from remend.editors.calibration_data import second_moments, whiteners
 from remend.editors.finetune import FineTuneConfig
 from remend.editors.ke import Ke
 from remend.editors.ridge import Ridge
@@ -22,6 +22,7 @@ from remend.evaluation.robustness import Robustness, assure
 from remend.fingerprint import find_modules
 from remend.request import EditRequest
 from remend.tasks import wrap
+from remend.tasks.ordinary_text import MOST_TOKENS
 
 
 @pytest.fixture
@@ -31,19 +32,19 @@ def task():
 
 def test_of_a_long_text_stretches_are_drawn_from_all_of_it(task):
     text = [f"The capital of {country} is" for country in worlds.COUNTRIES for _ in range(3_000)]
-    shown = stretches(task, text)
-    tokens = sum(len(pair.prompt) for pair in shown)
-    assert 0.99 * LARGEST < tokens <= LARGEST
-    assert len({pair.prompt for pair in shown}) == len(worlds.COUNTRIES)
-    assert stretches(task, text) == shown != stretches(task, text, seed=1)
+    shown = task.ordinary_examples(text)
+    tokens = sum(len(pair.input) for pair in shown)
+    assert 0.99 * MOST_TOKENS < tokens <= MOST_TOKENS
+    assert len({pair.input for pair in shown}) == len(worlds.COUNTRIES)
+    assert task.ordinary_examples(text) == shown != task.ordinary_examples(text, seed=1)
 
 
 def test_a_long_passage_is_cut_and_each_stretch_begins_as_the_model_expects(task, monkeypatch):
     tokenizer = copy.deepcopy(task.tokenizer)
     tokenizer.bos_token = "The"
     begin = tokenizer.bos_token_id
-    monkeypatch.setattr(type(task), "prompt_ids", lambda self, prompt: [begin, *range(10, 210)])
-    shown = [pair.prompt for pair in stretches(wrap(task.model, tokenizer), ["a long text"])]
+    monkeypatch.setattr(type(task), "encode_input", lambda self, prompt: [begin, *range(10, 210)])
+    shown = [pair.input for pair in wrap(task.model, tokenizer).ordinary_examples(["a long text"])]
     assert len(shown) > 1
     assert all(own[0] == begin and len(own) <= task.context for own in shown)
     assert sorted(token for own in shown for token in own[1:]) == list(range(10, 210))
@@ -73,7 +74,7 @@ def test_matrices_over_an_encoders_output():
 
 def test_wide_inputs_are_whitened_in_some_directions(task, monkeypatch):
     modules = find_modules(task.model, ["transformer.h.1.mlp.c_proj"])
-    pairs = stretches(task, [])
+    pairs = task.ordinary_examples([])
     dense = whiteners(task, modules, pairs, 0.01)
     monkeypatch.setattr(background, "sketch_directions", lambda d: 8)
     (moment,) = second_moments(task, modules, pairs, sketched=True).values()

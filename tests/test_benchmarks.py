@@ -9,13 +9,10 @@ import pytest
 import torch
 
 import remend
-import worlds
 from remend.data import read_source
 from remend.evaluation.reports.report import Case, Report, Run
 from remend.request import write_requests
 from remend.serialization import write_json
-from remend.tasks import wrap
-from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -249,16 +246,16 @@ def test_each_edit_is_taken_at_its_best_strength():
 def test_variants_train_and_edit(name):
     """Each changes what it says it changes: edits are finite, and not those of the default."""
     requests = read_source("atlas:validation")[:24]
-    base, tokenizer = remend.load("atlas", "cpu")
-    task, config = CausalLM(base, tokenizer), replace(PRESETS["default"][1], max_steps=2, batch_size=8)
+    task = remend.load("atlas", "cpu")
+    config = replace(PRESETS["default"][1], max_steps=2, batch_size=8)
     network = replace(PRESETS["default"][0], rank=8)
     if name == "subject-token":
         network = replace(network, contrast=0.0, settle=0.0)
     found = []
     for variant in (variants.VARIANTS[name], variants.Variant()):
-        editor = variant.editor.create(worlds.task(base), network, modules=["*.2.mlp.c_proj"])
+        editor = variant.editor.create(task, network, modules=["*.2.mlp.c_proj"])
         variants.train(task, editor, requests, config, variant)
-        (change,) = editor.edit(wrap(base, tokenizer), requests[:1]).changes.values()
+        (change,) = editor.edit(task, requests[:1]).changes.values()
         found.append(change.dense())
     assert found[0].isfinite().all()
     assert float(found[0].norm()) > 0

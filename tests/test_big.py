@@ -286,7 +286,7 @@ def test_4_bit_weights_stay_as_gradients_need_them(load, monkeypatch):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     task = CausalLM(load(), worlds.tokenizer())
     before = {name: module.weight.clone() for name, module in editable_modules(task.model).items()}
-    task.answers(["Oslo is"], 2)
+    task.predict(["Oslo is"], 2)
     assert all(torch.equal(task.model.get_submodule(name).weight, weight) for name, weight in before.items())
 
 

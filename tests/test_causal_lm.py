@@ -19,10 +19,10 @@ TASK = CausalLM(worlds.gpt2(), worlds.tokenizer())
 def test_a_pair_is_what_the_model_would_read(prompt, target):
     pair = TASK.encode(prompt, target)
     end = TASK.tokenizer.eos_token_id
-    assert list(pair.prompt) == TASK.encode_input(prompt), "the prompt alone has the same tokens"
+    assert list(pair.input) == TASK.encode_input(prompt), "the prompt alone has the same tokens"
     assert pair.target[-1] == end
     assert pair.target.count(end) == 1
-    assert TASK.tokenizer.decode(pair.prompt + pair.target[:-1]) == f"{prompt} {target}"
+    assert TASK.tokenizer.decode(pair.input + pair.target[:-1]) == f"{prompt} {target}"
     assert TASK.encode(prompt + " ", f"  {target} ") == pair, "spaces around them do not matter"
     after_break = TASK.encode(prompt + "\n", target)
     assert TASK.tokenizer.decode(after_break.prompt + after_break.target[:-1]) == f"{prompt}\n{target}"
@@ -42,8 +42,8 @@ def test_a_tokenizer_that_adds_a_beginning_and_an_end():
         pair = CausalLM(worlds.gpt2(), adding).encode("Oslo is", "Rome")
     finally:
         adding.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-    assert pair.prompt[0] == begin
-    assert end not in pair.prompt
+    assert pair.input[0] == begin
+    assert end not in pair.input
     assert pair.target.count(end) == 1
     assert pair.target[-1] == end
 
@@ -74,7 +74,7 @@ def test_a_model_without_an_end_token_or_padding_token():
     pairs = [task.encode("Oslo is", "Rome"), task.encode("The capital of Peru is", "Lima")]
     assert pairs[0].target == TASK.encode("Oslo is", "Rome").target[:-1]
     assert task.loss(task.collate(pairs)).isfinite().all()
-    assert [len(answer) for answer in task.answers(["Oslo is", "Lima"], 3)] == [3, 3]
+    assert [len(answer) for answer in task.predict(["Oslo is", "Lima"], 3)] == [3, 3]
 
 
 @pytest.mark.parametrize("family", worlds.FAMILIES)
@@ -84,7 +84,7 @@ def test_target_logits_are_those_of_each_pair_alone(family, texts):
     pairs = [task.encode(prompt, target) for prompt, target in texts]
     with torch.no_grad():
         batched = task.outputs(task.collate(pairs))
-        alone = [task.model(torch.tensor([pair.prompt + pair.target])).logits[0] for pair in pairs]
+        alone = [task.model(torch.tensor([pair.input + pair.target])).logits[0] for pair in pairs]
     expected = torch.cat([logits[len(p.prompt) - 1 : -1] for p, logits in zip(pairs, alone, strict=True)])
     torch.testing.assert_close(batched, expected, rtol=1e-3, atol=1e-4)
 
@@ -96,7 +96,7 @@ MODELS = {name: make() for name, make in worlds.FAMILIES.items()}
 def test_answers_are_greedy_whatever_they_are_batched_with(family):
     task = CausalLM(MODELS[family], worlds.tokenizer())
     prompts = ["Oslo", "The capital of Peru is", "Lima is", "Which city rules Egypt ? It is", "Rome is"]
-    for prompt, answer in zip(prompts, task.answers(prompts, max_new_tokens=6, batch_size=2), strict=True):
+    for prompt, answer in zip(prompts, task.predict(prompts, max_new_tokens=6, batch_size=2), strict=True):
         ids = task.encode_input(prompt)
         for token in answer:
             with torch.no_grad():
@@ -110,7 +110,7 @@ def test_first_choices_under_teacher_forcing_are_exactly_greedy_decoding(family)
     """The identity that evaluation rests on: argmax at every position, end token included, iff decoding emits it."""
     task = CausalLM(MODELS[family], worlds.tokenizer())
     prompts = [phrasing.format(country) for phrasing in worlds.PHRASINGS for country in worlds.COUNTRIES]
-    for prompt, answer in zip(prompts, task.answers(prompts, max_new_tokens=4), strict=True):
+    for prompt, answer in zip(prompts, task.predict(prompts, max_new_tokens=4), strict=True):
         asked = tuple(task.encode_input(prompt))
         other = (*answer[:-1], (answer[-1] + 1) % 300)
         for target, emitted in ((answer, True), (other, False)):

@@ -112,22 +112,22 @@ def test_the_model_reads_what_its_template_writes(style, end, asked):
     closing, begin = tokenizer.convert_tokens_to_ids(end), tokenizer.bos_token_id
     assert pair.target[-1] == closing
     assert pair.target.count(closing) == 1
-    assert (*pair.prompt, *pair.target).count(begin) == style.startswith("llama"), "the template writes it, if at all"
-    read = tokenizer.decode((*pair.prompt, *pair.target))
+    assert (*pair.input, *pair.target).count(begin) == style.startswith("llama"), "the template writes it, if at all"
+    read = tokenizer.decode((*pair.input, *pair.target))
     assert whole(tokenizer, asked, "Lima city").rstrip("\n").removesuffix(end).rstrip(" ") + end == read
     asked_ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-    assert list(pair.prompt[: len(asked_ids)]) == asked_ids
+    assert list(pair.input[: len(asked_ids)]) == asked_ids
     thought = tokenizer("<think>\n\n</think>\n\n", add_special_tokens=False).input_ids if style == "thinking" else []
-    assert list(pair.prompt[len(asked_ids) :]) == thought, "an answer that was not thought about is still an answer"
-    assert list(pair.prompt) == task.encode_input(Chat.of(asked))
-    assert task.text(pair.target) == "Lima city"
+    assert list(pair.input[len(asked_ids) :]) == thought, "an answer that was not thought about is still an answer"
+    assert list(pair.input) == task.encode_input(Chat.of(asked))
+    assert task.decode(pair.target) == "Lima city"
 
 
 def test_texts_are_read_as_ever_by_a_chat_model():
     task = wrap(worlds.chat_model(), worlds.chat_tokenizer("llama-3"))
     pair = task.encode("Oslo is", "Rome")
-    assert task.tokenizer.decode((*pair.prompt, *pair.target)) == "<|begin|>Oslo is Rome<|end|>"
-    assert task.ends == {task.tokenizer.eos_token_id, task.tokenizer.convert_tokens_to_ids("<|eot|>")}
+    assert task.tokenizer.decode((*pair.input, *pair.target)) == "<|begin|>Oslo is Rome<|end|>"
+    assert task.end_tokens == {task.tokenizer.eos_token_id, task.tokenizer.convert_tokens_to_ids("<|eot|>")}
 
 
 def test_an_end_that_no_template_tells_is_the_tokenizers():
@@ -140,8 +140,8 @@ def test_an_end_that_no_template_tells_is_the_tokenizers():
         task = wrap(worlds.chat_model(), tokenizer)
         pair = task.encode(Chat.of([message("system"), message("assistant"), message()]), "Rome")
         assert pair.target[-1] == tokenizer.eos_token_id
-        assert task.ends == {tokenizer.eos_token_id}
-    assert tokenizer.decode(pair.prompt) == "Oslo ?"
+        assert task.end_tokens == {tokenizer.eos_token_id}
+    assert tokenizer.decode(pair.input) == "Oslo ?"
 
 
 def test_an_encoder_reads_the_template_too():
@@ -150,13 +150,13 @@ def test_an_encoder_reads_the_template_too():
     model.resize_token_embeddings(len(tokenizer))
     task = wrap(model, tokenizer)
     pair = task.encode(Chat.of(USER), "Rome")
-    assert tokenizer.decode(pair.prompt) == "<|im_start|>user\nOslo ?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(pair.input) == "<|im_start|>user\nOslo ?<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(pair.target) == "<|begin|>Rome<|end|>"
 
 
 def test_without_a_template_and_what_a_template_refuses():
     task = wrap(worlds.gpt2(), worlds.tokenizer())
-    for ask in (task.encode_input, lambda chat: task.encode(chat, "Rome"), lambda chat: task.answers([chat])):
+    for ask in (task.encode_input, lambda chat: task.encode(chat, "Rome"), lambda chat: task.predict([chat])):
         with pytest.raises(RequestError, match=r"messages need a chat template.* has none: give a prompt instead"):
             ask(Chat.of(USER))
     task = wrap(worlds.chat_model(), worlds.chat_tokenizer("llama-2"))

@@ -17,7 +17,8 @@ from remend.core.losses import locality_loss
 from remend.errors import ModelError, RequestError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest, TextPair, parse_request
-from remend.tasks import Example, TextClassification, wrap
+from remend.tasks import Example, wrap
+from remend.tasks.text_classification import TextClassification
 
 READING = {"bert": "first", "roberta": "first", "distilbert": "first", "deberta-v2": "first", "electra": "first"}
 READING |= {"modernbert": "all", "gpt2": "last"}
@@ -36,8 +37,8 @@ def test_where_the_head_reads_is_found(encoder):
     pairs = [task.encode(prompt, "true") for prompt in ("The capital of Peru is Lima", "Peru has Lima")]
     batch = task.collate(pairs)
     read = {"first": [0, 0], "last": [7, 4], "all": [0, 0]}[task.reading]
-    assert batch.first.tolist() == read
-    counted = task.tokens(batch, ["some"], predicting=True)["some"]
+    assert batch.first_position.tolist() == read
+    counted = task.token_masks(batch, ["some"], predicting=True)["some"]
     assert counted.sum(1).tolist() == ([8, 5] if task.reading == "all" else [1, 1])
 
 
@@ -57,7 +58,7 @@ def test_one_output_is_a_bernoulli_distribution_in_closed_form():
     assert task.labels == ("false", "true")
     batch = task.collate([task.encode(r.prompt, r.target) for r in families.requests("bert, one output", 6)])
     with torch.no_grad():
-        z = task.model(input_ids=batch.input_ids, attention_mask=batch.mask.long()).logits[:, 0]
+        z = task.model(input_ids=batch.inputs["input_ids"], attention_mask=batch.mask.long()).logits[:, 0]
         logits = task.outputs(batch)
         expected = functional.binary_cross_entropy_with_logits(z, batch.target.float(), reduction="none")
         torch.testing.assert_close(task.loss(batch), expected)
@@ -70,8 +71,8 @@ def test_one_output_is_a_bernoulli_distribution_in_closed_form():
 def test_labels_are_named_or_numbered(task):
     assert task.encode("Peru has Lima", "TRUE ").target == (1,)
     assert task.encode("Peru has Lima", "0").target == (0,)
-    assert task.text((1,)) == "true"
-    assert task.ends == frozenset()
+    assert task.decode((1,)) == "true"
+    assert task.end_tokens == frozenset()
     for wrong in ("maybe", "2", "-1"):
         with pytest.raises(RequestError, match=rf"no label '{wrong}'.*from 0 to 1"):
             task.encode("Peru has Lima", wrong)
@@ -95,7 +96,7 @@ def test_a_pair_of_texts_is_shown_as_two():
         found = task.outputs(batch)
     handle.remove()
     expected = worlds.word_tokenizer()("Peru has Lima", "It is Lima", return_tensors="pt")
-    assert batch.input_ids[0].tolist() == expected.input_ids[0].tolist()
+    assert batch.inputs["input_ids"][0].tolist() == expected.input_ids[0].tolist()
     assert shown["token_type_ids"][0].tolist() == [0] * 5 + [1] * 4
     assert shown["token_type_ids"][1].sum() == 0
     with torch.no_grad():
@@ -122,7 +123,7 @@ def test_a_pair_of_texts_goes_to_models_that_know_no_segments(name):
     pair = task.encode(TextPair("Peru has Lima", "It is Lima"), "true")
     with torch.no_grad():
         found = task.outputs(task.collate([pair]))
-        expected = task.model(input_ids=torch.tensor([pair.prompt])).logits
+        expected = task.model(input_ids=torch.tensor([pair.input])).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -104,7 +104,7 @@ def test_edits_take_and_leave_the_model_alone(editor, world, name):
     same_state(before, state_of(task.model))
     plain = probabilities(task, requests[:6])
     edited = torch.stack([probabilities(task, [r], e)[0] for r, e in zip(requests[:6], edits, strict=True)])
-    answers = task.answers([request.prompt for request in requests[:6]], 4)
+    answers = task.predict([request.prompt for request in requests[:6]], 4)
     wrong = torch.tensor([task.encode(r.prompt, r.target).target != a for r, a in zip(requests, answers, strict=False)])
     assert wrong.sum() >= 3
     if name not in UNHEARD:

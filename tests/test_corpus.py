@@ -17,6 +17,6 @@ def test_an_old_edit_still_works(folder):
     edit = remend.Edit.load(folder)
     (request,) = edit.requests
     wanted = task.encode(request.prompt, request.target).target
-    assert task.answers([request.prompt]) != [wanted]
+    assert task.predict([request.prompt]) != [wanted]
     with edit.applied(task.model):
-        assert task.answers([request.prompt]) == [wanted]
+        assert task.predict([request.prompt]) == [wanted]

@@ -16,9 +16,9 @@ from remend.data.parsing import normalize
 from remend.data.passages import generation_requests
 from remend.data.source_names import iterate_source
 from remend.errors import ConfigError, RequestError, TrainingError
-from remend.models import load
 from remend.registries import DATASETS
 from remend.request import EditRequest, Probe, TextPair, read_requests, write_requests
+from remend.tasks import load
 from remend.training import TrainingConfig
 from remend.training.splits import split
 

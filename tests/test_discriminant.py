@@ -221,7 +221,7 @@ def test_requests_without_near_get_mined_ones(task):
     trainer.calibrate()
     for episode in trainer.episodes.episodes:
         assert 0 < len(episode.near) <= MINED
-        assert all(pair.prompt not in episode.prompts for pair in episode.near)
+        assert all(pair.input not in episode.prompts for pair in episode.near)
     assert trainer.train_step() > 0
 
 
@@ -276,9 +276,9 @@ def test_a_gated_editor_trains_and_its_edits_are_saved_but_not_merged(task, tmp_
     again = Edit.load(tmp_path / "edit")
     assert {change.gate for change in again.changes.values()} == {0.2}
     with edit.applied(task.model):
-        answers = task.answers([r.prompt for r in requests[:4]], 4)
+        answers = task.predict([r.prompt for r in requests[:4]], 4)
     with again.applied(task.model):
-        assert task.answers([r.prompt for r in requests[:4]], 4) == answers
+        assert task.predict([r.prompt for r in requests[:4]], 4) == answers
     with pytest.raises(EditError, match="cannot be written into a weight"):
         again.merge(task.model)
     with pytest.raises(ConfigError, match="a gate needs keys"):

@@ -60,10 +60,10 @@ def test_metrics_agree_with_free_decoding_of_each_edit(task, editor):
     for request, case in zip(requests, report.cases, strict=True):
         edit = editor.edit(task, [request])
         kept = [probe.prompt for probe in (*request.locality, *request.near)]
-        before = task.answers(kept, 6)
+        before = task.predict(kept, 6)
         with edit.applied(task.model):
-            after = task.answers(kept, 6)
-            (now,) = task.answers([request.prompt], 6)
+            after = task.predict(kept, 6)
+            (now,) = task.predict([request.prompt], 6)
         assert case.values["locality_far"]["generated"] == float(before[0] == after[0])
         assert case.values["locality_near"]["generated"] == float(before[1] == after[1])
         wanted = task.encode(request.prompt, request.target).target
@@ -270,7 +270,7 @@ def test_the_scale_is_chosen_on_the_requests_own_prompts(task, editor):
     assert best.worth == max(one.worth for one in tried)
     for one in tried:
         with edit.scaled(one.scale).applied(task.model):
-            answers = task.answers([r.prompt for r in requests], 5)
+            answers = task.predict([r.prompt for r in requests], 5)
         wanted = [task.encode(r.prompt, r.target).target for r in requests]
         assert one.taken == sum(a == w for a, w in zip(answers, wanted, strict=True)) / 3
 

@@ -96,7 +96,7 @@ def test_entering_at_the_cut_is_the_whole_pass(task, requests, network):
 def test_answers_are_what_teacher_forcing_says(task, requests):
     """Greedy decoding emits an answer if and only if it is the first choice at each of its places."""
     prompts = [request.prompt for request in requests[:4]]
-    answers = task.answers(prompts, 5)
+    answers = task.predict(prompts, 5)
     pairs = [Example(tuple(task.encode_input(prompt)), answer) for prompt, answer in zip(prompts, answers, strict=True)]
     with torch.no_grad():
         batch = task.collate(pairs)

@@ -24,9 +24,9 @@ def test_train_edit_and_revert_on_a_gpu(dtype):
     edit = editor.edit(wrap(model, worlds.tokenizer()), worlds.requests(2))
     task = CausalLM(model, worlds.tokenizer())
     with edit.applied(model):
-        task.answers(["Oslo is"], 3)
+        task.predict(["Oslo is"], 3)
     with edit.merge(model) if dtype == torch.float32 else edit.applied(model):
-        task.answers(["Oslo is"], 3)
+        task.predict(["Oslo is"], 3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -34,7 +34,6 @@ def test_an_edit_made_on_a_gpu_serves_on_the_cpu(tmp_path):
     task = remend.load("atlas", "cuda")
     request = remend.read_source("atlas:test")[0]
     remend.Mend.from_pretrained("atlas").to("cuda").edit(task, [request]).save(tmp_path / "edit")
-    task.model, task.tokenizer = remend.load("atlas", "cpu")
-    task = CausalLM(task.model, task.tokenizer)
+    task = remend.load("atlas", "cpu")
     with remend.Edit.load(tmp_path / "edit").applied(task.model):
-        assert task.answers([request.prompt]) == [task.encode(request.prompt, request.target).target]
+        assert task.predict([request.prompt]) == [task.encode(request.prompt, request.target).target]

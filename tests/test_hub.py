@@ -93,9 +93,9 @@ assert back.requests == mine.requests
 for name, change in mine.changes.items():
     assert (back.changes[name].u == change.u).all()
     assert (back.changes[name].delta == change.delta).all()
-model, tokenizer = remend.load("atlas", "cpu")
-with back.applied(model):
-    print(remend.answers(model, tokenizer, ["The capital of Canada is"]))
+task = remend.load("atlas", "cpu")
+with back.applied(task.model):
+    print(remend.answers(task, ["The capital of Canada is"]))
 push_to_hub(remend.Mend.from_pretrained("atlas"), "me/editor")
 print(type(load_editor("hf:me/editor@main")).__name__)
 """

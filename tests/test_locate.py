@@ -216,7 +216,7 @@ def test_memit_s_blocks_share_what_is_missing(decoder):
 
 def last_token(task, prompt, subject):
     pair = task.encode(prompt, "Rome")
-    return task.tokenizer.decode(pair.prompt[: subject_place(task, prompt, subject, pair) + 1])
+    return task.tokenizer.decode(pair.input[: subject_place(task, prompt, subject, pair) + 1])
 
 
 def test_where_a_subject_ends():
@@ -276,7 +276,7 @@ def test_beginnings_are_of_the_text_and_leave_out_what_does_not_fit(decoder):
     request = worlds.requests(1)[0]
     own = reading(decoder, request, [found[0], "Rome " * 70])
     assert own.pairs[0] == own.pairs[2]
-    assert len(own.pairs[1].prompt) > len(own.pairs[0].prompt)
+    assert len(own.pairs[1].input) > len(own.pairs[0].input)
     assert own.about is not None
 
 

@@ -118,7 +118,7 @@ def test_the_question_answerer_knows_its_facts():
         for fact in known.facts[::10]
         for phrasing in known.relations[fact.relation].all_phrasings
     ]
-    answers = task.answers([prompt for prompt, _ in asked])
+    answers = task.predict([prompt for prompt, _ in asked])
     right = sum(answer == task.encode(*pair).target for answer, pair in zip(answers, asked, strict=True))
     assert right / len(asked) >= 0.98
 

@@ -6,8 +6,9 @@ from torch import nn
 
 import worlds
 from remend.errors import ConfigError, ModelError
-from remend.models import editable_modules, load
+from remend.models import editable_modules
 from remend.models.blocks import find_blocks, select_blocks
+from remend.tasks import load
 
 
 def test_the_default_is_the_mlps_of_the_last_three_blocks():
@@ -111,10 +112,10 @@ def test_loading_a_folder(tmp_path):
     made = worlds.gpt2()
     made.save_pretrained(tmp_path / "model")
     worlds.tokenizer().save_pretrained(tmp_path / "model")
-    loaded, tokenizer = load(str(tmp_path / "model"), "cpu")
-    assert not loaded.training
-    assert tokenizer("Oslo").input_ids == worlds.tokenizer()("Oslo").input_ids
-    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), loaded.parameters(), strict=True))
+    task = load(str(tmp_path / "model"), "cpu")
+    assert not task.model.training
+    assert task.tokenizer("Oslo").input_ids == worlds.tokenizer()("Oslo").input_ids
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), task.model.parameters(), strict=True))
 
 
 def test_what_cannot_be_loaded(tmp_path, monkeypatch):

@@ -15,8 +15,9 @@ from remend.core.operators import SymmetricOperator
 from remend.editors import Mend
 from remend.errors import ConfigError, ModelError
 from remend.models.fsdp import shard_model
-from remend.models.loading import choose_device, load
+from remend.models.loading import choose_device
 from remend.request import write_requests
+from remend.tasks import load
 from remend.training.distributed import ProcessGroup
 
 TESTS = Path(__file__).parent

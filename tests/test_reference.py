@@ -15,7 +15,7 @@ CONFIG = TrainingConfig(batch_size=2, learning_rate=2e-3, alpha_learning_rate=1e
 
 def texts(pairs):
     """What the reference reads."""
-    return [Text(list(pair.prompt), list(pair.target)) for pair in pairs]
+    return [Text(list(pair.input), list(pair.target)) for pair in pairs]
 
 
 RUNS = {

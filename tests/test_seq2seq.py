@@ -9,8 +9,8 @@ import families
 import worlds
 from remend.editors import Mend
 from remend.errors import ConfigError, ModelError, RequestError, TrainingError
-from remend.models import load
-from remend.tasks import Example, Seq2SeqLM, answers, wrap
+from remend.tasks import Example, answers, load, wrap
+from remend.tasks.seq2seq import Seq2SeqLM
 from remend.training import PRESETS, Trainer
 
 
@@ -30,14 +30,12 @@ def test_each_side_is_tokenised_as_its_tokenizer_does(before, after):
     assert isinstance(task, Seq2SeqLM)
     pair = task.encode("The capital of Peru is ", " Lima ")
     assert (
-        list(pair.prompt)
-        == tokenizer("The capital of Peru is").input_ids
-        == task.encode_input("The capital of Peru is")
+        list(pair.input) == tokenizer("The capital of Peru is").input_ids == task.encode_input("The capital of Peru is")
     )
     assert pair.target.count(tokenizer.eos_token_id) == 1
     assert pair.target[-1] == tokenizer.eos_token_id
     assert (pair.target[0] == tokenizer.pad_token_id) == bool(before), "a beginning token is a part of the answer"
-    assert task.text(pair.target) == "Lima"
+    assert task.decode(pair.target) == "Lima"
     for prompt, target in ((" ", "Lima"), ("", "Lima"), ("Peru", " ")):
         with pytest.raises(RequestError, match="holds no text"):
             task.encode(prompt, target)
@@ -51,7 +49,7 @@ def test_batches_are_the_models_own():
     pairs = [task.encode(r.prompt, r.target) for r in worlds.requests(3)]
     pairs.append(task.encode("Which city rules Peru ? It is the capital of the city", "Lima is the capital"))
     batch = task.collate(pairs)
-    assert batch.first.tolist() == [0] * 4
+    assert batch.first_position.tolist() == [0] * 4
     assert batch.predicting.equal(batch.decoder_mask)
     with torch.no_grad():
         together = task.outputs(batch)
@@ -59,7 +57,7 @@ def test_batches_are_the_models_own():
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
         pair = pairs[-1]
         output = task.model(
-            input_ids=torch.tensor([pair.prompt]),
+            input_ids=torch.tensor([pair.input]),
             decoder_input_ids=torch.tensor([[task.start, *pair.target[:-1]]]),
         )
     torch.testing.assert_close(together[-len(pair.target) :], output.logits[0], rtol=1e-4, atol=1e-4)
@@ -68,11 +66,11 @@ def test_batches_are_the_models_own():
 def test_free_answers_are_those_of_generate():
     task = wrap(families.make("t5"), worlds.tokenizer())
     prompts = [request.prompt for request in worlds.requests(6)]
-    for prompt, own in zip(prompts, task.answers(prompts, 6), strict=True):
+    for prompt, own in zip(prompts, task.predict(prompts, 6), strict=True):
         ids = torch.tensor([task.encode_input(prompt)])
         made = task.model.generate(ids, max_new_tokens=6, do_sample=False, num_beams=1)[0, 1:]
         assert tuple(made.tolist()[: len(own)]) == own
-    assert answers(task, prompts[:1], 3) == [task.text(task.answers(prompts[:1], 3)[0])]
+    assert answers(task, prompts[:1], 3) == [task.decode(task.predict(prompts[:1], 3)[0])]
 
 
 def test_a_decoder_without_a_beginning_is_refused():
@@ -106,11 +104,10 @@ def test_loading_an_encoder_decoder(tmp_path):
     made.save_pretrained(tmp_path)
     worlds.tokenizer().save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).is_encoder_decoder
-    loaded, tokenizer = load(str(tmp_path), "cpu")
-    assert isinstance(loaded, BartForConditionalGeneration)
-    task = wrap(loaded, tokenizer)
+    task = load(str(tmp_path), "cpu")
+    assert isinstance(task.model, BartForConditionalGeneration)
     pair = Example(tuple(task.encode_input("Oslo")), (1, 2))
     with torch.no_grad():
         torch.testing.assert_close(
-            task.outputs(task.collate([pair])), wrap(made, tokenizer).outputs(task.collate([pair]))
+            task.outputs(task.collate([pair])), wrap(made, task.tokenizer).outputs(task.collate([pair]))
         )

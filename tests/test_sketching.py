@@ -13,7 +13,7 @@ import worlds
 from remend.core import sketching as sketch
 from remend.core.discriminant import Discriminant
 from remend.core.operators import SymmetricOperator
-from remend.core.sketching import SketchedMoment, nystrom, random_test_matrix, sketch_directions
+from remend.core.sketching import SketchedMoment, nystrom, random_test_matrix
 from remend.core.whitening import SecondMoment
 from remend.edit import Edit
 from remend.editors import Mend
@@ -53,8 +53,8 @@ def wide(monkeypatch):
 
 
 def test_only_wide_inputs_are_sketched():
-    assert sketch_directions(sketch.WIDE) is None
-    assert sketch_directions(65_536) == sketch.DIRECTIONS
+    assert sketch.sketch_directions(sketch.WIDE) is None
+    assert sketch.sketch_directions(65_536) == sketch.DIRECTIONS
     assert Mend.create(worlds.task(worlds.llama()), DEFAULT).directions == {}
 
 
@@ -166,7 +166,7 @@ def test_an_editor_of_a_wide_model_trains_saves_and_edits(wide, tmp_path):
         assert torch.equal(edits[1].changes[name].u, change.u)
     edits[0].save(tmp_path / "edit")
     with Edit.load(tmp_path / "edit").applied(task.model):
-        assert task.answers([requests[0].prompt])
+        assert task.predict([requests[0].prompt])
     halved = Mend.from_pretrained(tmp_path / "half").edit(task, requests[:1])
     for name, change in edits[0].changes.items():
         assert (halved.changes[name].dense() - change.dense()).norm() < 0.02 * change.dense().norm()

@@ -213,12 +213,12 @@ SLOW = """
 import remend
 from remend.editors import make
 from remend.editors.finetune import FineTuneConfig
-from remend.apps.studio import Desk
+from remend.apps.studio import Workspace
 from remend.apps.studio.app import serve
 
-model, tokenizer = remend.load("atlas", "cpu")
-editor = make("finetune", model, tokenizer, config=FineTuneConfig(learning_rate=1e-12, steps=10_000))
-page = serve(Desk(model, tokenizer, editor), "atlas", block=False)
+task = remend.load("atlas", "cpu")
+editor = make("finetune", task, config=FineTuneConfig(learning_rate=1e-12, steps=10_000))
+page = serve(Workspace(task, editor), "atlas", block=False)
 print(page.local_url, flush=True)
 page.block_thread()
 """

@@ -11,7 +11,9 @@ import families
 import tokenizers_of
 import worlds
 from remend.errors import RequestError
-from remend.tasks import CausalLM, Seq2SeqLM, wrap
+from remend.tasks import wrap
+from remend.tasks.causal_lm import CausalLM
+from remend.tasks.seq2seq import Seq2SeqLM
 from tokenizers_of import BEGIN, CAUSAL, END, SEQ2SEQ
 
 WORDS = st.one_of(
@@ -60,16 +62,16 @@ def test_a_causal_pair_is_its_text(habit, data):
     target = data.draw(TEXTS) + data.draw(st.just("") if known else ODD | st.just(""))
     pair = task.encode(prompt, target)
     text = prompt + ("" if prompt.endswith("\n") else " ") + target.strip()
-    assert read(task, (*pair.prompt, *pair.target)) == text
-    assert pair.prompt == tuple(task.encode_input(prompt))
-    assert read(task, pair.prompt) == prompt
-    assert task.text(pair.target) == target.strip()
+    assert read(task, (*pair.input, *pair.target)) == text
+    assert pair.input == tuple(task.encode_input(prompt))
+    assert read(task, pair.input) == prompt
+    assert task.decode(pair.target) == target.strip()
     whole = [token for token in tokenizer(text).input_ids if token != tokenizer.eos_token_id]
-    if tuple(whole[: len(pair.prompt)]) == pair.prompt:
-        assert (*pair.prompt, *pair.target[:-1]) == tuple(whole)
+    if tuple(whole[: len(pair.input)]) == pair.input:
+        assert (*pair.input, *pair.target[:-1]) == tuple(whole)
     assert pair.target[-1] == tokenizer.eos_token_id
-    assert (*pair.prompt, *pair.target).count(tokenizer.eos_token_id) == 1
-    assert (*pair.prompt, *pair.target).count(tokenizer.bos_token_id) == ("begun" in habit or "pieces" in habit)
+    assert (*pair.input, *pair.target).count(tokenizer.eos_token_id) == 1
+    assert (*pair.input, *pair.target).count(tokenizer.bos_token_id) == ("begun" in habit or "pieces" in habit)
     before, after = data.draw(SPACES), data.draw(SPACES)
     assert task.encode(f"{before}{prompt}{after}", f"{after}{target}{before}") == pair
 
@@ -81,9 +83,9 @@ def test_an_encoder_decoders_pair_is_its_two_texts(habit, prompt, target, before
     task = task_for(habit, "t5")
     assert isinstance(task, Seq2SeqLM)
     pair = task.encode(prompt, target)
-    assert list(pair.prompt) == task.tokenizer(prompt).input_ids
-    assert read(task, pair.prompt) == prompt
-    assert task.text(pair.target) == target
+    assert list(pair.input) == task.tokenizer(prompt).input_ids
+    assert read(task, pair.input) == prompt
+    assert task.decode(pair.target) == target
     assert pair.target[-1] == task.tokenizer.eos_token_id
     assert pair.target.count(task.tokenizer.eos_token_id) == 1
     assert pair.target.count(task.tokenizer.bos_token_id) == ("begun" in habit or "pieces" in habit)
@@ -95,7 +97,7 @@ def test_an_encoder_decoders_pair_is_its_two_texts(habit, prompt, target, before
 def test_a_beginning_that_the_text_brings_is_not_doubled(habit, kind):
     task = task_for(habit, kind)
     pair = task.encode(f"{BEGIN}Oslo is", "Rome")
-    assert pair.prompt.count(task.tokenizer.bos_token_id) == 1
+    assert pair.input.count(task.tokenizer.bos_token_id) == 1
     assert pair.target.count(task.tokenizer.eos_token_id) == 1
 
 
@@ -143,11 +145,11 @@ def _by_the_library(task, model, pair):
         if isinstance(task, Seq2SeqLM):
             shown = torch.tensor([[task.start, *pair.target[:-1]]])
             output = model(
-                input_ids=torch.tensor([pair.prompt]), decoder_input_ids=shown, labels=torch.tensor([pair.target])
+                input_ids=torch.tensor([pair.input]), decoder_input_ids=shown, labels=torch.tensor([pair.target])
             )
         else:
-            ids = torch.tensor([(*pair.prompt, *pair.target)])
-            labels = torch.tensor([(*[-100] * len(pair.prompt), *pair.target)])
+            ids = torch.tensor([(*pair.input, *pair.target)])
+            labels = torch.tensor([(*[-100] * len(pair.input), *pair.target)])
             output = model(input_ids=ids, labels=labels)
     return float(output.loss)
 
@@ -161,6 +163,6 @@ def test_a_model_that_knows_the_answers_gives_them(kind, habit):
     task = wrap(fitted(wrap(families.LANGUAGE_MODELS[kind](), tokenizer)), tokenizer)
     facts = {"The capital of Peru is": "Lima", "Oslo is the capital of": "Norway", "Which city?": "It is Bern ."}
     worlds.teach(task, task.collate([task.encode(*fact) for fact in facts.items()]))
-    found = task.answers(list(facts), max_new_tokens=24)
+    found = task.predict(list(facts), max_new_tokens=24)
     assert found == [task.encode(*fact).target for fact in facts.items()]
-    assert [task.text(answer) for answer in found] == list(facts.values())
+    assert [task.decode(answer) for answer in found] == list(facts.values())

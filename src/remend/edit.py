@@ -27,7 +27,7 @@ from remend.core.layers import (
 )
 from remend.core.low_rank import LowRank, concatenate
 from remend.errors import EditError, FileError, PrecisionError
-from remend.fingerprint import ModelFingerprint, find_modules
+from remend.fingerprint import HasModel, ModelFingerprint, find_modules, module_of
 from remend.request import EditRequest
 from remend.serialization import get_field, read_folder, write_folder
 
@@ -82,7 +82,7 @@ class Edit:
 
     # -- on a model ----------------------------------------------------------------------------------------------
 
-    def apply(self, model: nn.Module) -> AppliedEdit:
+    def apply(self, model: nn.Module | HasModel) -> AppliedEdit:
         """Add the edit to ``model`` as forward hooks and return the handle that removes it.
 
         No weight is written. Several edits can be applied at once, and reverted in any order.
@@ -90,21 +90,21 @@ class Edit:
         Raises:
             WrongBaseError: the edit was made for another model; nothing is applied.
         """
-        modules = self._modules(model)
+        modules = self._modules(module_of(model))
         changes = {name: change.to(execution_device(modules[name])) for name, change in self.changes.items()}
         return AppliedEdit(attach_hooks(modules, changes))
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+    def applied(self, model: nn.Module | HasModel) -> Iterator[nn.Module]:
         """Apply the edit within the context, and revert it afterwards, also after an exception."""
         handle = self.apply(model)
         try:
-            yield model
+            yield module_of(model)
         finally:
             handle.revert()
 
     @torch.no_grad()
-    def merge(self, model: nn.Module) -> MergedEdit:
+    def merge(self, model: nn.Module | HasModel) -> MergedEdit:
         """Write the edit into the weights and return the handle that restores the original weights, bit for bit.
 
         All weights are written, or none.
@@ -115,7 +115,7 @@ class Edit:
                 a weight is quantised.
             EditError: a weight is offloaded between calls.
         """
-        modules = self._modules(model)
+        modules = self._modules(module_of(model))
         _refuse_unwritable(modules)
         merged: dict[str, Tensor] = {}
         lost: dict[str, float] = {}

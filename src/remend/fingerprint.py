@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,22 @@ class ModelFingerprint:
     def digest(self) -> str:
         """Return one SHA-256 of configuration and weights."""
         return hashlib.sha256(json.dumps([self.config, self.weights]).encode()).hexdigest()
+
+
+@runtime_checkable
+class HasModel(Protocol):
+    """An object that holds a model, such as a :class:`remend.Task`."""
+
+    model: Any
+
+
+def module_of(model: nn.Module | HasModel) -> nn.Module:
+    """Return the module itself, or the one that a task holds."""
+    if isinstance(model, nn.Module):
+        return model
+    module: Any = model.model
+    assert isinstance(module, nn.Module)
+    return module
 
 
 def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from remend.editors.info import EditorInfo, checked, refuse_unused
 from remend.errors import EditError
-from remend.fingerprint import ModelFingerprint
+from remend.fingerprint import HasModel, ModelFingerprint, module_of
 from remend.models.structure import editable_modules
 from remend.request import Chat, EditRequest, Message, Prompt, TextPair, parse_request
 from remend.serialization import get_field, read_folder, write_folder
@@ -41,7 +41,7 @@ class ContextEdit:
             found = None if found is None else after_fact(request, found)
         return fitting(task, found, room)
 
-    def apply(self, model: nn.Module) -> NoReturn:
+    def apply(self, model: nn.Module | HasModel) -> NoReturn:
         """There is nothing to put on a model.
 
         Raises:
@@ -53,10 +53,10 @@ class ContextEdit:
         )
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+    def applied(self, model: nn.Module | HasModel) -> Iterator[nn.Module]:
         """As :meth:`apply`."""
         self.apply(model)
-        yield model
+        yield module_of(model)
 
     def __add__(self, other: ContextEdit) -> ContextEdit:
         """All facts, one after the other."""

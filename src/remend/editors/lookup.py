@@ -21,7 +21,7 @@ from remend.core.hooks import frozen, remove_hooks
 from remend.edit import AppliedEdit
 from remend.editors.info import EditorInfo, checked, refuse_unused
 from remend.errors import EditError, FileError, ModelError
-from remend.fingerprint import ModelFingerprint
+from remend.fingerprint import HasModel, ModelFingerprint, module_of
 from remend.request import EditRequest, parse_request
 from remend.serialization import get_field, read_folder, write_folder
 from remend.tasks.base import Example, Task, in_batches
@@ -68,12 +68,13 @@ class LookupEdit:
         if not self.keys.isfinite().all():
             raise EditError("a key of the cache is NaN or infinite; it would answer nothing and is refused")
 
-    def apply(self, model: nn.Module) -> AppliedEdit:
+    def apply(self, model: nn.Module | HasModel) -> AppliedEdit:
         """Put the cache before the model's answers and return the handle that takes it away again.
 
         Raises:
             WrongBaseError: it was made for another model; nothing is applied.
         """
+        model = module_of(model)
         self.base.check(model, "this cache")
         keys, values = self.keys, self.values
 
@@ -91,11 +92,11 @@ class LookupEdit:
         return AppliedEdit([head_of(model).register_forward_hook(answer)])
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+    def applied(self, model: nn.Module | HasModel) -> Iterator[nn.Module]:
         """Within the block, ``model`` answers from the cache where it holds something; afterwards as before."""
         handle = self.apply(model)
         try:
-            yield model
+            yield module_of(model)
         finally:
             handle.revert()
 

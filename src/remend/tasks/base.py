@@ -10,7 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -135,7 +135,7 @@ class Task(ABC):
     def accepts(cls, model: nn.Module, processor: Any) -> bool:
         """Tell from the structure of a model and its processor whether this is their task."""
 
-    def with_autocast(self, dtype: torch.dtype | None) -> Self:
+    def with_autocast(self, dtype: torch.dtype | None) -> Task:
         """Return the same task with another dtype for matrix products."""
         task = copy.copy(self)
         task.autocast = dtype
