@@ -125,7 +125,9 @@ def test_networks_are_as_many_and_as_wide_as_the_settings_say():
     assert widths["only u"] == [16, 64]
     assert widths["only delta"] == [64, 16]
     assert widths["only the smaller"] == [16, 16]
-    square = Mend.create(worlds.task(worlds.gpt2()), MendConfig(rank=4, transforms="smaller"), modules=["*.3.attn.c_proj"])
+    square = Mend.create(
+        worlds.task(worlds.gpt2()), MendConfig(rank=4, transforms="smaller"), modules=["*.3.attn.c_proj"]
+    )
     assert square.network("16x16").transforms == "u", "of two as wide, u"
     assert editors["no sharing"].groups["transformer/h/3/mlp/c_fc"] == ["transformer.h.3.mlp.c_fc"]
 

@@ -152,7 +152,7 @@ def task():
 
 
 def cut(task, block):
-    batch = task.collate([task.tokenise(r.prompt, r.target) for r in worlds.requests(2)])
+    batch = task.collate([task.encode(r.prompt, r.target) for r in worlds.requests(2)])
     return FrozenPrefix(task.model, [f"transformer.h.{block}.mlp.c_proj"]), batch
 
 
@@ -162,8 +162,8 @@ def cut(task, block):
 def test_errors_that_are_not_about_the_cut_are_raised(task, error, monkeypatch):
     """Memory that ran out, above all: the slow way would need more of it."""
     prefix, batch = cut(task, 2)
-    whole = task.target_logits(batch)
-    states = prefix.compute_states(lambda: task.target_logits(batch))
+    whole = task.outputs(batch)
+    states = prefix.compute_states(lambda: task.outputs(batch))
     calls = []
 
     def fails(*args, **kwargs):
@@ -184,8 +184,8 @@ def test_errors_that_are_not_about_the_cut_are_raised(task, error, monkeypatch):
 )
 def test_errors_of_blocks_that_expect_more_end_the_cut(task, error):
     prefix, batch = cut(task, 2)
-    whole = task.target_logits(batch)
-    states = prefix.compute_states(lambda: task.target_logits(batch))
+    whole = task.outputs(batch)
+    states = prefix.compute_states(lambda: task.outputs(batch))
 
     def fails():
         raise error
@@ -202,12 +202,12 @@ def test_every_cut_of_a_model_is_verified(task):
 
     def logits(batch):
         calls.append(1)
-        return task.target_logits(batch)
+        return task.outputs(batch)
 
     for block in (2, 3, 2):
         prefix, batch = cut(task, block)
-        whole = task.target_logits(batch)
-        states = prefix.compute_states(lambda batch=batch: task.target_logits(batch))
+        whole = task.outputs(batch)
+        states = prefix.compute_states(lambda batch=batch: task.outputs(batch))
         assert prefix.check_resume(states, lambda batch=batch: logits(batch), whole)
     assert len(calls) == 2, "each cut once"
     prefix, batch = cut(task, 1)

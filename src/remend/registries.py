@@ -176,7 +176,7 @@ class DataSet(RegistryEntry):
     - ``(path, skip)`` for a data set that is read from a file (``zsre:FILE``), where ``skip`` is called with the reason
       for each thing that is left out: see :func:`remend.data.json_rows.json_reader`;
     - ``(split)`` for one that ships with its package and has ``splits`` (``atlas:train``);
-    - ``(model, tokenizer, path, n, seed, skip)`` for one that ``needs_model``: requests that a model makes of a file.
+    - ``(task, path, n, seed, skip)`` for one that ``needs_model``: requests that a model makes of a file.
 
     Attributes:
         license: under which it was published.

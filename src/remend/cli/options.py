@@ -201,7 +201,7 @@ def find_editor(editor: str | None, model: str, text: Path | None = None, seed: 
         FileError: the folder holds none.
     """
     from remend.assets import ATLAS, ATLAS_FOLDER, BUILT_IN_MODELS
-        from remend.data import read_text
+    from remend.data import read_text
     from remend.editors import EDITORS, TRAINED, UNTRAINED, load_editor, make
     from remend.errors import ConfigError, nearest
 

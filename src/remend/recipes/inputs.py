@@ -15,7 +15,6 @@ from remend.data.contamination import find_overlap
 from remend.data.passages import generation_requests
 from remend.data.source_names import HUB_PREFIX, local_path, parse_source_name
 from remend.errors import ConfigError
-from remend.models import load
 from remend.registries import DATASETS
 from remend.request import EditRequest, Probe, read_requests, write_requests
 from remend.tasks import Task, load
