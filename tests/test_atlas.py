@@ -14,7 +14,6 @@ from remend.editors import strength_search as settling
 from remend.editors.strength_search import LARGEST, UneditedPass, settled, taking_scales
 from remend.errors import ModelError
 from remend.models import skeleton
-from remend.tasks.causal_lm import CausalLM
 
 ROOT = Path(__file__).parent.parent
 

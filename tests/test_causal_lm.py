@@ -19,7 +19,7 @@ TASK = CausalLM(worlds.gpt2(), worlds.tokenizer())
 def test_a_pair_is_what_the_model_would_read(prompt, target):
     pair = TASK.encode(prompt, target)
     end = TASK.tokenizer.eos_token_id
-    assert list(pair.input) == TASK.encode_input(prompt), "the prompt alone has the same tokens"
+    assert pair.input == TASK.encode_input(prompt), "the prompt alone has the same tokens"
     assert pair.target[-1] == end
     assert pair.target.count(end) == 1
     assert TASK.tokenizer.decode(pair.input + pair.target[:-1]) == f"{prompt} {target}"
@@ -97,7 +97,7 @@ def test_answers_are_greedy_whatever_they_are_batched_with(family):
     task = CausalLM(MODELS[family], worlds.tokenizer())
     prompts = ["Oslo", "The capital of Peru is", "Lima is", "Which city rules Egypt ? It is", "Rome is"]
     for prompt, answer in zip(prompts, task.predict(prompts, max_new_tokens=6, batch_size=2), strict=True):
-        ids = task.encode_input(prompt)
+        ids = list(task.encode_input(prompt))
         for token in answer:
             with torch.no_grad():
                 assert int(task.model(torch.tensor([ids])).logits[0, -1].argmax()) == token

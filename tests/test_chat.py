@@ -119,7 +119,7 @@ def test_the_model_reads_what_its_template_writes(style, end, asked):
     assert list(pair.input[: len(asked_ids)]) == asked_ids
     thought = tokenizer("<think>\n\n</think>\n\n", add_special_tokens=False).input_ids if style == "thinking" else []
     assert list(pair.input[len(asked_ids) :]) == thought, "an answer that was not thought about is still an answer"
-    assert list(pair.input) == task.encode_input(Chat.of(asked))
+    assert pair.input == task.encode_input(Chat.of(asked))
     assert task.decode(pair.target) == "Lima city"
 
 

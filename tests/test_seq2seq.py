@@ -30,7 +30,9 @@ def test_each_side_is_tokenised_as_its_tokenizer_does(before, after):
     assert isinstance(task, Seq2SeqLM)
     pair = task.encode("The capital of Peru is ", " Lima ")
     assert (
-        list(pair.input) == tokenizer("The capital of Peru is").input_ids == task.encode_input("The capital of Peru is")
+        list(pair.input)
+        == tokenizer("The capital of Peru is").input_ids
+        == list(task.encode_input("The capital of Peru is"))
     )
     assert pair.target.count(tokenizer.eos_token_id) == 1
     assert pair.target[-1] == tokenizer.eos_token_id

@@ -92,7 +92,7 @@ class CellRunner:
         requests = random.Random(f"{cell.testbed} {cell.seed}").sample(all_requests, min(count, len(all_requests)))
         batched: dict[str, Any] = {} if cell.edits == 1 else {"protocol": "batched", "edits": [cell.edits]}
         report = evaluate(
-            testbed.model, testbed.tokenizer, editor, requests, max_new_tokens=testbed.testbed.new_tokens,
+            testbed.task, editor, requests, max_new_tokens=testbed.testbed.new_tokens,
             baselines=False, text=testbed.passages("text"), text_tokens=self.scale.text_tokens, **batched,
         )  # fmt: skip
         metrics = metrics_of(report.runs[0].cases)
@@ -109,7 +109,7 @@ class CellRunner:
             "perplexity": report.text.get("perplexity"),
             "editor_seconds": round(editor_ready - start, 1),
             "seconds": round(time.perf_counter() - start, 1),
-            "environment": environment(execution_device(testbed.model)),
+            "environment": environment(execution_device(testbed.task.model)),
             "settings": cell_settings(cell, self.scale),
         }
 
@@ -142,10 +142,10 @@ class CellRunner:
         testbed, method = self.testbed(cell.testbed), METHODS[cell.method]
         if method.uses_locality:
             locality = testbed.requests("train")[: 10 * self.scale.requests]
-            return FineTune.for_model(testbed.model, replace(method.config, seed=cell.seed), locality=locality)
+            return FineTune.create(testbed.task, replace(method.config, seed=cell.seed), locality=locality)
         if method.training is None:
             text = testbed.sentences() if method.uses_text else ()
-            return make(method.editor, testbed.model, testbed.tokenizer, text, cell.seed, method.config)
+            return make(method.editor, testbed.task, text, cell.seed, method.config)
         trained: Any = self.trained_editor(replace(cell, method=SAME_TRAINING.get(cell.method, cell.method)))
         trained.config = method.config
         editor: Editor = trained
@@ -170,12 +170,12 @@ class CellRunner:
                     f"{out} was trained with another {', '.join(changed)}: delete it to train it anew, or choose "
                     "another folder"
                 )
-            return stored.to(execution_device(testbed.model))
-        matrices = attention_matrices(testbed.model) if method.attention else ()
-        editor = TRAINED[method.editor].for_model(testbed.model, method.config, matrices, cell.seed)
+            return stored.to(execution_device(testbed.task.model))
+        matrices = attention_matrices(testbed.task.model) if method.attention else ()
+        editor = TRAINED[method.editor].create(testbed.task, method.config, modules=matrices, seed=cell.seed)
         self.on_progress(f"{cell.id}: training")
         return train(
-            testbed.model, testbed.tokenizer, *self._training_requests(testbed),
+            testbed.task, *self._training_requests(testbed),
             config=config, editor=editor, out=out, resume=checkpoints.exists(),
             on_progress=lambda progress: self.on_progress(f"{cell.id}: training {progress.share:.0%}"),
         )  # fmt: skip

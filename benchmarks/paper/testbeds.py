@@ -10,15 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from remend.assets import ATLAS, CLAIMS, QUESTIONS
 from remend.data import read_source, read_text
 from remend.data.passages import generation_requests
 from remend.errors import ConfigError
-from remend.models import load
 from remend.request import EditRequest, read_requests, write_requests
 from remend.serialization import write_text
+from remend.tasks import load
 
 PASSAGES = "passages"
 TOKEN_SUCCESS = "edit_success_tokens"
@@ -187,9 +185,7 @@ class LoadedTestbed:
 
     def __init__(self, testbed: Testbed, folder: Path, device: str) -> None:
         self.testbed, self.folder = testbed, folder
-        self.model: PreTrainedModel
-        self.tokenizer: PreTrainedTokenizerBase
-        self.model, self.tokenizer = load(testbed.source, device)
+        self.task = load(testbed.source, device)
 
     def requests(self, split: str) -> list[EditRequest]:
         """Return the requests of one split; those of passages are generated once and stored."""
@@ -202,7 +198,7 @@ class LoadedTestbed:
             passages = self.folder / f"{self.testbed.name}-{split}.txt"
             write_text(passages, "\n\n".join(self.passages(split)) + "\n")
             count = MAX_PASSAGE_REQUESTS[split]
-            write_requests(file, list(generation_requests(self.model, self.tokenizer, passages, count)))
+            write_requests(file, list(generation_requests(self.task, passages, count)))
         return read_requests(file)
 
     def sentences(self) -> list[str]:

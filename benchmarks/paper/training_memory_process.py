@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 from remend.editors import TRAINED
 from remend.request import EditRequest, Probe
+from remend.tasks import wrap
 from remend.training import PRESETS, train
 
 WORDS = 4000
@@ -29,16 +30,16 @@ def main(method: str, width: int) -> None:
     """Train the editor ``method`` of a model with hidden states of ``width``, and print what it took."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    model, tokenizer = random_model(width), word_tokenizer()
+    task = wrap(random_model(width), word_tokenizer())
     requests = [random_request(first) for first in range(0, 1200, 60)]
     # Resident memory now, not its peak so far: imports may have taken more for a moment.
     before = psutil.Process().memory_info().rss
     settings = replace(PRESETS["paper"][1], max_steps=2, validate_every=2, validation_size=2)
-    editor = TRAINED[method].for_model(model)
-    train(model, tokenizer, requests[:16], requests[16:], config=settings, editor=editor)
+    editor = TRAINED[method].create(task)
+    train(task, requests[:16], requests[16:], config=settings, editor=editor)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in task.model.parameters())
     print(json.dumps({"parameters": parameters, "before": before, "peak": peak}))
 
 

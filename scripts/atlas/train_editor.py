@@ -43,9 +43,10 @@ def main() -> None:
 
     settings = PRESETS["default"][1]
     settings = replace(settings, seed=arguments.seed, max_steps=arguments.max_steps or settings.max_steps)
-    task = remend.load("atlas", arguments.device)
+    model, tokenizer = remend.load("atlas", arguments.device)
     editor = remend.train(
-        task,
+        model,
+        tokenizer,
         remend.read_source("atlas:train"),
         remend.read_source("atlas:validation"),
         config=settings,
@@ -55,7 +56,7 @@ def main() -> None:
     editor.save_pretrained(arguments.out, dtype=torch.float16)
     size = sum(file.stat().st_size for file in arguments.out.iterdir())
     stored = remend.Mend.from_pretrained(arguments.out).to(editor.device)
-    report = remend.evaluate(task, stored, remend.read_source("atlas:validation"), data="atlas:validation")
+    report = remend.evaluate(model, tokenizer, stored, remend.read_source("atlas:validation"), data="atlas:validation")
     for name, modes in report.metrics().items():
         if "generated" not in modes:
             continue

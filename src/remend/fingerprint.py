@@ -120,9 +120,10 @@ class ModelFingerprint:
 
 @runtime_checkable
 class HasModel(Protocol):
-    """An object that holds a model, such as a :class:`remend.Task`."""
+    """An object that holds a model and its tokenizer or other processor, such as a :class:`remend.Task`."""
 
     model: Any
+    processor: Any
 
 
 def module_of(model: nn.Module | HasModel) -> nn.Module:

@@ -79,7 +79,6 @@ def write(
     import torch
 
     from remend.models import skeleton
-    from remend.tasks import load
     from remend.serialization import check_replaceable
     from remend.tasks import load
 

@@ -110,7 +110,7 @@ def _split_passage(task: CausalLM, text: str) -> tuple[str, str] | None:
     ids = task.ids(text, framed=False)
     # From the longest prompt down, until a cut falls between two words.
     for cut in range(min(PROMPT_TOKENS, longest, len(ids) - TARGET_TOKENS), MIN_PROMPT_TOKENS - 1, -1):
-        prompt = task.decoded(ids[:cut], skip_special_tokens=True).strip()
+        prompt = task.decode_tokens(ids[:cut], skip_special_tokens=True).strip()
         following = _decode_continuation(task, ids[:cut], ids[cut : cut + TARGET_TOKENS])
         if following:
             return prompt, following

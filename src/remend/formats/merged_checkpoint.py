@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from remend.edit import Edit
 from remend.errors import FileError
+from remend.fingerprint import HasModel
 from remend.formats.base import EditFormat, ImportedEdit
 from remend.formats.checkpoint_difference import diff_checkpoints
 from remend.serialization import atomic_folder
-from remend.tasks import Task
 
 SHARD = "5GB"
 """The largest file of a checkpoint."""
@@ -29,7 +29,7 @@ class Merged(NamedTuple):
     lost: dict[str, float]
 
 
-def save_merged(edit: Edit, path: str | Path, task: Task, shard: str = SHARD) -> Merged:
+def save_merged(edit: Edit, path: str | Path, task: HasModel, shard: str = SHARD) -> Merged:
     """Write the edited model, in the dtype in which it is loaded, as sharded safetensors with its tokenizer.
 
     The edit is merged into the model while it is written, and reverted bit for bit afterwards, so that beside the model
@@ -45,10 +45,14 @@ def save_merged(edit: Edit, path: str | Path, task: Task, shard: str = SHARD) ->
         WrongBaseError, PrecisionError, EditError: as :meth:`remend.Edit.merge`.
         FileError: ``path`` holds something, or cannot be written.
     """
-    with atomic_folder(path, lambda there: False) as staged, edit.merge(task.model) as merged:
+    return _save_checkpoint(edit, path, task.model, task.processor, shard)
+
+
+def _save_checkpoint(edit: Edit, path: str | Path, model: Any, processor: Any, shard: str = SHARD) -> Merged:
+    with atomic_folder(path, lambda there: False) as staged, edit.merge(model) as merged:
         try:
-            task.model.save_pretrained(staged, max_shard_size=shard)
-            task.processor.save_pretrained(staged)
+            model.save_pretrained(staged, max_shard_size=shard)
+            processor.save_pretrained(staged)
         except (RuntimeError, ValueError) as error:
             raise FileError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
         return Merged(Path(path), dict(merged.lost))
@@ -62,7 +66,7 @@ class MergedFormat(EditFormat):
 
     def write(self, edit: Edit, path: Path, model: Any, processor: Any) -> Mapping[str, float]:
         """Write the edited model. See :meth:`EditFormat.write` and :func:`save_merged`."""
-        return save_merged(edit, path, model, processor).lost
+        return _save_checkpoint(edit, path, model, processor).lost
 
     def detect(self, path: Path) -> bool:
         """Return whether the folder is a checkpoint of transformers."""
