@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, the clock, child processes, random models and requests of random words."""
+"""Helpers of the benchmarks: arguments, timing, child processes, random models and requests of random words."""
 
 from __future__ import annotations
 
@@ -47,51 +47,50 @@ T = TypeVar("T")
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
-    """The arguments of every benchmark: where its configuration is and where its result goes."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--config", type=Path, default=HERE / "configs" / f"{name}.json")
-    made.add_argument("--out", type=Path, default=HERE / "results" / f"{name}.json")
-    return made
+    """Return a parser with the options of every benchmark: ``--config`` and ``--out``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "configs" / f"{name}.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / f"{name}.json")
+    return parser
 
 
 def start(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One thread from here on; returns the configuration."""
+    """Limit torch to one thread and return the configuration."""
     torch.set_num_threads(1)
     config: dict[str, Any] = json.loads(arguments.config.read_text())
     return config
 
 
-def write(out: Path, config: Mapping[str, Any], found: Mapping[str, Any], device: str = "cpu") -> None:
-    """Write a result with its configuration and what it was measured on."""
-    write_json(out, {"config": config, **found, "environment": environment(torch.device(device))})
+def write(out: Path, config: Mapping[str, Any], result: Mapping[str, Any], device: str = "cpu") -> None:
+    """Write a result with its configuration and the environment it was measured in."""
+    write_json(out, {"config": config, **result, "environment": environment(torch.device(device))})
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on: versions, threads, the processor's or GPU's name."""
+    """Return what figures depend on: versions, threads, the name of the processor or GPU."""
     return {**report.environment(device), "cpu": processor(), "cores": os.cpu_count()}
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it."""
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.exists() else []
+    """Return the processor's name."""
+    # On Linux, platform.processor() gives the architecture only, and psutil has no name.
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """CPU seconds of this process for one call."""
-    began = time.process_time()
+    """Measure one call in CPU seconds of this process."""
+    start = time.process_time()
     action()
-    return time.process_time() - began
+    return time.process_time() - start
 
 
-def in_a_child(function: Callable[..., T], *arguments: Any) -> T:
-    """What ``function`` returns, called in a fresh process: its peak memory is then its own.
-
-    Where the system can, processes are forked from one that did nothing but import the libraries, once.
-    """
+def in_child_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Call ``function`` in a new process, so that its peak memory is that of the call alone, and return its result."""
     if "forkserver" in multiprocessing.get_all_start_methods():
+        # Forked from a server that has only imported the libraries: importing torch anew takes seconds.
         context: multiprocessing.context.BaseContext = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["remend.training", "transformers.models.gpt2.modeling_gpt2"])
     else:
@@ -101,43 +100,42 @@ def in_a_child(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def peak_memory() -> int | None:
-    """The most memory that this process has held, in bytes.
-
-    On Linux, what ``getrusage`` tells begins with the memory of the process that started this one.
-    """
+    """Return the peak of this process's resident memory, in bytes."""
+    # VmHWM rather than getrusage, whose peak on Linux includes that of the process which started this one; psutil
+    # has no peak on Linux.
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    own = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
-    return own[0] if own else report.peak_memory()
+    peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+    return peaks[0] if peaks else report.peak_memory()
 
 
 # -- random models and requests ------------------------------------------------------------------------------------
 
 
-def words(size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of which every word is one token, so that lengths in the configuration are exact."""
-    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=f"w{size - 1}")
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token for each word, so that lengths in the configuration are exact."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{size - 1}")
 
 
 def random_requests(config: Mapping[str, Any], count: int) -> list[EditRequest]:
-    """Requests of random words: one paraphrase and one locality example, all ``tokens`` long; no two are alike.
+    """Return requests of random words, each with one paraphrase and one locality example, all ``tokens`` long.
 
     The end token is one of the ``target_tokens``.
     """
-    draw = random.Random(config["seed"])
+    rng = random.Random(config["seed"])
 
     def text(length: int) -> str:
-        return " ".join(f"w{draw.randrange(config['model']['vocab_size'] - 1)}" for _ in range(length))
+        return " ".join(f"w{rng.randrange(config['model']['vocab_size'] - 1)}" for _ in range(length))
 
-    prompt, target = config["tokens"] - config["target_tokens"], config["target_tokens"] - 1
+    prompt_words, target_words = config["tokens"] - config["target_tokens"], config["target_tokens"] - 1
     return [
         EditRequest(
-            prompt=text(prompt),
-            target=text(target),
-            paraphrases=(text(prompt),),
-            locality=(Probe(prompt=text(prompt), target=text(target)),),
+            prompt=text(prompt_words),
+            target=text(target_words),
+            paraphrases=(text(prompt_words),),
+            locality=(Probe(prompt=text(prompt_words), target=text(target_words)),),
         )
         for _ in range(count)
     ]
@@ -146,14 +144,16 @@ def random_requests(config: Mapping[str, Any], count: int) -> list[EditRequest]:
 def random_model(
     settings: Mapping[str, Any], seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A model with random weights, made where it is used; ``settings`` are its configuration's, GPT-2's by default."""
+    """Return a model with random weights, created on its device; ``settings`` change GPT-2's configuration."""
     torch.manual_seed(seed)
-    end = settings["vocab_size"] - 1
-    config = AutoConfig.for_model(**{"model_type": "gpt2", "bos_token_id": end, "eos_token_id": end, **settings})
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    end_token = settings["vocab_size"] - 1
+    config = AutoConfig.for_model(
+        **{"model_type": "gpt2", "bos_token_id": end_token, "eos_token_id": end_token, **settings}
+    )
+    model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device(device):
-        made: PreTrainedModel = kind.from_config(config, dtype=dtype)
-    return made.eval()
+        model: PreTrainedModel = model_class.from_config(config, dtype=dtype)
+    return model.eval()
 
 
 def random_trainer(
@@ -165,16 +165,16 @@ def random_trainer(
     rank: int | None = None,
     batch_size: int | None = None,
 ) -> Trainer:
-    """A trainer of the configuration's preset on ``count`` random requests, calibrated, with empty stores.
+    """Return a calibrated trainer of the configuration's preset on ``count`` random requests, with empty caches.
 
     Args:
         config: the benchmark's configuration: ``model``, ``preset``, ``tokens``, ``target_tokens`` and ``seed``.
         count: how many requests.
         resources: how memory is used.
-        blocks: the MLPs of how many blocks, the last ones, are edited; the package's default without it.
-        model: the base model; by default made as configured.
-        rank: of the editor networks, instead of the preset's.
-        batch_size: episodes a step, instead of the preset's.
+        blocks: how many blocks, the last ones, have their MLPs edited; the package's default if it is None.
+        model: the base model; by default a random one as configured.
+        rank: the rank of the editor networks, in place of the preset's.
+        batch_size: episodes a step, in place of the preset's.
     """
     if model is None:
         model = random_model(config["model"], config["seed"])
@@ -183,14 +183,14 @@ def random_trainer(
     settings = replace(settings, seed=config["seed"], batch_size=batch_size or settings.batch_size)
     depth = model.config.num_hidden_layers
     modules = [f"*.{block}.mlp.*" for block in range(depth - blocks, depth)] if blocks else []
-    task = wrap(model, words(config["model"]["vocab_size"])).with_autocast(resources.autocast)
+    task = wrap(model, word_tokenizer(config["model"]["vocab_size"])).with_autocast(resources.autocast)
     editor = Mend.create(task, network, modules=modules, seed=config["seed"])
     trainer = Trainer(task, editor, random_requests(config, count), settings, resources)
     calibrate(editor, trainer.constants, trainer.episodes.edits(CALIBRATION_EXAMPLES, 8), trainer.workers)
-    forget(trainer)
+    empty_caches(trainer)
     return trainer
 
 
-def forget(trainer: Trainer) -> None:
-    """Empty a trainer's stores: every example is new to it again."""
+def empty_caches(trainer: Trainer) -> None:
+    """Empty a trainer's caches, so that every example is new to it again."""
     trainer.constants = trainer._constants()

@@ -1,14 +1,14 @@
-"""CounterFact from end to end: a model that knows its facts, an editor trained on some subjects, judged on others.
+"""CounterFact end to end: train a model on its facts, train an editor on some subjects, evaluate it on others.
 
     python benchmarks/counterfact.py --source COUNTERFACT --templates PARAREL/templates.json
 
 ``COUNTERFACT`` is a folder with CounterFact's rows as JSON lines (``train.jsonl``, ``val.jsonl``: subject, relation,
 template, ground_truth, target_new), and the templates are those of each relation with their counts. Facts with enough
-neighbours are chosen; a GPT-2 is trained from nothing to know them in five phrasings each; then ``remend train`` and
-``remend evaluate`` do what they do with anybody's model. Each test request is CounterFact's own: its template, its
-subject, its new target. On one thread in about an hour; models and requests go to ``build/counterfact``, the figures to
-``benchmarks/results/counterfact.json`` and, as a table, beside it. ``--resume`` goes on with the model's checkpoint;
-``--only-model`` ends with the folder that ``python -m benchmarks.paper --testbed`` takes.
+near probes are chosen, a GPT-2 is trained from scratch to know them in five phrasings each, and an editor is trained
+and evaluated as with any other model. Each test request has CounterFact's template, subject and new target. It takes
+about an hour on one thread. Models and requests are written to ``build/counterfact``, the figures to
+``benchmarks/results/counterfact.json`` and a Markdown table. ``--resume`` continues the model's training;
+``--only-model`` stops after the folder that ``python -m benchmarks.paper --testbed`` takes.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from remend.request import write_requests
 from remend.serialization import write_json
 from remend.training import PRESETS
 
-FEWEST, LARGEST = 5, 130
-"""Facts with one object in a relation, at least; facts of a relation, at most."""
+MIN_PER_OBJECT, MAX_PER_RELATION = 5, 130
+"""Facts of a relation with the same object, at least; facts of a relation, at most."""
 
-SHOWN = {
+METRICS = {
     "reliability": "the prompt itself",
     "generality": "three paraphrases",
     "generality_unseen": "a phrasing that training never saw",
@@ -53,84 +53,94 @@ SHOWN = {
     "locality_adversarial": "far, with the edit put before the prompt",
     "accuracy_drawdown": "accuracy drawdown",
 }
-"""Rows of the table, by metric."""
+"""The metrics of the table, with the titles of their rows."""
 
 
 class CounterFacts(FactSet):
-    """CounterFact's facts, each with its own first request.
+    """CounterFact's facts, each with CounterFact's own request as its first one.
 
     Args:
         facts: the facts.
-        relations: how they are asked.
-        own: each fact's template and new target.
+        relations: the phrasings of each relation.
+        published: each fact's template and new target in CounterFact.
     """
 
-    def __init__(self, facts: list[Fact], relations: dict[str, Relation], own: dict[Fact, tuple[str, str]]) -> None:
+    def __init__(
+        self, facts: list[Fact], relations: dict[str, Relation], published: dict[Fact, tuple[str, str]]
+    ) -> None:
         super().__init__(facts, relations)
-        self.own = own
+        self.published = published
 
     def _draw_phrasings_and_target(self, fact: Fact, number: int, rng: random.Random) -> tuple[list[str], str]:
         phrasings, target = super()._draw_phrasings_and_target(fact, number, rng)
         if number:
             return phrasings, target
-        template, target = self.own[fact]
+        template, target = self.published[fact]
         return [template, *(phrasing for phrasing in phrasings if phrasing != template)], target
 
 
 def main() -> None:
-    """Choose the facts, train the model and the editor, and judge what it does on the test split."""
+    """Choose the facts, train the model and the editor, and evaluate it on the test split."""
     folder = Path("build/counterfact")
-    made = parser(__doc__, folder / "model", folder / "model_report.json", folder)
-    made.add_argument("--source", type=Path, default=HERE.parents[1] / "shared/data/counterfact")
-    made.add_argument("--templates", type=Path, default=HERE.parents[1] / "shared/data/pararel/templates.json")
-    made.add_argument("--result", type=Path, default=HERE / "results" / "counterfact.json")
-    made.add_argument("--steps", type=int, default=PRESETS["default"][1].max_steps, help="of the editor's training")
-    made.add_argument("--only-model", action="store_true", help="make the model and the requests, and no editor")
-    made.set_defaults(phrasings=2)
-    arguments = made.parse_args()
-    began = time.perf_counter()
-    known = choose(arguments)
+    arguments_parser = parser(__doc__, folder / "model", folder / "model_report.json", folder)
+    arguments_parser.add_argument("--source", type=Path, default=HERE.parents[1] / "shared/data/counterfact")
+    arguments_parser.add_argument(
+        "--templates", type=Path, default=HERE.parents[1] / "shared/data/pararel/templates.json"
+    )
+    arguments_parser.add_argument("--result", type=Path, default=HERE / "results" / "counterfact.json")
+    arguments_parser.add_argument(
+        "--steps", type=int, default=PRESETS["default"][1].max_steps, help="of the editor's training"
+    )
+    arguments_parser.add_argument(
+        "--only-model", action="store_true", help="make the model and the requests, and no editor"
+    )
+    arguments_parser.set_defaults(phrasings=2)
+    arguments = arguments_parser.parse_args()
+    start = time.perf_counter()
+    facts = choose_facts(arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     files = {split: arguments.out.parent / f"{split}.jsonl" for split in TARGETS}
     for split, targets in TARGETS.items():
-        write_requests(files[split], list(known.requests(split, targets)))
+        write_requests(files[split], list(facts.requests(split, targets)))
     if arguments.resume or not (arguments.out / "config.json").exists():
-        train_on_facts(StatementTrainer, known, arguments)
+        train_on_facts(StatementTrainer, facts, arguments)
     if arguments.only_model:
         return
-    trained = time.perf_counter() - began
-    report = edit(arguments, files)
-    write(arguments, known, report, {"model_seconds": trained, "all_seconds": time.perf_counter() - began})
+    model_seconds = time.perf_counter() - start
+    report = train_and_evaluate(arguments, files)
+    write(arguments, facts, report, {"model_seconds": model_seconds, "all_seconds": time.perf_counter() - start})
 
 
-def choose(arguments: argparse.Namespace) -> CounterFacts:
-    """Facts asked in one of their relation's commonest templates, whose object is several subjects' answer."""
+def choose_facts(arguments: argparse.Namespace) -> CounterFacts:
+    """Return facts in a common template of their relation, whose object is the answer for several subjects."""
     relations = read_relations(arguments.templates)
     rows = [
         json.loads(line) for file in sorted(arguments.source.glob("*.jsonl")) for line in file.open(encoding="utf-8")
     ]
-    own: dict[Fact, tuple[str, str]] = {}
-    asked: Counter[str] = Counter()
+    published: dict[Fact, tuple[str, str]] = {}
+    prompts: set[str] = set()
     for row in sorted(rows, key=lambda row: digest(f"{row['case_id']}")):
         relation, subject = row["relation"], row["subject"]
         if relation in relations and row["template"] in relations[relation].all_phrasings:
             fact = Fact(subject, relation, row["ground_truth"], split_of(subject))
-            if not any(asked[phrasing.format(subject)] for phrasing in relations[relation].all_phrasings):
-                own[fact] = (row["template"], row["target_new"])
-                asked.update(phrasing.format(subject) for phrasing in relations[relation].all_phrasings)
-    alike = Counter((fact.relation, fact.object) for fact in own)
-    kept: Counter[str] = Counter()
+            new_prompts = {phrasing.format(subject) for phrasing in relations[relation].all_phrasings}
+            if prompts.isdisjoint(new_prompts):  # a prompt has one answer
+                published[fact] = (row["template"], row["target_new"])
+                prompts |= new_prompts
+    same_object = Counter((fact.relation, fact.object) for fact in published)
+    chosen: Counter[str] = Counter()
     facts = []
-    for fact in own:
-        if alike[fact.relation, fact.object] >= FEWEST and kept[fact.relation] < LARGEST:
-            kept[fact.relation] += 1
+    for fact in published:
+        if same_object[fact.relation, fact.object] >= MIN_PER_OBJECT and chosen[fact.relation] < MAX_PER_RELATION:
+            chosen[fact.relation] += 1
             facts.append(fact)
     facts.sort(key=lambda fact: (fact.relation, fact.subject))
-    return CounterFacts(facts, {name: one for name, one in relations.items() if kept[name]}, own)
+    used = {name: relation for name, relation in relations.items() if chosen[name]}
+    return CounterFacts(facts, used, published)
 
 
-def edit(arguments: argparse.Namespace, files: dict[str, Path]) -> remend.Report:
-    """What an editor of the default preset does, trained on the training split's subjects."""
+def train_and_evaluate(arguments: argparse.Namespace, files: dict[str, Path]) -> remend.Report:
+    """Train an editor of the default preset on the training split, and return its report on the test split."""
     task = remend.load(str(arguments.out), "cpu")
     requests = {split: remend.read_source(str(file)) for split, file in files.items()}
     settings = replace(PRESETS["default"][1], max_steps=arguments.steps)
@@ -141,43 +151,46 @@ def edit(arguments: argparse.Namespace, files: dict[str, Path]) -> remend.Report
     )
 
 
-def write(arguments: argparse.Namespace, known: CounterFacts, report: remend.Report, seconds: dict[str, float]) -> None:
-    """The figures as JSON, and as a table beside it."""
-    found = {"edited": report.cases, **report.baselines}
+def write(
+    arguments: argparse.Namespace, fact_set: CounterFacts, report: remend.Report, seconds: dict[str, float]
+) -> None:
+    """Write the figures as JSON and as a Markdown table."""
+    cases_by_name = {"edited": report.cases, **report.baselines}
     figures = {
         name: {
-            metric: {mode: [own.mean, *own.ci95, own.n] for mode, own in modes.items()} for metric, modes in m.items()
+            metric: {mode: [figure.mean, *figure.ci95, figure.n] for mode, figure in modes.items()}
+            for metric, modes in metrics_of(cases).items()
         }
-        for name, m in ((name, metrics_of(cases)) for name, cases in found.items())
+        for name, cases in cases_by_name.items()
     }
-    knows = json.loads(arguments.report.read_text(encoding="utf-8"))
-    facts = Counter(fact.split for fact in known.facts)
+    model_report = json.loads(arguments.report.read_text(encoding="utf-8"))
+    facts = Counter(fact.split for fact in fact_set.facts)
     result = {
         "facts": facts,
-        "knows": {key: knows[key] for key in ("exact_match", "parameters", "seconds")},
+        "knows": {key: model_report[key] for key in ("exact_match", "parameters", "seconds")},
         "seconds": seconds,
         "figures": figures,
         "environment": common.environment(common.torch.device("cpu")),
     }
     write_json(arguments.result, result)
     lines = [
-        f"CounterFact: {len(known.facts):,} facts that a GPT-2 of {knows['parameters'] / 1e6:.1f} million parameters "
-        f"knows ({knows['exact_match']:.4f} exact match over five phrasings); an editor trained on the "
-        f"{facts['train']:,} of the training split, judged on the {facts['test']:,} of the test split, whose subjects "
-        "it never saw. "
+        f"CounterFact: {len(fact_set.facts):,} facts that a GPT-2 of {model_report['parameters'] / 1e6:.1f} million "
+        f"parameters knows ({model_report['exact_match']:.4f} exact match over five phrasings); an editor trained on "
+        f"the {facts['train']:,} of the training split and evaluated on the {facts['test']:,} of the test split, with "
+        "other subjects. "
         f"All in {seconds['all_seconds'] / 60:.0f} minutes on one thread (`python benchmarks/counterfact.py`).",
         "",
         "| | generated | 95 % | teacher forced | unedited | fact in the prompt |",
         "|---|---|---|---|---|---|",
     ]
-    for metric, words in SHOWN.items():
+    for metric, title in METRICS.items():
         if metric not in figures["edited"]:
             continue
         mean, low, high, _ = figures["edited"][metric]["generated"]
         cells = [f"{mean:.3f}", f"{low:.3f} – {high:.3f}", f"{figures['edited'][metric]['teacher_forced'][0]:.3f}"]
-        beside = [figures[name].get(metric) for name in report.baselines]
-        cells += ["" if own is None else f"{own['generated'][0]:.3f}" for own in beside]
-        lines.append(f"| {words} | {' | '.join(cells)} |")
+        baselines = [figures[name].get(metric) for name in report.baselines]
+        cells += ["" if modes is None else f"{modes['generated'][0]:.3f}" for modes in baselines]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     arguments.result.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

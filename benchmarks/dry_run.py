@@ -1,8 +1,8 @@
-"""What editing would take of large models, from their configurations alone: what ``remend doctor config.json`` says.
+"""The memory that editing large models would take, computed from their configurations as ``remend doctor`` does.
 
     python benchmarks/dry_run.py [--config FILE] [--out result.json]
 
-No weight is made or fetched: models are built without memory. A table (Markdown) is written beside the result.
+No weights are created or downloaded. A Markdown table is written beside the result.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from remend.errors import ModelError
 from remend.training.resource_estimate import GPUS, dry_run
 
 
-def row(shape: Mapping[str, Any]) -> dict[str, Any]:
-    """What there is to say of one model."""
+def estimate_row(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the estimate of one model, or why it cannot be edited."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape["config"]), encoding="utf-8")
         try:
-            found = dry_run(folder).to_json()
+            estimate = dry_run(folder).to_json()
         except ModelError as error:
             return {"name": shape["name"], "refused": str(error)}
-    del found["model"]
-    return {"name": shape["name"], **found}
+    del estimate["model"]  # the name of the temporary folder
+    return {"name": shape["name"], **estimate}
 
 
 def table(about: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as Markdown."""
     head = ["", "parameters", "edited", "editor", *(f"{count} GPU{'s' if count > 1 else ''}" for count in GPUS)]
     lines = [
         "# What large models take",
@@ -41,23 +41,23 @@ def table(about: str, rows: Sequence[Mapping[str, Any]]) -> str:
         "| " + " | ".join(head) + " |",
         "|---|" + "---|" * (len(head) - 1),
     ]
-    for one in rows:
-        if "refused" in one:
-            lines.append(f"| {one['name']} | " + f"not yet: {one['refused']}" + " |" * (len(head) - 1))
+    for row in rows:
+        if "refused" in row:
+            lines.append(f"| {row['name']} | " + f"not yet: {row['refused']}" + " |" * (len(head) - 1))
             continue
-        names = list(one["matrices"])
-        edited = f"{len(names)} × {'×'.join(map(str, one['matrices'][names[-1]]))}, to `{names[-1]}`"
-        cells = [one["name"], f"{one['parameters'] / 1e9:.1f} billion", edited, f"{one['editor_bytes'] / 1e9:.1f}"]
-        cells += [f"{one['gpu_bytes'][str(count)] / 1e9:.0f}" for count in GPUS]
+        names = list(row["matrices"])
+        edited = f"{len(names)} × {'×'.join(map(str, row['matrices'][names[-1]]))}, to `{names[-1]}`"
+        cells = [row["name"], f"{row['parameters'] / 1e9:.1f} billion", edited, f"{row['editor_bytes'] / 1e9:.1f}"]
+        cells += [f"{row['gpu_bytes'][str(count)] / 1e9:.0f}" for count in GPUS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Look at every model, print and write what was found."""
+    """Estimate every model, and print and write the table."""
     arguments = common.parser(__doc__, "dry_run").parse_args(argv)
     config = common.start(arguments)
-    rows = [row(shape) for shape in config["models"]]
+    rows = [estimate_row(shape) for shape in config["models"]]
     common.write(arguments.out, config, {"rows": rows})
     text = table(config["about"], rows)
     arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")

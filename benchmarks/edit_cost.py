@@ -1,9 +1,9 @@
-"""What one edit costs, beside one forward and backward pass of the same prompt and target through the model.
+"""The time of one edit, relative to a forward and backward pass of the same prompt and target.
 
     python benchmarks/edit_cost.py [--config benchmarks/configs/edit_cost.json] [--out result.json]
 
-Both are timed in turn on one thread, in CPU seconds of the process; the ratio is taken pair by pair and its median is
-the result. The pass is what a fine-tuning step would begin with: gradients of every weight of the model.
+Both are timed alternately on one thread, in CPU seconds of the process; the result is the median of the ratios. The
+pass computes the gradients of all weights, as a step of fine-tuning does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 import common
 import remend
-from remend.tasks.causal_lm import CausalLM
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,25 +27,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = common.start(arguments)
     task = remend.load(config["model"], "cpu")
     editor = remend.Mend.from_pretrained(config["editor"])
-    task = CausalLM(task.model, task.tokenizer)
     requests = random.Random(config["seed"]).sample(remend.read_source(config["data"]), config["requests"])
 
     def forward_and_backward(request: remend.EditRequest) -> None:
         task.loss(task.collate([task.encode(request.prompt, request.target)])).sum().backward()
         task.model.zero_grad()
 
-    passes, edits = [], []
+    pass_times, edit_times = [], []
     for repeat in range(config["repeats"] + 1):
         for request in requests:
-            one_pass = common.seconds(lambda request=request: forward_and_backward(request))
-            one_edit = common.seconds(lambda request=request: editor.edit(task, [request]))
+            pass_time = common.seconds(lambda request=request: forward_and_backward(request))
+            edit_time = common.seconds(lambda request=request: editor.edit(task, [request]))
             if repeat:  # the first round warms up
-                passes.append(one_pass)
-                edits.append(one_edit)
-    ratios = [edit / one for edit, one in zip(edits, passes, strict=True)]
+                pass_times.append(pass_time)
+                edit_times.append(edit_time)
+    ratios = [edit / base for edit, base in zip(edit_times, pass_times, strict=True)]
     result = {
-        "pass_ms": 1000 * statistics.median(passes),
-        "edit_ms": 1000 * statistics.median(edits),
+        "pass_ms": 1000 * statistics.median(pass_times),
+        "edit_ms": 1000 * statistics.median(edit_times),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
         "n": len(ratios),

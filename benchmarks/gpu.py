@@ -2,11 +2,11 @@
 
     python benchmarks/gpu.py [--config FILE] [--out result.json]
 
-Models are made on the device, in bfloat16, and nothing is downloaded. Each trains for half a minute on examples that
-are all new (``first epoch``), then for as long on the same steps again (``warm``: hidden states and gradient factors
-come from the stores); seconds are wall time with the device synchronised. The table has episodes a second, the peak of
-the device's memory, and the micro-batch that the run ended with. Without a CUDA device only the configuration's
-``smallest`` model runs, on the CPU, and the table says ``not measured`` for the rest.
+Models are created on the device in bfloat16; nothing is downloaded. Each trains for half a minute on new examples
+(``first epoch``), then for as long on the same steps again (``warm``: hidden states and gradient factors come from
+the caches). Seconds are wall time with the device synchronized. The table shows episodes a second, the device's peak
+memory, and the micro-batch at the end of the run. Without a CUDA device only the configuration's ``smallest`` model
+runs, on the CPU, and the table says ``not measured`` for the others.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ COLUMNS = {
 
 
 def train_for(trainer: Trainer, seconds: float, first_step: int, last_step: int) -> tuple[float, int]:
-    """Train from one step until the time is over or another step is reached; returns episodes a second, and steps."""
+    """Train for some seconds or up to ``last_step``, and return episodes a second and the number of steps."""
     device = trainer.task.device
     trainer.step = first_step
-    began, spent = clock(device), 0.0
-    while trainer.step < last_step and spent < seconds:
+    start, elapsed = clock(device), 0.0
+    while trainer.step < last_step and elapsed < seconds:
         trainer.train_step()
-        spent = clock(device) - began
+        elapsed = clock(device) - start
     steps = trainer.step - first_step
-    return steps * trainer.config.batch_size / spent, steps
+    return steps * trainer.config.batch_size / elapsed, steps
 
 
 def clock(device: torch.device) -> float:
-    """Wall time, after whatever the device had to do; CPU seconds where there is no other device."""
+    """Return wall time after the device has finished its work; on the CPU, CPU seconds of the process."""
     if device.type != "cuda":
         return time.process_time()
     torch.cuda.synchronize(device)
@@ -57,7 +57,7 @@ def clock(device: torch.device) -> float:
 
 
 def measure(config: Mapping[str, Any], shape: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """Train one model."""
+    """Train one model and return its speed and memory."""
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -71,11 +71,11 @@ def measure(config: Mapping[str, Any], shape: Mapping[str, Any], device: str) ->
         )
         train_for(trainer, float("inf"), 0, warm_up)
         last = config["requests"] // size  # one epoch
-        first, steps = train_for(trainer, config["seconds"], warm_up, last)
-        warm, _ = train_for(trainer, config["seconds"], warm_up, warm_up + steps)
+        first_rate, steps = train_for(trainer, config["seconds"], warm_up, last)
+        warm_rate, _ = train_for(trainer, config["seconds"], warm_up, warm_up + steps)
     return {
-        "episodes_per_second": first,
-        "warm_episodes_per_second": warm,
+        "episodes_per_second": first_rate,
+        "warm_episodes_per_second": warm_rate,
         "steps": steps,
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else common.peak_memory(),
         "micro_batch": trainer.micro_batch,
@@ -85,28 +85,28 @@ def measure(config: Mapping[str, Any], shape: Mapping[str, Any], device: str) ->
 
 
 def attempt(config: Mapping[str, Any], shape: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """One row of the table: what was measured, or why nothing was."""
+    """Return one row of the table: the measurements, or why there are none."""
     row = {"name": shape["name"]}
     if device == "cpu" and not shape.get("smallest"):
         return {**row, "status": "not measured"}
     try:
         return {**row, "status": "measured", "device": device, **measure(config, shape, device)}
-    except (ModelError, torch.OutOfMemoryError) as error:  # the next model is worth a try
+    except (ModelError, torch.OutOfMemoryError) as error:  # a larger model does not end the run: the next one may fit
         return {**row, "status": f"does not fit: {str(error).splitlines()[0]}"}
     finally:
         gc.collect()
 
 
-def table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """The rows for people."""
-    made = Table("model", *COLUMNS.values(), title=title)
+def results_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Return the rows as a table for the terminal."""
+    table = Table("model", *COLUMNS.values(), title=title)
     for row in rows:
         if row["status"] == "measured":
-            shown = {**row, "peak_bytes": row["peak_bytes"] / 1e9 if row["peak_bytes"] else float("nan")}
-            made.add_row(row["name"], *(f"{shown[c]:.3g}" for c in COLUMNS))
+            values = {**row, "peak_bytes": row["peak_bytes"] / 1e9 if row["peak_bytes"] else float("nan")}
+            table.add_row(row["name"], *(f"{values[column]:.3g}" for column in COLUMNS))
         else:
-            made.add_row(row["name"], row["status"], *[""] * (len(COLUMNS) - 1))
-    return made
+            table.add_row(row["name"], row["status"], *[""] * (len(COLUMNS) - 1))
+    return table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(attempt(config, shape, device))
         common.write(arguments.out, config, {"measured": device == "cuda", "results": rows}, device)
     name = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device: the smallest model alone, on the CPU"
-    Console(width=110).print(table(rows, name))
+    Console(width=110).print(results_table(rows, name))
 
 
 if __name__ == "__main__":

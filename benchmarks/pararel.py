@@ -1,10 +1,10 @@
-"""A second world to measure editors on: a small GPT-2 that knows facts of ParaRel, asked in CounterFact's words.
+"""Train a second testbed for editors: a small GPT-2 that knows ParaRel's facts in CounterFact's phrasings.
 
     python benchmarks/pararel.py --source PARAREL
 
 ``PARAREL`` is a folder with ``facts.tsv`` (subject, relation, object) and ``templates.json`` (the phrasings of each
-relation with their counts). The model and its tokenizer are trained from nothing, on one thread in about 20 minutes;
-they and the edit requests of the three splits are written to ``build/pararel``: nothing of it is part of the package.
+relation with their counts). The model and its tokenizer are trained from scratch, on one thread in about 20 minutes,
+and written to ``build/pararel`` with the edit requests of the three splits. Nothing of it is part of the package.
 """
 
 from __future__ import annotations
@@ -26,37 +26,41 @@ from remend.data.facts import Fact, FactSet, Relation
 from remend.request import write_requests
 
 PHRASINGS = 5
-"""How each fact is asked: in the relation's commonest phrasings; the last is kept from the training of editors."""
+"""How many of a relation's most common phrasings are used; editors are not trained on the last one."""
 
-FEWEST, MOST = 5, 12
-"""Facts with one object in a relation: enough to have neighbours, too few to be the answer to everything."""
+MIN_PER_OBJECT, MAX_PER_OBJECT = 5, 12
+"""Facts of a relation with the same object: enough for near probes, too few for the object to be a default answer."""
 
-LARGEST = 145
-"""Facts of a relation."""
+MAX_PER_RELATION = 145
+"""Facts of a relation, except that the last object's facts are added as a whole."""
 
-SHARES = {"test": 0.16, "validation": 0.1}
-"""Of the subjects; the rest is for training."""
+SPLIT_SHARES = {"test": 0.16, "validation": 0.1}
+"""The shares of subjects; the rest is for training."""
 
 TARGETS = {"train": 4, "validation": 1, "test": 1}
-"""Requests for each fact."""
+"""How many requests each fact has, each with another target."""
 
 
 def main() -> None:
     """Choose the facts, write the requests and train the model."""
-    made = parser(__doc__, Path("build/pararel/model"), Path("build/pararel/report.json"), Path("build/pararel"))
-    made.add_argument("--source", type=Path, default=HERE.parents[1] / "shared/data/pararel")
-    made.add_argument("--requests", type=Path, default=Path("build/pararel"), help="folder for the requests")
-    made.set_defaults(phrasings=2)
-    arguments = made.parse_args()
-    known = choose(arguments)
+    arguments_parser = parser(
+        __doc__, Path("build/pararel/model"), Path("build/pararel/report.json"), Path("build/pararel")
+    )
+    arguments_parser.add_argument("--source", type=Path, default=HERE.parents[1] / "shared/data/pararel")
+    arguments_parser.add_argument(
+        "--requests", type=Path, default=Path("build/pararel"), help="folder for the requests"
+    )
+    arguments_parser.set_defaults(phrasings=2)
+    arguments = arguments_parser.parse_args()
+    facts = choose_facts(arguments)
     arguments.requests.mkdir(parents=True, exist_ok=True)
     for split, targets in TARGETS.items():
-        write_requests(arguments.requests / f"{split}.jsonl", list(known.requests(split, targets)))
-    train_on_facts(StatementTrainer, known, arguments)
+        write_requests(arguments.requests / f"{split}.jsonl", list(facts.requests(split, targets)))
+    train_on_facts(StatementTrainer, facts, arguments)
 
 
-def choose(arguments: argparse.Namespace) -> FactSet:
-    """The facts, without those whose question has two answers, and the relations that have enough phrasings."""
+def choose_facts(arguments: argparse.Namespace) -> FactSet:
+    """Return facts whose questions have one answer each, of the relations that have enough phrasings."""
     if not (arguments.source / "facts.tsv").exists():
         raise SystemExit(f"{arguments.source} has no facts.tsv: give a folder with ParaRel's with --source")
     relations = read_relations(arguments.source / "templates.json")
@@ -74,47 +78,51 @@ def choose(arguments: argparse.Namespace) -> FactSet:
             for phrasing in relations[relation].phrasings + relations[relation].held_out
         )
     ]
-    kept = [fact for relation in relations for fact in best_connected(facts, relation)]
-    return FactSet(kept, {name: own for name, own in relations.items() if any(f.relation == name for f in kept)})
+    chosen = [fact for relation in relations for fact in best_connected(facts, relation)]
+    used = {fact.relation for fact in chosen}
+    return FactSet(chosen, {name: relation for name, relation in relations.items() if name in used})
 
 
 def read_relations(path: Path) -> dict[str, Relation]:
-    """Relations that CounterFact asks in enough ways."""
-    found = {}
+    """Return the relations that have enough phrasings in CounterFact."""
+    relations = {}
     for name, entry in json.loads(path.read_text(encoding="utf-8")).items():
         common = sorted(entry["counterfact"].items(), key=lambda item: (-item[1], item[0]))[:PHRASINGS]
         if len(common) == PHRASINGS:
-            *seen, held_out = (phrasing for phrasing, _ in common)
-            found[name] = Relation(name, name, tuple(seen), (held_out,))
-    return found
+            *phrasings, held_out = (phrasing for phrasing, _ in common)
+            relations[name] = Relation(name, name, tuple(phrasings), (held_out,))
+    return relations
 
 
 def best_connected(facts: list[Fact], relation: str) -> list[Fact]:
-    """Facts of a relation whose objects have several subjects; subjects of several relations first."""
-    relations = Counter(fact.subject for fact in facts)
+    """Return facts of a relation whose objects have several subjects; subjects with several relations come first."""
+    relations_of_subject = Counter(fact.subject for fact in facts)
     by_object = defaultdict(list)
     for fact in facts:
         if fact.relation == relation:
             by_object[fact.object].append(fact)
     chosen: list[Fact] = []
-    for own in sorted(by_object.values(), key=lambda own: (-len(own), own[0].object)):
-        if len(own) >= FEWEST and len(chosen) < LARGEST:
-            chosen += sorted(own, key=lambda fact: (-relations[fact.subject], digest(fact.subject)))[:MOST]
+    for same_object in sorted(by_object.values(), key=lambda group: (-len(group), group[0].object)):
+        if len(same_object) >= MIN_PER_OBJECT and len(chosen) < MAX_PER_RELATION:
+            by_relations = sorted(
+                same_object, key=lambda fact: (-relations_of_subject[fact.subject], digest(fact.subject))
+            )
+            chosen += by_relations[:MAX_PER_OBJECT]
     return chosen
 
 
 def split_of(subject: str) -> str:
-    """The split of a subject, by a digest of its name."""
-    place = int(digest(subject.casefold())[:8], 16) / 16**8
-    for split, share in SHARES.items():
-        if place < share:
+    """Return the split of a subject, by a digest of its name."""
+    position = int(digest(subject.casefold())[:8], 16) / 16**8
+    for split, share in SPLIT_SHARES.items():
+        if position < share:
             return split
-        place -= share
+        position -= share
     return "train"
 
 
 def digest(text: str) -> str:
-    """A stable pseudo-random key: Python's own hash of a string changes with each process."""
+    """Return a pseudo-random key that is the same in each process, which Python's hash of a string is not."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""Draw the committed results, from their JSON files alone.
+"""Plot the results of the benchmarks from their JSON files.
 
     python benchmarks/plot.py [--results benchmarks/results] [--out benchmarks/plots]
 
-Needs matplotlib: ``pip install 'remend[plots]'``. A result that is not there is passed over.
+Needs matplotlib: ``pip install 'remend[plots]'``. Results that are missing are skipped.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ STYLE = {
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
 }
-BLUE, ORANGE, GREY, INK, PALE = "#2b6ca3", "#d9822b", "#8a8f98", "#22262b", "#c9ccd1"
-OTHERS = "other lines of the table"
-# The base model's stages are blue, the editor's orange, and the others grey.
-STAGES = {
+BLUE, ORANGE, GRAY, BLACK, LIGHT_GRAY = "#2b6ca3", "#d9822b", "#8a8f98", "#22262b", "#c9ccd1"
+OTHER_LINES = "other lines of the table"
+# The base model's stages are blue, the editor's orange, and the others gray.
+STAGE_COLORS = {
     "prefix": "#14395c",
     "inner pass": "#2b6ca3",
     "base logits": "#4f90c4",
@@ -51,56 +51,56 @@ STAGES = {
 
 
 def training_speed(result: Mapping[str, Any]) -> Figure:
-    """Stages of a step as stacked bars, with the floor marked; peak memory beside it."""
+    """Plot the stages of a step as stacked bars with the floor marked, and peak memory beside them."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2.7, 1))
-    bars = [(one, name) for one in result["results"] for name in ("first", "warm")]
-    places = [-i - 0.5 * (i // 2) for i in range(len(bars))]
-    for place, (one, name) in zip(places, bars, strict=True):
-        start, epoch = 0.0, one[name]
-        for stage, colour in STAGES.items():
+    bars = [(row, name) for row in result["results"] for name in ("first", "warm")]
+    heights = [-index - 0.5 * (index // 2) for index in range(len(bars))]
+    for height, (row, name) in zip(heights, bars, strict=True):
+        start, epoch = 0.0, row[name]
+        for stage, color in STAGE_COLORS.items():
             width = 1000 * epoch["stages"][stage]
-            left.barh(place, width, 0.8, start, color=colour)
-            if place == places[0] and width > 0:
-                left.text(start + width / 2, place + 0.5, stage, rotation=35, ha="left", va="bottom", fontsize=8)
+            left.barh(height, width, 0.8, start, color=color)
+            if height == heights[0] and width > 0:
+                left.text(start + width / 2, height + 0.5, stage, rotation=35, ha="left", va="bottom", fontsize=8)
             start += width
         floor = 1000 * epoch["floor_seconds_per_episode"]
-        left.plot([floor, floor], [place - 0.45, place + 0.45], color=INK, linewidth=2)
+        left.plot([floor, floor], [height - 0.45, height + 0.45], color=BLACK, linewidth=2)
         text = f" {1000 * epoch['seconds_per_episode']:.0f} ms, {epoch['ratio']:.2f} × its floor"
-        left.text(start, place, text, va="center")
-    labels = [f"batch of {one['batch_size']}, {'new' if name == 'first' else 'seen'} examples" for one, name in bars]
-    left.set_yticks(places, labels)
-    left.set_xlim(0, 1.3 * max(1000 * sum(one[name]["stages"].values()) for one, name in bars))
-    left.set_ylim(places[-1] - 0.7, 3.1)
+        left.text(start, height, text, va="center")
+    labels = [f"batch of {row['batch_size']}, {'new' if name == 'first' else 'seen'} examples" for row, name in bars]
+    left.set_yticks(heights, labels)
+    left.set_xlim(0, 1.3 * max(1000 * sum(row[name]["stages"].values()) for row, name in bars))
+    left.set_ylim(heights[-1] - 0.7, 3.1)
     left.set_xlabel("CPU milliseconds an episode (black mark: the matrix products alone)")
     reference = result["reference"]
     slower = max(reference["times_slower_than"].values())
     left.set_title(
         f"Time of an episode (the paper written literally: {reference['seconds_per_episode']:.1f} s, {slower:.0f} ×)"
     )
-    memory(right, result["results"])
+    plot_memory(right, result["results"])
     return figure
 
 
-def memory(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
-    """Peak memory at each batch size: what cannot be less, and the rest."""
-    parts = {"libraries": GREY, "base model": BLUE, "editor, Adam": ORANGE, "all else": "#cfd3d8"}
-    for place, one in enumerate(results):
-        found = one["memory"]
-        sizes = [found[key] for key in ("libraries_bytes", "model_bytes", "editor_and_adam_bytes")]
+def plot_memory(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
+    """Plot peak memory at each batch size: libraries, model, editor with Adam, and the rest."""
+    parts = {"libraries": GRAY, "base model": BLUE, "editor, Adam": ORANGE, "all else": "#cfd3d8"}
+    for index, row in enumerate(results):
+        memory = row["memory"]
+        sizes = [memory[key] for key in ("libraries_bytes", "model_bytes", "editor_and_adam_bytes")]
         bottom = 0.0
-        for (label, colour), size in zip(parts.items(), [*sizes, found["peak_bytes"] - sum(sizes)], strict=True):
-            axes.bar(place, size / 1e9, 0.7, bottom, color=colour)
-            if place == len(results) - 1:
-                axes.text(place + 0.4, bottom + size / 2e9, label, va="center")
+        for (label, color), size in zip(parts.items(), [*sizes, memory["peak_bytes"] - sum(sizes)], strict=True):
+            axes.bar(index, size / 1e9, 0.7, bottom, color=color)
+            if index == len(results) - 1:
+                axes.text(index + 0.4, bottom + size / 2e9, label, va="center")
             bottom += size / 1e9
-        axes.text(place, bottom, f"{bottom:.2f}", ha="center", va="bottom")
-    axes.set_xticks(range(len(results)), [str(one["batch_size"]) for one in results])
+        axes.text(index, bottom, f"{bottom:.2f}", ha="center", va="bottom")
+    axes.set_xticks(range(len(results)), [str(row["batch_size"]) for row in results])
     axes.set_xlim(-0.5, len(results) + 0.7)
     axes.set_xlabel("batch size")
     axes.set_title("Peak memory, GB")
 
 
-AXES = {
+SIZE_TITLES = {
     "batch_size": "episodes a step",
     "n_embd": "width of the model",
     "n_layer": "blocks of the model",
@@ -110,18 +110,18 @@ AXES = {
 
 
 def scaling(result: Mapping[str, Any]) -> Figure:
-    """Small multiples: one column a sweep, time above and memory below, each row on one scale."""
+    """Plot one column for each size, with time above and memory below; each row has one scale."""
     sweeps = result["sweeps"]
     figure, rows = pyplot.subplots(2, len(sweeps), figsize=(12, 4.8), sharey="row", squeeze=False)
     for column, (name, points) in enumerate(sweeps.items()):
         top, bottom = rows[0][column], rows[1][column]
         x = [point[name] for point in points]
-        for key, colour, label in (
+        for key, color, label in (
             ("seconds_per_episode", BLUE, "new examples"),
             ("warm_seconds_per_episode", ORANGE, "seen before"),
         ):
             y = [1000 * point[key] for point in points]
-            top.plot(x, y, "o-", color=colour, markersize=4)
+            top.plot(x, y, "o-", color=color, markersize=4)
             if column == 0:
                 above = key == "seconds_per_episode"
                 top.annotate(
@@ -129,37 +129,37 @@ def scaling(result: Mapping[str, Any]) -> Figure:
                     (x[-1], y[-1]),
                     (0, 6 if above else -6),
                     textcoords="offset points",
-                    color=colour,
+                    color=color,
                     ha="right",
                     va="bottom" if above else "top",
                 )
-        bottom.plot(x, [(point["peak_bytes"] or 0) / 1e9 for point in points], "o-", color=INK, markersize=4)
+        bottom.plot(x, [(point["peak_bytes"] or 0) / 1e9 for point in points], "o-", color=BLACK, markersize=4)
         for axes in (top, bottom):
-            axes.axvline(result["config"]["centre"][name], color=GREY, linewidth=0.8, linestyle=":")
+            axes.axvline(result["config"]["centre"][name], color=GRAY, linewidth=0.8, linestyle=":")
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        bottom.set_xlabel(AXES[name])
+        bottom.set_xlabel(SIZE_TITLES[name])
     for row in rows:
-        row[0].set_ylim(bottom=0)  # the last thing: it ends the scaling to what is drawn
+        row[0].set_ylim(bottom=0)  # after all lines are drawn, because it turns autoscaling off
     rows[0][0].set_ylabel("CPU ms an episode")
     rows[1][0].set_ylabel("peak memory, GB")
-    centre = ", ".join(f"{AXES[name]} {value}" for name, value in result["config"]["centre"].items())
+    centre = ", ".join(f"{SIZE_TITLES[name]} {value}" for name, value in result["config"]["centre"].items())
     figure.suptitle(f"One size at a time; dotted, the centre: {centre}", x=0.01, ha="left", fontsize=10)
     return figure
 
 
 def prefix_cache(result: Mapping[str, Any]) -> Figure:
-    """One bar for each thing that is kept."""
+    """Plot one bar for each variant of the cache."""
     figure, axes = pyplot.subplots(figsize=(7.5, 2.6))
-    found = result["results"]
-    for place, one in enumerate(found):
-        kept = one["memory_bytes"] or one["disk_bytes"]
-        where = f", {kept / 1e6:.0f} MB {'on disk' if one['disk_bytes'] else 'in memory'}" if kept else ""
-        milliseconds = 1000 * one["seconds_per_episode"]
-        axes.barh(-place, milliseconds, 0.75, color=BLUE if place else GREY)
-        axes.text(milliseconds, -place, f" {milliseconds:.0f} ms, {one['ratio']:.2f} ×{where}", va="center")
-    axes.set_yticks([-place for place in range(len(found))], [one["kept"] for one in found])
-    axes.set_xlim(0, 1.45 * max(1000 * one["seconds_per_episode"] for one in found))
+    rows = result["results"]
+    for index, row in enumerate(rows):
+        size = row["memory_bytes"] or row["disk_bytes"]
+        size_text = f", {size / 1e6:.0f} MB {'on disk' if row['disk_bytes'] else 'in memory'}" if size else ""
+        milliseconds = 1000 * row["seconds_per_episode"]
+        axes.barh(-index, milliseconds, 0.75, color=BLUE if index else GRAY)
+        axes.text(milliseconds, -index, f" {milliseconds:.0f} ms, {row['ratio']:.2f} ×{size_text}", va="center")
+    axes.set_yticks([-index for index in range(len(rows))], [row["kept"] for row in rows])
+    axes.set_xlim(0, 1.45 * max(1000 * row["seconds_per_episode"] for row in rows))
     axes.set_xlabel("CPU milliseconds an episode")
     model, requests = result["config"]["model"], result["config"]["requests"]
     axes.set_title(f"Later epochs over {requests} requests, {model['n_layer']} blocks: what is kept from earlier ones")
@@ -167,26 +167,26 @@ def prefix_cache(result: Mapping[str, Any]) -> Figure:
 
 
 def time_to_quality(result: Mapping[str, Any]) -> Figure:
-    """Every run's two curves over CPU seconds."""
-    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.2), sharex=True)
+    """Plot the two curves of every run over CPU seconds."""
+    figure, columns = pyplot.subplots(1, 2, figsize=(11, 4.2), sharex=True)
     goal = result["config"]["goal"]
     names = [line["name"] for line in result["config"]["lines"]]
-    colours = dict(zip(names, (BLUE, GREY, ORANGE, INK), strict=False))
+    colors = dict(zip(names, (BLUE, GRAY, ORANGE, BLACK), strict=False))
     titles = {
         "taken": "Edits whose neighbour is answered in full",
         "kept": "Unrelated examples that keep their first choices",
     }
-    for axes, (key, title) in zip(both, titles.items(), strict=True):
+    for axes, (key, title) in zip(columns, titles.items(), strict=True):
         for run in result["runs"]:
             curve = run["curve"]
             x, y = [entry["seconds"] for entry in curve], [entry[key] for entry in curve]
-            axes.plot(x, y, color=colours[run["name"]], linewidth=1.2, alpha=0.85)
+            axes.plot(x, y, color=colors[run["name"]], linewidth=1.2, alpha=0.85)
         for name in {run["name"] for run in result["runs"]}:
             last = [run["curve"][-1] for run in result["runs"] if run["name"] == name]
             mean = sum(entry[key] for entry in last) / len(last)
             if key == "taken":
-                axes.text(1.03 * max(entry["seconds"] for entry in last), mean, name, color=colours[name], va="center")
-        axes.axhline(goal[key], color=INK, linewidth=0.8, linestyle=":")
+                axes.text(1.03 * max(entry["seconds"] for entry in last), mean, name, color=colors[name], va="center")
+        axes.axhline(goal[key], color=BLACK, linewidth=0.8, linestyle=":")
         axes.text(0.01, goal[key], f" goal {goal[key]:.0%}", transform=axes.get_yaxis_transform(), va="bottom")
         axes.set_xscale("log")
         axes.set_ylim(top=1 + 0.02 * (1 - axes.get_ylim()[0]))
@@ -204,20 +204,20 @@ def time_to_quality(result: Mapping[str, Any]) -> Figure:
 
 
 def kill_and_resume(result: Mapping[str, Any]) -> Figure:
-    """Each session that was killed: from which step it went on, and which checkpoint it left."""
+    """Plot each killed session: the step at which it started, and its last checkpoint."""
     figure, axes = pyplot.subplots(figsize=(8, 3.2))
-    place, edges = 0, []
+    column, chain_starts = 0, []
     for chain in result["chains"]:
-        edges.append(place)
+        chain_starts.append(column)
         for kill in chain["kills"]:
-            begin, end = kill["began_at_step"] or 0, kill["checkpoint_left"] or 0
-            axes.plot([place, place], [begin, end], color=BLUE, linewidth=5, solid_capstyle="butt")
-            axes.plot(place, end, "x", color=ORANGE, markersize=6)
+            start, end = kill["began_at_step"] or 0, kill["checkpoint_left"] or 0
+            axes.plot([column, column], [start, end], color=BLUE, linewidth=5, solid_capstyle="butt")
+            axes.plot(column, end, "x", color=ORANGE, markersize=6)
             text = f"{kill['killed_after_seconds']:.0f} s"
-            axes.annotate(text, (place, end), (0, 5), textcoords="offset points", ha="center", fontsize=7)
-            place += 1
-    for edge in edges[1:]:
-        axes.axvline(edge - 0.5, color=GREY, linewidth=0.8)
+            axes.annotate(text, (column, end), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+            column += 1
+    for start in chain_starts[1:]:
+        axes.axvline(start - 0.5, color=GRAY, linewidth=0.8)
     axes.set_xticks([])
     axes.set_xlabel(
         f"sessions that were killed, in {len(result['chains'])} chains that then ran to their end; "
@@ -225,26 +225,26 @@ def kill_and_resume(result: Mapping[str, Any]) -> Figure:
     )
     axes.set_ylabel("step")
     axes.set_ylim(0, 1.12 * result["config"]["options"]["max_steps"])
-    alike = "every editor equal, bit for bit," if result["all_equal"] else "NOT every editor equal"
-    axes.set_title(f"{result['kills']} kills: {alike} to the uninterrupted run's")
+    verdict = "every editor equal, bit for bit," if result["all_equal"] else "NOT every editor equal"
+    axes.set_title(f"{result['kills']} kills: {verdict} to the uninterrupted run's")
     return figure
 
 
 def gpu(result: Mapping[str, Any]) -> Figure | None:
-    """Episodes a second of each model; nothing where no GPU was measured."""
+    """Plot episodes a second of each model; return None if no GPU was measured."""
     rows = [row for row in result["results"] if row["status"] == "measured"]
     if not result["measured"] or not rows:
         return None
     figure, axes = pyplot.subplots(figsize=(7, 0.8 + 0.7 * len(rows)))
-    for place, row in enumerate(rows):
-        for offset, key, colour, label in (
+    for index, row in enumerate(rows):
+        for offset, key, color, label in (
             (0.2, "episodes_per_second", BLUE, "new examples"),
             (-0.2, "warm_episodes_per_second", ORANGE, "seen before"),
         ):
-            axes.barh(-place + offset, row[key], 0.38, color=colour)
-            axes.text(row[key], -place + offset, f" {row[key]:.3g}, {label}", va="center", fontsize=8)
+            axes.barh(-index + offset, row[key], 0.38, color=color)
+            axes.text(row[key], -index + offset, f" {row[key]:.3g}, {label}", va="center", fontsize=8)
     labels = [f"{row['name']}\n{row['peak_bytes'] / 1e9:.1f} GB" for row in rows]
-    axes.set_yticks([-place for place in range(len(rows))], labels)
+    axes.set_yticks([-index for index in range(len(rows))], labels)
     axes.set_xlim(0, 1.35 * max(row["warm_episodes_per_second"] for row in rows))
     axes.set_xlabel("episodes a second")
     axes.set_title(f"Training on {result['environment']['device']}")
@@ -252,37 +252,41 @@ def gpu(result: Mapping[str, Any]) -> Figure | None:
 
 
 def frontier(result: Mapping[str, Any]) -> Figure | None:
-    """Generality against near locality over the edits' scale: every way of training, the default in front."""
+    """Plot generality against near locality over the edits' scale, one line for each way of training."""
     lines = {line["name"]: line for line in result["config"]["lines"]}
     titles = {name: line["title"].strip("*… ") for name, line in lines.items()}
-    drawn = [name for name, line in lines.items() if line.get("drawn")]
-    colours = {"default": INK, "mend": ORANGE, **dict(zip(drawn, pyplot.colormaps["tab10"].colors[2:], strict=False))}
-    worlds = [
-        world for world in result["config"]["worlds"] if any(one["world"] == world["name"] for one in result["runs"])
-    ]
-    if not worlds:
+    highlighted = [name for name, line in lines.items() if line.get("drawn")]
+    colors = {
+        "default": BLACK,
+        "mend": ORANGE,
+        **dict(zip(highlighted, pyplot.colormaps["tab10"].colors[2:], strict=False)),
+    }
+    measured = {run["testbed"] for run in result["runs"]}
+    testbeds = [testbed for testbed in result["config"]["testbeds"] if testbed["name"] in measured]
+    if not testbeds:
         return None
-    figure, grid = pyplot.subplots(len(worlds), 2, figsize=(12, 5.2 * len(worlds)), squeeze=False, sharex=True)
-    for axes, (world, split) in zip(grid.flat, itertools.product(worlds, ("validation", "test")), strict=True):
-        runs = [one for one in result["runs"] if one["world"] == world["name"] and one["split"] == split]
-        seen: set[str] = set()
-        for one in runs:
-            name = one["name"].removesuffix("-test")
-            ours, colour = name in ("default", "mend"), colours.get(name, PALE)
-            near, gained = (
-                [end, *(point[metric]["mean"] for point in one["frontier"])]
+    figure, grid = pyplot.subplots(len(testbeds), 2, figsize=(12, 5.2 * len(testbeds)), squeeze=False, sharex=True)
+    for axes, (testbed, split) in zip(grid.flat, itertools.product(testbeds, ("validation", "test")), strict=True):
+        runs = [run for run in result["runs"] if run["testbed"] == testbed["name"] and run["split"] == split]
+        in_legend: set[str] = set()
+        for run in runs:
+            name = run["name"].removesuffix("-test")
+            main_line, color = name in ("default", "mend"), colors.get(name, LIGHT_GRAY)
+            # Without an edit, near locality is 1 and generality 0.
+            near, generality = (
+                [end, *(point[metric]["mean"] for point in run["frontier"])]
                 for end, metric in ((1.0, "locality_near"), (0.0, "generality"))
             )
-            width = 2.0 if ours else 1.0 if name in colours else 0.6
-            label = titles[one["name"]] if name in colours else OTHERS
-            shown = None if label in seen else label
-            axes.plot(near, gained, color=colour, linewidth=width, label=shown, zorder=width)
-            seen.add(label)
-            point = next(point for point in one["frontier"] if point["scale"] == 1)
+            width = 2.0 if main_line else 1.0 if name in colors else 0.6
+            label = titles[run["name"]] if name in colors else OTHER_LINES
+            legend_label = None if label in in_legend else label
+            axes.plot(near, generality, color=color, linewidth=width, label=legend_label, zorder=width)
+            in_legend.add(label)
+            point = next(point for point in run["frontier"] if point["scale"] == 1)
             axes.plot(
-                point["locality_near"]["mean"], point["generality"]["mean"], "o", color=colour, markersize=3 + width
+                point["locality_near"]["mean"], point["generality"]["mean"], "o", color=color, markersize=3 + width
             )
-        axes.set(xlim=(0.2, 1.02), ylim=(0, 1.02), title=f"{world['title']}, {split}")
+        axes.set(xlim=(0.2, 1.02), ylim=(0, 1.02), title=f"{testbed['title']}, {split}")
         axes.set(xlabel="near locality", ylabel="generality (dots: at scale 1)")
         axes.grid(alpha=0.3)
         if runs:
@@ -302,7 +306,7 @@ PLOTS: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw every result that is there."""
+    """Plot every result that is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--out", type=Path, default=HERE / "plots")
@@ -314,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             figure = draw(json.loads(file.read_text())) if file.exists() else None
             if figure is None:
                 continue
-            # Without the version of matplotlib in it, the same result gives the same file.
+            # Without matplotlib's version in the file, so that the same result gives the same file.
             figure.savefig(arguments.out / f"{name}.png", metadata={"Software": None})
             pyplot.close(figure)
             print(arguments.out / f"{name}.png")

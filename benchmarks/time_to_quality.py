@@ -1,15 +1,15 @@
-"""How much time training takes until edits are good: the preset ``default``, and the paper's, on the built-in atlas.
+"""The training time until edits are good, of the presets ``default`` and ``paper`` on the built-in atlas.
 
     python benchmarks/time_to_quality.py [--config FILE] [--out result.json] [--resume] [--quick]
 
-Every line of the configuration is a preset, with some settings changed perhaps, trained with several seeds through the
-same engine. CPU seconds of the process on one thread; setting up and calibration count, the validations do not. At
-each validation ``taken`` is the share of held-out edits whose neighbour (the prompt or a paraphrase) is answered by
-greedy decoding with the whole target and the end token, ``kept`` the share of unrelated examples at which the edited
-model's first choices are all still the base model's. A run ends after its ``seconds``, or after its preset's steps.
+Every line of the configuration is a preset, with changed settings where it names some, and is trained with several
+seeds. Times are CPU seconds of the process on one thread; setup and calibration count, validations do not. At each
+validation, ``taken`` is the share of held-out edits for which greedy decoding of the prompt or a paraphrase gives the
+whole target and the end token, and ``kept`` is the share of unrelated examples at which all first choices are those
+of the base model. A run ends after its ``seconds``, or after its preset's steps.
 
-The result is written after every run; ``--resume`` keeps the runs that it has already. ``--quick`` (one seed, a few
-seconds a run, another file) shows that everything works.
+The result is written after every run; ``--resume`` keeps the runs that it has. ``--quick`` (one seed, a few seconds a
+run, another file) shows that everything works.
 """
 
 from __future__ import annotations
@@ -36,82 +36,84 @@ VALIDATION_BATCH = 16
 QUICK_SECONDS = 45.0
 
 
-def settings_of(line: Mapping[str, Any], seed: int) -> tuple[Any, Any]:
-    """The network's and the training's settings of one line of the configuration."""
+def line_settings(line: Mapping[str, Any], seed: int) -> tuple[Any, Any]:
+    """Return the settings of the network and of training of one line of the configuration."""
     network, settings = PRESETS[line["preset"]]
     return replace(network, **line.get("network", {})), replace(settings, seed=seed, **line.get("training", {}))
 
 
-def run(
+def train_run(
     config: Mapping[str, Any],
     line: Mapping[str, Any],
     seed: int,
     data: tuple[Sequence[EditRequest], Sequence[EditRequest]],
 ) -> dict[str, Any]:
-    """Train once; returns the curve: step, CPU seconds and what was measured, at each validation."""
+    """Train once, and return the curve: step, CPU seconds and figures of each validation."""
     task = remend.load(config["model"], "cpu")
-    network, settings = settings_of(line, seed)
+    network, settings = line_settings(line, seed)
     requests, validation = data
-    # The same for every run: each request as often as configured, with other draws of neighbour and locality example.
-    drawn = [
+    # Every run validates on the same episodes: each request several times, each time with other paraphrases and
+    # locality examples.
+    batches_by_draw = [
         Episodes(task, validation, seed=draw).fixed(VALIDATION_BATCH) for draw in range(config["validation_draws"])
     ]
-    held_out = [batch for batches in drawn for batch in batches]
-    spent = -time.process_time()
+    held_out = [batch for batches in batches_by_draw for batch in batches]
+    seconds = -time.process_time()
     editor = Mend.create(task, network, seed=seed)
     trainer = Trainer(task, editor, requests, settings)
     trainer.calibrate()
-    spent += time.process_time()
-    calibration = spent
-    curve = [{"step": 0, "seconds": spent, **trainer.validate(held_out)}]
-    due = line["validate_every"]
-    over = False
-    while not over:
-        began = time.process_time()
+    seconds += time.process_time()
+    calibration_seconds = seconds
+    curve = [{"step": 0, "seconds": seconds, **trainer.validate(held_out)}]
+    next_validation = line["validate_every"]
+    finished = False
+    while not finished:
+        start = time.process_time()
         trainer.train_step(trainer.step / settings.max_steps)
-        spent += time.process_time() - began
-        over = spent >= line["seconds"] or trainer.step >= settings.max_steps
-        if over or trainer.step >= due:
-            curve.append({"step": trainer.step, "seconds": spent, **trainer.validate(held_out)})
-            print(f"{line['name']}, seed {seed}: {shown(curve[-1])}", flush=True)
-            due = max(trainer.step + line["validate_every"], int(trainer.step * line["validate_growth"]))
-    return {"name": line["name"], "seed": seed, "calibration_seconds": calibration, "curve": curve}
+        seconds += time.process_time() - start
+        finished = seconds >= line["seconds"] or trainer.step >= settings.max_steps
+        if finished or trainer.step >= next_validation:
+            curve.append({"step": trainer.step, "seconds": seconds, **trainer.validate(held_out)})
+            print(f"{line['name']}, seed {seed}: {describe(curve[-1])}", flush=True)
+            grown = int(trainer.step * line["validate_growth"])
+            next_validation = max(trainer.step + line["validate_every"], grown)
+    return {"name": line["name"], "seed": seed, "calibration_seconds": calibration_seconds, "curve": curve}
 
 
-def shown(entry: Mapping[str, float]) -> str:
-    """A validation in a few words."""
+def describe(entry: Mapping[str, float]) -> str:
+    """Return a validation as one line of text."""
     return f"step {entry['step']}, {entry['seconds']:.0f} s, taken {entry['taken']:.3f}, kept {entry['kept']:.3f}"
 
 
-def reached(curve: Sequence[Mapping[str, float]], goal: Mapping[str, float]) -> float | None:
-    """CPU seconds until the first validation at which both shares were reached; ``None`` if none was."""
-    good = [entry["seconds"] for entry in curve if all(entry[name] >= share for name, share in goal.items())]
-    return good[0] if good else None
+def seconds_to_goal(curve: Sequence[Mapping[str, float]], goal: Mapping[str, float]) -> float | None:
+    """Return CPU seconds until the first validation that reaches both shares; None if none does."""
+    reached = [entry["seconds"] for entry in curve if all(entry[name] >= share for name, share in goal.items())]
+    return reached[0] if reached else None
 
 
 def summary(runs: Sequence[Mapping[str, Any]], goal: Mapping[str, float]) -> list[dict[str, Any]]:
-    """For each line: when each seed reached the goal, how long those trained that did not, and their last values."""
-    found = []
-    for name in dict.fromkeys(one["name"] for one in runs):
-        own = [one for one in runs if one["name"] == name]
-        found.append(
+    """Return for each line when each seed reached the goal, how long it trained, and its last values."""
+    rows = []
+    for name in dict.fromkeys(run["name"] for run in runs):
+        of_line = [run for run in runs if run["name"] == name]
+        rows.append(
             {
                 "name": name,
-                "seeds": [one["seed"] for one in own],
-                "seconds_to_goal": [reached(one["curve"], goal) for one in own],
-                "seconds_trained": [one["curve"][-1]["seconds"] for one in own],
-                "steps": [one["curve"][-1]["step"] for one in own],
-                "taken": [one["curve"][-1]["taken"] for one in own],
-                "kept": [one["curve"][-1]["kept"] for one in own],
+                "seeds": [run["seed"] for run in of_line],
+                "seconds_to_goal": [seconds_to_goal(run["curve"], goal) for run in of_line],
+                "seconds_trained": [run["curve"][-1]["seconds"] for run in of_line],
+                "steps": [run["curve"][-1]["step"] for run in of_line],
+                "taken": [run["curve"][-1]["taken"] for run in of_line],
+                "kept": [run["curve"][-1]["kept"] for run in of_line],
             }
         )
-    return found
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what the result does not have yet, and write it after each run."""
+    """Compute the runs that the result lacks, and write it after each run."""
     parser = common.parser(__doc__, "time_to_quality")
-    parser.add_argument("--resume", action="store_true", help="keep the runs that the result has already")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that the result has")
     parser.add_argument("--quick", action="store_true", help="one seed and little time, to see that it works")
     arguments = parser.parse_args(argv)
     config = common.start(arguments)
@@ -124,14 +126,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.resume and arguments.out.exists():
         before = json.loads(arguments.out.read_text())
         if before["config"] != config:
-            raise SystemExit(f"{arguments.out} is of another configuration: give another --out, or begin anew")
+            raise SystemExit(
+                f"{arguments.out} is of another configuration: give another --out, or start without --resume"
+            )
         runs = before["runs"]
     data = remend.read_source(config["data"]), remend.read_source(config["validation"])[: config["validation_size"]]
     for seed in config["seeds"]:
         for line in config["lines"]:
-            if any(one["name"] == line["name"] and one["seed"] == seed for one in runs):
+            if any(run["name"] == line["name"] and run["seed"] == seed for run in runs):
                 continue
-            runs.append(run(config, line, seed, data))
+            runs.append(train_run(config, line, seed, data))
             common.write(arguments.out, config, {"summary": summary(runs, config["goal"]), "runs": runs})
     print(json.dumps(summary(runs, config["goal"]), indent=2))
 

@@ -22,15 +22,15 @@ import common  # noqa: E402
 import dry_run  # noqa: E402
 import edit_cost  # noqa: E402
 import frontier  # noqa: E402
+import frontier_variants  # noqa: E402
 import gpu  # noqa: E402
 import kill_and_resume  # noqa: E402
+import many_edits  # noqa: E402
 import prefix_cache  # noqa: E402
-import rivals  # noqa: E402
 import scaling  # noqa: E402
 import time_to_quality  # noqa: E402
-import together  # noqa: E402
 import training_speed  # noqa: E402
-import variants  # noqa: E402
+import tune_baselines  # noqa: E402
 
 MODEL = {"n_embd": 32, "n_layer": 4, "n_head": 2, "vocab_size": 64}
 T5 = {"model_type": "t5", "d_model": 32, "d_ff": 64, "num_layers": 4, "num_heads": 2, "d_kv": 16, "vocab_size": 64}
@@ -72,7 +72,7 @@ def test_every_benchmark_has_a_configuration_and_every_configuration_a_benchmark
         "counterfact",
         "pararel",
         "plot",
-        "variants",
+        "frontier_variants",
     }
     for name in configs:
         json.loads((FOLDER / "configs" / f"{name}.json").read_text())
@@ -86,11 +86,11 @@ def test_edit_cost(measured):
 @pytest.fixture
 def no_child(monkeypatch):
     """What is measured in a process of its own is measured here: importing torch again takes seconds."""
-    monkeypatch.setattr(common, "in_a_child", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(common, "in_child_process", lambda function, *arguments: function(*arguments))
 
 
 def test_a_child_returns_what_it_found():
-    assert common.in_a_child(divmod, 7, 2) == (3, 1)
+    assert common.in_child_process(divmod, 7, 2) == (3, 1)
 
 
 def test_training_speed(measured, no_child):
@@ -162,7 +162,7 @@ def test_time_to_quality_goes_on_where_it_stopped(measured, facts, monkeypatch):
     result = measured(time_to_quality, config)
     assert [one["name"] for one in result["summary"]] == ["a", "b"]
     assert result["summary"][0]["seconds_to_goal"] == [result["runs"][0]["curve"][0]["seconds"]]
-    monkeypatch.setattr(time_to_quality, "run", None)  # nothing is left to do
+    monkeypatch.setattr(time_to_quality, "train_run", None)  # nothing is left to do
     assert measured(time_to_quality, config, "--resume")["runs"] == result["runs"]
 
 
@@ -177,7 +177,7 @@ def test_frontier(measured, facts):
     Path(data.format("test")).write_bytes(Path(facts[1]).read_bytes())
     config = {
         "about": "A test.",
-        "worlds": [
+        "testbeds": [
             {"name": "atlas", "title": "Atlas", "model": "atlas", "data": data},
             {"name": "other", "title": "Other", "model": "nowhere", "data": data},
         ],
@@ -188,7 +188,7 @@ def test_frontier(measured, facts):
         ],
     }
     result = measured(frontier, config)
-    assert [(one["world"], one["name"], one["split"]) for one in result["runs"]] == [
+    assert [(one["testbed"], one["name"], one["split"]) for one in result["runs"]] == [
         ("atlas", "a", "validation"),
         ("atlas", "b", "test"),
     ]
@@ -238,11 +238,11 @@ def test_each_edit_is_taken_at_its_best_strength():
         return [Case(0, "", "", "", {m: {"generated": v} for m, v in own.items()}) for own in named]
 
     at = {0.5: cases((1, 0.5, 1), (1, 0, 0.5)), 1.0: cases((1, 1, 0), (1, 1, 0.25))}
-    found = frontier.best(Report("", "", [Run(1, at[1.0], 0.0)], frontier=at))
+    found = frontier.at_best_strengths(Report("", "", [Run(1, at[1.0], 0.0)], frontier=at))
     assert found == {"reliability": 1, "generality": 0.75, "locality_near": 0.625}
 
 
-@pytest.mark.parametrize("name", list(variants.VARIANTS))
+@pytest.mark.parametrize("name", list(frontier_variants.VARIANTS))
 def test_variants_train_and_edit(name):
     """Each changes what it says it changes: edits are finite, and not those of the default."""
     requests = read_source("atlas:validation")[:24]
@@ -252,9 +252,9 @@ def test_variants_train_and_edit(name):
     if name == "subject-token":
         network = replace(network, contrast=0.0, settle=0.0)
     found = []
-    for variant in (variants.VARIANTS[name], variants.Variant()):
+    for variant in (frontier_variants.VARIANTS[name], frontier_variants.Variant()):
         editor = variant.editor.create(task, network, modules=["*.2.mlp.c_proj"])
-        variants.train(task, editor, requests, config, variant)
+        frontier_variants.train(task, editor, requests, config, variant)
         (change,) = editor.edit(task, requests[:1]).changes.values()
         found.append(change.dense())
     assert found[0].isfinite().all()
@@ -295,18 +295,18 @@ def test_the_committed_results_can_be_drawn(tmp_path):
     assert drawn == there - {"gpu"} or drawn == there
 
 
-def test_together(measured):
-    config = {"worlds": {"questions": "ridge"}, "edits": 4, "kept": [0.5, 0.9], "seeds": [0]}
-    half, most = measured(together, config)["worlds"]["questions"]
+def test_many_edits(measured):
+    config = {"testbeds": {"questions": "ridge"}, "edits": 4, "kept": [0.5, 0.9], "seeds": [0]}
+    half, most = measured(many_edits, config)["testbeds"]["questions"]
     assert 1.2 > half["threshold"] > most["threshold"] > 0.2, "paraphrases answer to their edits"
     assert 0 <= half["locality"] <= most["locality"] <= 1
 
 
-def test_rivals(measured):
+def test_tune_baselines(measured):
     config = {
-        "worlds": ["claims"], "methods": ["ke"], "rates": [5e-4], "edit_weights": [0.1, 1.0], "steps": 1,
+        "testbeds": ["claims"], "methods": ["ke"], "rates": [5e-4], "edit_weights": [0.1, 1.0], "steps": 1,
         "requests": 2, "seed": 0,
     }  # fmt: skip
-    rows = measured(rivals, config)["rows"]
+    rows = measured(tune_baselines, config)["rows"]
     assert [row["edit_weight"] for row in rows] == [0.1, 1.0]
-    assert all(0 <= row[metric] <= 1 for row in rows for metric in rivals.SHOWN)
+    assert all(0 <= row[metric] <= 1 for row in rows for metric in tune_baselines.METRICS)

@@ -58,7 +58,7 @@ METHODS: dict[str, Method] = {
     "ft": Method("finetune", "FT", FineTune.default()),
     "ft-kl": Method("finetune", "FT+KL", FineTuneConfig(kl_weight=1.0), uses_locality=True),
     "ft-local": Method("finetune-local", "finetune-local", FineTuneLocal.default()),
-    # The learning rates of KE and ENN are the best that benchmarks/rivals.py found; KE's is the preset's.
+    # The learning rates of KE and ENN are the best that benchmarks/tune_baselines.py found; KE's is the preset's.
     "ke": Method("ke", "KE", KeConfig(), DEFAULT_TRAINING),
     "enn": Method("enn", "ENN", EnnConfig(), replace(DEFAULT_TRAINING, learning_rate=2e-3)),
     "mend-paper": Method("mend", "MEND, as published", PAPER_MEND, PAPER_TRAINING),

@@ -119,12 +119,12 @@ EDITORS = Table(
         ),
     ),
     "The paper's columns are its small models' (Table 4): distilGPT-2, BART-base and BERT-base. KE and ENN are trained "
-    "on the same requests and near negatives as `default`, with settings chosen for them (`benchmarks/rivals.py`). "
-    "MEND as published sees random locality examples; to suit models of this size it has networks of rank "
-    f"{PAPER_MEND.rank} (paper: 1,920), step sizes in units of a layer's output (paper: absolute), and learning rates "
-    f"of {PAPER_TRAINING.learning_rate:g} and, for step sizes, {PAPER_TRAINING.alpha_learning_rate:g} (paper: 1e-06 "
-    "and 0.0001). ROME and MEMIT have seen the sentences that the decoder learned from, without the subjects of any "
-    "test.",
+    "on the same requests and near negatives as `default`, with settings chosen for them "
+    "(`benchmarks/tune_baselines.py`). MEND as published sees random locality examples; to suit models of this size "
+    f"it has networks of rank {PAPER_MEND.rank} (paper: 1,920), step sizes in units of a layer's output (paper: "
+    f"absolute), and learning rates of {PAPER_TRAINING.learning_rate:g} and, for step sizes, "
+    f"{PAPER_TRAINING.alpha_learning_rate:g} (paper: 1e-06 and 0.0001). ROME and MEMIT have seen the sentences that "
+    "the decoder learned from, without the subjects of any test.",
     {"rome": ("facts",), "memit": ("facts",)},
     user_columns=True,
 )  # fmt: skip

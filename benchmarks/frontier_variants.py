@@ -1,7 +1,7 @@
-"""Other ways to train or to edit that ``benchmarks/frontier.py`` measures beside what remend does.
+"""Variants of training and editing that ``benchmarks/frontier.py`` compares with those of the package.
 
-None of them moved the frontier clearly, which is why they are here and not in the package: each line of the table
-names one. ``wide`` is what the package does with inputs much wider than the worlds' models have.
+None of them improved the frontier clearly, so they are not in the package. ``wide`` is what the package does for inputs
+much wider than those of the testbeds' models.
 """
 
 from __future__ import annotations
@@ -28,107 +28,108 @@ from remend.tasks.causal_lm import CausalLM
 from remend.training.trainer import EpisodeLosses, Trainer
 
 
-class Focal(Trainer):
-    """Locality examples count the more the more they were disturbed: each loss weighted by itself over the mean."""
+class FocalLocality(Trainer):
+    """Weights each locality example by its loss over the mean loss, so that disturbed examples count more."""
 
     def _outer_loss(self, losses: EpisodeLosses) -> Tensor:
         weight = losses.locality.detach() / losses.locality.detach().mean().clamp(min=1e-6)
         return super()._outer_loss(replace(losses, locality=weight * losses.locality))
 
 
-class Margin(Trainer):
-    """A hinge on the locality example's own answer, in place of the divergence: ahead of its best rival by 2 logits."""
+class LocalityMargin(Trainer):
+    """Uses a hinge loss for locality: the base model's first choice stays ahead of all others by a margin in logits."""
 
-    AHEAD = 2.0
+    MARGIN = 2.0
 
     def edited_losses(self, batch: Any, changes: Mapping[str, LowRank], backward: bool = False) -> EpisodeLosses:
-        """As :meth:`Trainer.edited_losses`, with the other loss."""
+        """Compute the losses as :meth:`Trainer.edited_losses`, with the hinge loss for locality."""
         with patch("remend.training.trainer.locality_loss", self._hinge):
             return super().edited_losses(batch, changes, backward)
 
     def _hinge(self, base: Tensor, edited: Tensor, row: Tensor, rows: int) -> Tensor:
-        own = base.argmax(-1, keepdim=True)
-        rival = edited.scatter(1, own, -torch.inf).max(1).values
-        return row_mean((self.AHEAD + rival - edited.gather(1, own)[:, 0]).clamp(min=0), row, rows)
+        first_choice = base.argmax(-1, keepdim=True)
+        best_other = edited.scatter(1, first_choice, -torch.inf).max(1).values
+        return row_mean((self.MARGIN + best_other - edited.gather(1, first_choice)[:, 0]).clamp(min=0), row, rows)
 
 
-class Bounded(Trainer):
-    """Success subject to a bound on the share of locality answers that are kept, with a learned multiplier."""
+class ConstrainedLocality(Trainer):
+    """Maximizes success subject to a bound on the share of unchanged locality answers, with a learned multiplier."""
 
     BOUND, RATE = 0.97, 0.3
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.multiplier = 1.0
-        self.kept: list[float] = []
+        self.unchanged: list[float] = []
 
     def edited_losses(self, batch: Any, changes: Mapping[str, LowRank], backward: bool = False) -> EpisodeLosses:
-        """As :meth:`Trainer.edited_losses`; notes what was kept."""
+        """Compute the losses as :meth:`Trainer.edited_losses`, and record which answers are unchanged."""
         losses = super().edited_losses(batch, changes, backward)
         if backward:
-            self.kept += losses.kept.float().tolist()
+            self.unchanged += losses.kept.float().tolist()
         return losses
 
     def train_step(self, share: float = 0.0) -> float:
-        """As :meth:`Trainer.train_step`; then one step of the multiplier, in logarithms."""
+        """Train one step as :meth:`Trainer.train_step`, then update the multiplier's logarithm."""
         loss = super().train_step(share)
-        missing = self.BOUND - sum(self.kept) / len(self.kept)
-        self.multiplier *= float(torch.tensor(self.RATE * missing).exp())
-        self.kept.clear()
+        violation = self.BOUND - sum(self.unchanged) / len(self.unchanged)
+        self.multiplier *= float(torch.tensor(self.RATE * violation).exp())
+        self.unchanged.clear()
         return loss
 
     def _outer_loss(self, losses: EpisodeLosses) -> Tensor:
         return super()._outer_loss(replace(losses, locality=self.multiplier * losses.locality))
 
 
-class Small(Trainer):
-    """The squared norm of each change, in units of its mean at the first step, added to the loss."""
+class NormPenalty(Trainer):
+    """Adds the squared norm of each change to the loss, in units of its mean at the first step."""
 
     WEIGHT = 0.1
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.unit: dict[str, Tensor] = {}
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.units: dict[str, Tensor] = {}
 
     def edited_losses(self, batch: Any, changes: Mapping[str, LowRank], backward: bool = False) -> EpisodeLosses:
-        """As :meth:`Trainer.edited_losses`; the penalty's gradient is added where the loss's goes."""
+        """Compute the losses as :meth:`Trainer.edited_losses`, and add the gradient of the penalty."""
         losses = super().edited_losses(batch, changes, backward)
         if backward:
             penalty = torch.zeros(())
             for name, change in changes.items():
                 squares = ((change.u @ change.u.mT) * (change.delta @ change.delta.mT)).sum((-2, -1))
-                unit = self.unit.setdefault(name, squares.detach().mean())
+                unit = self.units.setdefault(name, squares.detach().mean())
                 penalty = penalty + (squares / unit).sum()
             (self.WEIGHT / len(changes) / self.config.batch_size * penalty).backward()
         return losses
 
 
 class WhitenedDelta(Mend):
-    """δ in coordinates whitened by its second moment too, and δ̃ back from there."""
+    """Whitens δ by its second moment before the network, and transforms δ̃ back after it."""
 
     RIDGE = 1e-2
 
     def prepare(self, task: CausalLM, requests: Sequence[EditRequest]) -> None:
-        """Take the second moment over some requests."""
+        """Compute the second moment of δ over some requests."""
         moments = {name: SecondMoment(d_out, self.device) for name, (_, d_out) in self.shapes.items()}
-        for some in in_batches([task.encode(r.prompt, r.target) for r in requests[:1024]]):
-            for name, factors in self.capture(task, task.collate(some)).items():
+        examples = [task.encode(request.prompt, request.target) for request in requests[:1024]]
+        for batch in in_batches(examples):
+            for name, factors in self.capture(task, task.collate(batch)).items():
                 moments[name].update(factors.delta, factors.active)
         self.delta_whiteners = {name: moment.whitener(self.RIDGE).inner for name, moment in moments.items()}
 
     def prepared(self, rows: Any) -> Any:
-        """As :meth:`Mend.prepared`, with δ whitened too."""
-        own = super().prepared(rows)
-        return {name: replace(row, delta=row.delta @ self.delta_whiteners[name]) for name, row in own.items()}
+        """Prepare rows as :meth:`Mend.prepared`, with δ whitened."""
+        prepared = super().prepared(rows)
+        return {name: replace(row, delta=row.delta @ self.delta_whiteners[name]) for name, row in prepared.items()}
 
     def transform(self, rows: Any, ledger: Any = None) -> Any:
-        """As :meth:`Mend.transform`, with δ̃ in the layer's coordinates."""
-        found = super().transform(rows, ledger)
-        return {name: (u, delta @ self.delta_whiteners[name]) for name, (u, delta) in found.items()}
+        """Transform rows as :meth:`Mend.transform`, with δ̃ in the layer's coordinates."""
+        transformed = super().transform(rows, ledger)
+        return {name: (u, delta @ self.delta_whiteners[name]) for name, (u, delta) in transformed.items()}
 
 
-class Wide(Mend):
-    """Whitening and contrast as for inputs so wide that they are told apart in some of their directions only."""
+class FewDirections(Mend):
+    """Whitens in a limited number of directions, as the package does for very wide inputs."""
 
     DIRECTIONS = 256
 
@@ -137,22 +138,22 @@ class Wide(Mend):
 
 
 class SubjectToken(Mend):
-    """Edits at the subject's last token alone."""
+    """Edits at the subject's last token only."""
 
     def prepare(self, task: CausalLM, requests: Sequence[EditRequest]) -> None:
-        """Find that token in every prompt."""
-        self.places: dict[tuple[int, ...], int] = getattr(self, "places", {})
+        """Find the subject's last token in every prompt."""
+        self.subject_tokens: dict[tuple[int, ...], int] = getattr(self, "subject_tokens", {})
         for request in requests:
             ids = task.encode_input(request.prompt)
             end = request.prompt.rfind(request.subject or "") + len(request.subject or "")
-            self.places[tuple(ids)] = len(task.encode_input(request.prompt[:end])) - 1
+            self.subject_tokens[tuple(ids)] = len(task.encode_input(request.prompt[:end])) - 1
 
     def capture(self, task: CausalLM, batch: Any, loss: Any = None) -> Any:
-        """As :meth:`Mend.capture`, from that token alone."""
+        """Capture gradient factors as :meth:`Mend.capture`, of that token only."""
         predicting = torch.zeros_like(batch.mask)
         first = batch.first_position.tolist()
         for row, ids in enumerate(batch.inputs["input_ids"].tolist()):
-            predicting[row, self.places[tuple(ids[: first[row] + 1])]] = True
+            predicting[row, self.subject_tokens[tuple(ids[: first[row] + 1])]] = True
         with patch("remend.tasks.base.Batch.predicting", predicting):
             return super().capture(task, batch, loss)
 
@@ -162,57 +163,63 @@ class SubjectToken(Mend):
 
 
 class SeveralSteps(Mend):
-    """An edit in three steps, each of a third, from the gradient of the model that the steps before have edited.
+    """Edits in three steps of a third each, with the gradient of the model as the previous steps have edited it.
 
-    Of single requests; the inputs with which several would be solved for together are not collected.
+    It is for single requests: inputs for solving for several edits together are not collected.
     """
 
     STEPS = 3
 
     @torch.no_grad()
     def _changes(self, task: CausalLM, requests: Sequence[EditRequest], inputs: Any = None) -> Any:
-        found: list[dict[str, LowRank]] = []
+        changes_of_requests: list[dict[str, LowRank]] = []
         modules = find_modules(task.model, self.shapes)
         for chunk in in_batches([task.encode(request.prompt, request.target) for request in requests]):
             batch = task.collate(chunk)
             unedited = UneditedPass(task, batch, self.shapes)
-            changes = self._part(self.rows(self.capture(task, batch, unedited.loss)))
+            changes = self._one_step(self.rows(self.capture(task, batch, unedited.loss)))
             for _ in range(self.STEPS - 1):
                 with changes_applied(modules, changes):
-                    more = self._part(self.rows(self.capture(task, batch)))
-                changes = {name: concatenate([change, more[name]]) for name, change in changes.items()}
+                    step = self._one_step(self.rows(self.capture(task, batch)))
+                changes = {name: concatenate([change, step[name]]) for name, change in changes.items()}
             if self.config.settle:
                 changes = settled(unedited, changes, self.config.settle, {name: [0] * len(chunk) for name in changes})
-            for e in range(len(chunk)):
-                found.append({name: LowRank(own.u[e], own.delta[e], own.gate) for name, own in changes.items()})
-        return found
+            for index in range(len(chunk)):
+                changes_of_requests.append(
+                    {
+                        name: LowRank(change.u[index], change.delta[index], change.gate)
+                        for name, change in changes.items()
+                    }
+                )
+        return changes_of_requests
 
-    def _part(self, rows: Any) -> dict[str, LowRank]:
+    def _one_step(self, rows: Any) -> dict[str, LowRank]:
         return {name: change.scaled(1 / self.STEPS) for name, change in self(rows).items()}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What takes the place of remend's own trainer and editor."""
+    """The trainer and the editor that replace those of the package."""
 
     trainer: Callable[..., Trainer] = Trainer
     editor: type[Mend] = Mend
 
 
 VARIANTS = {
-    "focal": Variant(trainer=Focal),
-    "margin": Variant(trainer=Margin),
-    "bounded": Variant(trainer=Bounded),
-    "small": Variant(trainer=Small),
+    "focal": Variant(trainer=FocalLocality),
+    "margin": Variant(trainer=LocalityMargin),
+    "bounded": Variant(trainer=ConstrainedLocality),
+    "small": Variant(trainer=NormPenalty),
     "whitened-delta": Variant(editor=WhitenedDelta),
-    "wide": Variant(editor=Wide),
+    "wide": Variant(editor=FewDirections),
     "subject-token": Variant(editor=SubjectToken),
     "several-steps": Variant(editor=SeveralSteps),
 }
 
 
 def train(task: CausalLM, editor: Mend, requests: Sequence[EditRequest], config: Any, variant: Variant) -> None:
-    """All steps of a run; with learning rates that end at zero, its last state is as good as its best."""
+    """Train an editor as a variant says, for all steps and without validation."""
+    # Without choosing the best state: learning rates end at zero, so the last state is as good.
     if hasattr(editor, "prepare"):
         editor.prepare(task, requests)
     trainer = variant.trainer(task, editor, requests, config)

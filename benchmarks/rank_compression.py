@@ -1,9 +1,9 @@
-"""What is left of edits when each matrix's change is cut to a few factor pairs, since servers of adapters limit ranks.
+"""How well edits work after their rank is reduced, which servers of adapters require.
 
-    python benchmarks/compressed.py [--config benchmarks/configs/compressed.json] [--out result.json]
+    python benchmarks/rank_compression.py [--config benchmarks/configs/rank_compression.json] [--out result.json]
 
-Edits are made as always, one by one and many together, then replaced by the nearest of at most so many factor pairs
-(``Edit.compressed``, what ``remend export --rank`` does), and judged by ``remend.evaluate``.
+Edits are made one by one and many together, then replaced by the nearest change of a smaller rank
+(``Edit.compressed``, as ``remend export --rank`` does), and evaluated with ``remend.evaluate``.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from remend.tasks import Task
 METRICS = ("edit_success", "locality_near", "locality_far")
 
 
-class Compressed:
-    """An editor whose edits are cut to a rank.
+class CompressingEditor:
+    """An editor whose edits are reduced to a rank.
 
     Attributes:
-        traits: the editor's.
-        ranks: how many factor pairs the largest change of each edit had.
-        lost: the largest share of a matrix's change that each edit lost.
+        traits: those of the wrapped editor.
+        ranks: for each edit, the largest rank of a change before it was reduced.
+        lost: for each edit, the largest share of a matrix's change that was lost.
     """
 
     def __init__(self, editor: Editor, rank: int | None) -> None:
@@ -43,24 +43,24 @@ class Compressed:
         self.lost: list[float] = []
 
     def edit(self, task: Task, requests: Sequence[EditRequest]) -> Edit:
-        """The editor's edit, cut."""
+        """Return the wrapped editor's edit, reduced to the rank."""
         edit = self._editor.edit(task, requests)
         assert isinstance(edit, Edit)
         self.ranks.append(max(change.rank for change in edit.changes.values()))
         if self._rank is None:
             return edit
-        cut = edit.compressed(self._rank)
-        self.lost.append(max(cut.editor["lost"].values()))
-        return cut
+        compressed = edit.compressed(self._rank)
+        self.lost.append(max(compressed.editor["lost"].values()))
+        return compressed
 
     def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Edit]:
-        """The same of each request."""
+        """Return the reduced edit of each request."""
         return [self.edit(task, [request]) for request in requests]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write the result."""
-    arguments = common.parser(__doc__, "compressed").parse_args(argv)
+    arguments = common.parser(__doc__, "rank_compression").parse_args(argv)
     config = common.start(arguments)
     task = remend.load(config["model"], "cpu")
     requests = random.Random(config["seed"]).sample(remend.read_source(config["data"]), config["requests"])
@@ -68,16 +68,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in config["editors"]:
         editor = Mend.from_pretrained(name) if name == config["model"] else make(name, task)
         for size in config["sizes"]:
-            asked = requests[: config["requests"] if size == 1 else config["batched"]]
+            evaluated = requests[: config["requests"] if size == 1 else config["batched"]]
             for rank in (None, *config["ranks"]):
-                compressed = Compressed(editor, rank)
-                how = {"protocol": "single"} if size == 1 else {"protocol": "batched", "edits": [size]}
-                report = remend.evaluate(task, compressed, asked, baselines=False, **how)
-                found = {key: value["generated"].mean for key, value in report.metrics().items() if key in METRICS}
-                lost = sum(compressed.lost) / len(compressed.lost) if compressed.lost else 0.0
+                compressing = CompressingEditor(editor, rank)
+                protocol = {"protocol": "single"} if size == 1 else {"protocol": "batched", "edits": [size]}
+                report = remend.evaluate(task, compressing, evaluated, baselines=False, **protocol)
+                means = {key: value["generated"].mean for key, value in report.metrics().items() if key in METRICS}
+                lost = sum(compressing.lost) / len(compressing.lost) if compressing.lost else 0.0
                 rows.append(
-                    {"editor": name, "edits": size, "rank": rank, "of_rank": max(compressed.ranks), "lost": lost}
-                    | found
+                    {"editor": name, "edits": size, "rank": rank, "of_rank": max(compressing.ranks), "lost": lost}
+                    | means
                 )
                 print(rows[-1], flush=True)
     common.write(arguments.out, config, {"rows": rows})
@@ -85,25 +85,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def table(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> str:
-    """The figures as markdown."""
+    """Return the figures as Markdown."""
     lines = [
-        f"Edits of {config['model']} cut to a rank (`python benchmarks/compressed.py`; {config['requests']} requests "
-        f"of `{config['data']}` one by one, {config['batched']} in batches; answers generated; lost: of the matrix "
-        "that loses most, the share of its change, in the mean).",
+        f"Edits of {config['model']} cut to a rank (`python benchmarks/rank_compression.py`; "
+        f"{config['requests']} requests of `{config['data']}` one by one, {config['batched']} in "
+        "batches; answers generated; lost: of the matrix that loses most, the share of its change, in the mean).",
         "",
         "| editor | edits at once | rank | lost | edit success | kept of it | near | far |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    whole = 0.0
+    uncompressed_success = 0.0
     for row in rows:
         if row["rank"] is None:
-            whole = row["edit_success"]
+            uncompressed_success = row["edit_success"]
         rank = f"{row['of_rank']}, as it is" if row["rank"] is None else str(row["rank"])
-        shown = [
+        cells = [
             row["editor"], row["edits"], rank, f"{row['lost']:.3f}", f"{row['edit_success']:.3f}",
-            f"{row['edit_success'] / whole:.3f}", f"{row['locality_near']:.3f}", f"{row['locality_far']:.3f}",
+            f"{row['edit_success'] / uncompressed_success:.3f}", f"{row['locality_near']:.3f}",
+            f"{row['locality_far']:.3f}",
         ]  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, shown))} |")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
