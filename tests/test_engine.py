@@ -242,7 +242,7 @@ def test_blocks_that_return_tuples_are_entered_too(bias, monkeypatch):
     prefix, batch = cut(task)
     whole = task.outputs(batch)
     states = prefix.compute_states(lambda: task.outputs(batch))
-    assert prefix.returned == 2
+    assert prefix.output_parts == 2
     ran.clear()
     handed[0] = None
     with prefix.resume_from(states):

@@ -374,8 +374,8 @@ def test_what_is_stored_more_coarsely_is_compared_by_value(llama):
 def folder(llama, tmp_path):
     """A model and an edit of it, as folders."""
     llama.model.save_pretrained(tmp_path / "model")
-    llama.tokenizer.save_pretrained(tmp_path / "model")
-    random_edit(remend.load(str(tmp_path / "model"), "cpu")[0]).save(tmp_path / "edit")
+    llama.processor.save_pretrained(tmp_path / "model")
+    random_edit(remend.load(str(tmp_path / "model"), "cpu").model).save(tmp_path / "edit")
     return tmp_path
 
 
@@ -423,8 +423,8 @@ class DenseFormat(EditFormat):
 
     low_rank = False
 
-    def write(self, edit, path, model, processor):
-        assert model is None, "it needs nothing"
+    def write(self, edit, path, task):
+        assert task is None, "it needs nothing"
         path.mkdir(parents=True)
         save_file({name: change.dense() for name, change in edit.changes.items()}, path / "dense.safetensors")
         return {}
@@ -432,13 +432,13 @@ class DenseFormat(EditFormat):
     def detect(self, path):
         return (path / "dense.safetensors").exists()
 
-    def read(self, path, model, load_model, rank=None):
+    def read(self, path, task, load, rank=None):
         changes = {}
         for name, dense in load_file(path / "dense.safetensors").items():
             left, values, right = torch.linalg.svd(dense, full_matrices=False)
             keep = rank or int((values > 1e-6 * values[0]).sum())
             changes[name] = LowRank(right[:keep], (left * values).mT[:keep].contiguous())
-        return ImportedEdit(Edit(changes, ModelFingerprint.of(model, changes)), dict.fromkeys(changes, 0.0))
+        return ImportedEdit(Edit(changes, ModelFingerprint.of(task.model, changes)), dict.fromkeys(changes, 0.0))
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def test_an_edit_is_packed(desk, form):
 
 def test_an_edit_is_packed_in_a_format_of_another_package(desk):
     class ListFormat(EditFormat):
-        def write(self, edit, path, model, processor):
+        def write(self, edit, path, task):
             path.mkdir()
             (path / "matrices.txt").write_text("\n".join(edit.changes))
             return {}

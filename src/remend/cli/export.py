@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -88,16 +88,15 @@ def write(
         _tell(console, f"compressed to rank {rank}", edit.editor["lost"])
     named = options.known_dtype(dtype)
     check_replaceable(out, edit_format.replaceable)  # before the model is loaded
-    base = tokenizer = None
+    task: Any = None
     with named_by("the edit", unsaid, model):
         if edit_format.needs == "structure":
-            base = skeleton(model)
+            task = skeleton(model)
         elif edit_format.needs == "weights":
             task = load(model, device, getattr(torch, named) if named else "auto")
-            base, tokenizer = task.model, task.processor
-    lost = edit_format.write(edit, out, base, tokenizer)
-    if lost and base is not None:
-        _tell(console, f"rounded to {base.dtype}".replace("torch.", ""), lost)
+    lost = edit_format.write(edit, out, task)
+    if lost:
+        _tell(console, f"rounded to {task.model.dtype}".replace("torch.", ""), lost)
     ranks = sorted({change.rank for change in edit.changes.values()})
     of_rank = f" of rank {_span(ranks)}" if edit_format.low_rank and ranks else ""
     title = FORMATS.get(to).title or f"in the format {to}"
@@ -133,8 +132,8 @@ def import_(
             f"{source} is in none of the formats {', '.join(FORMATS.names())}: give an adapter's folder, or that of a "
             "changed model's checkpoint"
         )
-    base = options.load_model(model, device, 0).model
-    imported = edit_format.read(source, base, lambda path: options.load_model(str(path), device, 0).model, rank)
+    task = options.load_model(model, device, 0)
+    imported = edit_format.read(source, task, lambda path: options.load_model(str(path), device, 0), rank)
     edit, others = imported.edit, imported.other_parameters
     if others and not leave_rest:
         raise FileError(

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from remend.edit import Edit
 from remend.errors import FileError
+from remend.fingerprint import HasModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +44,14 @@ class EditFormat(ABC):
     low_rank: ClassVar[bool] = True
 
     @abstractmethod
-    def write(self, edit: Edit, path: Path, model: Any, processor: Any) -> Mapping[str, float]:
+    def write(self, edit: Edit, path: Path, task: Any) -> Mapping[str, float]:
         """Write an edit to a folder.
 
         Args:
             edit: the edit.
             path: the folder.
-            model: the model that the edit is for; None is given to a format that needs nothing.
-            processor: the model's tokenizer or other processor; None is given to a format that needs no weights.
+            task: the model that the edit is for: a task for a format that needs weights, a task or a module without
+                weights for one that needs the structure, and perhaps None for one that needs nothing.
 
         Returns:
             For each matrix, the share of its change (Frobenius norm) that was lost to rounding; empty if nothing was.
@@ -68,13 +69,15 @@ class EditFormat(ABC):
         """Return whether a folder holds this format; False for formats that are only written."""
         return False
 
-    def read(self, path: Path, model: Any, load_model: Callable[[Path], Any], rank: int | None = None) -> ImportedEdit:
+    def read(
+        self, path: Path, task: HasModel, load: Callable[[Path], HasModel], rank: int | None = None
+    ) -> ImportedEdit:
         """Read an edit from a folder.
 
         Args:
             path: the folder, for which :meth:`detect` is true.
-            model: the model that the edit is for.
-            load_model: loads another model as ``model`` was loaded, for formats that are whole models.
+            task: the model that the edit is for.
+            load: loads another model as ``task`` was loaded, for formats that are whole models.
             rank: the largest rank of a matrix's change.
         """
         raise FileError(f"{path} is in a format that is written, but not read")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from remend.core.layers import editable_layers, expert_count, is_quantized, weight_as_matrix, weight_of
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, ModelError
-from remend.fingerprint import ModelFingerprint
+from remend.fingerprint import HasModel, ModelFingerprint, module_of
 from remend.formats.base import ImportedEdit
 
 ZERO = 1e-6
@@ -21,7 +21,9 @@ ZERO = 1e-6
 
 
 @torch.no_grad()
-def diff_checkpoints(before: PreTrainedModel, after: PreTrainedModel, rank: int | None = None) -> ImportedEdit:
+def diff_checkpoints(
+    before: HasModel | nn.Module, after: HasModel | nn.Module, rank: int | None = None
+) -> ImportedEdit:
     """Return the change from ``before`` to ``after`` as an edit of ``before``.
 
     The difference of each changed matrix is factored by a singular value decomposition. The change of fine-tuning is
@@ -39,6 +41,7 @@ def diff_checkpoints(before: PreTrainedModel, after: PreTrainedModel, rank: int 
     """
     if rank is not None and rank < 1:
         raise EditError(f"an edit needs a rank of at least 1, not {rank}")
+    before, after = module_of(before), module_of(after)
     ModelFingerprint.of(before, ()).check_architecture(after, "the model before")
     matrices = {name: module for name, module in editable_layers(before) if not expert_count(module)}
     matrices_after = dict(editable_layers(after))
@@ -76,14 +79,16 @@ def _equal(old: Tensor, new: Tensor) -> bool:
     return torch.equal(old.float(), new.to(old.device).float())
 
 
-def _tied_output_layers(model: PreTrainedModel) -> set[str]:
+def _tied_output_layers(model: Any) -> set[str]:
     """Return the name of the output layer if it shares its matrix with the embeddings, which an edit cannot change."""
+    if not hasattr(model, "get_output_embeddings"):
+        return set()
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(head, "weight", None) is getattr(embeddings, "weight", None)
     return {name for name, module in editable_layers(model) if module is head and tied}
 
 
-def _other_differences(before: PreTrainedModel, after: PreTrainedModel, compared: Sequence[str]) -> tuple[str, ...]:
+def _other_differences(before: nn.Module, after: nn.Module, compared: Sequence[str]) -> tuple[str, ...]:
     """Return the names of parameters and buffers that differ, apart from those that were ``compared`` already."""
     old, new = before.state_dict(), after.state_dict()
     skipped = set(compared)

@@ -45,14 +45,10 @@ def save_merged(edit: Edit, path: str | Path, task: HasModel, shard: str = SHARD
         WrongBaseError, PrecisionError, EditError: as :meth:`remend.Edit.merge`.
         FileError: ``path`` holds something, or cannot be written.
     """
-    return _save_checkpoint(edit, path, task.model, task.processor, shard)
-
-
-def _save_checkpoint(edit: Edit, path: str | Path, model: Any, processor: Any, shard: str = SHARD) -> Merged:
-    with atomic_folder(path, lambda there: False) as staged, edit.merge(model) as merged:
+    with atomic_folder(path, lambda existing: False) as staged, edit.merge(task) as merged:
         try:
-            model.save_pretrained(staged, max_shard_size=shard)
-            processor.save_pretrained(staged)
+            task.model.save_pretrained(staged, max_shard_size=shard)
+            task.processor.save_pretrained(staged)
         except (RuntimeError, ValueError) as error:
             raise FileError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
         return Merged(Path(path), dict(merged.lost))
@@ -64,14 +60,16 @@ class MergedFormat(EditFormat):
     needs: ClassVar[Literal["nothing", "structure", "weights"]] = "weights"
     low_rank: ClassVar[bool] = False
 
-    def write(self, edit: Edit, path: Path, model: Any, processor: Any) -> Mapping[str, float]:
+    def write(self, edit: Edit, path: Path, task: Any) -> Mapping[str, float]:
         """Write the edited model. See :meth:`EditFormat.write` and :func:`save_merged`."""
-        return _save_checkpoint(edit, path, model, processor).lost
+        return save_merged(edit, path, task).lost
 
     def detect(self, path: Path) -> bool:
         """Return whether the folder is a checkpoint of transformers."""
         return (path / "config.json").is_file()
 
-    def read(self, path: Path, model: Any, load_model: Callable[[Path], Any], rank: int | None = None) -> ImportedEdit:
+    def read(
+        self, path: Path, task: HasModel, load: Callable[[Path], HasModel], rank: int | None = None
+    ) -> ImportedEdit:
         """Make an edit of a changed checkpoint. See :meth:`EditFormat.read` and :func:`diff_checkpoints`."""
-        return diff_checkpoints(model, load_model(path), rank)
+        return diff_checkpoints(task, load(path), rank)

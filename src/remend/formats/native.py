@@ -8,6 +8,7 @@ from typing import Any
 
 from remend.edit import EDIT_FORMAT, Edit
 from remend.errors import FileError
+from remend.fingerprint import HasModel
 from remend.formats.base import EditFormat, ImportedEdit
 from remend.serialization import is_saved_by_remend, read_format
 
@@ -15,7 +16,7 @@ from remend.serialization import is_saved_by_remend, read_format
 class NativeFormat(EditFormat):
     """Edits as remend saves them, with their requests and the model's fingerprint."""
 
-    def write(self, edit: Edit, path: Path, model: Any, processor: Any) -> Mapping[str, float]:
+    def write(self, edit: Edit, path: Path, task: Any) -> Mapping[str, float]:
         """Write an edit to a folder. See :meth:`EditFormat.write`."""
         edit.save(path)
         return {}
@@ -28,7 +29,9 @@ class NativeFormat(EditFormat):
         """Return whether the folder is a saved edit."""
         return read_format(path) == EDIT_FORMAT
 
-    def read(self, path: Path, model: Any, load_model: Callable[[Path], Any], rank: int | None = None) -> ImportedEdit:
+    def read(
+        self, path: Path, task: HasModel, load: Callable[[Path], HasModel], rank: int | None = None
+    ) -> ImportedEdit:
         """Refuse the folder, which needs no import.
 
         Raises:

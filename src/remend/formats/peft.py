@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import safetensors
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from remend.core.layers import dimensions, editable_layers, expert_count, is_conv1d, weight_of
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, nearest
-from remend.fingerprint import ModelFingerprint, find_modules
+from remend.fingerprint import HasModel, ModelFingerprint, find_modules, module_of
 from remend.formats.base import EditFormat, ImportedEdit
 from remend.serialization import atomic_folder, file_sha256, format_json, parse_json
 
@@ -58,25 +56,26 @@ _REGEX_PARTS = {r"\d+": r"\d+", "[0-9]+": r"\d+", ".*": ".*"}
 """The regular expressions that are understood in an adapter's patterns."""
 
 
-def save_adapter(edit: Edit, path: str | Path, model: PreTrainedModel) -> Path:
+def save_adapter(edit: Edit, path: str | Path, task: HasModel | nn.Module) -> Path:
     """Write an edit as an adapter that PEFT, transformers' ``load_adapter`` and LoRA servers read; return the folder.
 
     Args:
         edit: the edit.
         path: a folder that is not there yet, or that holds an adapter.
-        model: the model that the edit is for; it may be without weights (:func:`remend.models.skeleton`).
+        task: the model that the edit is for; it may be without weights (:func:`remend.models.skeleton`).
 
     Raises:
         EditError: the edit is gated, or changes experts.
         WrongBaseError: the model is of another class or configuration.
         FileError: ``path`` holds something else, or cannot be written.
     """
+    model = module_of(task)
     modules = _checked_modules(edit, model)
     config = _adapter_config(edit, model, any(is_conv1d(module) for module in modules.values()))
     tensors: dict[str, Tensor] = {}
     for name, change in edit.changes.items():
         u, delta = change.u, change.delta.mT
-        if isinstance(modules[name], torch.nn.Conv2d):  # PEFT's factors are convolutions too, the second one is 1x1
+        if isinstance(modules[name], nn.Conv2d):  # PEFT's factors are convolutions too, the second one is 1x1
             u, delta = u.view(change.rank, *weight_of(modules[name]).shape[1:]), delta[:, :, None, None]
         tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = u
         tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = delta
@@ -86,7 +85,7 @@ def save_adapter(edit: Edit, path: str | Path, model: PreTrainedModel) -> Path:
     return Path(path)
 
 
-def _checked_modules(edit: Edit, model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+def _checked_modules(edit: Edit, model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that an edit changes, after checking that it can be an adapter of ``model``."""
     edit.base.check_architecture(model, "this edit")
     modules = find_modules(model, edit.changes)
@@ -102,7 +101,7 @@ def _checked_modules(edit: Edit, model: PreTrainedModel) -> dict[str, torch.nn.M
     return modules
 
 
-def _adapter_config(edit: Edit, model: PreTrainedModel, has_conv1d: bool) -> dict[str, Any]:
+def _adapter_config(edit: Edit, model: nn.Module, has_conv1d: bool) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``."""
     ranks = {name: change.rank for name, change in edit.changes.items()}
     largest = max(ranks.values(), default=1)
@@ -124,19 +123,19 @@ def _adapter_config(edit: Edit, model: PreTrainedModel, has_conv1d: bool) -> dic
     }
 
 
-def load_adapter(path: str | Path, model: PreTrainedModel) -> Edit:
-    """Load a LoRA adapter as an edit of ``model``, to inspect, evaluate and revert it.
+def load_adapter(path: str | Path, task: HasModel | nn.Module) -> Edit:
+    """Load a LoRA adapter as an edit of a model, to inspect, evaluate and revert it.
 
     Args:
         path: the adapter's folder.
-        model: the model that the adapter is for, with its weights.
+        task: the model that the adapter is for, with its weights.
 
     Raises:
         FileError: the folder holds no adapter, it is damaged, it does more than low-rank changes of matrices, or it
-            changes modules that ``model`` does not have.
-        EditError: the matrices of ``model`` have other shapes.
+            changes modules that the model does not have.
+        EditError: the matrices of the model have other shapes.
     """
-    path = Path(path)
+    path, model = Path(path), module_of(task)
     config, tensors = _read(path)
     changes: dict[str, LowRank] = {}
     editable = {name for name, module in editable_layers(model) if not expert_count(module)}
@@ -184,10 +183,11 @@ def _is_adapter(path: Path) -> bool:
     return names <= {CONFIG, WEIGHTS} and CONFIG in names
 
 
-def _task_type(model: PreTrainedModel) -> str | None:
+def _task_type(model: nn.Module) -> str | None:
     """Return PEFT's name of the task, or None for classifiers."""
     # With "SEQ_CLS", PEFT expects the classifier's head in the adapter too.
-    if not isinstance(model.get_output_embeddings(), torch.nn.Module):
+    find_head = getattr(model, "get_output_embeddings", None)
+    if not isinstance(find_head() if callable(find_head) else None, nn.Module):
         return None
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
@@ -281,9 +281,9 @@ class PeftFormat(EditFormat):
 
     needs: ClassVar[Literal["nothing", "structure", "weights"]] = "structure"
 
-    def write(self, edit: Edit, path: Path, model: Any, processor: Any) -> Mapping[str, float]:
+    def write(self, edit: Edit, path: Path, task: Any) -> Mapping[str, float]:
         """Write an edit as an adapter. See :meth:`EditFormat.write` and :func:`save_adapter`."""
-        save_adapter(edit, path, model)
+        save_adapter(edit, path, task)
         return {}
 
     def replaceable(self, path: Path) -> bool:
@@ -305,9 +305,11 @@ class PeftFormat(EditFormat):
         """Return whether the folder has the configuration of an adapter."""
         return (path / CONFIG).exists()
 
-    def read(self, path: Path, model: Any, load_model: Callable[[Path], Any], rank: int | None = None) -> ImportedEdit:
+    def read(
+        self, path: Path, task: HasModel, load: Callable[[Path], HasModel], rank: int | None = None
+    ) -> ImportedEdit:
         """Read an adapter. See :meth:`EditFormat.read` and :func:`load_adapter`."""
-        edit = load_adapter(path, model)
+        edit = load_adapter(path, task)
         edit = edit.compressed(rank) if rank is not None else edit
         return ImportedEdit(edit, edit.editor.get("lost", {}))
 

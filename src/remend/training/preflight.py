@@ -16,7 +16,7 @@ from remend.editors.mend.config import MendConfig
 from remend.editors.mend.editor import Mend
 from remend.errors import EditError, PrecisionError, RemendError
 from remend.fingerprint import find_modules
-from remend.models.blocks import find_stacks
+from remend.models.blocks import find_stacks, is_inside
 from remend.request import EditRequest
 from remend.tasks.base import Batch, Task
 from remend.tasks.generative import GenerativeTask
@@ -228,7 +228,7 @@ def _reason(model: PreTrainedModel, editor: Mend, modules: Sequence[str], layers
     if modules:
         return f"they match {' '.join(modules)}" + (f" in the blocks {layers}" if layers else "")
     every = [prefix for _, stack in find_stacks(model) for prefix, _ in stack]
-    chosen = [prefix for prefix in every if any(name.startswith(f"{prefix}.") for name in editor.shapes)]
+    chosen = [prefix for prefix in every if any(is_inside(name, prefix) for name in editor.shapes)]
     what = "the MLPs' output matrices" if editor.config.outputs_only else "the MLPs"
     if layers:
         return f"{what} of {len(chosen)} of {len(every)} blocks ({layers})"

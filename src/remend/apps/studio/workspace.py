@@ -237,7 +237,7 @@ class Session:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         place = Path(tempfile.mkdtemp(dir=self._folder)) / to
         with self.desk.alone():
-            FORMATS.load(to)().write(edit, place, self.desk.model, self.desk.task.processor)
+            FORMATS.load(to)().write(edit, place, self.desk.task)
         packed = Path(shutil.make_archive(str(place), "zip", place))
         shutil.rmtree(place)
         return packed
