@@ -1,8 +1,9 @@
-"""The paper's tables in miniature: cells are computed once, tables filled, findings judged, and all of it drawn."""
+"""The benchmark of the paper's tables: cells are computed once, tables are filled, findings are checked."""
 
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,7 +24,7 @@ from paper import experiments, testbeds
 from paper.charts import COLORS, Axis, line_chart
 from paper.cli import _command
 from paper.cli import main as run
-from paper.experiments import Cell, Scale
+from paper.experiments import Cell, Scale, cell_settings
 from paper.methods import METHODS
 from paper.render import code_spans
 from paper.result_folder import ResultFolder
@@ -53,32 +54,52 @@ def runner_of(folder, beds, **options):
     return CellRunner(ResultFolder(folder, beds, TINY), **options)
 
 
+@pytest.fixture
+def no_computation(monkeypatch):
+    """Cells get figures at once, where a test is about what happens to them."""
+    names = ("edit_success", "edit_success_tokens", "accuracy_drawdown", "perplexity_drawdown")
+
+    def measure(runner, cell):
+        figures = {name: {"mean": 0.75, "n": 4} for name in names}
+        return {"cell": cell.id, "figures": figures, "settings": cell_settings(cell, runner.scale)}
+
+    monkeypatch.setattr(CellRunner, "measure", measure)
+
+
+@pytest.fixture(scope="module")
+def memory_folder(tmp_path_factory):
+    """A folder with the measured memory of training."""
+    folder = tmp_path_factory.mktemp("measured")
+    measure_memory(folder, TINY.memory)
+    return folder
+
+
 class FixedResults:
     """Figures that are written down, in place of measured ones."""
 
     def __init__(self, success, drawdown=None, locality=None):
         self._success, self._drawdown, self._locality = success, drawdown or {}, locality or {}
 
-    def success(self, world, method, edits=1):
-        return self._success.get((world, method, edits), math.nan)
+    def success(self, testbed, method, edits=1):
+        return self._success.get((testbed, method, edits), math.nan)
 
-    def drawdown(self, world, method, edits=1):
-        return self._drawdown.get((world, method, edits), math.nan)
+    def drawdown(self, testbed, method, edits=1):
+        return self._drawdown.get((testbed, method, edits), math.nan)
 
     def user_testbeds(self):
-        return [world for world in dict.fromkeys(world for world, _, _ in self._success) if world not in KNOWN]
+        return [name for name in dict.fromkeys(name for name, _, _ in self._success) if name not in KNOWN]
 
-    def locality(self, world, method, kind):
-        return self._locality.get((world, method, kind), math.nan)
+    def locality(self, testbed, method, kind):
+        return self._locality.get((testbed, method, kind), math.nan)
 
 
 def test_every_table_names_methods_and_testbeds_that_exist():
     for table in TABLES.values():
         assert set(table.methods) <= METHODS.keys()
-        assert {world for world, _ in table.columns} <= set(KNOWN)
-        for method, world, edits in table.paper:
+        assert {testbed for testbed, _ in table.columns} <= set(KNOWN)
+        for method, testbed, edits in table.paper:
             assert method in table.methods, (table.name, method)
-            assert (world, edits) in table.columns, (table.name, world, edits)
+            assert (testbed, edits) in table.columns, (table.name, testbed, edits)
         assert table.findings
 
 
@@ -134,15 +155,15 @@ def test_charts_name_each_line_once_and_apart():
     up = Axis("success", [(0, "0"), (1, "1")])
     lines = {"a": [(1, 1.0), (125, 0.5)], "none": [], "b<": [(1, 0.9), (5, 0.9), (125, 0.51)], "c": [(125, 0.5)]}
     chart = line_chart("what <is> shown", lines, across, up)
-    drawn = ElementTree.fromstring(chart)
-    assert drawn.get("aria-label") == "what <is> shown"
-    texts = [(text.text, float(text.get("transform").split()[-1].rstrip(")"))) for text in drawn.iter(f"{SVG}text")]
+    svg = ElementTree.fromstring(chart)
+    assert svg.get("aria-label") == "what <is> shown"
+    texts = [(text.text, float(text.get("transform").split()[-1].rstrip(")"))) for text in svg.iter(f"{SVG}text")]
     names = [(name, height) for name, height in texts if name in lines]
     assert sorted(name for name, _ in names) == ["a", "b<", "c"], "each once, and none without points"
     ends = sorted(height for _, height in names)
     assert all(after - before >= 14.9 for before, after in itertools.pairwise(ends))
     assert min(names, key=lambda own: own[1])[0] == "b<", "in the order of the lines' ends"
-    drawn_lines = {group.get("id"): group for group in drawn.iter(f"{SVG}g") if "line:" in (group.get("id") or "")}
+    drawn_lines = {group.get("id"): group for group in svg.iter(f"{SVG}g") if "line:" in (group.get("id") or "")}
     points = [drawn_lines[f"line:{name}"].find(f"{SVG}path").get("d").split() for name in ("a", "b<", "c")]
     assert [sum(part in ("M", "L") for part in own) for own in points] == [2, 3, 1]
     assert points[0][-2] == points[1][-2] == points[2][-2], "the last tick is one place for all"
@@ -151,15 +172,16 @@ def test_charts_name_each_line_once_and_apart():
     fewer = line_chart("what", {"a": [], "b<": lines["b<"]}, across, up)
     assert COLORS[0] not in fewer, "a line keeps its color where another has no points"
     assert COLORS[1] in fewer
-    assert chart == line_chart("what <is> shown", lines, across, up), "drawn again, it is the same file"
+    assert chart == line_chart("what <is> shown", lines, across, up), "the same lines give the same file"
     assert code_spans("a `b<` c") == "a <code>b&lt;</code> c"
 
 
-def test_a_run_is_gone_on_with_and_drawn(claims, tmp_path, capsys, monkeypatch):
+def test_a_run_continues_and_writes_its_tables(claims, memory_folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
+    shutil.copytree(memory_folder, out)
     assert run(["--out", str(out), "--tables", "11,memory"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "paper: a cache does well on questions and claims" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "paper: a cache does well on questions and claims" in printed
     kept = {file: file.read_bytes() for file in (out / "cells").iterdir()}
     assert len(kept) == 4  # two methods, two seeds
     markdown, page = ((out / f"tables.{kind}").read_text() for kind in ("md", "html"))
@@ -183,8 +205,8 @@ def test_a_run_is_gone_on_with_and_drawn(claims, tmp_path, capsys, monkeypatch):
 def test_one_cell_gives_the_figures_of_the_table(claims, tmp_path, capsys):
     for out in ("one", "other"):
         assert run(["--out", str(tmp_path / out), "--cell", "claims/mend-paper/2/1"]) == 0
-    told = capsys.readouterr().out
-    assert "edit success" in told
+    printed = capsys.readouterr().out
+    assert "edit success" in printed
     name = "cells/claims-mend-paper-2-1.json"
     one, other = (json.loads((tmp_path / out / name).read_text())["figures"] for out in ("one", "other"))
     assert one == other
@@ -213,7 +235,7 @@ def test_every_kind_of_method_is_computed(claims, tmp_path, method):
 )
 def test_attention_is_found_by_structure(name, pattern, layers, count):
     """In T5 without cross-attention; its decoder has that too."""
-    model, _ = load(make_testbeds()[name].source, "cpu")
+    model = load(make_testbeds()[name].source, "cpu").model
     named = list(editable_modules(model, [pattern], layers=layers))
     assert len(named) == count
     assert list(editable_modules(model, attention_matrices(model))) == named
@@ -287,7 +309,7 @@ def capitals(tmp_path):
     return folder
 
 
-def test_results_are_shown_of_testbeds_that_are_not_available(claims, tmp_path, capsys, monkeypatch):
+def test_results_are_shown_of_testbeds_that_are_not_available(claims, no_computation, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     for name, parts in (("passages", {"model": "a", "text": "b"}), ("capitals", {"model": "a", "requests": "b"})):
         write_json(out / "worlds" / f"{name}.json", parts)
@@ -342,8 +364,8 @@ def test_settings_that_changed_since(claims, tmp_path, monkeypatch):
     assert runner.results.read(cell)["figures"] == kept["figures"], "cells of before settings were kept count"
 
 
-def test_a_cell_that_fails_stops_no_other(claims, tmp_path, capsys, monkeypatch):
-    """It is told of, and computed again only when it is asked for."""
+def test_a_cell_that_fails_stops_no_other(claims, no_computation, tmp_path, capsys, monkeypatch):
+    """Its error is reported, and it is computed again only with --cell."""
     measure = CellRunner.measure
 
     def diverging(self, cell):
@@ -354,12 +376,12 @@ def test_a_cell_that_fails_stops_no_other(claims, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(CellRunner, "measure", diverging)
     arguments = ["--out", str(tmp_path)]
     assert run([*arguments, "--tables", "11"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "claims/cache/1/1 failed: NonFiniteError: the loss became NaN" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "claims/cache/1/1 failed: NonFiniteError: the loss became NaN" in printed
     for kind in ("md", "html"):
-        drawn = (tmp_path / f"tables.{kind}").read_text()
-        assert "failed" in drawn
-        assert "NonFiniteError: the loss became NaN" in drawn
+        tables = (tmp_path / f"tables.{kind}").read_text()
+        assert "failed" in tables
+        assert "NonFiniteError: the loss became NaN" in tables
     (table,) = json.loads((tmp_path / "tables.json").read_text())["tables"]
     assert [row[-1]["ours"] == "failed" for row in table["rows"].values()] == [True, False]
     assert run([*arguments, "--cell", "claims/cache/1/1"]) == 1
@@ -377,13 +399,13 @@ def test_the_command_of_a_table_can_be_typed_again():
 
 
 def test_figures_do_not_depend_on_the_number_of_processes(claims, tmp_path, monkeypatch):
-    """Each computes on one thread, and where it is told to."""
-    told = []
-    monkeypatch.setattr("torch.set_num_threads", told.append)
-    monkeypatch.setattr(testbeds, "load", lambda source, device: told.append(device) or pytest.skip("enough"))
+    """Each computes on one thread, and on the device of --device."""
+    calls = []
+    monkeypatch.setattr("torch.set_num_threads", calls.append)
+    monkeypatch.setattr(testbeds, "load", lambda source, device: calls.append(device) or pytest.skip("enough"))
     with pytest.raises(pytest.skip.Exception):
         run(["--out", str(tmp_path), "--tables", "11", "--device", "cuda:1"])
-    assert told == [1, "cuda:1"]
+    assert calls == [1, "cuda:1"]
 
 
 @pytest.mark.parametrize(
@@ -412,17 +434,22 @@ def test_a_writer_needs_a_text(tmp_path):
         make_testbeds(TestbedOptions(writer=tmp_path))
 
 
-def test_memory_is_measured_once(tmp_path, monkeypatch):
-    found = measure_memory(tmp_path, [256])
-    assert all(own["added"] > 0 and own["parameters"] > 0 for own in found)
+def test_memory_is_measured_once(memory_folder, monkeypatch):
+    rows = [json.loads(file.read_text()) for file in sorted((memory_folder / "memory").iterdir())]
+    assert len(rows) == len(MEMORY_METHODS)
+    assert all(row["added"] > 0 and row["parameters"] > 0 for row in rows)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("measured twice"))
-    assert measure_memory(tmp_path, [256]) == found
+    assert sorted(row["peak"] for row in measure_memory(memory_folder, [256])) == sorted(row["peak"] for row in rows)
 
 
-@pytest.mark.parametrize(("error", "told"), [("", "it ended with -9"), ("Traceback …\nMemoryError\n", "MemoryError")])
-def test_tables_are_there_though_memory_cannot_be_measured(claims, tmp_path, capsys, monkeypatch, error, told):
+@pytest.mark.parametrize(
+    ("error", "message"), [("", "it ended with -9"), ("Traceback …\nMemoryError\n", "MemoryError")]
+)
+def test_tables_are_written_though_memory_cannot_be_measured(
+    claims, no_computation, tmp_path, capsys, monkeypatch, error, message
+):
     dead = subprocess.CompletedProcess([], -9, "", error)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: dead)
     assert run(["--out", str(tmp_path), "--tables", "11,memory"]) == 1
-    assert f"measuring the memory of ke failed: {told}" in " ".join(capsys.readouterr().err.split())
+    assert f"measuring the memory of ke failed: {message}" in " ".join(capsys.readouterr().err.split())
     assert "## Table 11" in (tmp_path / "tables.md").read_text()

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -19,13 +20,12 @@ from remend.evaluation.reports.schema import read_report
 from remend.models.structure import editable_modules
 from remend.recipes import load_recipe, recipes, run_recipe
 from remend.recipes.inputs import (
-    TASK_KINDS,
     UNRELATED_PROMPTS,
     RunInputs,
     add_unrelated_prompts,
     local_file,
 )
-from remend.recipes.recipe import RECIPE_FOLDER
+from remend.recipes.recipe import RECIPE_FOLDER, TaskKind
 from remend.request import EditRequest
 from remend.training.checkpoint import folder_of
 from remend.training.resource_estimate import dry_run
@@ -146,7 +146,7 @@ def test_a_shipped_recipe(name):
     assert (RECIPE_FOLDER / f"{recipe.name}.json").is_file()
     network, settings = recipe.settings()
     assert settings.seed == recipe.seeds[0]
-    assert recipe.task in TASK_KINDS
+    assert recipe.task in get_args(TaskKind)
     if recipe.paper is not None:
         assert (recipe.preset, recipe.network, recipe.training) == ("paper", {}, {})
         assert network.outputs_only is False

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 UNRELATED_PROMPTS = 4
 """How many unrelated prompts a request gets that names none."""
-TASK_KINDS = ("causal-lm", "seq2seq", "classification")
 
 
 @dataclass(frozen=True)
