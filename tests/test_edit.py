@@ -255,3 +255,7 @@ def test_edits_of_different_bases_do_not_add(edit):
     other = Edit(edit.changes, ModelFingerprint("other", "1", dict(edit.base.weights)))
     with pytest.raises(EditError, match="different bases"):
         edit + other
+
+
+def test_a_task_has_the_identity_of_its_model(task, edit):
+    assert ModelFingerprint.of(task, edit.changes) == ModelFingerprint.of(task.model, edit.changes) == edit.base

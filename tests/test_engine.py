@@ -248,7 +248,7 @@ def test_blocks_that_return_tuples_are_entered_too(bias, monkeypatch):
     with prefix.resume_from(states):
         torch.testing.assert_close(task.outputs(batch), whole)
     assert ran == ([0, 2, 3] if bias else [2, 3])
-    assert prefix.verify(lambda: task.outputs(batch), lambda: task.output_states(batch), task.logits)
+    assert prefix.verify(lambda: task.outputs(batch), lambda: task.output_states(batch), task.outputs_from_states)
 
 
 def test_the_output_layer_alone_makes_the_same_logits_of_its_input(task):

@@ -87,7 +87,7 @@ def test_entering_at_the_cut_is_the_whole_pass(task, requests, network):
     batch = batch_of(task, requests)
     prefix = FrozenPrefix(task.model, Mend.create(task, network).shapes)
     with torch.no_grad():
-        assert prefix.verify(lambda: task.outputs(batch), lambda: task.output_states(batch), task.logits)
+        assert prefix.verify(lambda: task.outputs(batch), lambda: task.output_states(batch), task.outputs_from_states)
     stacks = len(find_stacks(task.model))
     assert prefix.depth == stacks
     assert prefix.stack == (stacks > 1 and network is DEFAULT)

@@ -46,13 +46,14 @@ class ModelFingerprint:
     weights: dict[str, str]
 
     @staticmethod
-    def of(model: nn.Module, names: Iterable[str]) -> ModelFingerprint:
-        """Compute the identity of ``model`` with respect to the named modules.
+    def of(model: nn.Module | HasModel, names: Iterable[str]) -> ModelFingerprint:
+        """Compute the identity of a model, or of a task's, with respect to the named modules.
 
         Raises:
             ModelError: a name is no editable module, or a weight has no values.
         """
-        return ModelFingerprint(model_name(model), _config_hash(model), _weight_hashes(model, names))
+        module = module_of(model)
+        return ModelFingerprint(model_name(module), _config_hash(module), _weight_hashes(module, names))
 
     @staticmethod
     def from_manifest(described: Mapping[str, Any], where: str | Path) -> ModelFingerprint:

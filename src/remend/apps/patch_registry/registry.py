@@ -21,7 +21,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
 
 from remend.apps.acceptance import STANDARD, AcceptanceCriteria, RejectedError, judge
 from remend.apps.patch_registry.conflicts import Conflict, ConflictError, find_conflicts
@@ -40,7 +40,7 @@ from remend.apps.patch_registry.database import (
 )
 from remend.edit import Edit, utc_now
 from remend.errors import EditError, FileError, RemendError, WrongBaseError
-from remend.fingerprint import ModelFingerprint
+from remend.fingerprint import HasModel, ModelFingerprint
 from remend.serialization import MANIFEST, atomic_folder, file_sha256, remove_temporary_folders
 from remend.tasks import Task
 
@@ -86,7 +86,7 @@ class PatchRegistry:
         self._config: str = about["config"]
 
     @staticmethod
-    def create(path: str | Path, model: PreTrainedModel) -> PatchRegistry:
+    def create(path: str | Path, model: nn.Module | HasModel) -> PatchRegistry:
         """A new book of a model's edits, which may be without its weights (:func:`remend.models.skeleton`).
 
         Raises:
