@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from remend.config import to_json
+from remend.config import Config, from_json, to_json
 from remend.training.config import TrainingConfig
 
 from .methods import METHODS
@@ -90,3 +90,23 @@ def cell_settings(cell: Cell, scale: Scale) -> dict[str, Any]:
         "config": None if method.config is None else to_json(method.config),
         "training": None if training is None else to_json(training),
     }
+
+
+def current_settings(cell: Cell, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that :func:`cell_settings` gave in an earlier version as this version would write them.
+
+    Raises:
+        ConfigError: this version cannot read them.
+    """
+    method = METHODS[cell.method]
+    return {
+        **stored,
+        "config": current_json(method.config, stored.get("config")),
+        "training": current_json(method.training, stored.get("training")),
+    }
+
+
+def current_json(config: Config | None, stored: Mapping[str, Any] | None) -> Any:
+    """Return the stored JSON of a configuration of the same class as ``config`` as this version would write it."""
+    # Reading it gives fields that were added since their defaults, so that older results stay valid.
+    return stored if config is None or stored is None else to_json(from_json(type(config), stored))

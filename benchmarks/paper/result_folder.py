@@ -12,7 +12,7 @@ from remend.config import differences
 from remend.errors import ConfigError
 from remend.serialization import write_json
 
-from .experiments import Cell, Scale, cell_settings
+from .experiments import Cell, Scale, cell_settings, current_settings
 from .testbeds import Testbed, stored_testbeds
 
 
@@ -57,7 +57,7 @@ class ResultFolder:
         result = _read(file)
         settings = cell_settings(cell, self.scale)
         # The first results were stored without their settings, which were those of today.
-        if changed := differences(result.get("settings", settings), settings):
+        if changed := differences(current_settings(cell, result.get("settings", settings)), settings):
             raise ConfigError(
                 f"{file} was computed with another {', '.join(changed)}: delete it to compute {cell.id} anew, or "
                 "choose another folder"

@@ -23,7 +23,7 @@ from remend.request import EditRequest
 from remend.serialization import MANIFEST
 from remend.training import train
 
-from .experiments import Cell, cell_settings, training_config
+from .experiments import Cell, cell_settings, current_json, training_config
 from .methods import METHODS, SAME_TRAINING
 from .result_folder import ResultFolder
 from .testbeds import TOKEN_SUCCESS, LoadedTestbed
@@ -164,7 +164,7 @@ class CellRunner:
         checkpoints = out.with_name(f"{out.name}.checkpoints")  # there as long as training has not ended
         if (out / MANIFEST).exists() and not checkpoints.exists():
             stored = load_trained(out)
-            before = {"config": to_json(stored.config), "training": stored.trained["config"]}
+            before = {"config": to_json(stored.config), "training": current_json(config, stored.trained["config"])}
             if changed := differences(before, {"config": to_json(method.config), "training": to_json(config)}):
                 raise ConfigError(
                     f"{out} was trained with another {', '.join(changed)}: delete it to train it anew, or choose "
