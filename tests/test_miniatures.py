@@ -9,7 +9,6 @@ from remend.assets import CLAIMS_FOLDER, QUESTIONS_FOLDER
 from remend.data import atlas, claims, questions
 from remend.data.claims import LABELS, Claim
 from remend.errors import RequestError
-from remend.tasks.seq2seq import Seq2SeqLM
 
 FACT_SETS = {"questions": questions.fact_set, "claims": claims.claim_set}
 LARGEST = 4_000_000
@@ -111,7 +110,7 @@ def test_claims_are_edited_both_ways():
 
 def test_the_question_answerer_knows_its_facts():
     """A tenth of them, in every phrasing, by real greedy decoding; the script that trains it checks them all."""
-    task = Seq2SeqLM(*remend.load("questions", "cpu"))
+    task = remend.load("questions", "cpu")
     known = questions.fact_set()
     asked = [
         (phrasing.format(fact.subject), fact.object)

@@ -46,7 +46,7 @@ def mine(episodes: Episodes, constants: ActivationCache) -> int:
         nearest = (own @ states.T).topk(min(MINED + most, len(pool))).indices.tolist()
         for i, found in zip(chunk, nearest, strict=True):
             about = episodes.episodes[i].prompts
-            near = tuple(pool[place] for place in found if pool[place].prompt not in about)[:MINED]
+            near = tuple(pool[place] for place in found if pool[place].input not in about)[:MINED]
             episodes.episodes[i] = replace(episodes.episodes[i], near=near)
     return len(wanting)
 
