@@ -84,13 +84,13 @@ def load(way, folder):
             places = DISK if way == "disk" else GPU_AND_MEMORY
             model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, dtype=torch.float32).eval()
         elif way == "map":
-            model = remend.load(str(folder), "map")[0]
+            model = remend.load(str(folder), "map").model
         elif way == "bfloat16":
-            model = remend.load(str(folder), "cpu", torch.bfloat16)[0]
+            model = remend.load(str(folder), "cpu", torch.bfloat16).model
         elif way == CODES:
-            model = coded(remend.load(str(folder), "cpu")[0])
+            model = coded(remend.load(str(folder), "cpu").model)
         else:
-            model = remend.load(str(folder), "cpu", quantise=way)[0]
+            model = remend.load(str(folder), "cpu", quantise=way).model
         return model
 
     return loaded
@@ -216,14 +216,14 @@ def test_merging_into_offloaded_weights_is_refused(task, editor):
 
 @pytest.mark.parametrize("way", ["bfloat16", "map", "disk"], indirect=True)
 def test_where_the_weights_lie_and_in_which_float_does_not_make_another_base(task, folder):
-    plain, _ = remend.load(str(folder), "cpu")
+    plain = remend.load(str(folder), "cpu").model
     assert contents(task.model) == contents(plain)
     assert execution_device(task.model) == torch.device("cpu")
 
 
 @QUANTISED
 def test_a_quantised_model_is_a_base_of_its_own(task, editor, folder):
-    plain, _ = remend.load(str(folder), "cpu")
+    plain = remend.load(str(folder), "cpu").model
     names = list(editable_modules(plain))
     assert names == list(editor.shapes), "the same matrices are found"
     assert all(is_quantized(task.model.get_submodule(name)) for name in names)
@@ -259,7 +259,7 @@ def test_a_checkpoint_that_is_stored_quantised(way, folder, tmp_path):
     task = remend.load(str(folder), "cpu", torch.bfloat16, way)
     task.model.save_pretrained(tmp_path)
     task.tokenizer.save_pretrained(tmp_path)
-    stored, _ = remend.load(str(tmp_path), "cpu")
+    stored = remend.load(str(tmp_path), "cpu").model
     assert contents(stored) == contents(task.model)
     assert torch.equal(logits(CausalLM(stored, task.tokenizer)), logits(CausalLM(task.model, task.tokenizer)))
     with pytest.raises(ModelError, match="quantised already"):
@@ -275,7 +275,7 @@ def test_quantising_conv1d_layers(way, tmp_path):
         with pytest.raises(ModelError, match="nothing to quantise in a GPT2LMHeadModel; try bnb"):
             remend.load(str(tmp_path), "cpu", quantise=way)
     else:
-        loaded, _ = remend.load(str(tmp_path), "cpu", quantise=way)
+        loaded = remend.load(str(tmp_path), "cpu", quantise=way).model
         shapes = {name: dimensions(module) for name, module in editable_modules(loaded).items()}
         assert shapes == {name: dimensions(module) for name, module in editable_modules(model).items()}
 
