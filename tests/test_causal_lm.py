@@ -25,7 +25,7 @@ def test_a_pair_is_what_the_model_would_read(prompt, target):
     assert TASK.tokenizer.decode(pair.input + pair.target[:-1]) == f"{prompt} {target}"
     assert TASK.encode(prompt + " ", f"  {target} ") == pair, "spaces around them do not matter"
     after_break = TASK.encode(prompt + "\n", target)
-    assert TASK.tokenizer.decode(after_break.prompt + after_break.target[:-1]) == f"{prompt}\n{target}"
+    assert TASK.tokenizer.decode(after_break.input + after_break.target[:-1]) == f"{prompt}\n{target}"
     assert TASK.text(pair.target) == target
 
 
@@ -54,8 +54,10 @@ def test_the_tokenizers_own_padding_does_not_matter():
     other = CausalLM(TASK.model, left)
     texts = [("Oslo is", "Rome"), ("The capital of Peru is", "Lima")]
     batches = [task.collate([task.encode(*text) for text in texts]) for task in (TASK, other)]
-    fields = list(zip(vars(batches[0]).values(), vars(batches[1]).values(), strict=True))
-    assert sum(a is not None for a, _ in fields) == 5
+    flat = [{**vars(batch), **batch.inputs} for batch in batches]
+    names = [name for name in flat[0] if name != "inputs"]
+    fields = [(flat[0][name], flat[1][name]) for name in names]
+    assert sum(a is not None for a, _ in fields) == 6, "ids, attention mask, mask, row, position and target"
     assert all(a is b is None or torch.equal(a, b) for a, b in fields)
     assert not batches[0].mask[0, -1], "padding is on the right"
 
@@ -85,7 +87,7 @@ def test_target_logits_are_those_of_each_pair_alone(family, texts):
     with torch.no_grad():
         batched = task.outputs(task.collate(pairs))
         alone = [task.model(torch.tensor([pair.input + pair.target])).logits[0] for pair in pairs]
-    expected = torch.cat([logits[len(p.prompt) - 1 : -1] for p, logits in zip(pairs, alone, strict=True)])
+    expected = torch.cat([logits[len(p.input) - 1 : -1] for p, logits in zip(pairs, alone, strict=True)])
     torch.testing.assert_close(batched, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -128,6 +130,6 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(RequestError, match="target ' ' holds no text"):
         TASK.encode("Oslo is", " ")
     with pytest.raises(RequestError, match="prompt '' holds no text"):
-        TASK.answers([""])
+        TASK.predict([""])
     with pytest.raises(RequestError, match="leaves no room"):
-        TASK.answers(["Oslo " * 60])
+        TASK.predict(["Oslo " * 60])

@@ -105,11 +105,11 @@ def test_a_pair_of_texts_is_shown_as_two():
     torch.testing.assert_close(found[0], right, rtol=1e-4, atol=1e-5)
     words = worlds.word_tokenizer()
     asked = [["Peru has Lima", "It is Lima"], request.prompt]
-    assert len(set(remend.answers(task.model, words, asked))) == 1
+    assert len(set(remend.answers(wrap(task.model, words), asked))) == 1
     with pytest.raises(RequestError, match="a list of prompts"):
-        remend.answers(task.model, words, "Peru has Lima")
+        remend.answers(wrap(task.model, words), "Peru has Lima")
     with pytest.raises(RequestError, match="this list has 3"):
-        remend.answers(task.model, words, [["Peru", "has", "Lima"]])
+        remend.answers(wrap(task.model, words), [["Peru", "has", "Lima"]])
     with pytest.raises(RequestError, match="not a pair"):
         wrap(worlds.gpt2(), worlds.tokenizer()).encode(request.prompt, "true")
     with pytest.raises(RequestError, match="not a conversation"):
@@ -149,7 +149,7 @@ def test_the_whole_way_from_a_folder(tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     worlds.word_tokenizer().save_pretrained(tmp_path / "model")
     remend.request.write_requests(tmp_path / "train.jsonl", families.requests("bert, binary", 30))
-    loaded, _ = remend.load(str(tmp_path / "model"), "cpu")
+    loaded = remend.load(str(tmp_path / "model"), "cpu").model
     assert isinstance(loaded, hf.BertForSequenceClassification)
     assert list(editable_modules(loaded, outputs_only=True)) == [
         f"bert.encoder.layer.{block}.output.dense" for block in (1, 2, 3)
@@ -175,7 +175,7 @@ def test_the_whole_way_from_a_folder(tmp_path, capsys):
     )
     assert json.loads((tmp_path / "r.json").read_text())["runs"][0]["metrics"]
     request = families.requests("bert, binary", 1)[0]
-    before = remend.answers(loaded, worlds.word_tokenizer(), [request.prompt])[0]
+    before = remend.answers(wrap(loaded, worlds.word_tokenizer()), [request.prompt])[0]
     other = {"true": "false", "false": "true"}[before]
     arguments = ("--prompt", request.prompt, "--target", other, "--out", tmp_path / "edit", "--device", "cpu")
     run([str(a) for a in ("edit", base, "--editor", editor, *arguments)])
