@@ -320,3 +320,64 @@ FORMATS = Registry(
     ],
 )
 """Formats of edits by name: ``--to`` of ``remend export``, and what ``remend import`` recognizes, in this order."""
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TaskEntry(RegistryEntry):
+    """A kind of model. The target is a subclass of :class:`remend.tasks.base.Task`.
+
+    Attributes:
+        input_key: the key of requests that holds its input, where that is not a text (``"image"``).
+        input_type: ``"module:attribute"`` of the input's class, a subclass of :class:`remend.request.Input`, or the
+            class itself.
+    """
+
+    input_key: str = ""
+    input_type: object = None
+
+
+class TaskRegistry(Registry[TaskEntry]):
+    """The kinds of models, in the order in which :func:`remend.wrap` asks them whether a model is theirs."""
+
+    def load_input(self, name: str) -> Any:
+        """Return the class of a task's inputs.
+
+        Raises:
+            RegistryError: as :meth:`load`.
+        """
+        target = self.get(name).input_type
+        return self._import(name, target) if isinstance(target, str) else target
+
+
+TASKS = TaskRegistry(
+    "task",
+    "remend.tasks",
+    TaskEntry,
+    [
+        TaskEntry("causal-lm", "remend.tasks.causal_lm:CausalLM", "Models that continue a text."),
+        TaskEntry("seq2seq", "remend.tasks.seq2seq:Seq2SeqLM", "Encoder-decoders that answer a text."),
+        TaskEntry(
+            "image-classification",
+            "remend.tasks.image_classification:ImageClassification",
+            "Models that give an image a label.",
+            input_key="image",
+            input_type="remend.tasks.image_classification:Image",
+        ),
+        TaskEntry(
+            "policy",
+            "remend.tasks.policy:Policy",
+            "Control policies that choose an action in a state.",
+            input_key="observation",
+            input_type="remend.tasks.policy:Observation",
+        ),
+        TaskEntry(
+            "classification",
+            "remend.tasks.text_classification:TextClassification",
+            "Models that give a text, or a pair of texts, a label.",
+        ),
+    ],
+)
+"""Every kind of model."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
@@ -28,6 +29,7 @@ from pydantic import (
 )
 
 from remend.errors import RequestError
+from remend.registries import TASKS
 from remend.serialization import write_text
 
 MESSAGES = "messages"
@@ -113,11 +115,37 @@ class TextPair:
         return f"{self.first} / {self.second}"
 
 
+class Input(ABC):
+    """An input that is not a text: an image, an observation. It stands in requests under a key of its own.
+
+    A kind of input is a frozen dataclass, so that inputs can be compared and hashed; ``str`` of one is for people. Its
+    key is declared with its task in :data:`remend.registries.TASKS`.
+
+    Attributes:
+        key: the key of a request or a probe that holds the input, in place of ``prompt``.
+    """
+
+    key: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, value: object) -> Input:
+        """Make the input of its JSON value.
+
+        Raises:
+            ValueError: the value is not one of this kind; the message says what is.
+        """
+
+    @abstractmethod
+    def to_json(self) -> Any:
+        """Return the JSON value that :meth:`from_json` reads."""
+
+
 def _short(value: object) -> str:
     return text if len(text := repr(value)) <= 80 else f"{text[:79]}…"
 
 
-def as_prompt(value: object) -> str | Chat | TextPair:
+def as_prompt(value: object) -> str | Chat | TextPair | Input:
     """What a prompt is, as a request gives it: a text, a list of two, or a list of messages.
 
     Raises:
@@ -130,18 +158,21 @@ def as_prompt(value: object) -> str | Chat | TextPair:
         if len(value) != 2:
             raise RequestError(f"should be one text, or a list of two for a classifier; this list has {len(value)}")
         return TextPair(*map(_not_blank, value))
-    return value if isinstance(value, Chat | TextPair) else Chat.of(value)
+    return value if isinstance(value, Chat | TextPair | Input) else Chat.of(value)
 
 
-def _written(prompt: str | Chat | TextPair) -> str | list[str] | list[dict[str, str]]:
+def _written(prompt: str | Chat | TextPair | Input) -> Any:
+    if isinstance(prompt, Input):
+        return {prompt.key: prompt.to_json()}
     if isinstance(prompt, TextPair):
         return [prompt.first, prompt.second]
     return prompt.to_json() if isinstance(prompt, Chat) else prompt
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
-Prompt = Annotated[str | Chat | TextPair, PlainValidator(as_prompt), PlainSerializer(_written)]
-"""What a model is asked: a text that it goes on with or judges, a conversation that it answers, two texts to judge."""
+Prompt = Annotated[str | Chat | TextPair | Input, PlainValidator(as_prompt), PlainSerializer(_written)]
+"""The input of a model: a text to continue or to classify, a conversation to answer, two texts to classify together, or
+an input of another kind, such as an image."""
 
 
 class Probe(BaseModel):
@@ -161,6 +192,8 @@ class Probe(BaseModel):
     @model_serializer(mode="wrap")
     def _as_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         found: dict[str, Any] = write(self)
+        if isinstance(self.prompt, Input):
+            return {**found.pop("prompt"), **found}
         return {MESSAGES: found.pop("prompt"), **found} if isinstance(self.prompt, Chat) else found
 
 
@@ -227,12 +260,68 @@ def _within(asked: Prompt | None, prompt: Prompt) -> Prompt:
     """
     if isinstance(asked, Chat) and isinstance(prompt, str):
         return asked.asking(prompt)
+    if isinstance(asked, Input) and not isinstance(prompt, Input):
+        return type(asked).from_json(prompt)
     if asked is not None and isinstance(asked, TextPair) != isinstance(prompt, TextPair):
         kinds = ("a pair of texts", "one text") if isinstance(asked, TextPair) else ("one text", "a pair of texts")
         raise ValueError(
             f"the request's prompt is {kinds[0]} and {str(prompt)[:40]!r} is {kinds[1]}: give the same kind"
         )
     return prompt
+
+
+_PROMPT_LISTS = ("paraphrases", "unseen_paraphrases", "formats", "negated", "generation")
+_PROBE_LISTS = ("locality", "near", "portability")
+
+
+def input_types() -> dict[str, str]:
+    """Return the keys of inputs that are not texts, each with the name of its task."""
+    return {entry.input_key: entry.name for entry in TASKS if entry.input_key}
+
+
+def _with_inputs(data: Any, kind: type[Input] | None = None) -> Any:
+    """Replace the JSON values of inputs in a request or a probe by inputs, as :class:`EditRequest` takes them.
+
+    Args:
+        data: the JSON object.
+        kind: of a probe, the kind of its request's input, as which a ``prompt`` is read.
+
+    Raises:
+        RequestError: there are several inputs, or a value is not one of its kind.
+    """
+    if not isinstance(data, dict):
+        return data
+    types = input_types()
+    keys = [key for key in ("prompt", MESSAGES, *types) if key in data]
+    if len(keys) > 1 and set(keys) & types.keys():
+        raise RequestError(f"give {' or '.join(keys)}, not both")
+    parsed = dict(data)
+    if keys and keys[0] in types:
+        kind = TASKS.load_input(types[keys[0]])
+        parsed["prompt"] = _read_input(kind, keys[0], parsed.pop(keys[0]))
+    elif kind is not None and "prompt" in data:
+        parsed["prompt"] = _read_input(kind, "prompt", data["prompt"])
+    if kind is None:
+        return data
+    for name in _PROMPT_LISTS:
+        if isinstance(data.get(name), list):
+            parsed[name] = tuple(_read_input(kind, name, _unkeyed(kind, item)) for item in data[name])
+    for name in _PROBE_LISTS:
+        if isinstance(data.get(name), list):
+            parsed[name] = tuple(_with_inputs(probe, kind) for probe in data[name])
+    return parsed
+
+
+def _unkeyed(kind: type[Input], item: object) -> object:
+    """Return the value of an input that was written with its key, as :meth:`EditRequest.to_json` does in lists."""
+    return item[kind.key] if isinstance(item, dict) and item.keys() == {kind.key} else item
+
+
+def _read_input(kind: type[Input], key: str, value: object) -> Input:
+    try:
+        return kind.from_json(value)
+    except ValueError as error:
+        raise RequestError(f"{key}: {error}") from None
 
 
 def parse_request(line: str, where: str) -> EditRequest:
@@ -242,7 +331,11 @@ def parse_request(line: str, where: str) -> EditRequest:
         RequestError: with ``where``, what arrived and what was allowed.
     """
     try:
+        if any(f'"{key}"' in line for key in input_types()):
+            return EditRequest.model_validate(_with_inputs(json.loads(line)), strict=True)
         return EditRequest.model_validate_json(line, strict=True)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{where}: {error}. A request is a JSON object in one line") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -78,13 +78,13 @@ class FrozenPrefix:
         self.blocks = [block for _, block in stacks[self.stack]]
         self._has_stages = find_stacks(model)[self.stack][1] != stacks[self.stack]
 
-    def compute_states(self, forward: Callable[[], object]) -> Float[Tensor, "row token d"]:
+    def compute_states(self, forward: Callable[[], object]) -> Float[Tensor, "row token *d"]:
         """Return what enters the lowest edited block when ``forward`` runs the model; nothing above is computed."""
         with self._observe_outputs():
             return run_until(self.blocks[self.depth], forward)
 
     @contextmanager
-    def resume_from(self, states: Float[Tensor, "row token d"] | None) -> Iterator[None]:
+    def resume_from(self, states: Float[Tensor, "row token *d"] | None) -> Iterator[None]:
         """Start the model's forward passes at the cut, with ``states``, within the context; with None, as usual."""
         # What stages return beside hidden states (a feature map's size) differs from stage to stage: run them all.
         if states is None or (self._has_stages and not self.states_only):

@@ -185,7 +185,7 @@ class Task(ABC):
         if self.context is not None and (length := self.context_length(example)) > self.context:
             target_is_longer = len(example.target) > len(example.input)
             raise RequestError(
-                f"prompt and target get_field {length} tokens, the model's context holds {self.context}: "
+                f"prompt and target take {length} tokens, the model's context holds {self.context}: "
                 f"shorten {'the target' if target_is_longer else 'the prompt'} "
                 f"({(target if target_is_longer else str(prompt))[:40]!r}…)"
             )
@@ -199,8 +199,11 @@ class Task(ABC):
         """Return all that the model reads of an example: what decides its hidden states."""
         return example.input
 
-    def states_length(self, example: Example, stack: int) -> int:
-        """Return the number of tokens of an example that enter the blocks of one of the model's stacks."""
+    def states_length(self, example: Example, stack: int) -> int | None:
+        """Return the number of tokens of an example that enter the blocks of one of the model's stacks.
+
+        None where all examples have as many positions, so that none is padded.
+        """
         return len(example.input)
 
     def token_masks(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remend.core.hooks import frozen
 from remend.errors import ModelError, RequestError
 from remend.models.frozen_prefix import run_until
-from remend.request import Chat, Prompt, TextPair
+from remend.request import Chat, Input, Prompt, TextPair
 from remend.tasks.base import Answer, Batch, Example, Task
 from remend.tasks.chat_template import ChatTemplate
 
@@ -61,7 +61,11 @@ class GenerativeTask(Task):
         return frozenset((self.tokenizer.eos_token_id, self.chat.end)) - {None}
 
     def _one_text(self, prompt: Prompt) -> str | Chat:
-        """A prompt, if it is one that a language model can be asked."""
+        """Return the prompt if it is one that a language model can be asked."""
+        if isinstance(prompt, Input):
+            raise RequestError(
+                f"{type(self.model).__name__} is a language model and is given a text or messages, not {prompt.key!r}"
+            )
         if isinstance(prompt, TextPair):
             raise RequestError(
                 f"{type(self.model).__name__} is a language model and is asked one text, not a pair "

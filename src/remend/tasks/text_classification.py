@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.core.hooks import frozen
-from remend.errors import ModelError, RequestError, nearest
+from remend.errors import ModelError, RequestError
 from remend.models.blocks import find_stacks
-from remend.request import Chat, Prompt, TextPair
+from remend.request import Chat, Input, Prompt, TextPair
 from remend.tasks.base import Answer, Batch, Example, Task
+from remend.tasks.labels import label_names, label_number
 from remend.tasks.ordinary_text import random_inputs, text_windows, with_first_answers
 
 BINARY = ("false", "true")
@@ -47,7 +48,7 @@ class TextClassification(Task):
         if getattr(model.config, "is_encoder_decoder", False):
             raise ModelError(
                 f"{type(model).__name__} classifies with an encoder and a decoder, of which remend does not know where "
-                "the label is read: get_field an encoder, or let a language model write the label"
+                "the label is read: take an encoder, or let a language model write the label"
             )
         if getattr(model.config, "problem_type", None) == "multi_label_classification":
             raise ModelError(f"{type(model).__name__} gives several labels at once; remend edits classifiers with one")
@@ -57,8 +58,8 @@ class TextClassification(Task):
         self.context = longest if self.context is None else min(self.context, longest)
         padding = (getattr(model.config, "pad_token_id", None), tokenizer.pad_token_id, 0)
         self.padding: int = next(token for token in padding if token is not None)
-        names = getattr(model.config, "id2label", None) or {}
-        self.labels = BINARY if len(names) == 1 else tuple(str(names[number]) for number in sorted(names))
+        names = label_names(model.config)
+        self.labels = BINARY if len(names) == 1 else names
         self.segments = (  # whether the second of two texts is told from the first, as RoBERTa for one does not
             "token_type_ids" in inspect.signature(model.forward).parameters
             and "token_type_ids" in tokenizer.model_input_names
@@ -97,6 +98,8 @@ class TextClassification(Task):
         Raises:
             RequestError: the text is empty, or nothing of it is left when tokenised.
         """
+        if isinstance(prompt, Input):
+            raise RequestError(f"a classifier of texts is given a text, not {prompt.key!r}")
         if isinstance(prompt, Chat):
             raise RequestError("a classifier is shown a text, not a conversation: give a prompt in place of messages")
         texts = (prompt.first, prompt.second) if isinstance(prompt, TextPair) else (prompt,)
@@ -111,15 +114,7 @@ class TextClassification(Task):
         Raises:
             RequestError: there is no such label.
         """
-        names = [label.casefold() for label in self.labels]
-        if target.casefold() in names:
-            return (names.index(target.casefold()),)
-        if target.isdecimal() and int(target) < len(names):
-            return (int(target),)
-        raise RequestError(
-            f"the model has no label {target!r}; {nearest(target, self.labels)} (a number from 0 to {len(names) - 1} "
-            "will do too)"
-        )
+        return (label_number(target, self.labels),)
 
     def decode(self, answer: Answer) -> str:
         """Return the label's name."""

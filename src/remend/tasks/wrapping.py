@@ -10,14 +10,9 @@ from torch import nn
 
 from remend.errors import ModelError, RequestError
 from remend.models.loading import load_pretrained
+from remend.registries import TASKS
 from remend.request import Prompt, as_prompt
 from remend.tasks.base import Task
-from remend.tasks.causal_lm import CausalLM
-from remend.tasks.seq2seq import Seq2SeqLM
-from remend.tasks.text_classification import TextClassification
-
-TASKS: tuple[type[Task], ...] = (CausalLM, Seq2SeqLM, TextClassification)
-"""Kinds of models; the first one that accepts a model is its task."""
 
 
 def wrap(model: nn.Module, processor: Any = None) -> Task:
@@ -30,12 +25,14 @@ def wrap(model: nn.Module, processor: Any = None) -> Task:
     Raises:
         ModelError: no task accepts the model.
     """
-    for kind in TASKS:
+    for name in TASKS.names():
+        kind: type[Task] = TASKS.load(name)
         if kind.accepts(model, processor):
             return kind(model, processor)
     raise ModelError(
         f"no task accepts a {type(model).__name__} with {type(processor).__name__} as its processor: give a language "
-        "model or a text classifier with its tokenizer"
+        "model or a text classifier with its tokenizer, an image classifier with its image processor, or a policy "
+        "with its action space"
     )
 
 

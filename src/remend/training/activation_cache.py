@@ -52,7 +52,7 @@ class ActivationCache:
         """The same with other stores."""
         return ActivationCache(self.task, self.editor, self.prefix, states, factors, self.together)
 
-    def prefix_states(self, pairs: Sequence[Example]) -> Float[Tensor, "row token d"] | None:
+    def prefix_states(self, pairs: Sequence[Example]) -> Float[Tensor, "row token *d"] | None:
         """What enters the lowest edited block for each pair, right-padded with zeros; ``None`` if nothing is below."""
         if self.prefix.depth == 0:
             return None
@@ -63,18 +63,19 @@ class ActivationCache:
             return [(own[: self._entering(pairs[i])],) for own, i in zip(states, places, strict=True)]
 
         found = self._look_up(self.states, [self._prefix_key(pair) for pair in pairs], pairs, compute)
-        padded = found[0][0].new_zeros(len(found), max(len(own) for (own,) in found), found[0][0].shape[-1])
+        padded = found[0][0].new_zeros(len(found), max(len(own) for (own,) in found), *found[0][0].shape[1:])
         for row, (own,) in zip(padded, found, strict=True):
             row[: len(own)] = own
         return padded
 
     def base_states(
-        self, pairs: Sequence[Example], prefix: Float[Tensor, "row token d"] | None
+        self, pairs: Sequence[Example], prefix: Float[Tensor, "row token *d"] | None
     ) -> Float[Tensor, "target state"]:
         """What the output layer of the unedited model sees at each pair's targets, one pair after the other."""
 
         def compute(batch: Batch, places: Sequence[int]) -> list[Entry]:
-            longest = max(self._entering(pairs[i]) for i in places)
+            lengths = [self._entering(pairs[i]) for i in places]
+            longest = None if None in lengths else max(length for length in lengths if length is not None)
             own = None if prefix is None else prefix[list(places), :longest]
             with torch.no_grad(), self.prefix.resume_from(own):
                 states = self.task.output_states(batch)
@@ -84,7 +85,7 @@ class ActivationCache:
         return torch.cat([own for (own,) in self._look_up(self.states, keys, pairs, compute)])
 
     def base_logits(
-        self, pairs: Sequence[Example], prefix: Float[Tensor, "row token d"] | None
+        self, pairs: Sequence[Example], prefix: Float[Tensor, "row token *d"] | None
     ) -> Float[Tensor, "target vocabulary"]:
         """The unedited model's logits at each pair's targets; they are too large to be kept."""
         states = self.base_states(pairs, prefix)
@@ -140,7 +141,7 @@ class ActivationCache:
     def _rows_key(self, example: Example) -> str:
         return _key("rows", (*example.input, *example.target), len(example.input))
 
-    def _entering(self, pair: Example) -> int:
+    def _entering(self, pair: Example) -> int | None:
         return self.task.states_length(pair, self.prefix.stack)
 
     def _look_up(

@@ -177,8 +177,11 @@ class Trainer:
     def state_bytes(self) -> int:
         """What the hidden states of all examples would take: those entering the cut, and the last ones at targets."""
         cut = self.prefix.depth > 0
-        entering = [self.task.states_length(pair, self.prefix.stack) if cut else 0 for pair in self.episodes.pairs()]
-        tokens = sum(entering) + sum(len(pair.target) for pair in self.episodes.pairs())
+        # Where examples have no length, their states count as one each (state_bytes is then that of an example).
+        lengths = [self.task.states_length(pair, self.prefix.stack) if cut else 0 for pair in self.episodes.pairs()]
+        tokens = sum(1 if length is None else length for length in lengths) + sum(
+            len(pair.target) for pair in self.episodes.pairs()
+        )
         return tokens * self.task.state_bytes
 
     # -- one step ------------------------------------------------------------------------------------------------

@@ -122,7 +122,8 @@ def _texts(task: Task, prompt: Prompt) -> tuple[list[str], bool]:
     if isinstance(prompt, Chat):
         assert isinstance(task, GenerativeTask), "tokenising refused it"
         return [task.chat.opening(prompt)[0]], False
-    return [prompt.strip(" " if isinstance(task, GenerativeTask) else None)], True
+    assert isinstance(prompt, str), "encoding refused it"
+    return [prompt.strip(" " if task.generates else None)], True
 
 
 def _spans(text: str, subject: str) -> list[tuple[int, int]]:
