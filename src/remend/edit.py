@@ -26,7 +26,7 @@ from remend.core.layers import (
     weight_of,
 )
 from remend.core.low_rank import LowRank, concatenate
-from remend.errors import EditError, FileError, PrecisionError
+from remend.errors import EditError, FileError, PrecisionError, RequestError
 from remend.fingerprint import HasModel, ModelFingerprint, find_modules, module_of
 from remend.request import EditRequest
 from remend.serialization import get_field, read_folder, write_folder
@@ -256,10 +256,12 @@ class Edit:
             raise FileError(f"{path}: the base does not cover every changed module; it was altered")
         try:
             requests = tuple(
-                EditRequest.model_validate_json(json.dumps(r)) for r in get_field(manifest, "requests", list, path)
+                EditRequest.from_json(json.dumps(request)) for request in get_field(manifest, "requests", list, path)
             )
         except ValidationError as error:
             raise FileError(f"{path}: a request in the manifest is malformed ({error.errors()[0]['msg']})") from None
+        except RequestError as error:
+            raise FileError(f"{path}: a request in the manifest is malformed ({error})") from None
         return Edit(
             changes,
             base,

@@ -246,6 +246,20 @@ class EditRequest(Probe):
         """The request as a JSON object, without what is empty; NaN in a key of the caller's own becomes null."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
+    @staticmethod
+    def from_json(text: str) -> EditRequest:
+        """Read a request from JSON.
+
+        Raises:
+            ValidationError: a key is missing or malformed.
+            JSONDecodeError: the text is not JSON.
+            RequestError: an image, an observation or another input is not one of its kind.
+        """
+        # Only inputs that are not texts take the way through Python objects: it reads JSON less strictly.
+        if any(f'"{key}"' in text for key in input_types()):
+            return EditRequest.model_validate(_with_inputs(json.loads(text)), strict=True)
+        return EditRequest.model_validate_json(text, strict=True)
+
     @property
     def key(self) -> str:
         """What a split must not share: the subject, or the prompt where no subject is named."""
@@ -331,9 +345,7 @@ def parse_request(line: str, where: str) -> EditRequest:
         RequestError: with ``where``, what arrived and what was allowed.
     """
     try:
-        if any(f'"{key}"' in line for key in input_types()):
-            return EditRequest.model_validate(_with_inputs(json.loads(line)), strict=True)
-        return EditRequest.model_validate_json(line, strict=True)
+        return EditRequest.from_json(line)
     except json.JSONDecodeError as error:
         raise RequestError(f"{where}: {error}. A request is a JSON object in one line") from None
     except ValidationError as error:

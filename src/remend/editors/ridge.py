@@ -23,7 +23,7 @@ from torch import Tensor
 
 from remend.config import Config, Factor
 from remend.core.capture import capture_gradient_factors
-from remend.core.layers import dimensions, execution_device, expert_count, weight_rms
+from remend.core.layers import dimensions, expert_count, weight_rms
 from remend.core.least_squares import least_squares
 from remend.core.low_rank import LowRank
 from remend.core.operators import SymmetricOperator
@@ -102,7 +102,7 @@ class Ridge:
         if several := [name for name, module in chosen.items() if expert_count(module)]:
             raise ConfigError(f"{several[0]} holds several experts' matrices, which ridge cannot edit: use MEND")
         found = whiteners(task, chosen, task.ordinary_examples(text, seed), config.floor)
-        device = execution_device(task.model.get_input_embeddings())
+        device = task.device
         return cls(
             config, ModelFingerprint.of(task.model, chosen), {name: own.to(device) for name, own in found.items()}
         )
@@ -152,7 +152,7 @@ class Ridge:
             factors = capture_gradient_factors(
                 task.model, modules, task.token_masks(batch, self.whitening, True), unedited.loss
             )[1]
-            rows = active_rows(factors, execution_device(task.model.get_input_embeddings()))
+            rows = active_rows(factors, task.device)
             keys = {name: self.whitening[name](own.u) for name, own in rows.items()}
             moves = {name: -own.delta * _unit(own, modules[name]) for name, own in rows.items()}
             alone = {name: self._alone(name, keys[name], moves[name], rows[name]) for name in rows}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from remend.core.capture import GradientFactors
-from remend.core.layers import dimensions, execution_device, expert_count, weight_rms
+from remend.core.layers import dimensions, expert_count, weight_rms
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.editors.info import EditorInfo, checked, refuse_unused
@@ -88,7 +88,7 @@ class TrainableEditor(nn.Module):
                 {n: dimensions(m) for n, m in chosen.items()},
             )
             made.prepare(task.model)
-        return made.to(execution_device(task.model.get_input_embeddings()))
+        return made.to(task.device)
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Look at the model before training; by default there is nothing to see."""

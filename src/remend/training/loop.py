@@ -11,7 +11,6 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from remend.config import to_json
-from remend.core.layers import execution_device
 from remend.editors import Trainable, load_trained
 from remend.editors.mend.editor import Mend
 from remend.editors.serialization import FORMAT
@@ -115,7 +114,7 @@ def train(
     settings = config or PRESETS[preset][1]
     resources = resources or Resources()
     sharded = sharding.fsdp_requested()
-    workers = ProcessGroup(choose_device("auto") if sharded else execution_device(task.model.get_input_embeddings()))
+    workers = ProcessGroup(choose_device("auto") if sharded else task.device)
     with (
         workers.one_voice(),
         resources.products(),

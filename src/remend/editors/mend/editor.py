@@ -15,7 +15,7 @@ from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.core.capture import GradientFactors, capture_gradient_factors
 from remend.core.editor_network import EditorNetwork
 from remend.core.factored_gradients import FactoredGradients
-from remend.core.layers import dimensions, execution_device
+from remend.core.layers import dimensions
 from remend.core.least_squares import least_squares, make_definite
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.operators import SymmetricOperator, pack_symmetric, unpack_symmetric
@@ -130,7 +130,7 @@ class Mend(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             editor = cls(config, ModelFingerprint.of(task.model, chosen), shapes)
-        return editor.to(execution_device(task.model.get_input_embeddings()))
+        return editor.to(task.device)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Mend:
