@@ -31,7 +31,7 @@ def parts():
 
 @pytest.fixture
 def desk(parts, tmp_path):
-    return Workspace(*parts, PatchRegistry.create(tmp_path / "book", parts[0]))
+    return Workspace(*parts, PatchRegistry.create(tmp_path / "book", parts[0].model))
 
 
 def request(target="Toronto", **more):

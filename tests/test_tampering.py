@@ -1,6 +1,6 @@
 """Folders of every kind, changed at random: each is read as what it still is, or refused in words.
 
-Acceptance files and books are changed in ``test_guard`` and ``test_book``.
+Acceptance files and patch registries are changed in ``test_acceptance`` and ``test_patch_registry``.
 """
 
 from dataclasses import replace
@@ -9,10 +9,8 @@ import pytest
 
 import families
 import tampering
-import worlds
 from remend.editors import Mend, MendConfig, load_edit, make
 from remend.formats import load_adapter, save_adapter
-from remend.tasks import wrap
 from test_formats import random_edit
 
 TIMES = 120
@@ -22,16 +20,14 @@ TIMES = 120
 def kinds():
     """How a folder of each kind is written, and how it is read."""
     task, request = families.task("llama"), families.requests("llama", 1)
-    model, tokenizer = task.model, task.tokenizer
+    model = task.model
     edit = replace(random_edit(model), requests=tuple(request))
-    cached, told = (
-        make(name, wrap(model, tokenizer)).edit(wrap(model, tokenizer), request) for name in ("cache", "in-context")
-    )
+    cached, in_context = (make(name, task).edit(task, request) for name in ("cache", "in-context"))
     return {
         "edit": (edit.save, load_edit),
         "cache": (cached.save, load_edit),
-        "context": (told.save, load_edit),
-        "editor": (Mend.create(worlds.task(model), MendConfig(rank=4)).save_pretrained, Mend.from_pretrained),
+        "context": (in_context.save, load_edit),
+        "editor": (Mend.create(task, MendConfig(rank=4)).save_pretrained, Mend.from_pretrained),
         "adapter": (lambda folder: save_adapter(edit, folder, model), lambda folder: load_adapter(folder, model)),
     }
 

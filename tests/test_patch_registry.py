@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,6 @@ from remend.errors import EditError, FileError, RemendError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
 from remend.models import editable_modules
 from remend.request import EditRequest
-from remend.tasks import wrap
 
 LOOSE = AcceptanceCriteria(takes=0, follows=0, near=0, far=0, elsewhere=0, size=1e9)
 
@@ -156,40 +156,40 @@ def test_what_cannot_be_is_refused(book, task, tmp_path):
 @pytest.fixture(scope="module")
 def atlas():
     task = remend.load("atlas", "cpu")
-    return task.model, task.tokenizer, remend.Mend.from_pretrained("atlas")
+    return task, remend.Mend.from_pretrained("atlas")
 
 
 def test_an_edit_that_contradicts_or_undoes_is_found_before_it_acts(atlas, tmp_path):
-    model, tokenizer, editor = atlas
-    book = PatchRegistry.create(tmp_path / "book", model)
+    task, editor = atlas
+    book = PatchRegistry.create(tmp_path / "book", task.model)
     first, other = (
-        editor.edit(wrap(model, tokenizer), [EditRequest(prompt="The capital of Canada is", target=city)])
+        editor.edit(task, [EditRequest(prompt="The capital of Canada is", target=city)])
         for city in ("Toronto", "Vienna")
     )
     renamed = [EditRequest(prompt="Which city is the capital of Canada? It is", target="Vienna")]
-    undoing = editor.edit(wrap(model, tokenizer), renamed).scaled(2.0)
+    undoing = editor.edit(task, renamed).scaled(2.0)
     numbers = [book.add(edit).id for edit in (first, other, undoing)]
-    book.activate(numbers[0], wrap(model, tokenizer), LOOSE)
+    book.activate(numbers[0], task, LOOSE)
     with pytest.raises(ConflictError, match="says 'Toronto'"):
-        book.activate(numbers[1], wrap(model, tokenizer), LOOSE)
+        book.activate(numbers[1], task, LOOSE)
     with pytest.raises(ConflictError, match="is undone: 'Vienna'"):
-        book.activate(numbers[2], wrap(model, tokenizer), LOOSE)
+        book.activate(numbers[2], task, LOOSE)
     assert list(book.active()) == [numbers[0]]
-    conflicts, _ = book.activate(numbers[2], wrap(model, tokenizer), LOOSE, force=True)
+    conflicts, _ = book.activate(numbers[2], task, LOOSE, force=True)
     assert [conflict.kind for conflict in conflicts] == ["undoes"]
     assert book.events[-1].measured["forced"]
     with pytest.raises(EditError, match="acts already"):
-        book.activate(numbers[2], wrap(model, tokenizer), LOOSE)
-    assert not any(module._forward_hooks for module in model.modules())
+        book.activate(numbers[2], task, LOOSE)
+    assert not any(module._forward_hooks for module in task.model.modules())
 
 
 def test_an_edit_that_is_not_accepted_does_not_act(atlas, tmp_path):
-    model, tokenizer, editor = atlas
-    book = PatchRegistry.create(tmp_path / "book", model)
+    task, editor = atlas
+    book = PatchRegistry.create(tmp_path / "book", task.model)
     request = EditRequest(prompt="The capital of Canada is", target="Toronto")
-    number = book.add(editor.edit(wrap(model, tokenizer), [request]).scaled(0.0)).id
+    number = book.add(editor.edit(task, [request]).scaled(0.0)).id
     with pytest.raises(RejectedError, match="get their answers"):
-        book.activate(number, wrap(model, tokenizer))
+        book.activate(number, task)
     assert book.entry(number).state == "draft"
     assert [event.what for event in book.events] == ["added"]
 
@@ -197,21 +197,21 @@ def test_an_edit_that_is_not_accepted_does_not_act(atlas, tmp_path):
 def test_what_changes_meanwhile_is_measured_anew(atlas, tmp_path, monkeypatch):
     import remend.apps.patch_registry.registry as room
 
-    model, tokenizer, editor = atlas
-    book = PatchRegistry.create(tmp_path / "book", model)
+    task, editor = atlas
+    book = PatchRegistry.create(tmp_path / "book", task.model)
     prompts = ("The capital of Canada is", "The capital of Peru is")
-    made = [editor.edit(wrap(model, tokenizer), [EditRequest(prompt=p, target="Toronto")]) for p in prompts]
+    made = [editor.edit(task, [EditRequest(prompt=p, target="Toronto")]) for p in prompts]
     one, other = (book.add(edit).id for edit in made)
     seen, judge = [], room.judge
 
     def slow(*arguments, **named):
-        seen.append(len(arguments[4]))
+        seen.append(len(arguments[3]))
         if len(seen) == 1:
             PatchRegistry(book.path).switch(other, "active")  # another process is quicker
         return judge(*arguments, **named)
 
     monkeypatch.setattr(room, "judge", slow)
-    book.activate(one, wrap(model, tokenizer), LOOSE)
+    book.activate(one, task, LOOSE)
     assert seen == [0, 1], "the second time with the other one beneath"
     assert list(book.active()) == [other, one]
 
@@ -236,43 +236,61 @@ def test_a_process_that_is_killed_between_file_and_record(book, task, monkeypatc
     assert book.add(other).id == 2
 
 
-def test_many_processes_that_are_killed_at_random(task, tmp_path):
-    """A thousand operations of four processes: what was told to be done is in the book, and nothing is half done."""
-    folder = tmp_path / "edits"
+def run_worker(command, kill_at, draw):
+    """Run a worker to its end, and kill it once in each operation of ``kill_at``.
+
+    It starts no operation before it is told to, so every kill happens; where in the operation it strikes is by chance.
+    """
+    kill_at = set(kill_at)
+    while True:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                process.stdin.write("go\n")
+                process.stdin.flush()
+                if int(line) in kill_at:
+                    kill_at.remove(int(line))
+                    time.sleep(draw.uniform(0, 0.03))
+                    process.kill()
+                    break
+            else:
+                assert process.wait() == 0, "it failed by itself"
+                assert not kill_at
+                return
+        assert process.returncode == -signal.SIGKILL
+
+
+def test_a_thousand_operations_of_four_processes_with_eight_kills_lose_nothing(task, tmp_path):
+    """Whatever a process reported as done is in the registry, and nothing is half done."""
+    folder, operations, kills = tmp_path / "edits", 250, 2
     for number, edit in enumerate(edits_of(task.model, 40)):
         edit.save(folder / f"{number:02d}")
-    book = PatchRegistry.create(tmp_path / "book", task.model)
-    worker, draw, kills = Path(__file__).with_name("book_worker.py"), random.Random(1), 0
-    commands = {s: [sys.executable, str(worker), str(book.path), str(folder), str(s), "250"] for s in range(4)}
-    running = {seed: subprocess.Popen(command) for seed, command in commands.items()}
-    deadline = time.monotonic() + 500
-    while running:
-        assert time.monotonic() < deadline, "the processes hinder each other"
-        time.sleep(draw.uniform(0.2, 0.6))
-        for seed, process in list(running.items()):
-            if process.poll() is not None:
-                if process.returncode == 0:
-                    del running[seed]
-                else:
-                    assert process.returncode == -signal.SIGKILL, "it failed by itself"
-                    running[seed] = subprocess.Popen(commands[seed])
-        if running and kills < 12 and draw.random() < 0.3 and any((tmp_path / f"done-{s}").exists() for s in running):
-            running[draw.choice(list(running))].kill()
-            kills += 1
-    assert kills >= 6
-    assert not [fault for fault in book.verify(repair=True) if fault.lost]
-    assert book.verify() == []
+    registry = PatchRegistry.create(tmp_path / "registry", task.model)
+    worker, draw = Path(__file__).with_name("patch_registry_worker.py"), random.Random(1)
+    with ThreadPoolExecutor(4) as pool:
+        runs = [
+            pool.submit(
+                run_worker,
+                [sys.executable, str(worker), str(registry.path), str(folder), str(seed), str(operations)],
+                draw.sample(range(operations - 1), kills),  # after the last one it would end, killed or not
+                random.Random(seed),
+            )
+            for seed in range(4)
+        ]
+        for worker_run in runs:
+            worker_run.result()
+    assert not [fault for fault in registry.verify(repair=True) if fault.lost]
+    assert registry.verify() == []
     done = [line.split() for seed in range(4) for line in (tmp_path / f"done-{seed}").read_text().splitlines()]
     assert len(done) == 1000
-    events = book.events
-    told = {kind: sum(said == kind for said, _ in done) for kind in ("add", "active", "reverted")}
-    found = {kind: sum(event.what == kind for event in events) for kind in ("added", "activated", "reverted")}
-    assert found["added"] == len(book.entries) <= 40
+    events = registry.events
+    reported = {kind: sum(result == kind for result, _ in done) for kind in ("add", "active", "reverted")}
+    recorded = {kind: sum(event.what == kind for event in events) for kind in ("added", "activated", "reverted")}
+    assert recorded["added"] == len(registry.entries) <= 40
     for kind, what in (("active", "activated"), ("reverted", "reverted")):
-        assert told[kind] <= found[what] <= told[kind] + kills, "done and not yet told, at most once a kill"
-    for cut in sorted(draw.sample(range(len(events)), 5)):
-        assert merged(book, task.model, cut) == merged(PatchRegistry(book.path), task.model, cut)
-        assert set(book.active(cut)) == set(active_after(events, cut))
+        assert reported[kind] <= recorded[what] <= reported[kind] + 4 * kills, "one unreported operation a kill at most"
+    for revision in sorted(draw.sample(range(len(events)), 5)):
+        assert merged(registry, task.model, revision) == merged(PatchRegistry(registry.path), task.model, revision)
+        assert set(registry.active(revision)) == set(active_after(events, revision))
 
 
 # -- tampering -------------------------------------------------------------------------------------------------------
@@ -370,9 +388,9 @@ def test_bytes_of_a_book_that_were_changed_at_random(book, task, tmp_path):
 
 
 def test_a_book_by_command(atlas, tmp_path, capsys):
-    model, tokenizer, editor = atlas
+    task, editor = atlas
     request = remend.read_source("atlas:validation")[3]
-    editor.edit(wrap(model, tokenizer), [request]).save(tmp_path / "edit")
+    editor.edit(task, [request]).save(tmp_path / "edit")
     book = str(tmp_path / "book")
     assert run(["book", "init", book, "--model", "atlas"]) == 0
     assert run(["book", "add", book, str(tmp_path / "edit"), "--why", "ticket 7"]) == 0

@@ -13,17 +13,16 @@ from remend.apps.acceptance import STANDARD, AcceptanceCriteria, RejectedError, 
 from remend.cli import run
 from remend.errors import ConfigError, EditError, FileError, RemendError, WrongBaseError
 from remend.request import Chat, EditRequest
-from remend.tasks import wrap
 
 TEXT = " ".join(["The capital of France is Paris."] * 20)
 
 
 @pytest.fixture(scope="module")
 def atlas():
-    """The model, its tokenizer, and an edit with its request."""
+    """A task, and an edit of its model."""
     task = remend.load("atlas", "cpu")
     request = remend.read_source("atlas:validation")[3]
-    return task.model, task.tokenizer, remend.Mend.from_pretrained("atlas").edit(task, [request])
+    return task, remend.Mend.from_pretrained("atlas").edit(task, [request])
 
 
 @pytest.fixture(scope="module")
@@ -39,31 +38,31 @@ def test_an_edit_that_does_what_it_must_is_accepted(atlas, verdict):
     assert verdict.ok
     assert [check.name for check in verdict.checks] == ["takes", "follows", "near", "far", "elsewhere", "size"]
     assert verdict.missing == ("perplexity",)
-    request = atlas[2].requests[0]
+    request = atlas[1].requests[0]
     counts = {check.name: check.count for check in verdict.checks}
     assert counts["follows"] == len(request.paraphrases)
     assert counts["near"] == len(request.near)
 
 
 def test_an_edit_that_ruins_the_model_is_refused_and_off_again(atlas):
-    model, tokenizer, edit = atlas
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    task, edit = atlas
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     with pytest.raises(RejectedError, match="not accepted and is off again") as refused:
-        guarded(wrap(model, tokenizer), edit.scaled(8.0))
+        guarded(task, edit.scaled(8.0))
     failed = {check.name for check in refused.value.verdict.checks if not check.ok}
     assert {"near", "elsewhere", "size"} <= failed
     assert all(said in str(refused.value) for said in refused.value.verdict.reasons)
-    assert not any(module._forward_hooks for module in model.modules())
-    assert same(model, before)
+    assert not any(module._forward_hooks for module in task.model.modules())
+    assert same(task.model, before)
 
 
 def test_an_accepted_edit_is_on(atlas):
-    model, tokenizer, edit = atlas
+    task, edit = atlas
     request = edit.requests[0]
-    handle, _ = guarded(wrap(model, tokenizer), edit)
-    assert remend.answers(wrap(model, tokenizer), [request.prompt]) == [request.target]
+    handle, _ = guarded(task, edit)
+    assert remend.answers(task, [request.prompt]) == [request.target]
     handle.revert()
-    assert remend.answers(wrap(model, tokenizer), [request.prompt]) != [request.target]
+    assert remend.answers(task, [request.prompt]) != [request.target]
 
 
 def asked(**settings):
@@ -71,18 +70,16 @@ def asked(**settings):
 
 
 def test_what_must_change_and_what_must_stay(atlas):
-    model, tokenizer, edit = atlas
+    task, edit = atlas
     request = edit.requests[0]
     told = {"prompt": request.paraphrases[0], "target": request.target}
     other = {"prompt": request.locality[0].prompt, "target": request.locality[0].target}
-    found = judge(
-        wrap(model, tokenizer), edit, asked(must_change=[told], must_stay=[request.locality[1].prompt, other])
-    )
+    found = judge(task, edit, asked(must_change=[told], must_stay=[request.locality[1].prompt, other]))
     counts = {check.name: (check.measured, check.count) for check in found.checks}
     assert counts["changes"] == (1.0, 1)
     assert counts["stays"] == (1.0, 2)
     wrong = judge(
-        wrap(model, tokenizer),
+        task,
         edit,
         asked(must_change=[other | {"target": request.target}], must_stay=[request.prompt]),
     )
@@ -93,20 +90,20 @@ def test_what_must_change_and_what_must_stay(atlas):
 
 def test_what_is_asked_by_name_must_be_measured(atlas):
     """The standard passes over what there is nothing for; who asks for it is not told that it is met."""
-    model, tokenizer, edit = atlas
+    task, edit = atlas
     bare = replace(edit, requests=(EditRequest(prompt=edit.requests[0].prompt, target=edit.requests[0].target),))
-    assert judge(wrap(model, tokenizer), bare).ok
-    found = judge(wrap(model, tokenizer), bare, asked(near=0.1, size=100.0))
+    assert judge(task, bare).ok
+    found = judge(task, bare, asked(near=0.1, size=100.0))
     assert (found.ok, found.unmet) == (False, ("near",))
     assert found.reasons == ["near prompts stay: asked, with nothing to measure it on"]
     assert found.to_json()["unmet"] == ["near"]
 
 
 def test_the_canary(atlas):
-    model, tokenizer, edit = atlas
+    task, edit = atlas
     text = [f"{probe.prompt} {probe.target}." for probe in edit.requests[0].locality] * 4
-    kept = judge(wrap(model, tokenizer), edit, asked(perplexity={"text": text, "most": 2.0}))
-    ruined = judge(wrap(model, tokenizer), edit.scaled(20.0), asked(perplexity={"text": text, "most": 2.0}))
+    kept = judge(task, edit, asked(perplexity={"text": text, "most": 2.0}))
+    ruined = judge(task, edit.scaled(20.0), asked(perplexity={"text": text, "most": 2.0}))
     ratios = [next(c.measured for c in found.checks if c.name == "perplexity") for found in (kept, ruined)]
     assert 0.5 < ratios[0] < 2 < ratios[1]
     assert kept.missing == ()
@@ -114,10 +111,10 @@ def test_the_canary(atlas):
 
 def test_what_acts_already_is_what_was_before(atlas):
     """Once an edit acts, taking it on again changes nothing, so what must stay stays."""
-    model, tokenizer, edit = atlas
+    task, edit = atlas
     prompt = edit.requests[0].prompt
-    alone = judge(wrap(model, tokenizer), edit, asked(must_stay=[prompt]))
-    again = judge(wrap(model, tokenizer), edit.scaled(0.0), asked(must_stay=[prompt]), beneath=[edit])
+    alone = judge(task, edit, asked(must_stay=[prompt]))
+    again = judge(task, edit.scaled(0.0), asked(must_stay=[prompt]), beneath=[edit])
     stayed = [next(c.ok for c in found.checks if c.name == "stays") for found in (alone, again)]
     assert stayed == [False, True]
 
@@ -135,7 +132,7 @@ def test_other_models_are_guarded_too(kind):
 def test_another_model_is_refused(atlas):
     other = families.task("llama")
     with pytest.raises(WrongBaseError):
-        judge(other, atlas[2])
+        judge(other, atlas[1])
 
 
 # -- the acceptance file ---------------------------------------------------------------------------------------------
@@ -224,8 +221,8 @@ def test_files_that_were_tampered_with_are_refused(tmp_path):
 
 
 def test_the_command_ends_with_the_verdict(atlas, tmp_path, capsys):
-    atlas[2].save(tmp_path / "edit")
-    atlas[2].scaled(8.0).save(tmp_path / "strong")
+    atlas[1].save(tmp_path / "edit")
+    atlas[1].scaled(8.0).save(tmp_path / "strong")
     report = tmp_path / "verdict.json"
     assert run(["guard", "atlas", "--edit", str(tmp_path / "edit"), "--json", str(report)]) == 0
     assert "accepted" in capsys.readouterr().out
