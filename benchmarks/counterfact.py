@@ -147,7 +147,7 @@ def train_and_evaluate(arguments: argparse.Namespace, files: dict[str, Path]) ->
     editor = remend.train(task, requests["train"], requests["validation"], config=settings)
     editor.save_pretrained(arguments.out.parent / "editor")
     return remend.evaluate(
-        task, editor, requests["test"], scales=(0.5, 1.5), data="counterfact:test", name="mend, default"
+        task, editor, requests["test"], strengths=(0.5, 1.5), data="counterfact:test", name="mend, default"
     )
 
 

@@ -86,7 +86,7 @@ def train_and_evaluate(
         text = read_text(common.HERE.parent / line["text"]) if "text" in line else ()
         editor = remend.train(task, training, validation, editor=editor, config=settings, text=text)
     seconds = time.process_time() - start
-    report = remend.evaluate(task, editor, evaluated, scales=scales, baselines=False)
+    report = remend.evaluate(task, editor, evaluated, strengths=scales, baselines=False)
     frontier = [
         {
             "scale": scale,

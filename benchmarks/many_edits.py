@@ -30,7 +30,7 @@ from remend.data import read_source
 from remend.edit import Edit
 from remend.editors import Mend, make
 from remend.editors.packing import active_rows
-from remend.evaluation.probe_filter import in_company
+from remend.evaluation.probe_filter import filter_probes
 from remend.fingerprint import find_modules
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task
@@ -82,7 +82,7 @@ def passing_shares(
     )
     at_paraphrases = at_paraphrases[torch.arange(len(edit_of_paraphrase)), torch.tensor(edit_of_paraphrase)]
     # Without probes that another of the edits changes on purpose.
-    filtered, _ = in_company(requests)
+    filtered, _ = filter_probes(requests)
     at_probes = {
         kind: responses(
             [task.encode(probe.prompt, probe.target) for request in filtered for probe in getattr(request, kind)]

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.fingerprint import ModelFingerprint
+from remend.tasks import wrap
 
 EDITS = 4
 SURE = 0.9
@@ -79,10 +80,10 @@ def tokenizer(vocabulary):
 
 
 def model(script, vocabulary):
-    """The model with its tokenizer; ``script`` says the answer to each prompt, or how it depends on the edits."""
+    """The model with its tokenizer, as a task; ``script`` says the answer to each prompt, or how edits change it."""
     words = tokenizer(vocabulary)
     config = ScriptedConfig(vocab_size=len(words), max_position_embeddings=32, pad_token_id=0, eos_token_id=0)
-    return Scripted(config, script, words).eval(), words
+    return wrap(Scripted(config, script, words).eval(), words)
 
 
 class Numbered:

@@ -18,7 +18,7 @@ from remend.editors.finetune import FineTuneConfig
 from remend.editors.ke import Ke
 from remend.editors.ridge import Ridge
 from remend.errors import ConfigError, NonFiniteError
-from remend.evaluation.robustness import Robustness, assure
+from remend.evaluation.robustness import Robustness, measure_robustness
 from remend.fingerprint import find_modules
 from remend.request import EditRequest
 from remend.tasks import wrap
@@ -128,13 +128,13 @@ def test_a_prompt_that_fills_the_context_is_looked_at_as_it_is(task):
     request = EditRequest(prompt=task.tokenizer.decode(task.tokenizer(prompt).input_ids[:room]), target="Paris")
     assert len(task.encode(request.prompt, request.target)) >= task.context - 1
     edit = make("ridge", task).edit(task, [request])
-    assert 0 <= assure(task, edit, [request]).probability <= 1
+    assert 0 <= measure_robustness(task, edit, [request]).probability <= 1
 
 
 def test_a_classifier_is_not_asked_after_other_beginnings():
     task, (request, *_) = families.task("bert, binary"), families.requests("bert, binary", 1)
     edit = make("ridge", task).edit(task, [request])
-    found = assure(task, edit, [request])
+    found = measure_robustness(task, edit, [request])
     assert found.in_context is None
     assert found.choices > 0
 

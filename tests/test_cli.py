@@ -247,19 +247,19 @@ def test_reports_are_compared(folder, tmp_path, capsys):
 
 
 def test_a_stopped_evaluation_says_how_to_go_on(folder, capsys, monkeypatch):
-    def stop(*arguments, journal, **more):
-        if journal is not None:
-            journal.mkdir()
-            (journal / "single-0.json").write_text("{}")
+    def stop(*arguments, checkpoint, **more):
+        if checkpoint is not None:
+            checkpoint.mkdir()
+            (checkpoint / "single-0.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("remend.evaluation.protocols", stop)
+    monkeypatch.setattr("remend.evaluation.evaluate", stop)
     arguments = ["evaluate", folder / "model", "--editor", folder / "editor", "--data", folder / "test.jsonl"]
     assert remend(*arguments) == 130
     assert "nothing is kept" in capsys.readouterr().err
     assert remend(*arguments, "--json", folder / "stopped.json") == 130
     assert "go on with the same command and --resume" in capsys.readouterr().err
-    monkeypatch.setattr("remend.evaluation.protocols", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("remend.evaluation.evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     assert remend(*arguments, "--json", folder / "stopped.json", "--resume") == 130
     assert "going on: 1 parts were done before" in capsys.readouterr().err
 

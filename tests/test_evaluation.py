@@ -14,9 +14,10 @@ from remend.edit import Edit
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError
 from remend.evaluation import evaluate
 from remend.evaluation.before_after import before_after
-from remend.evaluation.reports.plots import check_plot, frontier, groups, save
+from remend.evaluation.reports.figures import check_plot, save_figure
+from remend.evaluation.reports.plots import frontier, groups
 from remend.evaluation.reports.report import Case, Report, Run, Summary
-from remend.evaluation.strength import SCALES, choose_scale
+from remend.evaluation.strength import CANDIDATE_STRENGTHS, choose_strength
 from remend.fingerprint import ModelFingerprint
 from remend.request import EditRequest, Probe
 from remend.tasks import wrap
@@ -216,12 +217,13 @@ def test_a_model_in_training_mode_is_judged_without_its_dropout():
 
 
 def test_a_tokenizer_without_an_end_token(world):
-    bare = copy.deepcopy(world.tokenizer)
-    bare.eos_token = None
+    tokenizer = copy.deepcopy(world.tokenizer)
+    tokenizer.eos_token = None
+    bare = wrap(world.model, tokenizer)
     nothing = Fixed(world.model, {"model.layers.3.mlp.down_proj": LowRank(torch.zeros(1, 40), torch.zeros(1, 16))})
     request = EditRequest(prompt="The capital of France is", target="Paris")
-    edit = nothing.edit(world.model, bare, [request])
-    ((answer,),) = before_after(world.model, bare, edit, [request], max_new_tokens=4)
+    edit = nothing.edit(bare, [request])
+    ((answer,),) = before_after(bare, edit, [request], max_new_tokens=4)
     assert answer.ok
 
 
@@ -232,7 +234,7 @@ def test_nothing_to_evaluate(task, editor):
 
 def test_the_frontier_is_what_scaled_edits_do(task, editor, tmp_path):
     requests = worlds.requests(12)
-    report = evaluate(task, editor, requests, max_new_tokens=5, scales=(0.5, 1.0, 2.0))
+    report = evaluate(task, editor, requests, max_new_tokens=5, strengths=(0.5, 1.0, 2.0))
     assert list(report.frontier) == [0.5, 1.0, 2.0]
     assert report.frontier[1.0] == report.cases
     free = ("generated", "teacher_forced")
@@ -265,14 +267,14 @@ def test_near_probes_are_also_reported_by_their_kind(task, editor):
 def test_the_scale_is_chosen_on_the_requests_own_prompts(task, editor):
     requests = worlds.requests(3)
     edit = editor.edit(task, requests)
-    best, tried = choose_scale(task, edit, requests, 5)
-    assert [one.scale for one in tried] == list(SCALES)
-    assert best.worth == max(one.worth for one in tried)
+    best, tried = choose_strength(task, edit, requests, 5)
+    assert [one.strength for one in tried] == list(CANDIDATE_STRENGTHS)
+    assert best.sort_key == max(one.sort_key for one in tried)
     for one in tried:
-        with edit.scaled(one.scale).applied(task.model):
+        with edit.scaled(one.strength).applied(task.model):
             answers = task.predict([r.prompt for r in requests], 5)
         wanted = [task.encode(r.prompt, r.target).target for r in requests]
-        assert one.taken == sum(a == w for a, w in zip(answers, wanted, strict=True)) / 3
+        assert one.reliability == sum(a == w for a, w in zip(answers, wanted, strict=True)) / 3
 
 
 def test_without_near_prompts_no_edit_is_made_stronger_than_it_needs(task, editor, monkeypatch):
@@ -285,13 +287,17 @@ def test_without_near_prompts_no_edit_is_made_stronger_than_it_needs(task, edito
             found = {"reliability": float(scale >= taken_from), "generality": scale / 2, "locality_near": 1.0}
             return {name: {"generated": value} for name, value in found.items()}
 
-        scales = iter(SCALES)
-        monkeypatch.setattr("remend.evaluation.strength.Judge.values", values)
+        scales = iter(CANDIDATE_STRENGTHS)
+        monkeypatch.setattr("remend.evaluation.strength.Scorer.values", values)
 
     bare = request.model_copy(update={"near": ()})
-    for own, taken_from, scale in ((request, 0.5, 2.0), (bare, 0.5, 1.0), (bare, SCALES[6], SCALES[6])):
+    for own, taken_from, scale in (
+        (request, 0.5, 2.0),
+        (bare, 0.5, 1.0),
+        (bare, CANDIDATE_STRENGTHS[6], CANDIDATE_STRENGTHS[6]),
+    ):
         judged(taken_from)
-        assert choose_scale(task, edit, [own], 5)[0].scale == scale
+        assert choose_strength(task, edit, [own], 5)[0].strength == scale
 
 
 def test_a_scale_without_any_probe_is_the_one_nearest_to_one(task):
@@ -300,13 +306,13 @@ def test_a_scale_without_any_probe_is_the_one_nearest_to_one(task):
     d_in, d_out = (16, 64) if "c_fc" in name else (16, 40)
     nothing = Fixed(task.model, {name: LowRank(torch.zeros(1, d_in), torch.zeros(1, d_out))})
     edit = nothing.edit(task, [request])
-    assert choose_scale(task, edit, [request], 5)[0].scale == 1.0
+    assert choose_strength(task, edit, [request], 5)[0].strength == 1.0
 
 
 def test_a_frontier_can_be_drawn(task, editor, tmp_path):
     pytest.importorskip("matplotlib")
-    report = evaluate(task, editor, worlds.requests(6), max_new_tokens=5, scales=(0.5, 2.0))
-    save(frontier({"tiny": report}), tmp_path / "frontier.png")
+    report = evaluate(task, editor, worlds.requests(6), max_new_tokens=5, strengths=(0.5, 2.0))
+    save_figure(frontier({"tiny": report}), tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"a picture's name ends with \.pdf, \.png, \.svg"):
         check_plot(tmp_path / "frontier.txt")

@@ -19,7 +19,7 @@ from remend.errors import EditError, RequestError
 from remend.formats import EditFormat
 from remend.registries import FORMATS
 from remend.request import EditRequest
-from test_page import CHROMIUM
+from test_html_report import CHROMIUM
 
 CANADA = "The capital of Canada is"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from remend.evaluation.reports.plots import INK, svg
+from remend.evaluation.reports.figures import INK, as_svg
 
 COLORS = ("#c4314b", "#2f6fd0", "#1a7f4b", "#b7791f", "#7a4fc4", "#0f8b8d", "#8a5a44", "#59636e")
 
@@ -77,5 +77,5 @@ def line_chart(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x
             bbox_to_anchor=(1, 0.5),
             frameon=False,
         )
-        chart = svg(figure)
+        chart = as_svg(figure)
     return chart.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)

@@ -20,7 +20,7 @@ from remend.tasks import load
 
 PASSAGES = "passages"
 TOKEN_SUCCESS = "edit_success_tokens"
-"""Edit success as the share of a target's tokens (:func:`remend.evaluation.metrics.functions.token_accuracy`)."""
+"""Edit success as the share of a target's tokens (``token_accuracy``)."""
 TEXT_SHARES = {"train": 0.7, "validation": 0.1, "test": 0.1, "text": 0.1}
 """How the user's text is divided: three splits of requests, and the text that perplexity is measured on."""
 PASSAGE_WORDS = 24

@@ -381,3 +381,180 @@ TASKS = TaskRegistry(
     ],
 )
 """Every kind of model."""
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Metric(RegistryEntry):
+    """A metric of what one edit does.
+
+    The target is a function from a :class:`remend.evaluation.metrics.outcome.EditOutcome` to one
+    :class:`~remend.evaluation.metrics.outcome.PromptScore` for each prompt that it looks at. Scores are averaged over
+    the prompts of an edit, then over edits; those that name a kind are also reported by kind, as ``NAME_KIND``.
+
+    Attributes:
+        title: its name in tables and plots; by default the name with spaces.
+        higher_is_better: the direction in which a value is an improvement.
+        modes: the modes of its values, the one that tables show first. A metric that has one value only has the mode
+            ``value``.
+        fields: fields of a request, at least one of which must hold something; empty if every request will do.
+        discrete: whether it needs outputs over a finite set of classes, such as tokens or labels.
+        generates: whether it needs a model whose answers are texts that it writes.
+        headline: whether the table of all edits on the HTML page has a column for it.
+    """
+
+    title: str = ""
+    higher_is_better: bool = True
+    modes: tuple[str, ...] = ("value",)
+    fields: tuple[str, ...] = ()
+    discrete: bool = False
+    generates: bool = False
+    headline: bool = False
+
+
+_ANSWER_MODES = ("generated", "teacher_forced", "token_accuracy", "contains", "token_f1")
+_UNCHANGED_MODES = ("generated", "teacher_forced", "contains", "token_f1")
+
+METRICS = Registry(
+    "metric",
+    "remend.metrics",
+    Metric,
+    [
+        Metric(
+            name="reliability",
+            target="remend.evaluation.metrics.success:reliability",
+            help="the edited prompt itself is answered with the target",
+            modes=_ANSWER_MODES,
+        ),
+        Metric(
+            name="generality",
+            target="remend.evaluation.metrics.success:generality",
+            help="paraphrases are answered with the target",
+            modes=_ANSWER_MODES,
+            fields=("paraphrases",),
+        ),
+        Metric(
+            name="generality_unseen",
+            target="remend.evaluation.metrics.success:generality_unseen",
+            help="so are phrasings that training never saw",
+            modes=_ANSWER_MODES,
+            fields=("unseen_paraphrases",),
+            headline=True,
+        ),
+        Metric(
+            name="edit_success",
+            target="remend.evaluation.metrics.success:edit_success",
+            help="prompt and paraphrases together (MEND, Eq. 1)",
+            modes=_ANSWER_MODES,
+            headline=True,
+        ),
+        Metric(
+            name="format_shift",
+            target="remend.evaluation.metrics.success:format_shift",
+            help="the same asked in another form: question, completion, chat",
+            modes=_ANSWER_MODES,
+            fields=("formats",),
+        ),
+        Metric(
+            name="portability",
+            target="remend.evaluation.metrics.success:portability",
+            help="what follows from the edit is answered rightly",
+            modes=_ANSWER_MODES,
+            fields=("portability",),
+        ),
+        Metric(
+            name="portability_negated",
+            target="remend.evaluation.metrics.success:portability_negated",
+            help="prompts that deny the fact are not answered with it",
+            fields=("negated",),
+        ),
+        Metric(
+            name="locality_far",
+            target="remend.evaluation.metrics.locality:locality_far",
+            help="unrelated prompts keep their answer",
+            modes=_UNCHANGED_MODES,
+            fields=("locality",),
+            headline=True,
+        ),
+        Metric(
+            name="locality_near",
+            target="remend.evaluation.metrics.locality:locality_near",
+            help="related prompts that must stay keep their answer",
+            modes=_UNCHANGED_MODES,
+            fields=("near",),
+            headline=True,
+        ),
+        Metric(
+            name="locality_adversarial",
+            target="remend.evaluation.metrics.locality:locality_adversarial",
+            help="unrelated prompts keep their answer with the edit put before them",
+            modes=_UNCHANGED_MODES,
+            fields=("locality",),
+            headline=True,
+        ),
+        Metric(
+            name="accuracy_drawdown",
+            target="remend.evaluation.metrics.locality:accuracy_drawdown",
+            help="right answers to unrelated prompts that were lost",
+            higher_is_better=False,
+            modes=("generated", "teacher_forced"),
+            fields=("locality",),
+        ),
+        Metric(
+            name="perplexity_drawdown",
+            target="remend.evaluation.metrics.perplexity:perplexity_drawdown",
+            help="perplexity that an edit adds on a text",
+            higher_is_better=False,
+        ),
+        Metric(
+            name="kl_far",
+            target="remend.evaluation.metrics.locality:kl_far",
+            help="divergence from the unedited model at unrelated prompts, in nats",
+            higher_is_better=False,
+            fields=("locality",),
+        ),
+        Metric(
+            name="kl_near",
+            target="remend.evaluation.metrics.locality:kl_near",
+            help="divergence at related prompts, in nats",
+            higher_is_better=False,
+            fields=("near",),
+        ),
+        Metric(
+            name="kl_adversarial",
+            target="remend.evaluation.metrics.locality:kl_adversarial",
+            help="divergence with the edit put before the prompt, in nats",
+            higher_is_better=False,
+            fields=("locality",),
+        ),
+        Metric(
+            name="target_probability",
+            target="remend.evaluation.metrics.confidence:target_probability",
+            help="probability of the target at the edited prompt",
+        ),
+        Metric(
+            name="target_rank",
+            target="remend.evaluation.metrics.confidence:target_rank",
+            help="rank of the target's first token among all tokens",
+            higher_is_better=False,
+            discrete=True,
+        ),
+        Metric(
+            name="fluency",
+            target="remend.evaluation.metrics.fluency:fluency",
+            help="entropy of a continuation's bi- and trigrams, in bits",
+            fields=("generation",),
+            generates=True,
+        ),
+        Metric(
+            name="repetition",
+            target="remend.evaluation.metrics.fluency:repetition",
+            help="trigrams of a continuation that stood in it before",
+            higher_is_better=False,
+            fields=("generation",),
+            generates=True,
+        ),
+    ],
+)
+"""Metrics by name, in the order of tables: what ``remend evaluate`` measures and its reports are read by."""

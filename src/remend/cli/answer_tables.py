@@ -1,4 +1,4 @@
-"""Answers before and after an edit, as a table."""
+"""Tables of the answers before and after an edit."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rich.table import Table
 from remend.cli.escaping import plain
 
 if TYPE_CHECKING:
-    from remend.evaluation.before_after import Answer
+    from remend.evaluation.before_after import AnswerComparison
 
 _STYLE = {"prompt": "bold cyan", "paraphrase": "cyan", "unseen paraphrase": "cyan", "near": "yellow", "far": "green"}
 
 
-def answers_table(title: str, answers: Sequence[Answer]) -> Table:
-    """One row a prompt: what it is to the edit, what was answered, what is answered now, and whether that is right."""
+def answers_table(title: str, answers: Sequence[AnswerComparison]) -> Table:
+    """Return a table with a row for each prompt: its kind, the answers before and after, and whether that is right."""
     table = Table(title=title, title_justify="left", title_style="bold", expand=False, pad_edge=False)
     table.add_column("", no_wrap=True)
     table.add_column("prompt")
@@ -37,16 +37,16 @@ def answers_table(title: str, answers: Sequence[Answer]) -> Table:
     return table
 
 
-def plain_table(answers: Sequence[Answer]) -> Table:
-    """One row a prompt with the unedited model's answer."""
+def plain_table(answers: Sequence[AnswerComparison]) -> Table:
+    """Return a table with a row for each prompt and the unedited model's answer."""
     table = Table("prompt", "answer", pad_edge=False)
     for answer in answers:
         table.add_row(plain(answer.prompt), plain(answer.before))
     return table
 
 
-def as_json(answers: Sequence[Answer]) -> list[dict[str, object]]:
-    """The same as a list of objects."""
+def as_json(answers: Sequence[AnswerComparison]) -> list[dict[str, object]]:
+    """Return the answers as JSON objects."""
     return [
         {"kind": a.kind, "prompt": a.prompt, "wanted": a.wanted, "before": a.before, "after": a.after, "ok": a.ok}
         for a in answers

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -12,6 +13,9 @@ from rich.table import Table
 
 from remend.cli.escaping import plain
 from remend.errors import ConfigError
+
+if TYPE_CHECKING:
+    from remend.evaluation.reports.comparison import MetricDifference
 
 
 def compare(
@@ -30,61 +34,70 @@ def compare(
     Intervals are of the differences edit by edit (paired bootstrap), so what is hard for all of them cancels. A
     difference is marked where its interval leaves out 0.
     """
-    from remend.evaluation.reports.comparison import MODES
-    from remend.evaluation.reports.comparison import compare as differences_of
-    from remend.evaluation.reports.plots import check_plot, differences, save
+    from remend.evaluation.reports.comparison import compare as compare_reports
+    from remend.evaluation.reports.figures import check_plot, save_figure
+    from remend.evaluation.reports.metric_titles import all_modes
+    from remend.evaluation.reports.plots import differences as plot_differences
     from remend.evaluation.reports.schema import read_report
 
     if len(reports) < 2:
         raise ConfigError("there is nothing to compare one report with: give at least two")
-    if mode not in MODES:
-        raise ConfigError(f"--mode is one of {', '.join(MODES)}, not {mode!r}")
+    if mode not in all_modes():
+        raise ConfigError(f"--mode is one of {', '.join(all_modes())}, not {mode!r}")
     if plot is not None:
         check_plot(plot)
     names = _names(reports)
-    read = dict(zip(names, map(read_report, reports), strict=True))
-    first, *others = read.values()
-    found = {
-        name: [own for own in differences_of(first, other, (names[0], name)) if own.mode == mode]
+    by_name = dict(zip(names, map(read_report, reports), strict=True))
+    first, *others = by_name.values()
+    differences = {
+        name: [own for own in compare_reports(first, other, (names[0], name)) if own.mode == mode]
         for name, other in zip(names[1:], others, strict=True)
     }
-    if not any(found.values()):
+    if not any(differences.values()):
         raise ConfigError(f"the reports share no metric with the mode {mode!r}: give another --mode")
     console = Console()
-    for name, report in read.items():
+    for name, report in by_name.items():
         run = report.runs[-1]
         at_work = "" if report.protocol == "single" else f", {run.edits} at work"
         console.print(f"{plain(name)}: {plain(report.editor)}, {len(run.cases)} edits, {report.protocol}{at_work}")
-    if len({(report.protocol, report.runs[-1].edits) for report in read.values()}) > 1:
+    if len({(report.protocol, report.runs[-1].edits) for report in by_name.values()}) > 1:
         console.print("[yellow]these are not alike: differences are of the protocols, too[/]")
-    for name, own in found.items():
-        count = max((difference.difference.n for difference in own), default=0)
-        table = Table(
-            title=f"{plain(name)} against {plain(names[0])}: {count} edits that both have, {mode.replace('_', ' ')}",
-            title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
-        )  # fmt: skip
-        for column in ("metric", plain(names[0]), plain(name), "difference", "95 %", ""):
-            table.add_column(column, justify="left" if column == "metric" else "right")
-        for one in own:
-            low, high = one.difference.ci95
-            table.add_row(
-                one.metric.replace("_", " "),
-                f"{one.first:.3f}",
-                f"{one.other:.3f}",
-                f"[bold]{one.difference.mean:+.3f}[/]",
-                f"{low:+.3f} – {high:+.3f}",
-                "*" if one.clear else "",
-            )
-        console.print(table)
-    if any(one.clear for own in found.values() for one in own):
-        console.print("* the interval leaves out 0")
+    for name, of_report in differences.items():
+        console.print(_table(names[0], name, of_report, mode))
+    if any(difference.significant for of_report in differences.values() for difference in of_report):
+        console.print("* the interval leaves out 0 ([green]better[/] or [red]worse[/] than the first report)")
     if plot is not None:
-        save(differences(found, mode), plot)
+        save_figure(plot_differences(differences, mode), plot)
         console.print(f"drawn in [bold]{plain(plot)}[/]", soft_wrap=True)
 
 
+def _table(first: str, name: str, differences: Sequence[MetricDifference], mode: str) -> Table:
+    """Return the table of the differences of one report from the first."""
+    from remend.evaluation.reports.metric_titles import title_of
+
+    count = max((difference.difference.n for difference in differences), default=0)
+    table = Table(
+        title=f"{plain(name)} against {plain(first)}: {count} edits that both have, {mode.replace('_', ' ')}",
+        title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for column in ("metric", plain(first), plain(name), "difference", "95 %", ""):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    colours = {True: "green", False: "red", None: "default"}
+    for difference in differences:
+        low, high = difference.difference.ci95
+        table.add_row(
+            title_of(difference.metric),
+            f"{difference.first:.3f}",
+            f"{difference.other:.3f}",
+            f"[bold]{difference.difference.mean:+.3f}[/]",
+            f"{low:+.3f} – {high:+.3f}",
+            f"[{colours[difference.better]}]*[/]" if difference.significant else "",
+        )
+    return table
+
+
 def _names(reports: list[Path]) -> list[str]:
-    """Names to tell the reports apart by: of their files, or their paths, or with a number."""
+    """Return names that tell the reports apart: of their files, or their paths, or with a number."""
     for names in ([path.stem for path in reports], [str(path) for path in reports]):
         if len(set(names)) == len(names):
             return names

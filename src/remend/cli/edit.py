@@ -57,7 +57,7 @@ def edit(
     from remend.cli.answer_tables import answers_table, as_json
     from remend.edit import Edit
     from remend.evaluation.before_after import before_after
-    from remend.evaluation.robustness import assure
+    from remend.evaluation.robustness import measure_robustness
     from remend.serialization import MANIFEST, check_replaceable, write_json
 
     console = Console()
@@ -94,7 +94,7 @@ def edit(
     if saved:
         hint = f"remend ask {plain(model)} --edit {plain(out)} {options.asking(wanted[0].prompt)}"
         console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
-    sure = None if maker.traits.needs == "training" else assure(task, made, wanted, seed=seed)
+    sure = None if maker.traits.needs == "training" else measure_robustness(task, made, wanted, seed=seed)
     if sure is not None:
         _tell(console, sure, maker.traits.name, model)
     if failed:
@@ -161,27 +161,27 @@ def _scaled(
     max_new_tokens: int,
 ) -> Edit:
     """The edit at the scale that its requests' prompts and probes speak for, and what they say of it and of 1."""
-    from remend.evaluation.strength import choose_scale
+    from remend.evaluation.strength import choose_strength
 
-    best, tried = choose_scale(task, made, wanted, max_new_tokens)
+    best, tried = choose_strength(task, made, wanted, max_new_tokens)
     paraphrases = sum(len(r.paraphrases) for r in wanted)
     near, far = sum(len(r.near) for r in wanted), sum(len(r.locality) for r in wanted)
     if not paraphrases + near + far:
         told = "the requests name no paraphrases and no near or far prompts, so only the prompt itself was looked at"
     else:
-        plainly = next(own for own in tried if own.scale == 1)
+        plainly = next(own for own in tried if own.strength == 1)
         told = (
-            f"{best.reached:.0%} of {paraphrases} paraphrases follow, {best.kept:.0%} of {near} near and {far} far "
-            f"prompts stay (at 1: {plainly.reached:.0%} and {plainly.kept:.0%})"
+            f"{best.generality:.0%} of {paraphrases} paraphrases follow, {best.locality:.0%} of {near} near and {far} "
+            f"far prompts stay (at 1: {plainly.generality:.0%} and {plainly.locality:.0%})"
         )
-    console.print(f"scale [bold]{best.scale:g}[/]: {told}", soft_wrap=True)
+    console.print(f"scale [bold]{best.strength:g}[/]: {told}", soft_wrap=True)
     if not near:
         console.print(
             "[yellow]no near prompts are named[/], so nothing says how far the edit may reach: it is made no stronger "
             "than its own prompt needs. Name prompts about similar subjects that must stay ('near')",
             soft_wrap=True,
         )
-    return made.scaled(best.scale)
+    return made.scaled(best.strength)
 
 
 def _requests(

@@ -1,4 +1,4 @@
-"""``remend evaluate``."""
+"""``remend evaluate``: measure an editor on a file of requests."""
 
 from __future__ import annotations
 
@@ -78,18 +78,19 @@ def evaluate(
     An editor that is right at one strength may be so by luck: the frontier shows what more and less strength would do.
     """
     from remend.data import read_source, read_text
-    from remend.evaluation import evaluate as measure
+    from remend.evaluation import evaluate as evaluate_edits
     from remend.evaluation import evaluate_checkpoints
-    from remend.evaluation.protocols import SCALES
-    from remend.evaluation.reports.html_report import write_page
-    from remend.evaluation.reports.plots import check_matplotlib, draw_all
+    from remend.evaluation.protocols import FRONTIER_STRENGTHS
+    from remend.evaluation.reports.figures import check_matplotlib
+    from remend.evaluation.reports.html_report import write_html_report
+    from remend.evaluation.reports.plots import save_plots
 
     frontier = frontier and protocol == "single" and edited_model is None
     if html is not None or pictures is not None:
         check_matplotlib()
     if resume and json is None:
         raise ConfigError("--resume goes on with what lies beside the report: give the same --json FILE as before")
-    ability = _ability(lm_eval, lm_eval_path, lm_eval_limit)
+    examined = _lm_eval_tasks(lm_eval, lm_eval_path, lm_eval_limit)
     requests = read_source(data)
     if limit is not None and limit < len(requests):
         requests = [requests[i] for i in sorted(random.Random(seed).sample(range(len(requests)), limit))]
@@ -103,15 +104,15 @@ def evaluate(
     if frontier and chosen is not None and chosen.traits.result == "outside":
         console.print(f"edits by {chosen.traits.name} have no strength, so there is no frontier of it")
         frontier = False
-    if ability is not None and chosen is not None and chosen.traits.name == "in-context":
+    if examined is not None and chosen is not None and chosen.traits.name == "in-context":
         raise ConfigError("in-context leaves the model as it is, and so its general ability: leave --lm-eval away")
     partial = None if json is None else json.with_name(f"{json.name}.partial")
-    with _kept(partial, resume), Progress(console=console, disable=not console.is_terminal) as bar:
-        shown = bar.add_task("editing", total=None)
+    with _announce_resume(partial, resume), Progress(console=console, disable=not console.is_terminal) as bar:
+        progress = bar.add_task("editing", total=None)
         common: dict[str, Any] = {
-            "baselines": baselines, "text": passages, "text_tokens": text_tokens, "ability": ability,
+            "baselines": baselines, "text": passages, "text_tokens": text_tokens, "lm_eval": examined,
             "data": data, "max_new_tokens": max_new_tokens,
-            "on_progress": lambda done, total: bar.update(shown, completed=done, total=total),
+            "on_progress": lambda done, total: bar.update(progress, completed=done, total=total),
         }  # fmt: skip
         task = options.load_model(model, device, seed, dtype, quantise)
         if chosen is None:
@@ -119,10 +120,10 @@ def evaluate(
             name = Path(str(edited_model)).name
             report = evaluate_checkpoints(task, edited, requests, name=name, **common)
         else:
-            report = measure(
+            report = evaluate_edits(
                 task, chosen.make(task), requests,
-                protocol=protocol, edits=_numbers(edits), scales=SCALES if frontier else (),
-                name=Path(editor or chosen.traits.name).name, journal=partial, resume=resume, **common,
+                protocol=protocol, edits=_numbers(edits), strengths=FRONTIER_STRENGTHS if frontier else (),
+                name=Path(editor or chosen.traits.name).name, checkpoint=partial, resume=resume, **common,
             )  # fmt: skip
     settings = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens, "text": text and str(text)}
     report = replace(report, settings={name: value for name, value in settings.items() if value is not None})
@@ -132,15 +133,15 @@ def evaluate(
     if json is not None:
         console.print(f"every edit is in [bold]{plain(json)}[/]", soft_wrap=True)
     if html is not None:
-        write_page(report, html)
+        write_html_report(report, html)
         console.print(f"the report to look at is [bold]{plain(html)}[/]", soft_wrap=True)
     if pictures is not None:
-        drawn = draw_all(report, pictures)
-        console.print(f"drawn in [bold]{plain(pictures)}[/]: {', '.join(drawn)}", soft_wrap=True)
+        names = save_plots(report, pictures)
+        console.print(f"drawn in [bold]{plain(pictures)}[/]: {', '.join(names)}", soft_wrap=True)
 
 
-def _ability(tasks: str | None, folder: Path | None, limit: int | None) -> LmEvalTasks | None:
-    """What general ability is measured in, if it is."""
+def _lm_eval_tasks(tasks: str | None, folder: Path | None, limit: int | None) -> LmEvalTasks | None:
+    """Return the tasks of lm-eval that the options name, if they name any."""
     from remend.evaluation import LmEvalTasks
 
     if tasks is not None:
@@ -151,9 +152,9 @@ def _ability(tasks: str | None, folder: Path | None, limit: int | None) -> LmEva
 
 
 @contextmanager
-def _kept(partial: Path | None, resume: bool) -> Iterator[None]:
-    """Says what is gone on from and, if it is stopped, what is kept: on standard error, where nobody parses it."""
-    console = Console(stderr=True)
+def _announce_resume(partial: Path | None, resume: bool) -> Iterator[None]:
+    """Tell from which parts the evaluation goes on and, if it is stopped, how to go on later."""
+    console = Console(stderr=True)  # standard output is for the tables
     if resume and partial is not None:
         done = len([file for file in partial.glob("*.json") if file.name != "about.json"])
         console.print(f"going on: {done} parts were done before")
@@ -168,7 +169,7 @@ def _kept(partial: Path | None, resume: bool) -> Iterator[None]:
 
 
 def _numbers(text: str | None) -> list[int]:
-    """The numbers of a list such as ``1,5,25``."""
+    """Return the numbers of a list such as ``1,5,25``."""
     parts = [] if text is None else [part.strip() for part in text.split(",")]
     if wrong := [part for part in parts if not part.isdecimal()]:
         raise ConfigError(f"--edits is a list of numbers such as 1,5,25, not {wrong[0]!r} in it")

@@ -1,4 +1,4 @@
-"""A report's figures as tables."""
+"""The tables that ``remend evaluate`` prints of a report."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The figures as tables."""
+    """Print the results of a report as tables."""
     for run in report.runs:
-        console.print(_table(report, run))
-    if kept := report.retention():
-        told = ", ".join(f"{sum(row):.0f} of {len(row)}" for row in kept)
-        console.print(f"edits that are still there (their own prompt is answered): {told}")
+        console.print(_metrics_table(report, run))
+    if retention := report.retention():
+        counts = ", ".join(f"{sum(row):.0f} of {len(row)}" for row in retention)
+        console.print(f"edits that are still there (their own prompt is answered): {counts}")
     if report.frontier:
-        console.print(_frontier(report))
+        console.print(_frontier_table(report))
     if report.general:
-        console.print(_general(report))
+        console.print(_lm_eval_table(report))
     for reason, count in report.left_out.items():
         console.print(f"not judged: {count} {plain(reason)}")
     if report.text:
@@ -37,8 +37,10 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"{1000 * seconds:.1f} ms an edit")
 
 
-def _table(report: Report, run: Run) -> Table:
-    from remend.evaluation.reports.html_report import figure
+def _metrics_table(report: Report, run: Run) -> Table:
+    """Return the table of a run's metrics, beside those of the baselines."""
+    from remend.evaluation.reports.html_report import format_number
+    from remend.evaluation.reports.metric_titles import main_value
 
     count = len(run.cases)
     how = {
@@ -50,64 +52,76 @@ def _table(report: Report, run: Run) -> Table:
     by = f" by {plain(report.editor)}" if report.editor else ""
     title = f"{count} edit{'s' if count > 1 else ''} of {plain(report.model)}{by}, {plain(report.data)}: {how}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    beside = report.beside(run)
+    baselines = report.baseline_metrics(run)
     columns = (
         "metric",
         "generated\nor value",
         "95 %",
         "teacher\nforced",
-        *(name.replace("_", "\n") for name in beside),
+        *(name.replace("_", "\n") for name in baselines),
     )
     for column in columns:
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
-    parent = ""
+    previous = ""
     for name, modes in run.metrics().items():
-        if parent and name.startswith(f"{parent}_"):  # one kind of what stands above it
-            label = f"– {name.removeprefix(f'{parent}_')}"
-        else:
-            label, parent = name, name
-        free = modes.get("generated") or modes["value"]
-        others = [own[name].get("generated") or own[name]["value"] if name in own else None for own in beside.values()]
+        label, previous = _label(name, previous)
+        summary = main_value(modes)
+        of_baselines = [main_value(metrics[name]) if name in metrics else None for metrics in baselines.values()]
         table.add_row(
-            label.replace("_", " ") + ("" if free.n == count else f" ({free.n})"),
-            f"[bold]{figure(free.mean)}[/]",
-            "" if free.n == 1 else f"{figure(free.ci95[0])}–{figure(free.ci95[1])}",
-            figure(modes["teacher_forced"].mean) if "teacher_forced" in modes else "",
-            *("" if other is None else figure(other.mean) for other in others),
+            label + ("" if summary.n == count else f" ({summary.n})"),
+            f"[bold]{format_number(summary.mean)}[/]",
+            "" if summary.n == 1 else f"{format_number(summary.ci95[0])}–{format_number(summary.ci95[1])}",
+            format_number(modes["teacher_forced"].mean) if "teacher_forced" in modes else "",
+            *("" if baseline is None else format_number(baseline.mean) for baseline in of_baselines),
         )
     return table
 
 
-def _frontier(report: Report) -> Table:
-    """Generated answers at each scale, with a bar for each share."""
-    found = {
-        scale: {n: m["generated"].mean for n, m in own.items() if "generated" in m}
-        for scale, own in report.frontier_metrics().items()
+def _label(name: str, parent: str) -> tuple[str, str]:
+    """Return the label of a metric's row, and the metric that the rows below it may be kinds of."""
+    from remend.evaluation.reports.metric_titles import title_of
+
+    if parent and name.startswith(f"{parent}_"):
+        return f"– {name.removeprefix(f'{parent}_').replace('_', ' ')}", parent
+    return title_of(name), name
+
+
+def _frontier_table(report: Report) -> Table:
+    """Return the table of generated answers at each strength, with a bar for each share."""
+    from remend.evaluation.reports.metric_titles import title_of
+
+    means = {
+        strength: {name: modes["generated"].mean for name, modes in metrics.items() if "generated" in modes}
+        for strength, metrics in report.frontier_metrics().items()
     }
-    shown = [n for n in ("reliability", "generality", "locality_near", "locality_far") if n in found[1.0]]
+    names = [n for n in ("reliability", "generality", "locality_near", "locality_far") if n in means[1.0]]
     table = Table(title="the edits, scaled", title_justify="left")
     table.add_column("scale", justify="right")
-    for name in shown:
-        table.add_column(name.replace("_", " "))
-    for scale, own in found.items():
-        bars = [f"{own[name]:.3f} {'█' * round(5 * own[name])}" for name in shown]
-        table.add_row(f"{scale:g}", *bars, style="bold" if scale == 1 else None)
+    for name in names:
+        table.add_column(title_of(name))
+    for strength, at_strength in means.items():
+        bars = [f"{at_strength[name]:.3f} {'█' * round(5 * at_strength[name])}" for name in names]
+        table.add_row(f"{strength:g}", *bars, style="bold" if strength == 1 else None)
     return table
 
 
-def _general(report: Report) -> Table:
-    """lm-eval's tasks before and after."""
-    from remend.evaluation.metrics.lm_eval import after_what
-    from remend.evaluation.reports.html_report import figure
+def _lm_eval_table(report: Report) -> Table:
+    """Return the table of lm-eval's scores before and after."""
+    from remend.evaluation.metrics.lm_eval import edits_of_scores
+    from remend.evaluation.reports.html_report import format_number
 
-    title = f"general ability (lm-eval), after {after_what(report)}"
+    title = f"general ability (lm-eval), after {edits_of_scores(report)}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("task", "metric", "before", "after", "difference"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for task, metrics in report.general.items():
-        for metric, both in metrics.items():
-            before, after = both["before"], both["after"]
+        for metric, scores in metrics.items():
+            before, after = scores["before"], scores["after"]
             table.add_row(
-                plain(task), plain(metric), figure(before), f"[bold]{figure(after)}[/]", f"{after - before:+.3f}"
+                plain(task),
+                plain(metric),
+                format_number(before),
+                f"[bold]{format_number(after)}[/]",
+                f"{after - before:+.3f}",
             )
     return table

@@ -63,6 +63,10 @@ class Distribution(ABC):
     ) -> Bool[Tensor, " target"]:
         """Tell for each target whether the most probable value is the same after a change as before."""
 
+    def same_value(self, value: float, other: float) -> bool:
+        """Tell whether two values of a target count as the same."""
+        return value == other
+
     @abstractmethod
     def margin(
         self, outputs: Float[Tensor, "target output"], target: Shaped[Tensor, " target"]
@@ -172,6 +176,10 @@ class Gaussian(Distribution):
     ) -> Bool[Tensor, " target"]:
         """Tell whether the means lie within the tolerance of each other."""
         return (before[:, 0] - after[:, 0]).abs() < self.tolerance
+
+    def same_value(self, value: float, other: float) -> bool:
+        """Tell whether two values lie within the tolerance of each other."""
+        return abs(value - other) < self.tolerance
 
     def margin(
         self, outputs: Float[Tensor, "target output"], target: Shaped[Tensor, " target"]

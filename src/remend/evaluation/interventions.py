@@ -1,4 +1,4 @@
-"""What can lie between before and after: edits, another checkpoint, the fact in the prompt, or nothing."""
+"""``Intervention``: what differs between before and after: edits, another checkpoint, or facts in the prompt."""
 
 from __future__ import annotations
 
@@ -17,35 +17,41 @@ from remend.editors.in_context import ContextEdit
 from remend.editors.lookup import LookupEdit
 from remend.fingerprint import find_modules
 from remend.request import Prompt
-from remend.tasks.base import Task
+from remend.tasks.base import Answer, Task
 
 
 class Intervention:
     """What happens to a model for some requests, which are told apart by number.
 
-    By itself it is another model, whatever made it: its task.
+    The base class puts another model in the place of the first: its task, whatever made it.
 
     Args:
-        task: the model that is asked afterwards.
-        free: whether its free answers are wanted, too.
+        task: the model that runs afterwards.
+        decode_answers: whether free answers are decoded too.
     """
 
-    acts = True
-    """Whether the model says anything else afterwards than it did before."""
-    known: Mapping[Prompt, tuple[int, ...]] = MappingProxyType({})
-    """Free answers afterwards that are known beforehand."""
+    changes_outputs = True
+    """Whether outputs differ from those before."""
+    known_answers: Mapping[Prompt, Answer] = MappingProxyType({})
+    """Free answers afterwards that are known without decoding."""
 
-    def __init__(self, task: Task, free: bool = True) -> None:
+    def __init__(self, task: Task, decode_answers: bool = True) -> None:
         self.task = task
-        self.free = free
+        self.decode_answers = decode_answers
 
-    def asked(self, number: int, prompt: Prompt, room: int) -> Prompt | None:
-        """What is asked afterwards in a prompt's place; None where it is too long with ``room`` tokens of an answer."""
+    def prompt_for(self, number: int, prompt: Prompt, room: int) -> Prompt | None:
+        """Return the prompt that takes the place of a request's prompt; None if it does not fit the context.
+
+        Args:
+            number: the request.
+            prompt: the prompt as it is without the intervention.
+            room: tokens that the context must have left for an answer.
+        """
         return prompt
 
     @contextmanager
-    def acting(self, numbers: Sequence[int]) -> Iterator[None]:
-        """Within it the model is changed; row i of what goes through it belongs to request ``numbers[i]``."""
+    def applied(self, numbers: Sequence[int]) -> Iterator[None]:
+        """Change the model within a ``with`` block; row i of its inputs belongs to request ``numbers[i]``."""
         yield
 
 
@@ -57,78 +63,79 @@ class NoIntervention(Intervention):
         answers: its free answers, which need not be decoded again.
     """
 
-    acts = False
+    changes_outputs = False
 
-    def __init__(self, task: Task, answers: Mapping[Prompt, tuple[int, ...]]) -> None:
+    def __init__(self, task: Task, answers: Mapping[Prompt, Answer]) -> None:
         super().__init__(task)
-        self.known = answers
+        self.known_answers = answers
 
 
 class SeparateEdits(Intervention):
-    """Each request's own edit, acting on its own rows alone.
+    """An edit for each request, which acts on that request's rows only.
 
     Args:
         task: the base model.
         edits: one for each request.
-        scale: what they are multiplied with.
-        free: whether free answers are wanted.
+        strength: what they are multiplied with.
+        decode_answers: whether free answers are decoded too.
     """
 
-    def __init__(self, task: Task, edits: Sequence[Edit], scale: float = 1.0, free: bool = True) -> None:
-        super().__init__(task, free)
-        self.changes = {name: change.scaled(scale) for name, change in _stacked(edits).items()}
+    def __init__(self, task: Task, edits: Sequence[Edit], strength: float = 1.0, decode_answers: bool = True) -> None:
+        super().__init__(task, decode_answers)
+        self.changes = {name: change.scaled(strength) for name, change in _stack_changes(edits).items()}
         self.modules = find_modules(task.model, self.changes)
 
     @contextmanager
-    def acting(self, numbers: Sequence[int]) -> Iterator[None]:
-        """The rows' own edits as side branches."""
+    def applied(self, numbers: Sequence[int]) -> Iterator[None]:
+        """Apply each row's edit to it as side branches of the edited modules."""
         rows = torch.tensor(numbers)
-        own = {name: change.select(rows.to(change.u.device)) for name, change in self.changes.items()}
-        with changes_applied(self.modules, own):
+        by_row = {name: change.select(rows.to(change.u.device)) for name, change in self.changes.items()}
+        with changes_applied(self.modules, by_row):
             yield
 
 
 class SharedEdit(Intervention):
-    """One edit for all requests."""
+    """One edit, which acts on the rows of all requests."""
 
-    def __init__(self, task: Task, edit: Edit | LookupEdit, free: bool = True) -> None:
-        super().__init__(task, free)
+    def __init__(self, task: Task, edit: Edit | LookupEdit, decode_answers: bool = True) -> None:
+        super().__init__(task, decode_answers)
         self.edit = edit
 
     @contextmanager
-    def acting(self, numbers: Sequence[int]) -> Iterator[None]:
-        """The edit, whoever asks."""
+    def applied(self, numbers: Sequence[int]) -> Iterator[None]:
+        """Apply the edit, whichever requests the rows belong to."""
         with self.edit.applied(self.task.model):
             yield
 
 
 class FactsInContext(Intervention):
-    """Facts put before each prompt: what a model does that is told, rather than edited.
+    """Facts before each prompt: what the model does if it is told rather than edited.
 
     Args:
         task: the base model.
-        edits: for each request what it is told.
+        edits: the facts for each request.
     """
 
     def __init__(self, task: Task, edits: Sequence[ContextEdit]) -> None:
         super().__init__(task)
         self.edits = edits
 
-    def asked(self, number: int, prompt: Prompt, room: int) -> Prompt | None:
-        """The prompt after the facts; None where they do not fit into the context, or stand there already."""
+    def prompt_for(self, number: int, prompt: Prompt, room: int) -> Prompt | None:
+        """Return the prompt after the facts; None if they do not fit the context, or stand there already."""
         return self.edits[number].told(self.task, prompt, room)
 
 
-def together(task: Task, edit: AnyEdit, requests: int) -> Intervention:
-    """One edit, of whatever kind, for so many requests."""
+def shared_intervention(task: Task, edit: AnyEdit, requests: int) -> Intervention:
+    """Return the intervention of one edit, of whatever kind, for a number of requests."""
     return FactsInContext(task, [edit] * requests) if isinstance(edit, ContextEdit) else SharedEdit(task, edit)
 
 
-def _stacked(edits: Sequence[Edit]) -> dict[str, LowRank]:
-    """One batched change for each module that any of the edits touches; an edit that does not adds nothing there."""
+def _stack_changes(edits: Sequence[Edit]) -> dict[str, LowRank]:
+    """Return one batched change for each module that any of the edits touches, with an entry for each edit."""
     stacked = {}
     for name in dict.fromkeys(name for edit in edits for name in edit.changes):
-        like = next(edit.changes[name] for edit in edits if name in edit.changes)
-        nothing = replace(like, u=like.u[:0], delta=like.delta[:0])
+        example = next(edit.changes[name] for edit in edits if name in edit.changes)
+        # An edit that leaves the module alone takes part with a change of rank 0.
+        nothing = replace(example, u=example.u[:0], delta=example.delta[:0])
         stacked[name] = stack([edit.changes.get(name, nothing) for edit in edits])
     return stacked

@@ -1,4 +1,7 @@
-"""How sure one can be of an edit that no trained editor vouches for: what it does where nobody gave examples."""
+"""``measure_robustness``: what an edit does at inputs that its requests do not name.
+
+It is measured for edits by editors that were not trained, of which no evaluation on a data set says how they behave.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from remend.core.hooks import frozen
 from remend.edit import Edit
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task
-from remend.tasks.causal_lm import CausalLM
-from remend.tasks.generative import GenerativeTask
 
-CONTEXTS, WORDS = 16, 3
-"""How many other beginnings an edited prompt is asked after, and of how many tokens."""
-LIKELY, HELD, STAYED = 0.5, 0.75, 0.98
-"""What the figures of an edit that is likely to be what was wanted are, at least."""
-FEWEST = 4
-"""Beginnings that the unedited model must bear, for their share to say something."""
-ELSEWHERE = 128
-"""Stretches of other input at which the model's choices are compared."""
-BATCH = 32
+PREFIXES_PER_PROMPT = 16
+"""Prefixes after which an edited prompt is given to the model."""
+PREFIX_LENGTH = 3
+"""Tokens of a prefix."""
+MIN_PROBABILITY, MIN_AFTER_PREFIX, MIN_UNCHANGED = 0.5, 0.75, 0.98
+"""The least values of an edit that can be trusted."""
+MIN_PREFIXES = 4
+"""Prefixes after which the unedited model must give its answer, at least, for their share to be reported."""
+OTHER_INPUTS = 128
+"""Other inputs at which the model's choices are compared."""
+ROBUSTNESS_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,11 @@ class Robustness:
 
     Attributes:
         probability: of the whole target after the prompt; the mean over the requests.
-        in_context: the share of other beginnings after which the prompt still gets its target, of those after which
-            the unedited model still gives its own answer; None where it never does, and of a classifier, which judges
-            its whole text.
-        elsewhere: the share of the model's choices on other input that stayed.
-        beginnings: how many ``in_context`` is a share of.
-        choices: how many ``elsewhere`` is.
+        in_context: the share of prefixes after which the prompt still gets its target, of those after which the
+            unedited model still gives its own answer; None where it never does, and of models that do not write text.
+        elsewhere: the share of the model's choices on other input that stay.
+        beginnings: the number of prefixes that ``in_context`` is a share of.
+        choices: the number of choices that ``elsewhere`` is a share of.
     """
 
     probability: float
@@ -49,26 +52,28 @@ class Robustness:
 
     @property
     def doubts(self) -> list[str]:
-        """Which of the figures are below what an edit that is likely to be what was wanted has, in words."""
-        found = {
-            f"the probability is below {LIKELY:.0%}": self.probability < LIKELY,
-            f"it should hold after {HELD:.0%} of beginnings": self.in_context is not None and self.in_context < HELD,
-            f"{STAYED:.0%} of other choices should stay": self.elsewhere < STAYED,
+        """The values that are too low for the edit to be trusted, in words."""
+        too_low = {
+            f"the probability is below {MIN_PROBABILITY:.0%}": self.probability < MIN_PROBABILITY,
+            f"it should hold after {MIN_AFTER_PREFIX:.0%} of beginnings": (
+                self.in_context is not None and self.in_context < MIN_AFTER_PREFIX
+            ),
+            f"{MIN_UNCHANGED:.0%} of other choices should stay": self.elsewhere < MIN_UNCHANGED,
         }
-        return [words for words, doubtful in found.items() if doubtful]
+        return [text for text, applies in too_low.items() if applies]
 
     @property
     def sure(self) -> bool:
-        """Whether all that could be measured is such that the edit is likely to be what was wanted."""
+        """Whether no value that could be measured is too low."""
         return not self.doubts
 
     def to_json(self) -> dict[str, float | bool | None]:
-        """The figures and the verdict."""
+        """Return the values as a JSON object."""
         return {**asdict(self), "sure": self.sure}
 
 
 @torch.no_grad()
-def assure(
+def measure_robustness(
     task: Task,
     edit: Edit,
     requests: Sequence[EditRequest],
@@ -81,67 +86,79 @@ def assure(
         task: the base model.
         edit: what was made of the requests.
         requests: what it is for.
-        text: other input; by default what the model writes by itself (of classifiers and encoder-decoders: random
-            tokens).
-        seed: of what is drawn. It is another one than editors take, or an edit would be examined on what it was fitted
-            to.
+        text: other input; by default what the model writes by itself (of models that do not write: random inputs).
+        seed: of what is drawn.
     """
-    other = task.ordinary_examples(text, seed + 1, ELSEWHERE)
+    # Another seed than editors use: with theirs, the edit would be tested on the inputs that it was fitted to.
+    ordinary = task.ordinary_examples(text, seed + 1, OTHER_INPUTS)
     draw = random.Random(f"{seed} assurance")
-    asked = [task.encode(request.prompt, request.target) for request in requests]
-    within = [_begun(task, other, pair, draw) for pair in asked for _ in range(CONTEXTS)]
-    elsewhere = draw.sample(other, min(ELSEWHERE, len(other)))
-    if isinstance(task, CausalLM):  # it chooses after every token
-        elsewhere = [Example(own.input[:1], own.input[1:]) for own in elsewhere if len(own.input) > 1]
-    alone, begun, before = (_looked(task, some).first for some in (asked, within, elsewhere))
-    with edit.applied(task.model):
-        own, held, after = (_looked(task, some) for some in (asked, within, elsewhere))
-    known = _opening(begun, within) == _opening(alone, asked).repeat_interleave(CONTEXTS)
-    count = int(known.sum()) if isinstance(task, GenerativeTask) else 0
+    prompts = [task.encode(request.prompt, request.target) for request in requests]
+    prefixed = []
+    if task.reads_text:
+        prefixed = [
+            _with_prefix(task, ordinary, prompt, draw) for prompt in prompts for _ in range(PREFIXES_PER_PROMPT)
+        ]
+    other = draw.sample(ordinary, min(OTHER_INPUTS, len(ordinary)))
+    if task.causal:  # it makes a choice after every token, and each of them is compared
+        other = [Example(example.input[:1], example.input[1:]) for example in other if len(example.input) > 1]
+    if not task.generates:  # a classifier judges its whole input, of which a prefix would be a part
+        prefixed = []
+    at_prompts, at_prefixed, at_other = (_compare(task, edit, examples) for examples in (prompts, prefixed, other))
+    # After other prefixes the unedited model begins another answer: there the prefix changes what is asked.
+    without_prefix = at_prompts.first_before.repeat_interleave(PREFIXES_PER_PROMPT)[: len(prefixed)]
+    counted = at_prefixed.first_before == without_prefix
+    count = int(counted.sum())
     return Robustness(
-        probability=float(own.log_p.exp().mean()),
-        in_context=float(held.whole[known].float().mean()) if count >= FEWEST else None,
-        elsewhere=float((before == after.first).float().mean()) if len(before) else 1.0,
+        probability=float(at_prompts.log_p.exp().mean()),
+        in_context=float(at_prefixed.correct[counted].float().mean()) if count >= MIN_PREFIXES else None,
+        elsewhere=float(at_other.unchanged.float().mean()) if len(at_other.unchanged) else 1.0,
         beginnings=count,
-        choices=len(before),
+        choices=len(at_other.unchanged),
     )
 
 
-def _begun(task: Task, other: Sequence[Example], pair: Example, draw: random.Random) -> Example:
-    """A pair whose prompt comes after the beginning of something else, if both fit into the model's context."""
+def _with_prefix(task: Task, ordinary: Sequence[Example], example: Example, draw: random.Random) -> Example:
+    """Return an example with the first tokens of an ordinary input before its prompt, if the context holds both."""
     special = set(task.processor.all_special_ids)
-    start = [token for token in draw.choice(other).input if token not in special][:WORDS]
-    lead = next((i for i, token in enumerate(pair.input) if token not in special), 0)
-    begun = Example((*pair.input[:lead], *start, *pair.input[lead:]), pair.target)
-    return begun if task.context is None or task.context_length(begun) <= task.context else pair
+    prefix = [token for token in draw.choice(ordinary).input if token not in special][:PREFIX_LENGTH]
+    # Special tokens at the beginning, such as the one that begins a text, stay first.
+    lead = next((i for i, token in enumerate(example.input) if token not in special), 0)
+    prefixed = Example((*example.input[:lead], *prefix, *example.input[lead:]), example.target)
+    return prefixed if task.context is None or task.context_length(prefixed) <= task.context else example
 
 
 @dataclass(frozen=True, eq=False)
-class _Looked:
-    """First choices along some pairs, whether each pair's are its whole target, and that one's log probability."""
+class _Comparison:
+    """The model's outputs at some examples before and after an edit.
 
-    first: Tensor
-    whole: Tensor
-    log_p: Tensor
+    Attributes:
+        unchanged: for each target, whether the first choice is the same before and after.
+        first_before: the first choice before the edit at the first target of each example.
+        correct: for each example, whether its whole target is the first choice after the edit.
+        log_p: log p of the whole target of each example after the edit, in nats.
+    """
+
+    unchanged: Bool[Tensor, " target"]
+    first_before: Shaped[Tensor, " row"]
+    correct: Bool[Tensor, " row"]
+    log_p: Float[Tensor, " row"]
 
 
-def _opening(first: Tensor, pairs: Sequence[Example]) -> Tensor:
-    """The first choice at each pair's first target."""
-    lengths = torch.tensor([len(pair.target) for pair in pairs])
-    return first[lengths.cumsum(0) - lengths]
-
-
-def _looked(task: Task, pairs: Sequence[Example]) -> _Looked:
-    chosen, right, log_p = [], [], []
-    for start in range(0, len(pairs), BATCH):
-        batch = task.collate(pairs[start : start + BATCH])
+def _compare(task: Task, edit: Edit, examples: Sequence[Example]) -> _Comparison:
+    """Run the model without and with an edit. Outputs are compared batch by batch, since all together may be large."""
+    unchanged, first_before, correct, log_p = [], [], [], []
+    for start in range(0, len(examples), ROBUSTNESS_BATCH_SIZE):
+        batch = task.collate(examples[start : start + ROBUSTNESS_BATCH_SIZE])
         with frozen(task.model):
-            logits = task.outputs(batch).float()
-        first = logits.argmax(-1)
-        own = torch.ones(batch.rows, dtype=torch.bool, device=batch.row.device)
-        own[batch.row[first != batch.target]] = False
-        along = logits.log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
-        chosen.append(first.cpu())
-        right.append(own.cpu())
-        log_p.append(torch.zeros(batch.rows, device=along.device).index_add_(0, batch.row, along).cpu())
-    return _Looked(*(torch.cat(part) if part else torch.zeros(0) for part in (chosen, right, log_p)))
+            before = task.outputs(batch)
+            with edit.applied(task.model):
+                after = task.outputs(batch)
+        lengths = torch.bincount(batch.row, minlength=batch.rows)
+        first = lengths.cumsum(0) - lengths
+        of_targets = task.distribution.log_prob(after, batch.target)
+        unchanged.append(task.distribution.unchanged(before, after).cpu())
+        first_before.append(task.distribution.mode(before)[first].cpu())
+        correct.append(task.correct(after, batch).cpu())
+        log_p.append(torch.zeros(batch.rows, device=after.device).index_add_(0, batch.row, of_targets).cpu())
+    parts = (torch.cat(part) if part else torch.zeros(0) for part in (unchanged, first_before, correct, log_p))
+    return _Comparison(*parts)

@@ -1,4 +1,4 @@
-"""How strongly an edit acts: chosen on its own requests' prompts and probes."""
+"""``choose_strength``: the factor by which an edit is best multiplied, chosen on its requests' prompts and probes."""
 
 from __future__ import annotations
 
@@ -7,82 +7,94 @@ from dataclasses import dataclass
 
 from remend.edit import Edit
 from remend.evaluation.interventions import SharedEdit
-from remend.evaluation.metrics.measure import look
+from remend.evaluation.metrics.measure import measure
 from remend.evaluation.metrics.scoring import Scorer
 from remend.request import EditRequest
 from remend.tasks import Task
 
-SCALES = tuple(round(0.5 * 2 ** (step / 4), 3) for step in range(9))
+CANDIDATE_STRENGTHS = tuple(round(0.5 * 2 ** (step / 4), 3) for step in range(9))
 """0.5 to 2, in steps of a fourth of an octave."""
 
-KEPT = ("locality_near", "locality_far")
-UNASKED = ("unseen_paraphrases", "portability", "formats", "negated", "generation")
-"""What a request has for evaluation alone: nothing is chosen by it."""
+LOCALITY_METRICS = ("locality_near", "locality_far")
+EVALUATION_ONLY = ("unseen_paraphrases", "portability", "formats", "negated", "generation")
+"""Fields of a request that are kept for evaluation, so nothing is chosen by them."""
 
 
 @dataclass(frozen=True)
-class ScaledEdit:
-    """What the requests' prompts and probes say about one scale, means over the requests.
+class StrengthScores:
+    """The metrics of an edit at one strength, means over its requests.
 
     Attributes:
-        scale: what the edit is multiplied with.
-        taken: requests whose own prompt is answered with the whole target.
-        reached: paraphrases that are (unseen ones are for evaluation, and not asked).
-        kept: near and far probes that are answered as before; the mean of both shares.
+        strength: the factor that the edit is multiplied with.
+        reliability: the share of requests whose prompt is answered with the whole target.
+        generality: the share of paraphrases that are.
+        locality: the share of near and far probes that are answered as before; the mean of both shares.
     """
 
-    scale: float
-    taken: float
-    reached: float
-    kept: float
+    strength: float
+    reliability: float
+    generality: float
+    locality: float
 
     @property
-    def worth(self) -> tuple[float, float, float]:
-        """What to compare: the prompts first, then both sides of the bargain, then how near the scale is to 1."""
-        return self.taken, round(self.reached + self.kept, 9), -max(self.scale, 1 / self.scale)
+    def sort_key(self) -> tuple[float, float, float]:
+        """The order of strengths: reliability first, then generality and locality, then the distance from 1."""
+        # Rounded, so that sums that differ in the last bits only count as equal.
+        return (
+            self.reliability, round(self.generality + self.locality, 9), -max(self.strength, 1 / self.strength)
+        )  # fmt: skip
 
 
-def choose_scale(
+def choose_strength(
     task: Task,
     edit: Edit,
     requests: Sequence[EditRequest],
     max_new_tokens: int = 32,
-) -> tuple[ScaledEdit, list[ScaledEdit]]:
-    """The best scale for an edit, and all that were tried (:data:`SCALES`).
+) -> tuple[StrengthScores, list[StrengthScores]]:
+    """Return the best strength for an edit, and all that were tried (:data:`CANDIDATE_STRENGTHS`).
 
-    The best one lets the most requests' prompts take; among those, most paraphrases follow and most near and far
-    probes stay; of equals, the one nearest to 1, what the editor was trained for. The result is as good as the probes
-    it is chosen on: where no request names near ones, nothing says how far an edit may reach, and it is made no
-    stronger than it is, unless its own prompts need that.
+    The best strength has the highest reliability; of those, the highest sum of generality and locality; of equals, it
+    is the one nearest to 1, for which the editor was trained. The choice is as good as the probes: where no request has
+    near ones, nothing says how far an edit reaches, and it is not made stronger than 1 unless its prompts need that.
 
     Args:
         task: the base model.
         edit: the edit, as its editor made it.
         requests: what the edit is for, with their paraphrases and probes.
-        max_new_tokens: how far the unedited model's own answers are decoded.
+        max_new_tokens: the longest answer of the unedited model.
     """
     edit.base.check(task.model, "this edit")
-    asked = [request.model_copy(update=dict.fromkeys(UNASKED, ())) for request in requests]
-    judge = Scorer(task, asked, max_new_tokens)
-    changes = [SharedEdit(task, edit.scaled(scale), free=False) for scale in SCALES]
+    requests = [request.model_copy(update=dict.fromkeys(EVALUATION_ONLY, ())) for request in requests]
+    scorer = Scorer(task, requests, max_new_tokens, ("reliability", "generality", *LOCALITY_METRICS))
+    interventions = [SharedEdit(task, edit.scaled(strength), decode_answers=False) for strength in CANDIDATE_STRENGTHS]
+    measured = measure(task, interventions, [scorer.queries(request) for request in requests])
     tried = []
-    for scale, views in zip(SCALES, look(task, changes, [judge.questions(request) for request in asked]), strict=True):
+    for strength, by_request in zip(CANDIDATE_STRENGTHS, measured, strict=True):
         values = [
-            {name: modes["generated"] for name, modes in judge.values(request, view).items() if "generated" in modes}
-            for request, view in zip(asked, views, strict=True)
+            {
+                name: modes["generated"]
+                for name, modes in scorer.values(request, measurements).items()
+                if "generated" in modes
+            }
+            for request, measurements in zip(requests, by_request, strict=True)
         ]
         tried.append(
-            ScaledEdit(
-                scale,
-                taken=_mean([own["reliability"] for own in values]),
-                reached=_mean([own.get("generality", 1.0) for own in values]),
-                kept=_mean([_mean([own[name] for name in KEPT if name in own] or [1.0]) for own in values]),
+            StrengthScores(
+                strength,
+                reliability=_mean([own["reliability"] for own in values]),
+                generality=_mean([own.get("generality", 1.0) for own in values]),
+                locality=_mean(
+                    [_mean([own[name] for name in LOCALITY_METRICS if name in own] or [1.0]) for own in values]
+                ),
             )
         )
-    most = max(own.taken for own in tried)
-    needed = min(own.scale for own in tried if own.taken == most)
-    bounded = tried if any(request.near for request in requests) else [t for t in tried if t.scale <= max(1, needed)]
-    return max(bounded, key=lambda own: own.worth), tried
+    highest = max(scores.reliability for scores in tried)
+    needed = min(scores.strength for scores in tried if scores.reliability == highest)
+    if any(request.near for request in requests):
+        allowed = tried
+    else:
+        allowed = [scores for scores in tried if scores.strength <= max(1, needed)]
+    return max(allowed, key=lambda scores: scores.sort_key), tried
 
 
 def _mean(values: Sequence[float]) -> float:

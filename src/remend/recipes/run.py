@@ -109,7 +109,7 @@ def run_recipe(
     report = evaluate(
         task, editor, requests["test"],
         baselines=False, text=passages, data=inputs.test, name=recipe.name,
-        journal=out / PARTIAL_REPORT, resume=resumable and (out / PARTIAL_REPORT).exists(),
+        checkpoint=out / PARTIAL_REPORT, resume=resumable and (out / PARTIAL_REPORT).exists(),
         on_progress=lambda done, total: on_progress(f"evaluating: {done} of {total} edits"),
     )  # fmt: skip
     details: dict[str, Any] = {

@@ -283,6 +283,12 @@ class Task(ABC):
             batch_size: inputs that go through the model together.
         """
 
+    def same_answer(self, answer: Answer, other: Answer) -> bool:
+        """Tell whether two answers are the same: of numbers, whether they lie within the tolerance of each other."""
+        if self.distribution.discrete:
+            return answer == other
+        return len(answer) == len(other) and all(map(self.distribution.same_value, answer, other))
+
     @abstractmethod
     def decode(self, answer: Answer) -> str:
         """Return an answer as text."""

@@ -14,10 +14,10 @@ from remend.apps.acceptance.criteria import STANDARD, TEXT_TOKENS, AcceptanceCri
 from remend.core.layers import is_quantized, weight_of
 from remend.edit import AppliedEdit, Edit
 from remend.errors import EditError
-from remend.evaluation.before_after import Answer, ask, before_after
+from remend.evaluation.before_after import AnswerComparison, ask, before_after
 from remend.evaluation.interventions import Intervention
 from remend.evaluation.metrics.perplexity import PerplexityText
-from remend.evaluation.robustness import assure
+from remend.evaluation.robustness import measure_robustness
 from remend.fingerprint import find_modules
 from remend.request import EditRequest, Probe
 from remend.tasks import Task
@@ -54,7 +54,7 @@ class Check:
     bound: float
     ok: bool
     count: int
-    failed: tuple[Answer, ...] = ()
+    failed: tuple[AnswerComparison, ...] = ()
 
     @property
     def said(self) -> str:
@@ -147,7 +147,7 @@ def judge(
             _share("near", of["near"], acceptance.near),
             _share("far", of["far"], acceptance.far),
         ]
-        other_input = assure(task, edit, edit.requests, seed=seed)
+        other_input = measure_robustness(task, edit, edit.requests, seed=seed)
         kept = other_input.elsewhere
         found.append(Check("elsewhere", kept, acceptance.elsewhere, kept >= acceptance.elsewhere, other_input.choices))
         if acceptance.perplexity is not None and isinstance(task, CausalLM):
@@ -177,7 +177,7 @@ def guarded(
     return edit.apply(task.model), verdict
 
 
-def _share(name: str, answers: Sequence[Answer], bound: float) -> Check | None:
+def _share(name: str, answers: Sequence[AnswerComparison], bound: float) -> Check | None:
     if not answers:
         return None
     wrong = tuple(answer for answer in answers if not answer.ok)
@@ -185,7 +185,7 @@ def _share(name: str, answers: Sequence[Answer], bound: float) -> Check | None:
     return Check(name, share, bound, share >= bound, len(answers), wrong)
 
 
-def _stayed(task: Task, edit: Edit, acceptance: AcceptanceCriteria, most: int) -> list[Answer]:
+def _stayed(task: Task, edit: Edit, acceptance: AcceptanceCriteria, most: int) -> list[AnswerComparison]:
     """The answers to what must stay: as before, or as named."""
     named = [probe for probe in acceptance.must_stay if isinstance(probe, Probe)]
     plain = [prompt for prompt in acceptance.must_stay if not isinstance(prompt, Probe)]
@@ -194,7 +194,7 @@ def _stayed(task: Task, edit: Edit, acceptance: AcceptanceCriteria, most: int) -
     asked = ask(task, edit, plain, most) if plain else []
     return [
         *found,
-        *(Answer("stays", a.prompt, a.before, a.before, a.after, a.before == a.after) for a in asked),
+        *(AnswerComparison("stays", a.prompt, a.before, a.before, a.after, a.before == a.after) for a in asked),
     ]
 
 
@@ -202,7 +202,7 @@ def _perplexity(task: CausalLM, edit: Edit, acceptance: AcceptanceCriteria) -> C
     assert acceptance.perplexity is not None
     sample = PerplexityText(task, acceptance.perplexity.text, TEXT_TOKENS)
     with edit.applied(task.model):
-        after = sample.after(Intervention(task), 1)[0]
+        after = sample.measure(Intervention(task), 1)[0]
     ratio, most = after / sample.perplexity, acceptance.perplexity.most
     return Check("perplexity", ratio, most, ratio <= most, sample.tokens)
 

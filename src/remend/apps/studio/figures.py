@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from remend.edit import Edit
-from remend.evaluation.before_after import Answer
+from remend.evaluation.before_after import AnswerComparison
 
 KINDS = {
     "prompt": "the prompt", "paraphrase": "another phrasing", "unseen paraphrase": "another phrasing",
@@ -38,7 +38,7 @@ def tokens(reactions: Sequence[tuple[str, float]]) -> str:
     return f'<p class="remend-tokens">{"".join(shown)}</p>'
 
 
-def answers(found: Sequence[Answer], plain: bool = False) -> str:
+def answers(found: Sequence[AnswerComparison], plain: bool = False) -> str:
     """Answers before and after, as a table; what changed is bold, what is not as it should be is marked."""
     rows = []
     for one in found:

@@ -23,7 +23,7 @@ from remend.core.capture import record_inputs
 from remend.core.hooks import frozen
 from remend.edit import Edit
 from remend.errors import EditError, RemendError, RequestError
-from remend.evaluation.before_after import Answer, ask, before_after
+from remend.evaluation.before_after import AnswerComparison, ask, before_after
 from remend.fingerprint import find_modules
 from remend.registries import FORMATS
 from remend.request import EditRequest, Prompt
@@ -48,7 +48,7 @@ class Made:
 
     number: int
     edit: Edit
-    answers: list[Answer]
+    answers: list[AnswerComparison]
     seconds: float
     on: bool = True
     draft: int | None = None
@@ -131,7 +131,7 @@ class Session:
         """What acts for this person: the book's edits, and the own ones that are on."""
         return [*self.desk.active().values(), *(own.edit for own in self.made.values() if own.on)]
 
-    def ask(self, prompts: Sequence[Prompt], without: bool = False) -> list[Answer]:
+    def ask(self, prompts: Sequence[Prompt], without: bool = False) -> list[AnswerComparison]:
         """Answers of the model as it is, and with all that acts.
 
         Args:
@@ -151,7 +151,9 @@ class Session:
             return plain
         with self.desk.alone(acting):
             now = ask(self.desk.task, None, asked, MOST)
-        return [Answer(a.kind, a.prompt, None, a.before, b.after, None) for a, b in zip(plain, now, strict=True)]
+        return [
+            AnswerComparison(a.kind, a.prompt, None, a.before, b.after, None) for a, b in zip(plain, now, strict=True)
+        ]
 
     def make(self, request: EditRequest, told: Callable[[str, int], None] = lambda what, passes: None) -> Made:
         """Make an edit of the base model, and look at what it does on top of all that acts.

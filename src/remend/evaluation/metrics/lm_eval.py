@@ -1,4 +1,4 @@
-"""What a model can do beside the edited facts: tasks of lm-evaluation-harness, before and after."""
+"""``LmEvalTasks``: general ability in tasks of lm-evaluation-harness, measured before and after edits."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from remend.core.hooks import frozen
 from remend.errors import ConfigError, NonFiniteError
 from remend.evaluation.reports.report import Report
 from remend.tasks import Task
 
-ROWS_AT_ONCE = 16
+LM_EVAL_BATCH_SIZE = 16
 
-Scores = dict[str, dict[str, float]]
+TaskScores = dict[str, dict[str, float]]
 """Task → metric → value."""
 
 
 @dataclass(frozen=True)
 class LmEvalTasks:
-    """Tasks that a model is examined in by lm-evaluation-harness (lm-eval), as the package itself does it.
+    """Tasks in which lm-evaluation-harness (lm-eval) evaluates a model, through that package's own functions.
 
     Tasks whose data are local files are read from there; lm-eval's own fetch theirs from the Hugging Face hub, once.
     No code from a hub is run, and no chat template is used.
@@ -63,7 +62,7 @@ class LmEvalTasks:
 
     @cached_property
     def _loaded(self) -> tuple[Any, list[Any]]:
-        """lm-eval's index of all tasks, and those that were named, with their data."""
+        """lm-eval's index of all tasks, and the named ones, loaded with their data."""
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_path=None if self.folder is None else str(self.folder))
@@ -73,50 +72,50 @@ class LmEvalTasks:
                 hint = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` lists its own"
                 raise ConfigError(f"lm-eval has no task {name!r}; {hint} (--lm-eval-path adds those of a folder)")
         try:
-            found = manager.load(list(self.tasks))
-        except Exception as error:  # a task is anyone's YAML, code and data: whatever is wrong with it is told
+            loaded = manager.load(list(self.tasks))
+        except Exception as error:  # a task is anybody's YAML, code and data, and may raise anything
             raise ConfigError(
                 f"lm-eval cannot load {', '.join(self.tasks)} ({type(error).__name__}: {error}): see that the task's "
                 "data are there, or can be fetched"
             ) from error
-        groups = [found["groups"][name] for name in self.tasks if name in found["groups"]]
-        inside = {task.task_name for group in groups for task in group.get_all_tasks()}
-        return manager, groups + [task for name, task in found["tasks"].items() if name not in inside]
+        groups = [loaded["groups"][name] for name in self.tasks if name in loaded["groups"]]
+        in_groups = {task.task_name for group in groups for task in group.get_all_tasks()}
+        return manager, groups + [task for name, task in loaded["tasks"].items() if name not in in_groups]
 
-    def measure(self, task: Task) -> Scores:
-        """How well a model does, by task and metric; a filter of lm-eval's stands behind the metric's name.
+    def measure(self, task: Task) -> TaskScores:
+        """Return the model's scores by task and metric; the name of an lm-eval filter follows that of the metric.
 
-        Both the model, with whatever edit is applied, and its tokenizer stay as they are, and so do random draws.
+        The model, with whatever edit is applied, its tokenizer and the state of random draws stay as they are.
 
         Raises:
             ConfigError: the model is a classifier, or lm-eval does not know a task or cannot load it.
             NonFiniteError: a metric is NaN or infinite.
         """
-        if not isinstance(task.model.get_output_embeddings(), nn.Module):
+        if not task.generates:
             raise ConfigError(
                 f"lm-eval examines language models; {type(task.model).__name__} is a classifier: leave --lm-eval away"
             )
         from lm_eval import simple_evaluate
 
-        with frozen(task.model), _own_randomness():
+        with frozen(task.model), _random_state_restored():
             manager, tasks = self._loaded
-            found = simple_evaluate(
-                _wrapped(task), tasks=tasks, task_manager=manager, limit=self.limit,
+            results = simple_evaluate(
+                _as_lm_eval_model(task), tasks=tasks, task_manager=manager, limit=self.limit,
                 bootstrap_iters=0, log_samples=False,
             )  # fmt: skip
-        return {task: _numbers(task, values) for task, values in found["results"].items()}
+        return {name: _metric_values(name, values) for name, values in results["results"].items()}
 
 
-def before_after(before: Scores, after: Scores) -> dict[str, dict[str, dict[str, float]]]:
-    """Task → metric → ``before`` and ``after``, as a report has it."""
+def pair_scores(before: TaskScores, after: TaskScores) -> dict[str, dict[str, dict[str, float]]]:
+    """Return task → metric → ``before`` and ``after``, as reports hold it."""
     return {
         task: {metric: {"before": value, "after": after[task][metric]} for metric, value in values.items()}
         for task, values in before.items()
     }
 
 
-def after_what(report: Report) -> str:
-    """Which edits a report's general ability was measured after."""
+def edits_of_scores(report: Report) -> str:
+    """Say after which edits the general ability in a report was measured."""
     edits = report.runs[-1].edits
     return {
         "single": "the first edit alone",
@@ -126,41 +125,44 @@ def after_what(report: Report) -> str:
     }[report.protocol]
 
 
-def _wrapped(task: Task) -> Any:
-    """The model as lm-eval takes it. The tokenizer is a copy, since it may be given a padding token."""
+def _as_lm_eval_model(task: Task) -> Any:
+    """Return the model in lm-eval's class for transformers models."""
     from lm_eval.models.huggingface import HFLM
 
     backend = "seq2seq" if getattr(task.model.config, "is_encoder_decoder", False) else "causal"
     logger = logging.getLogger(HFLM.__module__)
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that the model is loaded already, which is what is wanted
+    logger.setLevel(logging.ERROR)  # it warns that the model is loaded already, as intended here
     try:
         return HFLM(
-            pretrained=task.model, tokenizer=copy.deepcopy(task.processor), backend=backend, batch_size=ROWS_AT_ONCE
+            pretrained=task.model,
+            tokenizer=copy.deepcopy(task.processor),  # lm-eval may add a padding token to it
+            backend=backend,
+            batch_size=LM_EVAL_BATCH_SIZE,
         )
     finally:
         logger.setLevel(level)
 
 
-def _numbers(task: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics among what lm-eval tells of a task, which are named ``metric,filter``."""
-    found = {
+def _metric_values(task: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics among lm-eval's results for a task, whose names are ``metric,filter``."""
+    scores = {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
         if "," in name and "_stderr," not in name
     }
-    if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
-        raise NonFiniteError(f"lm-eval found {found[wrong[0]]} for {wrong[0]} of {task}: no such model can be judged")
-    return found
+    if wrong := [name for name, value in scores.items() if not math.isfinite(value)]:
+        raise NonFiniteError(f"lm-eval found {scores[wrong[0]]} for {wrong[0]} of {task}: no such model can be judged")
+    return scores
 
 
 @contextmanager
-def _own_randomness() -> Iterator[None]:
-    """Within it random numbers may be seeded anew; afterwards they go on as if nothing had been drawn."""
-    python, of_numpy = random.getstate(), np.random.get_state()
+def _random_state_restored() -> Iterator[None]:
+    """Restore the random state of Python, numpy and torch afterwards: lm-eval seeds all three anew."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(of_numpy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,8 +1,7 @@
-"""Looking at a model before and after a change: what it says along given answers, and what it answers by itself.
+"""``measure``: run a model on queries before and after interventions, along given answers and in free answers.
 
-Whether an answer is given freely can be told without decoding: under teacher forcing, a whole answer and its end token
-are the first choice at every position exactly if greedy decoding emits that answer and stops. So only answers that
-differ from what was looked for are decoded.
+Under teacher forcing, a whole answer and its end token are the first choice at every position exactly if greedy
+decoding emits that answer and stops. So only answers that differ from the expected one are decoded.
 """
 
 from __future__ import annotations
@@ -13,175 +12,242 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from remend.core.hooks import frozen
 from remend.evaluation.interventions import Intervention
-from remend.evaluation.metrics.functions import divergences, first_choices, log_probabilities, ranks
 from remend.request import Prompt
-from remend.tasks.base import Example, Task
+from remend.tasks.base import Answer, Example, Task
 
-ROWS_AT_ONCE = 128
-LOGITS_AT_ONCE = 2**26
-"""Numbers that a batch's logits may have, about: rows are fewer where a vocabulary is large."""
-TYPICAL_TARGET = 8
-SHORT = 8
-"""Tokens that a free answer needs room for, at least; where there is less, a prompt is not asked."""
+MEASURE_BATCH_SIZE = 128
+"""Queries that go through the model together, at most."""
+MAX_BATCH_OUTPUTS = 2**26
+"""Numbers that the outputs of a batch may hold, about: batches are smaller where a vocabulary is large."""
+TYPICAL_TARGET_LENGTH = 8
+"""Targets of a query, about, for :data:`MAX_BATCH_OUTPUTS`."""
+MIN_ANSWER_ROOM = 8
+"""Tokens that the context must have left for a free answer; otherwise the prompt is not given to the model."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """A prompt, and the answer (as in :class:`Example`) along which the model is looked at."""
+    """A prompt, and the answer (as in :class:`Example`) along which the model's outputs are measured."""
 
     prompt: Prompt
-    expected: tuple[int, ...]
+    expected: Answer
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One question, looked at before and after a change.
+    """What was measured at one query before and after an intervention.
 
     Attributes:
-        before, after: the first choice at each of the expected tokens.
+        correct_before, correct: for each expected target, whether it is the model's first choice.
+        unchanged: for each expected target, whether the first choice is the same before and after.
         log_p_before, log_p: log p of the expected answer without its end token, in nats.
-        rank: the place of the answer's first token among all tokens after the change, 1 for the most probable.
-        divergence: KL(p before ‖ p after), the mean over the expected tokens, in nats.
+        rank: the rank of the answer's first token among all tokens after the intervention, 1 for the most probable;
+            None of outputs that are not discrete.
+        divergence: the divergence of the distribution after from the one before, the mean over the targets, in nats.
     """
 
-    before: tuple[int, ...]
-    after: tuple[int, ...]
+    correct_before: tuple[bool, ...]
+    correct: tuple[bool, ...]
+    unchanged: tuple[bool, ...]
     log_p_before: float
     log_p: float
-    rank: int
+    rank: int | None
     divergence: float
 
 
 @dataclass(frozen=True)
-class Measurements:
-    """What was seen for one request after one change: at each question, and each prompt's free answer if wanted.
+class RequestMeasurements:
+    """What was measured for one request after one intervention. Prompts that do not fit then are absent.
 
-    What could not be asked after the change is absent.
+    Attributes:
+        by_query: the measurement at each query.
+        answers: the free answer to each prompt, if answers were decoded.
     """
 
-    seen: Mapping[Query, Measurement]
-    answers: Mapping[Prompt, tuple[int, ...]]
-
-
-@torch.no_grad()
-def look(
-    task: Task, changes: Sequence[Intervention], wanted: Sequence[Sequence[Query]], limit: int = 32
-) -> list[list[Measurements]]:
-    """Every request's questions before any change and after each; rows of all requests go together.
-
-    Args:
-        task: the base model.
-        changes: what to look at it after; what is there before is looked at once for all.
-        wanted: for each request its questions.
-        limit: how many tokens a free answer may have.
-
-    Returns:
-        For each change, for each request, what was seen.
-    """
-    rows = [Row(number, question) for number, own in enumerate(wanted) for question in dict.fromkeys(own)]
-    ids = {prompt: tuple(task.encode_input(prompt)) for prompt in {row.question.prompt for row in rows}}
-    rows.sort(key=lambda row: len(ids[row.question.prompt]) + len(row.question.expected))  # like lengths pad least
-    seen: list[list[dict[Query, Measurement]]] = [[{} for _ in wanted] for _ in changes]
-    vocabulary = task.model.config.get_text_config().vocab_size
-    size = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (TYPICAL_TARGET * vocabulary)))
-    with frozen(task.model):
-        for start in range(0, len(rows), size):
-            chunk = rows[start : start + size]
-            pairs = [Example(ids[row.question.prompt], row.question.expected) for row in chunk]
-            before = task.outputs(task.collate(pairs))
-            for change, found in zip(changes, seen, strict=True):
-                for row, own in _compared(change, chunk, pairs, before):
-                    found[row.number][row.question] = own
-    return [_with_answers(change, found, limit) for change, found in zip(changes, seen, strict=True)]
+    by_query: Mapping[Query, Measurement]
+    answers: Mapping[Prompt, Answer]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One request's question."""
+class _RequestQuery:
+    """A query, and the number of the request that it belongs to."""
 
     number: int
-    question: Query
+    query: Query
 
 
-def _compared(
-    change: Intervention, rows: Sequence[Row], pairs: Sequence[Example], before: Float[Tensor, "target vocabulary"]
-) -> Iterator[tuple[Row, Measurement]]:
-    """What is seen at those of the rows that can be asked after the change, whose logits ``before`` are given."""
-    shown: dict[int, Example] = {}
-    for place, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
-        asked = change.asked(row.number, row.question.prompt, len(pair.target))
-        if asked is row.question.prompt:
-            shown[place] = pair
-        elif asked is not None:
-            shown[place] = Example(tuple(change.task.encode_input(asked)), pair.target)
-    if not shown:
+@torch.no_grad()
+def measure(
+    task: Task,
+    interventions: Sequence[Intervention],
+    queries: Sequence[Sequence[Query]],
+    max_new_tokens: int = 32,
+) -> list[list[RequestMeasurements]]:
+    """Measure the queries of every request before and after interventions; queries of all requests are batched.
+
+    Args:
+        task: the base model.
+        interventions: what to measure after; the outputs before are computed once for all of them.
+        queries: the queries of each request.
+        max_new_tokens: the longest free answer.
+
+    Returns:
+        For each intervention, for each request, what was measured.
+    """
+    rows = [_RequestQuery(number, query) for number, own in enumerate(queries) for query in dict.fromkeys(own)]
+    encoded = {prompt: task.encode_input(prompt) for prompt in {row.query.prompt for row in rows}}
+    pairs = [(row, Example(encoded[row.query.prompt], row.query.expected)) for row in rows]
+    pairs.sort(key=lambda pair: len(pair[1]))  # examples of like length need the least padding
+    results: list[list[dict[Query, Measurement]]] = [[{} for _ in queries] for _ in interventions]
+    outputs_per_query = TYPICAL_TARGET_LENGTH * task.output_size
+    size = max(1, min(MEASURE_BATCH_SIZE, MAX_BATCH_OUTPUTS // outputs_per_query))
+    with frozen(task.model):
+        for start in range(0, len(pairs), size):
+            batch_rows = [row for row, _ in pairs[start : start + size]]
+            examples = [example for _, example in pairs[start : start + size]]
+            before = task.outputs(task.collate(examples))
+            for intervention, by_request in zip(interventions, results, strict=True):
+                for row, measurement in _compare(task, intervention, batch_rows, examples, before):
+                    by_request[row.number][row.query] = measurement
+    return [
+        _with_answers(intervention, by_request, max_new_tokens)
+        for intervention, by_request in zip(interventions, results, strict=True)
+    ]
+
+
+def _compare(
+    task: Task,
+    intervention: Intervention,
+    rows: Sequence[_RequestQuery],
+    examples: Sequence[Example],
+    before: Float[Tensor, "target output"],
+) -> Iterator[tuple[_RequestQuery, Measurement]]:
+    """Measure those of the rows whose prompt can be given to the model after the intervention.
+
+    Args:
+        task: the base model.
+        intervention: what to measure after.
+        rows: the queries of a batch.
+        examples: the same, encoded.
+        before: the base model's outputs at the batch.
+    """
+    edited: dict[int, Example] = {}
+    for index, (row, example) in enumerate(zip(rows, examples, strict=True)):
+        prompt = intervention.prompt_for(row.number, row.query.prompt, len(example.target))
+        if prompt is row.query.prompt:
+            edited[index] = example
+        elif prompt is not None:
+            edited[index] = Example(intervention.task.encode_input(prompt), example.target)
+    if not edited:
         return
-    counts = torch.tensor([len(pair.target) for pair in pairs])
-    kept = torch.isin(torch.arange(len(rows)).repeat_interleave(counts), torch.tensor(list(shown)))
-    own = before[kept.to(before.device)]
-    after = own
-    if change.acts:
-        with frozen(change.task.model), change.acting([rows[place].number for place in shown]):
-            after = change.task.outputs(change.task.collate(list(shown.values()))).to(own.device)
-    target = torch.tensor([token for pair in shown.values() for token in pair.target], device=own.device)
+    counts = torch.tensor([len(example.target) for example in examples])
+    measured = torch.isin(torch.arange(len(rows)).repeat_interleave(counts), torch.tensor(list(edited)))
+    before = before[measured.to(before.device)]
+    after = before
+    if intervention.changes_outputs:
+        with frozen(intervention.task.model), intervention.applied([rows[index].number for index in edited]):
+            after = intervention.task.outputs(intervention.task.collate(list(edited.values()))).to(before.device)
+    target = torch.tensor([value for example in edited.values() for value in example.target], device=before.device)
+    distribution = task.distribution
+    # Every target as a row of its own: the mean over those of an answer is taken below, in float64.
+    each = torch.arange(len(target), device=before.device)
     columns: list[list[Any]] = [
         column.tolist()
         for column in (
-            first_choices(own), first_choices(after), log_probabilities(own, target), log_probabilities(after, target),
-            ranks(after, target), divergences(own, after),
+            distribution.correct(before, target),
+            distribution.correct(after, target),
+            distribution.unchanged(before, after),
+            distribution.log_prob(before, target),
+            distribution.log_prob(after, target),
+            distribution.divergence(before, after, each, len(target)),
+            *([ranks(after, target)] if distribution.discrete else []),
         )
-    ]  # fmt: skip
+    ]
+    correct_before, correct, unchanged, log_p_before, log_p, divergence, *rank = columns
     start = 0
-    for place, pair in shown.items():
-        end = start + len(pair.target)
-        body = start + body_length(change.task, pair.target)
-        chosen, others, log_p, other_log_p, rank, divergence = columns
+    for index, example in edited.items():
+        end = start + len(example.target)
+        body = start + body_length(intervention.task, example.target)
         yield (
-            rows[place],
+            rows[index],
             Measurement(
-                before=tuple(chosen[start:end]),
-                after=tuple(others[start:end]),
-                log_p_before=math.fsum(log_p[start:body]),
-                log_p=math.fsum(other_log_p[start:body]),
-                rank=rank[start],
-                divergence=math.fsum(divergence[start:end]) / len(pair.target),
+                correct_before=tuple(correct_before[start:end]),
+                correct=tuple(correct[start:end]),
+                unchanged=tuple(unchanged[start:end]),
+                log_p_before=math.fsum(log_p_before[start:body]),
+                log_p=math.fsum(log_p[start:body]),
+                rank=rank[0][start] if rank else None,
+                divergence=math.fsum(divergence[start:end]) / len(example.target),
             ),
         )
         start = end
 
 
-def body_length(task: Task, answer: Sequence[int]) -> int:
-    """How many tokens of an answer come before its end token."""
+def ranks(logits: Float[Tensor, "token vocabulary"], target: Int[Tensor, " token"]) -> Int[Tensor, " token"]:
+    """Return the rank of each target among all classes by probability, 1 for the most probable.
+
+    Classes that are as probable as the target rank before it.
+    """
+    return (logits >= logits.gather(1, target[:, None])).sum(-1)
+
+
+def body_length(task: Task, answer: Answer) -> int:
+    """Return the number of tokens of an answer before its end token."""
     return len(answer) - int(len(answer) > 0 and answer[-1] in task.end_tokens)
 
 
-def _with_answers(change: Intervention, seen: Sequence[Mapping[Query, Measurement]], limit: int) -> list[Measurements]:
-    """The views, with free answers if they are wanted: decoded where what was seen does not tell them."""
-    known: list[dict[Prompt, tuple[int, ...]]] = [{} for _ in seen]
-    if not change.free:
-        return [Measurements(own, answers) for own, answers in zip(seen, known, strict=True)]
-    ends = change.task.end_tokens
-    for own, answers in zip(seen, known, strict=True):
-        for question, one in own.items():
-            if question.prompt in change.known:
-                answers[question.prompt] = change.known[question.prompt]
-            elif one.after == question.expected and (not ends or question.expected[-1] in ends):
-                answers[question.prompt] = question.expected
+def _with_answers(
+    intervention: Intervention, measured: Sequence[Mapping[Query, Measurement]], max_new_tokens: int
+) -> list[RequestMeasurements]:
+    """Add the free answers after an intervention, if they are wanted, to what was measured for each request."""
+    answers: list[dict[Prompt, Answer]] = [{} for _ in measured]
+    if intervention.decode_answers:
+        for by_query, known in zip(measured, answers, strict=True):
+            known |= _known_answers(intervention, by_query)
+        _decode_missing(intervention, measured, answers, max_new_tokens)
+    return [RequestMeasurements(by_query, own) for by_query, own in zip(measured, answers, strict=True)]
+
+
+def _known_answers(intervention: Intervention, by_query: Mapping[Query, Measurement]) -> dict[Prompt, Answer]:
+    """Return the free answers that need no decoding (see the module's docstring)."""
+    task, known = intervention.task, {}
+    for query, measurement in by_query.items():
+        if query.prompt in intervention.known_answers:
+            known[query.prompt] = intervention.known_answers[query.prompt]
+        elif (
+            task.distribution.discrete  # a number that is right within a tolerance does not tell the model's own
+            and all(measurement.correct)
+            and (not task.end_tokens or query.expected[-1] in task.end_tokens)
+        ):
+            known[query.prompt] = query.expected
+    return known
+
+
+def _decode_missing(
+    intervention: Intervention,
+    measured: Sequence[Mapping[Query, Measurement]],
+    answers: Sequence[dict[Prompt, Answer]],
+    max_new_tokens: int,
+) -> None:
+    """Decode the answers to the prompts that have none yet, and add them."""
+    task = intervention.task
     missing: dict[int, list[tuple[int, Prompt, Prompt]]] = {}
-    for number, (own, answers) in enumerate(zip(seen, known, strict=True)):
-        for prompt in dict.fromkeys(question.prompt for question in own):
-            if prompt not in answers and (asked := change.asked(number, prompt, SHORT)) is not None:
-                missing.setdefault(len(change.task.encode_input(asked)), []).append((number, prompt, asked))
-    for group in missing.values():  # of one length, which are decoded together
-        for start in range(0, len(group), ROWS_AT_ONCE):
-            chunk = group[start : start + ROWS_AT_ONCE]
-            with change.acting([number for number, _, _ in chunk]):
-                found = change.task.predict([asked for _, _, asked in chunk], limit, len(chunk))
-            for (number, prompt, _), answer in zip(chunk, found, strict=True):
-                known[number][prompt] = answer
-    return [Measurements(own, answers) for own, answers in zip(seen, known, strict=True)]
+    for number, (by_query, known) in enumerate(zip(measured, answers, strict=True)):
+        for prompt in dict.fromkeys(query.prompt for query in by_query):
+            edited_prompt = None if prompt in known else intervention.prompt_for(number, prompt, MIN_ANSWER_ROOM)
+            if edited_prompt is not None:
+                # Prompts of one length are decoded together, so that row i is request i's and nothing is padded.
+                length = len(task.encode_input(edited_prompt)) if task.reads_text else 0
+                missing.setdefault(length, []).append((number, prompt, edited_prompt))
+    for group in missing.values():
+        for start in range(0, len(group), MEASURE_BATCH_SIZE):
+            chunk = group[start : start + MEASURE_BATCH_SIZE]
+            with intervention.applied([number for number, _, _ in chunk]):
+                decoded = task.predict([edited_prompt for _, _, edited_prompt in chunk], max_new_tokens, len(chunk))
+            for (number, prompt, _), answer in zip(chunk, decoded, strict=True):
+                answers[number][prompt] = answer

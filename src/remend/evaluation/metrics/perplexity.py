@@ -1,22 +1,30 @@
-"""How well a model predicts an ordinary text: what an edit must not cost."""
+"""Perplexity of an ordinary text, which an edit should leave as it is: the text in windows, and the metric."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from remend.core.hooks import frozen
 from remend.errors import ConfigError
 from remend.evaluation.interventions import Intervention
-from remend.evaluation.metrics.functions import log_probabilities, perplexity
+from remend.evaluation.metrics.outcome import VALUE, EditOutcome, PromptScore
 from remend.tasks.base import Example, Task
-from remend.tasks.causal_lm import CausalLM
 
-WINDOW = 128
-"""Tokens of one stretch of text, at most."""
-ROWS_AT_ONCE = 32
+WINDOW_LENGTH = 128
+"""Tokens of one window of text, at most."""
+WINDOWS_PER_BATCH = 32
+
+
+def perplexity_drawdown(outcome: EditOutcome) -> Iterator[PromptScore]:
+    """Score an edit by the perplexity that it adds, where a text was given to :func:`remend.evaluate`."""
+    if outcome.text_perplexity is not None:
+        before, after = outcome.text_perplexity
+        yield PromptScore({VALUE: after - before})
 
 
 class PerplexityText:
@@ -27,37 +35,49 @@ class PerplexityText:
         passages: the text.
         tokens: how many tokens, about.
 
+    Attributes:
+        tokens: how many tokens are predicted.
+        perplexity: the base model's perplexity.
+
     Raises:
         ConfigError: the model is no causal language model, or the text is too short.
     """
 
     def __init__(self, task: Task, passages: Sequence[str], tokens: int) -> None:
-        if not isinstance(task, CausalLM):
+        if not task.causal:
             raise ConfigError(
                 f"perplexity on a text is a causal language model's; {type(task.model).__name__} reads a text and "
                 "answers: leave the text away"
             )
         self.task = task
-        length = min(WINDOW, task.context or WINDOW)
+        length = min(WINDOW_LENGTH, task.context or WINDOW_LENGTH)
         ids = [token for passage in passages if passage.strip() for token in task.encode_input(passage)][:tokens]
         windows = [ids[start : start + length] for start in range(0, len(ids), length)]
-        self.windows = [Example(tuple(own[:1]), tuple(own[1:])) for own in windows if len(own) > 1]
+        self.windows = [Example(tuple(window[:1]), tuple(window[1:])) for window in windows if len(window) > 1]
         if not self.windows:
             raise ConfigError("the text to measure perplexity on holds less than two tokens: name a longer one")
-        self.tokens = sum(len(pair.target) for pair in self.windows)
-        self.perplexity = self.after(Intervention(task), 1)[0]
+        self.tokens = sum(len(window.target) for window in self.windows)
+        self.perplexity = self.measure(Intervention(task), 1)[0]
 
     @torch.no_grad()
-    def after(self, change: Intervention, requests: int) -> list[float]:
-        """The text's perplexity after a change, for each of the requests that it tells apart."""
-        rows = [(number, pair) for number in range(requests) for pair in self.windows]
-        found: list[list[Tensor]] = [[] for _ in range(requests)]
-        with frozen(change.task.model):
-            for start in range(0, len(rows), ROWS_AT_ONCE):
-                chunk = rows[start : start + ROWS_AT_ONCE]
-                with change.acting([number for number, _ in chunk]):
-                    batch = change.task.collate([pair for _, pair in chunk])
-                    log_p = log_probabilities(change.task.outputs(batch), batch.target)
-                for (number, _), own in zip(chunk, log_p.split([len(pair.target) for _, pair in chunk]), strict=True):
-                    found[number].append(own)
-        return [perplexity(torch.cat(own)) for own in found]
+    def measure(self, intervention: Intervention, requests: int) -> list[float]:
+        """Return the perplexity after an intervention, for each of the requests that it tells apart."""
+        rows = [(number, window) for number in range(requests) for window in self.windows]
+        log_probs: list[list[Tensor]] = [[] for _ in range(requests)]
+        task = intervention.task
+        with frozen(task.model):
+            for start in range(0, len(rows), WINDOWS_PER_BATCH):
+                numbers, windows = zip(*rows[start : start + WINDOWS_PER_BATCH], strict=True)
+                with intervention.applied(numbers):
+                    batch = task.collate(windows)
+                    log_p = task.distribution.log_prob(task.outputs(batch), batch.target)
+                lengths = [len(window.target) for window in windows]
+                for number, of_window in zip(numbers, log_p.split(lengths), strict=True):
+                    log_probs[number].append(of_window)
+        return [perplexity(torch.cat(of_request)) for of_request in log_probs]
+
+
+def perplexity(log_p: Float[Tensor, " token"]) -> float:
+    """Return the exponential of the mean −log p of a text's tokens; the paper's measure for generation (section 5)."""
+    # A ruined model would reach infinity; the bound keeps means over edits finite.
+    return math.exp(min(-float(log_p.double().mean()), 80.0))

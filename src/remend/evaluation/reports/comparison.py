@@ -1,4 +1,4 @@
-"""Two or more reports side by side: the same edits, by different editors or of different models."""
+"""``compare``: the differences between two reports of the same requests, by other editors or of other models."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from remend.errors import ConfigError
+from remend.evaluation.reports.metric_titles import higher_is_better
 from remend.evaluation.reports.report import Case, Report, Summary, metrics_of
-
-MODES = ("generated", "teacher_forced", "contains", "token_f1", "token_accuracy", "value")
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How one metric of another report differs from the first one's.
+class MetricDifference:
+    """How one metric of another report differs from the first report's.
 
     Attributes:
-        metric, mode: what is compared.
+        metric, mode: the name and the mode of the metric.
         first, other: the means over the edits that both have.
-        difference: other − first with its 95 % interval, from a bootstrap over pairs: what is hard for both cancels.
+        difference: other − first with its 95 % interval, from a bootstrap over pairs, so that what is hard for both
+            cancels.
     """
 
     metric: str
@@ -28,46 +28,52 @@ class Difference:
     difference: Summary
 
     @property
-    def clear(self) -> bool:
+    def significant(self) -> bool:
         """Whether the interval leaves out 0."""
         return not self.difference.ci95[0] <= 0 <= self.difference.ci95[1]
+
+    @property
+    def better(self) -> bool | None:
+        """Whether the other report is better; None if the metric is not registered: its direction is unknown."""
+        direction = higher_is_better(self.metric)
+        return None if direction is None else (self.difference.mean > 0) == direction
 
 
 def compare(
     first: Report, other: Report, names: tuple[str, str] = ("the first report", "the other")
-) -> list[Difference]:
-    """Every metric and mode that both reports have, over the edits that both have: of each report's last run.
+) -> list[MetricDifference]:
+    """Return the difference of each metric and mode over the edits that the last runs of both reports have.
 
     Args:
-        first: what is compared with.
-        other: what is compared.
-        names: what messages call them.
+        first: the report that the other is compared with.
+        other: the report that is compared.
+        names: their names in messages.
 
     Raises:
         ConfigError: they share no edit, so there is nothing to compare.
     """
-    pairs = list(_paired(first.cases, other.cases))
+    pairs = _pair_cases(first.cases, other.cases)
     if not pairs:
         raise ConfigError(
             f"{names[0]} and {names[1]} share no edit (by id, prompt and target): evaluate both on the same requests, "
             "with the same --limit and --seed"
         )
-    found = []
-    shared = metrics_of([one for one, _ in pairs])
-    for metric, modes in shared.items():
+    differences = []
+    for metric, modes in metrics_of([case for case, _ in pairs]).items():
         for mode in modes:
             values = [
-                (one.values[metric][mode], two.values[metric][mode])
-                for one, two in pairs
-                if mode in one.values.get(metric, {}) and mode in two.values.get(metric, {})
+                (case.values[metric][mode], other_case.values[metric][mode])
+                for case, other_case in pairs
+                if mode in case.values.get(metric, {}) and mode in other_case.values.get(metric, {})
             ]
             if values:
-                ours, theirs = (sum(own) / len(own) for own in zip(*values, strict=True))
-                difference = Summary.of([theirs_ - ours_ for ours_, theirs_ in values])
-                found.append(Difference(metric, mode, ours, theirs, difference))
-    return found
+                mean, other_mean = (sum(column) / len(column) for column in zip(*values, strict=True))
+                difference = Summary.of([other_value - value for value, other_value in values])
+                differences.append(MetricDifference(metric, mode, mean, other_mean, difference))
+    return differences
 
 
-def _paired(first: Sequence[Case], other: Sequence[Case]) -> list[tuple[Case, Case]]:
-    by_name = {(case.id, case.prompt, case.target): case for case in other}
-    return [(case, by_name[key]) for case in first if (key := (case.id, case.prompt, case.target)) in by_name]
+def _pair_cases(first: Sequence[Case], other: Sequence[Case]) -> list[tuple[Case, Case]]:
+    """Return the cases that both have, with the same id, prompt and target."""
+    by_key = {(case.id, case.prompt, case.target): case for case in other}
+    return [(case, by_key[key]) for case in first if (key := (case.id, case.prompt, case.target)) in by_key]

@@ -1,4 +1,4 @@
-"""The evaluation report: means over edits with confidence intervals, cost and environment, as one JSON object."""
+"""``Report``: the results of an evaluation, means over edits with confidence intervals, as one JSON object."""
 
 from __future__ import annotations
 
@@ -15,32 +15,12 @@ import transformers
 
 import remend
 from remend.errors import NonFiniteError
-from remend.evaluation.before_after import Answer
+from remend.evaluation.before_after import AnswerComparison
+from remend.evaluation.reports.metric_titles import in_order
 from remend.serialization import write_json
 
 SCHEMA = "remend.report/2"
-RESAMPLES = 1_000
-METRICS = (
-    "reliability",
-    "generality",
-    "generality_unseen",
-    "edit_success",
-    "format_shift",
-    "portability",
-    "locality_far",
-    "locality_near",
-    "locality_adversarial",
-    "accuracy_drawdown",
-    "perplexity_drawdown",
-    "kl_far",
-    "kl_near",
-    "kl_adversarial",
-    "target_probability",
-    "target_rank",
-    "fluency",
-    "repetition",
-)
-"""In the order in which they are reported; what begins with a name stands after it."""
+BOOTSTRAP_RESAMPLES = 1_000
 
 
 @dataclass(frozen=True)
@@ -53,7 +33,7 @@ class Summary:
 
     @staticmethod
     def of(values: Sequence[float], seed: int = 0) -> Summary:
-        """Summarise one value an edit (percentile bootstrap over edits, seeded).
+        """Summarize one value per edit (percentile bootstrap over edits, seeded).
 
         Raises:
             NonFiniteError: a value is NaN or infinite; it is never dropped.
@@ -61,24 +41,26 @@ class Summary:
         array = np.asarray(values, dtype=np.float64)
         if array.size == 0 or not np.isfinite(array).all():
             raise NonFiniteError(f"{int((~np.isfinite(array)).sum())} of {array.size} values to average are not finite")
-        draws = np.random.default_rng(seed).integers(0, array.size, (RESAMPLES, array.size))
+        # Three lines of numpy rather than scipy.stats.bootstrap: the package does not depend on scipy, and other draws
+        # would move the intervals of existing reports.
+        draws = np.random.default_rng(seed).integers(0, array.size, (BOOTSTRAP_RESAMPLES, array.size))
         low, high = np.quantile(array[draws].mean(1), (0.025, 0.975))
         return Summary(float(array.mean()), (float(low), float(high)), int(array.size))
 
 
 @dataclass(frozen=True)
 class Case:
-    """What was found for one edit: the value of each metric that its request has data for, by mode.
+    """The result for one edit: the value of each metric that its request has data for, by mode.
 
     Attributes:
-        id: the request's, or its number in the file.
+        id: the request's id, or its number in the file.
         prompt: the edited prompt, a conversation as people read it.
-        target: what it should answer.
+        target: the expected answer.
         before: the unedited model's own answer.
         values: metric → mode → value. Modes are ``teacher_forced``, ``token_accuracy``, ``generated``, ``contains`` and
             ``token_f1``, or ``value`` where there is one only.
-        about: what results are broken down by: ``relation``, ``target_tokens``, and ``confidence``, the probability of
-            the unedited model's own answer.
+        about: properties by which results are broken down: ``relation``, ``target_tokens``, and ``confidence``, the
+            probability of the unedited model's own answer.
         answers: every prompt's answer before and after.
     """
 
@@ -88,10 +70,10 @@ class Case:
     before: str
     values: Mapping[str, Mapping[str, float]]
     about: Mapping[str, str | float] = field(default_factory=dict)
-    answers: Sequence[Answer] = ()
+    answers: Sequence[AnswerComparison] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As an object of the report."""
+        """Return the case as an object of the report."""
         return {
             "id": self.id,
             "prompt": self.prompt,
@@ -103,19 +85,19 @@ class Case:
         }
 
     @staticmethod
-    def of(found: Mapping[str, Any]) -> Case:
-        """The case of such an object, which was checked already."""
-        return Case(**{**found, "answers": tuple(Answer(**answer) for answer in found["answers"])})
+    def from_json(content: Mapping[str, Any]) -> Case:
+        """Make the case of such an object, which must have been validated."""
+        return Case(**{**content, "answers": tuple(AnswerComparison(**answer) for answer in content["answers"])})
 
 
 @dataclass(frozen=True)
 class Run:
-    """One number of edits at work in the model at once, and what was found then.
+    """The results with a number of edits applied at once.
 
     Attributes:
-        edits: how many.
-        cases: of all edits, each judged while so many are at work.
-        seconds_per_edit: wall time of making an edit, evaluation not included.
+        edits: how many are applied.
+        cases: the case of each edit.
+        seconds_per_edit: wall time of making an edit, without its evaluation.
     """
 
     edits: int
@@ -123,27 +105,27 @@ class Run:
     seconds_per_edit: float
 
     def metrics(self) -> dict[str, dict[str, Summary]]:
-        """Each metric that has data, by mode. One without data is absent, never 0."""
+        """Return each metric that has data, by mode. One without data is absent, never 0."""
         return metrics_of(self.cases)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`remend.evaluate` found.
+    """The results of :func:`remend.evaluate`.
 
     Attributes:
-        model: what was edited.
-        data: where the requests are from.
-        editor: the name of what made the edits.
+        model: the name of the edited model.
+        data: where the requests come from.
+        editor: the name of the editor.
         protocol: ``single``, ``batched``, ``sequential``, or ``checkpoints`` where two models were given.
-        runs: by how many edits were at work; of single edits there is one.
-        baselines: what was found without any edit (``unedited``), and with the fact in the prompt (``in_context``).
-        frontier: single edits multiplied by each of some scales, if that was asked for.
-        text: of the text that perplexity was measured on, its ``tokens`` and ``perplexity`` before any edit.
-        settings: what else was asked for, such as ``seed`` and ``limit`` of the command line.
-        left_out: how many requests or prompts were not judged, by reason.
+        runs: the results for each number of edits that were applied at once; of single edits there is one run.
+        baselines: the results without any edit (``unedited``), and with the fact in the prompt (``in_context``).
+        frontier: the cases of single edits at other strengths, by strength, if they were evaluated.
+        text: ``tokens`` of the text that perplexity was measured on, and its ``perplexity`` before any edit.
+        settings: further settings, such as ``seed`` and ``limit`` of the command line.
+        left_out: how many requests or prompts were not evaluated, by reason.
         environment: versions, device and threads.
-        general: of lm-eval's tasks, if that was asked for: task → metric → ``before`` and ``after``.
+        general: scores in lm-eval's tasks, if they were measured: task → metric → ``before`` and ``after``.
     """
 
     model: str
@@ -161,33 +143,33 @@ class Report:
 
     @property
     def cases(self) -> Sequence[Case]:
-        """Those of the run with the most edits: of single edits, all there are."""
+        """The cases of the run with the most edits: of single edits, all there are."""
         return self.runs[-1].cases
 
-    def beside(self, run: Run) -> dict[str, dict[str, dict[str, Summary]]]:
-        """The baselines' metrics for the same requests as a run's: it may have taken the first of them only."""
+    def baseline_metrics(self, run: Run) -> dict[str, dict[str, dict[str, Summary]]]:
+        """Return the metrics of each baseline for the requests of a run, which may be the first of them only."""
         return {name: metrics_of(cases[: len(run.cases)]) for name, cases in self.baselines.items()}
 
     def metrics(self) -> dict[str, dict[str, Summary]]:
-        """Each metric of that run, by mode. One without data is absent, never 0."""
+        """Return each metric of the run with the most edits, by mode. One without data is absent, never 0."""
         return metrics_of(self.cases)
 
     def frontier_metrics(self) -> dict[float, dict[str, dict[str, Summary]]]:
-        """The same at each scale of the frontier."""
-        return {scale: metrics_of(cases) for scale, cases in self.frontier.items()}
+        """Return the metrics at each strength of the frontier."""
+        return {strength: metrics_of(cases) for strength, cases in self.frontier.items()}
 
     def retention(self) -> list[list[float]]:
-        """Of sequential edits, for each run the share of its own prompt that each edit made so far still answers.
+        """Return which sequential edits are retained as others follow; nothing for other protocols.
 
-        Row j, column i: 1 if edit i is still there after the edits of run j, else 0; rows grow from run to run.
+        Row j, column i: 1 if the prompt of edit i is answered with its target after the edits of run j, else 0. Rows
+        grow from run to run.
         """
         if self.protocol != "sequential":
             return []
         return [[case.values["reliability"]["generated"] for case in run.cases] for run in self.runs]
 
     def to_json(self) -> dict[str, Any]:
-        """The report as an object of :data:`SCHEMA`."""
-        at_scales = {scale: _as_json(metrics) for scale, metrics in self.frontier_metrics().items()}
+        """Return the report as an object of :data:`SCHEMA`."""
         return {
             "schema": SCHEMA,
             "model": self.model,
@@ -207,13 +189,17 @@ class Report:
                 name: {"metrics": _as_json(metrics_of(cases)), "cases": [case.to_json() for case in cases]}
                 for name, cases in self.baselines.items()
             },
-            "frontier": [{"scale": scale, "metrics": metrics} for scale, metrics in at_scales.items()],
+            "frontier": [
+                {"scale": strength, "metrics": _as_json(metrics)}
+                for strength, metrics in self.frontier_metrics().items()
+            ],
             "retention": self.retention(),
             "text": dict(self.text),
             "settings": dict(self.settings),
             "left_out": dict(self.left_out),
             "general": {
-                task: {metric: dict(both) for metric, both in own.items()} for task, own in self.general.items()
+                task: {metric: dict(scores) for metric, scores in by_metric.items()}
+                for task, by_metric in self.general.items()
             },
             "peak_memory_bytes": peak_memory(),
             "environment": dict(self.environment),
@@ -225,19 +211,13 @@ class Report:
 
 
 def metrics_of(cases: Sequence[Case]) -> dict[str, dict[str, Summary]]:
-    """The mean over edits of each metric that has data, by mode."""
-    found: dict[str, dict[str, Summary]] = {}
-    names = dict.fromkeys(name for case in cases for name in case.values)
-    for name in sorted(names, key=_order):
-        having = [case.values[name] for case in cases if name in case.values]
-        modes = dict.fromkeys(mode for values in having for mode in values)
-        found[name] = {mode: Summary.of([values[mode] for values in having if mode in values]) for mode in modes}
-    return found
-
-
-def _order(metric: str) -> tuple[int, str]:
-    """Where a metric stands in a report; kinds of near prompts after all near prompts."""
-    return max(place for place, known in enumerate(("", *METRICS)) if metric.startswith(known)), metric
+    """Return the mean over edits of each metric that has data, by mode, in the order of the registry."""
+    metrics: dict[str, dict[str, Summary]] = {}
+    for name in in_order(list(dict.fromkeys(name for case in cases for name in case.values))):
+        of_cases = [case.values[name] for case in cases if name in case.values]
+        modes = dict.fromkeys(mode for values in of_cases for mode in values)
+        metrics[name] = {mode: Summary.of([values[mode] for values in of_cases if mode in values]) for mode in modes}
+    return metrics
 
 
 def _as_json(metrics: Mapping[str, Mapping[str, Summary]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -248,7 +228,7 @@ def _as_json(metrics: Mapping[str, Mapping[str, Summary]]) -> dict[str, dict[str
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on beside the code: versions, processor or GPU, threads."""
+    """Return what figures depend on besides the code: versions, processor or GPU, threads."""
     return {
         "remend": remend.__version__,
         "python": platform.python_version(),
@@ -260,9 +240,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory() -> int | None:
-    """The most memory this process has held so far, in bytes: the GPU's where one is used, else resident memory.
+    """Return the peak memory of this process in bytes: the GPU's where one is used, else resident memory.
 
-    None where the system does not tell (Windows).
+    None where the system does not report it (Windows).
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
@@ -271,4 +251,4 @@ def peak_memory() -> int | None:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes

@@ -1,4 +1,4 @@
-"""Reading reports back: what a report file may hold, checked before anything is made of it."""
+"""``read_report``: read a report file, validated against the schema of reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, Valid
 from remend.errors import FileError
 from remend.evaluation.reports.report import SCHEMA, Case, Report, Run
 
-Share = dict[str, FiniteFloat]
+Numbers = dict[str, FiniteFloat]
 
 
 class _Object(BaseModel):
@@ -41,7 +41,7 @@ class _Case(_Object):
     target: str
     before: str
     about: dict[str, str | FiniteFloat]
-    values: dict[str, Share]
+    values: dict[str, Numbers]
     answers: list[_Answer]
 
 
@@ -77,50 +77,51 @@ class _Report(_Object):
     baselines: dict[str, _Baseline]
     frontier: list[_Point]
     retention: list[list[FiniteFloat]]
-    text: Share
+    text: Numbers
     settings: dict[str, JsonValue]
     left_out: dict[str, int]
-    general: dict[str, dict[str, _BeforeAfter]] = Field(default_factory=dict)  # not in reports of before
+    general: dict[str, dict[str, _BeforeAfter]] = Field(default_factory=dict)  # older reports lack it
     peak_memory_bytes: int | None
     environment: dict[str, JsonValue]
 
 
 def read_report(path: str | Path) -> Report:
-    """The report that :meth:`Report.save` wrote. Means are taken anew from its cases, never believed.
+    """Read a report that :meth:`Report.save` wrote. Means are computed again from its cases, not taken from the file.
 
-    The frontier's cases are not in the file, so there is none.
+    The file holds no cases of the frontier, so the report has no frontier.
 
     Raises:
-        FileError: the file cannot be read, or is no report of this version; the message names the place.
+        FileError: the file cannot be read, or is no report of this version; the message names the key.
     """
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}; name a report that remend evaluate --json wrote") from None
     try:
-        found = _Report.model_validate_json(raw)
+        content = _Report.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        key = ".".join(str(part) for part in first["loc"])
         raise FileError(
-            f"{path} is no report of {SCHEMA} ({place or 'the file'}: {first['msg']}): make it anew"
+            f"{path} is no report of {SCHEMA} ({key or 'the file'}: {first['msg']}): make it anew"
         ) from None
     return Report(
-        model=found.model,
-        data=found.data,
-        editor=found.editor,
-        protocol=found.protocol,
-        runs=[Run(run.edits, _cases(run.cases), run.seconds_per_edit) for run in found.runs],
-        baselines={name: _cases(baseline.cases) for name, baseline in found.baselines.items()},
-        text=found.text,
-        left_out=found.left_out,
-        settings=found.settings,
+        model=content.model,
+        data=content.data,
+        editor=content.editor,
+        protocol=content.protocol,
+        runs=[Run(run.edits, _cases(run.cases), run.seconds_per_edit) for run in content.runs],
+        baselines={name: _cases(baseline.cases) for name, baseline in content.baselines.items()},
+        text=content.text,
+        left_out=content.left_out,
+        settings=content.settings,
         general={
-            task: {metric: both.model_dump() for metric, both in own.items()} for task, own in found.general.items()
+            task: {metric: scores.model_dump() for metric, scores in by_metric.items()}
+            for task, by_metric in content.general.items()
         },
-        environment=found.environment,
+        environment=content.environment,
     )
 
 
 def _cases(cases: list[_Case]) -> list[Case]:
-    return [Case.of(case.model_dump()) for case in cases]
+    return [Case.from_json(case.model_dump()) for case in cases]

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from remend.evaluation.before_after import Answer
-from remend.evaluation.reports.html_report import write_page
+from remend.evaluation.before_after import AnswerComparison
+from remend.evaluation.reports.html_report import write_html_report
 from remend.evaluation.reports.report import Case, Report, Run
 
 pytest.importorskip("matplotlib")
@@ -24,8 +24,8 @@ def case(number, success, near, answer="Rome"):
     about = {"relation": f"P{number % 3}", "target_tokens": 1 + number % 2, "confidence": number / 100}
     prompt = f"The capital of country {number} is"
     answers = (
-        Answer("prompt", prompt, "Rome", "Oslo", answer, answer == "Rome"),
-        Answer("near", "A </script><b>bold</b> prompt", "Bern", "Bern", "Bern", True),
+        AnswerComparison("prompt", prompt, "Rome", "Oslo", answer, answer == "Rome"),
+        AnswerComparison("near", "A </script><b>bold</b> prompt", "Bern", "Bern", "Bern", True),
     )
     return Case(f"case {number}", prompt, "Rome", "Oslo", values, about, answers)
 
@@ -43,7 +43,7 @@ def report(protocol="single"):
 
 @pytest.mark.parametrize("protocol", ["single", "sequential"])
 def test_the_page_holds_all_there_is(tmp_path, protocol):
-    write_page(report(protocol), tmp_path / "report.html")
+    write_html_report(report(protocol), tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     pictures = {"single": "frontier", "sequential": "retention"}
     assert f'id="picture-{pictures[protocol]}"' in text
@@ -68,7 +68,7 @@ def browser():
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_it_works_in_a_browser(browser, tmp_path, width):
-    write_page(report(), tmp_path / "report.html")
+    write_html_report(report(), tmp_path / "report.html")
     page = browser.new_page(viewport={"width": width, "height": 900})
     complaints, asked = [], []
     page.on("console", lambda message: complaints.append(message.text))

@@ -17,10 +17,9 @@ from remend.core.low_rank import LowRank
 from remend.errors import ConfigError, FileError
 from remend.evaluation import LmEvalTasks, evaluate, evaluate_checkpoints
 from remend.evaluation.metrics import lm_eval as ability
-from remend.evaluation.reports.html_report import write_page
+from remend.evaluation.reports.html_report import write_html_report
 from remend.evaluation.reports.report import Case, Report, Run
 from remend.evaluation.reports.schema import read_report
-from remend.tasks import wrap
 from test_evaluation import Fixed
 
 CHOICE = """
@@ -112,12 +111,12 @@ QUICK = {"baselines": False, "max_new_tokens": 4}
 
 @pytest.mark.parametrize("protocol", ["single", "batched", "sequential"])
 def test_what_a_ruinous_edit_costs(tasks, atlas, protocol, tmp_path):
-    model, tokenizer = atlas
+    model = atlas.model
     weights = copy.deepcopy(model.state_dict())
     examined = LmEvalTasks(("facts_choice", "facts_said"), tasks)
     requests = remend.read_source("atlas:test")[:3]
-    given = {"protocol": protocol, "ability": examined, **QUICK}
-    found = evaluate(wrap(model, tokenizer), noise(model, 5.0), requests, **given)
+    given = {"protocol": protocol, "lm_eval": examined, **QUICK}
+    found = evaluate(atlas, noise(model, 5.0), requests, **given)
     assert set(found.general) == {"facts_choice", "facts_said"}
     choice, said = found.general["facts_choice"]["acc"], found.general["facts_said"]["exact_match,stripped"]
     assert choice["before"] >= 0.95
@@ -141,18 +140,19 @@ def test_other_draws_are_as_they_would_be_without_it(tasks, atlas):
     seed()
     wanted = drawn()
     seed()
-    LmEvalTasks(("facts_choice",), tasks, 2).measure(*atlas)
+    LmEvalTasks(("facts_choice",), tasks, 2).measure(atlas)
     assert drawn() == wanted
 
 
 def test_an_edit_of_nothing_costs_nothing_and_the_limit_is_kept(tasks, atlas):
-    model, tokenizer = atlas
+    model = atlas.model
+    model.train()
     examined = LmEvalTasks(("facts_choice",), tasks, limit=3)
     found = evaluate(
-        wrap(model.train(), tokenizer),
+        atlas,
         noise(model, 0.0),
         remend.read_source("atlas:test")[:2],
-        ability=examined,
+        lm_eval=examined,
         **QUICK,
     )
     both = found.general["facts_choice"]["acc"]
@@ -163,24 +163,24 @@ def test_an_edit_of_nothing_costs_nothing_and_the_limit_is_kept(tasks, atlas):
 
 def test_the_edits_of_a_batch_are_those_of_the_last_one(tasks, atlas, monkeypatch):
     """Five requests two at a time: general ability is measured after the third and fourth."""
-    model, tokenizer = atlas
+    model = atlas.model
     requests = remend.read_source("atlas:test")[:5]
     editor = noise(model, 0.0)
     asked = []
     make = editor.edit
-    editor.edit = lambda model, tokenizer, own: (asked.append(list(own)), make(wrap(model, tokenizer), own))[1]
+    editor.edit = lambda task, own: (asked.append(list(own)), make(task, own))[1]
     examined = LmEvalTasks(("facts_choice",), tasks, limit=1)
-    found = evaluate(wrap(model, tokenizer), editor, requests, protocol="batched", edits=[2], ability=examined, **QUICK)
+    found = evaluate(atlas, editor, requests, protocol="batched", edits=[2], lm_eval=examined, **QUICK)
     assert asked[-1] == requests[2:4]
-    assert ability.after_what(found) == "the last 2 edits at once"
+    assert ability.edits_of_scores(found) == "the last 2 edits at once"
 
 
 def test_a_stopped_evaluation_does_not_measure_again(tasks, atlas, tmp_path, monkeypatch):
-    model, tokenizer = atlas
+    model = atlas.model
     editor = noise(model, 5.0)
     requests = remend.read_source("atlas:test")[:2]
-    given = {"protocol": "sequential", "ability": LmEvalTasks(("facts_choice",), tasks, 4), **QUICK}
-    whole = evaluate(wrap(model, tokenizer), editor, requests, **given)
+    given = {"protocol": "sequential", "lm_eval": LmEvalTasks(("facts_choice",), tasks, 4), **QUICK}
+    whole = evaluate(atlas, editor, requests, **given)
     measure, calls = LmEvalTasks.measure, []
 
     def stopping(self, *models):
@@ -190,24 +190,21 @@ def test_a_stopped_evaluation_does_not_measure_again(tasks, atlas, tmp_path, mon
         return measure(self, *models)
 
     monkeypatch.setattr(LmEvalTasks, "measure", stopping)
-    kept = {**given, "journal": tmp_path / "journal", "resume": True}
+    kept = {**given, "checkpoint": tmp_path / "checkpoint", "resume": True}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(wrap(model, tokenizer), editor, requests, **kept)
+        evaluate(atlas, editor, requests, **kept)
     with pytest.raises(FileError, match="is of an evaluation with another"):
-        evaluate(
-            wrap(model, tokenizer), editor, requests, **(kept | {"ability": LmEvalTasks(("facts_choice",), tasks, 5)})
-        )
-    assert evaluate(wrap(model, tokenizer), editor, requests, **kept).general == whole.general
+        evaluate(atlas, editor, requests, **(kept | {"lm_eval": LmEvalTasks(("facts_choice",), tasks, 5)}))
+    assert evaluate(atlas, editor, requests, **kept).general == whole.general
     assert len(calls) == 3
 
 
 def test_a_checkpoint_with_the_edits(tasks, atlas):
-    model, tokenizer = atlas
-    edited, _ = remend.load("atlas", "cpu")
-    noise(edited, 5.0).edit(wrap(edited, tokenizer), remend.read_source("atlas:test")[:1]).merge(edited)
+    edited = remend.load("atlas", "cpu")
+    noise(edited.model, 5.0).edit(edited, remend.read_source("atlas:test")[:1]).merge(edited.model)
     examined = LmEvalTasks(("facts_said",), tasks)
     requests = remend.read_source("atlas:test")[:2]
-    found = evaluate_checkpoints(model, wrap(edited, tokenizer), requests, ability=examined, **QUICK)
+    found = evaluate_checkpoints(atlas, edited, requests, lm_eval=examined, **QUICK)
     both = found.general["facts_said"]["exact_match,stripped"]
     assert both["before"] >= 0.95
     assert both["after"] < 0.2
@@ -221,11 +218,11 @@ def test_an_encoder_decoder(tasks):
 
 def test_what_cannot_be_examined(tasks, atlas):
     with pytest.raises(ConfigError, match="no task 'facts_chioce'; did you mean 'facts_choice'"):
-        LmEvalTasks(("facts_chioce",), tasks).measure(*atlas)
+        LmEvalTasks(("facts_chioce",), tasks).measure(atlas)
     with pytest.raises(ConfigError, match=r"lm-eval cannot load facts_gone \(FileNotFoundError"):
-        LmEvalTasks(("facts_gone",), tasks).measure(*atlas)
+        LmEvalTasks(("facts_gone",), tasks).measure(atlas)
     with pytest.raises(ConfigError, match="is a classifier: leave --lm-eval away"):
-        LmEvalTasks(("facts_said",), tasks).measure(*remend.load("claims", "cpu"))
+        LmEvalTasks(("facts_said",), tasks).measure(remend.load("claims", "cpu"))
     with pytest.raises(ConfigError, match="is no folder"):
         LmEvalTasks(("facts_said",), tasks / "facts.jsonl")
     with pytest.raises(ConfigError, match="not 'a,'"):
@@ -288,9 +285,9 @@ def test_reports_with_and_without(tmp_path):
 )
 def test_the_page_says_after_what(tmp_path, protocol, words):
     pytest.importorskip("matplotlib")
-    write_page(report(protocol), tmp_path / "with.html")
+    write_html_report(report(protocol), tmp_path / "with.html")
     text = (tmp_path / "with.html").read_text(encoding="utf-8")
     assert f"after {words}." in text
     assert '<td>task</td><td>acc</td><td>0.750</td><td class="main">0.500</td>' in text
-    write_page(report(protocol, {}), tmp_path / "without.html")
+    write_html_report(report(protocol, {}), tmp_path / "without.html")
     assert "General ability" not in (tmp_path / "without.html").read_text(encoding="utf-8")

@@ -1,0 +1,126 @@
+"""``CaseScorer``: makes the cases of a report, which hold what an intervention did to one request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from remend.edit import Edit
+from remend.editors.edit_types import AnyEdit
+from remend.editors.in_context import ContextEdit
+from remend.errors import ConfigError
+from remend.evaluation.interventions import (
+    FactsInContext,
+    Intervention,
+    NoIntervention,
+    SeparateEdits,
+    shared_intervention,
+)
+from remend.evaluation.metrics.measure import RequestMeasurements, measure
+from remend.evaluation.metrics.perplexity import PerplexityText
+from remend.evaluation.metrics.scoring import Scorer
+from remend.evaluation.reports.report import Case
+from remend.request import EditRequest
+from remend.tasks.base import Task
+
+BASELINES = ("unedited", "in_context")
+"""What edits are compared with: the model as it is, and with the fact in its prompt."""
+
+TextPerplexity = tuple[float, float]
+"""The perplexity of a text before and after an edit."""
+
+
+class CaseScorer:
+    """Measures requests after interventions, and makes a case of each.
+
+    Args:
+        task: the unedited model.
+        scorer: computes the metrics.
+        text: the text on which perplexity is measured, if it is.
+    """
+
+    def __init__(self, task: Task, scorer: Scorer, text: PerplexityText | None) -> None:
+        self.task, self.scorer, self.text = task, scorer, text
+
+    def score_separately(
+        self,
+        requests: Sequence[EditRequest],
+        start: int,
+        edits: Sequence[AnyEdit],
+        strengths: Iterable[float],
+        baselines: bool,
+    ) -> list[list[Case]]:
+        """Return the cases of each request's edit at each strength, then of the baselines.
+
+        Low-rank edits are measured in one pass, others one after the other.
+        """
+        low_rank = [edit for edit in edits if isinstance(edit, Edit)]
+        if len(low_rank) == len(edits):
+            # Free answers are decoded at full strength only: decoding takes most of the time.
+            interventions: list[Intervention] = [
+                SeparateEdits(self.task, low_rank, strength, decode_answers=strength == 1) for strength in strengths
+            ]
+            interventions += self.baseline_interventions(requests) if baselines else []
+            return self.score(requests, start, interventions)
+        if list(strengths) != [1.0]:
+            raise ConfigError(f"a {type(edits[0]).__name__} cannot be scaled: leave the scales away (--no-frontier)")
+        rows = []
+        for index, (request, edit) in enumerate(zip(requests, edits, strict=True)):
+            interventions = [shared_intervention(self.task, edit, 1)]
+            interventions += self.baseline_interventions([request]) if baselines else []
+            rows.append(self.score([request], start + index, interventions))
+        return [[case for cases in column for case in cases] for column in zip(*rows, strict=True)]
+
+    def score(
+        self, requests: Sequence[EditRequest], start: int, interventions: Sequence[Intervention]
+    ) -> list[list[Case]]:
+        """Return the cases after each intervention; ``start`` numbers requests that have no id."""
+        queries = [self.scorer.queries(request) for request in requests]
+        measured = measure(self.task, interventions, queries, self.scorer.max_new_tokens)
+        return [
+            [
+                self._case(request, start + index, measurements, perplexity)
+                for index, (request, measurements, perplexity) in enumerate(
+                    zip(requests, by_request, self._text_perplexities(intervention, len(requests)), strict=True)
+                )
+            ]
+            for intervention, by_request in zip(interventions, measured, strict=True)
+        ]
+
+    def _text_perplexities(self, intervention: Intervention, requests: int) -> list[TextPerplexity | None]:
+        """Measure the perplexity of the text before and after each request's edit, where there is a text."""
+        if (
+            self.text is None
+            or not intervention.decode_answers
+            or isinstance(intervention, NoIntervention | FactsInContext)
+        ):
+            return [None] * requests
+        after = self.text.measure(intervention, requests if isinstance(intervention, SeparateEdits) else 1)
+        measured: list[TextPerplexity | None] = [(self.text.perplexity, value) for value in after]
+        # An edit that requests share is measured once, and enters the mean over requests once.
+        return measured + [None] * (requests - len(measured))
+
+    def _case(
+        self, request: EditRequest, number: int, measurements: RequestMeasurements, perplexity: TextPerplexity | None
+    ) -> Case:
+        scorer = self.scorer
+        about: dict[str, str | float] = {"target_tokens": scorer.target_length(request)}
+        if isinstance(relation := (request.model_extra or {}).get("relation"), str):
+            about["relation"] = relation
+        base = measurements.by_query.get(scorer.base_query(request.prompt))
+        if base is not None:
+            about["confidence"] = math.exp(base.log_p_before)
+        return Case(
+            id=request.id if request.id is not None else number,
+            prompt=str(request.prompt),
+            target=request.target,
+            before=self.task.decode(scorer.base_answers[request.prompt]),
+            values=scorer.values(request, measurements, perplexity),
+            about=about,
+            answers=scorer.answers(request, measurements),
+        )
+
+    def baseline_interventions(self, requests: Sequence[EditRequest]) -> list[Intervention]:
+        """Return the interventions of :data:`BASELINES`."""
+        facts = [ContextEdit((request,)) for request in requests]
+        return [NoIntervention(self.task, self.scorer.base_answers), FactsInContext(self.task, facts)]
