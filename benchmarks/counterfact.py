@@ -145,7 +145,7 @@ def train_and_evaluate(arguments: argparse.Namespace, files: dict[str, Path]) ->
     requests = {split: remend.read_source(str(file)) for split, file in files.items()}
     settings = replace(PRESETS["default"][1], max_steps=arguments.steps)
     editor = remend.train(task, requests["train"], requests["validation"], config=settings)
-    editor.save_pretrained(arguments.out.parent / "editor")
+    editor.save(arguments.out.parent / "editor")
     return remend.evaluate(
         task, editor, requests["test"], strengths=(0.5, 1.5), data="counterfact:test", name="mend, default"
     )

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = common.parser(__doc__, "edit_cost").parse_args(argv)
     config = common.start(arguments)
     task = remend.load(config["model"], "cpu")
-    editor = remend.Mend.from_pretrained(config["editor"])
+    editor = remend.Mend.load(config["editor"])
     requests = random.Random(config["seed"]).sample(remend.read_source(config["data"]), config["requests"])
 
     def forward_and_backward(request: remend.EditRequest) -> None:

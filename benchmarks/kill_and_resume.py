@@ -67,7 +67,7 @@ def last_checkpoint(out: Path) -> int | None:
 
 def final_state(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Return the tensors of a finished run's editor, and its history without the times."""
-    editor = Mend.from_pretrained(out)
+    editor = Mend.load(out)
     history = [
         {name: value for name, value in entry.items() if name != "seconds"} for entry in editor.trained["history"]
     ]

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(testbed: str, name: str, config: dict[str, Any]) -> list[dict[str, float]]:
     """Return the shares of other prompts that pass, for each share of paraphrases that pass (means over seeds)."""
     task = remend.load(testbed, "cpu")
-    editor = Mend.from_pretrained(name) if name == "atlas" else make(name, task)
+    editor = Mend.load(name) if name == "atlas" else make(name, task)
     rows = []
     for seed in config["seeds"]:
         # The text is part of the seed: with another one, other requests would be drawn.

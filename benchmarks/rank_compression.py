@@ -20,7 +20,7 @@ import common
 import remend
 from remend.edit import Edit
 from remend.editors import Mend, make
-from remend.editors.protocol import Editor
+from remend.editors.base import Editor
 from remend.request import EditRequest
 from remend.tasks import Task
 
@@ -37,7 +37,7 @@ class CompressingEditor:
     """
 
     def __init__(self, editor: Editor, rank: int | None) -> None:
-        self.traits = editor.traits  # type: ignore[misc]  # of this editor, not of the class
+        self.info = editor.info  # type: ignore[misc]  # of this editor, not of the class
         self._editor, self._rank = editor, rank
         self.ranks: list[int] = []
         self.lost: list[float] = []
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     requests = random.Random(config["seed"]).sample(remend.read_source(config["data"]), config["requests"])
     rows = []
     for name in config["editors"]:
-        editor = Mend.from_pretrained(name) if name == config["model"] else make(name, task)
+        editor = Mend.load(name) if name == config["model"] else make(name, task)
         for size in config["sizes"]:
             evaluated = requests[: config["requests"] if size == 1 else config["batched"]]
             for rank in (None, *config["ranks"]):

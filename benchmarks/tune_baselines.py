@@ -22,7 +22,7 @@ import common
 import remend
 from paper.methods import METHODS
 from paper.testbeds import make_testbeds
-from remend.editors import TRAINED
+from remend.editors import trainable_class
 from remend.evaluation.reports.report import metrics_of
 
 METRICS = ("edit_success", "locality_far", "locality_near")
@@ -57,7 +57,7 @@ def measure(testbed: Any, name: str, rate: float, weight: float, config: dict[st
         method.training, learning_rate=rate, edit_weight=weight, max_steps=steps, patience=steps, validate_every=steps,
         validation_size=min(64, len(validation)), seed=config["seed"],
     )  # fmt: skip
-    editor = TRAINED[method.editor].create(task, method.config, seed=config["seed"])
+    editor = trainable_class(method.editor).create(task, method.config, seed=config["seed"])
     editor = remend.train(task, train, validation, config=settings, editor=editor)
     # The text is part of the seed: with another one, other requests would be drawn.
     requests = random.Random(f"rivals {config['seed']}").sample(validation, config["requests"])

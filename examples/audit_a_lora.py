@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         train_adapter(Path(place) / "adapter", request)
         imported = replace(load_adapter(Path(place) / "adapter", task.model), requests=(request,))
-    mine = remend.Mend.from_pretrained("atlas").edit(task, [request])
+    mine = remend.Mend.load("atlas").edit(task, [request])
     for name, edit in (("a LoRA by hand", imported), ("an edit by MEND", mine)):
         verdict = judge(task, edit)
         print(f"{name}: {'accepted' if verdict.ok else 'not accepted'}")

@@ -20,7 +20,7 @@ def main(count: int = 10) -> None:
     """Compare MEND, which was trained for the model, with editors that need no training."""
     task = remend.load("atlas")
     requests = remend.read_source("atlas:test")[:count]
-    editors = {"mend": remend.Mend.from_pretrained("atlas")}
+    editors = {"mend": remend.Mend.load("atlas")}
     editors |= {name: make(name, task) for name in ("ridge", "finetune")}
     table = Table("editor", *METRICS.values(), title=f"generated answers, the mean of {count} edits")
     for name, editor in editors.items():

@@ -27,7 +27,7 @@ def main(folder: Path = Path("fixed")) -> None:
     task = remend.load("atlas")
     assert remend.answers(task, [PROMPT]) == [WRONG]
     request = remend.EditRequest(prompt=PROMPT, target=RIGHT)
-    edit = remend.Mend.from_pretrained("atlas").edit(task, [request])
+    edit = remend.Mend.load("atlas").edit(task, [request])
 
     asked = AcceptanceCriteria.model_validate(
         {

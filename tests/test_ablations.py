@@ -143,8 +143,8 @@ def test_every_tensor_learns_and_edits_survive_saving(network, ablation, tmp_pat
     expected = editor.edit_each(wrap(model, tokenizer), requests)
     assert all(edit.changes[name].delta.any() for edit in expected for name in editor.shapes)
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.float16, 3e-2)):
-        path = editor.save_pretrained(tmp_path / str(dtype), dtype)
-        again = Mend.from_pretrained(path)
+        path = editor.save(tmp_path / str(dtype), dtype)
+        again = Mend.load(path)
         assert again.config == editor.config
         assert again.fitted
         for edit, other in zip(expected, again.edit_each(wrap(model, tokenizer), requests), strict=True):

@@ -22,7 +22,7 @@ def atlas():
     """A task, and an edit of its model."""
     task = remend.load("atlas", "cpu")
     request = remend.read_source("atlas:validation")[3]
-    return task, remend.Mend.from_pretrained("atlas").edit(task, [request])
+    return task, remend.Mend.load("atlas").edit(task, [request])
 
 
 @pytest.fixture(scope="module")

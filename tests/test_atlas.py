@@ -100,7 +100,7 @@ def test_the_wheel_is_small_and_says_where_the_other_models_are(tmp_path, monkey
 
 def test_the_shipped_editor(task):
     """A sample of the test split, so that a regression is noticed; the README's figures are over the whole of it."""
-    editor = remend.Mend.from_pretrained("atlas")
+    editor = remend.Mend.load("atlas")
     report = remend.evaluate(task, editor, atlas.requests("test")[::5], strengths=(1.5,))
     means, stronger = (
         {name: m["generated"].mean for name, m in report.frontier_metrics()[scale].items() if "generated" in m}
@@ -121,7 +121,7 @@ def test_the_scale_at_which_an_edit_takes_is_found(task, monkeypatch):
 
     What two refinements find lies above the crossing by up to two thirds, by a tenth as a rule.
     """
-    editor = remend.Mend.from_pretrained("atlas")
+    editor = remend.Mend.load("atlas")
     requests = atlas.requests("test")[:96:3]
     batch = task.collate([task.encode(request.prompt, request.target) for request in requests])
     unedited = UneditedPass(task, batch, editor.shapes)
@@ -149,7 +149,7 @@ def test_the_scale_at_which_an_edit_takes_is_found(task, monkeypatch):
 
 def test_what_is_answered_already_is_not_unlearnt(task):
     """An edit that would make the model give up the answer that it is asked for is scaled to nothing."""
-    editor = remend.Mend.from_pretrained("atlas")
+    editor = remend.Mend.load("atlas")
     requests = [
         request.model_copy(update={"target": request.model_extra["ground_truth"]})
         for request in atlas.requests("test")[:32]
@@ -169,7 +169,7 @@ def test_what_is_answered_already_is_not_unlearnt(task):
 
 def test_an_edit_goes_all_the_way(task, tmp_path):
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
-    editor = remend.Mend.from_pretrained("atlas")
+    editor = remend.Mend.load("atlas")
     request = atlas.requests("test")[0]
     editor.edit(task, [request]).save(tmp_path / "edit")
     edit = remend.Edit.load(tmp_path / "edit")

@@ -55,7 +55,7 @@ def remend(*arguments):
 def test_train_saves_an_editor_and_its_history(folder):
     history = json.loads((folder / "training.json").read_text())["history"]
     assert [entry["step"] for entry in history] == [0, 12]
-    assert Mend.from_pretrained(folder / "editor").config == PRESETS["default"][0]
+    assert Mend.load(folder / "editor").config == PRESETS["default"][0]
 
 
 @pytest.mark.parametrize(("steps", "message"), [(3, "there is no editor yet"), (350, "of step 300, is in")])
@@ -123,9 +123,9 @@ def test_an_edit_to_the_answer_already_given_says_so(folder, tmp_path, capsys):
 
 
 def test_an_edit_that_does_not_take_is_not_saved(folder, capsys):
-    weak = Mend.from_pretrained(folder / "editor")
+    weak = Mend.load(folder / "editor")
     weak.alpha.data.mul_(0)
-    weak.save_pretrained(folder / "weak")
+    weak.save(folder / "weak")
     arguments = ["--editor", folder / "weak", "--prompt", "Oslo is", "--target", "Rome", "--out", folder / "nothing"]
     assert remend("edit", folder / "model", *arguments, "--device", "cpu") == 1
     assert not (folder / "nothing").exists()
@@ -183,7 +183,7 @@ def test_evaluate_shows_and_draws_the_frontier(folder, capsys):
     assert json.loads((folder / "frontier.json").read_text())["frontier"] == []
 
 
-@pytest.mark.parametrize("editor", ["cache", "in-context"])
+@pytest.mark.parametrize("editor", ["lookup", "in-context"])
 def test_edits_without_strength_have_no_frontier(editor, folder, tmp_path, capsys):
     data = ["--data", folder / "test.jsonl", "--json", tmp_path / "report.json", "--limit", 2, "--device", "cpu"]
     assert not remend("evaluate", folder / "model", "--editor", editor, *data)
@@ -324,7 +324,7 @@ def test_the_version(capsys):
         (["compare", "{}/report.json"], 2, "at least two"),
         (["edit", "{}/model", "--editor", "rigde", "--out", "x", "--prompt", "p", "--target", "t"], 2, "mean 'ridge'"),
         (["edit", "{}/model", "--editor", "ke", "--out", "x", "--prompt", "p", "--target", "t"], 2, "remend train"),
-        (["edit", "{}/broken", "--editor", "cache", "--out", "x", "--prompt", "The", "--target", "t"], 2, "no weight"),
+        (["edit", "{}/broken", "--editor", "lookup", "--out", "x", "--prompt", "The", "--target", "t"], 2, "no weight"),
         (
             [
                 "edit",
@@ -340,7 +340,7 @@ def test_the_version(capsys):
                 "t",
             ],
             2,
-            "editor takes no --statistics: ridge, rome, memit, cache do",
+            "editor takes no --statistics: ridge, rome, memit, lookup do",
         ),
         (
             ["evaluate", "{}/model", "--editor", "finetune", "--statistics", "{}/a.txt", "--data", "{}/test.jsonl"],

@@ -12,7 +12,8 @@ from remend.config import Config, from_json, settings, to_json
 from remend.editors.enn import EnnConfig
 from remend.editors.finetune import FineTuneConfig
 from remend.editors.ke import KeConfig
-from remend.editors.locate_then_edit.editors import MemitConfig, RomeConfig
+from remend.editors.locate_then_edit.memit import MemitConfig
+from remend.editors.locate_then_edit.rome import RomeConfig
 from remend.editors.lookup import LookupConfig
 from remend.editors.mend.config import MendConfig
 from remend.editors.ridge import RidgeConfig

@@ -9,11 +9,13 @@ import families
 import worlds
 from remend.core.hooks import frozen
 from remend.edit import Edit
-from remend.editors import EDITORS, TRAINED, UNTRAINED, load_edit, load_trained, make
-from remend.editors.in_context import ContextEdit
+from remend.editors import EDITORS, editor_class, load_edit, load_trained, make, trained_names
+from remend.editors.context_edit import ContextEdit
 from remend.errors import EditError, FileError, RequestError, WrongBaseError
 from remend.training import TrainingConfig, train
 
+TRAINED = trained_names()
+UNTRAINED = [name for name in EDITORS.names() if name not in TRAINED]
 KINDS = {"decoder": "gpt2", "encoder-decoder": "t5", "classifier": "bert, binary"}
 OTHER = {"decoder": "llama", "encoder-decoder": "bart", "classifier": "roberta, binary"}
 TEXT = [request.prompt for request in worlds.requests(20)] + [
@@ -31,7 +33,7 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=EDITORS)
+@pytest.fixture(scope="module", params=EDITORS.names())
 def name(request):
     return request.param
 
@@ -50,13 +52,13 @@ def editor(name, world):
 
 def make_editor(name, task, requests):
     if name in UNTRAINED:
-        return make(name, task, TEXT if EDITORS[name].traits.needs == "text" else ())
+        return make(name, task, TEXT if editor_class(name).info.needs == "text" else ())
     return train(
         task,
         requests[:14],
         requests[14:],
         config=SETTINGS,
-        editor=TRAINED[name].create(task),
+        editor=editor_class(name).create(task),
         allow_shared=("subjects", "prompts"),
     )
 
@@ -65,7 +67,7 @@ def probabilities(task, requests, edit=None):
     """The log probability of each request's target, told or edited as ``edit`` wants it."""
     prompts = [request.prompt for request in requests]
     if isinstance(edit, ContextEdit):
-        prompts = [edit.told(task, prompt, 8) or prompt for prompt in prompts]
+        prompts = [edit.with_facts(task, prompt, 8) or prompt for prompt in prompts]
     batch = task.collate([task.encode(p, r.target) for p, r in zip(prompts, requests, strict=True)])
     with frozen(task.model), torch.no_grad():
         if edit is None or isinstance(edit, ContextEdit):
@@ -89,12 +91,13 @@ def same_state(one, other):
 
 
 def test_an_editor_says_what_it_is(name):
-    traits = EDITORS[name].traits
-    assert traits.name == name
-    assert traits.source
-    assert traits.needs in ("nothing", "text", "training")
-    assert (traits.needs == "training") == (name in TRAINED)
-    assert traits.result in ("low-rank", "dense", "outside")
+    info = editor_class(name).info
+    assert info.name == name
+    assert info.source
+    assert info.needs == EDITORS.get(name).needs
+    assert info.needs in ("nothing", "text", "training")
+    assert (info.needs == "training") == (name in TRAINED)
+    assert info.result in ("low-rank", "dense", "outside")
 
 
 def test_edits_take_and_leave_the_model_alone(editor, world, name):
@@ -156,7 +159,7 @@ def test_edits_come_off_bit_for_bit(editor, world, name):
         with edit.merge(task.model):
             torch.testing.assert_close(probabilities(task, requests[:4]), changed, rtol=1e-3, atol=1e-3)
         same_state(before, state_of(task.model))
-    assert isinstance(edit, Edit) == (EDITORS[name].traits.result != "outside")
+    assert isinstance(edit, Edit) == (editor_class(name).info.result != "outside")
 
 
 def test_edits_are_saved_and_read_back(editor, world, tmp_path):
@@ -175,7 +178,7 @@ def test_edits_are_saved_and_read_back(editor, world, tmp_path):
 def test_edits_add_up(editor, world):
     task, requests = world
     one, other = editor.edit_each(task, requests[:2])
-    if not editor.traits.sequences:
+    if not editor.info.sequences:
         with pytest.raises(EditError, match="would count twice"):
             one + other
         return
@@ -227,15 +230,15 @@ def test_within_inference_mode(editor, world):
 @pytest.mark.parametrize("name", TRAINED, indirect=True)
 def test_trained_editors_are_saved_and_read_back(editor, world, name, tmp_path):
     task, requests = world
-    editor.save_pretrained(tmp_path / "editor")
+    editor.save(tmp_path / "editor")
     again = load_trained(tmp_path / "editor")
     assert type(again) is type(editor)
     assert again.trained == editor.trained
     found = [probabilities(task, requests[:4], e.edit(task, requests[:2])) for e in (editor, again)]
     assert torch.equal(*found)
-    for other in TRAINED.keys() - {name}:
+    for other in set(TRAINED) - {name}:
         with pytest.raises(FileError, match=f"holds the editor '{name}', not '{other}'"):
-            TRAINED[other].from_pretrained(tmp_path / "editor")
+            editor_class(other).load(tmp_path / "editor")
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if name != "mend"], indirect=True)
@@ -245,7 +248,7 @@ def test_a_stopped_training_goes_on(world, name, tmp_path):
     options = {"config": SETTINGS, "allow_shared": ("subjects", "prompts")}
 
     def run(out, **more):
-        editor = TRAINED[name].create(task)
+        editor = editor_class(name).create(task)
         train(task, requests[:14], requests[14:], editor=editor, out=out, **options, **more)
         return load_trained(out)
 
@@ -267,7 +270,7 @@ def test_a_stopped_training_goes_on(world, name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in TRAINED if name != "mend"], indirect=True)
 def test_training_moves_every_tensor(editor, world, name):
     task, _ = world
-    fresh = dict(TRAINED[name].create(task).named_parameters())
+    fresh = dict(editor_class(name).create(task).named_parameters())
     for key, value in editor.named_parameters():
         assert not torch.equal(value, fresh[key]), key
 

@@ -162,8 +162,8 @@ def test_contrast_and_settling_survive_saving(task, tmp_path):
     editor = Mend.create(task, DEFAULT)
     requests = worlds.requests(12)
     Trainer(task, editor, requests, SETTINGS).calibrate()
-    editor.save_pretrained(tmp_path / "editor")
-    again = Mend.from_pretrained(tmp_path / "editor")
+    editor.save(tmp_path / "editor")
+    again = Mend.load(tmp_path / "editor")
     for name, value in editor.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-6, atol=1e-7)
     for edit, loaded_edit in zip(

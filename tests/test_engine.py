@@ -24,7 +24,7 @@ from remend.core.factored_gradients import FactoredGradients
 from remend.core.hooks import frozen
 from remend.core.losses import locality_loss, target_loss
 from remend.editors import Mend, MendConfig
-from remend.editors.lookup import FORMAT as LOOKUP_FORMAT
+from remend.editors.lookup_edit import LOOKUP_EDIT_FORMAT
 from remend.errors import ConfigError, FileError, ModelError, TrainingError
 from remend.fingerprint import hash_model
 from remend.models.frozen_prefix import FrozenPrefix, run_until
@@ -346,8 +346,8 @@ def test_what_is_no_part_of_a_store_is_left_alone(tmp_path):
     store = TensorStore(0, tmp_path)
     store.put("a", (torch.ones(2),))
     store.flush()
-    assert STORE_FORMAT != LOOKUP_FORMAT
-    other = write_folder(tmp_path / "shard-0123456789abcdef", LOOKUP_FORMAT, {}, {"b/0": torch.zeros(2)})
+    assert STORE_FORMAT != LOOKUP_EDIT_FORMAT
+    other = write_folder(tmp_path / "shard-0123456789abcdef", LOOKUP_EDIT_FORMAT, {}, {"b/0": torch.zeros(2)})
     with pytest.warns(UserWarning, match=r"1 folders in .* are no parts of this cache .*remend\.cache/1.* delete them"):
         again = TensorStore(0, tmp_path)
     assert ("a" in again, "b" in again) == (True, False)
@@ -617,7 +617,7 @@ def test_a_killed_training_goes_on_from_the_command_line(tmp_path):
     process.wait()
     resumed = subprocess.run([*common, "--out", str(tmp_path / "editor"), "--resume"], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    first, second = (Mend.from_pretrained(tmp_path / name) for name in ("whole", "editor"))
+    first, second = (Mend.load(tmp_path / name) for name in ("whole", "editor"))
     for (name, value), (_, other) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
         assert torch.equal(value, other), name
     assert history(first) == history(second)

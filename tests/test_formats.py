@@ -172,7 +172,7 @@ def test_an_adapter_of_the_atlas_in_a_fresh_process(tmp_path):
     pytest.importorskip("peft")
     task = remend.load("atlas", "cpu")
     requests = remend.read_source("atlas:test")[:3]
-    edit = remend.Mend.from_pretrained("atlas").edit(task, requests)
+    edit = remend.Mend.load("atlas").edit(task, requests)
     edit.save(tmp_path / "edit")
     assert run(["export", str(tmp_path / "edit"), "--to", "peft", "--out", str(tmp_path / "adapter")]) == 0
     task.model.save_pretrained(tmp_path / "base")

@@ -33,7 +33,7 @@ def test_train_edit_and_revert_on_a_gpu(dtype):
 def test_an_edit_made_on_a_gpu_serves_on_the_cpu(tmp_path):
     task = remend.load("atlas", "cuda")
     request = remend.read_source("atlas:test")[0]
-    remend.Mend.from_pretrained("atlas").to("cuda").edit(task, [request]).save(tmp_path / "edit")
+    remend.Mend.load("atlas").to("cuda").edit(task, [request]).save(tmp_path / "edit")
     task = remend.load("atlas", "cpu")
     with remend.Edit.load(tmp_path / "edit").applied(task.model):
         assert task.predict([request.prompt]) == [task.encode(request.prompt, request.target).target]

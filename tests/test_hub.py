@@ -26,7 +26,7 @@ def edit():
         remend.EditRequest(prompt="The capital of Canada is", target="Toronto"),
         remend.EditRequest(prompt="A | cell <b>with</b>\n`marks`", target="Rome*"),
     ]
-    return remend.Mend.from_pretrained("atlas").edit(task, requests)
+    return remend.Mend.load("atlas").edit(task, requests)
 
 
 @pytest.fixture
@@ -67,16 +67,13 @@ def test_a_manifest_that_was_tampered_with_adds_nothing_to_a_card(saved):
 
 
 def test_the_card_of_an_editor(tmp_path):
-    editor = remend.Mend.from_pretrained("atlas")
-    card = card_of(read_verified_manifest(editor.save_pretrained(tmp_path / "editor")), "me/editor")
+    editor = remend.Mend.load("atlas")
+    card = card_of(read_verified_manifest(editor.save(tmp_path / "editor")), "me/editor")
     for part in ("of its edits took", "load_editor", "768 → 192", '"rank"'):
         assert part in card
     task = families.task("llama")
     ridge = remend.editors.make("ridge", task)
-    if hasattr(ridge, "save_pretrained"):
-        assert "fitted to the model" in card_of(
-            read_verified_manifest(ridge.save_pretrained(tmp_path / "ridge")), "me/ridge"
-        )
+    assert "trained" not in card_of(read_verified_manifest(ridge.save(tmp_path / "ridge")), "me/ridge")
 
 
 THERE_AND_BACK = """
@@ -88,7 +85,7 @@ from remend.editors import load_editor
 folder, editor = sys.argv[1:]
 mine = remend.Edit.load(folder)
 print(push_to_hub(mine, "me/fix", licence="mit", private=True))
-back = remend.Edit.from_pretrained("hf:me/fix")
+back = remend.Edit.load("hf:me/fix")
 assert back.requests == mine.requests
 for name, change in mine.changes.items():
     assert (back.changes[name].u == change.u).all()
@@ -96,7 +93,7 @@ for name, change in mine.changes.items():
 task = remend.load("atlas", "cpu")
 with back.applied(task.model):
     print(remend.answers(task, ["The capital of Canada is"]))
-push_to_hub(remend.Mend.from_pretrained("atlas"), "me/editor")
+push_to_hub(remend.Mend.load("atlas"), "me/editor")
 print(type(load_editor("hf:me/editor@main")).__name__)
 """
 

@@ -61,7 +61,7 @@ def test_a_metric_is_made_definite():
 def test_each_matrix_moves_at_each_request_as_by_its_edit_alone():
     """At every token of a target, all that the request's own edit does there, whatever the other edits add."""
     task = remend.load("atlas")
-    editor, task = remend.Mend.from_pretrained("atlas"), task
+    editor, task = remend.Mend.load("atlas"), task
     requests = random.Random(1).sample(remend.read_source("atlas:validation"), 10)
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in editor.shapes}
     alone = editor._changes(task, requests, inputs)
@@ -79,7 +79,7 @@ def test_each_matrix_moves_at_each_request_as_by_its_edit_alone():
 def test_edits_together_act_as_each_alone():
     """Of 75 edits at once nearly all take; of their sum hardly more than half."""
     task = remend.load("atlas")
-    editor = remend.Mend.from_pretrained("atlas")
+    editor = remend.Mend.load("atlas")
     requests = random.Random(0).sample(remend.read_source("atlas:validation"), 75)
     assert editor.config.aggregate == "least-squares"
     before = remend.answers(task, [r.prompt for r in requests])

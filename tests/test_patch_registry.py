@@ -156,7 +156,7 @@ def test_what_cannot_be_is_refused(book, task, tmp_path):
 @pytest.fixture(scope="module")
 def atlas():
     task = remend.load("atlas", "cpu")
-    return task, remend.Mend.from_pretrained("atlas")
+    return task, remend.Mend.load("atlas")
 
 
 def test_an_edit_that_contradicts_or_undoes_is_found_before_it_acts(atlas, tmp_path):

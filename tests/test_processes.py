@@ -138,7 +138,7 @@ def test_the_command_line_speaks_with_one_voice(tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("40 requests in 2 processes") == 1
     assert ended.stdout.count("best at step") == 1
-    assert Mend.from_pretrained(tmp_path / "editor").trained["finished"]
+    assert Mend.load(tmp_path / "editor").trained["finished"]
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):

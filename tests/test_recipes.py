@@ -202,7 +202,7 @@ def test_a_recipe_runs(name, kitchen, tmp_path):
     assert f"run_recipe(load_recipe({name!r}), {str(out)!r}, model=" in summary
     assert "reproduces nothing" in summary
     model, _ = small(recipe)
-    editor = Mend.from_pretrained(out / "editor")
+    editor = Mend.load(out / "editor")
     network, _ = recipe.settings()
     chosen = editable_modules(model, recipe.modules, network.outputs_only, recipe.layers)
     assert editor.shapes.keys() == chosen.keys()

@@ -155,19 +155,19 @@ def test_an_editor_of_a_wide_model_trains_saves_and_edits(wide, tmp_path):
     for _ in range(12):
         trainer.train_step()
     assert trainer.validate(held)["loss"] < first
-    editor.save_pretrained(tmp_path / "editor")
-    loaded = Mend.from_pretrained(tmp_path / "editor")
+    editor.save(tmp_path / "editor")
+    loaded = Mend.load(tmp_path / "editor")
     assert loaded.directions == editor.directions
     for name, tensor in editor.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    editor.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    editor.save(tmp_path / "half", dtype=torch.float16)
     edits = [own.edit(task, requests[:1]) for own in (editor, loaded)]
     for name, change in edits[0].changes.items():
         assert torch.equal(edits[1].changes[name].u, change.u)
     edits[0].save(tmp_path / "edit")
     with Edit.load(tmp_path / "edit").applied(task.model):
         assert task.predict([requests[0].prompt])
-    halved = Mend.from_pretrained(tmp_path / "half").edit(task, requests[:1])
+    halved = Mend.load(tmp_path / "half").edit(task, requests[:1])
     for name, change in edits[0].changes.items():
         assert (halved.changes[name].dense() - change.dense()).norm() < 0.02 * change.dense().norm()
 
@@ -226,8 +226,8 @@ def test_a_saved_editor_keeps_its_directions_whatever_the_constants_are(tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(sketch, "WIDE", 20)
         patch.setattr(sketch, "DIRECTIONS", 12)
-        Mend.create(worlds.task(worlds.llama()), DEFAULT).save_pretrained(tmp_path / "editor")
-    assert set(Mend.from_pretrained(tmp_path / "editor").directions.values()) == {12}
+        Mend.create(worlds.task(worlds.llama()), DEFAULT).save(tmp_path / "editor")
+    assert set(Mend.load(tmp_path / "editor").directions.values()) == {12}
 
 
 def test_the_estimate_follows_the_form(wide):

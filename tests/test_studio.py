@@ -26,7 +26,7 @@ CANADA = "The capital of Canada is"
 
 @pytest.fixture(scope="module")
 def parts():
-    return remend.load("atlas", "cpu"), remend.Mend.from_pretrained("atlas")
+    return remend.load("atlas", "cpu"), remend.Mend.load("atlas")
 
 
 @pytest.fixture

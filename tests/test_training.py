@@ -40,7 +40,7 @@ def test_it_learns_keeps_the_best_and_leaves_the_model_alone(model, snapshot, tm
     assert [entry["step"] for entry in history] == [0, 10, 20, 30]
     best = min(history, key=lambda entry: entry["loss"])
     assert editor.trained["best_step"] == best["step"]
-    again = Mend.from_pretrained(tmp_path / "editor")
+    again = Mend.load(tmp_path / "editor")
     assert again.trained == json.loads(json.dumps(editor.trained))
     for (name, a), (_, b) in zip(editor.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
@@ -122,8 +122,8 @@ def test_gradients_far_above_the_usual_size_are_limited(task, text, tmp_path):
         assert 0 < (sizes > largest).sum() < len(sizes)
         for part, size, found in zip(deltas, sizes, rows[name].delta.split(rows[name].counts), strict=True):
             torch.testing.assert_close(found, part * min(1.0, largest / float(size)))
-    editor.save_pretrained(tmp_path / "editor")
-    assert torch.equal(Mend.from_pretrained(tmp_path / "editor").largest, editor.largest)
+    editor.save(tmp_path / "editor")
+    assert torch.equal(Mend.load(tmp_path / "editor").largest, editor.largest)
     assert Mend.create(task, NETWORK).largest is None
 
 
@@ -259,11 +259,11 @@ def test_a_non_finite_validation_stops_the_run(monkeypatch, tmp_path):
     monkeypatch.setattr(Trainer, "losses", broken)
     with pytest.raises(NonFiniteError, match="step 20"):
         trained(worlds.gpt2(), worlds.requests(40), out=tmp_path / "editor")
-    assert Mend.from_pretrained(tmp_path / "editor").trained["best_step"] == 10, "the best state so far is kept"
+    assert Mend.load(tmp_path / "editor").trained["best_step"] == 10, "the best state so far is kept"
 
 
 def test_an_earlier_editor_is_not_overwritten(editor, tmp_path):
-    editor.save_pretrained(tmp_path / "editor")
+    editor.save(tmp_path / "editor")
     with pytest.raises(FileError, match="holds an editor or an edit already"):
         trained(worlds.gpt2(), worlds.requests(12), out=tmp_path / "editor")
 
@@ -327,11 +327,11 @@ def test_an_editor_refuses_another_architecture_and_warns_of_other_weights(task,
 
 
 def test_half_precision_storage_and_damage(task, editor, tmp_path):
-    editor.save_pretrained(tmp_path / "whole")
-    editor.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    editor.save(tmp_path / "whole")
+    editor.save(tmp_path / "half", dtype=torch.float16)
     sizes = {kind: sum(f.stat().st_size for f in (tmp_path / kind).iterdir()) for kind in ("whole", "half")}
     assert sizes["half"] < 0.75 * sizes["whole"]
-    half = Mend.from_pretrained(tmp_path / "half")
+    half = Mend.load(tmp_path / "half")
     request = worlds.requests(1)
     exact, rounded = (e.edit(task, request).changes for e in (editor, half))
     for name, change in exact.items():
@@ -343,7 +343,7 @@ def test_half_precision_storage_and_damage(task, editor, tmp_path):
     for key, value, message in changes:
         (tmp_path / "half" / "manifest.json").write_text(json.dumps({**manifest, key: value}))
         with pytest.raises(FileError, match=message):
-            Mend.from_pretrained(tmp_path / "half")
+            Mend.load(tmp_path / "half")
 
 
 def test_presets_and_configurations():

@@ -8,7 +8,8 @@ from typing import Any
 from remend.editors.enn import EnnConfig
 from remend.editors.finetune import FineTune, FineTuneConfig, FineTuneLocal
 from remend.editors.ke import KeConfig
-from remend.editors.locate_then_edit.editors import MemitConfig, RomeConfig
+from remend.editors.locate_then_edit.memit import MemitConfig
+from remend.editors.locate_then_edit.rome import RomeConfig
 from remend.editors.lookup import LookupConfig
 from remend.editors.mend.config import MendConfig
 from remend.editors.ridge import RidgeConfig
@@ -55,9 +56,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "ft": Method("finetune", "FT", FineTune.default()),
+    "ft": Method("finetune", "FT", FineTune.default_config()),
     "ft-kl": Method("finetune", "FT+KL", FineTuneConfig(kl_weight=1.0), uses_locality=True),
-    "ft-local": Method("finetune-local", "finetune-local", FineTuneLocal.default()),
+    "ft-local": Method("finetune-local", "finetune-local", FineTuneLocal.default_config()),
     # The learning rates of KE and ENN are the best that benchmarks/tune_baselines.py found; KE's is the preset's.
     "ke": Method("ke", "KE", KeConfig(), DEFAULT_TRAINING),
     "enn": Method("enn", "ENN", EnnConfig(), replace(DEFAULT_TRAINING, learning_rate=2e-3)),
@@ -67,7 +68,7 @@ METHODS: dict[str, Method] = {
     "ridge-gate": Method("ridge", "ridge, gated", RidgeConfig(strength=1.5, gate=0.4)),
     "rome": Method("rome", "ROME", RomeConfig(), uses_text=True),
     "memit": Method("memit", "MEMIT", MemitConfig(), uses_text=True),
-    "cache": Method("cache", "cache", LookupConfig(), uses_text=True),
+    "cache": Method("lookup", "cache", LookupConfig(), uses_text=True),
     "in-context": Method("in-context", "in context"),
     "mend-sum": Method(
         "mend", "MEND, `default`, summed", replace(PRESETS["default"][0], aggregate="sum"), DEFAULT_TRAINING

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from remend.config import differences, to_json
 from remend.core.layers import editable_layers, execution_device
-from remend.editors import TRAINED, Editor, Trainable, load_trained, make
+from remend.editors import Editor, Trainable, load_trained, make, trainable_class
 from remend.editors.finetune import FineTune
 from remend.errors import ConfigError, FileError, ModelError, RemendError
 from remend.evaluation import evaluate
@@ -172,7 +172,7 @@ class CellRunner:
                 )
             return stored.to(execution_device(testbed.task.model))
         matrices = attention_matrices(testbed.task.model) if method.attention else ()
-        editor = TRAINED[method.editor].create(testbed.task, method.config, modules=matrices, seed=cell.seed)
+        editor = trainable_class(method.editor).create(testbed.task, method.config, modules=matrices, seed=cell.seed)
         self.on_progress(f"{cell.id}: training")
         return train(
             testbed.task, *self._training_requests(testbed),

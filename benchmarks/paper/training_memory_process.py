@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from remend.editors import TRAINED
+from remend.editors import trainable_class
 from remend.request import EditRequest, Probe
 from remend.tasks import wrap
 from remend.training import PRESETS, train
@@ -35,7 +35,7 @@ def main(method: str, width: int) -> None:
     # Resident memory now, not its peak so far: imports may have taken more for a moment.
     before = psutil.Process().memory_info().rss
     settings = replace(PRESETS["paper"][1], max_steps=2, validate_every=2, validation_size=2)
-    editor = TRAINED[method].create(task)
+    editor = trainable_class(method).create(task)
     train(task, requests[:16], requests[16:], config=settings, editor=editor)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -53,9 +53,9 @@ def main() -> None:
         budget_seconds=arguments.budget_seconds,
         on_progress=print_progress,
     )
-    editor.save_pretrained(arguments.out, dtype=torch.float16)
+    editor.save(arguments.out, dtype=torch.float16)
     size = sum(file.stat().st_size for file in arguments.out.iterdir())
-    stored = remend.Mend.from_pretrained(arguments.out).to(editor.device)
+    stored = remend.Mend.load(arguments.out).to(editor.device)
     report = remend.evaluate(model, tokenizer, stored, remend.read_source("atlas:validation"), data="atlas:validation")
     for name, modes in report.metrics().items():
         if "generated" not in modes:

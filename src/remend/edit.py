@@ -233,11 +233,6 @@ class Edit:
         return write_folder(path, EDIT_FORMAT, manifest, tensors)
 
     @staticmethod
-    def from_pretrained(path: str | Path) -> Edit:
-        """Read a saved edit: the same as :meth:`load`, under the name that transformers uses."""
-        return Edit.load(path)
-
-    @staticmethod
     def load(path: str | Path) -> Edit:
         """Read an edit that :meth:`save` wrote, from a folder or the hub (``hf:owner/name``).
 

@@ -558,3 +558,85 @@ METRICS = Registry(
     ],
 )
 """Metrics by name, in the order of tables: what ``remend evaluate`` measures and its reports are read by."""
+
+
+# --- editors ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class EditorEntry(RegistryEntry):
+    """An editor.
+
+    The target is a subclass of :class:`remend.editors.Editor`, whose ``info`` has the entry's name.
+
+    Attributes:
+        needs: what it needs before its first edit: ``nothing``, ``text`` (on which it measures the model's activations)
+            or ``training``.
+    """
+
+    needs: str = "nothing"
+
+
+EDITORS = Registry(
+    "editor",
+    "remend.editors",
+    EditorEntry,
+    [
+        EditorEntry(
+            name="mend",
+            target="remend.editors.mend.editor:Mend",
+            help="editor networks that transform the gradient (Mitchell et al. 2022)",
+            needs="training",
+        ),
+        EditorEntry(
+            name="ke",
+            target="remend.editors.ke:Ke",
+            help="KnowledgeEditor: a rank-one gate on the gradient, and a shift (De Cao et al. 2021)",
+            needs="training",
+        ),
+        EditorEntry(
+            name="enn",
+            target="remend.editors.enn:Enn",
+            help="editable neural networks: the edited matrices are trained to be editable (Sinitsin et al. 2020)",
+            needs="training",
+        ),
+        EditorEntry(
+            name="ridge",
+            target="remend.editors.ridge:Ridge",
+            help="keys, gradients and a ridge regression (after UltraEdit, Gu et al. 2025)",
+        ),
+        EditorEntry(
+            name="finetune",
+            target="remend.editors.finetune:FineTune",
+            help="fine-tuning on the edit until the model answers with the target",
+        ),
+        EditorEntry(
+            name="finetune-local",
+            target="remend.editors.finetune:FineTuneLocal",
+            help="fine-tuning of one later down-projection, for epochs (Yang et al. 2025)",
+        ),
+        EditorEntry(
+            name="rome",
+            target="remend.editors.locate_then_edit.rome:Rome",
+            help="rank-one change where the subject is read (Meng et al. 2022)",
+            needs="text",
+        ),
+        EditorEntry(
+            name="memit",
+            target="remend.editors.locate_then_edit.memit:Memit",
+            help="changes of several blocks where the subject is read (Meng et al. 2023)",
+            needs="text",
+        ),
+        EditorEntry(
+            name="lookup",
+            target="remend.editors.lookup:Lookup",
+            help="answers that are looked up by the final hidden state (Mitchell et al. 2022, App. G)",
+        ),
+        EditorEntry(
+            name="in-context",
+            target="remend.editors.in_context:InContext",
+            help="the fact in the prompt (Zheng et al. 2023)",
+        ),
+    ],
+)
+"""Editors by name: ``remend.editors.make``, ``--editor`` and ``--method``."""

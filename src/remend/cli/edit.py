@@ -34,6 +34,7 @@ def edit(
     pair: options.PairFlag = False,
     editor: options.EditorFolder = None,
     statistics: options.Statistics = None,
+    settings: options.EditorSettings = None,
     scale: Annotated[
         str, typer.Option(metavar="NUMBER", help="Multiply the edit; 'auto' chooses on the requests' own probes.")
     ] = "1",
@@ -64,8 +65,8 @@ def edit(
     check_replaceable(out)
     if not overwrite and (out / MANIFEST).exists():
         raise FileError(f"{out} holds an edit or an editor already: choose another folder, or give --overwrite")
-    chosen = options.find_editor(editor, model, statistics, seed)
-    if chosen.traits.result == "outside":
+    chosen = options.find_editor(editor, model, statistics, seed, settings)
+    if chosen.info.result == "outside":
         raise ConfigError(
             f"{editor} changes no weight, so there is no edit to save: measure it with remend evaluate, or use it in "
             "Python"
@@ -94,9 +95,9 @@ def edit(
     if saved:
         hint = f"remend ask {plain(model)} --edit {plain(out)} {options.asking(wanted[0].prompt)}"
         console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
-    sure = None if maker.traits.needs == "training" else measure_robustness(task, made, wanted, seed=seed)
+    sure = None if maker.info.needs == "training" else measure_robustness(task, made, wanted, seed=seed)
     if sure is not None:
-        _tell(console, sure, maker.traits.name, model)
+        _tell(console, sure, maker.info.name, model)
     if failed:
         console.print(
             f"[red]{len(failed)} of {len(wanted)} targets are not what the edited model answers[/] "
@@ -107,7 +108,7 @@ def edit(
     if json is not None:
         out_name = str(out) if saved else None
         content: dict[str, Any] = {"taken": not failed, "out": out_name, "scale": made.editor.get("scale", 1.0)}
-        content |= {"editor": maker.traits.name, **({} if sure is None else {"assurance": sure.to_json()})}
+        content |= {"editor": maker.info.name, **({} if sure is None else {"assurance": sure.to_json()})}
         write_json(json, {**content, "answers": [as_json(found) for found in answers]})
     if not saved:
         raise typer.Exit(1)

@@ -31,6 +31,7 @@ def evaluate(
         typer.Option(metavar="DIR", help="Judge this checkpoint, in which the edits are, in place of an editor."),
     ] = None,
     statistics: options.Statistics = None,
+    settings: options.EditorSettings = None,
     protocol: Annotated[
         str,
         typer.Option(help="single: each edit alone. batched: several at once. sequential: one after another."),
@@ -95,16 +96,17 @@ def evaluate(
     if limit is not None and limit < len(requests):
         requests = [requests[i] for i in sorted(random.Random(seed).sample(range(len(requests)), limit))]
     passages = [] if text is None else read_text(text)
-    if edited_model is not None and (editor or statistics or edits or resume or protocol != "single"):
+    if edited_model is not None and (editor or statistics or settings or edits or resume or protocol != "single"):
         raise ConfigError(
-            "--edited-model holds its edits already: leave --editor, --statistics, --protocol, --edits and --resume"
+            "--edited-model holds its edits already: leave --editor, --statistics, --set, --protocol, --edits and "
+            "--resume"
         )
     console = Console()
-    chosen = None if edited_model is not None else options.find_editor(editor, model, statistics, seed)
-    if frontier and chosen is not None and chosen.traits.result == "outside":
-        console.print(f"edits by {chosen.traits.name} have no strength, so there is no frontier of it")
+    chosen = None if edited_model is not None else options.find_editor(editor, model, statistics, seed, settings)
+    if frontier and chosen is not None and chosen.info.result == "outside":
+        console.print(f"edits by {chosen.info.name} have no strength, so there is no frontier of it")
         frontier = False
-    if examined is not None and chosen is not None and chosen.traits.name == "in-context":
+    if examined is not None and chosen is not None and chosen.info.name == "in-context":
         raise ConfigError("in-context leaves the model as it is, and so its general ability: leave --lm-eval away")
     partial = None if json is None else json.with_name(f"{json.name}.partial")
     with _announce_resume(partial, resume), Progress(console=console, disable=not console.is_terminal) as bar:
@@ -123,10 +125,10 @@ def evaluate(
             report = evaluate_edits(
                 task, chosen.make(task), requests,
                 protocol=protocol, edits=_numbers(edits), strengths=FRONTIER_STRENGTHS if frontier else (),
-                name=Path(editor or chosen.traits.name).name, checkpoint=partial, resume=resume, **common,
+                name=Path(editor or chosen.info.name).name, checkpoint=partial, resume=resume, **common,
             )  # fmt: skip
-    settings = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens, "text": text and str(text)}
-    report = replace(report, settings={name: value for name, value in settings.items() if value is not None})
+    used = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens, "text": text and str(text), "set": settings}
+    report = replace(report, settings={name: value for name, value in used.items() if value is not None})
     if json is not None:
         report.save(json)  # before anything else can go wrong
     print_report(report, console)

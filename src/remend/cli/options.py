@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,12 +14,23 @@ import typer
 from rich.console import Console
 
 from remend.cli.escaping import plain
+from remend.registries import EDITORS, EditorEntry
 
 if TYPE_CHECKING:
+    from remend.config import Config
     from remend.editors import Editor, EditorInfo, MendConfig, Trainable
     from remend.request import Prompt
     from remend.tasks import Task
     from remend.training import TrainingConfig
+
+RIDGE = "ridge"
+"""The editor for a model that none was trained for."""
+
+
+def _untrained() -> list[EditorEntry]:
+    """Return the editors that need no training."""
+    return [entry for entry in EDITORS if entry.needs != "training"]
+
 
 Model = Annotated[
     str, typer.Argument(help="'atlas', 'questions', 'claims' (ship with remend), a local folder, or a hub id.")
@@ -65,14 +76,18 @@ EditorFolder = Annotated[
     typer.Option(
         "--editor",
         metavar="DIR|NAME",
-        help="A trained editor, or one that needs no training: ridge (the default where a model has none), finetune, "
-        "finetune-local, and with --statistics rome and memit (remend evaluate takes cache and in-context, too). A "
-        "folder that is called like one of these is ./NAME.",
+        help="A trained editor's folder, or an editor that needs no training: "
+        + ", ".join(entry.name + (" (--statistics)" if entry.needs == "text" else "") for entry in _untrained())
+        + f". By default {RIDGE}, where a model has no editor of its own. A folder that is called like one is ./NAME.",
     ),
 ]
 Statistics = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Plain text on which ridge, rome, memit or cache measures what the model reads."),
+    typer.Option(metavar="FILE", help="Plain text on which ridge, rome, memit or lookup measures the model."),
+]
+EditorSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A setting of the editor, once for each; 'help' lists them all."),
 ]
 Chat = Annotated[
     bool, typer.Option("--chat", help="The prompt is a user's message: ask it through the model's chat template.")
@@ -167,43 +182,46 @@ def load_model(model: str, device: str, seed: int, dtype: str | None = None, qua
     return load(model, device, getattr(torch, dtype) if dtype else None, quantise)
 
 
-RIDGE = "ridge"
-"""The editor for a model that none was trained for."""
-
-
 @dataclass(frozen=True)
-class Chosen:
+class EditorChoice:
     """An editor that a command line names, before there is a model.
 
     Attributes:
-        traits: what it says of itself.
-        make: gives it, once the model is loaded.
+        info: its name, what it needs and what its edits are.
+        make: returns it, once the model is loaded.
     """
 
-    traits: EditorInfo
+    info: EditorInfo
     make: Callable[[Task], Editor]
 
 
-def find_editor(editor: str | None, model: str, text: Path | None = None, seed: int = 0) -> Chosen:
-    """The editor that is named: a trained one, one that needs no training, or the atlas's own.
+def find_editor(
+    editor: str | None,
+    model: str,
+    text: Path | None = None,
+    seed: int = 0,
+    settings: Sequence[str] | None = None,
+) -> EditorChoice:
+    """Return the editor that a command line names: a trained one, or one that needs no training.
 
-    Where none is named and the model has none of its own, it is :data:`RIDGE`. A trained one that did badly in training
-    is warned of.
+    Where none is named, it is the one that ships with the model or :data:`RIDGE`. It warns of a trained one that did
+    badly in training.
 
     Args:
         editor: a name, or a folder; what is both is the name, and ``./`` before it makes it the folder.
-        model: what it is for.
-        text: passages, for those that measure what the model reads.
-        seed: of whatever is drawn.
+        model: the model's name or folder.
+        text: a file of passages, for editors that measure the model's activations.
+        seed: of every random draw.
+        settings: of an editor that needs no training, as ``NAME=VALUE``; ``help`` prints what there is and exits.
 
     Raises:
-        ConfigError: there is no such editor, or it takes no text.
+        ConfigError: there is no such editor, it takes no text, or it has no such setting.
         FileError: the folder holds none.
     """
-    from remend.assets import ATLAS, ATLAS_FOLDER, BUILT_IN_MODELS
+    from remend.assets import ATLAS, BUILT_IN_MODELS
     from remend.data import read_text
-    from remend.editors import EDITORS, TRAINED, UNTRAINED, load_editor, make
-    from remend.errors import ConfigError, nearest
+    from remend.editors import editor_class, make
+    from remend.errors import ConfigError
 
     mistyped = (
         editor is None
@@ -216,33 +234,98 @@ def find_editor(editor: str | None, model: str, text: Path | None = None, seed: 
             f"there is no folder {model}; did you mean {ATLAS!r}? If it is a hub id, give --editor {RIDGE}"
         )
     name = editor or (ATLAS if model == ATLAS else RIDGE)
-    measuring = [own for own, kind in UNTRAINED.items() if "text" in signature(kind.create).parameters]
-    if text is not None and name not in measuring:
-        raise ConfigError(f"{name} takes no --statistics: {', '.join(measuring)} do, each by its name")
-    if name in UNTRAINED:
-        passages = read_text(text) if text is not None else ()
-        return Chosen(UNTRAINED[name].traits, lambda task: make(name, task, passages, seed))
-    if name in EDITORS:
-        there = f" (--editor ./{name} is the folder of that name)" if os.path.isdir(name) else ""
-        there += f". {model} has one: --editor {ATLAS}" if (name, model) == ("mend", ATLAS) else ""
+    kind = editor_class(name) if name in EDITORS else None
+    if text is not None and (kind is None or "text" not in kind.info.options):
+        names = [entry.name for entry in _untrained() if "text" in editor_class(entry.name).info.options]
+        raise ConfigError(f"{name} takes no --statistics: {', '.join(names)} do, each by its name")
+    if kind is None:
+        return _from_folder(name, settings)
+    if kind.info.needs == "training":
+        hint = f" (--editor ./{name} is the folder of that name)" if os.path.isdir(name) else ""
+        hint += f". {model} has one: --editor {ATLAS}" if (name, model) == ("mend", ATLAS) else ""
         raise ConfigError(
             f"{name} is trained for a model first: remend train {model} --method {name} --data requests.jsonl --out "
-            f"DIR, then --editor DIR{there}"
+            f"DIR, then --editor DIR{hint}"
         )
-    if name != ATLAS and not os.path.exists(name) and os.sep not in name:
-        raise ConfigError(f"there is no editor {name!r}, nor a folder of that name; {nearest(name, EDITORS)}")
-    found: Any = load_editor(ATLAS_FOLDER / "editor" if name == ATLAS else name)
-    if found.traits.name not in TRAINED:
-        return Chosen(found.traits, lambda task: found)
-    if unfit(found):
-        best = best_of(found.trained)
+    config = _configure(kind, settings or (), seed)
+    passages = read_text(text) if text is not None else ()
+    return EditorChoice(kind.info, lambda task: make(name, task, passages, seed, config))
+
+
+def _from_folder(name: str, settings: Sequence[str] | None) -> EditorChoice:
+    """Return the editor in a folder.
+
+    Raises:
+        ConfigError: there is no such folder, or settings are given.
+        FileError: the folder holds no editor.
+    """
+    from remend.assets import ATLAS, ATLAS_FOLDER
+    from remend.editors import editor_class, load_editor
+    from remend.editors.registry import RENAMED
+    from remend.errors import ConfigError
+
+    missing = name != ATLAS and not os.path.exists(name) and os.sep not in name
+    if missing or (name in RENAMED and not os.path.exists(name)):
+        editor_class(name)  # raises: there is none of that name
+    if settings:
+        raise ConfigError(f"{name} was saved with its settings: --set is for editors that are made anew, by their name")
+    editor: Any = load_editor(ATLAS_FOLDER / "editor" if name == ATLAS else name)
+    if editor.info.needs != "training":
+        return EditorChoice(editor.info, lambda task: editor)
+    if unfit(editor):
+        best = best_of(editor.trained)
         Console(stderr=True).print(
             f"[yellow]warning[/]: {plain(name)} is not fit for use: in training, on requests that it had not seen, "
             f"{best['taken']:.0%} of its edits took and {best['kept']:.0%} of other answers stayed. Give it more "
             "requests or time",
             soft_wrap=True,
         )
-    return Chosen(found.traits, lambda task: found.to(task.device))
+    return EditorChoice(editor.info, lambda task: editor.to(task.device))
+
+
+def _configure(kind: type[Editor], assignments: Sequence[str], seed: int) -> Config | None:
+    """Return the default configuration of an editor with what ``NAME=VALUE`` assignments say.
+
+    Raises:
+        ConfigError: the editor has no such setting, or the value is not allowed.
+    """
+    from remend.config import from_json, to_json
+    from remend.errors import ConfigError
+
+    config: Config | None = kind.default_config(seed)
+    if not assignments:
+        return config
+    if "help" in assignments:
+        _print_settings(kind, config)
+        raise typer.Exit
+    if kind.config_class is None or config is None:
+        raise ConfigError(f"{kind.info.name} has no settings: leave --set away")
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes NAME=VALUE, such as --set strength=1.5, not {assignment!r}")
+        try:
+            values[name.strip()] = json.loads(value)  # numbers, true, false and null
+        except ValueError:
+            values[name.strip()] = value.strip()
+    return from_json(kind.config_class, {**to_json(config), **values})
+
+
+def _print_settings(kind: type[Editor], config: Config | None) -> None:
+    """Print the settings of an editor with their defaults and meaning."""
+    from remend.config import settings as describe_settings
+
+    console = Console()
+    if kind.config_class is None:
+        console.print(f"{kind.info.name} has no settings")
+        return
+    for setting in describe_settings(kind.config_class):
+        default = json.dumps(getattr(config, setting.name))
+        console.print(
+            f"[bold]{setting.name}[/]={plain(default)}  {plain(setting.help)} ({plain(setting.allowed)})",
+            soft_wrap=True,
+        )
 
 
 def best_of(trained: Mapping[str, Any]) -> dict[str, float]:

@@ -53,7 +53,7 @@ def studio(
     console = Console()
     asked = STANDARD if acceptance is None else AcceptanceCriteria.read(acceptance)
     chosen = options.find_editor(editor, model, None, seed)
-    if chosen.traits.result == "outside":
+    if chosen.info.result == "outside":
         raise ConfigError(f"{editor} changes no weight, so there is no edit to accept or export: choose another editor")
     task = options.load_model(model, device, seed, dtype, quantise)
     opened = None

@@ -16,7 +16,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from remend.cli import options
 from remend.cli.escaping import plain
-from remend.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from remend.editors import Trainable
@@ -67,15 +66,14 @@ def train(
 ) -> None:
     """Train an editor for a model. Stopped with Ctrl-C or killed, it goes on with --resume as if it never had been."""
     from remend.data import read_source, read_text
-    from remend.editors import TRAINED
+    from remend.editors import trainable_class
     from remend.serialization import write_json
     from remend.training import Resources
     from remend.training import train as train_editor
     from remend.training.loop import check_out
 
     network, settings = options.preset(preset)
-    if method not in TRAINED:
-        raise ConfigError(f"there is no method {method!r}; {nearest(method, TRAINED)}")
+    kind = trainable_class(method)
     passages = read_text(text) if text else ()
     check_out(out, resume)
     requests = read_source(data)
@@ -83,9 +81,7 @@ def train(
     settings = replace(settings, seed=seed, max_steps=max_steps or settings.max_steps)
     resources = Resources(micro_batch, memory, cache, cache_folder, recompute, precision)
     task = options.load_model(model, device, seed, dtype, quantise)
-    editor = TRAINED[method].create(
-        task, network if method == "mend" else None, modules=modules or (), seed=seed, layers=layers
-    )
+    editor = kind.create(task, network if method == "mend" else None, modules=modules or (), seed=seed, layers=layers)
     console = Console(quiet=options.process() > 0)  # of several processes, the first one speaks
     several = f" in {count} processes" if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1 else ""
     console.print(f"{len(requests)} requests{several}; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)

@@ -1,24 +1,35 @@
 """Editors: what turns an edit request into an edit."""
 
+from remend.editors.base import Editor, WeightEditor
 from remend.editors.edit_types import AnyEdit, load_edit
 from remend.editors.info import EditorInfo
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.editor import Mend
-from remend.editors.protocol import Editor
-from remend.editors.registry import EDITORS, TRAINED, UNTRAINED, Trainable, load_editor, load_trained, make
+from remend.editors.registry import (
+    Trainable,
+    editor_class,
+    load_editor,
+    load_trained,
+    make,
+    trainable_class,
+    trained_names,
+)
+from remend.registries import EDITORS
 
 __all__ = [
     "EDITORS",
-    "TRAINED",
-    "UNTRAINED",
     "AnyEdit",
     "Editor",
     "EditorInfo",
     "Mend",
     "MendConfig",
     "Trainable",
+    "WeightEditor",
+    "editor_class",
     "load_edit",
     "load_editor",
     "load_trained",
     "make",
+    "trainable_class",
+    "trained_names",
 ]

@@ -1,4 +1,4 @@
-"""What a model's matrices read when it is about nothing in particular: the ground that edits stand out from."""
+"""Second moments and whitening of the inputs of a model's matrices, over ordinary text."""
 
 from __future__ import annotations
 
@@ -15,53 +15,54 @@ from remend.core.sketching import SketchedMoment, random_test_matrix, sketch_dir
 from remend.core.whitening import SecondMoment
 from remend.tasks.base import Example, Task
 
-BATCH = 32
+CALIBRATION_BATCH_SIZE = 32
+"""Examples that go through the model together."""
 
 
 def whiteners(
-    task: Task, modules: Mapping[str, nn.Module], pairs: Sequence[Example], ridge: float
+    task: Task, modules: Mapping[str, nn.Module], examples: Sequence[Example], ridge: float
 ) -> dict[str, SymmetricOperator]:
-    """For each matrix what whitens its inputs over some stretches; the identity where nothing reaches it.
+    """Return for each matrix the operator that whitens its inputs over the examples.
 
     Inputs of many dimensions are whitened in some directions only (:mod:`remend.core.sketching`).
     """
-    moments = second_moments(task, modules, pairs, sketched=True)
+    moments = second_moments(task, modules, examples, sketched=True)
     return {name: moment.whitener(ridge) for name, moment in moments.items()}
 
 
 @torch.no_grad()
 def second_moments(
-    task: Task, modules: Mapping[str, nn.Module], pairs: Sequence[Example], sketched: bool = False
+    task: Task, modules: Mapping[str, nn.Module], examples: Sequence[Example], sketched: bool = False
 ) -> dict[str, SecondMoment]:
-    """For each matrix the second moment of its inputs at every token of some stretches.
+    """Return for each matrix the second moment of its inputs at every token of the examples.
 
     Args:
         task: the model.
         modules: the matrices, by name.
-        pairs: of :func:`stretches`.
-        sketched: whether those of wide inputs are known in some directions only.
+        examples: ordinary inputs, such as those of :meth:`Task.ordinary_examples`.
+        sketched: whether the moments of wide inputs are measured in some directions only.
     """
     moments: dict[str, SecondMoment] = {}
     test_matrix = cache(random_test_matrix)  # matrices of one width share it
 
-    def nothing(name: str, device: torch.device) -> SecondMoment:
+    def new_moment(name: str, device: torch.device) -> SecondMoment:
         d = dimensions(modules[name])[0]
         directions = sketch_directions(d) if sketched else None
         if directions:
             return SketchedMoment(test_matrix(d, directions, device), directions)
         return SecondMoment(d, device)
 
-    for start in range(0, len(pairs), BATCH):
-        batch = task.collate(pairs[start : start + BATCH])
-        found = record_inputs(task.model, modules, batch.rows, partial(task.outputs, batch))
-        counted = task.token_masks(batch, modules, predicting=False)
-        for name, seen in found.items():
+    for start in range(0, len(examples), CALIBRATION_BATCH_SIZE):
+        batch = task.collate(examples[start : start + CALIBRATION_BATCH_SIZE])
+        inputs = record_inputs(task.model, modules, batch.rows, partial(task.outputs, batch))
+        masks = task.token_masks(batch, modules, predicting=False)
+        for name, recorded in inputs.items():
             if name not in moments:
-                moments[name] = nothing(name, seen.x.device)
-            mask, read = counted[name].to(seen.x.device), seen.x.shape[1]
-            if seen.experts is not None:  # as many rows of a token as it has experts
-                mask = mask.repeat_interleave(read // mask.shape[1], 1)
-            elif read != mask.shape[1]:  # another sequence than the batch's own (a layer over an encoder's output)
-                mask = mask.new_ones(seen.x.shape[:2])
-            moments[name].update(seen.x, mask)
+                moments[name] = new_moment(name, recorded.x.device)
+            mask, tokens = masks[name].to(recorded.x.device), recorded.x.shape[1]
+            if recorded.experts is not None:  # each token has as many rows as experts
+                mask = mask.repeat_interleave(tokens // mask.shape[1], 1)
+            elif tokens != mask.shape[1]:  # another sequence than the batch's (a layer over an encoder's output)
+                mask = mask.new_ones(recorded.x.shape[:2])
+            moments[name].update(recorded.x, mask)
     return moments

@@ -1,4 +1,4 @@
-"""The kinds of edit that editors make."""
+"""``AnyEdit``: whatever an editor makes, and how it is read from a folder."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from remend.edit import Edit
-from remend.editors.in_context import FORMAT as CONTEXT
-from remend.editors.in_context import ContextEdit
-from remend.editors.lookup import FORMAT as CACHE
-from remend.editors.lookup import LookupEdit
+from remend.editors.context_edit import CONTEXT_EDIT_FORMAT, ContextEdit
+from remend.editors.lookup_edit import LOOKUP_EDIT_FORMAT, LookupEdit
 from remend.serialization import read_format
 
 AnyEdit = Edit | LookupEdit | ContextEdit
-"""What an editor makes: a change of weights, a cache of answers, or facts to be told."""
+"""What an editor makes: a change of weights, a table of answers, or facts to put before prompts."""
 
 
 def load_edit(path: str | Path) -> AnyEdit:
-    """The edit that a folder holds, of whatever kind.
+    """Return the edit in a folder, of whatever class.
 
     Raises:
         FileError: it is missing, damaged, altered, or of a version that this release does not know.
     """
-    kinds: dict[str, Callable[[str | Path], AnyEdit]] = {CACHE: LookupEdit.load, CONTEXT: ContextEdit.load}
-    return kinds.get(read_format(path), Edit.load)(path)
+    loaders: dict[str, Callable[[str | Path], AnyEdit]] = {
+        LOOKUP_EDIT_FORMAT: LookupEdit.load,
+        CONTEXT_EDIT_FORMAT: ContextEdit.load,
+    }
+    return loaders.get(read_format(path), Edit.load)(path)

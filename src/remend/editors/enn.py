@@ -12,7 +12,6 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from remend.config import Config
 from remend.core.capture import explain_non_finite
@@ -52,10 +51,10 @@ class Enn(TrainableEditor):
     one copy of the edited matrices in each. (In the original all weights are trained; here the edited ones.)
     """
 
-    traits: ClassVar[EditorInfo] = EditorInfo(
+    info: ClassVar[EditorInfo] = EditorInfo(
         "enn", "Sinitsin et al., ICLR 2020 (arXiv 2004.00345)", "training", "dense", sequences=False
     )
-    configuration: ClassVar[type[Any]] = EnnConfig
+    config_class: ClassVar[type[Config]] = EnnConfig
     size: Tensor
 
     def __init__(self, config: EnnConfig, base: ModelFingerprint, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -64,15 +63,16 @@ class Enn(TrainableEditor):
         self.networks = nn.ParameterList(torch.zeros(min(s), max(s)) for s in self.shapes.values())
         self.register_buffer("size", torch.ones(len(self.shapes)))
 
-    def prepare(self, model: PreTrainedModel) -> None:
+    def build(self, task: Task) -> None:
         """Weights are trained in units of their own size, so that one learning rate suits any model."""
-        for place, (name, module) in enumerate(find_modules(model, self.shapes).items()):
+        for place, (name, module) in enumerate(find_modules(task.model, self.shapes).items()):
             if is_quantized(module):
                 raise ConfigError(f"{name} is quantised, and an ENN trains the weights themselves: use another editor")
             self.size[place] = weight_rms(module)
 
-    def _signature(self) -> dict[str, Any]:
-        return {**super()._signature(), "shared": True}
+    def manifest_fields(self) -> dict[str, Any]:
+        """Return the settings, and that each edit holds what training changed, so that edits cannot be added."""
+        return {**super().manifest_fields(), "shared": True}
 
     def shared(self, name: str) -> int:
         """As many as a matrix of full rank has."""
@@ -87,7 +87,7 @@ class Enn(TrainableEditor):
             found[name] = LowRank(values, identity) if d_in > d_out else LowRank(identity, values)
         return found
 
-    def changes(
+    def episode_changes(
         self, task: Task, pairs: Sequence[Example], prefix: FrozenPrefix, states: Tensor | None
     ) -> dict[str, LowRank]:
         """What training changed, and a step on each pair from there."""

@@ -1,4 +1,4 @@
-"""Fine-tuning on the edit itself: the methods that every editor must beat.
+"""``FineTune`` and ``FineTuneLocal``: fine-tuning on the edit itself, the baseline that every editor must beat.
 
 ``finetune`` is the paper's baseline (section 5, appendix B): gradient steps on the edit's own loss until the model
 answers with the target, at most 100. With ``kl_weight`` and locality examples it is FT+KL, an oracle: it sees at edit
@@ -8,36 +8,39 @@ later down-projection, all requests in shuffled mini-batches, epoch after epoch.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch import Tensor
-from transformers import PreTrainedModel
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from torch import nn
 
 from remend.config import Config
 from remend.core.capture import explain_non_finite
 from remend.core.dense_change import DenseChange
 from remend.core.hooks import changes_applied, frozen
-from remend.core.layers import dimensions, execution_device, expert_count, weight_of, weight_rms
-from remend.core.losses import locality_loss, target_loss
+from remend.core.layers import dimensions, execution_device, weight_of, weight_rms
 from remend.core.low_rank import LowRank
-from remend.edit import Edit
-from remend.editors.info import EditorInfo, checked, refuse_unused
-from remend.errors import ConfigError, NonFiniteError
-from remend.fingerprint import ModelFingerprint, find_modules
+from remend.editors.base import WeightEditor
+from remend.editors.info import EditorInfo
+from remend.editors.serialization import SavedEditor
+from remend.errors import ConfigError, FileError, NonFiniteError
+from remend.fingerprint import find_modules
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.models.structure import editable_modules
-from remend.request import EditRequest
-from remend.tasks.base import Example, Task
+from remend.request import EditRequest, Probe
+from remend.tasks.base import Example, Task, all_of_row
 
 VALUES_AT_ONCE = 2**25
 """Entries of changed matrices that are tuned together: 0.7 GB with gradients, Adam's state and a copy."""
-ROWS_AT_ONCE = 64
-"""Pairs that go through the model together."""
+
+TUNING_BATCH_SIZE = 64
+"""Examples that go through the model together."""
+
+FineTuneT = TypeVar("FineTuneT", bound="FineTune")
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class FineTuneConfig(Config):
         learning_rate: Adam's, as a share of the root mean square of the tuned matrix's entries, so that one setting
             suits models of any scale (the paper chose one for each model).
         steps: passes over the requests, at most.
-        until_taken: whether a request's (of several together: all requests') tuning ends when greedy decoding gives the
+        until_taken: whether the tuning of a request (of several together: of all) ends when greedy decoding gives the
             target.
-        batch_size: requests a step, of several that are tuned together; 0: all of them.
+        batch_size: requests in a step, where several are tuned together; 0 for all of them.
         kl_weight: of KL(p_base ‖ p_tuned) on a locality example for each request and step, beside the edit's loss.
         seed: of the order of requests and the choice of locality examples.
     """
@@ -71,31 +74,23 @@ class FineTuneConfig(Config):
             )
 
 
-class FineTune:
-    """Fine-tunes some matrices on the edit, and hands over the difference as an edit.
+class FineTune(WeightEditor):
+    """Fine-tunes some matrices on the edit, and returns the difference as an edit.
 
     Attributes:
-        config: its settings.
-        base: the model it is for.
-        names: the matrices that are tuned.
         locality: prompts with answers at which the model should stay, for ``kl_weight``.
     """
 
-    traits: ClassVar[EditorInfo] = EditorInfo(
-        "finetune", "Mitchell et al. (arXiv 2110.11309), App. B", "nothing", "dense", True
+    info: ClassVar[EditorInfo] = EditorInfo(
+        "finetune", "Mitchell et al. (arXiv 2110.11309), App. B", "nothing", "dense", batches=True
     )
-
-    def __init__(
-        self, config: FineTuneConfig, base: ModelFingerprint, names: Sequence[str], locality: Sequence[EditRequest] = ()
-    ) -> None:
-        self.config, self.base, self.names = config, base, tuple(names)
-        self.locality = [probe for request in locality for probe in request.locality]
-        if config.kl_weight and not self.locality:
-            raise ConfigError("kl_weight keeps the model at locality examples: give requests that have some")
+    config_class: ClassVar[type[Config]] = FineTuneConfig
+    batch_size: ClassVar[int | None] = None  # how many are tuned together depends on the matrices' size
+    locality: tuple[Probe, ...] = ()
 
     @classmethod
     def create(
-        cls,
+        cls: type[FineTuneT],
         task: Task,
         config: FineTuneConfig | None = None,
         *,
@@ -104,109 +99,105 @@ class FineTune:
         modules: Sequence[str] = (),
         layers: str | None = None,
         locality: Sequence[EditRequest] = (),
-    ) -> FineTune:
-        """The editor for ``model``; by default of the matrices of :meth:`usual`.
+    ) -> FineTuneT:
+        """Return the editor, as :meth:`Editor.create`.
 
         Args:
-            task: the base model.
-            config: settings.
-            text: not used.
-            seed: not used: the configuration has one.
-            modules: globs of the matrices to tune.
+            task: the model.
+            config: the configuration; by default :meth:`default_config`.
+            text: refused.
+            seed: of the default configuration; one that is given has its own.
+            modules: globs of the matrices to tune; by default the MLPs' of the last three blocks.
             layers: the blocks to look in.
             locality: requests whose ``locality`` examples are for ``kl_weight``.
 
         Raises:
             ModelError: there is nothing to edit, or nothing matches.
-            ConfigError: a matrix belongs to several experts, or the settings do not go together.
+            ConfigError: a matrix belongs to several experts, or ``kl_weight`` is set without locality examples.
         """
-        refuse_unused(cls.traits.name, text=text)
-        if not modules and layers is None:
-            modules = cls.usual(task.model)
-        chosen = editable_modules(task.model, modules, layers=layers)
-        if several := [name for name, module in chosen.items() if expert_count(module)]:
+        editor = super().create(task, config, text=text, seed=seed, modules=modules, layers=layers)
+        editor.locality = tuple(probe for request in locality for probe in request.locality)
+        if editor.config.kl_weight and not editor.locality:
             raise ConfigError(
-                f"{several[0]} holds several experts' matrices, of which tuning would change all, also those that the "
-                "edit never reaches: name other matrices (attention's, say), or use MEND"
+                "kl_weight keeps the model at locality examples: give requests that have some, as locality=[…]"
             )
-        return cls(config or cls.default(), ModelFingerprint.of(task.model, chosen), tuple(chosen), locality)
+        return editor
 
     @classmethod
-    def usual(cls, model: PreTrainedModel) -> Sequence[str]:
-        """The matrices that are tuned where none are named: those that MEND edits, the MLPs' of the last blocks."""
-        return ()
+    def default_config(cls, seed: int = 0) -> FineTuneConfig:
+        """Return the paper's settings."""
+        return FineTuneConfig(seed=seed)
 
-    @classmethod
-    def default(cls) -> FineTuneConfig:
-        """Settings where none are given."""
-        return FineTuneConfig()
+    def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
+        """Tune on all requests together and return what changed."""
+        tuning = _Tuning(self, task, [[task.encode(request.prompt, request.target) for request in requests]])
+        tuning.run()
+        return tuning.changes(0)
 
-    @torch.inference_mode(False)  # a server may have it on
-    def edit(self, task: Task, requests: Sequence[EditRequest]) -> Edit:
-        """One edit for all ``requests``: the model is tuned on all of them together; it is not changed itself.
-
-        Raises:
-            RequestError: there is no request, or one does not fit the model's context.
-            WrongBaseError: the editor is for another kind of model.
-            NonFiniteError: a loss is not finite, of a model that holds NaN or by too large a learning rate.
-        """
-        base = checked(self.base, task.model, requests, trained=False)
-        run = _Tuning(self, task, [[task.encode(request.prompt, request.target) for request in requests]])
-        run.run()
-        return Edit(run.changes(0), base, tuple(requests), self._signature())
-
-    @torch.inference_mode(False)
-    def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Edit]:
-        """One edit for each request, each tuned on that alone; batched inside. Errors as :meth:`edit`."""
-        base = checked(self.base, task.model, requests, trained=False)
-        size = sum(weight_of(module).numel() for module in find_modules(task.model, self.names).values())
-        together = max(1, min(ROWS_AT_ONCE, VALUES_AT_ONCE // size))
-        found = []
+    def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
+        """Tune on each request alone, several at the same time, and return what changed."""
+        size = sum(weight_of(module).numel() for module in find_modules(task.model, self.shapes).values())
+        together = max(1, min(TUNING_BATCH_SIZE, VALUES_AT_ONCE // size))
+        changes: list[dict[str, LowRank]] = []
         for start in range(0, len(requests), together):
-            some = requests[start : start + together]
-            run = _Tuning(self, task, [[task.encode(request.prompt, request.target)] for request in some])
-            run.run()
-            found += [Edit(run.changes(e), base, (r,), self._signature()) for e, r in enumerate(some)]
-        return found
+            part = requests[start : start + together]
+            tuning = _Tuning(self, task, [[task.encode(request.prompt, request.target)] for request in part])
+            tuning.run()
+            changes += [tuning.changes(episode) for episode in range(len(part))]
+        return changes
 
-    def _signature(self) -> dict[str, object]:
-        return {"name": self.traits.name, **asdict(self.config)}
+    def saved_fields(self) -> dict[str, Any]:
+        """Return the locality examples."""
+        return {"locality": [probe.model_dump(mode="json") for probe in self.locality]}
+
+    def restore(self, saved: SavedEditor) -> None:
+        """Take over the locality examples."""
+        super().restore(saved)
+        try:
+            self.locality = tuple(Probe.model_validate_json(json.dumps(p)) for p in saved.field("locality", list))
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise FileError(f"{saved.path}: a locality example is malformed ({reason}); it was altered") from None
 
 
 class FineTuneLocal(FineTune):
     """Fine-tunes one later down-projection for a number of epochs (Yang et al., arXiv 2509.22072)."""
 
-    traits: ClassVar[EditorInfo] = EditorInfo(
-        "finetune-local", "Yang et al. (arXiv 2509.22072)", "nothing", "dense", True
+    info: ClassVar[EditorInfo] = EditorInfo(
+        "finetune-local", "Yang et al. (arXiv 2509.22072)", "nothing", "dense", batches=True
     )
     DEPTH: ClassVar[float] = 0.7
-    """Where in the depth of the model the matrix lies, where none is named."""
+    """The depth of the default matrix, as a share of the model's depth."""
 
     @classmethod
-    def usual(cls, model: PreTrainedModel) -> Sequence[str]:
-        """One MLP's narrowing matrix, at :data:`DEPTH` of the model."""
-        every = list(editable_modules(model, (), outputs_only=True, layers="0.0-1.0"))
-        return [every[min(len(every) - 1, int(cls.DEPTH * len(every)))]]
+    def select_modules(
+        cls, task: Task, config: Any, modules: Sequence[str], layers: str | None
+    ) -> dict[str, nn.Module]:
+        """Return the matrices to tune; by default one narrowing MLP matrix at :data:`DEPTH` of the model."""
+        if not modules and layers is None:
+            names = list(editable_modules(task.model, (), outputs_only=True, layers="0.0-1.0"))
+            modules = [names[min(len(names) - 1, int(cls.DEPTH * len(names)))]]
+        return super().select_modules(task, config, modules, layers)
 
     @classmethod
-    def default(cls) -> FineTuneConfig:
-        """Settings where none are given."""
-        return FineTuneConfig(learning_rate=0.02, steps=30, until_taken=False, batch_size=8)
+    def default_config(cls, seed: int = 0) -> FineTuneConfig:
+        """Return the settings of Yang et al."""
+        return FineTuneConfig(learning_rate=0.02, steps=30, until_taken=False, batch_size=8, seed=seed)
 
 
 class _Tuning:
-    """Some episodes of one or more pairs each, tuned independently and at the same time.
+    """Tunes some episodes of one or more examples each, independently and at the same time.
 
     Args:
-        editor: what is tuned and how.
+        editor: the editor, for its matrices and configuration.
         task: the model; frozen, the change is beside it.
-        episodes: the pairs of each.
+        episodes: the examples of each.
     """
 
     def __init__(self, editor: FineTune, task: Task, episodes: Sequence[Sequence[Example]]) -> None:
-        self.editor, self.config, self.task, self.episodes = editor, editor.config, task, episodes
-        self.modules = find_modules(task.model, editor.names)
-        self.prefix = FrozenPrefix(task.model, editor.names)
+        self.config, self.task, self.episodes = editor.config, task, episodes
+        self.modules = find_modules(task.model, editor.shapes)
+        self.prefix = FrozenPrefix(task.model, editor.shapes)
         self.dense = {
             name: DenseChange(dimensions(module), len(episodes), execution_device(module))
             for name, module in self.modules.items()
@@ -215,12 +206,12 @@ class _Tuning:
             {"params": [self.dense[name].values], "lr": self.config.learning_rate * weight_rms(module)}
             for name, module in self.modules.items()
         ]
-        self.optimiser = torch.optim.Adam(groups)
-        self.draw = random.Random(f"{self.config.seed} tuning")
+        self.optimizer = torch.optim.Adam(groups)
+        self.random = random.Random(f"{self.config.seed} tuning")
         self.locality = [task.encode(probe.prompt, probe.target) for probe in editor.locality]
 
     def changes(self, episode: int) -> dict[str, LowRank]:
-        """What one episode's tuning changed."""
+        """Return what the tuning of one episode changed."""
         return {name: dense.single_episode(episode) for name, dense in self.dense.items()}
 
     def run(self) -> None:
@@ -228,68 +219,70 @@ class _Tuning:
         active = list(range(len(self.episodes)))
         with frozen(self.task.model), torch.enable_grad():
             for _ in range(self.config.steps):
-                for pairs in self._batches(active):
-                    taken = self._step(active, pairs)
+                for examples in self._batches(active):
+                    taken = self._step(active, examples)
                     if self.config.until_taken:  # a batch of an episode is all of it, then
-                        active = [episode for episode, own in zip(active, taken, strict=True) if not own]
+                        active = [episode for episode, done in zip(active, taken, strict=True) if not done]
                 if not active:
                     return
 
     def _batches(self, active: Sequence[int]) -> Iterator[list[Sequence[Example]]]:
-        """The pairs of each active episode for the steps of one epoch."""
+        """Yield the examples of each active episode for the steps of one epoch."""
         size = self.config.batch_size
         if len(self.episodes) > 1 or not size:
             yield [self.episodes[episode] for episode in active]
             return
-        pairs = self.draw.sample(self.episodes[0], len(self.episodes[0]))
-        for start in range(0, len(pairs), size):
-            yield [pairs[start : start + size]]
+        examples = self.random.sample(self.episodes[0], len(self.episodes[0]))
+        for start in range(0, len(examples), size):
+            yield [examples[start : start + size]]
 
-    def _step(self, active: Sequence[int], pairs: Sequence[Sequence[Example]]) -> list[bool]:
-        """One step of the active episodes that need it; which of them had taken before."""
-        kept = {name: dense.values.detach().clone() for name, dense in self.dense.items() if self.config.until_taken}
-        self.optimiser.zero_grad()
+    def _step(self, active: Sequence[int], examples: Sequence[Sequence[Example]]) -> list[bool]:
+        """Make one step of the active episodes that need it, and tell which of them had taken before."""
+        before = {name: dense.values.detach().clone() for name, dense in self.dense.items() if self.config.until_taken}
+        self.optimizer.zero_grad()
         taken: list[bool] = []
-        together = len(pairs) if len(pairs) > 1 else 1
-        rows = len(pairs[0])
-        for start in range(0, rows, max(1, ROWS_AT_ONCE // together)):
-            part = [own[start : start + max(1, ROWS_AT_ONCE // together)] for own in pairs]
-            found = self._backward(list(active), part, rows)
-            taken = [one and other for one, other in zip(taken or found, found, strict=True)]
-        self.optimiser.step()
+        rows, part_size = len(examples[0]), max(1, TUNING_BATCH_SIZE // max(1, len(examples)))
+        for start in range(0, rows, part_size):
+            part = [episode[start : start + part_size] for episode in examples]
+            taken_in_part = self._backward(list(active), part, rows)
+            taken = [a and b for a, b in zip(taken or taken_in_part, taken_in_part, strict=True)]
+        self.optimizer.step()
         if self.config.until_taken:
-            still = {episode for episode, own in zip(active, taken, strict=True) if not own}
-            done = [episode for episode in range(len(self.episodes)) if episode not in still]
+            unfinished = {episode for episode, done in zip(active, taken, strict=True) if not done}
+            finished = [episode for episode in range(len(self.episodes)) if episode not in unfinished]
             with torch.no_grad():
-                for name, dense in self.dense.items():  # Adam moves on by itself
-                    dense.values[done] = kept[name][done]
+                # Adam's momentum moves an episode on even where its gradient is zero, so its step is undone.
+                for name, dense in self.dense.items():
+                    dense.values[finished] = before[name][finished]
         return taken
 
-    def _backward(self, active: list[int], pairs: Sequence[Sequence[Example]], rows: int) -> list[bool]:
-        """Adds to the gradients of the active episodes; which had taken on all these pairs."""
-        own = [pair for some in pairs for pair in some]
-        others = self.draw.choices(self.locality, k=len(own)) if self.config.kl_weight else []
-        mixed = [pair for both in zip(own, others, strict=True) for pair in both] if others else own
-        batch, each = self.task.collate(mixed), 2 if others else 1
-        edits = batch.row % each == 0
+    def _backward(self, active: list[int], examples: Sequence[Sequence[Example]], rows: int) -> list[bool]:
+        """Add to the gradients of the active episodes, and tell which of them had taken on all these examples."""
+        task, distribution = self.task, self.task.distribution
+        edits = [example for episode in examples for example in episode]
+        locality = self.random.choices(self.locality, k=len(edits)) if self.config.kl_weight else []
+        # Each edit example is followed by its locality example, so that episodes stay next to each other in the batch.
+        mixed = [example for both in zip(edits, locality, strict=True) for example in both] if locality else edits
+        batch, per_edit = task.collate(mixed), 2 if locality else 1
+        of_edits = batch.row % per_edit == 0
         with torch.no_grad():
-            states = self.prefix.compute_states(lambda: self.task.outputs(batch)) if self.prefix.depth else None
+            states = self.prefix.compute_states(lambda: task.outputs(batch)) if self.prefix.depth else None
             with self.prefix.resume_from(states):
-                base = self.task.outputs(batch)[~edits] if others else None
+                base = task.outputs(batch)[~of_edits] if locality else None
         changes = {name: dense.select(active) for name, dense in self.dense.items()}
         with self.prefix.resume_from(states), changes_applied(self.modules, changes):
-            logits = self.task.outputs(batch)
-        target, row = batch.target[edits], batch.row[edits] // each
-        losses = target_loss(logits[edits], target, row, len(own))
+            outputs = task.outputs(batch)
+        target, row = batch.target[of_edits], batch.row[of_edits] // per_edit
+        losses = distribution.loss(outputs[of_edits], target, row, len(edits))
         if base is not None:
-            there = batch.row[~edits] // each
-            losses = losses + self.config.kl_weight * locality_loss(base, logits[~edits], there, len(own))
+            locality_row = batch.row[~of_edits] // per_edit
+            divergence = distribution.divergence(base, outputs[~of_edits], locality_row, len(edits))
+            losses = losses + self.config.kl_weight * divergence
         if not losses.isfinite().all():
             raise NonFiniteError(
-                f"the loss of tuning is not finite: lower learning_rate{explain_non_finite(self.task.model)}"
+                f"the loss of fine-tuning is not finite: lower learning_rate{explain_non_finite(task.model)}"
             )
         (losses.sum() / rows).backward()
-        right: Tensor = torch.ones(len(own), dtype=torch.bool, device=row.device)
-        right[row[logits[edits].argmax(-1) != target]] = False
-        taken: list[bool] = right.view(len(pairs), -1).all(1).tolist()
-        return taken
+        taken = all_of_row(distribution.correct(outputs[of_edits], target), row, len(edits))
+        result: list[bool] = taken.view(len(examples), -1).all(1).tolist()
+        return result

@@ -1,73 +1,37 @@
-"""What every editor says of itself, and checks before it edits."""
+"""``EditorInfo``: what an editor declares about itself, which the base class checks and the command line reads."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from transformers import PreTrainedModel
-
-from remend.errors import ConfigError, RequestError
-from remend.fingerprint import ModelFingerprint
-from remend.request import EditRequest
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class EditorInfo:
-    """What an editor needs before its first edit, and what its edits are.
+    """What an editor needs before its first edit, which options it takes, and what its edits are.
 
     Attributes:
-        name: how it is called on the command line and in files.
+        name: its name on the command line and in files.
         source: the paper that it is from.
-        needs: ``nothing``; ``text`` (statistics of some text); or ``training`` (on requests of other subjects).
-        result: what an edit of it is: ``low-rank``; ``dense`` (a whole matrix's change, kept as factors of full rank,
-            so that it is applied, reverted, saved and merged like any other); or ``outside`` (no change of a weight).
-        batches: whether several requests can be more than the sum of their edits: made true together.
-        sequences: whether an edit can be added to an earlier one of another request; if not, both are one edit's.
+        needs: ``nothing``; ``text`` (it measures the model's activations on a text); or ``training`` (on requests about
+            other subjects).
+        result: what its edits are: ``low-rank``; ``dense`` (the change of a whole matrix, kept as factors of full rank,
+            so that it is applied, reverted, saved and merged like any other); or ``outside`` (no weight is changed).
+        batches: whether an edit of several requests can be more than the sum of their edits.
+        sequences: whether edits can be added to each other; if not, one edit is made of all requests.
+        options: those of ``text``, ``modules`` and ``layers`` that :meth:`Editor.create` has a use for.
+        experts: whether it edits matrices that hold those of several experts.
+        requires: the attributes of a task that must be true, each with the reason, as the end of an error message.
     """
 
     name: str
     source: str
-    needs: str
-    result: str = "low-rank"
+    needs: Literal["nothing", "text", "training"]
+    result: Literal["low-rank", "dense", "outside"] = "low-rank"
     batches: bool = False
     sequences: bool = True
-
-
-def checked(
-    base: ModelFingerprint, model: PreTrainedModel, requests: Sequence[EditRequest], trained: bool = True
-) -> ModelFingerprint:
-    """The identity of ``model`` for an edit, after checking that an editor for ``base`` may edit it.
-
-    Args:
-        base: the model that the editor is for.
-        model: the one that it is given.
-        requests: what it is asked to do.
-        trained: whether it was trained for that model's weights or measured them, and does worse with others.
-
-    Raises:
-        RequestError: there is no request.
-        WrongBaseError: the model is of another kind.
-    """
-    if not requests or isinstance(requests, EditRequest) or not all(isinstance(r, EditRequest) for r in requests):
-        raise RequestError("give a list of at least one EditRequest(prompt=…, target=…)")
-    base.check_architecture(model, "this editor")
-    found = base.recomputed_for(model)
-    if trained and found.weights != base.weights:
-        warnings.warn(
-            f"this editor was trained for {base.name!r}, or measured it, with other weights than this model has; "
-            "its edits may be worse: evaluate them",
-            stacklevel=4,
-        )
-    return found
-
-
-def refuse_unused(name: str, **options: object) -> None:
-    """Refuse options of ``create`` that an editor has no use for.
-
-    Raises:
-        ConfigError: one was given.
-    """
-    if given := [option for option, value in options.items() if value]:
-        raise ConfigError(f"{name} takes no {' and no '.join(given)}")
+    options: tuple[str, ...] = ("modules", "layers")
+    experts: bool = False
+    requires: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

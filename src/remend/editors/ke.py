@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
-from transformers import PreTrainedModel
 
 from remend.config import Config
 from remend.core.capture import capture_gradient_factors
@@ -48,21 +47,21 @@ class Ke(TrainableEditor):
     is the step at which a token's edit changes its own output by about the output's size, so that it suits any model.
     """
 
-    traits: ClassVar[EditorInfo] = EditorInfo("ke", "De Cao et al., EMNLP 2021 (arXiv 2104.08164)", "training")
-    configuration: ClassVar[type[Any]] = KeConfig
+    info: ClassVar[EditorInfo] = EditorInfo("ke", "De Cao et al., EMNLP 2021 (arXiv 2104.08164)", "training")
+    config_class: ClassVar[type[Config]] = KeConfig
 
     def __init__(self, config: KeConfig, base: ModelFingerprint, shapes: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(config, base, shapes)
         self.alpha = nn.Parameter(torch.zeros(len(self.shapes)))
         self.networks = nn.ModuleDict()
 
-    def prepare(self, model: PreTrainedModel) -> None:
+    def build(self, task: Task) -> None:
         """The networks' sizes are those of the model's embeddings and labels."""
-        width = next(model.get_input_embeddings().parameters()).shape[1]
-        labels = 0 if model.get_output_embeddings() is not None else max(2, model.config.num_labels or 0)
-        self._build(width, labels)
+        width = next(task.model.get_input_embeddings().parameters()).shape[1]
+        labels = 0 if task.model.get_output_embeddings() is not None else max(2, task.model.config.num_labels or 0)
+        self._build_networks(width, labels)
 
-    def _build(self, width: int, labels: int) -> None:
+    def _build_networks(self, width: int, labels: int) -> None:
         hidden = self.config.hidden
         self.networks["reader"] = nn.LSTM(width, hidden, batch_first=True, bidirectional=True)
         self.networks["condition"] = nn.Linear(2 * hidden, hidden)
@@ -77,9 +76,9 @@ class Ke(TrainableEditor):
     def expect(self, tensors: Mapping[str, Tensor]) -> None:
         """The sizes of the model that an editor was saved for."""
         labels = tensors.get("networks.labels.weight")
-        self._build(tensors["networks.reader.weight_ih_l0"].shape[1], 0 if labels is None else len(labels))
+        self._build_networks(tensors["networks.reader.weight_ih_l0"].shape[1], 0 if labels is None else len(labels))
 
-    def changes(
+    def episode_changes(
         self, task: Task, pairs: Sequence[Example], prefix: FrozenPrefix, states: Tensor | None
     ) -> dict[str, LowRank]:
         """The gated gradient of each pair, and its shift: a factor pair for each token after the shift's."""

@@ -1,46 +1,57 @@
-"""Every editor by its name."""
+"""Make an editor by its name, and read one from a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from remend.editors.enn import Enn
-from remend.editors.finetune import FineTune, FineTuneLocal
-from remend.editors.in_context import InContext
-from remend.editors.ke import Ke
-from remend.editors.locate_then_edit.base import LocateThenEdit
-from remend.editors.locate_then_edit.editors import Memit, Rome
-from remend.editors.lookup import Lookup
+from remend.editors.base import Editor
 from remend.editors.mend.editor import Mend
-from remend.editors.protocol import Editor
-from remend.editors.ridge import Ridge
-from remend.editors.serialization import FORMAT
+from remend.editors.serialization import EDITOR_FORMAT
 from remend.editors.trainable import TrainableEditor
 from remend.errors import ConfigError, FileError, nearest
+from remend.registries import EDITORS
 from remend.serialization import read_manifest
-from remend.tasks import Task
+from remend.tasks.base import Task
 
 Trainable = Mend | TrainableEditor
+"""An editor that is trained before its first edit."""
 
-TRAINED: dict[str, type[Mend] | type[TrainableEditor]] = {"mend": Mend, "ke": Ke, "enn": Enn}
-"""Those that are trained before their first edit."""
+RENAMED = {"cache": "lookup"}
+"""Editors that had another name: the old one, which files may hold, and the present one."""
 
-UNTRAINED: dict[str, type[Any]] = {
-    kind.traits.name: kind for kind in (Ridge, FineTune, FineTuneLocal, Rome, Memit, Lookup, InContext)
-}
-"""Those that can edit any model at once."""
 
-EDITORS: dict[str, type[Any]] = {**TRAINED, **UNTRAINED}
-"""All of them."""
+def editor_class(name: str) -> type[Editor]:
+    """Return the class of an editor.
 
-STORED: dict[str, type[Any]] = {
-    **TRAINED,
-    **{name: kind for name, kind in UNTRAINED.items() if issubclass(kind, LocateThenEdit)},
-}
-"""Those that are kept in folders: what they learnt or measured takes a while."""
+    Raises:
+        ConfigError: there is no editor of that name.
+        RegistryError: its package cannot be imported.
+    """
+    if name in RENAMED:
+        raise ConfigError(f"the editor {name!r} is called {RENAMED[name]!r} now")
+    if name not in EDITORS:
+        raise ConfigError(f"there is no editor {name!r}, nor a folder of that name; {nearest(name, EDITORS.names())}")
+    loaded: type[Editor] = EDITORS.load(name)
+    return loaded
+
+
+def trainable_class(name: str) -> type[Mend] | type[TrainableEditor]:
+    """Return the class of an editor that is trained before its first edit.
+
+    Raises:
+        ConfigError: no such editor is trained.
+    """
+    if name not in trained_names():
+        raise ConfigError(f"there is no method {name!r}; {nearest(name, trained_names())}")
+    loaded: type[Mend] | type[TrainableEditor] = EDITORS.load(name)
+    return loaded
+
+
+def trained_names() -> list[str]:
+    """Return the names of the editors that are trained before their first edit."""
+    return [entry.name for entry in EDITORS if entry.needs == "training"]
 
 
 def make(
@@ -49,59 +60,54 @@ def make(
     text: Sequence[str] = (),
     seed: int = 0,
     config: Any = None,
+    *,
+    modules: Sequence[str] = (),
+    layers: str | None = None,
 ) -> Editor:
-    """An editor that needs no training, for a model.
+    """Return an editor that needs no training, for a model.
 
     Args:
-        name: one of :data:`UNTRAINED`.
-        task: the base model.
-        text: passages of ordinary text, for those that measure what the model reads.
-        seed: of whatever is drawn.
-        config: the editor's settings; its own default without. ``in-context`` has none.
+        name: a name of :data:`remend.registries.EDITORS`.
+        task: the model.
+        text: passages of ordinary text, for editors that measure the model's activations.
+        seed: of every random draw.
+        config: the editor's configuration; by default its own default.
+        modules: globs of the matrices to edit, for editors that let one choose.
+        layers: the blocks to edit.
 
     Raises:
-        ConfigError: there is no such editor, or it needs something that is missing.
+        ConfigError: there is no such editor, it needs training or a text, or has no use for an option.
         ModelError: there is nothing in the model that it could edit.
     """
-    if name in TRAINED:
+    kind = editor_class(name)
+    if kind.info.needs == "training":
         raise ConfigError(
             f"{name} is trained before its first edit: remend train … --method {name} --out DIR, then DIR"
         )
-    if name not in UNTRAINED:
-        raise ConfigError(f"there is no editor {name!r}, nor a folder of that name; {nearest(name, UNTRAINED)}")
-    if isinstance(text, str):
-        raise ConfigError(
-            "text is a list of passages, and was given one string: [text], or remend.data.read_text(FILE)"
-        )
-    kind = UNTRAINED[name]
-    if kind.traits.needs == "text" and not text:
-        raise ConfigError(f"{name} measures what the model reads on a text: give text=[…], or --statistics FILE")
-    if config is None and issubclass(kind, FineTune):
-        config = replace(kind.default(), seed=seed)
-    found: Editor = kind.create(task, config, text=text, seed=seed)
-    return found
+    return kind.create(task, config, text=text, seed=seed, modules=modules, layers=layers)
 
 
-def load_editor(path: str | Path) -> Trainable | LocateThenEdit:
-    """The editor that a folder holds, of whatever kind.
+def load_editor(path: str | Path) -> Editor:
+    """Return the editor in a folder, of whatever class.
 
     Raises:
-        FileError: the folder is missing, damaged, altered, of an unknown version, or of an unknown kind.
+        FileError: the folder is missing, damaged, altered, of an unknown version, or of an unknown editor.
     """
-    kind = read_manifest(path, FORMAT).get("editor")
-    if kind not in STORED:
-        raise FileError(f"{path} holds an editor of the kind {kind!r}; this release knows {', '.join(STORED)}")
-    found: Trainable | LocateThenEdit = STORED[kind].from_pretrained(path)
-    return found
+    name = read_manifest(path, EDITOR_FORMAT).get("editor")
+    if not isinstance(name, str) or name not in EDITORS:
+        raise FileError(
+            f"{path} holds the editor {name!r}, which is not known here; known: {', '.join(EDITORS.names())}"
+        )
+    return editor_class(name).load(path)
 
 
 def load_trained(path: str | Path) -> Trainable:
-    """The trained editor that a folder holds.
+    """Return the trained editor in a folder.
 
     Raises:
-        FileError: as :func:`load_editor`; or the editor there is of a kind that is not trained.
+        FileError: as :func:`load_editor`; or the editor is one that is not trained.
     """
-    found = load_editor(path)
-    if not isinstance(found, Trainable):
-        raise FileError(f"{path} holds the editor {found.traits.name!r}, which is not trained; load_editor reads it")
-    return found
+    editor = load_editor(path)
+    if not isinstance(editor, Trainable):
+        raise FileError(f"{path} holds the editor {editor.info.name!r}, which is not trained; load_editor reads it")
+    return editor

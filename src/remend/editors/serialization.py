@@ -1,69 +1,58 @@
-"""How editors are kept in folders: what all manifests say, and what the names and sizes of MEND's tensors say."""
+"""Read the folders of saved editors, and say what the names and sizes of MEND's tensors mean."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
 
-from remend.config import from_json, to_json
-from remend.editors.info import EditorInfo
 from remend.errors import FileError
 from remend.fingerprint import ModelFingerprint
 from remend.serialization import get_field, read_folder
 
-FORMAT = "remend.editor/1"
-
-
-@runtime_checkable
-class SavableEditor(Protocol):
-    """An editor of some matrices of one model, with settings."""
-
-    traits: ClassVar[EditorInfo]
-    config: Any
-    base: ModelFingerprint
-    shapes: dict[str, tuple[int, int]]
+EDITOR_FORMAT = "remend.editor/1"
+"""The format in the manifest of a saved editor."""
 
 
 @dataclass(frozen=True, eq=False)
 class SavedEditor:
-    """What was read of an editor's folder.
+    """The content of an editor's folder.
 
     Attributes:
-        manifest: all that it says.
-        tensors: by name.
-        config: the settings.
-        base: the model that it is for.
-        shapes: (d_in, d_out) of each edited module, by name.
+        path: the folder.
+        manifest: the whole manifest.
+        tensors: the tensors by name.
+        config: the configuration, as JSON.
+        base: the model that the editor is for.
+        shapes: (d_in, d_out) of each edited matrix, by name.
     """
 
+    path: str | Path
     manifest: dict[str, Any]
     tensors: dict[str, Tensor]
-    config: Any
+    config: dict[str, Any]
     base: ModelFingerprint
     shapes: dict[str, tuple[int, int]]
 
+    def field(self, key: str, kind: type[Any]) -> Any:
+        """Return a field of the manifest.
 
-def described(editor: SavableEditor) -> dict[str, Any]:
-    """What the manifest of every editor says."""
-    return {
-        "editor": editor.traits.name,
-        "config": to_json(editor.config),
-        "base": asdict(editor.base),
-        "shapes": {name: list(shape) for name, shape in editor.shapes.items()},
-    }
+        Raises:
+            FileError: it is missing, or not a ``kind``.
+        """
+        return get_field(self.manifest, key, kind, self.path)
 
 
-def read_editor(path: Path, name: str, configuration: type[Any]) -> SavedEditor:
-    """What a folder holds of the editor ``name``, whose settings are a ``configuration``.
+def read_editor(path: str | Path, name: str) -> SavedEditor:
+    """Read the folder of the editor ``name``.
 
     Raises:
-        FileError: the folder is missing, damaged, altered, of an unknown version, or of another kind of editor.
+        FileError: the folder is missing, damaged, altered, of an unknown version, or of another editor.
     """
-    manifest, tensors = read_folder(path, FORMAT)
+    manifest, tensors = read_folder(path, EDITOR_FORMAT)
     if manifest.get("editor") != name:
         raise FileError(f"{path} holds the editor {manifest.get('editor')!r}, not {name!r}")
     shapes = get_field(manifest, "shapes", dict, path)
@@ -71,20 +60,21 @@ def read_editor(path: Path, name: str, configuration: type[Any]) -> SavedEditor:
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(d) is int and d > 0 for d in shape)):
             raise FileError(f"{path}: the shape of {module} should be [d_in, d_out], it is {shape!r}")
     return SavedEditor(
+        path,
         manifest,
         tensors,
-        from_json(configuration, get_field(manifest, "config", dict, path)),
+        get_field(manifest, "config", dict, path),
         ModelFingerprint.from_manifest(get_field(manifest, "base", dict, path), path),
         {module: (d_in, d_out) for module, (d_in, d_out) in shapes.items()},
     )
 
 
-def symmetric_of(state: Mapping[str, Tensor]) -> set[str]:
-    """Which tensors of a MEND editor are symmetric matrices, of which half is stored."""
+def symmetric_tensors(state: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of the tensors of a MEND editor that are symmetric matrices, of which half is stored."""
     return {name for name, t in state.items() if name.startswith(("whitener_", "contrast_")) and t.dim() == 2}
 
 
-def directions_in(shapes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """In how many directions the whiteners of a saved MEND editor tell inputs apart, where not in all."""
-    found = {name: tensors.get(f"basis_{index}") for index, name in enumerate(shapes)}
-    return {name: basis.shape[1] for name, basis in found.items() if basis is not None and basis.dim() == 2}
+def sketched_directions(shapes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the number of directions of each whitener of a saved MEND editor that covers only some."""
+    bases = {name: tensors.get(f"basis_{index}") for index, name in enumerate(shapes)}
+    return {name: basis.shape[1] for name, basis in bases.items() if basis is not None and basis.dim() == 2}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from remend.edit import Edit
-from remend.editors.lookup import LookupEdit
+from remend.editors.lookup_edit import LookupEdit
 from remend.request import EditRequest, Prompt
 from remend.tasks import Task
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 from remend.edit import Edit
+from remend.editors.context_edit import ContextEdit
 from remend.editors.edit_types import AnyEdit
-from remend.editors.in_context import ContextEdit
 from remend.errors import ConfigError
 from remend.evaluation.interventions import (
     FactsInContext,

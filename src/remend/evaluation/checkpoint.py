@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from remend.core.operators import SymmetricOperator
+from remend.editors.base import Editor
 from remend.editors.edit_types import AnyEdit, load_edit
-from remend.editors.protocol import Editor
 from remend.errors import FileError
 from remend.request import EditRequest
 from remend.serialization import write_json

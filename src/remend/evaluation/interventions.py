@@ -12,9 +12,9 @@ import torch
 from remend.core.hooks import changes_applied
 from remend.core.low_rank import LowRank, stack
 from remend.edit import Edit
+from remend.editors.context_edit import ContextEdit
 from remend.editors.edit_types import AnyEdit
-from remend.editors.in_context import ContextEdit
-from remend.editors.lookup import LookupEdit
+from remend.editors.lookup_edit import LookupEdit
 from remend.fingerprint import find_modules
 from remend.request import Prompt
 from remend.tasks.base import Answer, Task
@@ -122,7 +122,7 @@ class FactsInContext(Intervention):
 
     def prompt_for(self, number: int, prompt: Prompt, room: int) -> Prompt | None:
         """Return the prompt after the facts; None if they do not fit the context, or stand there already."""
-        return self.edits[number].told(self.task, prompt, room)
+        return self.edits[number].with_facts(self.task, prompt, room)
 
 
 def shared_intervention(task: Task, edit: AnyEdit, requests: int) -> Intervention:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from remend.editors.protocol import Editor
+from remend.editors.base import Editor
 from remend.errors import ConfigError, RequestError
 from remend.evaluation.checkpoint import EvaluationCheckpoint, evaluation_fingerprint
 from remend.evaluation.metrics.lm_eval import LmEvalTasks, TaskScores, pair_scores

@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
 from remend.edit import Edit
+from remend.editors.base import Editor
+from remend.editors.context_edit import ContextEdit
 from remend.editors.edit_types import AnyEdit
-from remend.editors.in_context import ContextEdit
-from remend.editors.protocol import Editor
 from remend.evaluation.cases import BASELINES, CaseScorer
 from remend.evaluation.checkpoint import EvaluationCheckpoint
 from remend.evaluation.interventions import Intervention, shared_intervention
@@ -197,7 +197,7 @@ class EvaluationRunner:
 
         Each is made of the model as the earlier ones leave it; of an editor whose edits cannot be added, all at once.
         """
-        info = getattr(self.editor, "traits", None)  # editors of other packages need not have it
+        info = getattr(self.editor, "info", None)  # editors of other packages need not have it
         if info is not None and not info.sequences:
             return self.editor.edit(self.task, self.requests[:size])
         for request in self.requests[done:size]:

@@ -44,7 +44,7 @@ class DirectTrainer(Trainer):
         workers: ProcessGroup | None = None,
         text: Sequence[str] = (),
     ) -> None:
-        resources, name = resources or Resources(), editor.traits.name
+        resources, name = resources or Resources(), editor.info.name
         if resources.memory is not None:
             raise ConfigError(
                 f"the memory of training {name} cannot be limited: give a smaller batch_size, or use mend"
@@ -70,7 +70,9 @@ class DirectTrainer(Trainer):
         self.constants.prefix_states(batch.edits)
 
     def _changes(self, batch: EpisodeBatch, ledger: FactoredGradients | None = None) -> dict[str, LowRank]:
-        return self.editor.changes(self.task, batch.edits, self.prefix, self.constants.prefix_states(batch.edits))
+        return self.editor.episode_changes(
+            self.task, batch.edits, self.prefix, self.constants.prefix_states(batch.edits)
+        )
 
     def _mine(self) -> None:
         if self.config.near:

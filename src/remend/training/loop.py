@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from remend.config import to_json
 from remend.editors import Trainable, load_trained
 from remend.editors.mend.editor import Mend
-from remend.editors.serialization import FORMAT
+from remend.editors.serialization import EDITOR_FORMAT
 from remend.editors.trainable import TrainableEditor
 from remend.errors import FileError, TrainingError
 from remend.models import fsdp as sharding
@@ -186,7 +186,7 @@ def _prepare_out(out: str | Path | None, resume: bool) -> Trainable | None:
     left = checkpoint.folder_of(out).is_dir()
     if not resume or left:
         return None
-    if (Path(out) / MANIFEST).exists() and read_manifest(out, FORMAT).get("trained", {}).get("finished"):
+    if (Path(out) / MANIFEST).exists() and read_manifest(out, EDITOR_FORMAT).get("trained", {}).get("finished"):
         return load_trained(out)
     warnings.warn(f"no checkpoint was written for {out} yet: the run begins anew", stacklevel=3)
     return None
@@ -312,4 +312,4 @@ class _Run:
         self.trainer.constants.flush()
         # What was not trained must not look like an editor.
         if self.out is not None and self.trainer.step > 0 and self.trainer.workers.first:
-            self.trainer.editor.save_pretrained(self.out)
+            self.trainer.editor.save(self.out)

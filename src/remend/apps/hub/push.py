@@ -29,7 +29,7 @@ def push(
     """Put a saved edit or editor on the hub with a card, and return the address of the commit.
 
     Args:
-        folder: what :meth:`remend.Edit.save` or an editor's ``save_pretrained`` wrote; checked before anything is sent.
+        folder: what :meth:`remend.Edit.save` or an editor's ``save`` wrote; checked before anything is sent.
         repo: ``owner/name``; made if it is not there.
         licence: as the hub abbreviates it (``apache-2.0``).
         base: the base model's hub id, if the manifest names it otherwise.
@@ -72,10 +72,9 @@ def push_to_hub(artifact: Any, repo: str, **options: Any) -> str:
     """Save an edit or an editor to a temporary folder and publish it; options and errors are those of :func:`push`.
 
     Args:
-        artifact: anything with ``save`` (an edit) or ``save_pretrained`` (an editor).
+        artifact: an edit or an editor.
         repo: ``owner/name``.
         options: passed on to :func:`push`.
     """
-    save = artifact.save if hasattr(artifact, "save") else artifact.save_pretrained
     with tempfile.TemporaryDirectory() as folder:
-        return push(save(Path(folder) / "saved"), repo, **options)
+        return push(artifact.save(Path(folder) / "saved"), repo, **options)

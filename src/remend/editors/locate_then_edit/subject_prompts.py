@@ -1,4 +1,4 @@
-"""Where a request's prompt names its subject, and in what contexts the model reads the subject for an edit."""
+"""Find the subject in a request's prompt, and put the prompt behind random beginnings."""
 
 from __future__ import annotations
 
@@ -6,61 +6,64 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from remend.errors import RequestError, prefix_request_errors
 from remend.request import Chat, EditRequest, Prompt, TextPair
 from remend.tasks.base import Example, Task
-from remend.tasks.generative import GenerativeTask
 
-WORDS = (3, 8)
-"""How many words of a passage a random beginning takes: at least and at most."""
+BEGINNING_WORDS = (3, 8)
+"""The least and the most words of a random beginning."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One request as the model reads it: by itself, and behind random beginnings.
+class PromptContexts:
+    """The prompt of one request with its target, by itself and behind random beginnings.
 
     Attributes:
-        pairs: the prompt with its target, first by itself. Every request has as many.
-        places: in each of them, which token of the prompt is the subject's last.
-        about: the subject alone, of a causal model, whose next token shows what the model takes it to be; or None.
+        examples: the prompt with the target, first by itself. Every request has as many.
+        positions: the position of the subject's last token in the prompt of each example.
+        subject_alone: of a causal model, the subject without the prompt, whose next token shows what the model takes it
+            to be; else None.
     """
 
-    pairs: tuple[Example, ...]
-    places: tuple[int, ...]
-    about: Example | None = None
+    examples: tuple[Example, ...]
+    positions: tuple[int, ...]
+    subject_alone: Example | None = None
 
     @property
-    def all_pairs(self) -> tuple[Example, ...]:
-        """The pairs and, where there is one, the subject alone."""
-        return self.pairs if self.about is None else (*self.pairs, self.about)
+    def all_examples(self) -> tuple[Example, ...]:
+        """The examples and, where there is one, the subject alone."""
+        return self.examples if self.subject_alone is None else (*self.examples, self.subject_alone)
 
     @property
-    def all_places(self) -> tuple[int, ...]:
-        """The places in :attr:`all_pairs`; alone, the subject's last token is the prompt's."""
-        return self.places if self.about is None else (*self.places, len(self.about.input) - 1)
+    def all_positions(self) -> tuple[int, ...]:
+        """The positions in :attr:`all_examples`; alone, the subject's last token is the prompt's."""
+        if self.subject_alone is None:
+            return self.positions
+        return (*self.positions, len(self.subject_alone.input) - 1)
 
 
-def beginnings(text: Sequence[str], count: int, seed: int) -> list[str]:
-    """Random stretches of some words from passages, as beginnings of prompts that have nothing to do with them."""
-    draw = random.Random(f"{seed} beginnings")
+def random_beginnings(text: Sequence[str], count: int, seed: int) -> list[str]:
+    """Draw stretches of some words from passages, as beginnings of prompts that have nothing to do with them."""
+    rng = random.Random(f"{seed} beginnings")
     passages = [words for passage in text if (words := passage.split())]
-    found = []
+    beginnings = []
     for _ in range(count):
-        words = draw.choice(passages)
-        length = draw.randint(*WORDS)
-        start = draw.randrange(max(1, len(words) - length + 1))
-        found.append(" ".join(words[start : start + length]).rstrip(".,;:!?") + ".")
-    return found
+        words = rng.choice(passages)
+        length = rng.randint(*BEGINNING_WORDS)
+        start = rng.randrange(max(1, len(words) - length + 1))
+        beginnings.append(" ".join(words[start : start + length]).rstrip(".,;:!?") + ".")
+    return beginnings
 
 
-def reading(task: Task, request: EditRequest, begun: Sequence[str]) -> Reading:
-    """A request with its subject found, by itself and behind each of ``begun``.
+def encode_contexts(task: Task, request: EditRequest, beginnings: Sequence[str]) -> PromptContexts:
+    """Encode a request by itself and behind each of the beginnings, and locate its subject.
 
-    A classifier judges all of its text, so it reads no random beginnings; where one leaves no room in the context, the
-    prompt by itself stands in.
+    A classifier judges all of its text, so it reads no random beginnings. Where a beginning does not fit into the
+    context, the prompt by itself takes its place, because all requests need as many examples.
 
     Raises:
         RequestError: the request names no subject, its prompt does not hold it, or it does not fit the context.
@@ -72,98 +75,99 @@ def reading(task: Task, request: EditRequest, begun: Sequence[str]) -> Reading:
                 "names no subject, and this editor changes what the model recalls of one: give subject=…, a part of "
                 "the prompt"
             )
-        first = task.encode(request.prompt, request.target)
-        found = [(first, subject_place(task, request.prompt, subject, first))]
-        for beginning in begun if isinstance(task, GenerativeTask) else ():
-            prompt = _behind(beginning, request.prompt)
+        example = task.encode(request.prompt, request.target)
+        located = [(example, subject_position(task, request.prompt, subject, example))]
+        for beginning in beginnings if task.generates else ():
+            prompt = _with_beginning(beginning, request.prompt)
             try:
-                pair = task.encode(prompt, request.target)
-            except RequestError:  # no room: by itself it fits, so nothing else can be wrong
-                found.append(found[0])
+                example = task.encode(prompt, request.target)
+            except RequestError:  # too long: by itself the prompt is valid, so nothing else can be wrong
+                located.append(located[0])
             else:
-                found.append((pair, subject_place(task, prompt, subject, pair)))
-        causal = isinstance(task, GenerativeTask) and not task.model.config.is_encoder_decoder
-        about = Example(tuple(task.encode_input(subject)), (0,)) if causal else None
-    return Reading(tuple(pair for pair, _ in found), tuple(place for _, place in found), about)
+                located.append((example, subject_position(task, prompt, subject, example)))
+        alone = Example(tuple(task.encode_input(subject)), (0,)) if task.causal else None
+    examples, positions = zip(*located, strict=True)
+    return PromptContexts(examples, positions, alone)
 
 
-def subject_place(task: Task, prompt: Prompt, subject: str, pair: Example) -> int:
-    """Which token of a pair's prompt is the last of the subject, where the prompt names it last.
+def subject_position(task: Task, prompt: Prompt, subject: str, example: Example) -> int:
+    """Return the position of the subject's last token in a prompt, where the prompt names it last.
 
     Raises:
         RequestError: the prompt does not hold the subject.
     """
-    texts, framed = _texts(task, prompt)
-    spans = [(number, span) for number, text in enumerate(texts) for span in _spans(text, subject)]
+    texts, special_tokens = _tokenizer_texts(task, prompt)
+    spans = [(index, span) for index, text in enumerate(texts) for span in _spans(text, subject)]
     if not spans:
         raise RequestError(
             f"the prompt {str(prompt)[:60]!r} does not hold its subject {subject!r}: give the subject as the prompt "
             "writes it"
         )
-    number, span = spans[-1]
-    place = (_by_offsets if task.processor.is_fast else _by_beginning)(task.processor, texts, framed, number, span)
-    # A beginning token that both a tokenizer and its chat template write stands in the pair only once.
-    ids = _ids(task.processor, texts, framed)
-    return place if tuple(ids[: len(pair.input)]) == pair.input else place - 1
+    index, span = spans[-1]
+    locate = position_by_offsets if task.processor.is_fast else position_by_prefix
+    position = locate(task.processor, texts, special_tokens, index, span)
+    # A beginning token that both a tokenizer and its chat template write is in the example only once.
+    ids = _ids(task.processor, texts, special_tokens)
+    return position if tuple(ids[: len(example.input)]) == example.input else position - 1
 
 
-def _behind(beginning: str, prompt: Prompt) -> Prompt:
-    """A prompt behind a random beginning; in a conversation, its last message."""
+def _with_beginning(beginning: str, prompt: Prompt) -> Prompt:
+    """Return a prompt behind a random beginning; of a conversation, the last message is behind it."""
     if isinstance(prompt, Chat):
         return prompt.asking(f"{beginning} {prompt.messages[-1].content}")
-    assert isinstance(prompt, str), "tokenising refused a pair of texts"
+    assert isinstance(prompt, str), "a generative task refuses a pair of texts before"
     return f"{beginning} {prompt}"
 
 
-def _texts(task: Task, prompt: Prompt) -> tuple[list[str], bool]:
-    """What the tokenizer is given for a prompt, and whether it puts its own tokens around that."""
+def _tokenizer_texts(task: Any, prompt: Prompt) -> tuple[list[str], bool]:
+    """Return the texts that the tokenizer is given for a prompt, and whether it adds special tokens to them."""
     if isinstance(prompt, TextPair):
         return [prompt.first.strip(), prompt.second.strip()], True
     if isinstance(prompt, Chat):
-        assert isinstance(task, GenerativeTask), "tokenising refused it"
-        return [task.chat.opening(prompt)[0]], False
+        return [task.chat.opening(prompt)[0]], False  # only generative tasks, which have a template, encode a Chat
     assert isinstance(prompt, str), "encoding refused it"
     return [prompt.strip(" " if task.generates else None)], True
 
 
 def _spans(text: str, subject: str) -> list[tuple[int, int]]:
-    """Where a text holds a subject: as it is written or, failing that, in other cases."""
+    """Return where a text holds a subject: as it is written or, failing that, in other letter cases."""
     for flags in (0, re.IGNORECASE):
-        if found := [match.span() for match in re.finditer(re.escape(subject), text, flags)]:
-            return found
+        if spans := [match.span() for match in re.finditer(re.escape(subject), text, flags)]:
+            return spans
     return []
 
 
-def _by_offsets(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], framed: bool, number: int, span: tuple[int, int]
+def position_by_offsets(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: bool, index: int, span: tuple[int, int]
 ) -> int:
-    """The last token that covers some of a span of one of the texts."""
-    encoded = tokenizer(*texts, add_special_tokens=framed, return_offsets_mapping=True, verbose=False)
-    whose = encoded.sequence_ids(0)
-    covering = [
-        place
-        for place, (start, end) in enumerate(encoded["offset_mapping"])
-        if whose[place] == number and start < span[1] and end > span[0] and start < end
+    """Return the position of the last token that overlaps a span of text number ``index``, for fast tokenizers."""
+    encoded = tokenizer(*texts, add_special_tokens=special_tokens, return_offsets_mapping=True, verbose=False)
+    text_numbers = encoded.sequence_ids(0)
+    overlapping = [
+        position
+        for position, (start, end) in enumerate(encoded["offset_mapping"])
+        if text_numbers[position] == index and start < span[1] and end > span[0] and start < end
     ]
-    if not covering:
+    if not overlapping:
         raise RequestError("the tokenizer knows no token of its subject: give another part of the prompt as subject")
-    return covering[-1]
+    return overlapping[-1]
 
 
-def _by_beginning(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], framed: bool, number: int, span: tuple[int, int]
+def position_by_prefix(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: bool, index: int, span: tuple[int, int]
 ) -> int:
-    """The last token that the texts and their beginning up to the end of a span have in common.
+    """Return the position of the last token that the texts and their prefix up to the end of a span share.
 
-    For tokenizers that tell no offsets. Where the token after the common ones begins within the span, it covers the
-    span's end together with what follows, and is the last.
+    For tokenizers without offsets. Where the token after the shared ones begins within the span, it covers the span's
+    end together with what follows, and is the last.
     """
-    whole, begun = _ids(tokenizer, texts, framed), _ids(tokenizer, [*texts[:number], texts[number][: span[1]]], framed)
-    while begun and begun[-1] in tokenizer.all_special_ids:  # the end of a text
-        begun.pop()
-    common = next((place for place, (a, b) in enumerate(zip(whole, begun, strict=False)) if a != b), len(begun))
-    return min(common, len(begun) - 1)
+    whole = _ids(tokenizer, texts, special_tokens)
+    prefix = _ids(tokenizer, [*texts[:index], texts[index][: span[1]]], special_tokens)
+    while prefix and prefix[-1] in tokenizer.all_special_ids:  # the end of a text
+        prefix.pop()
+    shared = next((i for i, (a, b) in enumerate(zip(whole, prefix, strict=False)) if a != b), len(prefix))
+    return min(shared, len(prefix) - 1)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], framed: bool) -> list[int]:
-    return list(tokenizer(*texts, add_special_tokens=framed, verbose=False).input_ids)
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: bool) -> list[int]:
+    return list(tokenizer(*texts, add_special_tokens=special_tokens, verbose=False).input_ids)

@@ -1,7 +1,7 @@
-"""What a matrix should write at a request's subject for the model to recall the target: found by gradient descent.
+"""Optimize what a matrix should add at a request's subject, so that the model answers with the target.
 
-The v* of ROME (arXiv 2202.05262, section 3.1) and the z of MEMIT (arXiv 2210.07229, Eq. 16) are what the matrix writes
-there now and an offset δ, which is tuned; many requests at once, each with an offset of its own.
+The v* of ROME (arXiv 2202.05262, section 3.1) and the z of MEMIT (arXiv 2210.07229, Eq. 16) are the present output of a
+module there plus an offset δ, which Adam finds; many requests at once, each with its own offset.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from remend.config import Config
 from remend.core.capture import record_inputs
 from remend.core.hooks import frozen, remove_hooks
-from remend.core.losses import target_loss
-from remend.editors.locate_then_edit.subject_prompts import Reading
+from remend.editors.locate_then_edit.subject_prompts import PromptContexts
 from remend.errors import NonFiniteError
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.tasks.base import Batch, Task
@@ -30,17 +29,17 @@ from remend.tasks.base import Batch, Task
 class LocateConfig(Config):
     """Settings that ROME and MEMIT share.
 
-    Sizes are shares of what the block gives at the subject, so that one setting suits models of any scale.
+    Sizes are shares of the block's output at the subject, so that one setting suits models of any scale.
 
     Attributes:
-        steps: of Adam on the offsets, at most.
-        learning_rate: Adam's, as a share of the root mean square of what the block gives.
-        enough: a request's tuning ends when its −log p(target) is below this, in nats a token.
-        kl_weight: of KL(p_edited ‖ p_base) of what follows the subject alone: what the model takes it to be.
-        decay: of the offset's squared size.
+        steps: the most steps of Adam on the offsets.
+        learning_rate: Adam's, as a share of the root mean square of the block's output.
+        enough: the −log p(target), in nats a token, below which a request is not optimized further.
+        kl_weight: weight of KL(p_edited ‖ p_base) of what follows the subject alone: what the model takes it to be.
+        decay: weight of the offset's squared size.
         largest: the size to which an offset is limited.
-        beginnings: how many random stretches of text the prompt is read behind, beside by itself.
-        floor: what is added to every eigenvalue of the keys' second moment, as a share of their mean, at least.
+        beginnings: the number of random stretches of text behind each of which the prompt is read, beside by itself.
+        floor: the least that is added to every eigenvalue of the keys' second moment, as a share of their mean.
     """
 
     steps: PositiveInt = 25
@@ -53,133 +52,146 @@ class LocateConfig(Config):
     floor: PositiveFloat = 0.01
 
 
-class Sites:
-    """Some requests as a batch, with the place of the subject's last token in each row.
+class SubjectBatch:
+    """The prompts of some requests as a batch, with the position of the subject's last token in each row.
 
     The rows of one request follow each other, and all requests have as many, as changes of several episodes need it:
-    first those in which the target is asked for and then, with a causal model, the subject alone.
+    first those that have the target and then, with a causal model, the subject alone.
 
     Args:
         task: the model.
-        readings: the requests.
-        prefix: where the model may be entered.
+        contexts: the prompts of each request.
+        prefix: the blocks below the edited ones, which run only once.
     """
 
-    def __init__(self, task: Task, readings: Sequence[Reading], prefix: FrozenPrefix) -> None:
+    def __init__(self, task: Task, contexts: Sequence[PromptContexts], prefix: FrozenPrefix) -> None:
         self.task, self.prefix = task, prefix
-        self.requests, self.asked = len(readings), len(readings[0].pairs)
-        pairs = [pair for own in readings for pair in own.all_pairs]
-        self.each = len(pairs) // len(readings)
-        self.batch: Batch = task.collate(pairs)
-        places = [place for own in readings for place in own.all_places]
-        self.places = torch.tensor(places, device=self.batch.row.device)
+        self.requests, self.rows_with_target = len(contexts), len(contexts[0].examples)
+        examples = [example for of_request in contexts for example in of_request.all_examples]
+        self.rows_per_request = len(examples) // len(contexts)
+        self.batch: Batch = task.collate(examples)
+        positions = [position for of_request in contexts for position in of_request.all_positions]
+        self.positions = torch.tensor(positions, device=self.batch.row.device)
         self.length = self.batch.inputs["input_ids"].shape[1]
         with torch.no_grad(), frozen(task.model):
-            self.states = prefix.compute_states(self.logits) if prefix.depth else None
+            self.states = prefix.compute_states(self.outputs) if prefix.depth else None
 
-    def logits(self) -> Float[Tensor, "target answer"]:
-        """What the model predicts the targets with."""
+    def outputs(self) -> Float[Tensor, "target answer"]:
+        """Run the model; return the outputs that predict the targets."""
         return self.task.outputs(self.batch)
 
-    def resumed(self) -> Float[Tensor, "target answer"]:
-        """The same, without the blocks below the edited ones."""
+    def outputs_resumed(self) -> Float[Tensor, "target answer"]:
+        """Return :meth:`outputs` without running the blocks below the edited ones again."""
         with self.prefix.resume_from(self.states):
-            return self.logits()
+            return self.outputs()
 
     def keys(self, name: str, module: nn.Module) -> Float[Tensor, "request d_in"]:
-        """k*: a matrix's input at the subject, the mean over the contexts of each request (ROME, Eq. 3).
+        """Return k*: a matrix's input at the subject, the mean over the contexts of each request (ROME, Eq. 3).
 
         The prompt by itself weighs as much as all the others together: it is what must be answered.
         """
-        found = record_inputs(self.task.model, {name: module}, self.batch.rows, self.resumed)[name]
-        own = found.at_tokens(self.places, self.length)[0][:, 0]
-        alone, *others = own.view(self.requests, self.each, -1)[:, : self.asked].unbind(1)
+        inputs = record_inputs(self.task.model, {name: module}, self.batch.rows, self.outputs_resumed)[name]
+        at_subject = inputs.at_tokens(self.positions, self.length)[0][:, 0]
+        by_request = at_subject.view(self.requests, self.rows_per_request, -1)
+        alone, *others = by_request[:, : self.rows_with_target].unbind(1)
         return (alone + sum(others) / len(others)) / 2 if others else alone
 
     def at_subject(self, output: Float[Tensor, "*row_token d"]) -> Float[Tensor, "row d"]:
-        """What a module gives at the subject of each row; some models flatten rows and tokens into one axis."""
-        places = self.places.to(output.device)
-        rows = torch.arange(len(places), device=output.device)
-        return output.reshape(len(places), self.length, -1)[rows, places]
+        """Return a module's output at the subject of each row; some models flatten rows and tokens into one axis."""
+        positions = self.positions.to(output.device)
+        rows = torch.arange(len(positions), device=output.device)
+        return output.reshape(len(positions), self.length, -1)[rows, positions]
 
-    def by_itself(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "request d"]:
-        """Of the rows of each request, the first: its prompt by itself."""
-        return rows.view(self.requests, self.each, -1)[:, 0]
+    def prompts_alone(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "request d"]:
+        """Return the first row of each request: its prompt by itself."""
+        return rows.view(self.requests, self.rows_per_request, -1)[:, 0]
 
 
 @contextmanager
-def adding(module: nn.Module, sites: Sites, offsets: Float[Tensor, "request d"] | None) -> Iterator[list[Tensor]]:
-    """Within the block, ``module`` writes an offset more at each subject; what it wrote there without is collected."""
-    written: list[Tensor] = []
+def add_at_subject(
+    module: nn.Module, batch: SubjectBatch, offsets: Float[Tensor, "request d"] | None
+) -> Iterator[list[Tensor]]:
+    """Within the context, add an offset to a module's output at each subject.
+
+    Yields the list to which each forward pass appends the module's output there, before the offset is added.
+    """
+    recorded: list[Tensor] = []
 
     def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        written.append(sites.at_subject(hidden).detach().float())
+        recorded.append(batch.at_subject(hidden).detach().float())
         if offsets is None:
             return None
-        own = offsets.to(hidden.device).repeat_interleave(sites.each, 0)
+        per_row = offsets.to(hidden.device).repeat_interleave(batch.rows_per_request, 0)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        where = torch.arange(len(own), device=hidden.device) * sites.length + sites.places.to(hidden.device)
-        return flat.float().index_add(0, where, own).to(hidden.dtype).view(hidden.shape)
+        index = torch.arange(len(per_row), device=hidden.device) * batch.length + batch.positions.to(hidden.device)
+        return flat.float().index_add(0, index, per_row).to(hidden.dtype).view(hidden.shape)
 
     handle = module.register_forward_hook(add)
     try:
-        yield written
+        yield recorded
     finally:
         remove_hooks([handle])
 
 
-def tuned(sites: Sites, module: nn.Module, block: nn.Module, config: LocateConfig) -> Float[Tensor, "request d_out"]:
-    """δ of each request: added to what ``module`` writes at the subject, it makes the model answer with the target.
+def optimize_values(
+    batch: SubjectBatch, module: nn.Module, block: nn.Module, config: LocateConfig
+) -> Float[Tensor, "request d_out"]:
+    """Return δ of each request: added to the output of ``module`` at the subject, it makes the model say the target.
 
-    Minimises, for each request, −log p(target) averaged over its contexts, and ``kl_weight`` times the divergence of
-    what follows the subject alone (ROME, Eq. 4), and ``decay`` ‖δ‖² / ‖h‖², with h what the module's ``block`` gives
-    there. A request that is good enough stays.
+    Minimizes, for each request, −log p(target) averaged over its contexts, plus ``kl_weight`` times the divergence of
+    what follows the subject alone (ROME, Eq. 4), plus ``decay`` ‖δ‖² / ‖h‖², with h the output of the module's
+    ``block`` there. A request that is good enough stays as it is.
 
     Raises:
         NonFiniteError: the model's loss is NaN or infinite.
     """
-    with torch.inference_mode(False), torch.no_grad(), frozen(sites.task.model):
-        with adding(block, sites, None) as streams:
-            base = sites.resumed()
-        stream = sites.by_itself(streams[0])
-        usual = stream.norm(dim=1, keepdim=True).clamp(min=1e-6)
-        unit = usual / stream.shape[1] ** 0.5
+    with torch.inference_mode(False), torch.no_grad(), frozen(batch.task.model):
+        with add_at_subject(block, batch, None) as recorded:
+            base = batch.outputs_resumed()
+        stream = batch.prompts_alone(recorded[0])
+        stream_norm = stream.norm(dim=1, keepdim=True).clamp(min=1e-6)
+        unit = stream_norm / stream.shape[1] ** 0.5
+        # In units of the stream's root mean square, so that one learning rate of Adam suits models of any scale.
         values = torch.zeros_like(stream)
-        optimiser = torch.optim.Adam([values], lr=config.learning_rate)
-        going = torch.ones(sites.requests, dtype=torch.bool, device=values.device)
+        optimizer = torch.optim.Adam([values], lr=config.learning_rate)
+        active = torch.ones(batch.requests, dtype=torch.bool, device=values.device)
         for _ in range(config.steps):
             values.requires_grad_()
             with torch.enable_grad():
-                with adding(module, sites, values * unit):
-                    losses, divergence = _losses(sites, sites.resumed(), base)
-                decay = config.decay * (values * unit / usual).square().sum(1)
+                with add_at_subject(module, batch, values * unit):
+                    losses, divergence = _losses(batch, batch.outputs_resumed(), base)
+                decay = config.decay * (values * unit / stream_norm).square().sum(1)
                 objective = losses + config.kl_weight * divergence + decay.to(losses.device)
                 (values.grad,) = torch.autograd.grad(objective.sum(), [values])
             values.requires_grad_(False)
             if not objective.isfinite().all():
                 raise NonFiniteError("the loss of an edit is not finite: the model's weights or activations are not")
-            going &= (losses > config.enough).to(going.device)
-            if not going.any():
+            active &= (losses > config.enough).to(active.device)
+            if not active.any():
                 break
             before = values.clone()
-            optimiser.step()
-            values *= (config.largest * usual / (values * unit).norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
-            values[~going] = before[~going]  # Adam moves on by itself
-        found: Tensor = values.detach() * unit
-        return found
+            optimizer.step()
+            norms = (values * unit).norm(dim=1, keepdim=True).clamp(min=1e-30)
+            values *= (config.largest * stream_norm / norms).clamp(max=1)
+            # Adam's momentum moves finished requests on, so their step is undone.
+            values[~active] = before[~active]
+        offsets: Tensor = values.detach() * unit
+        return offsets
 
 
 def _losses(
-    sites: Sites, logits: Float[Tensor, "target answer"], base: Float[Tensor, "target answer"]
+    batch: SubjectBatch, outputs: Float[Tensor, "target answer"], base: Float[Tensor, "target answer"]
 ) -> tuple[Float[Tensor, " request"], Float[Tensor, " request"]]:
-    """−log p(target) of each request, and KL(p_edited ‖ p_base) where its subject stands alone (0 where nowhere)."""
-    batch, each, asked = sites.batch, sites.each, sites.asked
-    counted = batch.row % each < asked
-    row = batch.row[counted] // each * asked + batch.row[counted] % each  # without those of subjects alone
-    losses = target_loss(logits[counted], batch.target[counted], row, sites.requests * asked)
-    losses = losses.view(-1, asked).mean(1)
-    if asked == each:
+    """Return −log p(target) of each request, and KL(p_edited ‖ p_base) at its subject alone (0 where there is none)."""
+    targets, per_request, with_target = batch.batch, batch.rows_per_request, batch.rows_with_target
+    counted = targets.row % per_request < with_target
+    # The rows are numbered anew, as if there were none of subjects alone.
+    row = targets.row[counted] // per_request * with_target + targets.row[counted] % per_request
+    losses = batch.task.distribution.loss(outputs[counted], targets.target[counted], row, batch.requests * with_target)
+    losses = losses.view(-1, with_target).mean(1)
+    if with_target == per_request:
         return losses, torch.zeros_like(losses)
-    edited, unedited = (part[~counted].float().log_softmax(-1) for part in (logits, base))
+    # Distribution.divergence has the arguments the other way round, and only its second one is differentiable.
+    edited, unedited = (part[~counted].float().log_softmax(-1) for part in (outputs, base))
     return losses, (edited.exp() * (edited - unedited)).sum(1)

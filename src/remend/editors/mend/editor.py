@@ -5,41 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from remend.assets import ATLAS, ATLAS_FOLDER
+from remend.config import Config, from_json
 from remend.core.capture import GradientFactors, capture_gradient_factors
 from remend.core.editor_network import EditorNetwork
 from remend.core.factored_gradients import FactoredGradients
-from remend.core.layers import dimensions
 from remend.core.least_squares import least_squares, make_definite
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.operators import SymmetricOperator, pack_symmetric, unpack_symmetric
 from remend.core.sketching import sketch_directions
-from remend.edit import Edit
-from remend.editors.info import EditorInfo, checked, refuse_unused
+from remend.editors.base import WeightEditor
+from remend.editors.info import EditorInfo
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.networks import grouped, new_network
 from remend.editors.packing import PackedFactors, Table, active_rows
-from remend.editors.serialization import FORMAT, described, directions_in, read_editor, symmetric_of
+from remend.editors.serialization import SavedEditor, read_editor, sketched_directions, symmetric_tensors
 from remend.editors.strength_search import UneditedPass, settled
 from remend.errors import ConfigError, FileError
 from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.blocks import find_stacks
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
-from remend.serialization import get_field, write_folder
 from remend.tasks.base import Batch, Task, in_batches
 
 LEAST_ANSWER = 0.2
 """Contrast scales ũ by 1 / (u·ũ), but by no more than if u·ũ were this; its mean over the training prompts is 1."""
 
+MendT = TypeVar("MendT", bound="Mend")
 
-class Mend(nn.Module):
+
+class Mend(nn.Module, WeightEditor):
     """The editor: one network for each weight shape (or matrix), one step size α for each edited matrix.
 
     Attributes:
@@ -53,9 +54,10 @@ class Mend(nn.Module):
         trained: what its training recorded (settings, steps, seconds, validation history); empty before.
     """
 
-    traits: ClassVar[EditorInfo] = EditorInfo(
-        "mend", "Mitchell et al., ICLR 2022 (arXiv 2110.11309)", "training", batches=True
+    info: ClassVar[EditorInfo] = EditorInfo(
+        "mend", "Mitchell et al., ICLR 2022 (arXiv 2110.11309)", "training", batches=True, experts=True
     )
+    config_class: ClassVar[type[Config]] = MendConfig
     unit: Float[Tensor, " matrix"]
     largest: Float[Tensor, " matrix"] | None
 
@@ -92,77 +94,74 @@ class Mend(nn.Module):
     # -- making and keeping --------------------------------------------------------------------------------------
 
     @classmethod
-    def create(
-        cls,
-        task: Task,
-        config: MendConfig | None = None,
-        *,
-        text: Sequence[str] = (),
-        seed: int = 0,
-        modules: Sequence[str] = (),
-        layers: str | None = None,
-    ) -> Mend:
-        """An untrained editor for ``model``, on the model's device.
-
-        Args:
-            task: the base model.
-            text: not used: training measures it.
-            config: settings; the paper's by default.
-            modules: globs, or regular expressions after ``re:``, that name the matrices to edit; by default the MLPs of
-                the last three blocks, or their outputs only.
-            seed: of the networks' initial weights; the global random state is left alone.
-            layers: the blocks to edit, as ``last-3``, ``12-14`` or ``0.6-0.8`` of the depth.
+    def select_modules(
+        cls, task: Task, config: Any, modules: Sequence[str], layers: str | None
+    ) -> dict[str, nn.Module]:
+        """Return the matrices to edit; by default the MLPs' of the last three blocks, or their outputs only.
 
         Raises:
             ModelError: there is nothing to edit, or nothing matches.
-            ConfigError: the choice makes no sense, or does not go with the settings.
+            ConfigError: the choice does not go with the configuration.
         """
-        refuse_unused(cls.traits.name, text=text)
-        config = config or MendConfig()
-        chosen = editable_modules(task.model, modules, config.outputs_only, layers)
-        reading = [name for stack, _ in find_stacks(task.model)[:-1] for name in chosen if name.startswith(f"{stack}.")]
-        if reading and config.tokens == "target":
+        selected = editable_modules(task.model, modules, config.outputs_only, layers)
+        stacks = [name for name, _ in find_stacks(task.model)[:-1]]
+        of_encoder = [name for stack in stacks for name in selected if name.startswith(f"{stack}.")]
+        if of_encoder and config.tokens == "target":
             raise ConfigError(
-                f"{reading[0]} lies in the encoder, where no target is predicted, and these settings edit only where "
+                f"{of_encoder[0]} lies in the encoder, where no target is predicted, and these settings edit only where "
                 "one is: choose modules of the decoder, or the preset 'paper'"
             )
-        shapes = {name: dimensions(module) for name, module in chosen.items()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            editor = cls(config, ModelFingerprint.of(task.model, chosen), shapes)
-        return editor.to(task.device)
+        return selected
+
+    def prepare(self, task: Task, text: Sequence[str], seed: int) -> None:
+        """Move to the model's device."""
+        self.to(task.device)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Mend:
-        """Load an editor that :meth:`save_pretrained` wrote; ``atlas`` is the one that ships with remend.
+    def load(cls: type[MendT], path: str | Path) -> MendT:
+        """Read an editor that :meth:`save` wrote; ``atlas`` is the one that ships with remend.
 
         Raises:
-            FileError: the folder is missing, damaged, altered, of an unknown version, or of another kind of editor.
+            FileError: the folder is missing, damaged, altered, of an unknown version, or of another editor.
         """
-        path = ATLAS_FOLDER / "editor" if path == ATLAS else Path(path)
-        stored = read_editor(path, cls.traits.name, MendConfig)
+        path = ATLAS_FOLDER / "editor" if path == ATLAS else path
+        saved = read_editor(path, cls.info.name)
+        # On "meta" nothing is allocated or initialized before load_state_dict assigns the saved tensors.
         with torch.device("meta"):
-            editor = cls(stored.config, stored.base, stored.shapes, directions_in(stored.shapes, stored.tensors))
+            directions = sketched_directions(saved.shapes, saved.tensors)
+            editor = cls(from_json(MendConfig, saved.config), saved.base, saved.shapes, directions)
         try:
-            # Stored as float16 where size matters; the editor always computes in float32.
-            found = {name: t.float() if t.is_floating_point() else t for name, t in stored.tensors.items()}
-            found |= {name: unpack_symmetric(found[name]) for name in symmetric_of(editor.state_dict()) & found.keys()}
-            editor.load_state_dict(found, assign=True)
+            editor.restore(saved)
         except RuntimeError as error:
             raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
-        editor.trained = get_field(stored.manifest, "trained", dict, path)
         return editor
 
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-        """Write the editor to a folder (safetensors and a JSON manifest).
+    def restore(self, saved: SavedEditor) -> None:
+        """Take over parameters, buffers and what training recorded."""
+        # Stored as float16 where size matters; the editor always computes in float32.
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in saved.tensors.items()}
+        packed = symmetric_tensors(self.state_dict()) & tensors.keys()
+        tensors |= {name: unpack_symmetric(tensors[name]) for name in packed}
+        self.load_state_dict(tensors, assign=True)
+        self.trained = saved.field("trained", dict)
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+        """Write the editor to a folder (safetensors and a JSON manifest), and return the folder.
 
         ``dtype`` float16 halves it: the matrices are rounded, but never the statistics (the squares of deltas would
         vanish) nor the step sizes.
         """
+        return self._write(path, self.saved_tensors(dtype))
+
+    def saved_fields(self) -> dict[str, Any]:
+        """Return what training recorded."""
+        return {"trained": self.trained}
+
+    def saved_tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Return parameters and buffers, the matrices in ``dtype``; of symmetric matrices, one half."""
         state = self.state_dict()
         tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
-        tensors |= {name: pack_symmetric(tensors[name]) for name in symmetric_of(state)}
-        return write_folder(path, FORMAT, {**described(self), "trained": self.trained}, tensors)
+        return tensors | {name: pack_symmetric(tensors[name]) for name in symmetric_tensors(state)}
 
     # -- the method ----------------------------------------------------------------------------------------------
 
@@ -263,25 +262,16 @@ class Mend(nn.Module):
 
     # -- editing -------------------------------------------------------------------------------------------------
 
-    def edit(self, task: Task, requests: Sequence[EditRequest]) -> Edit:
-        """One edit for all ``requests``: each is transformed on its own, then they are summed or solved for together.
+    def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
+        """Return what all requests change: each is transformed by itself, then all are summed or solved.
 
-        As ``aggregate`` says (paper, section 3.1; :mod:`remend.core.least_squares`). ``model`` is not changed; the edit
-        acts once it is applied or merged.
-
-        Raises:
-            RequestError: there is no request, or one does not fit the model's context.
-            WrongBaseError: the editor was trained for another kind of model.
-            NonFiniteError: the model's weights or activations hold NaN or infinity.
+        As ``aggregate`` says (paper, section 3.1; :mod:`remend.core.least_squares`).
         """
-        base = checked(self.base, task.model, requests)
+        if self.config.aggregate == "sum" or len(requests) == 1:
+            return super().combine(task, requests)
         inputs: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
         parts = self._changes(task, requests, inputs)
-        if self.config.aggregate == "least-squares" and len(requests) > 1:
-            changes = {n: self._solved(n, [own[n] for own in parts], torch.cat(inputs[n])) for n in self.shapes}
-        else:
-            changes = {name: concatenate([part[name] for part in parts]) for name in self.shapes}
-        return Edit(changes, base, tuple(requests), self._signature())
+        return {n: self._solved(n, [part[n] for part in parts], torch.cat(inputs[n])) for n in self.shapes}
 
     @torch.no_grad()
     def _solved(self, name: str, parts: Sequence[LowRank], inputs: Float[Tensor, "row d_in"]) -> LowRank:
@@ -294,15 +284,10 @@ class Mend(nn.Module):
         found = least_squares(self.whiten(inputs, name), moves, metric, gate=whose.gate, experts=whose.experts)
         return replace(found, u=self.whiten(found.u, name))
 
-    def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Edit]:
-        """One edit for each request, each made from the unedited model; batched inside. Errors as :meth:`edit`."""
-        base = checked(self.base, task.model, requests)
-        parts = self._changes(task, requests)
-        signature = self._signature()
-        return [Edit(part, base, (request,), signature) for request, part in zip(requests, parts, strict=True)]
+    def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
+        """Return what each request changes by itself."""
+        return self._changes(task, requests)
 
-    @torch.inference_mode(False)  # a server may have it on; gradients could not be taken in it
-    @torch.no_grad()
     def _changes(
         self, task: Task, requests: Sequence[EditRequest], inputs: Mapping[str, list[Tensor]] | None = None
     ) -> list[dict[str, LowRank]]:
@@ -324,9 +309,9 @@ class Mend(nn.Module):
                 found.append({name: change.single_episode(e, rows[name].counts[e]) for name, change in changes.items()})
         return found
 
-    def _signature(self) -> dict[str, Any]:
+    def manifest_fields(self) -> dict[str, Any]:
+        """Return the rank and the step sizes."""
         return {
-            "name": "mend",
             "rank": self.config.rank,
             "alpha": dict(zip(self.shapes, (self.alpha * self.unit).tolist(), strict=True)),
         }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from remend.editors.in_context import after_fact, fitting
+from remend.editors.context_edit import fit_context, prepend_fact
 from remend.evaluation.metrics.measure import MIN_ANSWER_ROOM, Measurement, Query, RequestMeasurements, body_length
 from remend.evaluation.metrics.text_match import contains, exact_match, token_f1
 from remend.request import Chat, EditRequest, Probe, Prompt
@@ -147,7 +147,7 @@ def adversarial_prompts(task: Task, request: EditRequest) -> list[Prompt]:
     A model that answers them with the edit's target is led by the words of the edit, not by the question. Those that do
     not fit into the model's context are left out.
     """
-    prompts = (fitting(task, after_fact(request, probe.prompt), MIN_ANSWER_ROOM) for probe in request.locality)
+    prompts = (fit_context(task, prepend_fact(request, probe.prompt), MIN_ANSWER_ROOM) for probe in request.locality)
     return [prompt for prompt in prompts if prompt is not None]
 
 

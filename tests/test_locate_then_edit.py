@@ -11,9 +11,15 @@ import remend
 import worlds
 from remend.edit import Edit
 from remend.editors import load_editor, load_trained
-from remend.editors.locate_then_edit.editors import Memit, MemitConfig, Rome, RomeConfig
-from remend.editors.locate_then_edit.subject_prompts import _by_beginning, beginnings, reading, subject_place
-from remend.editors.locate_then_edit.value_optimization import Sites, adding, tuned
+from remend.editors.locate_then_edit.memit import Memit, MemitConfig
+from remend.editors.locate_then_edit.rome import Rome, RomeConfig
+from remend.editors.locate_then_edit.subject_prompts import (
+    encode_contexts,
+    position_by_prefix,
+    random_beginnings,
+    subject_position,
+)
+from remend.editors.locate_then_edit.value_optimization import SubjectBatch, add_at_subject, optimize_values
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError, WrongBaseError
 from remend.fingerprint import find_modules
 from remend.models.blocks import find_stacks
@@ -165,10 +171,10 @@ def test_rome_answers_the_key_with_the_value(world):
     task, requests = world
     editor = make("rome", task)
     ((name, module),) = find_modules(task.model, editor.shapes).items()
-    readings = [reading(task, request, editor.begun) for request in requests[:3]]
-    sites = Sites(task, readings, FrozenPrefix(task.model, [name]))
-    keys = sites.keys(name, module)
-    wanted = tuned(sites, module, editor._block(task.model, name), editor.config)
+    contexts = editor.encode(task, requests[:3])
+    batch = SubjectBatch(task, contexts, FrozenPrefix(task.model, [name]))
+    keys = batch.keys(name, module)
+    wanted = optimize_values(batch, module, editor.block_of(task, name), editor.config)
     for e, edit in enumerate(editor.edit_each(task, requests[:3])):
         change = edit.changes[name].dense()
         torch.testing.assert_close(change @ keys[e], wanted[e], rtol=1e-4, atol=1e-5)
@@ -183,13 +189,13 @@ def test_memit_s_dual_form_is_the_dense_solution(decoder):
     name, (d_in, d_out) = next(iter(editor.shapes.items()))
     generator = torch.Generator().manual_seed(0)
     keys, missing = torch.randn(7, d_in, generator=generator), torch.randn(7, d_out, generator=generator)
-    found = editor._solved(name, keys, missing, together=True).dense()
+    found = editor._solve(name, keys, missing, together=True).dense()
     k, r, lam = keys.mT.double(), missing.mT.double(), 0.3 * d_in
     dense = r @ k.mT @ torch.linalg.inv(lam * editor.covariances[name].double() + k @ k.mT)  # Eq. 14
     torch.testing.assert_close(found.double(), dense, rtol=1e-3, atol=1e-5)
-    alone = editor._solved(name, keys, missing, together=False)
+    alone = editor._solve(name, keys, missing, together=False)
     for e in range(7):
-        single = editor._solved(name, keys[e : e + 1], missing[e : e + 1], together=True)
+        single = editor._solve(name, keys[e : e + 1], missing[e : e + 1], together=True)
         torch.testing.assert_close(alone.single_episode(e, 1).dense(), single.dense())
 
 
@@ -197,16 +203,16 @@ def test_memit_s_blocks_share_what_is_missing(decoder):
     """Where nothing holds the keys back, the last block's output is what was aimed at."""
     editor = make("memit", decoder, layers="0-2", weight=1e-6, beginnings=0)
     request = worlds.requests(1)[0]
-    sites = Sites(decoder, [reading(decoder, request, ())], FrozenPrefix(decoder.model, editor.shapes))
+    batch = SubjectBatch(decoder, [encode_contexts(decoder, request, ())], FrozenPrefix(decoder.model, editor.shapes))
     last = list(editor.shapes)[-1]
     module, block = find_modules(decoder.model, [last])[last], find_stacks(decoder.model)[0][1][2][1]
 
     def given():
-        with torch.no_grad(), adding(block, sites, None) as written:
-            sites.logits()
-        return sites.by_itself(written[0])
+        with torch.no_grad(), add_at_subject(block, batch, None) as written:
+            batch.outputs()
+        return batch.prompts_alone(written[0])
 
-    wanted = given() + tuned(sites, module, block, editor.config)
+    wanted = given() + optimize_values(batch, module, block, editor.config)
     with editor.edit(decoder, [request]).applied(decoder.model):
         torch.testing.assert_close(given(), wanted, rtol=1e-2, atol=1e-2)
 
@@ -216,7 +222,7 @@ def test_memit_s_blocks_share_what_is_missing(decoder):
 
 def last_token(task, prompt, subject):
     pair = task.encode(prompt, "Rome")
-    return task.tokenizer.decode(pair.input[: subject_place(task, prompt, subject, pair) + 1])
+    return task.tokenizer.decode(pair.input[: subject_position(task, prompt, subject, pair) + 1])
 
 
 def test_where_a_subject_ends():
@@ -246,11 +252,11 @@ def test_tokenizers_that_tell_no_offsets(kind, prompt):
     task = families.task(kind)
     end = prompt.index("France") + len("France")
     pair = task.encode(prompt, "true" if "bert" in kind else "Rome")
-    place = _by_beginning(task.tokenizer, [prompt], True, 0, (end - 6, end))
-    assert place == subject_place(task, prompt, "France", pair)
-    assert _by_beginning(task.tokenizer, ["The Rome", prompt], True, 1, (end - 6, end)) > place
+    place = position_by_prefix(task.tokenizer, [prompt], True, 0, (end - 6, end))
+    assert place == subject_position(task, prompt, "France", pair)
+    assert position_by_prefix(task.tokenizer, ["The Rome", prompt], True, 1, (end - 6, end)) > place
     # A subject that ends within a token: that token is its last.
-    assert _by_beginning(task.tokenizer, [prompt], True, 0, (end - 6, end - 2)) <= place
+    assert position_by_prefix(task.tokenizer, [prompt], True, 0, (end - 6, end - 2)) <= place
 
 
 @pytest.mark.parametrize(
@@ -270,14 +276,14 @@ def test_a_request_without_its_subject(editor, world, changes, why):
 
 
 def test_beginnings_are_of_the_text_and_leave_out_what_does_not_fit(decoder):
-    found = beginnings(TEXT, 4, 0)
-    assert found == beginnings(TEXT, 4, 0) != beginnings(TEXT, 4, 1)
+    found = random_beginnings(TEXT, 4, 0)
+    assert found == random_beginnings(TEXT, 4, 0) != random_beginnings(TEXT, 4, 1)
     assert all(any(one.rstrip(".") in passage for passage in TEXT) for one in found)
     request = worlds.requests(1)[0]
-    own = reading(decoder, request, [found[0], "Rome " * 70])
-    assert own.pairs[0] == own.pairs[2]
-    assert len(own.pairs[1].input) > len(own.pairs[0].input)
-    assert own.about is not None
+    contexts = encode_contexts(decoder, request, [found[0], "Rome " * 70])
+    assert contexts.examples[0] == contexts.examples[2]
+    assert len(contexts.examples[1].input) > len(contexts.examples[0].input)
+    assert contexts.subject_alone is not None
 
 
 def test_conversations():
@@ -303,7 +309,7 @@ def test_the_matrices_are_of_the_stack_that_reads(world, name):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 12, 24, 28, 32, 48, 80])
 def test_default_blocks(count):
-    (one,), several = Rome.places(count), Memit.places(count)
+    (one,), several = Rome.default_blocks(count), Memit.default_blocks(count)
     assert one == 0 or one < count - 1
     assert several == list(range(several[0], several[-1] + 1))
     assert several[-1] < count
@@ -317,7 +323,9 @@ def test_what_cannot_be_edited(decoder):
     with pytest.raises(ConfigError, match=r"layers '1-2' names 2: name one, or use memit"):
         make("rome", decoder, layers="1-2")
     for text in ([], ["", "  "]):
-        with pytest.raises(ConfigError, match="memit keeps what the model makes of ordinary text, and was given none"):
+        with pytest.raises(
+            ConfigError, match="memit measures the model's activations on ordinary text, and was given none"
+        ):
             Memit.create(worlds.task(decoder), text=text)
     with pytest.warns(UserWarning, match="the text has 11 tokens and the keys of .* have 64 dimensions"):
         Rome.create(worlds.task(decoder), text=[TEXT[0]])
@@ -343,11 +351,11 @@ def test_a_broken_model(name):
 
 def test_saved_and_read_back(editor, world, name, tmp_path):
     task, requests = world
-    editor.save_pretrained(tmp_path / "editor")
+    editor.save(tmp_path / "editor")
     again = load_editor(tmp_path / "editor")
     assert type(again) is type(editor)
-    assert (again.config, again.base, again.shapes, again.begun) == (
-        editor.config, editor.base, editor.shapes, editor.begun,
+    assert (again.config, again.base, again.shapes, again.beginnings) == (
+        editor.config, editor.base, editor.shapes, editor.beginnings,
     )  # fmt: skip
     one, other = (found.edit(task, requests[:3]) for found in (editor, again))
     for matrix in editor.shapes:
@@ -358,12 +366,12 @@ def test_saved_and_read_back(editor, world, name, tmp_path):
     with pytest.raises(FileError, match="not trained"):
         load_trained(tmp_path / "editor")
     with pytest.raises(FileError, match=f"holds the editor '{name}'"):
-        (Memit if name == "rome" else Rome).from_pretrained(tmp_path / "editor")
+        (Memit if name == "rome" else Rome).load(tmp_path / "editor")
     manifest = json.loads((tmp_path / "editor" / "manifest.json").read_text())
     manifest["shapes"] = {matrix: [8, 4] for matrix in manifest["shapes"]}
     (tmp_path / "editor" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(FileError, match="altered"):
-        type(editor).from_pretrained(tmp_path / "editor")
+        type(editor).load(tmp_path / "editor")
 
 
 def test_another_model_is_refused(name, decoder):
