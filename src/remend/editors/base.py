@@ -187,6 +187,8 @@ class Editor(ABC):
         if not requests or isinstance(requests, EditRequest) or not all(isinstance(r, EditRequest) for r in requests):
             raise RequestError("give a list of at least one EditRequest(prompt=…, target=…)")
         self.base.check_architecture(task.model, "this editor")
+        for request in requests:  # the last of many requests should not be refused after minutes of work on the others
+            task.encode(request.prompt, request.target)
         fingerprint = self.base.recomputed_for(task.model)
         measured = self.info.needs != "nothing" or "text" in self.info.options
         if measured and fingerprint.weights != self.base.weights:

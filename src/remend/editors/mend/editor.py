@@ -263,7 +263,7 @@ class Mend(nn.Module, WeightEditor):
     # -- editing -------------------------------------------------------------------------------------------------
 
     def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
-        """Return what all requests change: each is transformed by itself, then all are summed or solved.
+        """Return what all requests change: their own changes, summed or solved for together.
 
         As ``aggregate`` says (paper, section 3.1; :mod:`remend.core.least_squares`).
         """
