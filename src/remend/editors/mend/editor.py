@@ -108,8 +108,8 @@ class Mend(nn.Module, WeightEditor):
         of_encoder = [name for stack in stacks for name in selected if name.startswith(f"{stack}.")]
         if of_encoder and config.tokens == "target":
             raise ConfigError(
-                f"{of_encoder[0]} lies in the encoder, where no target is predicted, and these settings edit only where "
-                "one is: choose modules of the decoder, or the preset 'paper'"
+                f"{of_encoder[0]} lies in the encoder, where no target is predicted, and these settings edit only "
+                "where one is: choose modules of the decoder, or the preset 'paper'"
             )
         return selected
 
