@@ -86,7 +86,7 @@ def test_a_difference_is_better_in_the_direction_of_its_metric(registered):
 def test_a_mode_that_the_registry_does_not_list_is_refused():
     METRICS.register("odd", lambda outcome: [PromptScore({"valeu": 1.0})], "a metric")
     try:
-        with pytest.raises(RegistryError, match="'odd' gives a value of the mode 'valeu'.*did you mean 'value'"):
+        with pytest.raises(RegistryError, match=r"'odd' gives a value of the mode 'valeu'.*did you mean 'value'"):
             evaluate(scripted.model(SCRIPT, WORDS), scripted.Numbered(), REQUESTS)
     finally:
         METRICS.unregister("odd")
@@ -133,13 +133,14 @@ class Shift:
 
 
 def test_actions_of_numbers_are_compared_within_their_tolerance():
-    """The edit moves the action at the prompt from 1 to 0.5, at the near probe by .04, and leaves the far one alone."""
+    """The edit moves the action at the prompt from 1 to 0.5, at the near probe by .04, at one of the far ones by .5."""
     std = -1.0
     task = wrap(Identity(2), GaussianActions(2, 2, (std, std), tolerance=0.05))
     request = EditRequest(
         prompt=Observation((1.0, 0.0)), target="0.5, 0",
         near=(Probe(prompt=Observation((0.08, 0.3)), target="0.08, 0.3"),),
-        locality=(Probe(prompt=Observation((0.0, 1.0)), target="0, 1"), Probe(prompt=Observation((-1.0, 0.0)), target="-1, 0")),
+        locality=(Probe(prompt=Observation((0.0, 1.0)), target="0, 1"),
+                  Probe(prompt=Observation((-1.0, 0.0)), target="-1, 0")),
     )  # fmt: skip
     report = evaluate(task, Shift([-0.5, 0.0]), [request])
     values = report.cases[0].values

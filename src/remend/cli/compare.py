@@ -48,10 +48,13 @@ def compare(
         check_plot(plot)
     names = _names(reports)
     by_name = dict(zip(names, map(read_report, reports), strict=True))
-    first, *others = by_name.values()
     differences = {
-        name: [own for own in compare_reports(first, other, (names[0], name)) if own.mode == mode]
-        for name, other in zip(names[1:], others, strict=True)
+        name: [
+            difference
+            for difference in compare_reports(by_name[names[0]], by_name[name], (names[0], name))
+            if difference.mode == mode
+        ]
+        for name in names[1:]
     }
     if not any(differences.values()):
         raise ConfigError(f"the reports share no metric with the mode {mode!r}: give another --mode")

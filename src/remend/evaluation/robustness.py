@@ -98,12 +98,14 @@ def measure_robustness(
         prefixed = [
             _with_prefix(task, ordinary, prompt, draw) for prompt in prompts for _ in range(PREFIXES_PER_PROMPT)
         ]
-    other = draw.sample(ordinary, min(OTHER_INPUTS, len(ordinary)))
+    elsewhere = draw.sample(ordinary, min(OTHER_INPUTS, len(ordinary)))
     if task.causal:  # it makes a choice after every token, and each of them is compared
-        other = [Example(example.input[:1], example.input[1:]) for example in other if len(example.input) > 1]
+        elsewhere = [Example(example.input[:1], example.input[1:]) for example in elsewhere if len(example.input) > 1]
     if not task.generates:  # a classifier judges its whole input, of which a prefix would be a part
         prefixed = []
-    at_prompts, at_prefixed, at_other = (_compare(task, edit, examples) for examples in (prompts, prefixed, other))
+    at_prompts, at_prefixed, at_elsewhere = (
+        _compare(task, edit, examples) for examples in (prompts, prefixed, elsewhere)
+    )
     # After other prefixes the unedited model begins another answer: there the prefix changes what is asked.
     without_prefix = at_prompts.first_before.repeat_interleave(PREFIXES_PER_PROMPT)[: len(prefixed)]
     counted = at_prefixed.first_before == without_prefix
@@ -111,9 +113,9 @@ def measure_robustness(
     return Robustness(
         probability=float(at_prompts.log_p.exp().mean()),
         in_context=float(at_prefixed.correct[counted].float().mean()) if count >= MIN_PREFIXES else None,
-        elsewhere=float(at_other.unchanged.float().mean()) if len(at_other.unchanged) else 1.0,
+        elsewhere=float(at_elsewhere.unchanged.float().mean()) if len(at_elsewhere.unchanged) else 1.0,
         beginnings=count,
-        choices=len(at_other.unchanged),
+        choices=len(at_elsewhere.unchanged),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from remend.edit import Edit
@@ -78,16 +78,7 @@ def choose_strength(
             }
             for request, measurements in zip(requests, by_request, strict=True)
         ]
-        tried.append(
-            StrengthScores(
-                strength,
-                reliability=_mean([own["reliability"] for own in values]),
-                generality=_mean([own.get("generality", 1.0) for own in values]),
-                locality=_mean(
-                    [_mean([own[name] for name in LOCALITY_METRICS if name in own] or [1.0]) for own in values]
-                ),
-            )
-        )
+        tried.append(_scores(strength, values))
     highest = max(scores.reliability for scores in tried)
     needed = min(scores.strength for scores in tried if scores.reliability == highest)
     if any(request.near for request in requests):
@@ -95,6 +86,17 @@ def choose_strength(
     else:
         allowed = [scores for scores in tried if scores.strength <= max(1, needed)]
     return max(allowed, key=lambda scores: scores.sort_key), tried
+
+
+def _scores(strength: float, values: Sequence[Mapping[str, float]]) -> StrengthScores:
+    """Average the metrics of all requests; what a request has no prompts for counts as perfect."""
+    localities = [[metrics[name] for name in LOCALITY_METRICS if name in metrics] for metrics in values]
+    return StrengthScores(
+        strength,
+        reliability=_mean([metrics["reliability"] for metrics in values]),
+        generality=_mean([metrics.get("generality", 1.0) for metrics in values]),
+        locality=_mean([_mean(shares or [1.0]) for shares in localities]),
+    )
 
 
 def _mean(values: Sequence[float]) -> float:

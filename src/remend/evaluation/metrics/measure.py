@@ -99,7 +99,7 @@ def measure(
     Returns:
         For each intervention, for each request, what was measured.
     """
-    rows = [_RequestQuery(number, query) for number, own in enumerate(queries) for query in dict.fromkeys(own)]
+    rows = [_RequestQuery(number, query) for number, listed in enumerate(queries) for query in dict.fromkeys(listed)]
     encoded = {prompt: task.encode_input(prompt) for prompt in {row.query.prompt for row in rows}}
     pairs = [(row, Example(encoded[row.query.prompt], row.query.expected)) for row in rows]
     pairs.sort(key=lambda pair: len(pair[1]))  # examples of like length need the least padding
@@ -207,25 +207,26 @@ def _with_answers(
     """Add the free answers after an intervention, if they are wanted, to what was measured for each request."""
     answers: list[dict[Prompt, Answer]] = [{} for _ in measured]
     if intervention.decode_answers:
-        for by_query, known in zip(measured, answers, strict=True):
-            known |= _known_answers(intervention, by_query)
+        for by_query, of_request in zip(measured, answers, strict=True):
+            of_request |= _known_answers(intervention, by_query)
         _decode_missing(intervention, measured, answers, max_new_tokens)
-    return [RequestMeasurements(by_query, own) for by_query, own in zip(measured, answers, strict=True)]
+    return list(map(RequestMeasurements, measured, answers))
 
 
 def _known_answers(intervention: Intervention, by_query: Mapping[Query, Measurement]) -> dict[Prompt, Answer]:
     """Return the free answers that need no decoding (see the module's docstring)."""
-    task, known = intervention.task, {}
+    task = intervention.task
+    answers: dict[Prompt, Answer] = {}
     for query, measurement in by_query.items():
         if query.prompt in intervention.known_answers:
-            known[query.prompt] = intervention.known_answers[query.prompt]
+            answers[query.prompt] = intervention.known_answers[query.prompt]
         elif (
             task.distribution.discrete  # a number that is right within a tolerance does not tell the model's own
             and all(measurement.correct)
             and (not task.end_tokens or query.expected[-1] in task.end_tokens)
         ):
-            known[query.prompt] = query.expected
-    return known
+            answers[query.prompt] = query.expected
+    return answers
 
 
 def _decode_missing(
@@ -237,9 +238,9 @@ def _decode_missing(
     """Decode the answers to the prompts that have none yet, and add them."""
     task = intervention.task
     missing: dict[int, list[tuple[int, Prompt, Prompt]]] = {}
-    for number, (by_query, known) in enumerate(zip(measured, answers, strict=True)):
+    for number, (by_query, of_request) in enumerate(zip(measured, answers, strict=True)):
         for prompt in dict.fromkeys(query.prompt for query in by_query):
-            edited_prompt = None if prompt in known else intervention.prompt_for(number, prompt, MIN_ANSWER_ROOM)
+            edited_prompt = None if prompt in of_request else intervention.prompt_for(number, prompt, MIN_ANSWER_ROOM)
             if edited_prompt is not None:
                 # Prompts of one length are decoded together, so that row i is request i's and nothing is padded.
                 length = len(task.encode_input(edited_prompt)) if task.reads_text else 0

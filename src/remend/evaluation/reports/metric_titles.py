@@ -19,7 +19,7 @@ def find_metric(name: str) -> tuple[Metric | None, str]:
 
     The metric is None if it is not registered, as in a report that was made where another package is installed.
     """
-    matches = [known for known in METRICS.names() if name == known or name.startswith(f"{known}_")]
+    matches = [metric for metric in METRICS.names() if name == metric or name.startswith(f"{metric}_")]
     if not matches:
         return None, ""
     longest = max(matches, key=len)  # generality_unseen is a metric, not a kind of generality
@@ -47,7 +47,7 @@ def higher_is_better(name: str) -> bool | None:
 
 def in_order(names: list[str]) -> list[str]:
     """Sort names of metrics as the registry lists them, each followed by its kinds; others come last."""
-    return sorted(names, key=partial(_sort_key, {known: index for index, known in enumerate(METRICS.names())}))
+    return sorted(names, key=partial(_sort_key, {metric: index for index, metric in enumerate(METRICS.names())}))
 
 
 def all_modes() -> list[str]:

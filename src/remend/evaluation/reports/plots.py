@@ -241,7 +241,7 @@ def differences(reports: Mapping[str, Sequence[MetricDifference]], mode: str = "
     names = list(dict.fromkeys(difference.metric for difference in listed))
     with new_axes("differences", 6.4, 1.4 + 0.36 * len(names)) as (figure, axes):
         for number, (label, of_report) in enumerate(reports.items()):
-            by_name = {own.metric: own.difference for own in of_report if own.mode == mode}
+            by_name = {each.metric: each.difference for each in of_report if each.mode == mode}
             offset = 0.16 * number - 0.08 * (len(reports) - 1)
             draw_intervals(axes, [by_name.get(name) for name in names], label, offset)
         axes.axvline(0, color=INK, linewidth=0.8)
