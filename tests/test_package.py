@@ -85,7 +85,6 @@ def test_importing_is_quick_and_has_no_effect():
 NAMED = {
     # Where a model's or a layer's class or name is compared with one, and why its structure does not tell.
     "core/layers.py": "Conv1D",  # [d_in, d_out] beside Linear's [d_out, d_in]: a square weight looks the same
-    "models/loading.py": "ForSequenceClassification",  # which head a checkpoint has: told before there is a model
 }
 
 

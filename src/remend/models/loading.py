@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer: one that ships with remend, a local folder, or a hub id."""
+"""Loading a base model and its processor: one that ships with remend, a local folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TorchAoConfig,
 )
 from transformers.utils.import_utils import is_accelerate_available, is_bitsandbytes_available, is_torchao_available
@@ -61,8 +62,8 @@ def choose_device(device: str) -> torch.device:
 
 def load_pretrained(
     model: str, device: str = "auto", dtype: torch.dtype | str | None = None, quantise: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, in evaluation mode. Arguments and errors are those of :func:`remend.load`."""
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model and its processor, in evaluation mode. Arguments and errors are those of :func:`remend.load`."""
     if device == MAP and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ModelError(
             "device 'map' spreads one model over all GPUs, but here several processes would each do so: start one "
@@ -82,9 +83,10 @@ def load_pretrained(
         _require("accelerate", "big", "device 'map'")
     try:
         config = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model_class, processor_class = auto_classes(config)
+        processor = processor_class.from_pretrained(source)
         placed = _placement(config, target, device == MAP, dtype, quantise)
-        loaded = model_class(config).from_pretrained(source, config=config, **placed)
+        loaded = model_class.from_pretrained(source, config=config, **placed)
     except (
         OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError,
     ) as error:  # fmt: skip
@@ -98,7 +100,7 @@ def load_pretrained(
     if quantise:
         _check_quantised(loaded, quantise)
     _keep_differentiable(loaded)
-    return loaded.eval(), tokenizer
+    return loaded.eval(), processor
 
 
 def skeleton(model: str) -> PreTrainedModel:
@@ -114,7 +116,7 @@ def skeleton(model: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
-            built: PreTrainedModel = model_class(config).from_config(config)
+            built: PreTrainedModel = auto_classes(config)[0].from_config(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
@@ -124,11 +126,20 @@ def skeleton(model: str) -> PreTrainedModel:
     return built
 
 
-def model_class(config: Any) -> Any:
-    """Return the auto class of transformers for a configuration, from the class that was saved and the structure."""
-    if any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ()):
-        return AutoModelForSequenceClassification
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+HEADS: dict[str, tuple[Any, Any]] = {
+    "ForSequenceClassification": (AutoModelForSequenceClassification, AutoTokenizer),
+    "ForImageClassification": (AutoModelForImageClassification, AutoImageProcessor),
+}
+"""Auto classes of transformers for a model and its processor, by the end of the name of the class that was saved."""
+
+
+def auto_classes(config: Any) -> tuple[Any, Any]:
+    """Return the auto classes of a model and its processor, from the class that was saved and the structure."""
+    for name in config.architectures or ():
+        for head, classes in HEADS.items():
+            if str(name).endswith(head):
+                return classes
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM, AutoTokenizer
 
 
 def _placement(

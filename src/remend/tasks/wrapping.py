@@ -37,7 +37,7 @@ def wrap(model: nn.Module, processor: Any = None) -> Task:
 
 
 def load(model: str, device: str = "auto", dtype: torch.dtype | str | None = None, quantise: str | None = None) -> Task:
-    """Load a language model or a text classifier with its tokenizer, in evaluation mode.
+    """Load a language model, or a classifier of texts or images, with its processor, in evaluation mode.
 
     A checkpoint that is stored quantised is loaded as it is stored.
 
@@ -49,7 +49,7 @@ def load(model: str, device: str = "auto", dtype: torch.dtype | str | None = Non
             ``torchao-int8``.
 
     Raises:
-        ModelError: there is no such model, it has no tokenizer, or a package that the device map or the quantisation
+        ModelError: there is no such model, it has no processor, or a package that the device map or the quantisation
             needs is missing.
         ConfigError: there is no such quantisation.
     """
