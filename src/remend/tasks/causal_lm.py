@@ -1,4 +1,4 @@
-"""Causal language models: prompt → target, and token by token."""
+"""Causal language models: how a prompt and its target become one sequence of tokens."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from remend.tasks.generative import GenerativeTask, closed, gather_at, has_vocab
 from remend.tasks.ordinary_text import sampled_texts, text_windows
 
 _ANCHORS = "\n:.0"
-"""Characters of which one is a token of its own, whatever follows."""
+"""Characters of which at least one is a token of its own in every tokenizer, whatever follows it."""
 
 
 class CausalLM(GenerativeTask):
-    """A causal language model: it goes on with the prompt.
+    """A causal language model, which continues the prompt.
 
-    The target is separated from the prompt by one space (by none after a line break). Both are tokenised as one text
-    where that text begins with the prompt's own tokens, else apart; in either case the prompt's tokens are what the
-    model is given when the prompt alone is asked.
+    The target is separated from the prompt by one space, or by none after a line break. Both are tokenized as one text
+    if that text begins with the tokens of the prompt alone, and separately otherwise. So the prompt's tokens are always
+    those that the model reads when it is asked the prompt.
     """
 
     kind = "causal-lm"
@@ -36,52 +36,54 @@ class CausalLM(GenerativeTask):
         return has_vocabulary(model) and not getattr(model.config, "is_encoder_decoder", False)
 
     def encode_input(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt that is asked: with the tokenizer's beginning tokens, without an end token.
+        """Return a prompt's token ids, with the tokenizer's beginning tokens and without an end token.
 
-        A space at its end is left out: it would be a token of its own, after which a model expects no word. Of a
-        conversation, what its chat template writes, up to where the answer begins.
+        A space at the end of a prompt is removed: it would be a token of its own, after which models expect no word.
+        A conversation is what its chat template writes, up to the place where the answer begins.
 
         Raises:
-            RequestError: the prompt is empty, nothing of it is left when tokenised, or there is no chat template.
+            RequestError: the prompt is empty, the tokenizer knows nothing of it, or there is no chat template.
         """
-        ids = self._read(self._opening(prompt)[0], prompt)
+        ids = self._tokenize(self._opening(prompt)[0], prompt)
         if ids == self._nothing:
             raise RequestError(f"the prompt {str(prompt)!r} holds no text that the tokenizer knows")
         return tuple(ids)
 
     def encode_target(self, encoded: tuple[int, ...], prompt: Prompt, target: str) -> Answer:
-        """The target's token ids after the prompt's, and the end token."""
+        """Return the target's token ids after the prompt's, closed with the end token."""
         opening, space = self._opening(prompt)
-        whole = self._read(opening + space + target, prompt)
-        goes_on = whole[: len(encoded)] == list(encoded)
-        answer = whole[len(encoded) :] if goes_on else self._apart(encoded, whole, space + target)
+        whole = self._tokenize(opening + space + target, prompt)
+        continues = whole[: len(encoded)] == list(encoded)
+        answer = whole[len(encoded) :] if continues else self._tokenize_apart(encoded, whole, space + target)
         if not self.decode_tokens(answer).strip():  # a space alone is no answer
             return ()
         return tuple(closed(answer, self.chat.end if isinstance(prompt, Chat) else self.tokenizer.eos_token_id))
 
-    def _apart(self, asked: tuple[int, ...], whole: list[int], answer: str) -> list[int]:
-        """Token ids that go on from the prompt's to the same text as ``whole``, whose first tokens are others.
+    def _tokenize_apart(self, encoded: tuple[int, ...], whole: list[int], answer: str) -> list[int]:
+        """Return tokens of the answer that, after the prompt's, decode to the same text as ``whole``.
 
-        Some tokenizers put a space before any text, an answer too; behind another character, which is taken away again,
-        they do not.
+        For a text whose tokenization as a whole does not begin with the prompt's tokens.
         """
+        # Some tokenizers put a space before every text, so before an answer as well. After an anchor character, whose
+        # token is removed again, they do not.
         for before in ("", *_ANCHORS):
             ahead, both = self.ids(before, False), self.ids(before + answer, False)
-            found = both[len(ahead) :]
-            if both[: len(ahead)] == ahead and self.decode_tokens([*asked, *found]) == self.decode_tokens(whole):
-                return found
+            tokens = both[len(ahead) :]
+            if both[: len(ahead)] == ahead and self.decode_tokens([*encoded, *tokens]) == self.decode_tokens(whole):
+                return tokens
         return self.ids(answer, False)
 
     def _opening(self, prompt: Prompt) -> tuple[str, str]:
-        """The text that is asked, and what separates an answer from it."""
+        """Return the text that the model reads, and what separates an answer from it."""
         prompt = self._one_text(prompt)
         if isinstance(prompt, Chat):
             return self.chat.opening(prompt)
         text = prompt.strip(" ")
         return text, "" if text[-1:].isspace() else " "
 
-    def _read(self, text: str, prompt: Prompt) -> list[int]:
-        """Token ids of a text, without an end token; the beginning tokens of a conversation are in its text."""
+    def _tokenize(self, text: str, prompt: Prompt) -> list[int]:
+        """Return a text's token ids without an end token."""
+        # The text of a conversation contains its beginning tokens already: the chat template wrote them.
         return self.ids(text, False) if isinstance(prompt, Chat) else self._strip_end(self.ids(text))
 
     def context_length(self, example: Example) -> int:
@@ -126,8 +128,8 @@ class CausalLM(GenerativeTask):
             target += example.target
         device = self.device
         ids, mask = ids.to(device), mask.to(device)
-        places = (torch.tensor(part).to(device) for part in (row, position, target))
-        return Batch({"input_ids": ids, "attention_mask": mask.long()}, mask, *places)
+        row_ids, positions, targets = (torch.tensor(part).to(device) for part in (row, position, target))
+        return Batch({"input_ids": ids, "attention_mask": mask.long()}, mask, row_ids, positions, targets)
 
     def _run(self, batch: Batch) -> Float[Tensor, "row token vocabulary"]:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
@@ -136,18 +138,22 @@ class CausalLM(GenerativeTask):
         assert isinstance(logits, Tensor)
         return logits
 
-    def _greedy(self, asked: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]:
-        rows = torch.arange(asked.shape[0], device=asked.device)
-        shown: dict[str, Any] = {"input_ids": asked, "attention_mask": torch.ones_like(asked), "past_key_values": None}
+    def _greedy(self, prompt_ids: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]:
+        rows = torch.arange(prompt_ids.shape[0], device=prompt_ids.device)
+        inputs: dict[str, Any] = {
+            "input_ids": prompt_ids,
+            "attention_mask": torch.ones_like(prompt_ids),
+            "past_key_values": None,
+        }
 
         def step(last: Tensor | None) -> Float[Tensor, "row vocabulary"]:
-            if last is not None:  # a model without a cache is shown everything again
-                cached = shown["past_key_values"] is not None
-                shown["input_ids"] = last[:, None] if cached else torch.cat([shown["input_ids"], last[:, None]], 1)
-                shown["attention_mask"] = torch.nn.functional.pad(shown["attention_mask"], (0, 1), value=1)
-            with gather_at(self.head, rows, torch.full_like(rows, shown["input_ids"].shape[1] - 1)):
-                output = self.model(**shown, use_cache=True)
-            shown["past_key_values"] = getattr(output, "past_key_values", None)
+            if last is not None:  # a model without a cache is inputs everything again
+                cached = inputs["past_key_values"] is not None
+                inputs["input_ids"] = last[:, None] if cached else torch.cat([inputs["input_ids"], last[:, None]], 1)
+                inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+            with gather_at(self.head, rows, torch.full_like(rows, inputs["input_ids"].shape[1] - 1)):
+                output = self.model(**inputs, use_cache=True)
+            inputs["past_key_values"] = getattr(output, "past_key_values", None)
             logits: Tensor = output.logits[0]
             return logits
 

@@ -1,4 +1,4 @@
-"""What language models have in common: an output layer over a vocabulary, and greedy answers token by token."""
+"""Models that write text: an output layer over a vocabulary, and greedy answers token by token."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class GenerativeTask(Task):
     def _run(self, batch: Batch) -> Float[Tensor, "row place vocabulary"]: ...
 
     @abstractmethod
-    def _greedy(self, asked: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]: ...
+    def _greedy(self, prompt_ids: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]: ...
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -68,18 +68,21 @@ class GenerativeTask(Task):
             )
         if isinstance(prompt, TextPair):
             raise RequestError(
-                f"{type(self.model).__name__} is a language model and is asked one text, not a pair "
+                f"{type(self.model).__name__} is a language model and is given one text, not a pair "
                 f"({str(prompt)[:40]!r}…): write both as one prompt"
             )
         return prompt
 
     @cached_property
     def _nothing(self) -> list[int]:
-        """What the tokenizer makes of an empty text."""
+        """The tokens of an empty text."""
         return self._strip_end(self.ids(""))
 
     def ids(self, text: str, framed: bool = True) -> list[int]:
-        """Token ids of a text; ``framed``: with what the tokenizer puts around it, but never begun twice."""
+        """Return a text's token ids, if ``framed`` with what the tokenizer puts around it.
+
+        A beginning token that both the tokenizer and the text give is there once.
+        """
         ids = list(self.tokenizer(text, add_special_tokens=framed, verbose=False).input_ids)
         begin = self.tokenizer.bos_token_id
         return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
@@ -88,25 +91,23 @@ class GenerativeTask(Task):
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def outputs(self, batch: Batch) -> Float[Tensor, "target vocabulary"]:
-        """The logits that predict each target token, and no others.
-
-        The hidden states are gathered on their way into the output layer, so the product with the vocabulary is taken
-        at the targets alone; whatever the model does to its logits afterwards (scaling, capping) still happens.
-        """
+        """Run the model; return the logits that predict each target token, and no others."""
+        # The hidden states are gathered on their way into the output layer, so that the product with the vocabulary is
+        # computed at the targets only. What the model does to its logits afterwards (scaling, capping) still happens.
         with gather_at(self.head, batch.row, batch.position):
             return self._run(batch)[0]
 
     def output_states(self, batch: Batch) -> Float[Tensor, "target state"]:
-        """What the output layer sees at each target token: :meth:`outputs_from_states` makes :meth:`outputs` of it."""
+        """Run the model up to its output layer; return the hidden states that predict each target token."""
         hidden = run_until(self.head, lambda: self._run(batch))
         return hidden[batch.row.to(hidden.device), batch.position.to(hidden.device)]
 
     def outputs_from_states(self, states: Float[Tensor, "target state"]) -> Float[Tensor, "target vocabulary"]:
-        """The logits that the model makes of what its output layer sees.
+        """Return the logits that the model makes of the hidden states that enter its output layer.
 
-        The model runs on one token, with the layer's input replaced, so that it scales or caps its logits as ever; call
-        it with its blocks made hollow (:meth:`FrozenPrefix.bypass_blocks`), or they run for nothing.
+        Call it with the blocks bypassed (:meth:`FrozenPrefix.bypass_blocks`), or they run for nothing.
         """
+        # The model runs on a single token with the layer's input replaced, so that it scales or caps the logits itself.
         handle = self.head.register_forward_pre_hook(lambda head, args: (states[None], *args[1:]))
         try:
             return self._run(self._single_token)[0]
@@ -114,34 +115,36 @@ class GenerativeTask(Task):
             handle.remove()
 
     def predict(self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64) -> list[Answer]:
-        """Greedy answers, as token ids up to and with an end token (without it where the limit came first).
-
-        Prompts of one length go together, so nothing is ever padded.
-        """
+        """Return greedy answers as token ids, up to the end token and with it, or as far as the limit allows."""
+        # Prompts of one length go through the model together, so that nothing is padded.
         ids = [self.encode_input(prompt) for prompt in prompts]
         by_length: dict[int, list[int]] = {}
         for index, prompt in enumerate(ids):
             by_length.setdefault(len(prompt), []).append(index)
-        found: dict[int, tuple[int, ...]] = {}
+        answers: dict[int, tuple[int, ...]] = {}
         for length, members in by_length.items():
             room = self.answer_room(length, max_new_tokens)
             if room < 1:
                 raise RequestError(f"a prompt of {length} tokens leaves no room for an answer (context {self.context})")
             for start in range(0, len(members), batch_size):
                 chunk = members[start : start + batch_size]
-                asked = torch.tensor([ids[i] for i in chunk], device=self.device)
+                tokens = torch.tensor([ids[i] for i in chunk], device=self.device)
                 with frozen(self.model), torch.no_grad():
-                    found |= zip(chunk, self._greedy(asked, room), strict=True)
-        return [found[i] for i in range(len(prompts))]
+                    answers |= zip(chunk, self._greedy(tokens, room), strict=True)
+        return [answers[i] for i in range(len(prompts))]
 
     def _decode(
         self, rows: int, room: int, step: Callable[[Tensor | None], Float[Tensor, "row vocabulary"]]
     ) -> list[tuple[int, ...]]:
-        """The most probable token, ``room`` times or until every row has ended; ``step`` takes the last ones.
+        """Choose the most probable token, at most ``room`` times or until every row has ended.
 
-        Not ``generate``: that follows the model's own generation settings too (repetition penalties, forced tokens),
-        and would then not be the argmax that evaluation reasons about.
+        Args:
+            rows: the number of answers.
+            room: the longest answer.
+            step: returns the logits of the next token, given the tokens that were chosen last (None at first).
         """
+        # Not generate(): it also follows the model's generation settings (repetition penalties, forced tokens), and its
+        # result would not be the argmax that evaluation reasons about.
         ends = self.end_tokens
         closing = torch.tensor(sorted(ends), device=self.device)
         chosen: list[Tensor] = []
@@ -157,7 +160,7 @@ class GenerativeTask(Task):
         return self.decode_tokens(answer, skip_special_tokens=True).strip()
 
     def decode_tokens(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Token ids as the text that they are, spaces before punctuation included."""
+        """Return the text of token ids as it is, spaces before punctuation included."""
         return str(
             self.tokenizer.decode(
                 list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
@@ -172,19 +175,19 @@ def has_vocabulary(model: nn.Module) -> bool:
 
 
 def closed(ids: list[int], end: int | None) -> list[int]:
-    """An answer's token ids with one end token, at the end; none where nothing is answered."""
+    """Return an answer's token ids with one end token, at the end; an empty answer stays empty."""
     body = ids[: ids.index(end)] if end in ids else ids
     return [*body, end] if body and end is not None else body
 
 
 def _up_to(row: Sequence[int], ends: Container[int]) -> tuple[int, ...]:
-    """A row up to and with its first end token, or all of it."""
-    return tuple(row[: next((place for place, token in enumerate(row, start=1) if token in ends), len(row))])
+    """Return a row up to its first end token and with it, or the whole row."""
+    return tuple(row[: next((length for length, token in enumerate(row, start=1) if token in ends), len(row))])
 
 
 @contextmanager
 def gather_at(head: nn.Module, row: Int[Tensor, " target"], position: Int[Tensor, " target"]) -> Iterator[None]:
-    """Within the block, ``head`` sees only the hidden states at the given rows and positions, as one long row."""
+    """Within the context, give ``head`` only the hidden states at the given rows and positions, as one row."""
 
     def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]

@@ -62,9 +62,9 @@ def text_windows(task: Task, passages: Sequence[str], seed: int) -> list[tuple[i
 
 def random_tokens(task: Task, generator: torch.Generator, count: int, length: int) -> Tensor:
     """Draw ``count`` rows of ``length`` tokens that are not special ones."""
-    known = len(next(task.model.get_input_embeddings().parameters()))
+    embedded = len(next(task.model.get_input_embeddings().parameters()))
     special = set(task.processor.all_special_ids)
-    ordinary = torch.tensor([token for token in range(min(len(task.processor), known)) if token not in special])
+    ordinary = torch.tensor([token for token in range(min(len(task.processor), embedded)) if token not in special])
     return ordinary[torch.randint(len(ordinary), (count, length), generator=generator)]
 
 

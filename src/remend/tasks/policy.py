@@ -108,9 +108,9 @@ class Policy(Task):
             else (2 * processor.dimensions, *((processor.dimensions,) if processor.log_std else ()))
         )
         if not isinstance(outputs, Tensor) or outputs.shape[-1] not in allowed:
-            found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ModelError(
-                f"the policy's output for one observation is {found}; its actions need a tensor [1, "
+                f"the policy's output for one observation is {shape}; its actions need a tensor [1, "
                 f"{' or '.join(map(str, allowed))}]"
             )
 

@@ -1,4 +1,4 @@
-"""Encoder-decoders: the encoder reads the prompt, the decoder writes the target."""
+"""Encoder-decoders: the encoder reads the prompt, and the decoder writes the target."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from remend.tasks.ordinary_text import FIRST_ANSWER_TOKENS, random_inputs, text_
 
 
 class Seq2SeqLM(GenerativeTask):
-    """An encoder-decoder. Prompt and target are tokenised each as the tokenizer does for its side.
+    """An encoder-decoder. Prompt and target are tokenized each as the tokenizer does for its side.
 
-    The decoder begins with the model's own start token, which predicts the first token of the target; for some models
-    (BART) that is a beginning token, which is then a part of every answer.
+    The decoder begins with the model's start token, at which the first token of the target is predicted. For some
+    models (BART) that first token is a beginning token, which is then a part of every answer.
     """
 
     kind = "seq2seq"
@@ -38,18 +38,18 @@ class Seq2SeqLM(GenerativeTask):
         start = getattr(model.config, "decoder_start_token_id", None)
         if start is None:
             raise ModelError(
-                f"{type(model).__name__} has no decoder_start_token_id in its configuration, so nobody knows with what "
-                "its decoder begins: set model.config.decoder_start_token_id"
+                f"{type(model).__name__} has no decoder_start_token_id in its configuration, so the first token of "
+                "its decoder is unknown: set model.config.decoder_start_token_id"
             )
         self.start = int(start)
         self._encoder = f"{find_stacks(model)[0][0]}."
         super().__init__(model, tokenizer, autocast)
 
     def encode_input(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt, with whatever the tokenizer (of a conversation: its chat template) puts around it.
+        """Return a prompt's token ids, with what the tokenizer, or the chat template of a conversation, puts around it.
 
         Raises:
-            RequestError: the prompt is empty, nothing of it is left when tokenised, or there is no chat template.
+            RequestError: the prompt is empty, the tokenizer knows nothing of it, or there is no chat template.
         """
         prompt = self._one_text(prompt)
         if isinstance(prompt, Chat):
@@ -60,7 +60,8 @@ class Seq2SeqLM(GenerativeTask):
         return tuple(ids)
 
     def encode_target(self, encoded: tuple[int, ...], prompt: Prompt, target: str) -> Answer:
-        """The target's token ids, and the end token; what a tokenizer writes after that (a language) is left out."""
+        """Return the target's token ids, closed with the end token."""
+        # What some tokenizers write after the end token (the code of a language) is removed.
         ids = list(self.tokenizer(text_target=target).input_ids)
         if ids == self.tokenizer(text_target="").input_ids:
             return ()
@@ -117,17 +118,17 @@ class Seq2SeqLM(GenerativeTask):
         assert isinstance(logits, Tensor)
         return logits
 
-    def _greedy(self, asked: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]:
-        rows, mask = torch.arange(asked.shape[0], device=asked.device), torch.ones_like(asked)
-        encoded = self.model.get_encoder()(input_ids=asked, attention_mask=mask)
-        shown: dict[str, Any] = {"encoder_outputs": encoded, "attention_mask": mask, "past_key_values": None}
+    def _greedy(self, prompt_ids: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]:
+        rows, mask = torch.arange(prompt_ids.shape[0], device=prompt_ids.device), torch.ones_like(prompt_ids)
+        encoded = self.model.get_encoder()(input_ids=prompt_ids, attention_mask=mask)
+        inputs: dict[str, Any] = {"encoder_outputs": encoded, "attention_mask": mask, "past_key_values": None}
         beginning = torch.full_like(rows, self.start)
 
         def step(last: Tensor | None) -> Float[Tensor, "row vocabulary"]:
             ids = (beginning if last is None else last)[:, None]
             with gather_at(self.head, rows, torch.zeros_like(rows)):
-                output = self.model(**shown, decoder_input_ids=ids, use_cache=True)
-            shown["past_key_values"] = output.past_key_values
+                output = self.model(**inputs, decoder_input_ids=ids, use_cache=True)
+            inputs["past_key_values"] = output.past_key_values
             logits: Tensor = output.logits[0]
             return logits
 
@@ -135,10 +136,10 @@ class Seq2SeqLM(GenerativeTask):
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "row token"], Bool[Tensor, "row token"]]:
-    """Rows of token ids, right-padded with zeros, and which of them are real."""
+    """Return rows of token ids, right-padded with zeros, and the mask of those that are not padding."""
     ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)] = torch.tensor(row)
-        mask[place, : len(row)] = True
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = True
     return ids, mask

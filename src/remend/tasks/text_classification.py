@@ -1,4 +1,4 @@
-"""Sequence classifiers: a text, or a pair of texts, and its label."""
+"""Text classifiers: a text, or a pair of texts, and its label."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ BINARY = ("false", "true")
 class TextClassification(Task):
     """A sequence classifier, whose targets are labels.
 
-    A model with one output z is a binary one: its logits are (0, z), so that losses over two labels are the closed
-    forms for it, −log σ(±z) and the divergence of two Bernoulli distributions.
+    A model with one output z is binary: its logits are (0, z), so that losses over two labels are the closed forms
+    −log σ(±z) and the divergence of two Bernoulli distributions.
 
     Attributes:
         labels: their names, by number.
@@ -47,8 +47,8 @@ class TextClassification(Task):
     ) -> None:
         if getattr(model.config, "is_encoder_decoder", False):
             raise ModelError(
-                f"{type(model).__name__} classifies with an encoder and a decoder, of which remend does not know where "
-                "the label is read: take an encoder, or let a language model write the label"
+                f"{type(model).__name__} classifies with an encoder and a decoder, and where it reads the label is "
+                "unknown: use an encoder, or let a language model write the label"
             )
         if getattr(model.config, "problem_type", None) == "multi_label_classification":
             raise ModelError(f"{type(model).__name__} gives several labels at once; remend edits classifiers with one")
@@ -60,7 +60,7 @@ class TextClassification(Task):
         self.padding: int = next(token for token in padding if token is not None)
         names = label_names(model.config)
         self.labels = BINARY if len(names) == 1 else names
-        self.segments = (  # whether the second of two texts is told from the first, as RoBERTa for one does not
+        self.segments = (  # whether the model tells the second of two texts from the first; RoBERTa does not
             "token_type_ids" in inspect.signature(model.forward).parameters
             and "token_type_ids" in tokenizer.model_input_names
             and getattr(model.config, "type_vocab_size", 2) > 1
@@ -69,13 +69,13 @@ class TextClassification(Task):
 
     @torch.inference_mode(False)  # a server may have it on
     def _reading(self) -> str:
-        """Where a gradient of the logits arrives at the last block's output."""
+        """Tell at which tokens the head reads: where a gradient of the logits arrives at the last block's output."""
         tokens = torch.tensor([[token for token in range(5) if token != self.padding][:4]]).to(self.device)
-        seen: list[Tensor] = []
+        hidden_states: list[Tensor] = []
 
         def leaf(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             hidden = (output[0] if isinstance(output, tuple) else output).detach().requires_grad_()
-            seen.append(hidden)
+            hidden_states.append(hidden)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         handle = find_stacks(self.model)[-1][1][-1][1].register_forward_hook(leaf)
@@ -87,21 +87,21 @@ class TextClassification(Task):
         finally:
             handle.remove()
         read = (gradient[0] != 0).any(-1).tolist()
-        places = {(True, False, False, False): "first", (False, False, False, True): "last"}
-        return places.get(tuple(read), "all")
+        patterns = {(True, False, False, False): "first", (False, False, False, True): "last"}
+        return patterns.get(tuple(read), "all")
 
     # -- text to tokens ------------------------------------------------------------------------------------------
 
     def encode_input(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a text or a pair of texts, with whatever the tokenizer puts around them.
+        """Return the token ids of a text or a pair of texts, with what the tokenizer puts around them.
 
         Raises:
-            RequestError: the text is empty, or nothing of it is left when tokenised.
+            RequestError: the text is empty, or the tokenizer knows nothing of it.
         """
         if isinstance(prompt, Input):
             raise RequestError(f"a classifier of texts is given a text, not {prompt.key!r}")
         if isinstance(prompt, Chat):
-            raise RequestError("a classifier is shown a text, not a conversation: give a prompt in place of messages")
+            raise RequestError("a classifier is given a text, not a conversation: give a prompt in place of messages")
         texts = (prompt.first, prompt.second) if isinstance(prompt, TextPair) else (prompt,)
         ids = list(self.tokenizer(*(text.strip() for text in texts), verbose=False).input_ids)
         if not set(ids) - set(self.tokenizer.all_special_ids):
@@ -109,7 +109,7 @@ class TextClassification(Task):
         return tuple(ids)
 
     def encode_target(self, encoded: tuple[int, ...], prompt: Prompt, target: str) -> Answer:
-        """The label's number.
+        """Return the label's number.
 
         Raises:
             RequestError: there is no such label.
