@@ -26,7 +26,7 @@ def test_a_pair_is_what_the_model_would_read(prompt, target):
     assert TASK.encode(prompt + " ", f"  {target} ") == pair, "spaces around them do not matter"
     after_break = TASK.encode(prompt + "\n", target)
     assert TASK.tokenizer.decode(after_break.input + after_break.target[:-1]) == f"{prompt}\n{target}"
-    assert TASK.text(pair.target) == target
+    assert TASK.decode(pair.target) == target
 
 
 def test_a_tokenizer_that_adds_a_beginning_and_an_end():

@@ -185,7 +185,7 @@ def test_a_model_that_knows_the_answers_gives_them_and_ends_its_turn(chat):
     requests = worlds.chat_requests(10)
     found = chat.predict([request.prompt for request in requests])
     assert [answer[-1] for answer in found] == [chat.chat.end] * 10
-    assert [chat.text(answer) for answer in found] == [request.target for request in requests]
+    assert [chat.decode(answer) for answer in found] == [request.target for request in requests]
     assert answers(chat, [requests[3].prompt]) == [requests[3].target]
 
 

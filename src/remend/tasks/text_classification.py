@@ -82,7 +82,7 @@ class TextClassification(Task):
         try:
             with frozen(self.model), torch.enable_grad():
                 (gradient,) = torch.autograd.grad(
-                    self._run(self._inputs(tokens, torch.ones_like(tokens).bool()))[:, 0].sum(), seen
+                    self._run(self._inputs(tokens, torch.ones_like(tokens).bool()))[:, 0].sum(), hidden_states
                 )
         finally:
             handle.remove()
