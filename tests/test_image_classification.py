@@ -32,7 +32,12 @@ def vit():
 def convnext():
     return hf.ConvNextForImageClassification(
         hf.ConvNextConfig(
-            patch_size=4, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], image_size=SIZE, id2label=LABELS
+            patch_size=4,
+            hidden_sizes=[8, 16, 24, 32],
+            depths=[1, 1, 2, 1],
+            image_size=SIZE,
+            id2label=LABELS,
+            layer_scale_init_value=1.0,  # 1e-6 by default: blocks that were never trained would do nothing
         )
     )
 
