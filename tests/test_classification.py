@@ -193,6 +193,4 @@ def test_the_whole_way_from_a_folder(tmp_path, capsys):
     edit = remend.Edit.load(tmp_path / "edit")
     assert edit.requests[0].target == other
     with pytest.raises(RequestError, match="no label"):
-        remend.Mend.load(editor).edit(
-            wrap(loaded, worlds.word_tokenizer()), [EditRequest(prompt="Peru", target="x")]
-        )
+        remend.Mend.load(editor).edit(wrap(loaded, worlds.word_tokenizer()), [EditRequest(prompt="Peru", target="x")])
