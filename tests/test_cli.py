@@ -350,7 +350,7 @@ def test_the_version(capsys):
         (
             ["evaluate", "{}/model", "--edited-model", "{}/model", "--statistics", "a.txt", "--data", "{}/test.jsonl"],
             2,
-            "leave --editor, --statistics, --protocol",
+            "leave --editor, --statistics, --set, --protocol",
         ),
         (["train", "{}/model", "--method", "kee", "--out", "x", "--data", "{}/test.jsonl"], 2, "mean 'ke'"),
         (["edit", "atlass", "--out", "x", "--prompt", "p", "--target", "t"], 2, "did you mean 'atlas'?"),

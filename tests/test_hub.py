@@ -73,7 +73,7 @@ def test_the_card_of_an_editor(tmp_path):
         assert part in card
     task = families.task("llama")
     ridge = remend.editors.make("ridge", task)
-    assert "trained" not in card_of(read_verified_manifest(ridge.save(tmp_path / "ridge")), "me/ridge")
+    assert "fitted to the model" in card_of(read_verified_manifest(ridge.save(tmp_path / "ridge")), "me/ridge")
 
 
 THERE_AND_BACK = """

@@ -22,7 +22,7 @@ def kinds():
     task, request = families.task("llama"), families.requests("llama", 1)
     model = task.model
     edit = replace(random_edit(model), requests=tuple(request))
-    cached, in_context = (make(name, task).edit(task, request) for name in ("cache", "in-context"))
+    cached, in_context = (make(name, task).edit(task, request) for name in ("lookup", "in-context"))
     return {
         "edit": (edit.save, load_edit),
         "cache": (cached.save, load_edit),

@@ -64,6 +64,10 @@ class Registry(Generic[EntryT]):
         """List all names: remend's in their order, then those that were registered, then those of entry points."""
         return list(dict.fromkeys((*self._entries, *self._entry_points)))
 
+    def registered_names(self) -> list[str]:
+        """List the names of remend and those that were registered, without a look at the installed packages."""
+        return list(self._entries)
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries or name in self._entry_points
 

@@ -28,8 +28,9 @@ RIDGE = "ridge"
 
 
 def _untrained() -> list[EditorEntry]:
-    """Return the editors that need no training."""
-    return [entry for entry in EDITORS if entry.needs != "training"]
+    """Return the editors of remend that need no training."""
+    # Those of other packages would have to be imported: too slow, and a broken one would disturb every command.
+    return [entry for entry in map(EDITORS.get, EDITORS.registered_names()) if entry.needs != "training"]
 
 
 Model = Annotated[
@@ -85,9 +86,27 @@ Statistics = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Plain text on which ridge, rome, memit or lookup measures the model."),
 ]
+
+
+def _help_on_settings(context: typer.Context, assignments: list[str] | None) -> list[str] | None:
+    """Print the settings of the editor and exit, if the user wrote ``--set help``."""
+    # A callback, since it runs before click asks for options that are missing.
+    if "help" in (assignments or ()):
+        from remend.editors import editor_class
+
+        _print_settings(editor_class(context.params.get("editor") or RIDGE))
+        raise typer.Exit
+    return assignments
+
+
 EditorSettings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="A setting of the editor, once for each; 'help' lists them all."),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        callback=_help_on_settings,
+        help="A setting of the editor, once for each; --editor NAME --set help lists them all.",
+    ),
 ]
 Chat = Annotated[
     bool, typer.Option("--chat", help="The prompt is a user's message: ask it through the model's chat template.")
@@ -212,7 +231,7 @@ def find_editor(
         model: the model's name or folder.
         text: a file of passages, for editors that measure the model's activations.
         seed: of every random draw.
-        settings: of an editor that needs no training, as ``NAME=VALUE``; ``help`` prints what there is and exits.
+        settings: of an editor that needs no training, as ``NAME=VALUE``.
 
     Raises:
         ConfigError: there is no such editor, it takes no text, or it has no such setting.
@@ -295,9 +314,6 @@ def _configure(kind: type[Editor], assignments: Sequence[str], seed: int) -> Con
     config: Config | None = kind.default_config(seed)
     if not assignments:
         return config
-    if "help" in assignments:
-        _print_settings(kind, config)
-        raise typer.Exit
     if kind.config_class is None or config is None:
         raise ConfigError(f"{kind.info.name} has no settings: leave --set away")
     values: dict[str, Any] = {}
@@ -312,13 +328,13 @@ def _configure(kind: type[Editor], assignments: Sequence[str], seed: int) -> Con
     return from_json(kind.config_class, {**to_json(config), **values})
 
 
-def _print_settings(kind: type[Editor], config: Config | None) -> None:
+def _print_settings(kind: type[Editor]) -> None:
     """Print the settings of an editor with their defaults and meaning."""
     from remend.config import settings as describe_settings
 
-    console = Console()
+    console, config = Console(), kind.default_config()
+    console.print(f"{kind.info.name} has " + ("these settings:" if kind.config_class else "no settings"))
     if kind.config_class is None:
-        console.print(f"{kind.info.name} has no settings")
         return
     for setting in describe_settings(kind.config_class):
         default = json.dumps(getattr(config, setting.name))

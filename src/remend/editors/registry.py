@@ -43,15 +43,15 @@ def trainable_class(name: str) -> type[Mend] | type[TrainableEditor]:
     Raises:
         ConfigError: no such editor is trained.
     """
-    if name not in trained_names():
+    if name not in EDITORS or EDITORS.get(name).needs != "training":
         raise ConfigError(f"there is no method {name!r}; {nearest(name, trained_names())}")
     loaded: type[Mend] | type[TrainableEditor] = EDITORS.load(name)
     return loaded
 
 
 def trained_names() -> list[str]:
-    """Return the names of the editors that are trained before their first edit."""
-    return [entry.name for entry in EDITORS if entry.needs == "training"]
+    """Return the names of remend's editors that are trained before their first edit."""
+    return [name for name in EDITORS.registered_names() if EDITORS.get(name).needs == "training"]
 
 
 def make(
