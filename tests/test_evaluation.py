@@ -314,9 +314,9 @@ def test_a_frontier_can_be_drawn(task, editor, tmp_path):
     report = evaluate(task, editor, worlds.requests(6), max_new_tokens=5, strengths=(0.5, 2.0))
     save_figure(frontier({"tiny": report}), tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ConfigError, match=r"a picture's name ends with \.pdf, \.png, \.svg"):
+    with pytest.raises(ConfigError, match=r"the file's name should end with \.pdf, \.png, \.svg"):
         check_plot(tmp_path / "frontier.txt")
-    with pytest.raises(FileError, match="is no folder"):
+    with pytest.raises(FileError, match="is not a folder"):
         check_plot(tmp_path / "nowhere" / "frontier.png")
 
 

@@ -221,9 +221,9 @@ def test_what_cannot_be_examined(tasks, atlas):
         LmEvalTasks(("facts_chioce",), tasks).measure(atlas)
     with pytest.raises(ConfigError, match=r"lm-eval cannot load facts_gone \(FileNotFoundError"):
         LmEvalTasks(("facts_gone",), tasks).measure(atlas)
-    with pytest.raises(ConfigError, match="is a classifier: leave --lm-eval away"):
+    with pytest.raises(ConfigError, match="BertForSequenceClassification writes no text: omit --lm-eval"):
         LmEvalTasks(("facts_said",), tasks).measure(remend.load("claims", "cpu"))
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         LmEvalTasks(("facts_said",), tasks / "facts.jsonl")
     with pytest.raises(ConfigError, match="not 'a,'"):
         LmEvalTasks(("a", ""))
@@ -232,7 +232,7 @@ def test_what_cannot_be_examined(tasks, atlas):
 def test_without_the_package(monkeypatch, capsys):
     monkeypatch.setattr(ability, "find_spec", lambda name: None if name == "lm_eval" else name)
     with pytest.raises(
-        ConfigError, match=r"measured with lm_eval, not installed here: pip install 'remend\[lm-eval\]'"
+        ConfigError, match=r"measured with lm_eval, which is not installed: run pip install 'remend\[lm-eval\]'"
     ):
         LmEvalTasks(("hellaswag",))
     assert run(["evaluate", "atlas", "--data", "atlas:test", "--lm-eval", "hellaswag"]) == 2

@@ -251,7 +251,7 @@ def test_another_checkpoint_is_judged_by_the_same_ruler(world):
     both = evaluate(world, scripted.Numbered(), REQUESTS, protocol="batched", edits=[2])
     assert [case.values for case in report.cases] == [case.values for case in both.cases]
     other = scripted.model({}, WORDS[:5])
-    with pytest.raises(ConfigError, match="vocabulary of 6 tokens and the unedited one of 25"):
+    with pytest.raises(ConfigError, match="has 6 outputs and the unedited one 25"):
         evaluate_checkpoints(world, other, REQUESTS)
 
 
@@ -268,7 +268,7 @@ def test_perplexity_on_a_text(world):
     assert drawdown == pytest.approx(now - before, rel=1e-4)
     both = evaluate(world, scripted.Numbered(), REQUESTS, protocol="batched", text=text, baselines=False)
     assert both.metrics()["perplexity_drawdown"]["value"].n == 1, "what is measured once counts once"
-    with pytest.raises(ConfigError, match="less than two tokens"):
+    with pytest.raises(ConfigError, match="fewer than two tokens"):
         evaluate(world, scripted.Numbered(), REQUESTS[:1], text=["red"])
 
 
@@ -353,10 +353,13 @@ def test_a_sequence_that_was_killed_while_it_was_judged_goes_on(world, tmp_path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protocol": "serial"}, "one of single, batched, sequential, not 'serial'"),
-        ({"edits": [2]}, "single edits are alone"),
-        ({"protocol": "batched", "edits": [3]}, "there are 2 requests, so from 1 to 2 edits can be at work, not 3"),
-        ({"protocol": "batched", "strengths": (2.0,)}, "scales are of single edits"),
+        ({"protocol": "serial"}, "there is no protocol 'serial'; it is one of single, batched, sequential"),
+        ({"edits": [2]}, "single edits are applied alone"),
+        (
+            {"protocol": "batched", "edits": [3]},
+            "there are 2 requests, so from 1 to 2 edits can be applied at once, not 3",
+        ),
+        ({"protocol": "batched", "strengths": (2.0,)}, "strengths are for single edits"),
     ],
 )
 def test_settings_that_do_not_go_together(world, options, message):
@@ -403,10 +406,10 @@ def test_a_report_is_read_back_and_compared(world, tmp_path):
 def test_reports_that_are_none(world, tmp_path, change, place):
     report = evaluate(world, scripted.Numbered(), REQUESTS, baselines=False)
     (tmp_path / "report.json").write_text(json.dumps({**report.to_json(), **change}))
-    with pytest.raises(FileError, match=rf"is no report of remend.report/2 \({place}"):
+    with pytest.raises(FileError, match=rf"is not a report of remend.report/2 \({place}"):
         read_report(tmp_path / "report.json")
     (tmp_path / "report.json").write_text("[")
-    with pytest.raises(FileError, match="is no report"):
+    with pytest.raises(FileError, match="is not a report"):
         read_report(tmp_path / "report.json")
     with pytest.raises(FileError, match="No such file"):
         read_report(tmp_path / "nowhere.json")

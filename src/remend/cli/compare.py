@@ -1,4 +1,4 @@
-"""``remend compare``."""
+"""``remend compare``: show how reports of the same requests differ."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def compare(
         str, typer.Option(help="generated, teacher_forced, contains, token_f1 or value (divergences and the like).")
     ] = "generated",
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the differences as a picture (.png, .svg, .pdf).")
+        Path | None, typer.Option(metavar="FILE", help="Draw the differences into a file (.png, .svg, .pdf).")
     ] = None,
 ) -> None:
     """Put evaluations of the same requests side by side: each difference from the first report, with its interval.
 
-    Intervals are of the differences edit by edit (paired bootstrap), so what is hard for all of them cancels. A
-    difference is marked where its interval leaves out 0.
+    Intervals are those of the differences edit by edit (paired bootstrap), so that edits which are hard for all cancel
+    out. A difference is marked where its interval leaves out 0.
     """
     from remend.evaluation.reports.comparison import compare as compare_reports
     from remend.evaluation.reports.figures import check_plot, save_figure
@@ -41,9 +41,9 @@ def compare(
     from remend.evaluation.reports.schema import read_report
 
     if len(reports) < 2:
-        raise ConfigError("there is nothing to compare one report with: give at least two")
+        raise ConfigError("one report was given: give at least two to compare")
     if mode not in all_modes():
-        raise ConfigError(f"--mode is one of {', '.join(all_modes())}, not {mode!r}")
+        raise ConfigError(f"there is no mode {mode!r}; --mode is one of {', '.join(all_modes())}")
     if plot is not None:
         check_plot(plot)
     names = _names(reports)
@@ -57,14 +57,14 @@ def compare(
         for name in names[1:]
     }
     if not any(differences.values()):
-        raise ConfigError(f"the reports share no metric with the mode {mode!r}: give another --mode")
+        raise ConfigError(f"no metric of the mode {mode!r} is in two reports: give another --mode")
     console = Console()
     for name, report in by_name.items():
         run = report.runs[-1]
         at_work = "" if report.protocol == "single" else f", {run.edits} at work"
         console.print(f"{plain(name)}: {plain(report.editor)}, {len(run.cases)} edits, {report.protocol}{at_work}")
     if len({(report.protocol, report.runs[-1].edits) for report in by_name.values()}) > 1:
-        console.print("[yellow]these are not alike: differences are of the protocols, too[/]")
+        console.print("[yellow]the protocols differ, so the differences are not of the editors alone[/]")
     for name, of_report in differences.items():
         console.print(_table(names[0], name, of_report, mode))
     if any(difference.significant for of_report in differences.values() for difference in of_report):

@@ -28,7 +28,7 @@ def evaluate(
     editor: options.EditorFolder = None,
     edited_model: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Judge this checkpoint, in which the edits are, in place of an editor."),
+        typer.Option(metavar="DIR", help="Evaluate this checkpoint, which holds the edits, in place of an editor."),
     ] = None,
     statistics: options.Statistics = None,
     settings: options.EditorSettings = None,
@@ -37,46 +37,50 @@ def evaluate(
         typer.Option(help="single: each edit alone. batched: several at once. sequential: one after another."),
     ] = "single",
     edits: Annotated[
-        str | None, typer.Option(metavar="1,5,25,…", help="batched, sequential: how many edits at work at once.")
+        str | None, typer.Option(metavar="1,5,25,…", help="batched, sequential: how many edits are applied at once.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests, drawn with the seed.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate only this many requests, drawn with the seed.")
+    ] = None,
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     quantise: options.Quantise = None,
     seed: options.Seed = 0,
     baselines: Annotated[
-        bool, typer.Option(help="Also judge the unedited model, as it is and with the fact in its prompt.")
+        bool, typer.Option(help="Also evaluate the unedited model, as it is and with the fact in its prompt.")
     ] = True,
-    frontier: Annotated[bool, typer.Option(help="Also judge single edits at 0.25 to 2 times their strength.")] = True,
+    frontier: Annotated[
+        bool, typer.Option(help="Also evaluate single edits at 0.25 to 2 times their strength.")
+    ] = True,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A text on which to measure perplexity after each edit.")
     ] = None,
-    text_tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it.")] = 1024,
+    text_tokens: Annotated[int, typer.Option(min=2, help="The number of tokens of --text.")] = 1024,
     lm_eval: Annotated[
         str | None,
         typer.Option(
             metavar="TASK,…",
-            help="Also measure general ability in these tasks of lm-evaluation-harness, without edits and with those "
-            "of the last run at work; of single edits, with the first one alone.",
+            help="Also measure general ability in these tasks of lm-evaluation-harness, without edits and with all "
+            "edits of the last run applied (of single edits, with the first one).",
         ),
     ] = None,
     lm_eval_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder with YAML files of tasks, beside lm-eval's own.")
+        Path | None, typer.Option(metavar="DIR", help="A folder with YAML files of further tasks.")
     ] = None,
-    lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Only so many samples of each task.")] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="The number of samples of each task.")] = None,
     json: options.Json = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page with pictures and every edit, to look at.")
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML page with plots and every edit.")
     ] = None,
     pictures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write each of the page's pictures as PNG and SVG.")
+        Path | None, typer.Option(metavar="DIR", help="Write the plots of the page as PNG and SVG files.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with what a stopped run left beside --json.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue a stopped run from the folder beside --json.")] = False,
 ) -> None:
     """Make the edits of a whole file and measure success, generality and locality.
 
-    An editor that is right at one strength may be so by luck: the frontier shows what more and less strength would do.
+    The frontier shows how success and locality change with the strength of the edits.
     """
     from remend.data import read_source, read_text
     from remend.evaluation import evaluate as evaluate_edits
@@ -90,7 +94,7 @@ def evaluate(
     if html is not None or pictures is not None:
         check_matplotlib()
     if resume and json is None:
-        raise ConfigError("--resume goes on with what lies beside the report: give the same --json FILE as before")
+        raise ConfigError("--resume continues from the folder beside the report: give the same --json FILE as before")
     examined = _lm_eval_tasks(lm_eval, lm_eval_path, lm_eval_limit)
     requests = read_source(data)
     if limit is not None and limit < len(requests):
@@ -98,7 +102,7 @@ def evaluate(
     passages = [] if text is None else read_text(text)
     if edited_model is not None and (editor or statistics or settings or edits or resume or protocol != "single"):
         raise ConfigError(
-            "--edited-model holds its edits already: leave --editor, --statistics, --set, --protocol, --edits and "
+            "the edits are in --edited-model already: omit --editor, --statistics, --set, --protocol, --edits and "
             "--resume"
         )
     console = Console()
@@ -107,7 +111,7 @@ def evaluate(
         console.print(f"edits by {chosen.info.name} have no strength, so there is no frontier of it")
         frontier = False
     if examined is not None and chosen is not None and chosen.info.name == "in-context":
-        raise ConfigError("in-context leaves the model as it is, and so its general ability: leave --lm-eval away")
+        raise ConfigError("in-context does not change the model, nor its general ability: omit --lm-eval")
     partial = None if json is None else json.with_name(f"{json.name}.partial")
     with _announce_resume(partial, resume), Progress(console=console, disable=not console.is_terminal) as bar:
         progress = bar.add_task("editing", total=None)
@@ -149,7 +153,7 @@ def _lm_eval_tasks(tasks: str | None, folder: Path | None, limit: int | None) ->
     if tasks is not None:
         return LmEvalTasks(tuple(part.strip() for part in tasks.split(",")), folder, limit)
     if folder is not None or limit is not None:
-        raise ConfigError("--lm-eval-path and --lm-eval-limit are of --lm-eval: name the tasks, --lm-eval TASK,…")
+        raise ConfigError("--lm-eval-path and --lm-eval-limit need --lm-eval: name the tasks, --lm-eval TASK,…")
     return None
 
 
@@ -159,14 +163,14 @@ def _announce_resume(partial: Path | None, resume: bool) -> Iterator[None]:
     console = Console(stderr=True)  # standard output is for the tables
     if resume and partial is not None:
         done = len([file for file in partial.glob("*.json") if file.name != "about.json"])
-        console.print(f"going on: {done} parts were done before")
+        console.print(f"resuming: {done} parts are done")
     try:
         yield
     except KeyboardInterrupt:
         if partial is None:
-            console.print("stopped; nothing is kept (with --json FILE, a stopped evaluation can go on)")
+            console.print("stopped; nothing is stored (with --json FILE, a stopped evaluation can be resumed)")
         else:
-            console.print(f"stopped; go on with the same command and --resume ({plain(partial)})", soft_wrap=True)
+            console.print(f"stopped; resume with the same command and --resume ({plain(partial)})", soft_wrap=True)
         raise typer.Exit(130) from None
 
 
@@ -174,5 +178,5 @@ def _numbers(text: str | None) -> list[int]:
     """Return the numbers of a list such as ``1,5,25``."""
     parts = [] if text is None else [part.strip() for part in text.split(",")]
     if wrong := [part for part in parts if not part.isdecimal()]:
-        raise ConfigError(f"--edits is a list of numbers such as 1,5,25, not {wrong[0]!r} in it")
+        raise ConfigError(f"--edits takes a list of numbers such as 1,5,25; {wrong[0]!r} is not a number")
     return [int(part) for part in parts]

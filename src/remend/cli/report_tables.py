@@ -21,13 +21,13 @@ def print_report(report: Report, console: Console) -> None:
         console.print(_metrics_table(report, run))
     if retention := report.retention():
         counts = ", ".join(f"{sum(row):.0f} of {len(row)}" for row in retention)
-        console.print(f"edits that are still there (their own prompt is answered): {counts}")
+        console.print(f"retained edits (their prompt is still answered with the target): {counts}")
     if report.frontier:
         console.print(_frontier_table(report))
     if report.general:
         console.print(_lm_eval_table(report))
     for reason, count in report.left_out.items():
-        console.print(f"not judged: {count} {plain(reason)}")
+        console.print(f"not evaluated: {count} {plain(reason)}")
     if report.text:
         console.print(
             f"perplexity of the unedited model on {report.text['tokens']:,.0f} tokens of text: "

@@ -1,4 +1,4 @@
-"""Measuring what an editor does, in teacher-forced and in freely generated answers."""
+"""Evaluation: measure what an editor changes and what it leaves alone, and write a report."""
 
 from remend.evaluation.metrics.lm_eval import LmEvalTasks
 from remend.evaluation.protocols import evaluate, evaluate_checkpoints

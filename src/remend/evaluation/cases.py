@@ -63,7 +63,7 @@ class CaseScorer:
             interventions += self.baseline_interventions(requests) if baselines else []
             return self.score(requests, start, interventions)
         if list(strengths) != [1.0]:
-            raise ConfigError(f"a {type(edits[0]).__name__} cannot be scaled: leave the scales away (--no-frontier)")
+            raise ConfigError(f"a {type(edits[0]).__name__} has no strength: omit the strengths (--no-frontier)")
         rows = []
         for index, (request, edit) in enumerate(zip(requests, edits, strict=True)):
             interventions = [shared_intervention(self.task, edit, 1)]

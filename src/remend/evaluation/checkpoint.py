@@ -42,7 +42,9 @@ class EvaluationCheckpoint:
             return
         about = folder / "about.json"
         if folder.exists() and not about.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileError(f"{folder} holds something else than a stopped evaluation: it is left alone; name another")
+            raise FileError(
+                f"{folder} holds something else than a stopped evaluation and is not touched: name another one"
+            )
         if folder.exists() and not resume:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ class EvaluationCheckpoint:
         elif json.loads(about.read_text(encoding="utf-8")) != {"about": fingerprint}:
             raise FileError(
                 f"{folder} is of an evaluation with another model, editor, data or settings: give the same ones, or "
-                "leave --resume away to begin anew"
+                "omit --resume to start again"
             )
 
     def load_part(self, name: str) -> Any | None:

@@ -89,7 +89,7 @@ def evaluate(
         FileError: the checkpoint is of another evaluation.
     """
     if not requests:
-        raise RequestError("there is no request to evaluate on")
+        raise RequestError("there is no request to evaluate: give at least one")
     sizes = _check_sizes(protocol, edits, strengths, len(requests))
     settings = {"protocol": protocol, "edits": sizes, "scales": list(strengths), "limit": max_new_tokens}
     settings |= {"baselines": baselines, "text": list(text), "text_tokens": text_tokens}
@@ -157,11 +157,11 @@ def evaluate_checkpoints(
         ConfigError: the models differ in their outputs.
     """
     if not requests:
-        raise RequestError("there is no request to evaluate on")
+        raise RequestError("there is no request to evaluate: give at least one")
     if after.output_size != before.output_size:
         raise ConfigError(
-            f"the edited model has a vocabulary of {after.output_size} tokens and the unedited one of "
-            f"{before.output_size}: both must be checkpoints of one model"
+            f"the edited model has {after.output_size} outputs and the unedited one {before.output_size}: both must be "
+            "checkpoints of one model"
         )
     advance = _progress(len(requests) * (1 + baselines), on_progress)
     perplexity_text = PerplexityText(before, text, text_tokens) if text else None
@@ -223,16 +223,16 @@ def _report(
 def _check_sizes(protocol: str, edits: Sequence[int], strengths: Sequence[float], requests: int) -> list[int]:
     """Check the settings of a protocol; return how many edits are applied at once, in order."""
     if protocol not in PROTOCOLS:
-        raise ConfigError(f"the protocol is one of {', '.join(PROTOCOLS)}, not {protocol!r}")
+        raise ConfigError(f"there is no protocol {protocol!r}; it is one of {', '.join(PROTOCOLS)}")
     if protocol == "single":
         if edits:
-            raise ConfigError("single edits are alone in the model: give edits with batched or sequential")
+            raise ConfigError("single edits are applied alone: give numbers of edits with batched or sequential only")
         return [1]
     if strengths:
-        raise ConfigError(f"scales are of single edits: leave them away with {protocol}")
+        raise ConfigError(f"strengths are for single edits: omit them with the protocol {protocol}")
     if wrong := [size for size in edits if not 1 <= size <= requests]:
         raise ConfigError(
-            f"there are {requests} requests, so from 1 to {requests} edits can be at work, not {wrong[0]}"
+            f"there are {requests} requests, so from 1 to {requests} edits can be applied at once, not {wrong[0]}"
         )
     return sorted(set(edits)) or [requests]
 

@@ -52,13 +52,17 @@ class LmEvalTasks:
     def __post_init__(self) -> None:
         if missing := [package for package in ("lm_eval", "accelerate") if find_spec(package) is None]:
             raise ConfigError(
-                f"general ability is measured with {' and '.join(missing)}, not installed here: pip install "
-                "'remend[lm-eval]', or leave --lm-eval away"
+                f"general ability is measured with {' and '.join(missing)}, which is not installed: run pip install "
+                "'remend[lm-eval]', or omit --lm-eval"
             )
         if not self.tasks or not all(self.tasks):
-            raise ConfigError(f"tasks are names such as arc_easy,hellaswag, not {','.join(self.tasks)!r} (--lm-eval)")
+            raise ConfigError(
+                f"--lm-eval takes names of tasks such as arc_easy,hellaswag, not {','.join(self.tasks)!r}"
+            )
         if self.folder is not None and not self.folder.is_dir():
-            raise ConfigError(f"{self.folder} is no folder: name the one that holds the tasks' YAML files")
+            raise ConfigError(
+                f"{self.folder} is not a folder: --lm-eval-path takes the folder that holds the YAML files of tasks"
+            )
 
     @cached_property
     def _loaded(self) -> tuple[Any, list[Any]]:
@@ -69,14 +73,14 @@ class LmEvalTasks:
         for name in self.tasks:
             if name not in manager.all_tasks:
                 near = get_close_matches(name, manager.all_tasks, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` lists its own"
-                raise ConfigError(f"lm-eval has no task {name!r}; {hint} (--lm-eval-path adds those of a folder)")
+                hint = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` lists its tasks"
+                raise ConfigError(f"lm-eval has no task {name!r}; {hint} (--lm-eval-path adds the tasks of a folder)")
         try:
             loaded = manager.load(list(self.tasks))
         except Exception as error:  # a task is anybody's YAML, code and data, and may raise anything
             raise ConfigError(
-                f"lm-eval cannot load {', '.join(self.tasks)} ({type(error).__name__}: {error}): see that the task's "
-                "data are there, or can be fetched"
+                f"lm-eval cannot load {', '.join(self.tasks)} ({type(error).__name__}: {error}): check that the "
+                "data of the task are there, or can be downloaded"
             ) from error
         groups = [loaded["groups"][name] for name in self.tasks if name in loaded["groups"]]
         in_groups = {task.task_name for group in groups for task in group.get_all_tasks()}
@@ -93,7 +97,7 @@ class LmEvalTasks:
         """
         if not task.generates:
             raise ConfigError(
-                f"lm-eval examines language models; {type(task.model).__name__} is a classifier: leave --lm-eval away"
+                f"lm-eval evaluates language models; {type(task.model).__name__} writes no text: omit --lm-eval"
             )
         from lm_eval import simple_evaluate
 
@@ -152,7 +156,9 @@ def _metric_values(task: str, values: Mapping[str, Any]) -> dict[str, float]:
         if "," in name and "_stderr," not in name
     }
     if wrong := [name for name, value in scores.items() if not math.isfinite(value)]:
-        raise NonFiniteError(f"lm-eval found {scores[wrong[0]]} for {wrong[0]} of {task}: no such model can be judged")
+        raise NonFiniteError(
+            f"lm-eval returned {scores[wrong[0]]} for {wrong[0]} of {task}: the model's outputs are not finite"
+        )
     return scores
 
 

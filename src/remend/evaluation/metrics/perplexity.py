@@ -46,8 +46,8 @@ class PerplexityText:
     def __init__(self, task: Task, passages: Sequence[str], tokens: int) -> None:
         if not task.causal:
             raise ConfigError(
-                f"perplexity on a text is a causal language model's; {type(task.model).__name__} reads a text and "
-                "answers: leave the text away"
+                f"perplexity on a text is defined for causal language models, and {type(task.model).__name__} is none: "
+                "omit the text"
             )
         self.task = task
         length = min(WINDOW_LENGTH, task.context or WINDOW_LENGTH)
@@ -55,7 +55,7 @@ class PerplexityText:
         windows = [ids[start : start + length] for start in range(0, len(ids), length)]
         self.windows = [Example(tuple(window[:1]), tuple(window[1:])) for window in windows if len(window) > 1]
         if not self.windows:
-            raise ConfigError("the text to measure perplexity on holds less than two tokens: name a longer one")
+            raise ConfigError("the text to measure perplexity on has fewer than two tokens: give a longer one")
         self.tokens = sum(len(window.target) for window in self.windows)
         self.perplexity = self.measure(Intervention(task), 1)[0]
 

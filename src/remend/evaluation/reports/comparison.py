@@ -55,8 +55,8 @@ def compare(
     pairs = _pair_cases(first.cases, other.cases)
     if not pairs:
         raise ConfigError(
-            f"{names[0]} and {names[1]} share no edit (by id, prompt and target): evaluate both on the same requests, "
-            "with the same --limit and --seed"
+            f"{names[0]} and {names[1]} share no edit (with the same id, prompt and target): evaluate both on the same "
+            "requests, with the same --limit and --seed"
         )
     differences = []
     for metric, modes in metrics_of([case for case, _ in pairs]).items():

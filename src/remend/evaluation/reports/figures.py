@@ -33,10 +33,10 @@ def check_plot(path: Path) -> None:
         FileError: the folder to write to does not exist.
     """
     if path.suffix not in PLOT_SUFFIXES:
-        raise ConfigError(f"{path}: a picture's name ends with {', '.join(PLOT_SUFFIXES)}")
+        raise ConfigError(f"cannot plot to {path}: the file's name should end with {', '.join(PLOT_SUFFIXES)}")
     check_matplotlib()
     if not path.parent.is_dir():
-        raise FileError(f"{path.parent} is no folder: make it first, or write elsewhere")
+        raise FileError(f"{path.parent} is not a folder: create it, or write to another one")
 
 
 def check_matplotlib() -> None:
@@ -46,7 +46,7 @@ def check_matplotlib() -> None:
         ConfigError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("pictures need matplotlib: pip install 'remend[plots]', or leave the pictures away")
+        raise ConfigError("plots need matplotlib: run pip install 'remend[plots]', or omit the plots")
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from remend.registries import METRICS
 from remend.serialization import write_text
 
 PROTOCOL_HELP = {
-    "single": "each edit is made from the untouched model and judged alone",
-    "batched": "so many edits at once, each judged while all are at work",
-    "sequential": "one edit after another, all judged again after so many",
-    "checkpoints": "all edits are in another checkpoint, whatever made it",
+    "single": "each edit is made of the unedited model and evaluated alone",
+    "batched": "several edits are made at once and evaluated while all are applied",
+    "sequential": "edits are made one after another, and all so far are evaluated together",
+    "checkpoints": "all edits are in another checkpoint",
 }
 
 
@@ -41,7 +41,9 @@ def write_html_report(report: Report, path: str | Path) -> None:
         format_number=format_number,
         protocol_help=PROTOCOL_HELP[report.protocol],
         edits_of_scores=edits_of_scores(report),
-        tables=[_table(report, run, f"{run.edits} at work" if len(report.runs) > 1 else "") for run in report.runs],
+        tables=[
+            _table(report, run, f"{run.edits} edits applied" if len(report.runs) > 1 else "") for run in report.runs
+        ],
         plots={name: Markup(as_svg(draw())) for name, draw in available_plots(report).items()},
         columns=_embed(_columns(report)),
         cases=_embed(_cases(report)),

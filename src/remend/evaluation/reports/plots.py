@@ -77,7 +77,7 @@ def frontier(reports: Mapping[str, Report]) -> Figure:
             }
             success = "generality" if "generality" in means[1.0] else "reliability"
             if "locality_near" not in means[1.0]:
-                raise ConfigError("the requests have no near probes: there is no near locality to draw")
+                raise ConfigError("the frontier shows near locality, but the requests have no near probes: give some")
             # The curve begins at strength 0, where nothing has changed.
             near = [1.0, *(metrics["locality_near"] for metrics in means.values())]
             successes = [0.0, *(metrics[success] for metrics in means.values())]
@@ -230,7 +230,7 @@ def retention(report: Report) -> Figure:
         axes.set_yticks([index + 0.5 for index in range(len(rows))], [str(run.edits) for run in report.runs])
         axes.set(xlabel="edit, in the order in which they were made", ylabel="after so many edits")
         axes.grid(visible=False)
-        axes.set_title("Retention: is an edit still there?")
+        axes.set_title("Retention: is an edit still effective?")
         figure.colorbar(image, label="share of own prompts answered")
     return figure
 

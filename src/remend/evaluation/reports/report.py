@@ -40,7 +40,9 @@ class Summary:
         """
         array = np.asarray(values, dtype=np.float64)
         if array.size == 0 or not np.isfinite(array).all():
-            raise NonFiniteError(f"{int((~np.isfinite(array)).sum())} of {array.size} values to average are not finite")
+            raise NonFiniteError(
+                f"{int((~np.isfinite(array)).sum())} of the {array.size} values to average are not finite"
+            )
         # Three lines of numpy rather than scipy.stats.bootstrap: the package does not depend on scipy, and other draws
         # would move the intervals of existing reports.
         draws = np.random.default_rng(seed).integers(0, array.size, (BOOTSTRAP_RESAMPLES, array.size))

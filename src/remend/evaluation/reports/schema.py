@@ -96,14 +96,16 @@ def read_report(path: str | Path) -> Report:
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
-        raise FileError(f"{path}: {error.strerror}; name a report that remend evaluate --json wrote") from None
+        raise FileError(
+            f"cannot read {path}: {error.strerror}; give a report that remend evaluate --json wrote"
+        ) from None
     try:
         content = _Report.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         raise FileError(
-            f"{path} is no report of {SCHEMA} ({key or 'the file'}: {first['msg']}): make it anew"
+            f"{path} is not a report of {SCHEMA} ({key or 'the file'}: {first['msg']}): run the evaluation again"
         ) from None
     return Report(
         model=content.model,
