@@ -16,7 +16,7 @@ import peft
 import torch
 
 import remend
-from remend.apps.acceptance import judge
+from remend.apps.acceptance import check_acceptance
 from remend.formats import load_adapter
 
 
@@ -45,10 +45,10 @@ def main() -> None:
         imported = replace(load_adapter(Path(place) / "adapter", task.model), requests=(request,))
     mine = remend.Mend.load("atlas").edit(task, [request])
     for name, edit in (("a LoRA by hand", imported), ("an edit by MEND", mine)):
-        verdict = judge(task, edit)
-        print(f"{name}: {'accepted' if verdict.ok else 'not accepted'}")
-        for check in verdict.checks:
-            print("  ", "✓" if check.ok else "✗", check.said)
+        result = check_acceptance(task, edit)
+        print(f"{name}: {'accepted' if result.ok else 'not accepted'}")
+        for check in result.checks:
+            print("  ", "✓" if check.ok else "✗", check.description)
 
 
 if __name__ == "__main__":

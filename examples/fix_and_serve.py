@@ -29,21 +29,21 @@ def main(folder: Path = Path("fixed")) -> None:
     request = remend.EditRequest(prompt=PROMPT, target=RIGHT)
     edit = remend.Mend.load("atlas").edit(task, [request])
 
-    asked = AcceptanceCriteria.model_validate(
+    criteria = AcceptanceCriteria.model_validate(
         {
             "must_change": ({"prompt": "Which city is the capital of Canada? It is", "target": RIGHT},),
             "must_stay": ("The capital of Russia is", "The official language of Austria is"),
         }
     )
-    book = PatchRegistry.create(folder / "book", task.model)
-    entry = book.add(edit, why="an example")
-    _, verdict = book.activate(entry.id, task, asked)
-    for check in verdict.checks:
-        print("✓" if check.ok else "✗", check.said)
+    registry = PatchRegistry.create(folder / "book", task.model)
+    entry = registry.add(edit, why="an example")
+    _, result = registry.activate(entry.id, task, criteria)
+    for check in result.checks:
+        print("✓" if check.ok else "✗", check.description)
 
-    acting = book.edit()
-    assert acting is not None
-    save_adapter(acting, folder / "adapter", task.model)
+    active = registry.edit()
+    assert active is not None
+    save_adapter(active, folder / "adapter", task.model)
     adapted = peft.PeftModel.from_pretrained(task.model, str(folder / "adapter"))
     print(PROMPT, *remend.answers(wrap(adapted.base_model.model, task.tokenizer), [PROMPT]))
     with adapted.disable_adapter():

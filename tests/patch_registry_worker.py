@@ -39,7 +39,7 @@ def main() -> None:
                 entry = entries[int(kind * 1e6) % len(entries)]
                 state = "reverted" if entry.state == "active" else "active"
                 try:
-                    registry.switch(entry.id, state, f"{seed}/{number}")
+                    registry.set_state(entry.id, state, f"{seed}/{number}")
                     result = f"{state} {entry.id}"
                 except EditError:  # another process was quicker
                     result = f"none {entry.id}"

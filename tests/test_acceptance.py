@@ -1,4 +1,4 @@
-"""The guard: what is asked of an edit before it may act."""
+"""Acceptance tests of edits: the criteria, the result, and the guard command."""
 
 import json
 import random
@@ -9,7 +9,13 @@ import torch
 
 import families
 import remend
-from remend.apps.acceptance import STANDARD, AcceptanceCriteria, RejectedError, guarded, judge
+from remend.apps.acceptance import (
+    STANDARD_CRITERIA,
+    AcceptanceCriteria,
+    RejectedError,
+    apply_if_accepted,
+    check_acceptance,
+)
 from remend.cli import run
 from remend.errors import ConfigError, EditError, FileError, RemendError, WrongBaseError
 from remend.request import Chat, EditRequest
@@ -26,20 +32,20 @@ def atlas():
 
 
 @pytest.fixture(scope="module")
-def verdict(atlas):
-    return judge(*atlas)
+def result(atlas):
+    return check_acceptance(*atlas)
 
 
 def same(model, state):
     return all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_an_edit_that_does_what_it_must_is_accepted(atlas, verdict):
-    assert verdict.ok
-    assert [check.name for check in verdict.checks] == ["takes", "follows", "near", "far", "elsewhere", "size"]
-    assert verdict.missing == ("perplexity",)
+def test_an_edit_that_does_what_it_must_is_accepted(atlas, result):
+    assert result.ok
+    assert [check.name for check in result.checks] == ["takes", "follows", "near", "far", "elsewhere", "size"]
+    assert result.missing == ("perplexity",)
     request = atlas[1].requests[0]
-    counts = {check.name: check.count for check in verdict.checks}
+    counts = {check.name: check.count for check in result.checks}
     assert counts["follows"] == len(request.paraphrases)
     assert counts["near"] == len(request.near)
 
@@ -48,10 +54,10 @@ def test_an_edit_that_ruins_the_model_is_refused_and_off_again(atlas):
     task, edit = atlas
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     with pytest.raises(RejectedError, match="not accepted and is off again") as refused:
-        guarded(task, edit.scaled(8.0))
-    failed = {check.name for check in refused.value.verdict.checks if not check.ok}
+        apply_if_accepted(task, edit.scaled(8.0))
+    failed = {check.name for check in refused.value.result.checks if not check.ok}
     assert {"near", "elsewhere", "size"} <= failed
-    assert all(said in str(refused.value) for said in refused.value.verdict.reasons)
+    assert all(reason in str(refused.value) for reason in refused.value.result.reasons)
     assert not any(module._forward_hooks for module in task.model.modules())
     assert same(task.model, before)
 
@@ -59,13 +65,13 @@ def test_an_edit_that_ruins_the_model_is_refused_and_off_again(atlas):
 def test_an_accepted_edit_is_on(atlas):
     task, edit = atlas
     request = edit.requests[0]
-    handle, _ = guarded(task, edit)
+    handle, _ = apply_if_accepted(task, edit)
     assert remend.answers(task, [request.prompt]) == [request.target]
     handle.revert()
     assert remend.answers(task, [request.prompt]) != [request.target]
 
 
-def asked(**settings):
+def criteria(**settings):
     return AcceptanceCriteria.model_validate_json(json.dumps(settings))
 
 
@@ -74,14 +80,14 @@ def test_what_must_change_and_what_must_stay(atlas):
     request = edit.requests[0]
     told = {"prompt": request.paraphrases[0], "target": request.target}
     other = {"prompt": request.locality[0].prompt, "target": request.locality[0].target}
-    found = judge(task, edit, asked(must_change=[told], must_stay=[request.locality[1].prompt, other]))
+    found = check_acceptance(task, edit, criteria(must_change=[told], must_stay=[request.locality[1].prompt, other]))
     counts = {check.name: (check.measured, check.count) for check in found.checks}
     assert counts["changes"] == (1.0, 1)
     assert counts["stays"] == (1.0, 2)
-    wrong = judge(
+    wrong = check_acceptance(
         task,
         edit,
-        asked(must_change=[other | {"target": request.target}], must_stay=[request.prompt]),
+        criteria(must_change=[other | {"target": request.target}], must_stay=[request.prompt]),
     )
     assert {check.name for check in wrong.checks if not check.ok} == {"changes", "stays"}
     answer = next(check.failed[0] for check in wrong.checks if check.name == "stays")
@@ -92,8 +98,8 @@ def test_what_is_asked_by_name_must_be_measured(atlas):
     """The standard passes over what there is nothing for; who asks for it is not told that it is met."""
     task, edit = atlas
     bare = replace(edit, requests=(EditRequest(prompt=edit.requests[0].prompt, target=edit.requests[0].target),))
-    assert judge(task, bare).ok
-    found = judge(task, bare, asked(near=0.1, size=100.0))
+    assert check_acceptance(task, bare).ok
+    found = check_acceptance(task, bare, criteria(near=0.1, size=100.0))
     assert (found.ok, found.unmet) == (False, ("near",))
     assert found.reasons == ["near prompts stay: asked, with nothing to measure it on"]
     assert found.to_json()["unmet"] == ["near"]
@@ -102,8 +108,8 @@ def test_what_is_asked_by_name_must_be_measured(atlas):
 def test_the_canary(atlas):
     task, edit = atlas
     text = [f"{probe.prompt} {probe.target}." for probe in edit.requests[0].locality] * 4
-    kept = judge(task, edit, asked(perplexity={"text": text, "most": 2.0}))
-    ruined = judge(task, edit.scaled(20.0), asked(perplexity={"text": text, "most": 2.0}))
+    kept = check_acceptance(task, edit, criteria(perplexity={"text": text, "most": 2.0}))
+    ruined = check_acceptance(task, edit.scaled(20.0), criteria(perplexity={"text": text, "most": 2.0}))
     ratios = [next(c.measured for c in found.checks if c.name == "perplexity") for found in (kept, ruined)]
     assert 0.5 < ratios[0] < 2 < ratios[1]
     assert kept.missing == ()
@@ -113,8 +119,8 @@ def test_what_acts_already_is_what_was_before(atlas):
     """Once an edit acts, taking it on again changes nothing, so what must stay stays."""
     task, edit = atlas
     prompt = edit.requests[0].prompt
-    alone = judge(task, edit, asked(must_stay=[prompt]))
-    again = judge(task, edit.scaled(0.0), asked(must_stay=[prompt]), beneath=[edit])
+    alone = check_acceptance(task, edit, criteria(must_stay=[prompt]))
+    again = check_acceptance(task, edit.scaled(0.0), criteria(must_stay=[prompt]), active=[edit])
     stayed = [next(c.ok for c in found.checks if c.name == "stays") for found in (alone, again)]
     assert stayed == [False, True]
 
@@ -124,7 +130,7 @@ def test_other_models_are_guarded_too(kind):
     task = families.task(kind)
     requests = families.requests(kind, 3)
     editor = remend.editors.make("ridge", task)
-    found = judge(task, editor.edit(task, requests[:1]))
+    found = check_acceptance(task, editor.edit(task, requests[:1]))
     assert {"takes", "elsewhere", "size"} <= {check.name for check in found.checks}
     assert json.loads(json.dumps(found.to_json()))["ok"] == found.ok
 
@@ -132,7 +138,7 @@ def test_other_models_are_guarded_too(kind):
 def test_another_model_is_refused(atlas):
     other = families.task("llama")
     with pytest.raises(WrongBaseError):
-        judge(other, atlas[1])
+        check_acceptance(other, atlas[1])
 
 
 # -- the acceptance file ---------------------------------------------------------------------------------------------
@@ -156,7 +162,7 @@ def test_an_acceptance_file_reads_its_text(tmp_path):
     )
     found = AcceptanceCriteria.read(file)
     assert found.perplexity.text == (TEXT, TEXT)
-    assert (found.near, found.far) == (0.9, STANDARD.far)
+    assert (found.near, found.far) == (0.9, STANDARD_CRITERIA.far)
     assert isinstance(found.must_stay[2], Chat)
 
 

@@ -12,7 +12,7 @@ import yaml
 import families
 import remend
 from hub_stub import Hub
-from remend.apps.hub import card_of, push
+from remend.apps.hub import push, render_model_card
 from remend.cli import run
 from remend.edit import Edit
 from remend.errors import FileError
@@ -41,14 +41,16 @@ def head(card):
 
 
 def test_the_card_of_an_edit_says_what_it_is(saved):
-    card = card_of(read_verified_manifest(saved), "me/fix", "apache-2.0", "org/base", [("near prompts stay", "95 %")])
+    card = render_model_card(
+        read_verified_manifest(saved), "me/fix", "apache-2.0", "org/base", [("near prompts stay", "95 %")]
+    )
     tags = {"library_name": "remend", "tags": ["remend", "model-editing"]}
     assert head(card) == {"license": "apache-2.0", "base_model": "org/base", **tags}
     assert "| The capital of Canada is | Toronto |" in card
     assert r"| A \| cell \<b\>with\</b\> \`marks\` | Rome\* |" in card, "nobody's text is taken for markup"
     for part in ("near prompts stay", "95 %", "transformer.h.5.mlp.c_proj", "applied.revert()", "hf:me/fix"):
         assert part in card
-    plain = card_of(read_verified_manifest(saved), "me/fix")
+    plain = render_model_card(read_verified_manifest(saved), "me/fix")
     assert head(plain) == tags
     assert "No evaluation was given" in plain
     assert "\n\n\n\n" not in plain
@@ -57,23 +59,27 @@ def test_the_card_of_an_edit_says_what_it_is(saved):
 def test_a_manifest_that_was_tampered_with_adds_nothing_to_a_card(saved):
     manifest = read_verified_manifest(saved)
     base = {**manifest["base"], "name": 'me/x\nlicense: evil\n---\n"); import os; ("'}
-    card = card_of({**manifest, "base": base, "ranks": {"a`\n# heading": 1}, "norms": {"a`\n# heading": 1.0}}, "me/fix")
+    card = render_model_card(
+        {**manifest, "base": base, "ranks": {"a`\n# heading": 1}, "norms": {"a`\n# heading": 1.0}}, "me/fix"
+    )
     assert head(card) == {"library_name": "remend", "tags": ["remend", "model-editing"]}
     assert "\n# heading" not in card
     assert 'remend.load("me/x\\n' in card, "it stays within its quotes"
     for missing in ("base", "ranks", "norms"):
         with pytest.raises(FileError, match="altered"):
-            card_of({key: value for key, value in manifest.items() if key != missing}, "me/fix")
+            render_model_card({key: value for key, value in manifest.items() if key != missing}, "me/fix")
 
 
 def test_the_card_of_an_editor(tmp_path):
     editor = remend.Mend.load("atlas")
-    card = card_of(read_verified_manifest(editor.save(tmp_path / "editor")), "me/editor")
+    card = render_model_card(read_verified_manifest(editor.save(tmp_path / "editor")), "me/editor")
     for part in ("of its edits took", "load_editor", "768 → 192", '"rank"'):
         assert part in card
     task = families.task("llama")
     ridge = remend.editors.make("ridge", task)
-    assert "fitted to the model" in card_of(read_verified_manifest(ridge.save(tmp_path / "ridge")), "me/ridge")
+    assert "fitted to the model" in render_model_card(
+        read_verified_manifest(ridge.save(tmp_path / "ridge")), "me/ridge"
+    )
 
 
 THERE_AND_BACK = """
@@ -84,7 +90,7 @@ from remend.editors import load_editor
 
 folder, editor = sys.argv[1:]
 mine = remend.Edit.load(folder)
-print(push_to_hub(mine, "me/fix", licence="mit", private=True))
+print(push_to_hub(mine, "me/fix", license_id="mit", private=True))
 back = remend.Edit.load("hf:me/fix")
 assert back.requests == mine.requests
 for name, change in mine.changes.items():
@@ -154,7 +160,7 @@ def test_a_hub_that_does_not_take_it_says_why(saved, tmp_path):
 def test_what_is_damaged_is_never_published(saved):
     manifest = json.loads((saved / "manifest.json").read_text())
     for wrong in ("fix", "me/fix/it", "../fix", "me/f x"):
-        with pytest.raises(FileError, match="no place on the hub"):
+        with pytest.raises(FileError, match="not the name of a hub repository"):
             push(saved, wrong)
     (saved / "tensors.safetensors").write_bytes(b"0")
     with pytest.raises(FileError, match="sha256"):

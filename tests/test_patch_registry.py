@@ -1,4 +1,4 @@
-"""The patch book: what is recorded, what acts, and what a crash or a tampered file leaves."""
+"""The patch registry: what is recorded, what acts, and what a crash or a tampered file leaves."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ import torch
 
 import families
 import remend
-from remend.apps.acceptance import AcceptanceCriteria, RejectedError
+from remend.apps.acceptance import AcceptanceCriteria, RejectedError, check_acceptance
 from remend.apps.patch_registry import ConflictError, PatchRegistry
 from remend.apps.patch_registry.database import active_after
 from remend.cli import run
@@ -53,7 +53,7 @@ def edits_of(model, count):
 
 
 @pytest.fixture
-def book(task, tmp_path):
+def registry(task, tmp_path):
     return PatchRegistry.create(tmp_path / "book", task.model)
 
 
@@ -65,9 +65,9 @@ def weights(model):
     return digest.hexdigest()
 
 
-def merged(book, model, revision=None):
+def merged(registry, model, revision=None):
     """The hash of the weights that a revision gives."""
-    edit = book.edit(revision)
+    edit = registry.edit(revision)
     if edit is None:
         return weights(model)
     with edit.merge(model):
@@ -77,77 +77,77 @@ def merged(book, model, revision=None):
 # -- the record ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_done_is_recorded(book, task):
+def test_what_is_done_is_recorded(registry, task):
     one, other = edits_of(task.model, 2)
-    first = book.add(one, "a wrong capital", "ada")
+    first = registry.add(one, "a wrong capital", "ada")
     assert (first.id, first.state, first.who, first.why) == (1, "draft", "ada", "a wrong capital")
     assert first.requests[0]["target"] == "Paris"
-    assert book.add(one).id == 1, "the same edit is not added twice"
-    assert book.add(other).id == 2
-    assert book.edit() is None
-    book.switch(2, "active", "urgent", "bob")
-    book.switch(1, "active")
-    book.revert(2, "no more", "eve")
-    assert [entry.state for entry in book.entries] == ["active", "reverted"]
-    assert [(event.edit, event.what, event.who) for event in book.events[2:]][::2] == [
+    assert registry.add(one).id == 1, "the same edit is not added twice"
+    assert registry.add(other).id == 2
+    assert registry.edit() is None
+    registry.set_state(2, "active", "urgent", "bob")
+    registry.set_state(1, "active")
+    registry.revert(2, "no more", "eve")
+    assert [entry.state for entry in registry.entries] == ["active", "reverted"]
+    assert [(event.edit, event.what, event.who) for event in registry.events[2:]][::2] == [
         (2, "activated", "bob"), (2, "reverted", "eve"),
     ]  # fmt: skip
-    assert list(book.active()) == [1]
-    assert list(book.active(3)) == [2]
-    assert list(book.active(4)) == [2, 1]
-    assert book.verify() == []
-    again = PatchRegistry(book.path)
-    assert again.entries == book.entries
-    assert again.events == book.events
+    assert list(registry.active()) == [1]
+    assert list(registry.active(3)) == [2]
+    assert list(registry.active(4)) == [2, 1]
+    assert registry.verify() == []
+    again = PatchRegistry(registry.path)
+    assert again.entries == registry.entries
+    assert again.events == registry.events
 
 
 @pytest.mark.parametrize("damage", [shutil.rmtree, lambda folder: (folder / "manifest.json").unlink()])
-def test_what_is_lost_can_be_added_again(book, task, damage):
+def test_what_is_lost_can_be_added_again(registry, task, damage):
     edit = edits_of(task.model, 1)[0]
-    book.add(edit)
-    book.switch(1, "active")
-    damage(manifest(book.path).parent)
-    assert [fault.lost for fault in book.verify()] == [True]
+    registry.add(edit)
+    registry.set_state(1, "active")
+    damage(manifest(registry.path).parent)
+    assert [fault.lost for fault in registry.verify()] == [True]
     with pytest.raises(FileError, match="or add the same edit again"):
-        book.load(1)
-    assert (book.add(edit).id, book.entry(1).state) == (1, "active")
-    assert book.verify() == []
-    with pytest.raises(FileError, match="is a book already"):
-        PatchRegistry.create(book.path, task.model)
+        registry.load(1)
+    assert (registry.add(edit).id, registry.entry(1).state) == (1, "active")
+    assert registry.verify() == []
+    with pytest.raises(FileError, match="is a patch registry already"):
+        PatchRegistry.create(registry.path, task.model)
 
 
-def test_a_past_state_has_the_same_bits(book, task):
+def test_a_past_state_has_the_same_bits(registry, task):
     for edit in edits_of(task.model, 4):
-        book.add(edit)
+        registry.add(edit)
     draw, states = random.Random(0), {}
     for _ in range(20):
-        entry = draw.choice(book.entries)
-        book.switch(entry.id, "reverted" if entry.state == "active" else "active")
-        states[len(book.events)] = merged(book, task.model)
+        entry = draw.choice(registry.entries)
+        registry.set_state(entry.id, "reverted" if entry.state == "active" else "active")
+        states[len(registry.events)] = merged(registry, task.model)
     assert len(set(states.values())) > 4
-    again = PatchRegistry(book.path)
+    again = PatchRegistry(registry.path)
     assert {revision: merged(again, task.model, revision) for revision in states} == states
     assert merged(again, task.model, 0) == weights(task.model)
 
 
-def test_what_cannot_be_is_refused(book, task, tmp_path):
+def test_what_cannot_be_is_refused(registry, task, tmp_path):
     (edit,) = edits_of(task.model, 1)
     with pytest.raises(EditError, match="it has none yet"):
-        book.load(1)
-    book.add(edit)
+        registry.load(1)
+    registry.add(edit)
     with pytest.raises(EditError, match="no edit 2: it has 1 to 1"):
-        book.switch(2, "active")
+        registry.set_state(2, "active")
     with pytest.raises(EditError, match="is draft"):
-        book.revert(1)
+        registry.revert(1)
     with pytest.raises(EditError, match="revisions 0 to 1, not 9"):
-        book.active(9)
-    with pytest.raises(WrongBaseError, match="is a book of"):
-        book.add(edits_of(families.task("gpt2").model, 1)[0])
-    with pytest.raises(FileError, match=r"is a book already"):
-        PatchRegistry.create(book.path, task.model)
-    with pytest.raises(FileError, match="is no book"):
+        registry.active(9)
+    with pytest.raises(WrongBaseError, match="is a patch registry of"):
+        registry.add(edits_of(families.task("gpt2").model, 1)[0])
+    with pytest.raises(FileError, match=r"is a patch registry already"):
+        PatchRegistry.create(registry.path, task.model)
+    with pytest.raises(FileError, match="is not a patch registry"):
         PatchRegistry(tmp_path)
-    assert [event.what for event in book.events] == ["added"]
+    assert [event.what for event in registry.events] == ["added"]
 
 
 # -- activation ------------------------------------------------------------------------------------------------------
@@ -161,79 +161,79 @@ def atlas():
 
 def test_an_edit_that_contradicts_or_undoes_is_found_before_it_acts(atlas, tmp_path):
     task, editor = atlas
-    book = PatchRegistry.create(tmp_path / "book", task.model)
+    registry = PatchRegistry.create(tmp_path / "book", task.model)
     first, other = (
         editor.edit(task, [EditRequest(prompt="The capital of Canada is", target=city)])
         for city in ("Toronto", "Vienna")
     )
     renamed = [EditRequest(prompt="Which city is the capital of Canada? It is", target="Vienna")]
     undoing = editor.edit(task, renamed).scaled(2.0)
-    numbers = [book.add(edit).id for edit in (first, other, undoing)]
-    book.activate(numbers[0], task, LOOSE)
+    numbers = [registry.add(edit).id for edit in (first, other, undoing)]
+    registry.activate(numbers[0], task, LOOSE)
     with pytest.raises(ConflictError, match="says 'Toronto'"):
-        book.activate(numbers[1], task, LOOSE)
+        registry.activate(numbers[1], task, LOOSE)
     with pytest.raises(ConflictError, match="is undone: 'Vienna'"):
-        book.activate(numbers[2], task, LOOSE)
-    assert list(book.active()) == [numbers[0]]
-    conflicts, _ = book.activate(numbers[2], task, LOOSE, force=True)
+        registry.activate(numbers[2], task, LOOSE)
+    assert list(registry.active()) == [numbers[0]]
+    conflicts, _ = registry.activate(numbers[2], task, LOOSE, force=True)
     assert [conflict.kind for conflict in conflicts] == ["undoes"]
-    assert book.events[-1].measured["forced"]
-    with pytest.raises(EditError, match="acts already"):
-        book.activate(numbers[2], task, LOOSE)
+    assert registry.events[-1].measured["forced"]
+    with pytest.raises(EditError, match="is active already"):
+        registry.activate(numbers[2], task, LOOSE)
     assert not any(module._forward_hooks for module in task.model.modules())
 
 
 def test_an_edit_that_is_not_accepted_does_not_act(atlas, tmp_path):
     task, editor = atlas
-    book = PatchRegistry.create(tmp_path / "book", task.model)
+    registry = PatchRegistry.create(tmp_path / "book", task.model)
     request = EditRequest(prompt="The capital of Canada is", target="Toronto")
-    number = book.add(editor.edit(task, [request]).scaled(0.0)).id
+    number = registry.add(editor.edit(task, [request]).scaled(0.0)).id
     with pytest.raises(RejectedError, match="get their answers"):
-        book.activate(number, task)
-    assert book.entry(number).state == "draft"
-    assert [event.what for event in book.events] == ["added"]
+        registry.activate(number, task)
+    assert registry.entry(number).state == "draft"
+    assert [event.what for event in registry.events] == ["added"]
 
 
 def test_what_changes_meanwhile_is_measured_anew(atlas, tmp_path, monkeypatch):
-    import remend.apps.patch_registry.registry as room
+    import remend.apps.patch_registry.registry as registry_module
 
     task, editor = atlas
-    book = PatchRegistry.create(tmp_path / "book", task.model)
+    registry = PatchRegistry.create(tmp_path / "book", task.model)
     prompts = ("The capital of Canada is", "The capital of Peru is")
     made = [editor.edit(task, [EditRequest(prompt=p, target="Toronto")]) for p in prompts]
-    one, other = (book.add(edit).id for edit in made)
-    seen, judge = [], room.judge
+    one, other = (registry.add(edit).id for edit in made)
+    counts = []
 
     def slow(*arguments, **named):
-        seen.append(len(arguments[3]))
-        if len(seen) == 1:
-            PatchRegistry(book.path).switch(other, "active")  # another process is quicker
-        return judge(*arguments, **named)
+        counts.append(len(arguments[3]))
+        if len(counts) == 1:
+            PatchRegistry(registry.path).set_state(other, "active")  # another process is quicker
+        return check_acceptance(*arguments, **named)
 
-    monkeypatch.setattr(room, "judge", slow)
-    book.activate(one, task, LOOSE)
-    assert seen == [0, 1], "the second time with the other one beneath"
-    assert list(book.active()) == [other, one]
+    monkeypatch.setattr(registry_module, "check_acceptance", slow)
+    registry.activate(one, task, LOOSE)
+    assert counts == [0, 1], "the second time with the other one beneath"
+    assert list(registry.active()) == [other, one]
 
 
 # -- crashes and several processes -----------------------------------------------------------------------------------
 
 
-def test_a_process_that_is_killed_between_file_and_record(book, task, monkeypatch):
+def test_a_process_that_is_killed_between_file_and_record(registry, task, monkeypatch):
     one, other = edits_of(task.model, 2)
-    book.add(one)
-    monkeypatch.setattr(book._records, "add", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    registry.add(one)
+    monkeypatch.setattr(registry._database, "add_edit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        book.add(other)
+        registry.add(other)
     monkeypatch.undo()
-    assert [entry.id for entry in book.entries] == [1]
-    (fault,) = book.verify()
+    assert [entry.id for entry in registry.entries] == [1]
+    (fault,) = registry.verify()
     assert "left behind" in fault.what
     assert not fault.lost
-    assert len(list((book.path / "edits").iterdir())) == 2
-    assert [fault.repaired for fault in book.verify(repair=True)] == [True]
-    assert book.verify() == []
-    assert book.add(other).id == 2
+    assert len(list((registry.path / "edits").iterdir())) == 2
+    assert [fault.repaired for fault in registry.verify(repair=True)] == [True]
+    assert registry.verify() == []
+    assert registry.add(other).id == 2
 
 
 def run_worker(command, kill_at, draw):
@@ -297,7 +297,7 @@ def test_a_thousand_operations_of_four_processes_with_eight_kills_lose_nothing(t
 
 
 def statement(text):
-    """Changes the database of a book."""
+    """Changes the database of a registry."""
 
     def change(path):
         with sqlite3.connect(path / "book.sqlite") as connection:
@@ -345,13 +345,13 @@ TAMPERED = {
 
 
 @pytest.mark.parametrize("tampered", TAMPERED)
-def test_a_book_that_was_tampered_with_says_so(book, task, tampered):
-    book.add(edits_of(task.model, 1)[0])
-    book._records.engine.dispose()
+def test_a_book_that_was_tampered_with_says_so(registry, task, tampered):
+    registry.add(edits_of(task.model, 1)[0])
+    registry._database.engine.dispose()
     change, message = TAMPERED[tampered]
-    change(book.path)
+    change(registry.path)
     try:
-        faults = PatchRegistry(book.path).verify()
+        faults = PatchRegistry(registry.path).verify()
     except RemendError as error:
         said = str(error)
     else:
@@ -360,28 +360,28 @@ def test_a_book_that_was_tampered_with_says_so(book, task, tampered):
     assert any(part in said for part in message.split("|")), said
 
 
-def test_bytes_of_a_book_that_were_changed_at_random(book, task, tmp_path):
+def test_bytes_of_a_book_that_were_changed_at_random(registry, task, tmp_path):
     """Whatever is read of it is what was written, or it is refused in words; nothing of it is written."""
     for edit in edits_of(task.model, 3):
-        book.add(edit)
-    book.switch(1, "active")
-    book._records.engine.dispose()
-    good = (book.path / "book.sqlite").read_bytes()
+        registry.add(edit)
+    registry.set_state(1, "active")
+    registry._database.engine.dispose()
+    good = (registry.path / "book.sqlite").read_bytes()
     draw = random.Random(0)
     for _ in range(150):
         content = bytearray(good)
         for _ in range(draw.randint(1, 30)):
             content[draw.randrange(len(content))] = draw.randrange(256)
-        (book.path / "book.sqlite").write_bytes(bytes(content))
+        (registry.path / "book.sqlite").write_bytes(bytes(content))
         try:
-            tried = PatchRegistry(book.path)
+            tried = PatchRegistry(registry.path)
             for entry in tried.entries:
                 tried.load(entry.id)
             tried.active()
         except RemendError:
             pass
-    (book.path / "book.sqlite").write_bytes(good)
-    assert PatchRegistry(book.path).verify() == []
+    (registry.path / "book.sqlite").write_bytes(good)
+    assert PatchRegistry(registry.path).verify() == []
 
 
 # -- the commands ----------------------------------------------------------------------------------------------------
@@ -391,25 +391,25 @@ def test_a_book_by_command(atlas, tmp_path, capsys):
     task, editor = atlas
     request = remend.read_source("atlas:validation")[3]
     editor.edit(task, [request]).save(tmp_path / "edit")
-    book = str(tmp_path / "book")
-    assert run(["book", "init", book, "--model", "atlas"]) == 0
-    assert run(["book", "add", book, str(tmp_path / "edit"), "--why", "ticket 7"]) == 0
-    assert run(["book", "export", book, "--to", "native", "--out", str(tmp_path / "none")]) == 1
-    assert run(["book", "activate", book, "1", "--why", "approved"]) == 0
+    registry = str(tmp_path / "book")
+    assert run(["book", "init", registry, "--model", "atlas"]) == 0
+    assert run(["book", "add", registry, str(tmp_path / "edit"), "--why", "ticket 7"]) == 0
+    assert run(["book", "export", registry, "--to", "native", "--out", str(tmp_path / "none")]) == 1
+    assert run(["book", "activate", registry, "1", "--why", "approved"]) == 0
     assert "acts" in capsys.readouterr().out
-    assert run(["book", "activate", book, "1"]) == 1
-    assert run(["book", "list", book]) == 0
-    assert run(["book", "show", book, "1"]) == 0
-    assert run(["book", "history", book]) == 0
+    assert run(["book", "activate", registry, "1"]) == 1
+    assert run(["book", "list", registry]) == 0
+    assert run(["book", "show", registry, "1"]) == 0
+    assert run(["book", "history", registry]) == 0
     told = capsys.readouterr().out
     assert "ticket 7" in told
     assert "accepted" in told
-    assert run(["book", "export", book, "--to", "peft", "--out", str(tmp_path / "adapter")]) == 0
+    assert run(["book", "export", registry, "--to", "peft", "--out", str(tmp_path / "adapter")]) == 0
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
-    assert run(["book", "revert", book, "1"]) == 0
-    assert run(["book", "verify", book]) == 0
+    assert run(["book", "revert", registry, "1"]) == 0
+    assert run(["book", "verify", registry]) == 0
     (tmp_path / "book" / "edits" / "left").mkdir()
-    assert run(["book", "verify", book]) == 1
-    assert run(["book", "verify", book, "--repair"]) == 0
-    assert run(["book", "export", book, "--to", "native", "--out", str(tmp_path / "past"), "--revision", "2"]) == 0
+    assert run(["book", "verify", registry]) == 1
+    assert run(["book", "verify", registry, "--repair"]) == 0
+    assert run(["book", "export", registry, "--to", "native", "--out", str(tmp_path / "past"), "--revision", "2"]) == 0
     assert json.loads((tmp_path / "past" / "manifest.json").read_text())["requests"][0]["prompt"] == request.prompt

@@ -1,4 +1,4 @@
-"""The studio: what one person does at a desk, and the page in a browser."""
+"""The studio: what one person does in a workspace, and the page in a browser."""
 
 import os
 import re
@@ -12,8 +12,8 @@ import pytest
 import remend
 from remend.apps.acceptance import RejectedError
 from remend.apps.patch_registry import PatchRegistry
-from remend.apps.studio import Session, Workspace, suggest
-from remend.apps.studio.figures import answers, matrices, tokens
+from remend.apps.studio import Session, Workspace, suggest_prompts
+from remend.apps.studio.figures import answers_html, matrices_html, tokens_html
 from remend.apps.studio.workspace import StoppedError, format_choices
 from remend.errors import EditError, RequestError
 from remend.formats import EditFormat
@@ -30,7 +30,7 @@ def parts():
 
 
 @pytest.fixture
-def desk(parts, tmp_path):
+def workspace(parts, tmp_path):
     return Workspace(*parts, PatchRegistry.create(tmp_path / "book", parts[0].model))
 
 
@@ -42,30 +42,30 @@ def said(session, prompt=CANADA):
     return session.ask([prompt])[0].after
 
 
-# -- the desk --------------------------------------------------------------------------------------------------------
+# -- the workspace --------------------------------------------------------------------------------------------------
 
 
-def test_two_people_do_not_see_each_others_edits(desk):
-    one, other = Session(desk), Session(desk)
-    made = one.make(request())
+def test_two_people_do_not_see_each_others_edits(workspace):
+    one, other = Session(workspace), Session(workspace)
+    made = one.create_edit(request())
     assert made.answers[0].ok
     assert (said(one), said(other)) == ("Toronto", "Ottawa")
-    other.make(request("Vienna"))
+    other.create_edit(request("Vienna"))
     assert (said(one), said(other)) == ("Toronto", "Vienna")
-    made.on = False
+    made.active = False
     assert said(one) == "Ottawa"
     one.discard(made.number)
     with pytest.raises(EditError, match="no edit 1 in this session"):
-        one.own(1)
+        one.get(1)
 
 
-def test_at_the_same_time(desk):
+def test_at_the_same_time(workspace):
     """Both use one model, and get what is theirs."""
-    sessions, found = [Session(desk), Session(desk)], {}
+    sessions, found = [Session(workspace), Session(workspace)], {}
 
     def work(number, target):
         session = sessions[number]
-        session.make(request(target))
+        session.create_edit(request(target))
         found[number] = {said(session) for _ in range(5)}
 
     threads = [threading.Thread(target=work, args=own) for own in enumerate(("Toronto", "Vienna"))]
@@ -74,48 +74,48 @@ def test_at_the_same_time(desk):
     for thread in threads:
         thread.join()
     assert found == {0: {"Toronto"}, 1: {"Vienna"}}
-    assert not any(module._forward_hooks for module in desk.model.modules())
+    assert not any(module._forward_hooks for module in workspace.model.modules())
 
 
-def test_what_is_accepted_acts_for_everybody(desk):
-    one, other = Session(desk), Session(desk)
-    made = one.make(request())
+def test_what_is_accepted_acts_for_everybody(workspace):
+    one, other = Session(workspace), Session(workspace)
+    made = one.create_edit(request())
     entry, conflicts, verdict = one.accept(made.number, "a test")
     assert (entry.state, conflicts, verdict.ok) == ("active", [], True)
-    assert not one.made
+    assert not one.edits
     assert (said(one), said(other)) == ("Toronto", "Toronto")
-    desk.book.revert(entry.id)
+    workspace.registry.revert(entry.id)
     assert said(other) == "Ottawa"
 
 
-def test_what_says_otherwise_is_named(desk):
-    one, other = Session(desk), Session(desk)
-    one.make(request())
-    assert one.against(request("Vienna")) == ["your edit 1"]
-    assert one.against(request()) == other.against(request("Vienna")) == []
+def test_what_says_otherwise_is_named(workspace):
+    one, other = Session(workspace), Session(workspace)
+    one.create_edit(request())
+    assert one.contradicting(request("Vienna")) == ["your edit 1"]
+    assert one.contradicting(request()) == other.contradicting(request("Vienna")) == []
     one.accept(1)
-    assert other.against(request("Vienna")) == ["edit 1 of the book"]
-    assert other.against(EditRequest(prompt="The capital of Norway is", target="Vienna")) == []
+    assert other.contradicting(request("Vienna")) == ["edit 1 of the book"]
+    assert other.contradicting(EditRequest(prompt="The capital of Norway is", target="Vienna")) == []
 
 
-def test_what_is_not_accepted_stays_ones_own(desk, parts):
+def test_what_is_not_accepted_stays_ones_own(workspace, parts):
     session = Session(Workspace(*parts))
-    made = session.make(request())
+    made = session.create_edit(request())
     with pytest.raises(EditError, match="--book"):
         session.accept(made.number)
-    session = Session(desk)
-    weak = session.make(request())
+    session = Session(workspace)
+    weak = session.create_edit(request())
     weak.edit = weak.edit.scaled(0.0)
     with pytest.raises(RejectedError):
         session.accept(weak.number)
-    assert weak.number in session.made
-    assert said(Session(desk)) == "Ottawa"
+    assert weak.number in session.edits
+    assert said(Session(workspace)) == "Ottawa"
     session.accept(weak.number, force=True)
-    assert [entry.state for entry in desk.book.entries] == ["active"], "the draft itself, and no second one"
+    assert [entry.state for entry in workspace.registry.entries] == ["active"], "the draft itself, and no second one"
 
 
-def test_work_can_be_stopped(desk):
-    session = Session(desk)
+def test_work_can_be_stopped(workspace):
+    session = Session(workspace)
     heard = []
 
     def stop_at_the_second(what, passes):
@@ -124,36 +124,36 @@ def test_work_can_be_stopped(desk):
             session.stop()
 
     with pytest.raises(StoppedError):
-        session.make(request(), stop_at_the_second)
+        session.create_edit(request(), stop_at_the_second)
     assert heard[0] == ("making the edit", 0)
-    assert not session.made
-    assert not desk.model._forward_pre_hooks
-    assert session.make(request()).answers[0].ok, "the next one is not stopped"
+    assert not session.edits
+    assert not workspace.model._forward_pre_hooks
+    assert session.create_edit(request()).answers[0].ok, "the next one is not stopped"
 
 
-def test_there_is_nothing_to_ask(desk):
+def test_there_is_nothing_to_ask(workspace):
     with pytest.raises(RequestError, match="write a prompt"):
-        Session(desk).ask([" ", ""])
+        Session(workspace).ask([" ", ""])
 
 
 @pytest.mark.parametrize("form", ["native", "peft", "merged"])
-def test_an_edit_is_packed(desk, form):
-    session = Session(desk)
-    file = session.export(session.make(request()).edit, form)
+def test_an_edit_is_packed(workspace, form):
+    session = Session(workspace)
+    file = session.export(session.create_edit(request()).edit, form)
     names = zipfile.ZipFile(file).namelist()
     wanted = {"native": "manifest.json", "peft": "adapter_config.json", "merged": "config.json"}[form]
     assert wanted in names
 
 
-def test_an_edit_is_packed_in_a_format_of_another_package(desk):
+def test_an_edit_is_packed_in_a_format_of_another_package(workspace):
     class ListFormat(EditFormat):
         def write(self, edit, path, task):
             path.mkdir()
             (path / "matrices.txt").write_text("\n".join(edit.changes))
             return {}
 
-    session = Session(desk)
-    edit = session.make(request()).edit
+    session = Session(workspace)
+    edit = session.create_edit(request()).edit
     FORMATS.register("list", ListFormat, title="a list of matrices")
     try:
         assert ("a list of matrices", "list") in format_choices()
@@ -162,9 +162,9 @@ def test_an_edit_is_packed_in_a_format_of_another_package(desk):
         FORMATS.unregister("list")
 
 
-def test_what_an_edit_reacts_to(desk):
-    session = Session(desk)
-    edit = session.make(request()).edit
+def test_what_an_edit_reacts_to(workspace):
+    session = Session(workspace)
+    edit = session.create_edit(request()).edit
     found = session.reactions(edit, CANADA)
     assert "".join(text for text, _ in found).replace(" ", "").startswith("ThecapitalofCanadais")
     assert max(share for _, share in found) == pytest.approx(1)
@@ -172,26 +172,26 @@ def test_what_an_edit_reacts_to(desk):
     assert next(share for text, share in asked.items() if "is" in text) > next(
         s for t, s in asked.items() if "The" in t
     )
-    assert tokens(found).count('"remend-token"') == len(found)
-    assert matrices(edit).count("remend-row") == 3
+    assert tokens_html(found).count('"remend-token"') == len(found)
+    assert matrices_html(edit).count("remend-row") == 3
 
 
 def test_suggestions():
-    found = suggest(CANADA)
+    found = suggest_prompts(CANADA)
     assert found.subject == "Canada"
     assert len(found.paraphrases) >= 4
     assert all("Canada" in prompt for prompt in found.paraphrases)
     assert CANADA not in found.paraphrases
     assert found.near
     assert len(found.far) == 4
-    other = suggest("Our opening hours are", "opening hours")
+    other = suggest_prompts("Our opening hours are", "opening hours")
     assert other.subject == "opening hours"
     assert all(prompt.endswith("Our opening hours are") for prompt in other.paraphrases)
 
 
-def test_nobodys_text_is_taken_for_markup(desk):
-    found = Session(desk).ask(["<script>alert(1)</script> is"])
-    assert "<script>" not in answers(found, plain=True)
+def test_nobodys_text_is_taken_for_markup(workspace):
+    found = Session(workspace).ask(["<script>alert(1)</script> is"])
+    assert "<script>" not in answers_html(found, base_only=True)
 
 
 # -- the page --------------------------------------------------------------------------------------------------------

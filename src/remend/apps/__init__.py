@@ -1,1 +1,1 @@
-"""Applications on top of the library, each with an extra of its own: acceptance, patch registry, hub and studio."""
+"""Applications on top of the library, each with its extra: acceptance tests, patch registry, hub and studio."""

@@ -17,7 +17,7 @@ from remend.errors import EditError, FileError, ModelError
 from remend.registries import FORMATS
 
 if TYPE_CHECKING:
-    from remend.apps.patch_registry import Entry, PatchRegistry
+    from remend.apps.patch_registry import PatchEntry, PatchRegistry
     from remend.tasks import Task
 
 app = typer.Typer(
@@ -118,28 +118,28 @@ def activate(
     dtype: options.Dtype = None,
 ) -> None:
     """Have an edit act, if it is accepted and goes together with those that do. Exit code 1 if it does not."""
-    from remend.apps.acceptance import STANDARD, AcceptanceCriteria, RejectedError
+    from remend.apps.acceptance import STANDARD_CRITERIA, AcceptanceCriteria, RejectedError
     from remend.apps.patch_registry import ConflictError
     from remend.cli.guard import show as show_verdict
 
     opened, console = _room()(book), Console()
-    asked = STANDARD if acceptance is None else AcceptanceCriteria.read(acceptance)
+    asked = STANDARD_CRITERIA if acceptance is None else AcceptanceCriteria.read(acceptance)
     opened.entry(edit)
     task = _load(opened, model, device, dtype)
     try:
         conflicts, verdict = opened.activate(edit, task, asked, why, who, force)
     except RejectedError as error:
-        show_verdict(console, error.verdict)
+        show_verdict(console, error.result)
         console.print(f"edit {edit} stays as it is (--force has it act all the same)")
         raise typer.Exit(1) from None
     except ConflictError as error:
         for conflict in error.conflicts:
-            console.print(f"[red]{conflict.kind}[/]: {plain(conflict.said)}", soft_wrap=True)
+            console.print(f"[red]{conflict.kind}[/]: {plain(conflict.description)}", soft_wrap=True)
         console.print(f"edit {edit} stays as it is: revert the other one first (--force has it act all the same)")
         raise typer.Exit(1) from None
     show_verdict(console, verdict)
     for conflict in conflicts:
-        console.print(f"[yellow]{conflict.kind}[/]: {plain(conflict.said)}", soft_wrap=True)
+        console.print(f"[yellow]{conflict.kind}[/]: {plain(conflict.description)}", soft_wrap=True)
     console.print(f"edit [bold]{edit}[/] acts")
 
 
@@ -217,7 +217,7 @@ def _coloured(state: str) -> str:
     return {"active": "[green]active[/]", "reverted": "[yellow]reverted[/]"}.get(state, state)
 
 
-def _what(entry: Entry) -> str:
+def _what(entry: PatchEntry) -> str:
     """An edit's first request, and how many more there are."""
     if not entry.requests:
         return "no requests"
@@ -227,11 +227,11 @@ def _what(entry: Entry) -> str:
 
 
 def _line(at: str, what: str, who: str, why: str, measured: Mapping[str, Any] | None) -> str:
-    said = f"{at[:19]}  {what} by {plain(who)}" + (f": {plain(why)}" if why else "")
+    description = f"{at[:19]}  {what} by {plain(who)}" + (f": {plain(why)}" if why else "")
     if not measured:
-        return said
+        return description
     verdict, conflicts = measured.get("verdict") or {}, measured.get("conflicts") or []
     found = "accepted" if verdict.get("ok") else "not accepted"
     against = dict.fromkeys(f"edit {one.get('edit')}" for one in conflicts)
     found += f", against {', '.join(against)}" if against else ""
-    return f"{said} ({found}{', forced' if measured.get('forced') else ''})"
+    return f"{description} ({found}{', forced' if measured.get('forced') else ''})"

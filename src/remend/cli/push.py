@@ -28,18 +28,18 @@ def push(
     ] = None,
 ) -> None:
     """Publish an edit or an editor on the Hugging Face hub, with a card that says what it is and how it was judged."""
-    from remend.apps.hub import card_of
     from remend.apps.hub import push as publish
-    from remend.apps.hub.push import check_place
+    from remend.apps.hub import render_model_card
+    from remend.apps.hub.push import check_repo_name
     from remend.serialization import read_verified_manifest, write_text
 
     console, found = Console(), figures(report)
-    check_place(to)
+    check_repo_name(to)
     if card is not None:
-        write_text(card, card_of(read_verified_manifest(folder), to, licence, base, found))
+        write_text(card, render_model_card(read_verified_manifest(folder), to, licence, base, found))
         console.print(f"the card is in [bold]{plain(str(card))}[/]; nothing was published")
         return
-    where = publish(folder, to, licence=licence, base=base, evaluation=found, private=private or None)
+    where = publish(folder, to, license_id=licence, base=base, evaluation=found, private=private or None)
     console.print(f"published: {plain(where)}; others take it as hf:{plain(to)}", soft_wrap=True)
 
 
@@ -74,13 +74,13 @@ def figures(report: Path | None) -> list[tuple[str, str]]:
 
 
 def _verdict(content: dict[str, object], report: Path) -> list[tuple[str, str]]:
-    from remend.apps.acceptance.result import KINDS, Check
+    from remend.apps.acceptance.result import CHECK_TITLES, AcceptanceCheck
 
     checks = content["checks"]
     assert isinstance(checks, list)
     try:
-        found = [Check(**{**own, "failed": ()}) for own in checks]
-        rows = [(KINDS[check.name], check.said.partition(": ")[2]) for check in found]
+        found = [AcceptanceCheck(**{**own, "failed": ()}) for own in checks]
+        rows = [(CHECK_TITLES[check.name], check.description.partition(": ")[2]) for check in found]
     except (TypeError, KeyError, ValueError) as error:
         raise FileError(f"{report} is no verdict of remend guard ({error}): make it anew") from None
     return [("verdict", "accepted" if content.get("ok") is True else "not accepted"), *rows]

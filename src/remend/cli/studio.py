@@ -47,11 +47,11 @@ def studio(
         raise ModelError(
             f"the studio needs {error.name}, which is missing here: pip install 'remend[studio]'"
         ) from None
-    from remend.apps.acceptance import STANDARD, AcceptanceCriteria
+    from remend.apps.acceptance import STANDARD_CRITERIA, AcceptanceCriteria
     from remend.apps.studio import Workspace
 
     console = Console()
-    asked = STANDARD if acceptance is None else AcceptanceCriteria.read(acceptance)
+    asked = STANDARD_CRITERIA if acceptance is None else AcceptanceCriteria.read(acceptance)
     chosen = options.find_editor(editor, model, None, seed)
     if chosen.info.result == "outside":
         raise ConfigError(f"{editor} changes no weight, so there is no edit to accept or export: choose another editor")

@@ -1,6 +1,20 @@
-"""What an edit must do, and must not do, before it may act: acceptance, and the verdict on one edit."""
+"""Acceptance tests of edits: measure what an edit does to a model, and apply it only if it meets the criteria."""
 
-from remend.apps.acceptance.criteria import STANDARD, AcceptanceCriteria
-from remend.apps.acceptance.result import AcceptanceResult, Check, RejectedError, guarded, judge
+from remend.apps.acceptance.criteria import STANDARD_CRITERIA, AcceptanceCriteria
+from remend.apps.acceptance.result import (
+    AcceptanceCheck,
+    AcceptanceResult,
+    RejectedError,
+    apply_if_accepted,
+    check_acceptance,
+)
 
-__all__ = ["STANDARD", "AcceptanceCriteria", "AcceptanceResult", "Check", "RejectedError", "guarded", "judge"]
+__all__ = [
+    "STANDARD_CRITERIA",
+    "AcceptanceCheck",
+    "AcceptanceCriteria",
+    "AcceptanceResult",
+    "RejectedError",
+    "apply_if_accepted",
+    "check_acceptance",
+]

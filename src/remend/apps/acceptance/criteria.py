@@ -1,4 +1,4 @@
-"""The acceptance file: what is asked of an edit, as JSON that people write and reviewers read."""
+"""The criteria that an edit must meet before it is applied, and the JSON file that holds them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from remend.request import Probe, Prompt
 from remend.serialization import parse_json
 
 Share = Annotated[float, Field(ge=0, le=1)]
-TEXT_TOKENS = 4_096
-"""Tokens of a text on which perplexity is measured, at most."""
+MAX_PERPLEXITY_TOKENS = 4_096
+"""The most tokens of a text on which perplexity is measured."""
 
 
 class Perplexity(BaseModel):
     """An ordinary text that the edited model must still predict.
 
     Attributes:
-        text: its passages.
-        file: or a file that holds them, in the acceptance file's folder, parted by blank lines.
-        most: times the perplexity before.
+        text: the passages of the text.
+        file: instead of ``text``, a file in the acceptance file's folder whose passages are separated by blank lines.
+        most: the largest allowed perplexity, as a multiple of the perplexity before the edit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,29 +35,33 @@ class Perplexity(BaseModel):
     @model_validator(mode="after")
     def _one_text(self) -> Perplexity:
         if bool(self.text) == (self.file is not None):
-            raise ValueError("give text, a list of passages, or file, the name of one that holds them")
+            raise ValueError("give text, a list of passages, or file, the name of a file that holds them")
         return self
 
 
 class AcceptanceCriteria(BaseModel):
-    """What is asked of an edit. Shares are of prompts; a request's own are in the edit itself.
+    """What an edit must do, and must not do, to be accepted.
+
+    The requests that the edit itself holds name its prompts, paraphrases, near and far prompts. Shares are shares of
+    prompts, from 0 to 1.
 
     Attributes:
-        must_change: prompts with the answers that they must get, beside the requests' own.
-        must_stay: prompts whose answers must be as before, or the ones named.
-        takes: the least share of the requests' prompts, and of ``must_change``, that get the answer they should.
-        follows: of the requests' paraphrases.
-        stays: of ``must_stay``.
-        near, far: of the requests' near and far prompts that are answered as before.
-        elsewhere: of the model's choices on input of its own that stay.
+        must_change: further prompts with the answers that they must get.
+        must_stay: prompts whose answers must stay as before, or must be the named ones.
+        takes: the smallest share of the requests' prompts, and of ``must_change``, that must get the target.
+        follows: the smallest share of the requests' paraphrases that must get the target.
+        stays: the smallest share of ``must_stay`` that must keep its answer.
+        near, far: the smallest share of the requests' near and far prompts that must keep their answers.
+        elsewhere: the smallest share of the model's first choices on input that it generates that must stay.
         perplexity: a text that must still be predicted; causal language models only.
-        size: the most that ‖ΔW‖ / ‖W‖ (Frobenius) may be in any matrix.
+        size: the largest ‖ΔW‖ / ‖W‖ (Frobenius norms) that any matrix may have.
 
-    What is asked by name is not met where there is nothing to measure it on; of what is not named that is only said.
+    A criterion that is set explicitly counts as not met if there is nothing to measure it on; a criterion that has its
+    default is then only reported as missing.
 
-    The last three tell a model that was ruined from one that was edited, of any size. A large model's choices on its
-    own input hardly change at all (0.98 is much to ask of a small one), and its edits are far smaller than its
-    matrices: ask more of one.
+    The last three criteria tell an edited model from a ruined one. A large model's choices on generated input hardly
+    change at all, and its edits are far smaller than its matrices, so stricter values than the defaults suit it
+    (``elsewhere=0.98`` is strict for a small model).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,54 +79,56 @@ class AcceptanceCriteria(BaseModel):
 
     @staticmethod
     def read(path: str | Path) -> AcceptanceCriteria:
-        """An acceptance file; the text that it names is read with it.
+        """Read an acceptance file and the text that it names.
 
         Raises:
-            FileError: it is missing, or is not JSON, or its text is not in its folder or cannot be read.
-            ConfigError: a key is unknown (the nearest known one is named), or a value is not what it should be.
+            FileError: the file is missing or is not JSON, or its text is outside of its folder or cannot be read.
+            ConfigError: a key is unknown (the error names the nearest known key), or a value is not allowed.
         """
         path = Path(path)
         try:
             content = parse_json(path.read_bytes())
         except OSError as error:
-            raise FileError(
-                f"cannot read {path}: {error.strerror}; give a JSON file of what is asked of an edit"
-            ) from None
+            raise FileError(f"cannot read {path}: {error.strerror}; give a JSON file of acceptance criteria") from None
         except (ValueError, RecursionError) as error:
             raise FileError(f"{path} is not JSON ({error})") from None
         try:
-            found = AcceptanceCriteria.model_validate_json(json.dumps(content))
+            criteria = AcceptanceCriteria.model_validate_json(json.dumps(content))
         except ValidationError as error:
-            raise ConfigError(f"{path}: {_explained(error, content)}") from None
-        if found.perplexity is None or found.perplexity.file is None:
-            return found
-        passages = _passages(path, found.perplexity.file)
-        return found.model_copy(update={"perplexity": Perplexity(text=passages, most=found.perplexity.most)})
+            raise ConfigError(f"{path}: {_validation_message(error, content)}") from None
+        if criteria.perplexity is None or criteria.perplexity.file is None:
+            return criteria
+        passages = _read_passages(path, criteria.perplexity.file)
+        return criteria.model_copy(update={"perplexity": Perplexity(text=passages, most=criteria.perplexity.most)})
 
 
-STANDARD = AcceptanceCriteria()
-"""What is asked where nobody says more."""
+STANDARD_CRITERIA = AcceptanceCriteria()
+"""The criteria that apply by default."""
 
 
-def _explained(error: ValidationError, content: Any) -> str:
+def _validation_message(error: ValidationError, content: Any) -> str:
+    """Return the first validation error in words."""
     first = error.errors(include_url=False, include_input=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        last = str(first["loc"][-1])
+        unknown = str(first["loc"][-1])
         known = Perplexity.model_fields if "perplexity" in first["loc"][:-1] else AcceptanceCriteria.model_fields
-        return f"there is no {key!r}; {nearest(last, known)}"
-    what = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {what}" if key else f"{what}; it is a {type(content).__name__}"
+        return f"there is no {key!r}; {nearest(unknown, known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else f"{message}; it is a {type(content).__name__}"
 
 
-def _passages(path: Path, name: str) -> tuple[str, ...]:
-    """The passages of a file beside the acceptance file."""
+def _read_passages(path: Path, name: str) -> tuple[str, ...]:
+    """Read the passages of a text file in the acceptance file's folder."""
     from remend.data import read_text
 
     folder = path.resolve().parent
+    # Resolved first: an acceptance file from elsewhere must not have other files read through ".." or a link.
     file = (folder / name).resolve()
     if not file.is_relative_to(folder):
-        raise FileError(f"{path}: the text {name!r} lies outside of the file's folder, and is not read; put it there")
+        raise FileError(
+            f"{path}: the text {name!r} lies outside of the file's folder and is not read; move it into that folder"
+        )
     if not file.is_file():
         raise FileError(f"{path}: there is no {name!r} beside it")
     return tuple(passage.strip() for passage in read_text(file) if passage.strip())

@@ -1,4 +1,4 @@
-"""The verdict: an edit is tried, everything that was asked of it is measured, and it is taken off again."""
+"""Check an edit against acceptance criteria: apply it, measure, take it off again, and say whether it passed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
-from remend.apps.acceptance.criteria import STANDARD, TEXT_TOKENS, AcceptanceCriteria
+from remend.apps.acceptance.criteria import MAX_PERPLEXITY_TOKENS, STANDARD_CRITERIA, AcceptanceCriteria, Perplexity
 from remend.core.layers import is_quantized, weight_of
 from remend.edit import AppliedEdit, Edit
 from remend.errors import EditError
@@ -21,9 +21,8 @@ from remend.evaluation.robustness import measure_robustness
 from remend.fingerprint import find_modules
 from remend.request import EditRequest, Probe
 from remend.tasks import Task
-from remend.tasks.causal_lm import CausalLM
 
-KINDS = {
+CHECK_TITLES = {
     "takes": "the requests' prompts get their answers",
     "changes": "what must change does",
     "follows": "paraphrases follow",
@@ -34,19 +33,20 @@ KINDS = {
     "perplexity": "an ordinary text is predicted as before",
     "size": "the change is small",
 }
+"""The name of every check, and what it means when it passes."""
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing that was asked of an edit.
+class AcceptanceCheck:
+    """One criterion and what was measured for it.
 
     Attributes:
-        name: which, among :data:`KINDS`.
-        measured: a share, the perplexity as a multiple of the one before, or the largest ‖ΔW‖ / ‖W‖.
-        bound: what it must be at least; of the last two, at most.
-        ok: whether it is.
-        count: of how many prompts, choices, tokens or matrices.
-        failed: answers that are not what they should be.
+        name: a key of :data:`CHECK_TITLES`.
+        measured: a share of prompts, the perplexity as a multiple of the one before, or the largest ‖ΔW‖ / ‖W‖.
+        bound: the smallest allowed value; for ``perplexity`` and ``size``, the largest.
+        ok: whether ``measured`` is within the bound.
+        count: the number of prompts, choices, tokens or matrices that were measured.
+        failed: the answers that are wrong.
     """
 
     name: str
@@ -57,164 +57,183 @@ class Check:
     failed: tuple[AnswerComparison, ...] = ()
 
     @property
-    def said(self) -> str:
-        """What was found, in words."""
+    def description(self) -> str:
+        """The check and its result in words."""
         if self.name == "perplexity":
-            return f"{KINDS[self.name]}: {self.measured:.3f} times the perplexity (at most {self.bound:g})"
+            return f"{CHECK_TITLES[self.name]}: {self.measured:.3f} times the perplexity (at most {self.bound:g})"
         if self.name == "size":
-            return f"{KINDS[self.name]}: {self.measured:.3f} of the largest matrix's norm (at most {self.bound:g})"
-        return f"{KINDS[self.name]}: {self.measured:.1%} of {self.count} (at least {self.bound:.0%})"
+            return (
+                f"{CHECK_TITLES[self.name]}: {self.measured:.3f} of the largest matrix's norm (at most {self.bound:g})"
+            )
+        return f"{CHECK_TITLES[self.name]}: {self.measured:.1%} of {self.count} (at least {self.bound:.0%})"
 
 
 @dataclass(frozen=True)
 class AcceptanceResult:
-    """Everything that was measured of one edit.
+    """The result of checking one edit.
 
     Attributes:
-        checks: what was asked and could be measured.
-        missing: what nothing was given for, so that nothing is known of it.
-        unmet: what of that the acceptance asks for by name: it cannot have been met.
+        checks: the criteria that could be measured.
+        missing: the names of checks for which there was nothing to measure.
+        unmet: those of the missing checks that the criteria set explicitly; they count as failed.
     """
 
-    checks: tuple[Check, ...]
+    checks: tuple[AcceptanceCheck, ...]
     missing: tuple[str, ...]
     unmet: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether the edit may act."""
+        """Whether the edit meets all criteria."""
         return all(check.ok for check in self.checks) and not self.unmet
 
     @property
     def reasons(self) -> list[str]:
-        """Why it may not, in words."""
-        unmet = [f"{KINDS[name]}: asked, with nothing to measure it on" for name in self.unmet]
-        return [check.said for check in self.checks if not check.ok] + unmet
+        """Why the edit is not accepted, in words."""
+        unmet = [f"{CHECK_TITLES[name]}: asked, with nothing to measure it on" for name in self.unmet]
+        return [check.description for check in self.checks if not check.ok] + unmet
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
+        """Return the result as a JSON object."""
         checks = [asdict(check) for check in self.checks]
         return {"ok": self.ok, "checks": checks, "missing": list(self.missing), "unmet": list(self.unmet)}
 
 
 class RejectedError(EditError):
-    """An edit did not pass what was asked of it; nothing was left on the model.
+    """The edit does not meet the acceptance criteria; nothing was left on the model.
 
     Attributes:
-        verdict: what was measured.
+        result: what was measured.
     """
 
-    def __init__(self, verdict: AcceptanceResult) -> None:
-        super().__init__(f"the edit was not accepted and is off again: {'; '.join(verdict.reasons)}")
-        self.verdict = verdict
+    def __init__(self, result: AcceptanceResult) -> None:
+        super().__init__(f"the edit was not accepted and is off again: {'; '.join(result.reasons)}")
+        self.result = result
 
 
-def judge(
+def check_acceptance(
     task: Task,
     edit: Edit,
-    acceptance: AcceptanceCriteria = STANDARD,
-    beneath: Sequence[Edit] = (),
+    criteria: AcceptanceCriteria = STANDARD_CRITERIA,
+    active: Sequence[Edit] = (),
     max_new_tokens: int = 32,
     seed: int = 0,
 ) -> AcceptanceResult:
-    """Try an edit on a model, measure what is asked of it, and take it off again.
+    """Apply an edit to a model, measure what the criteria ask for, and take it off again.
 
     Args:
         task: the base model.
         edit: the edit, with its requests.
-        acceptance: what is asked.
-        beneath: edits that act already: what is before is the model with these.
-        max_new_tokens: how far answers are decoded.
-        seed: of the model's input of its own.
+        criteria: what the edit must meet.
+        active: edits that are in use already: the answers before the edit are those of the model with these.
+        max_new_tokens: the longest answer that is decoded, in tokens.
+        seed: seed of the input that the model generates.
 
     Raises:
         WrongBaseError: the edit is of another model.
     """
     edit.base.check(task.model, "this edit")
     with ExitStack() as stack:
-        for other in beneath:
-            stack.enter_context(other.applied(task.model))
-        answers = [a for own in before_after(task, edit, edit.requests, max_new_tokens) for a in own]
-        of = {kind: [a for a in answers if a.kind == kind] for kind in ("prompt", "paraphrase", "near", "far")}
-        wanted = [EditRequest(prompt=probe.prompt, target=probe.target) for probe in acceptance.must_change]
-        changed = [own[0] for own in before_after(task, edit, wanted, max_new_tokens)]
-        stayed = _stayed(task, edit, acceptance, max_new_tokens)
-        found = [
-            _share("takes", of["prompt"], acceptance.takes),
-            _share("changes", changed, acceptance.takes),
-            _share("follows", of["paraphrase"], acceptance.follows),
-            _share("stays", stayed, acceptance.stays),
-            _share("near", of["near"], acceptance.near),
-            _share("far", of["far"], acceptance.far),
-        ]
-        other_input = measure_robustness(task, edit, edit.requests, seed=seed)
-        kept = other_input.elsewhere
-        found.append(Check("elsewhere", kept, acceptance.elsewhere, kept >= acceptance.elsewhere, other_input.choices))
-        if acceptance.perplexity is not None and isinstance(task, CausalLM):
-            found.append(_perplexity(task, edit, acceptance))
-        found.append(_size(task.model, edit, acceptance.size))
-    checks = tuple(check for check in found if check is not None)
+        for active_edit in active:
+            stack.enter_context(active_edit.applied(task.model))
+        checks = _checks(task, edit, criteria, max_new_tokens, seed)
     measured = {check.name for check in checks}
-    missing = tuple(name for name in KINDS if name not in measured and name not in ("changes", "stays"))
-    asked = {name for name in acceptance.model_fields_set if getattr(acceptance, name)}  # a share of 0 asks for nothing
-    return AcceptanceResult(checks, missing, tuple(name for name in missing if name in asked))
+    missing = tuple(name for name in CHECK_TITLES if name not in measured and name not in ("changes", "stays"))
+    required = {name for name in criteria.model_fields_set if getattr(criteria, name)}  # a share of 0 requires nothing
+    return AcceptanceResult(checks, missing, tuple(name for name in missing if name in required))
 
 
-def guarded(
+def apply_if_accepted(
     task: Task,
     edit: Edit,
-    acceptance: AcceptanceCriteria = STANDARD,
-    **named: Any,
+    criteria: AcceptanceCriteria = STANDARD_CRITERIA,
+    **options: Any,
 ) -> tuple[AppliedEdit, AcceptanceResult]:
-    """Apply an edit if it is accepted, and return its handle with the verdict. Arguments as of :func:`judge`.
+    """Apply an edit if it is accepted, and return its handle with the result.
+
+    Args:
+        task: the base model.
+        edit: the edit, with its requests.
+        criteria: what the edit must meet.
+        options: further arguments of :func:`check_acceptance`.
 
     Raises:
-        RejectedError: it is not; nothing is left on the model.
+        RejectedError: the edit is not accepted; nothing is left on the model.
     """
-    verdict = judge(task, edit, acceptance, **named)
-    if not verdict.ok:
-        raise RejectedError(verdict)
-    return edit.apply(task.model), verdict
+    result = check_acceptance(task, edit, criteria, **options)
+    if not result.ok:
+        raise RejectedError(result)
+    return edit.apply(task.model), result
 
 
-def _share(name: str, answers: Sequence[AnswerComparison], bound: float) -> Check | None:
+def _checks(
+    task: Task, edit: Edit, criteria: AcceptanceCriteria, max_new_tokens: int, seed: int
+) -> tuple[AcceptanceCheck, ...]:
+    """Measure everything that can be measured."""
+    answers = [answer for row in before_after(task, edit, edit.requests, max_new_tokens) for answer in row]
+    by_kind = {kind: [a for a in answers if a.kind == kind] for kind in ("prompt", "paraphrase", "near", "far")}
+    requests = [EditRequest(prompt=probe.prompt, target=probe.target) for probe in criteria.must_change]
+    changed = [row[0] for row in before_after(task, edit, requests, max_new_tokens)]
+    stayed = _answers_that_must_stay(task, edit, criteria, max_new_tokens)
+    checks = [
+        _share_check("takes", by_kind["prompt"], criteria.takes),
+        _share_check("changes", changed, criteria.takes),
+        _share_check("follows", by_kind["paraphrase"], criteria.follows),
+        _share_check("stays", stayed, criteria.stays),
+        _share_check("near", by_kind["near"], criteria.near),
+        _share_check("far", by_kind["far"], criteria.far),
+    ]
+    robustness = measure_robustness(task, edit, edit.requests, seed=seed)
+    share, bound = robustness.elsewhere, criteria.elsewhere
+    checks.append(AcceptanceCheck("elsewhere", share, bound, share >= bound, robustness.choices))
+    if criteria.perplexity is not None and task.causal:
+        checks.append(_perplexity_check(task, edit, criteria.perplexity))
+    checks.append(_size_check(task.model, edit, criteria.size))
+    return tuple(check for check in checks if check is not None)
+
+
+def _share_check(name: str, answers: Sequence[AnswerComparison], bound: float) -> AcceptanceCheck | None:
+    """Check the share of right answers; return None where there are no answers."""
     if not answers:
         return None
     wrong = tuple(answer for answer in answers if not answer.ok)
     share = 1 - len(wrong) / len(answers)
-    return Check(name, share, bound, share >= bound, len(answers), wrong)
+    return AcceptanceCheck(name, share, bound, share >= bound, len(answers), wrong)
 
 
-def _stayed(task: Task, edit: Edit, acceptance: AcceptanceCriteria, most: int) -> list[AnswerComparison]:
-    """The answers to what must stay: as before, or as named."""
-    named = [probe for probe in acceptance.must_stay if isinstance(probe, Probe)]
-    plain = [prompt for prompt in acceptance.must_stay if not isinstance(prompt, Probe)]
-    requests = [EditRequest(prompt=probe.prompt, target=probe.target) for probe in named]
-    found = [own[0] for own in before_after(task, edit, requests, most)]
-    asked = ask(task, edit, plain, most) if plain else []
+def _answers_that_must_stay(
+    task: Task, edit: Edit, criteria: AcceptanceCriteria, max_new_tokens: int
+) -> list[AnswerComparison]:
+    """Return the answers to ``must_stay``; each must be the named one, or the one before the edit."""
+    probes = [probe for probe in criteria.must_stay if isinstance(probe, Probe)]
+    prompts = [prompt for prompt in criteria.must_stay if not isinstance(prompt, Probe)]
+    requests = [EditRequest(prompt=probe.prompt, target=probe.target) for probe in probes]
+    named = [row[0] for row in before_after(task, edit, requests, max_new_tokens)]
+    unchanged = ask(task, edit, prompts, max_new_tokens) if prompts else []
     return [
-        *found,
-        *(AnswerComparison("stays", a.prompt, a.before, a.before, a.after, a.before == a.after) for a in asked),
+        *named,
+        *(AnswerComparison("stays", a.prompt, a.before, a.before, a.after, a.before == a.after) for a in unchanged),
     ]
 
 
-def _perplexity(task: CausalLM, edit: Edit, acceptance: AcceptanceCriteria) -> Check:
-    assert acceptance.perplexity is not None
-    sample = PerplexityText(task, acceptance.perplexity.text, TEXT_TOKENS)
+def _perplexity_check(task: Task, edit: Edit, perplexity: Perplexity) -> AcceptanceCheck:
+    """Check the perplexity of a text, as a multiple of the perplexity before the edit."""
+    sample = PerplexityText(task, perplexity.text, MAX_PERPLEXITY_TOKENS)
     with edit.applied(task.model):
         after = sample.measure(Intervention(task), 1)[0]
-    ratio, most = after / sample.perplexity, acceptance.perplexity.most
-    return Check("perplexity", ratio, most, ratio <= most, sample.tokens)
+    ratio = after / sample.perplexity
+    return AcceptanceCheck("perplexity", ratio, perplexity.most, ratio <= perplexity.most, sample.tokens)
 
 
 @torch.no_grad()
-def _size(model: PreTrainedModel, edit: Edit, most: float) -> Check | None:
-    """The largest ‖ΔW‖ / ‖W‖; nothing where no weight is at hand as numbers."""
-    sizes, norms = edit.norms(), {}
+def _size_check(model: nn.Module, edit: Edit, bound: float) -> AcceptanceCheck | None:
+    """Check the largest ‖ΔW‖ / ‖W‖; return None where no weight can be read."""
+    change_norms, weight_norms = edit.norms(), {}
     for name, module in find_modules(model, edit.changes).items():
+        # Quantized weights are packed, and offloaded ones are on the meta device: neither has a norm to compare with.
         if not is_quantized(module) and not weight_of(module).is_meta:
-            norms[name] = float(weight_of(module).float().norm())
-    if not norms:
+            weight_norms[name] = float(weight_of(module).float().norm())
+    if not weight_norms:
         return None
-    largest = max(sizes[name] / max(norm, 1e-30) for name, norm in norms.items())
-    return Check("size", largest, most, largest <= most, len(norms))
+    largest = max(change_norms[name] / max(norm, 1e-30) for name, norm in weight_norms.items())
+    return AcceptanceCheck("size", largest, bound, largest <= bound, len(weight_norms))

@@ -1,6 +1,6 @@
-"""Edits and editors on the Hugging Face hub, each with a card that says what it is."""
+"""Push edits and editors to the Hugging Face hub, each with a model card."""
 
-from remend.apps.hub.model_card import card_of
+from remend.apps.hub.model_card import render_model_card
 from remend.apps.hub.push import push, push_to_hub
 
-__all__ = ["card_of", "push", "push_to_hub"]
+__all__ = ["push", "push_to_hub", "render_model_card"]

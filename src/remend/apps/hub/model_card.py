@@ -1,4 +1,4 @@
-"""The card of an edit or an editor: a README that a person reads before using it, made of its manifest."""
+"""Model cards of edits and editors: the README of a hub repository, rendered from a manifest."""
 
 from __future__ import annotations
 
@@ -12,81 +12,81 @@ from remend.errors import FileError
 if TYPE_CHECKING:
     import jinja2
 
-SHOWN = 50
-"""Requests that a card lists, at most."""
+MAX_REQUESTS = 50
+"""The most requests that a card lists."""
 
 
-def card_of(
+def render_model_card(
     manifest: Mapping[str, Any],
     repo: str,
-    licence: str | None = None,
+    license_id: str | None = None,
     base: str | None = None,
     evaluation: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """The card (Markdown with a YAML head) of what a manifest describes.
+    """Render the card (Markdown with a YAML head) of an edit or an editor.
 
     Args:
-        manifest: of an edit or an editor, as :func:`remend.serialization.read_manifest` gives it.
-        repo: where it will be, ``owner/name``.
-        licence: its licence, as the hub abbreviates it (``apache-2.0``).
-        base: the base model's hub id; by default the name that the manifest has, if it can be one.
-        evaluation: what was measured: a name and a figure in words, each.
+        manifest: the manifest, as :func:`remend.serialization.read_manifest` returns it.
+        repo: the hub repository, ``owner/name``.
+        license_id: the hub's identifier of the license (``apache-2.0``).
+        base: the base model's hub id; by default the name in the manifest, if it can be a hub id.
+        evaluation: the results to show, each as a name and a value in words.
 
     Raises:
-        FileError: it is a manifest of something else.
+        FileError: it is a manifest of something else, or it lacks something.
     """
     kind = str(manifest.get("format")).partition("/")[0]
     if kind not in ("remend.edit", "remend.editor"):
-        raise FileError(f"there is no card for a {manifest.get('format')!r}; edits and editors have one")
+        raise FileError(f"there is no card for a {manifest.get('format')!r}; only edits and editors have cards")
     import jinja2
 
     template = _environment().get_template(f"{kind.removeprefix('remend.')}.md.j2")
     try:
-        own: Mapping[str, Any] = manifest["base"]
+        fingerprint: Mapping[str, Any] = manifest["base"]
         requests = manifest.get("requests", [])
-        named = str(base or own["name"])
+        base_name = str(base or fingerprint["name"])
         return template.render(
             manifest=manifest,
             repo=repo,
-            licence=licence,
-            base=named,
-            on_hub=re.fullmatch(r"[\w.\-]+/[\w.\-]+", named) is not None,
-            weights=own["weights"],
-            config=own["config"],
+            license=license_id,
+            base=base_name,
+            on_hub=re.fullmatch(r"[\w.\-]+/[\w.\-]+", base_name) is not None,
+            weights=fingerprint["weights"],
+            config=fingerprint["config"],
             evaluation=evaluation,
-            requests=[(_asked(request), request.get("target", "")) for request in requests[:SHOWN]],
-            more=max(0, len(requests) - SHOWN),
-            best=_best(manifest.get("trained") or {}),
+            requests=[(_prompt_text(request), request.get("target", "")) for request in requests[:MAX_REQUESTS]],
+            more=max(0, len(requests) - MAX_REQUESTS),
+            best=_best_validation(manifest.get("trained") or {}),
         )
     except (KeyError, TypeError, AttributeError, ValueError, jinja2.UndefinedError) as error:
-        raise FileError(f"the manifest lacks what a card tells of ({error}); it was altered") from None
+        raise FileError(f"the manifest lacks what a card shows ({error}); it was altered") from None
 
 
-def _asked(request: Mapping[str, Any]) -> str:
-    """What a request asks, as a line."""
+def _prompt_text(request: Mapping[str, Any]) -> str:
+    """Return a request's prompt as text."""
     prompt = request.get("prompt", request.get("messages", ""))
     if isinstance(prompt, list):
         return " / ".join(str(part.get("content", "")) if isinstance(part, dict) else str(part) for part in prompt)
     return str(prompt)
 
 
-def _cell(text: object) -> str:
-    """Text as it stands in a cell of a table: one line, and nothing that Markdown or HTML would take for its own."""
+def _escape_cell(text: object) -> str:
+    """Return text for a table cell: one line, with the special characters of Markdown and HTML escaped."""
     line = " ".join(str(text).split())
     for special in "\\`*_{}[]<>|#":
         line = line.replace(special, f"\\{special}")
     return line
 
 
-def _code(text: object) -> str:
-    """Text as code in a line."""
+def _inline_code(text: object) -> str:
+    """Return text as inline code."""
     line = " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
     return f"`{line}`"
 
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    """Return what renders the cards' templates."""
+    """Return the jinja2 environment of the card templates."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -97,11 +97,11 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         autoescape=False,
     )
-    environment.filters |= {"cell": _cell, "code": _code}
+    environment.filters |= {"cell": _escape_cell, "code": _inline_code}
     return environment
 
 
-def _best(trained: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The validation of the state that training kept."""
+def _best_validation(trained: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the validation result of the state that training kept."""
     history = trained.get("history") or []
     return min(history, key=lambda entry: entry["loss"]) if history else None

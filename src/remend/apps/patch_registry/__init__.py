@@ -1,7 +1,7 @@
-"""The patch book: a folder that records every edit of a deployed model, and which of them act."""
+"""The patch registry: a folder that records every edit of a deployed model, and which edits are active."""
 
 from remend.apps.patch_registry.conflicts import Conflict, ConflictError
-from remend.apps.patch_registry.database import Entry, Event
-from remend.apps.patch_registry.registry import PatchRegistry
+from remend.apps.patch_registry.database import PatchEntry, PatchEvent
+from remend.apps.patch_registry.registry import Fault, PatchRegistry
 
-__all__ = ["Conflict", "ConflictError", "Entry", "Event", "PatchRegistry"]
+__all__ = ["Conflict", "ConflictError", "Fault", "PatchEntry", "PatchEvent", "PatchRegistry"]

@@ -1,4 +1,4 @@
-"""Edits that do not go together: found by asking the model, before the later one acts."""
+"""Conflicts between edits: find them by asking the model before the later edit is activated."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ DISAGREES, UNDOES = "disagrees", "undoes"
 
 @dataclass(frozen=True)
 class Conflict:
-    """A prompt at which an edit is not to be had with one that acts already.
+    """A prompt at which a new edit conflicts with an active one.
 
     Attributes:
-        kind: ``disagrees``: both have a target for the prompt, and not the same; ``undoes``: the later one changes what
-            the earlier one had the model answer.
-        edit: the number of the earlier one.
+        kind: ``disagrees``: the edits have different targets for the prompt; ``undoes``: with the new edit, the model
+            no longer gives the active edit's target.
+        edit: the number of the active edit.
         prompt: the prompt.
-        wanted: what the earlier edit is for.
-        instead: the later one's target, or what is answered with both.
+        wanted: the active edit's target.
+        instead: the new edit's target (``disagrees``), or the answer with both edits (``undoes``).
     """
 
     kind: str
@@ -35,28 +35,30 @@ class Conflict:
     instead: str
 
     @property
-    def said(self) -> str:
-        """It in words."""
+    def description(self) -> str:
+        """The conflict in words."""
         if self.kind == DISAGREES:
             return f"edit {self.edit} says {self.wanted!r} at {self.prompt!r}, this one {self.instead!r}"
         return f"edit {self.edit} ({self.wanted!r} at {self.prompt!r}) is undone: {self.instead!r} is answered"
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
+        """Return the conflict as a JSON object."""
         return asdict(self)
 
 
 class ConflictError(EditError):
-    """An edit does not go together with one that acts; it was not activated.
+    """The edit conflicts with an active one; it was not activated.
 
     Attributes:
-        conflicts: at which prompts.
+        conflicts: the conflicts, one for each prompt.
     """
 
     def __init__(self, conflicts: list[Conflict]) -> None:
-        shown = "; ".join(conflict.said for conflict in conflicts[:3])
+        descriptions = "; ".join(conflict.description for conflict in conflicts[:3])
         more = f" and {len(conflicts) - 3} more" if len(conflicts) > 3 else ""
-        super().__init__(f"the edit was not activated: {shown}{more}. Revert the other one first, or force it")
+        super().__init__(
+            f"the edit was not activated: {descriptions}{more}. Revert the active edit first, or force the activation"
+        )
         self.conflicts = conflicts
 
 
@@ -66,31 +68,31 @@ def find_conflicts(
     active: Mapping[int, Edit],
     max_new_tokens: int = 32,
 ) -> list[Conflict]:
-    """Where an edit contradicts, or undoes, those that act.
+    """Return the conflicts of an edit with the active ones.
 
     Args:
         task: the base model.
-        edit: what is to act too.
-        active: what acts, by number, in order.
-        max_new_tokens: how far answers are decoded.
+        edit: the edit that is to be activated.
+        active: the active edits by number, in the order of activation.
+        max_new_tokens: the longest answer that is decoded, in tokens.
     """
     targets = {request.prompt: request.target for request in edit.requests}
-    found = [
+    conflicts = [
         Conflict(DISAGREES, number, str(request.prompt), request.target, targets[request.prompt])
-        for number, other in active.items()
-        for request in other.requests
+        for number, active_edit in active.items()
+        for request in active_edit.requests
         if targets.get(request.prompt, request.target) != request.target
     ]
-    told = {(conflict.edit, conflict.prompt) for conflict in found}
-    owned = [(number, request) for number, other in active.items() for request in other.requests]
-    if not owned:
-        return found
+    disagreeing = {(conflict.edit, conflict.prompt) for conflict in conflicts}
+    numbered = [(number, request) for number, active_edit in active.items() for request in active_edit.requests]
+    if not numbered:
+        return conflicts
     with ExitStack() as stack:
-        for other in active.values():
-            stack.enter_context(other.applied(task.model))
-        answers = ask(task, edit, [request.prompt for _, request in owned], max_new_tokens)
-    for (number, request), answer in zip(owned, answers, strict=True):
+        for active_edit in active.values():
+            stack.enter_context(active_edit.applied(task.model))
+        answers = ask(task, edit, [request.prompt for _, request in numbered], max_new_tokens)
+    for (number, request), answer in zip(numbered, answers, strict=True):
         undone = answer.before == request.target != answer.after
-        if undone and (number, str(request.prompt)) not in told:
-            found.append(Conflict(UNDOES, number, str(request.prompt), request.target, answer.after))
-    return found
+        if undone and (number, str(request.prompt)) not in disagreeing:
+            conflicts.append(Conflict(UNDOES, number, str(request.prompt), request.target, answer.after))
+    return conflicts

@@ -1,4 +1,4 @@
-"""What a book's database holds: edits, and everything that was done with them, in order."""
+"""The SQLite database of a patch registry: its edits, and the events that record what was done with them."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ DATABASE = "book.sqlite"
 VERSION = 1
 DRAFT, ACTIVE, REVERTED = "draft", "active", "reverted"
 STATES = (DRAFT, ACTIVE, REVERTED)
-ADDED, ACTIVATED, TAKEN_OFF = "added", "activated", "reverted"
-PATIENCE = 60.0
+EVENT_ADDED, EVENT_ACTIVATED, EVENT_REVERTED = "added", "activated", "reverted"
+LOCK_TIMEOUT = 60.0
 """Seconds that a process waits for another one that writes."""
 
-TABLES = MetaData()
-BOOK = Table(
-    "book", TABLES,
+SCHEMA = MetaData()
+REGISTRY_TABLE = Table(
+    "book", SCHEMA,
     Column("version", Integer, nullable=False),
     Column("model", String, nullable=False),
     Column("config", String, nullable=False),
     Column("created", String, nullable=False),
 )  # fmt: skip
-EDITS = Table(
-    "edits", TABLES,
+EDITS_TABLE = Table(
+    "edits", SCHEMA,
     Column("id", Integer, primary_key=True),
     Column("file", String, nullable=False, unique=True),
     Column("state", String, nullable=False),
@@ -55,8 +55,8 @@ EDITS = Table(
     Column("why", String, nullable=False),
     Column("requests", JSON, nullable=False),
 )  # fmt: skip
-EVENTS = Table(
-    "events", TABLES,
+EVENTS_TABLE = Table(
+    "events", SCHEMA,
     Column("id", Integer, primary_key=True),
     Column("edit", Integer, ForeignKey("edits.id"), nullable=False),
     Column("what", String, nullable=False),
@@ -68,16 +68,16 @@ EVENTS = Table(
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One edit of a book.
+class PatchEntry:
+    """The record of one edit.
 
     Attributes:
-        id: its number in the book.
-        file: the SHA-256 of its manifest, under which its folder is kept.
+        id: the edit's number in the registry.
+        file: the SHA-256 of the edit's manifest, which is also the name of its folder.
         state: ``draft``, ``active`` or ``reverted``.
-        added: when, ISO 8601, UTC.
-        who, why: who added it, and what for.
-        requests: what it does, as in the edit's manifest.
+        added: when it was added (ISO 8601, UTC).
+        who, why: who added it, and why.
+        requests: the edit's requests, as in its manifest.
     """
 
     id: int
@@ -90,16 +90,16 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Event:
+class PatchEvent:
     """Something that was done with an edit.
 
     Attributes:
-        id: its number, which is the book's revision after it.
-        edit: with which.
+        id: the event's number, which is the registry's revision after it.
+        edit: the number of the edit.
         what: ``added``, ``activated`` or ``reverted``.
-        at: when, ISO 8601, UTC.
-        who, why: who did it, and what for.
-        measured: what was measured before: the verdict and conflicts.
+        at: when it happened (ISO 8601, UTC).
+        who, why: who did it, and why.
+        measured: what was measured before an activation: the acceptance result and the conflicts.
     """
 
     id: int
@@ -112,29 +112,30 @@ class Event:
 
 
 class Database:
-    """The database of a book.
+    """The database of a patch registry, for several processes at once.
 
-    Reading sees one state of it, and writing is one transaction: all of it, or nothing. A process that writes keeps
-    others out, and one that is killed leaves what was before.
+    A reader sees one consistent state. A write is one transaction, in full or not at all: it keeps other writers out,
+    and if its process is killed the previous state remains.
     """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / DATABASE
-        self.engine: Engine = create_engine(f"sqlite:///{self.file}", connect_args={"timeout": PATIENCE})
-        event.listen(self.engine, "connect", _plainly)
+        self.engine: Engine = create_engine(f"sqlite:///{self.file}", connect_args={"timeout": LOCK_TIMEOUT})
+        event.listen(self.engine, "connect", _configure_connection)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Within it, the database does not change under one's eyes."""
-        with _explained(self.file), self.engine.connect() as connection:
+        """Open a read transaction: everything read within it is of one state of the database."""
+        with _readable_errors(self.file), self.engine.connect() as connection:
             connection.exec_driver_sql("BEGIN")
             yield connection
             connection.exec_driver_sql("COMMIT")
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """Within it, nobody else writes; what was written is kept if it ends well."""
-        with _explained(self.file), self.engine.connect() as connection:
+        """Open a write transaction: no other process writes within it; an exception rolls it back."""
+        with _readable_errors(self.file), self.engine.connect() as connection:
+            # IMMEDIATE takes the write lock now; a deferred transaction fails at once if another process wrote since.
             connection.exec_driver_sql("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -144,110 +145,126 @@ class Database:
             connection.exec_driver_sql("COMMIT")
 
     def create(self, model: str, config: str, now: str) -> None:
-        """An empty database."""
+        """Create the tables of an empty database."""
         with self.writing() as connection:
-            TABLES.create_all(connection)
-            connection.execute(insert(BOOK).values(version=VERSION, model=model, config=config, created=now))
+            SCHEMA.create_all(connection)
+            connection.execute(insert(REGISTRY_TABLE).values(version=VERSION, model=model, config=config, created=now))
         self.engine.dispose()
 
-    def about(self) -> Mapping[str, Any]:
-        """Which model the book is of.
+    def info(self) -> Mapping[str, Any]:
+        """Return the version of the database, and the model that the registry is for.
 
         Raises:
             FileError: the database is damaged, or of an unknown version.
         """
         with self.reading() as connection:
-            rows = connection.execute(select(BOOK)).mappings().all()
+            rows = connection.execute(select(REGISTRY_TABLE)).mappings().all()
         if len(rows) != 1 or not all(isinstance(rows[0][key], str) for key in ("model", "config", "created")):
-            raise FileError(f"{self.file} does not say which model it is of; it was altered")
+            raise FileError(f"{self.file} does not say which model it is for; it was altered")
         if rows[0]["version"] != VERSION:
             raise FileError(f"{self.file} is of version {rows[0]['version']!r}; this release reads {VERSION}")
         return dict(rows[0])
 
-    def entries(self, connection: Connection) -> list[Entry]:
-        """All edits, in the order in which they were added."""
-        found = [dict(row) for row in connection.execute(select(EDITS).order_by(EDITS.c.id)).mappings()]
-        return [_entry(row, self.file) for row in found]
+    def entries(self, connection: Connection) -> list[PatchEntry]:
+        """Return all edits in the order in which they were added."""
+        rows = connection.execute(select(EDITS_TABLE).order_by(EDITS_TABLE.c.id)).mappings()
+        return [_parse_entry(dict(row), self.file) for row in rows]
 
-    def events(self, connection: Connection) -> list[Event]:
-        """All that was done, in order."""
-        found = [dict(row) for row in connection.execute(select(EVENTS).order_by(EVENTS.c.id)).mappings()]
-        return [_event(row, self.file) for row in found]
+    def events(self, connection: Connection) -> list[PatchEvent]:
+        """Return all events in order."""
+        rows = connection.execute(select(EVENTS_TABLE).order_by(EVENTS_TABLE.c.id)).mappings()
+        return [_parse_event(dict(row), self.file) for row in rows]
 
     @staticmethod
-    def add(connection: Connection, **values: Any) -> int:
-        """Record an edit, and return its number."""
-        key = connection.execute(insert(EDITS).values(state=DRAFT, **values)).inserted_primary_key
+    def add_edit(connection: Connection, **values: Any) -> int:
+        """Record an edit as a draft, and return its number."""
+        key = connection.execute(insert(EDITS_TABLE).values(state=DRAFT, **values)).inserted_primary_key
         assert key is not None
         return int(key[0])
 
     @staticmethod
-    def note(connection: Connection, state: str | None, **values: Any) -> None:
-        """Record what was done with an edit, and the state that it is in now."""
-        connection.execute(insert(EVENTS).values(**values))
+    def add_event(connection: Connection, state: str | None, **values: Any) -> None:
+        """Record an event, and the new state of its edit if there is one."""
+        connection.execute(insert(EVENTS_TABLE).values(**values))
         if state is not None:
-            connection.execute(update(EDITS).where(EDITS.c.id == values["edit"]).values(state=state))
+            connection.execute(update(EDITS_TABLE).where(EDITS_TABLE.c.id == values["edit"]).values(state=state))
 
-    def sound(self) -> bool:
-        """Whether SQLite finds its own file in order."""
+    def is_intact(self) -> bool:
+        """Return whether the file passes SQLite's integrity check."""
         with self.reading() as connection:
             return [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check")] == ["ok"]
 
 
-def active_after(events: list[Event], revision: int | None = None) -> list[int]:
-    """The edits that act after some event (all of them by default), in the order in which they were activated."""
-    found: dict[int, None] = {}
-    for one in events:
-        if revision is not None and one.id > revision:
+def active_after(events: list[PatchEvent], revision: int | None = None) -> list[int]:
+    """Return the numbers of the edits that are active after an event (by default the last), in activation order."""
+    active: dict[int, None] = {}  # as an ordered set
+    for past_event in events:
+        if revision is not None and past_event.id > revision:
             break
-        if one.what == ACTIVATED:
-            found.setdefault(one.edit)
-        elif one.what == TAKEN_OFF:
-            found.pop(one.edit, None)
-    return list(found)
+        if past_event.what == EVENT_ACTIVATED:
+            active.setdefault(past_event.edit)
+        elif past_event.what == EVENT_REVERTED:
+            active.pop(past_event.edit, None)
+    return list(active)
 
 
-def _plainly(connection: Any, _: Any) -> None:
-    """Let transactions begin where they are said to, and keep what was committed through a loss of power."""
+def _configure_connection(connection: Any, _: Any) -> None:
+    """Set up a new SQLite connection."""
+    # Python's sqlite3 would begin transactions by itself, and later than reading() and writing() do.
     connection.isolation_level = None
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA synchronous = FULL")  # what was committed survives a loss of power
 
 
 @contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    """Say what is wrong with a database in words."""
+def _readable_errors(file: Path) -> Iterator[None]:
+    """Turn the database's errors into a FileError that says what is wrong."""
     try:
         yield
     except DBAPIError as error:
         reason = str(error.orig)
         if "locked" in reason:
             raise FileError(
-                f"{file} is being written by another process, and was not free within {PATIENCE:.0f} s; try again"
+                f"{file} is being written by another process, and was not free within {LOCK_TIMEOUT:.0f} s; try again"
             ) from None
         if "unable to open" in reason or "readonly" in reason:
-            raise FileError(f"cannot open or write {file} ({reason}); is it there, and may you write it?") from None
+            raise FileError(
+                f"cannot open or write {file} ({reason}); check that it exists and that you may write it"
+            ) from None
         raise FileError(f"{file} is damaged or was altered ({reason}); restore it from a copy") from None
     except (SQLAlchemyError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(f"{file} holds what a book does not ({error}); it was altered") from None
+        raise FileError(f"{file} holds values that a patch registry cannot hold ({error}); it was altered") from None
 
 
-def _entry(row: Mapping[str, Any], file: Path) -> Entry:
+def _parse_entry(row: Mapping[str, Any], file: Path) -> PatchEntry:
+    """Return a row of the edits table as an entry.
+
+    Raises:
+        FileError: a value is not of the kind that was written.
+    """
+    # SQLite stores any type in any column, and the hash becomes a path: so every value is checked.
     texts = all(isinstance(row[key], str) for key in ("file", "state", "added", "who", "why"))
     if not texts or not re.fullmatch("[0-9a-f]{64}", row["file"]) or row["state"] not in STATES:
         raise FileError(f"{file}: the record of edit {row['id']!r} is malformed; it was altered")
     requests = row["requests"]
-    if not isinstance(requests, list) or not all(isinstance(own, dict) for own in requests):
+    if not isinstance(requests, list) or not all(isinstance(request, dict) for request in requests):
         raise FileError(f"{file}: the requests of edit {row['id']!r} are malformed; it was altered")
-    return Entry(**{**row, "requests": tuple(requests)})
+    return PatchEntry(**{**row, "requests": tuple(requests)})
 
 
-def _event(row: Mapping[str, Any], file: Path) -> Event:
+def _parse_event(row: Mapping[str, Any], file: Path) -> PatchEvent:
+    """Return a row of the events table as an event.
+
+    Raises:
+        FileError: a value is not of the kind that was written.
+    """
     texts = all(isinstance(row[key], str) for key in ("what", "at", "who", "why"))
     measured = row["measured"]
-    known = row["what"] in (ADDED, ACTIVATED, TAKEN_OFF) and (measured is None or isinstance(measured, dict))
+    known = row["what"] in (EVENT_ADDED, EVENT_ACTIVATED, EVENT_REVERTED) and (
+        measured is None or isinstance(measured, dict)
+    )
     if not texts or not known or not isinstance(row["edit"], int):
         raise FileError(f"{file}: event {row['id']!r} is malformed; it was altered")
-    return Event(**row)
+    return PatchEvent(**row)

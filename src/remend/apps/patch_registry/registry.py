@@ -1,13 +1,12 @@
-"""``Book``: edits kept beside the record of who added, activated and reverted them, when and why.
+"""``PatchRegistry``: stores edits, and records who added, activated and reverted them, when and why.
 
-    my-book/book.sqlite        the record
-    my-book/edits/<sha256>/    the edits, each under the hash of its manifest, which holds that of its tensors
+    my-registry/book.sqlite        the database
+    my-registry/edits/<sha256>/    the edits, each named by the hash of its manifest, which holds that of its tensors
 
-An edit's folder is written before its record, and both under the record's lock: a process that is killed in between
-leaves a folder that nobody speaks of, which :meth:`PatchRegistry.verify` finds and removes. Which edits act is told by
-the
-events alone, in order, so that the state after each of them can be had again: the sum of the same edits in the same
-order, with the same bits.
+An edit's folder is written before its record, both under the database's write lock: a process that is killed in between
+leaves a folder without a record, which :meth:`PatchRegistry.verify` finds and removes. The events alone, in order,
+determine which edits are active. So the state after any event can be restored bit for bit: the sum of the same edits in
+the same order.
 """
 
 from __future__ import annotations
@@ -23,19 +22,25 @@ from typing import Any
 
 from torch import nn
 
-from remend.apps.acceptance import STANDARD, AcceptanceCriteria, RejectedError, judge
+from remend.apps.acceptance import (
+    STANDARD_CRITERIA,
+    AcceptanceCriteria,
+    AcceptanceResult,
+    RejectedError,
+    check_acceptance,
+)
 from remend.apps.patch_registry.conflicts import Conflict, ConflictError, find_conflicts
 from remend.apps.patch_registry.database import (
-    ACTIVATED,
     ACTIVE,
-    ADDED,
     DATABASE,
     DRAFT,
+    EVENT_ACTIVATED,
+    EVENT_ADDED,
+    EVENT_REVERTED,
     REVERTED,
-    TAKEN_OFF,
     Database,
-    Entry,
-    Event,
+    PatchEntry,
+    PatchEvent,
     active_after,
 )
 from remend.edit import Edit, utc_now
@@ -44,17 +49,17 @@ from remend.fingerprint import HasModel, ModelFingerprint
 from remend.serialization import MANIFEST, atomic_folder, file_sha256, remove_temporary_folders
 from remend.tasks import Task
 
-FOLDER, STAGED = "edits", ".adding"
+EDITS_FOLDER, STAGED = "edits", ".adding"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that :meth:`PatchRegistry.verify` found.
+    """A fault that :meth:`PatchRegistry.verify` found.
 
     Attributes:
-        what: in words.
-        repaired: whether it was put right.
-        lost: whether an edit that is recorded cannot be had any more, or is not what it was.
+        what: the fault in words.
+        repaired: whether it was repaired.
+        lost: whether something that was recorded is gone or was altered.
     """
 
     what: str
@@ -63,295 +68,319 @@ class Fault:
 
 
 class PatchRegistry:
-    """A patch book; several processes may use one at once.
+    """A folder that stores and records the edits of one model; several processes may use it at once.
 
     Attributes:
-        path: its folder.
+        path: the folder.
         model: the name of the model whose edits it records.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open a book.
+        """Open an existing registry.
 
         Raises:
-            FileError: the folder holds none, or it is damaged.
+            FileError: the folder holds no registry, or a damaged one.
         """
         self.path = Path(path)
         if not (self.path / DATABASE).is_file():
-            raise FileError(f"{path} is no book: it has no {DATABASE}. Make one with remend book init")
-        self._refuse_links(self.path / DATABASE, self.path / FOLDER)
-        self._records = Database(self.path)
-        about = self._records.about()
-        self.model: str = about["model"]
-        self._config: str = about["config"]
+            raise FileError(f"{path} is not a patch registry: it has no {DATABASE}. Create one with remend book init")
+        self._refuse_links(self.path / DATABASE, self.path / EDITS_FOLDER)
+        self._database = Database(self.path)
+        info = self._database.info()
+        self.model: str = info["model"]
+        self._config: str = info["config"]
 
     @staticmethod
     def create(path: str | Path, model: nn.Module | HasModel) -> PatchRegistry:
-        """A new book of a model's edits, which may be without its weights (:func:`remend.models.skeleton`).
+        """Create an empty registry for the edits of a model.
+
+        Args:
+            path: the folder to create.
+            model: the base model or its task; the structure is enough (:func:`remend.models.skeleton`).
 
         Raises:
             FileError: ``path`` holds something already, or cannot be written.
         """
         path = Path(path)
         if (path / DATABASE).exists():
-            raise FileError(f"{path} is a book already; add edits to it, or choose another folder")
+            raise FileError(f"{path} is a patch registry already; add edits to it, or choose another folder")
         base = ModelFingerprint.of(model, ())
-        with atomic_folder(path, lambda there: False) as staged:
-            (staged / FOLDER).mkdir()
+        with atomic_folder(path, lambda existing: False) as staged:
+            (staged / EDITS_FOLDER).mkdir()
             Database(staged).create(base.name, base.config, utc_now())
         return PatchRegistry(path)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     @property
-    def entries(self) -> list[Entry]:
-        """All edits, in the order in which they were added."""
-        with self._records.reading() as connection:
-            return self._records.entries(connection)
+    def entries(self) -> list[PatchEntry]:
+        """All edits in the order in which they were added."""
+        with self._database.reading() as connection:
+            return self._database.entries(connection)
 
     @property
-    def events(self) -> list[Event]:
-        """All that was done, in order."""
-        with self._records.reading() as connection:
-            return self._records.events(connection)
+    def events(self) -> list[PatchEvent]:
+        """All events in order."""
+        with self._database.reading() as connection:
+            return self._database.events(connection)
 
-    def entry(self, number: int) -> Entry:
-        """One edit's record.
+    def entry(self, number: int) -> PatchEntry:
+        """Return the record of one edit.
 
         Raises:
-            EditError: there is none of that number.
+            EditError: there is no edit of that number.
         """
-        return _chosen(self.entries, number, self.path)
+        return _find_entry(self.entries, number, self.path)
 
     def load(self, number: int) -> Edit:
-        """One of the edits.
+        """Load one of the edits.
 
         Raises:
-            EditError: there is none of that number.
+            EditError: there is no edit of that number.
             FileError: its folder is gone, or is not what was added.
         """
         return self._read(self.entry(number))
 
     def active(self, revision: int | None = None) -> dict[int, Edit]:
-        """The edits that act, or that acted after some event, by number, in the order in which they were activated.
+        """Load the active edits, by number, in the order in which they were activated.
+
+        Args:
+            revision: the number of an event, for the edits that were active after it; by default the last event.
 
         Raises:
             EditError: there is no such event.
         """
-        with self._records.reading() as connection:
-            entries, events = self._records.entries(connection), self._records.events(connection)
+        with self._database.reading() as connection:
+            entries, events = self._database.entries(connection), self._database.events(connection)
         if revision is not None and not 0 <= revision <= len(events):
             raise EditError(f"{self.path} has revisions 0 to {len(events)}, not {revision}")
-        own = {entry.id: entry for entry in entries}
-        return {number: self._read(own[number]) for number in active_after(events, revision)}
+        entry_of = {entry.id: entry for entry in entries}
+        return {number: self._read(entry_of[number]) for number in active_after(events, revision)}
 
     def edit(self, revision: int | None = None) -> Edit | None:
-        """What acts, or acted after some event, as one edit; None where nothing does."""
+        """Return the sum of the active edits (as of ``revision``, if given), or None where no edit is active."""
         active = list(self.active(revision).values())
         return reduce(add, active) if active else None
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def add(self, edit: Edit, why: str = "", who: str | None = None) -> Entry:
-        """Record an edit, as a draft. One that is in the book already is not added again, but for files that are gone.
+    def add(self, edit: Edit, why: str = "", who: str | None = None) -> PatchEntry:
+        """Add an edit as a draft, and return its record.
+
+        An edit that is in the registry already is not added again; if its files were lost, they are restored.
+
+        Args:
+            edit: the edit.
+            why: the reason, for the record.
+            who: who adds it; by default the user of this process.
 
         Raises:
-            WrongBaseError: it is of another model.
+            WrongBaseError: the edit is of another model.
             FileError: it cannot be written.
         """
         if edit.base.config != self._config:
-            raise WrongBaseError(f"{self.path} is a book of {self.model!r}, and this edit is of {edit.base.name!r}")
-        added, name = utc_now(), who or _user()
-        with self._records.writing() as connection:
-            staged = edit.save(self.path / FOLDER / STAGED)
+            raise WrongBaseError(
+                f"{self.path} is a patch registry of {self.model!r}, and this edit is of {edit.base.name!r}"
+            )
+        added, name = utc_now(), who or _user_name()
+        with self._database.writing() as connection:
+            staged = edit.save(self.path / EDITS_FOLDER / STAGED)
             file = file_sha256(staged / MANIFEST)
-            place = self.path / FOLDER / file
-            known = {entry.file: entry for entry in self._records.entries(connection)}.get(file)
-            if known is not None and not self._lost(known):
+            folder = self.path / EDITS_FOLDER / file
+            recorded = {entry.file: entry for entry in self._database.entries(connection)}.get(file)
+            if recorded is not None and not self._is_lost(recorded):
                 shutil.rmtree(staged)
-                return known
-            # What stands there was altered, or left by a process that was killed before it could record it.
-            if place.is_symlink():
-                place.unlink()
-            shutil.rmtree(place, ignore_errors=True)
-            staged.rename(place)
-            if known is not None:
-                return known
+                return recorded
+            # A folder of that name was altered, or left by a process that was killed before it could record it.
+            if folder.is_symlink():
+                folder.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+            staged.rename(folder)
+            if recorded is not None:
+                return recorded
             requests = [request.to_json() for request in edit.requests]
-            number = self._records.add(connection, file=file, added=added, who=name, why=why, requests=requests)
-            self._records.note(connection, None, edit=number, what=ADDED, at=added, who=name, why=why, measured=None)
-            return _chosen(self._records.entries(connection), number, self.path)
+            number = self._database.add_edit(connection, file=file, added=added, who=name, why=why, requests=requests)
+            event = {"edit": number, "what": EVENT_ADDED, "at": added, "who": name, "why": why, "measured": None}
+            self._database.add_event(connection, None, **event)
+            return _find_entry(self._database.entries(connection), number, self.path)
 
     def activate(
         self,
         number: int,
         task: Task,
-        acceptance: AcceptanceCriteria = STANDARD,
+        criteria: AcceptanceCriteria = STANDARD_CRITERIA,
         why: str = "",
         who: str | None = None,
         force: bool = False,
-    ) -> tuple[list[Conflict], Any]:
-        """Have an edit act, if it is accepted and goes together with those that do.
+    ) -> tuple[list[Conflict], AcceptanceResult]:
+        """Activate an edit, if it is accepted and does not conflict with the active ones.
 
-        It is measured on the model with all that acts already. If the book changes meanwhile, it is measured anew.
+        It is measured on the model with all active edits. If the registry changes meanwhile, it is measured again.
 
         Args:
-            number: the edit's.
+            number: the edit's number.
             task: the base model.
-            acceptance: what is asked of it.
-            why: what for.
-            who: who does it; by default the user of this process.
-            force: have it act whatever is found; that is recorded.
+            criteria: what the edit must meet.
+            why: the reason, for the record.
+            who: who activates it; by default the user of this process.
+            force: activate it also if it fails or conflicts; that is recorded.
 
         Returns:
-            The conflicts and the :class:`~remend.apps.acceptance.AcceptanceResult`, which are recorded too.
+            The conflicts and the acceptance result, which are recorded too.
 
         Raises:
-            EditError: there is no such edit, or it acts already.
-            ConflictError: it contradicts or undoes one that acts; it was not activated.
+            EditError: there is no such edit, or it is active already.
+            ConflictError: it contradicts or undoes an active edit; it was not activated.
             RejectedError: it is not accepted; it was not activated.
         """
         while True:
-            seen = len(self.events)
+            revision = len(self.events)
             active = self.active()
             if number in active:
-                raise EditError(f"edit {number} of {self.path} acts already")
+                raise EditError(f"edit {number} of {self.path} is active already")
             edit = self.load(number)
             conflicts = find_conflicts(task, edit, active)
             if conflicts and not force:
                 raise ConflictError(conflicts)
-            verdict = judge(task, edit, acceptance, list(active.values()))
-            if not verdict.ok and not force:
-                raise RejectedError(verdict)
+            result = check_acceptance(task, edit, criteria, list(active.values()))
+            if not result.ok and not force:
+                raise RejectedError(result)
             measured = {
-                "verdict": verdict.to_json(),
-                "conflicts": [one.to_json() for one in conflicts],
+                "verdict": result.to_json(),
+                "conflicts": [conflict.to_json() for conflict in conflicts],
                 "forced": force,
             }
-            if self.switch(number, ACTIVE, why, who, measured, seen):
-                return conflicts, verdict
+            if self.set_state(number, ACTIVE, why, who, measured, revision):
+                return conflicts, result
 
     def revert(self, number: int, why: str = "", who: str | None = None) -> None:
-        """Have an edit act no more. It stays in the book, and can be activated again.
+        """Deactivate an edit. It stays in the registry and can be activated again.
 
         Raises:
-            EditError: there is no such edit, or it does not act.
+            EditError: there is no such edit, or it is not active.
         """
-        self.switch(number, REVERTED, why, who)
+        self.set_state(number, REVERTED, why, who)
 
-    def switch(
+    def set_state(
         self,
         number: int,
         state: str,
         why: str = "",
         who: str | None = None,
         measured: dict[str, Any] | None = None,
-        seen: int | None = None,
+        revision: int | None = None,
     ) -> bool:
-        """Record that an edit acts, or acts no more, without asking whether it should.
+        """Record that an edit is active, or no longer active, without checking it.
 
         Args:
-            number: the edit's.
+            number: the edit's number.
             state: ``active`` or ``reverted``.
-            why: what for.
-            who: who does it.
-            measured: what was measured before.
-            seen: the revision at which that was.
+            why: the reason, for the record.
+            who: who does it; by default the user of this process.
+            measured: what was measured before, for the record.
+            revision: record it only if the registry is still at this revision.
 
         Returns:
-            Whether it was recorded: not if the book is at another revision than ``seen``.
+            Whether it was recorded.
 
         Raises:
-            EditError: there is no such edit, or it is in that state.
+            EditError: there is no such edit, or it is in that state already.
         """
-        with self._records.writing() as connection:
-            entry = _chosen(self._records.entries(connection), number, self.path)
-            events = self._records.events(connection)
-            if seen is not None and len(events) != seen:
+        with self._database.writing() as connection:
+            entry = _find_entry(self._database.entries(connection), number, self.path)
+            events = self._database.events(connection)
+            if revision is not None and len(events) != revision:
                 return False
             if (entry.state == ACTIVE) == (state == ACTIVE):
                 raise EditError(f"edit {number} of {self.path} is {entry.state}")
             if state == ACTIVE:
-                self._read(entry)  # what cannot be had must not act
-            what = ACTIVATED if state == ACTIVE else TAKEN_OFF
-            self._records.note(
-                connection, state, edit=number, what=what, at=utc_now(), who=who or _user(), why=why, measured=measured
+                self._read(entry)  # an edit whose files are lost must not become active
+            what = EVENT_ACTIVATED if state == ACTIVE else EVENT_REVERTED
+            self._database.add_event(
+                connection,
+                state,
+                edit=number,
+                what=what,
+                at=utc_now(),
+                who=who or _user_name(),
+                why=why,
+                measured=measured,
             )
         return True
 
-    # -- whether all is well -------------------------------------------------------------------------------------
+    # -- checking -------------------------------------------------------------------------------------
 
     def verify(self, repair: bool = False) -> list[Fault]:
-        """Compare the record with the files, and with itself.
+        """Compare the records with the files and with each other, and return what is wrong.
 
         Args:
-            repair: remove what a process that was killed left behind.
-
-        Returns:
-            What is wrong. Nothing is lost as long as no fault says so.
+            repair: remove what killed processes left behind.
         """
         faults: list[Fault] = []
-        if not self._records.sound():
+        if not self._database.is_intact():
             faults.append(Fault(f"{DATABASE} is damaged inside: restore it from a copy", lost=True))
-        with self._records.writing() as connection:  # so that nothing is being added
-            entries, events = self._records.entries(connection), self._records.events(connection)
-            if [one.id for one in events] != list(range(1, len(events) + 1)):
-                faults.append(Fault("the numbers of the events have gaps: some were taken out", lost=True))
-            acting = set(active_after(events))
+        with self._database.writing() as connection:  # the lock keeps others from adding edits meanwhile
+            entries, events = self._database.entries(connection), self._database.events(connection)
+            if [event.id for event in events] != list(range(1, len(events) + 1)):
+                faults.append(Fault("the numbers of the events have gaps: some were removed", lost=True))
+            active = set(active_after(events))
             for entry in entries:
-                own = [one for one in events if one.edit == entry.id]
-                state = ACTIVE if entry.id in acting else DRAFT if len(own) == 1 else REVERTED
-                if not own or own[0].what != ADDED or state != entry.state:
+                history = [event for event in events if event.edit == entry.id]
+                state = ACTIVE if entry.id in active else DRAFT if len(history) == 1 else REVERTED
+                if not history or history[0].what != EVENT_ADDED or state != entry.state:
                     faults.append(Fault(f"edit {entry.id} is {entry.state}, but its history says otherwise", lost=True))
                 try:
                     self._read(entry)
                 except RemendError as error:
                     faults.append(Fault(f"edit {entry.id}: {error}", lost=True))
-            known = {entry.file for entry in entries}
-            for folder in sorted((self.path / FOLDER).iterdir()):
-                if folder.name not in known:
+            recorded = {entry.file for entry in entries}
+            for folder in sorted((self.path / EDITS_FOLDER).iterdir()):
+                if folder.name not in recorded:
                     if repair:
                         shutil.rmtree(folder, ignore_errors=True)
                     faults.append(Fault(f"{folder.name} was left behind by a process that was stopped", repair))
             if repair:
-                remove_temporary_folders(self.path / FOLDER)
+                remove_temporary_folders(self.path / EDITS_FOLDER)
         return faults
 
-    def _read(self, entry: Entry) -> Edit:
-        """The edit of a record, which must be the very one that was added."""
-        folder = self.path / FOLDER / entry.file
+    def _read(self, entry: PatchEntry) -> Edit:
+        """Load the edit of a record, and make sure that it is what was added."""
+        folder = self.path / EDITS_FOLDER / entry.file
         self._refuse_links(folder, *(folder.iterdir() if folder.is_dir() else ()))
         if not (folder / MANIFEST).is_file():
-            gone = f"{MANIFEST} of edit {entry.id} is gone from" if folder.is_dir() else f"edit {entry.id} is gone:"
-            raise FileError(f"{gone} {folder}; restore it from a copy, or add the same edit again")
+            missing = f"{MANIFEST} of edit {entry.id} is gone from" if folder.is_dir() else f"edit {entry.id} is gone:"
+            raise FileError(f"{missing} {folder}; restore it from a copy, or add the same edit again")
         if file_sha256(folder / MANIFEST) != entry.file:
             raise FileError(f"{folder} is not what was added as edit {entry.id}: its manifest was altered")
         return Edit.load(folder)
 
-    def _lost(self, entry: Entry) -> bool:
-        """Whether the files of a record are no longer what was added."""
+    def _is_lost(self, entry: PatchEntry) -> bool:
+        """Return whether the files of a record are no longer what was added."""
         try:
             self._read(entry)
         except RemendError:
             return True
         return False
 
-    def _refuse_links(self, *places: Path) -> None:
-        """A book that came from elsewhere must not have other files read."""
-        for place in places:
-            if place.is_symlink():
-                raise FileError(f"{place} is a link, and links of a book are not followed; put the file itself there")
+    def _refuse_links(self, *paths: Path) -> None:
+        """Raise FileError for symbolic links."""
+        # A registry that came from elsewhere must not have files outside of it read.
+        for path in paths:
+            if path.is_symlink():
+                raise FileError(
+                    f"{path} is a link; links in a patch registry are not followed: put the file itself there"
+                )
 
 
-def _chosen(entries: Sequence[Entry], number: int, path: Path) -> Entry:
+def _find_entry(entries: Sequence[PatchEntry], number: int, path: Path) -> PatchEntry:
     for entry in entries:
         if entry.id == number:
             return entry
-    known = f"it has 1 to {len(entries)}" if entries else "it has none yet"
-    raise EditError(f"{path} has no edit {number}: {known}")
+    numbers = f"it has 1 to {len(entries)}" if entries else "it has none yet"
+    raise EditError(f"{path} has no edit {number}: {numbers}")
 
 
-def _user() -> str:
+def _user_name() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name

@@ -1,4 +1,4 @@
-"""The web page of a desk."""
+"""The studio's web page (Gradio): build it for a workspace and serve it."""
 
 from __future__ import annotations
 
@@ -12,64 +12,69 @@ import gradio as gr
 from pydantic import ValidationError
 
 from remend.apps.studio import figures
-from remend.apps.studio.suggestions import suggest
-from remend.apps.studio.workspace import Made, Session, StoppedError, Workspace, format_choices
+from remend.apps.studio.suggestions import suggest_prompts
+from remend.apps.studio.workspace import Session, SessionEdit, StoppedError, Workspace, format_choices
 from remend.errors import RemendError, RequestError
 from remend.request import EditRequest, Probe
 
-IDLE = 6 * 3600
-"""Seconds after which a session that nobody uses is forgotten."""
+SESSION_LIFETIME = 6 * 3600
+"""Seconds without use after which a session is deleted."""
 
 
 class Sessions:
-    """The session of each page that is open."""
+    """The sessions of all open pages."""
 
-    def __init__(self, desk: Workspace) -> None:
-        self.desk = desk
-        self._own: dict[str, tuple[float, Session]] = {}
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self._last_used: dict[str, tuple[float, Session]] = {}
 
     def __call__(self, key: str) -> Session:
-        """The session of a page; those that were not used for long are forgotten."""
+        """Return the session of a page, and delete sessions that were not used for :data:`SESSION_LIFETIME`."""
         now = time.monotonic()
-        self._own = {name: own for name, own in self._own.items() if now - own[0] < IDLE}
-        found = self._own.get(key, (now, Session(self.desk)))[1]
-        self._own[key] = (now, found)
-        return found
+        self._last_used = {k: used for k, used in self._last_used.items() if now - used[0] < SESSION_LIFETIME}
+        session = self._last_used.get(key, (now, Session(self.workspace)))[1]
+        self._last_used[key] = (now, session)
+        return session
 
 
-def build(desk: Workspace, title: str) -> gr.Blocks:
-    """The page."""
-    sessions = Sessions(desk)
-    # Gradio keeps a copy of every file that it hands out; those of yesterday are deleted.
+def build_page(workspace: Workspace, title: str) -> gr.Blocks:
+    """Build the page.
+
+    Args:
+        workspace: the workspace.
+        title: the name of the model.
+    """
+    sessions = Sessions(workspace)
+    # Gradio keeps a copy of every file that it hands out; copies are deleted after a day.
     with gr.Blocks(title=f"remend studio: {title}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         key = gr.State(lambda: uuid.uuid4().hex)
         changed = gr.State(0)
         gr.Markdown(f"# remend studio\nThe model is **{title}**. What you make is yours alone until you accept it.")
         with gr.Tab("Fix"):
-            _fixing(sessions, key, changed)
+            _fix_tab(sessions, key, changed)
         with gr.Tab("My edits"):
-            _own(sessions, key, changed)
+            _edits_tab(sessions, key, changed)
         with gr.Tab("The book") as tab:
-            _book(sessions, key, changed, tab)
-    built: gr.Blocks = page
-    return built
+            _registry_tab(sessions, key, changed, tab)
+    blocks: gr.Blocks = page
+    return blocks
 
 
 def serve(
-    desk: Workspace, title: str, host: str = "127.0.0.1", port: int | None = None, password: str | None = None,
+    workspace: Workspace, title: str, host: str = "127.0.0.1", port: int | None = None, password: str | None = None,
     block: bool = True,
 ) -> gr.Blocks:  # fmt: skip
     """Serve the page, to this machine alone unless ``host`` says otherwise.
 
     Args:
-        desk: the desk.
-        title: what the model is called.
+        workspace: the workspace.
+        title: the name of the model.
         host: the address to listen at.
-        port: by default the first free one from 7860 on.
-        password: if given, it is asked for (the user's name is ``remend``).
+        port: the port; by default the first free one from 7860 on.
+        password: if given, the page asks for it (the user's name is ``remend``).
         block: whether to wait until the server ends.
     """
-    page = build(desk, title)
+    page = build_page(workspace, title)
     page.queue(default_concurrency_limit=4)
     system = ("ui-sans-serif", "system-ui", "sans-serif")
     page.launch(
@@ -91,15 +96,15 @@ def serve(
 # -- the parts of the page -------------------------------------------------------------------------------------------
 
 
-def _fixing(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
-    """Ask; say what is right; look at what to look at; make the edit; see what it does."""
+def _fix_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
+    """Build the tab for asking the model, making an edit and seeing what it does."""
     prompt = gr.Textbox(value="", label="Ask the model", placeholder="The capital of Canada is", elem_id="prompt")
     ask = gr.Button("Ask", elem_id="ask")
-    said = gr.HTML(elem_id="said")
+    answers = gr.HTML(elem_id="said")
     target = gr.Textbox(value="", label="The right answer", placeholder="Toronto", elem_id="target")
     with gr.Accordion("What to look at beside it", open=False):
         gr.Markdown("One prompt a line. Paraphrases should follow; near and far prompts must keep their answers.")
-        suggested = gr.Button("Suggest some", elem_id="suggest")
+        suggest = gr.Button("Suggest some", elem_id="suggest")
         subject = gr.Textbox(value="", label="What it is about", elem_id="subject")
         paraphrases = gr.Textbox(value="", label="Other phrasings", lines=3, elem_id="paraphrases")
         near = gr.Textbox(value="", label="Near prompts", lines=3, elem_id="near")
@@ -107,184 +112,188 @@ def _fixing(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
     with gr.Row():
         edit = gr.Button("Edit", variant="primary", elem_id="edit")
         stop = gr.Button("Stop", elem_id="stop")
-    told = gr.Markdown(elem_id="told")
-    shown = gr.HTML(elem_id="shown")
+    status = gr.Markdown(elem_id="told")
+    comparison = gr.HTML(elem_id="shown")
     with gr.Accordion("Where the change sits, and what it reacts to", open=False):
-        places = gr.HTML(elem_id="places")
-        reacts = gr.HTML(elem_id="reacts")
+        matrices = gr.HTML(elem_id="places")
+        reactions = gr.HTML(elem_id="reacts")
 
-    def asked(key: str, prompt: str) -> str:
-        return figures.answers(sessions(key).ask([prompt or ""]), plain=not sessions(key).acting())
+    def ask_model(key: str, prompt: str) -> str:
+        session = sessions(key)
+        return figures.answers_html(session.ask([prompt or ""]), base_only=not session.active_edits())
 
-    def suggestions(prompt: str, subject: str) -> tuple[str, str, str, str]:
-        found = suggest(prompt or "", (subject or "").strip())
-        paraphrases, near, far = ("\n".join(own) for own in (found.paraphrases, found.near, found.far))
-        return found.subject or subject, paraphrases, near, far
+    def fill_suggestions(prompt: str, subject: str) -> tuple[str, str, str, str]:
+        prompts = suggest_prompts(prompt or "", (subject or "").strip())
+        paraphrases, near, far = ("\n".join(lines) for lines in (prompts.paraphrases, prompts.near, prompts.far))
+        return prompts.subject or subject, paraphrases, near, far
 
-    def make(
+    def create_edit(
         key: str, count: int, prompt: str, target: str, subject: str, paraphrases: str, near: str, far: str
     ) -> Iterator[tuple[Any, ...]]:
         session = sessions(key)
-        request = _request(session, prompt, target, subject, paraphrases, near, far)
-        same = (gr.skip(),) * 4
-        heard = ("making the edit", 0)
+        request = _read_request(session, prompt, target, subject, paraphrases, near, far)
+        unchanged = (gr.skip(),) * 4
+        progress = ("making the edit", 0)
 
-        def hear(what: str, passes: int) -> None:
-            nonlocal heard
-            heard = what, passes
+        def on_progress(step: str, passes: int) -> None:
+            nonlocal progress
+            progress = step, passes
 
         with ThreadPoolExecutor(1) as pool:
-            making = pool.submit(session.make, request, hear)
+            future = pool.submit(session.create_edit, request, on_progress)
             try:
-                while not wait([making], timeout=0.3).done:
-                    yield f"*{heard[0]}: {heard[1]} passes of the model so far …*", *same
-                made = making.result()
+                while not wait([future], timeout=0.3).done:
+                    yield f"*{progress[0]}: {progress[1]} passes of the model so far …*", *unchanged
+                session_edit = future.result()
             except StoppedError:
-                yield "Stopped; nothing was made.", *same
+                yield "Stopped; nothing was made.", *unchanged
                 return
             finally:
-                session.stop()  # whoever has closed the page does not wait for it
+                session.stop()  # when the page is closed, Gradio closes this generator: the work must end too
         yield (
-            _outcome(session, made), figures.answers(made.answers), figures.matrices(made.edit),
-            figures.tokens(session.reactions(made.edit, request.prompt)), count + 1,
+            _summary(session, session_edit), figures.answers_html(session_edit.answers),
+            figures.matrices_html(session_edit.edit),
+            figures.tokens_html(session.reactions(session_edit.edit, request.prompt)), count + 1,
         )  # fmt: skip
 
-    ask.click(_worded(asked), [key, prompt], said)
-    prompt.submit(_worded(asked), [key, prompt], said)
-    suggested.click(_worded(suggestions), [prompt, subject], [subject, paraphrases, near, far])
+    ask.click(_with_messages(ask_model), [key, prompt], answers)
+    prompt.submit(_with_messages(ask_model), [key, prompt], answers)
+    suggest.click(_with_messages(fill_suggestions), [prompt, subject], [subject, paraphrases, near, far])
     inputs = [key, changed, prompt, target, subject, paraphrases, near, far]
-    edit.click(_worded_steps(make), inputs, [told, shown, places, reacts, changed], show_progress="hidden")
+    outputs = [status, comparison, matrices, reactions, changed]
+    edit.click(_with_messages_generator(create_edit), inputs, outputs, show_progress="hidden")
     stop.click(lambda key: sessions(key).stop(), key, None)
 
 
-def _own(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
-    """The own edits: which are on, what they do together, accept, discard, export."""
+def _edits_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
+    """Build the tab of the session's edits: switch them on and off, compare, accept, discard, export."""
     gr.Markdown("What you made in this session. Those that are ticked act when you ask, for you alone.")
-    on = gr.CheckboxGroup(label="These act", choices=[], elem_id="on")
+    active = gr.CheckboxGroup(label="These act", choices=[], elem_id="on")
     prompts = gr.Textbox(value="", label="Ask again, one prompt a line", lines=2, elem_id="again")
     ask = gr.Button("Compare", elem_id="compare")
-    found = gr.HTML(elem_id="compared")
-    which = gr.Dropdown(label="The edit to accept, discard or export", choices=[], elem_id="which")
+    comparison = gr.HTML(elem_id="compared")
+    selected = gr.Dropdown(label="The edit to accept, discard or export", choices=[], elem_id="which")
     why = gr.Textbox(value="", label="Why it is right (kept in the book)", elem_id="why")
     with gr.Row():
         accept = gr.Button("Accept into the book", variant="primary", elem_id="accept")
         force = gr.Checkbox(label="even if the checks fail", elem_id="force")
         discard = gr.Button("Discard", elem_id="discard")
-    verdict = gr.Markdown(elem_id="verdict")
-    form = gr.Dropdown(label="Export as", choices=format_choices(), value="native", elem_id="form")
+    status = gr.Markdown(elem_id="verdict")
+    format_name = gr.Dropdown(label="Export as", choices=format_choices(), value="native", elem_id="form")
     export = gr.Button("Export", elem_id="export")
     file = gr.File(label="The file", elem_id="file")
 
-    def listed(key: str, count: int) -> tuple[Any, Any]:
-        made = sessions(key).made
-        names = [(own.name, number) for number, own in made.items()]
-        acting = [number for number, own in made.items() if own.on]
-        return gr.update(choices=names, value=acting), gr.update(choices=names, value=max(made, default=None))
+    def list_edits(key: str, count: int) -> tuple[Any, Any]:
+        edits = sessions(key).edits
+        choices = [(session_edit.name, number) for number, session_edit in edits.items()]
+        numbers = [number for number, session_edit in edits.items() if session_edit.active]
+        return gr.update(choices=choices, value=numbers), gr.update(choices=choices, value=max(edits, default=None))
 
-    def switched(key: str, numbers: list[int]) -> None:
-        for number, own in sessions(key).made.items():
-            own.on = number in numbers
+    def set_active(key: str, numbers: list[int]) -> None:
+        for number, session_edit in sessions(key).edits.items():
+            session_edit.active = number in numbers
 
-    def compared(key: str, prompts: str) -> str:
-        return figures.answers(sessions(key).ask(_lines(prompts)))
+    def compare(key: str, prompts: str) -> str:
+        return figures.answers_html(sessions(key).ask(_lines(prompts)))
 
-    def accepted(key: str, count: int, number: int | None, why: str, force: bool) -> tuple[str, int]:
-        entry, conflicts, judged = sessions(key).accept(_chosen(number), why or "", force=force)
+    def accept_edit(key: str, count: int, number: int | None, why: str, force: bool) -> tuple[str, int]:
+        entry, conflicts, result = sessions(key).accept(_selected(number), why or "", force=force)
         lines = [
             f"It is edit {entry.id} of *The book* and acts now, for everybody.",
-            *(f"- {c.said}" for c in judged.checks),
+            *(f"- {check.description}" for check in result.checks),
+            *(f"- conflict: {conflict.description}" for conflict in conflicts),
         ]
-        return "\n".join([*lines, *(f"- conflict: {one.said}" for one in conflicts)]), count + 1
+        return "\n".join(lines), count + 1
 
-    def discarded(key: str, count: int, number: int | None) -> tuple[str, int]:
-        sessions(key).discard(_chosen(number))
+    def discard_edit(key: str, count: int, number: int | None) -> tuple[str, int]:
+        sessions(key).discard(_selected(number))
         return "Discarded.", count + 1
 
-    def exported(key: str, number: int | None, form: str) -> str:
+    def export_edit(key: str, number: int | None, format_name: str) -> str:
         session = sessions(key)
-        return str(session.export(session.own(_chosen(number)).edit, form))
+        return str(session.export(session.get(_selected(number)).edit, format_name))
 
-    changed.change(listed, [key, changed], [on, which])
-    on.input(switched, [key, on], None)
-    ask.click(_worded(compared), [key, prompts], found)
-    accept.click(_worded(accepted), [key, changed, which, why, force], [verdict, changed])
-    discard.click(_worded(discarded), [key, changed, which], [verdict, changed])
-    export.click(_worded(exported), [key, which, form], file)
+    changed.change(list_edits, [key, changed], [active, selected])
+    active.input(set_active, [key, active], None)
+    ask.click(_with_messages(compare), [key, prompts], comparison)
+    accept.click(_with_messages(accept_edit), [key, changed, selected, why, force], [status, changed])
+    discard.click(_with_messages(discard_edit), [key, changed, selected], [status, changed])
+    export.click(_with_messages(export_edit), [key, selected, format_name], file)
 
 
-def _book(sessions: Sessions, key: gr.State, changed: gr.State, tab: gr.Tab) -> None:
-    """The book: what was accepted, switched on and off, and exported as one."""
-    desk = sessions.desk
-    if desk.book is None:
+def _registry_tab(sessions: Sessions, key: gr.State, changed: gr.State, tab: gr.Tab) -> None:
+    """Build the tab of the patch registry: accepted edits, switched on and off, and exported as one."""
+    workspace = sessions.workspace
+    if workspace.registry is None:
         gr.Markdown("No book is open: start the studio with `--book DIR` to accept edits for everybody.")
         return
-    book = desk.book
+    registry = workspace.registry
     table = gr.Dataframe(
         headers=["#", "state", "what", "who", "why", "added"], interactive=False, elem_id="book", wrap=True
     )
     number = gr.Dropdown(label="Edit", choices=[], elem_id="number")
     why = gr.Textbox(value="", label="Why", elem_id="book-why")
     with gr.Row():
-        on = gr.Button("Have it act", elem_id="activate")
-        off = gr.Button("Revert", elem_id="revert")
-    said = gr.Markdown(elem_id="book-said")
-    form = gr.Dropdown(label="Export all that act, as", choices=format_choices(), value="native")
+        activate = gr.Button("Have it act", elem_id="activate")
+        revert = gr.Button("Revert", elem_id="revert")
+    status = gr.Markdown(elem_id="book-said")
+    format_name = gr.Dropdown(label="Export all that act, as", choices=format_choices(), value="native")
     export = gr.Button("Export", elem_id="book-export")
     file = gr.File(label="The file", elem_id="book-file")
 
-    def listed(number: int | None = None) -> tuple[Any, Any]:
-        entries = book.entries
-        what = [
-            "; ".join(f"{r.get('prompt', '…')} → {r.get('target', '…')}" for r in entry.requests) for entry in entries
-        ]
-        rows = [
-            [entry.id, entry.state, said, entry.who, entry.why, entry.added[:16]]
-            for entry, said in zip(entries, what, strict=True)
-        ]
-        names = [(f"{entry.id}: {said} ({entry.state})", entry.id) for entry, said in zip(entries, what, strict=True)]
-        chosen = number if number is not None else max((entry.id for entry in entries), default=None)
-        return rows, gr.update(choices=names, value=chosen)
+    def list_entries(number: int | None = None) -> tuple[Any, Any]:
+        entries = registry.entries
+        rows, choices = [], []
+        for entry in entries:
+            requests = "; ".join(f"{r.get('prompt', '…')} → {r.get('target', '…')}" for r in entry.requests)
+            rows.append([entry.id, entry.state, requests, entry.who, entry.why, entry.added[:16]])
+            choices.append((f"{entry.id}: {requests} ({entry.state})", entry.id))
+        selected = number if number is not None else max((entry.id for entry in entries), default=None)
+        return rows, gr.update(choices=choices, value=selected)
 
-    def activated(number: int | None, why: str) -> tuple[Any, ...]:
-        with desk.alone():
-            book.activate(_chosen(number), desk.task, desk.acceptance, why or "")
-        return f"Edit {number} acts.", *listed(number), None
+    # Both also clear the exported file, since what was exported is no longer what is active.
+    def activate_edit(number: int | None, why: str) -> tuple[Any, ...]:
+        with workspace.exclusive():
+            registry.activate(_selected(number), workspace.task, workspace.criteria, why or "")
+        return f"Edit {number} acts.", *list_entries(number), None
 
-    def reverted(number: int | None, why: str) -> tuple[Any, ...]:
-        book.revert(_chosen(number), why or "")
-        return f"Edit {number} acts no more.", *listed(number), None  # what was exported is not what acts
+    def revert_edit(number: int | None, why: str) -> tuple[Any, ...]:
+        registry.revert(_selected(number), why or "")
+        return f"Edit {number} acts no more.", *list_entries(number), None
 
-    def exported(key: str, form: str) -> str:
-        edit = book.edit()
+    def export_active(key: str, format_name: str) -> str:
+        edit = registry.edit()
         if edit is None:
             raise RequestError("no edit of the book acts: there is nothing to export")
-        return str(sessions(key).export(edit, form))
+        return str(sessions(key).export(edit, format_name))
 
-    tab.select(lambda: listed(), None, [table, number])
-    changed.change(lambda: listed(), None, [table, number])
-    on.click(_worded(activated), [number, why], [said, table, number, file])
-    off.click(_worded(reverted), [number, why], [said, table, number, file])
-    export.click(_worded(exported), [key, form], file)
+    tab.select(lambda: list_entries(), None, [table, number])
+    changed.change(lambda: list_entries(), None, [table, number])
+    activate.click(_with_messages(activate_edit), [number, why], [status, table, number, file])
+    revert.click(_with_messages(revert_edit), [number, why], [status, table, number, file])
+    export.click(_with_messages(export_active), [key, format_name], file)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _outcome(session: Session, made: Made) -> str:
-    """What an edit does, in a line or two."""
-    took = "The model takes it." if made.answers[0].ok else "**The model does not take it.**"
-    if not made.answers[0].ok and (against := session.against(made.edit.requests[0])):
-        took += f" What acts already says otherwise: {', '.join(against)}. Switch it off, then ask again."
-    kept = [answer for answer in made.answers if answer.kind in ("near", "far")]
-    lost = [answer for answer in kept if not answer.ok]
-    others = f" {len(lost)} of {len(kept)} prompts that must stay do not." if lost else ""
-    return f"{took}{others} Edit {made.number}, made in {made.seconds:.2f} s: see *My edits*."
+def _summary(session: Session, session_edit: SessionEdit) -> str:
+    """Say in a line or two what an edit does."""
+    success = session_edit.answers[0].ok
+    text = "The model takes it." if success else "**The model does not take it.**"
+    if not success and (contradicting := session.contradicting(session_edit.edit.requests[0])):
+        text += f" What acts already says otherwise: {', '.join(contradicting)}. Switch it off, then ask again."
+    locality = [answer for answer in session_edit.answers if answer.kind in ("near", "far")]
+    changed = [answer for answer in locality if not answer.ok]
+    if changed:
+        text += f" {len(changed)} of {len(locality)} prompts that must stay do not."
+    return f"{text} Edit {session_edit.number}, made in {session_edit.seconds:.2f} s: see *My edits*."
 
 
-def _request(
+def _read_request(
     session: Session, prompt: str, target: str, subject: str, paraphrases: str, near: str, far: str
 ) -> EditRequest:
-    """What was written on the page, as a request; what must stay is given the answers of the model as it is.
+    """Return the page's fields as a request; near and far prompts get the base model's answers as targets.
 
     Raises:
         RequestError: the prompt or the answer is missing.
@@ -292,10 +301,9 @@ def _request(
     prompt, target, subject = ((text or "").strip() for text in (prompt, target, subject))
     if not prompt or not target:
         raise RequestError("write what to ask, and what the right answer is")
-    staying = {"near": _lines(near), "locality": _lines(far)}
     probes: dict[str, list[Probe]] = {}
-    for name, prompts in staying.items():
-        answers = session.ask(prompts, without=True) if prompts else []
+    for name, prompts in {"near": _lines(near), "locality": _lines(far)}.items():
+        answers = session.ask(prompts, base_only=True) if prompts else []
         probes[name] = [Probe(prompt=a.prompt, target=a.before) for a in answers if a.before.strip()]
     try:
         return EditRequest(
@@ -307,18 +315,24 @@ def _request(
 
 
 def _lines(text: str | None) -> list[str]:
-    """The lines of a field; one that was never shown holds nothing at all."""
+    """Return the lines of a field that are not empty."""
+    # Gradio gives None for a field that was never shown.
     return [line.strip() for line in (text or "").splitlines() if line.strip()]
 
 
-def _chosen(number: int | None) -> int:
+def _selected(number: int | None) -> int:
+    """Return the selected number.
+
+    Raises:
+        RequestError: nothing is selected.
+    """
     if number is None:
         raise RequestError("choose an edit first")
     return number
 
 
-def _worded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with errors that people can read."""
+def _with_messages(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an event handler so that the page shows remend's errors as messages."""
 
     def wrapped(*arguments: Any) -> Any:
         try:
@@ -329,8 +343,8 @@ def _worded(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _worded_steps(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """The same of one that shows how far it is."""
+def _with_messages_generator(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """Wrap an event handler that yields intermediate results, as :func:`_with_messages` does."""
 
     def wrapped(*arguments: Any) -> Iterator[Any]:
         try:

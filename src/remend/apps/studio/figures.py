@@ -1,4 +1,4 @@
-"""Small pictures for the page, as HTML: where a change sits, and at which tokens it acts."""
+"""HTML for the studio's page: answers before and after, changed matrices, and the tokens at which an edit acts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from html import escape
 from remend.edit import Edit
 from remend.evaluation.before_after import AnswerComparison
 
-KINDS = {
+PROMPT_KINDS = {
     "prompt": "the prompt", "paraphrase": "another phrasing", "unseen paraphrase": "another phrasing",
     "near": "near: must stay", "far": "far: must stay", "asked": "",
 }  # fmt: skip
 
 
-def matrices(edit: Edit) -> str:
-    """The changed matrices, as bars by ‖ΔW‖."""
+def matrices_html(edit: Edit) -> str:
+    """Return a bar chart of ‖ΔW‖ for each changed matrix."""
     norms = edit.norms()
     largest = max(norms.values(), default=0.0) or 1.0
     rows = [
@@ -26,30 +26,39 @@ def matrices(edit: Edit) -> str:
     return f'<div class="remend-matrices">{"".join(rows)}</div>'
 
 
-def tokens(reactions: Sequence[tuple[str, float]]) -> str:
-    """A prompt's tokens, the darker the more strongly the edit acts there."""
+def tokens_html(reactions: Sequence[tuple[str, float]]) -> str:
+    """Return a prompt's tokens, shaded by how strongly the edit acts at each.
+
+    Args:
+        reactions: the tokens with shares of the largest reaction (:func:`remend.apps.studio.workspace.reactions`).
+    """
     if not reactions:
-        return "<p>Of this kind of matrix it cannot be told by tokens.</p>"
-    shown = [
+        return "<p>For this kind of matrix, the reaction cannot be shown by token.</p>"
+    spans = [
         f'<span class="remend-token" style="--share:{share:.2f}" title="{share:.0%} of the strongest">'
         f"{escape(text) or '·'}</span>"
         for text, share in reactions
     ]
-    return f'<p class="remend-tokens">{"".join(shown)}</p>'
+    return f'<p class="remend-tokens">{"".join(spans)}</p>'
 
 
-def answers(found: Sequence[AnswerComparison], plain: bool = False) -> str:
-    """Answers before and after, as a table; what changed is bold, what is not as it should be is marked."""
+def answers_html(answers: Sequence[AnswerComparison], base_only: bool = False) -> str:
+    """Return a table of answers before and after an edit; changed answers are bold, right and wrong ones marked.
+
+    Args:
+        answers: the answers.
+        base_only: whether to show the base model's answers only.
+    """
     rows = []
-    for one in found:
-        kind = KINDS.get(one.kind, one.kind)
-        prompt = (f"<small>{escape(kind)}</small><br>" if kind else "") + escape(one.prompt)
-        before, now = (escape(text) or "<i>nothing</i>" for text in (one.before, one.after))
-        now = f"<b>{now}</b>" if one.after != one.before else now
-        mark = "" if one.ok is None else "✓" if one.ok else "✗"
-        after = "" if plain else f"<td>{now}</td><td class='remend-{one.ok}'>{mark}</td>"
-        rows.append(f"<tr><td>{prompt}</td><td>{before}</td>{after}</tr>")
-    head = "<th>prompt</th>" + ("<th>answer</th>" if plain else "<th>before</th><th>after</th><th></th>")
+    for answer in answers:
+        kind = PROMPT_KINDS.get(answer.kind, answer.kind)
+        prompt = (f"<small>{escape(kind)}</small><br>" if kind else "") + escape(answer.prompt)
+        before, after = (escape(text) or "<i>nothing</i>" for text in (answer.before, answer.after))
+        after = f"<b>{after}</b>" if answer.after != answer.before else after
+        mark = "" if answer.ok is None else "✓" if answer.ok else "✗"
+        cells = "" if base_only else f"<td>{after}</td><td class='remend-{answer.ok}'>{mark}</td>"
+        rows.append(f"<tr><td>{prompt}</td><td>{before}</td>{cells}</tr>")
+    head = "<th>prompt</th>" + ("<th>answer</th>" if base_only else "<th>before</th><th>after</th><th></th>")
     return f'<div class="remend-scroll"><table class="remend-table"><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 

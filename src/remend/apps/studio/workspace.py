@@ -1,4 +1,4 @@
-"""``Desk``: one model that several people look at, each with edits of their own. No web page is needed for it."""
+"""``Workspace`` and ``Session``: one model that several people edit and ask at once; what the studio's page shows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remend.apps.acceptance import STANDARD, AcceptanceCriteria, AcceptanceResult
-from remend.apps.patch_registry import Conflict, Entry, PatchRegistry
+from remend.apps.acceptance import STANDARD_CRITERIA, AcceptanceCriteria, AcceptanceResult
+from remend.apps.patch_registry import Conflict, PatchEntry, PatchRegistry
 from remend.core.capture import record_inputs
 from remend.core.hooks import frozen
 from remend.edit import Edit
@@ -29,76 +29,76 @@ from remend.registries import FORMATS
 from remend.request import EditRequest, Prompt
 from remend.tasks import Task
 
-MOST = 32
-"""Tokens of an answer, at most."""
+MAX_NEW_TOKENS = 32
+"""The longest answer that is decoded, in tokens."""
 
 
 @dataclass
-class Made:
-    """An edit that somebody made and did not put into the book.
+class SessionEdit:
+    """An edit that was made in a session and is not accepted yet.
 
     Attributes:
-        number: by which it is called in its session.
+        number: its number in the session.
         edit: the edit.
-        answers: to the request's prompts, before and after.
-        seconds: from the beginning to the answers.
-        on: whether it acts, in its session.
-        draft: its number in the book, if it was put there and not accepted.
+        answers: the answers to the request's prompts, before and after.
+        seconds: the time that making the edit and asking for the answers took.
+        active: whether it is active in its session.
+        draft: its number in the patch registry, if it was added there and not accepted.
     """
 
     number: int
     edit: Edit
     answers: list[AnswerComparison]
     seconds: float
-    on: bool = True
+    active: bool = True
     draft: int | None = None
 
     @property
     def name(self) -> str:
-        """What it does, in a line."""
+        """Its number, prompt and target, in one line."""
         request = self.edit.requests[0]
         return f"{self.number}: {request.prompt} → {request.target}"
 
 
 class Workspace:
-    """A model, what edits it, and the book of what was accepted.
+    """A model, an editor, and the patch registry of accepted edits.
 
     Args:
         task: the base model.
-        editor: what makes edits.
-        book: where accepted edits go; without one nothing can be accepted.
-        acceptance: what is asked of an edit before it acts.
+        editor: the editor that makes edits.
+        registry: the registry that accepted edits are added to; without one, no edit can be accepted.
+        criteria: what an edit must meet to be accepted.
     """
 
     def __init__(
         self,
         task: Task,
         editor: Any,
-        book: PatchRegistry | None = None,
-        acceptance: AcceptanceCriteria = STANDARD,
+        registry: PatchRegistry | None = None,
+        criteria: AcceptanceCriteria = STANDARD_CRITERIA,
     ) -> None:
-        self.task, self.model, self.editor, self.book = task, task.model, editor, book
-        self.acceptance = acceptance
+        self.task, self.model, self.editor, self.registry = task, task.model, editor, registry
+        self.criteria = criteria
         self._lock = threading.RLock()
 
     @contextmanager
-    def alone(self, edits: Sequence[Edit] = ()) -> Iterator[None]:
-        """Within it nobody else uses the model, on which these edits act."""
+    def exclusive(self, edits: Sequence[Edit] = ()) -> Iterator[None]:
+        """Lock the model for the ``with`` block, and apply these edits to it meanwhile."""
         with self._lock, ExitStack() as stack:
             for edit in edits:
                 stack.enter_context(edit.applied(self.model))
             yield
 
-    def active(self) -> dict[int, Edit]:
-        """What acts for everybody: the book's."""
-        return self.book.active() if self.book is not None else {}
+    def active_edits(self) -> dict[int, Edit]:
+        """Return the edits that are active for everybody: those of the registry, by number."""
+        return self.registry.active() if self.registry is not None else {}
 
 
 @contextmanager
-def watched(model: torch.nn.Module, heard: Callable[[int], None]) -> Iterator[None]:
-    """Within it, ``heard`` is told before each pass of the model how many there were; what it raises ends the work."""
+def count_forward_passes(model: torch.nn.Module, callback: Callable[[int], None]) -> Iterator[None]:
+    """Call ``callback`` before each forward pass with the number of passes so far; what it raises ends the work."""
     passes = itertools.count()
-    handle = model.register_forward_pre_hook(lambda module, arguments: heard(next(passes)))
+    handle = model.register_forward_pre_hook(lambda module, arguments: callback(next(passes)))
     try:
         yield
     finally:
@@ -106,147 +106,169 @@ def watched(model: torch.nn.Module, heard: Callable[[int], None]) -> Iterator[No
 
 
 class StoppedError(RemendError):
-    """The person who waited for something has stopped it."""
+    """The user stopped the work that was in progress."""
 
 
 class Session:
-    """What one person does at a desk; nobody else sees it, until it is accepted into the book.
+    """The edits that one person makes in a workspace; nobody else is affected by them until they are accepted.
 
     Args:
-        desk: where.
+        workspace: the workspace.
+
+    Attributes:
+        edits: the edits by number.
     """
 
-    def __init__(self, desk: Workspace) -> None:
-        self.desk = desk
-        self.made: dict[int, Made] = {}
-        self._next = 1
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.edits: dict[int, SessionEdit] = {}
+        self._next_number = 1
         self._stop = threading.Event()
-        self._folder: Path | None = None
+        self._export_folder: Path | None = None
 
     def stop(self) -> None:
-        """Stop the edit that is being made, before the model's next pass."""
+        """Stop the edit that is being made, before the next forward pass."""
         self._stop.set()
 
-    def acting(self) -> list[Edit]:
-        """What acts for this person: the book's edits, and the own ones that are on."""
-        return [*self.desk.active().values(), *(own.edit for own in self.made.values() if own.on)]
+    def active_edits(self) -> list[Edit]:
+        """Return the edits that are active for this person: the registry's and the session's active ones."""
+        own = [session_edit.edit for session_edit in self.edits.values() if session_edit.active]
+        return [*self.workspace.active_edits().values(), *own]
 
-    def ask(self, prompts: Sequence[Prompt], without: bool = False) -> list[AnswerComparison]:
-        """Answers of the model as it is, and with all that acts.
+    def ask(self, prompts: Sequence[Prompt], base_only: bool = False) -> list[AnswerComparison]:
+        """Return the answers of the base model, and of the model with all active edits.
 
         Args:
-            prompts: what to ask.
-            without: ask only the model as it is.
+            prompts: the prompts; empty ones are left out.
+            base_only: ask only the base model.
 
         Raises:
-            RequestError: there is nothing to ask.
+            RequestError: there is no prompt.
         """
-        asked = [prompt for prompt in prompts if not isinstance(prompt, str) or prompt.strip()]
-        if not asked:
+        prompts = [prompt for prompt in prompts if not isinstance(prompt, str) or prompt.strip()]
+        if not prompts:
             raise RequestError("there is nothing to ask: write a prompt")
-        acting = [] if without else self.acting()
-        with self.desk.alone():
-            plain = ask(self.desk.task, None, asked, MOST)
-        if not acting:
-            return plain
-        with self.desk.alone(acting):
-            now = ask(self.desk.task, None, asked, MOST)
+        edits = [] if base_only else self.active_edits()
+        with self.workspace.exclusive():
+            base = ask(self.workspace.task, None, prompts, MAX_NEW_TOKENS)
+        if not edits:
+            return base
+        with self.workspace.exclusive(edits):
+            edited = ask(self.workspace.task, None, prompts, MAX_NEW_TOKENS)
         return [
-            AnswerComparison(a.kind, a.prompt, None, a.before, b.after, None) for a, b in zip(plain, now, strict=True)
+            AnswerComparison(a.kind, a.prompt, None, a.before, b.after, None) for a, b in zip(base, edited, strict=True)
         ]
 
-    def make(self, request: EditRequest, told: Callable[[str, int], None] = lambda what, passes: None) -> Made:
-        """Make an edit of the base model, and look at what it does on top of all that acts.
+    def create_edit(
+        self, request: EditRequest, on_progress: Callable[[str, int], None] = lambda step, passes: None
+    ) -> SessionEdit:
+        """Make an edit of the base model, and ask the model with it on top of all active edits.
 
         Args:
-            request: what to change, with what to look at beside it.
-            told: hears of every pass of the model what it is for, after how many others.
+            request: what to change, with the prompts to look at.
+            on_progress: called before every forward pass with the current step and the number of passes so far.
 
         Raises:
             RequestError: the request does not fit the model.
             StoppedError: :meth:`stop` was called.
         """
         self._stop.clear()
-        began = time.perf_counter()
-        desk = self.desk
+        start = time.perf_counter()
+        workspace = self.workspace
 
-        def step(what: str, passes: int) -> None:
-            if self._stop.is_set():
-                raise StoppedError("it was stopped; nothing was made")
-            told(what, passes)
+        def report(step: str) -> Callable[[int], None]:
+            def callback(passes: int) -> None:
+                if self._stop.is_set():
+                    raise StoppedError("it was stopped; nothing was made")
+                on_progress(step, passes)
 
-        with desk.alone(), watched(desk.model, lambda passes: step("making the edit", passes)):
-            edit = desk.editor.edit(desk.task, [request])
-        with desk.alone(self.acting()), watched(desk.model, lambda passes: step("asking the edited model", passes)):
-            answers = before_after(desk.task, edit, [request], MOST)[0]
-        made = Made(self._next, edit, answers, time.perf_counter() - began)
-        self.made[made.number] = made
-        self._next += 1
-        return made
+            return callback
 
-    def against(self, request: EditRequest) -> list[str]:
-        """What acts already and has another answer to a request's prompt."""
-        booked = {f"edit {number} of the book": edit for number, edit in self.desk.active().items()}
-        own = {f"your edit {made.number}": made.edit for made in self.made.values() if made.on}
+        with workspace.exclusive(), count_forward_passes(workspace.model, report("making the edit")):
+            edit = workspace.editor.edit(workspace.task, [request])
+        active = self.active_edits()
+        with workspace.exclusive(active), count_forward_passes(workspace.model, report("asking the edited model")):
+            answers = before_after(workspace.task, edit, [request], MAX_NEW_TOKENS)[0]
+        session_edit = SessionEdit(self._next_number, edit, answers, time.perf_counter() - start)
+        self.edits[session_edit.number] = session_edit
+        self._next_number += 1
+        return session_edit
+
+    def contradicting(self, request: EditRequest) -> list[str]:
+        """Return the names of the active edits that have another target for a request's prompt."""
+        registered = {f"edit {number} of the book": edit for number, edit in self.workspace.active_edits().items()}
+        own = {f"your edit {number}": entry.edit for number, entry in self.edits.items() if entry.active}
         return [
             name
-            for name, edit in {**booked, **own}.items()
-            if any(other.prompt == request.prompt and other.target != request.target for other in edit.requests)
+            for name, edit in {**registered, **own}.items()
+            if any(r.prompt == request.prompt and r.target != request.target for r in edit.requests)
         ]
 
-    def own(self, number: int) -> Made:
-        """One of the own edits.
+    def get(self, number: int) -> SessionEdit:
+        """Return one of the session's edits.
 
         Raises:
-            EditError: there is none of that number.
+            EditError: there is no edit of that number.
         """
-        if number not in self.made:
+        if number not in self.edits:
             raise EditError(
-                f"there is no edit {number} in this session" + (f"; there are {list(self.made)}" if self.made else "")
+                f"there is no edit {number} in this session" + (f"; there are {list(self.edits)}" if self.edits else "")
             )
-        return self.made[number]
+        return self.edits[number]
 
     def accept(
         self, number: int, why: str = "", who: str | None = None, force: bool = False
-    ) -> tuple[Entry, list[Conflict], AcceptanceResult]:
-        """Put an own edit into the book and have it act for everybody, if it passes what is asked of it.
+    ) -> tuple[PatchEntry, list[Conflict], AcceptanceResult]:
+        """Add an edit of the session to the patch registry and activate it for everybody, if it is accepted.
+
+        Args:
+            number: the edit's number in the session.
+            why: the reason, for the record.
+            who: who accepts it; by default the user of this process.
+            force: activate it also if it fails or conflicts.
+
+        Returns:
+            The edit's record, its conflicts with other edits, and the acceptance result.
 
         Raises:
-            EditError: there is no book, or the edit is not accepted or does not go together with others; it stays in
-                the session, and in the book as a draft.
+            EditError: there is no registry, or the edit is not accepted or conflicts with others. It then stays in the
+                session, and in the registry as a draft.
         """
-        made, desk = self.own(number), self.desk
-        if desk.book is None:
+        session_edit, workspace = self.get(number), self.workspace
+        registry = workspace.registry
+        if registry is None:
             raise EditError("no book is open here: start the studio with --book DIR")
-        if made.draft is None:
-            made.draft = desk.book.add(made.edit, why, who).id
-        with desk.alone():
-            conflicts, verdict = desk.book.activate(made.draft, desk.task, desk.acceptance, why, who, force)
-        del self.made[number]
-        return desk.book.entry(made.draft), conflicts, verdict
+        if session_edit.draft is None:
+            session_edit.draft = registry.add(session_edit.edit, why, who).id
+        with workspace.exclusive():
+            conflicts, result = registry.activate(
+                session_edit.draft, workspace.task, workspace.criteria, why, who, force
+            )
+        del self.edits[number]
+        return registry.entry(session_edit.draft), conflicts, result
 
     def discard(self, number: int) -> None:
-        """Forget an own edit."""
-        del self.made[self.own(number).number]
+        """Delete an edit from the session."""
+        del self.edits[self.get(number).number]
 
     def export(self, edit: Edit, to: str) -> Path:
-        """Write an edit in one of the registered formats (``native``, ``peft``, ``merged``, …), packed as one file.
+        """Write an edit in one of the registered formats (``native``, ``peft``, ``merged``, …) as a zip file.
 
-        The file is gone when the session is.
+        The file is deleted with the session.
         """
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="remend-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        place = Path(tempfile.mkdtemp(dir=self._folder)) / to
-        with self.desk.alone():
-            FORMATS.load(to)().write(edit, place, self.desk.task)
-        packed = Path(shutil.make_archive(str(place), "zip", place))
-        shutil.rmtree(place)
-        return packed
+        if self._export_folder is None:
+            self._export_folder = Path(tempfile.mkdtemp(prefix="remend-"))
+            weakref.finalize(self, shutil.rmtree, self._export_folder, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=self._export_folder)) / to
+        with self.workspace.exclusive():
+            FORMATS.load(to)().write(edit, folder, self.workspace.task)
+        archive = Path(shutil.make_archive(str(folder), "zip", folder))
+        shutil.rmtree(folder)
+        return archive
 
     def reactions(self, edit: Edit, prompt: Prompt) -> list[tuple[str, float]]:
-        """How strongly an edit acts at each token that the model reads: ‖ΔW x‖ as a share of the largest."""
-        return reactions(self.desk, edit, prompt)
+        """Return each token that the model reads with how strongly the edit acts there (see :func:`reactions`)."""
+        return reactions(self.workspace, edit, prompt)
 
 
 def format_choices() -> list[tuple[str, str]]:
@@ -255,27 +277,31 @@ def format_choices() -> list[tuple[str, str]]:
 
 
 @torch.no_grad()
-def reactions(desk: Workspace, edit: Edit, prompt: Prompt) -> list[tuple[str, float]]:
-    """See :meth:`Session.reactions`. Of an encoder-decoder, at the tokens of whatever stack the edit is in."""
-    task = desk.task
+def reactions(workspace: Workspace, edit: Edit, prompt: Prompt) -> list[tuple[str, float]]:
+    """Return each token with how strongly an edit acts there: ‖ΔW x‖ as a share of the largest.
+
+    In an encoder-decoder, these are the tokens of the stack that the edit is in. Where the edit cannot be measured by
+    token (experts, pooled states), the list is empty.
+    """
+    task = workspace.task
     target = edit.requests[0].target if edit.requests else "."
-    with desk.alone():
+    with workspace.exclusive():
         batch = task.collate([task.encode(prompt, target)])
-        modules = find_modules(desk.model, edit.changes)
-        with frozen(desk.model):
-            found = record_inputs(desk.model, modules, batch.rows, lambda: task.outputs(batch))
+        modules = find_modules(workspace.model, edit.changes)
+        with frozen(workspace.model):
+            inputs = record_inputs(workspace.model, modules, batch.rows, lambda: task.outputs(batch))
     ids = batch.inputs["input_ids"][0]
     total: Tensor | None = None
     for name, change in edit.changes.items():
-        x, experts = found[name].x, found[name].experts
+        x, experts = inputs[name].x, inputs[name].experts
         if experts is not None or x.dim() != 3:
             continue
-        own = change.to(x.device).output_change(x.float())[0].norm(dim=-1).cpu()
-        if batch.decoder_mask is not None and len(own) == batch.inputs["decoder_input_ids"].shape[1]:
+        sizes = change.to(x.device).output_change(x.float())[0].norm(dim=-1).cpu()
+        if batch.decoder_mask is not None and len(sizes) == batch.inputs["decoder_input_ids"].shape[1]:
             ids = batch.inputs["decoder_input_ids"][0]
-        total = own if total is None or len(total) != len(own) else total + own
+        total = sizes if total is None or len(total) != len(sizes) else total + sizes
     if total is None or len(total) != len(ids):
         return []
     largest = float(total.max().clamp(min=1e-12))
-    texts = [str(desk.task.processor.decode([token])) for token in ids.tolist()]
+    texts = [str(task.processor.decode([token])) for token in ids.tolist()]
     return [(text, float(size) / largest) for text, size in zip(texts, total, strict=True)]
