@@ -32,12 +32,12 @@ from transformers import (
 )
 
 from remend.editors import Mend
+from remend.editors.trainable import CalibrationData
 from remend.evaluation.reports import report
 from remend.request import EditRequest, Probe
 from remend.serialization import write_json
 from remend.tasks import wrap
 from remend.training import PRESETS, Resources, Trainer
-from remend.training.calibration import calibrate
 
 HERE = Path(__file__).parent
 CALIBRATION_EXAMPLES = 16
@@ -186,11 +186,12 @@ def random_trainer(
     task = wrap(model, word_tokenizer(config["model"]["vocab_size"])).with_autocast(resources.autocast)
     editor = Mend.create(task, network, modules=modules, seed=config["seed"])
     trainer = Trainer(task, editor, random_requests(config, count), settings, resources)
-    calibrate(editor, trainer.constants, trainer.episodes.edits(CALIBRATION_EXAMPLES, 8), trainer.workers)
+    data = CalibrationData(trainer.episodes.edits(CALIBRATION_EXAMPLES, 8))
+    editor.calibrate(trainer.activation_cache, data, trainer.process_group)
     empty_caches(trainer)
     return trainer
 
 
 def empty_caches(trainer: Trainer) -> None:
     """Empty a trainer's caches, so that every example is new to it again."""
-    trainer.constants = trainer._constants()
+    trainer.empty_cache()

@@ -20,12 +20,13 @@ from remend.core.low_rank import LowRank, concatenate
 from remend.core.whitening import SecondMoment
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.editor import Mend
-from remend.editors.strength_search import UneditedPass, settled
+from remend.editors.strength_search import UneditedPass, scale_to_strength
 from remend.fingerprint import ModelFingerprint, find_modules
 from remend.request import EditRequest
 from remend.tasks.base import in_batches
 from remend.tasks.causal_lm import CausalLM
-from remend.training.trainer import EpisodeLosses, Trainer
+from remend.training import Trainer
+from remend.training.episodes import EpisodeLosses
 
 
 class FocalLocality(Trainer):
@@ -41,15 +42,13 @@ class LocalityMargin(Trainer):
 
     MARGIN = 2.0
 
-    def edited_losses(self, batch: Any, changes: Mapping[str, LowRank], backward: bool = False) -> EpisodeLosses:
-        """Compute the losses as :meth:`Trainer.edited_losses`, with the hinge loss for locality."""
-        with patch("remend.training.trainer.locality_loss", self._hinge):
-            return super().edited_losses(batch, changes, backward)
-
-    def _hinge(self, base: Tensor, edited: Tensor, row: Tensor, rows: int) -> Tensor:
+    def locality_loss(self, base: Tensor, edited: Tensor, episode: Tensor, episodes: int) -> Tensor:
+        """Compute the hinge loss of each episode."""
         first_choice = base.argmax(-1, keepdim=True)
         best_other = edited.scatter(1, first_choice, -torch.inf).max(1).values
-        return row_mean((self.MARGIN + best_other - edited.gather(1, first_choice)[:, 0]).clamp(min=0), row, rows)
+        return row_mean(
+            (self.MARGIN + best_other - edited.gather(1, first_choice)[:, 0]).clamp(min=0), episode, episodes
+        )
 
 
 class ConstrainedLocality(Trainer):
@@ -66,7 +65,7 @@ class ConstrainedLocality(Trainer):
         """Compute the losses as :meth:`Trainer.edited_losses`, and record which answers are unchanged."""
         losses = super().edited_losses(batch, changes, backward)
         if backward:
-            self.unchanged += losses.kept.float().tolist()
+            self.unchanged += losses.unchanged.float().tolist()
         return losses
 
     def train_step(self, share: float = 0.0) -> float:
@@ -108,7 +107,7 @@ class WhitenedDelta(Mend):
 
     RIDGE = 1e-2
 
-    def prepare(self, task: CausalLM, requests: Sequence[EditRequest]) -> None:
+    def fit_to(self, task: CausalLM, requests: Sequence[EditRequest]) -> None:
         """Compute the second moment of δ over some requests."""
         moments = {name: SecondMoment(d_out, self.device) for name, (_, d_out) in self.shapes.items()}
         examples = [task.encode(request.prompt, request.target) for request in requests[:1024]]
@@ -117,14 +116,14 @@ class WhitenedDelta(Mend):
                 moments[name].update(factors.delta, factors.active)
         self.delta_whiteners = {name: moment.whitener(self.RIDGE).inner for name, moment in moments.items()}
 
-    def prepared(self, rows: Any) -> Any:
-        """Prepare rows as :meth:`Mend.prepared`, with δ whitened."""
-        prepared = super().prepared(rows)
+    def whiten_and_clip(self, packed: Any) -> Any:
+        """Whiten and clip as :meth:`Mend.whiten_and_clip`, and whiten δ."""
+        prepared = super().whiten_and_clip(packed)
         return {name: replace(row, delta=row.delta @ self.delta_whiteners[name]) for name, row in prepared.items()}
 
-    def transform(self, rows: Any, ledger: Any = None) -> Any:
+    def transform(self, rows: Any, factored_gradients: Any = None) -> Any:
         """Transform rows as :meth:`Mend.transform`, with δ̃ in the layer's coordinates."""
-        transformed = super().transform(rows, ledger)
+        transformed = super().transform(rows, factored_gradients)
         return {name: (u, delta @ self.delta_whiteners[name]) for name, (u, delta) in transformed.items()}
 
 
@@ -140,7 +139,7 @@ class FewDirections(Mend):
 class SubjectToken(Mend):
     """Edits at the subject's last token only."""
 
-    def prepare(self, task: CausalLM, requests: Sequence[EditRequest]) -> None:
+    def fit_to(self, task: CausalLM, requests: Sequence[EditRequest]) -> None:
         """Find the subject's last token in every prompt."""
         self.subject_tokens: dict[tuple[int, ...], int] = getattr(self, "subject_tokens", {})
         for request in requests:
@@ -158,7 +157,7 @@ class SubjectToken(Mend):
             return super().capture(task, batch, loss)
 
     def _changes(self, task: CausalLM, requests: Sequence[EditRequest], inputs: Any = None) -> Any:
-        self.prepare(task, requests)
+        self.fit_to(task, requests)
         return super()._changes(task, requests, inputs)
 
 
@@ -177,13 +176,15 @@ class SeveralSteps(Mend):
         for chunk in in_batches([task.encode(request.prompt, request.target) for request in requests]):
             batch = task.collate(chunk)
             unedited = UneditedPass(task, batch, self.shapes)
-            changes = self._one_step(self.rows(self.capture(task, batch, unedited.loss)))
+            changes = self._one_step(self.pack(self.capture(task, batch, unedited.loss)))
             for _ in range(self.STEPS - 1):
                 with changes_applied(modules, changes):
-                    step = self._one_step(self.rows(self.capture(task, batch)))
+                    step = self._one_step(self.pack(self.capture(task, batch)))
                 changes = {name: concatenate([change, step[name]]) for name, change in changes.items()}
             if self.config.settle:
-                changes = settled(unedited, changes, self.config.settle, {name: [0] * len(chunk) for name in changes})
+                changes = scale_to_strength(
+                    unedited, changes, self.config.settle, {name: [0] * len(chunk) for name in changes}
+                )
             for index in range(len(chunk)):
                 changes_of_requests.append(
                     {
@@ -220,8 +221,8 @@ VARIANTS = {
 def train(task: CausalLM, editor: Mend, requests: Sequence[EditRequest], config: Any, variant: Variant) -> None:
     """Train an editor as a variant says, for all steps and without validation."""
     # Without choosing the best state: learning rates end at zero, so the last state is as good.
-    if hasattr(editor, "prepare"):
-        editor.prepare(task, requests)
+    if hasattr(editor, "fit_to"):
+        editor.fit_to(task, requests)
     trainer = variant.trainer(task, editor, requests, config)
     trainer.calibrate()
     for step in range(config.max_steps):

@@ -65,7 +65,7 @@ def measure(config: Mapping[str, Any], shape: Mapping[str, Any], device: str) ->
     model = common.random_model(shape["model"], config["seed"], device, dtype)
     resources = Resources(cache=config["cache"], precision=config["precision"])
     warm_up, size = config["warm_up_steps"], config["batch_size"]
-    with resources.products():
+    with resources.matmul_precision():
         trainer = common.random_trainer(
             {**config, "model": shape["model"]}, config["requests"], resources, model=model, batch_size=size
         )

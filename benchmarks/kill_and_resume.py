@@ -26,7 +26,7 @@ import torch
 
 import common
 from remend.editors import Mend
-from remend.training.checkpoint import folder_of
+from remend.training.checkpoint import checkpoints_folder
 
 
 def command(config: Mapping[str, Any], out: Path, resume: bool) -> list[str]:
@@ -61,7 +61,7 @@ def run_session(config: Mapping[str, Any], out: Path, resume: bool, kill_after: 
 
 def last_checkpoint(out: Path) -> int | None:
     """Return the step of a run's newest checkpoint; None if it has none."""
-    steps = [int(path.name.removeprefix("step-")) for path in folder_of(out).glob("step-*")]
+    steps = [int(path.name.removeprefix("step-")) for path in checkpoints_folder(out).glob("step-*")]
     return max(steps, default=None)
 
 

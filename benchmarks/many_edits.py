@@ -29,7 +29,7 @@ from remend.core.capture import capture_gradient_factors
 from remend.data import read_source
 from remend.edit import Edit
 from remend.editors import Mend, make
-from remend.editors.packing import active_rows
+from remend.editors.packing import pack_active
 from remend.evaluation.probe_filter import filter_probes
 from remend.fingerprint import find_modules
 from remend.request import EditRequest
@@ -105,7 +105,7 @@ def read_keys(task: Task, examples: Sequence[Example], edits: Sequence[Edit]) ->
         batch = task.collate(examples[start : start + BATCH_SIZE])
         tokens = task.token_masks(batch, modules, predicting=True)
         factors = capture_gradient_factors(task.model, modules, tokens, lambda batch=batch: task.loss(batch))[1]
-        for name, rows in active_rows(factors, torch.device("cpu")).items():
+        for name, rows in pack_active(factors, torch.device("cpu")).items():
             inputs[name].append(torch.stack([u[0] for u in rows.u.split(rows.counts)]))
     return {name: torch.cat(parts) for name, parts in inputs.items()}
 

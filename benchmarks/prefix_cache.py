@@ -69,11 +69,11 @@ def filled_cache(trainer: Trainer, variant: Variant, budget: int, folder: Path, 
             trainer.task, trainer.editor, trainer.prefix, states, FilteredStore(budget, variant.kinds)
         )
 
-    trainer.constants = open_cache()
+    trainer.activation_cache = open_cache()
     for step in range(steps if variant.kinds or variant.disk else 0):
         trainer._look_up(trainer.episodes.batch(step, trainer.config.batch_size))
-    trainer.constants.flush()
-    return open_cache() if variant.disk else trainer.constants
+    trainer.activation_cache.flush()
+    return open_cache() if variant.disk else trainer.activation_cache
 
 
 def measure(trainer: Trainer, caches: Sequence[ActivationCache], steps: range, warm_up: int) -> list[list[float]]:
@@ -81,7 +81,7 @@ def measure(trainer: Trainer, caches: Sequence[ActivationCache], steps: range, w
     seconds: list[list[float]] = [[] for _ in caches]
     for step in (*range(warm_up), *steps):
         for cache, of_cache in zip(caches, seconds, strict=True):
-            trainer.constants, trainer.step = cache, step
+            trainer.activation_cache, trainer.step = cache, step
             of_cache.append(common.seconds(trainer.train_step))
     return [of_cache[warm_up:] for of_cache in seconds]
 

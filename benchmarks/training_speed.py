@@ -42,7 +42,6 @@ from remend.editors.packing import PackedFactors
 from remend.fingerprint import find_modules
 from remend.tasks.causal_lm import Example
 from remend.training import Resources, Trainer
-from remend.training.memory import estimate
 
 REFERENCE = common.HERE.parent / "tests" / "reference.py"
 REQUESTS_PER_EPISODE = 8
@@ -130,14 +129,14 @@ def time_stages(trainer: Trainer, action: Callable[[], object]) -> dict[str, flo
         with watch.stage(name):
             backward(*args, **kwargs)
 
-    ledger, adam = trainer.optimiser.ledger, trainer.optimiser.adam
+    factored_gradients, adam = trainer.optimizer.factored_gradients, trainer.optimizer.adam
     wrapped: list[tuple[object, str, Callable[..., Any]]] = [
-        (trainer.constants, "prefix_states", watch.wrap("prefix", trainer.constants.prefix_states)),
-        (trainer.constants, "rows", watch.wrap("inner pass", trainer.constants.rows)),
-        (trainer.constants, "base_logits", watch.wrap("base logits", trainer.constants.base_logits)),
+        (trainer.activation_cache, "prefix_states", watch.wrap("prefix", trainer.activation_cache.prefix_states)),
+        (trainer.activation_cache, "packed_factors", watch.wrap("inner pass", trainer.activation_cache.packed_factors)),
+        (trainer.activation_cache, "base_outputs", watch.wrap("base logits", trainer.activation_cache.base_outputs)),
         (trainer, "edited_losses", watch.wrap("edited forward", trainer.edited_losses)),
         (trainer.editor, "forward", watch.wrap("editor forward", trainer.editor.forward)),
-        (ledger, "gradients", watch.wrap_iterator("weight gradients", ledger.gradients)),
+        (factored_gradients, "gradients", watch.wrap_iterator("weight gradients", factored_gradients.gradients)),
         (adam, "step", watch.wrap("Adam", adam.step)),
     ]
     for owner, name, timed in wrapped:
@@ -162,15 +161,15 @@ class Floor:
     def __init__(self, trainer: Trainer, step: int) -> None:
         self.trainer, self.task, self.prefix = trainer, trainer.task, trainer.prefix
         self.batch = trainer.episodes.batch(step, trainer.config.batch_size)
-        parts = trainer._parts(self.batch)
+        parts = trainer._micro_batches(self.batch)
         edited = find_modules(self.task.model, trainer.editor.shapes)
         self.lowest = next(module for module in self.task.model.modules() if module in set(edited.values()))
         self.probes = [self.batch[part].probes() for part in parts]
         self.locality = [list(self.batch[part].locality) for part in parts]
-        size = trainer.constants.micro_batch
+        size = trainer.activation_cache.micro_batch
         self.edits = [list(self.batch.edits[start : start + size]) for start in range(0, len(self.batch), size)]
         self.states = {id(examples): self._prefix(examples) for examples in (*self.edits, *self.probes, *self.locality)}
-        rows = trainer.constants.rows(self.batch.edits)
+        rows = trainer.activation_cache.packed_factors(self.batch.edits)
         self.networks = [self._operands(key, rows) for key in trainer.editor.groups]
         largest = max(parameter.numel() for parameter in trainer.editor.parameters())
         self.gradient = torch.empty(largest)
@@ -324,7 +323,7 @@ def measure_memory(config: Mapping[str, Any], batch_size: int) -> dict[str, int 
     resources = Resources(cache=config["memory_cache"])
     trainer = common.random_trainer(config, max(2 * batch_size, 4), resources, batch_size=batch_size)
     # Without the copy of the best state, which only a whole run keeps.
-    expected = estimate(trainer).total - 4 * sum(parameter.numel() for parameter in trainer.editor.parameters())
+    expected = trainer.estimate_memory().total - 4 * sum(parameter.numel() for parameter in trainer.editor.parameters())
     for _ in range(2):
         trainer.train_step()
     model_parameters, editor_parameters = (

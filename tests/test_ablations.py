@@ -18,7 +18,6 @@ from remend.errors import ConfigError, TrainingError
 from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS, Trainer, TrainingConfig, checkpoint, train
-from remend.training.memory import estimate
 
 ABLATIONS = {
     "no sharing": {"share": False},
@@ -105,10 +104,14 @@ def test_the_ledger_knows_the_gradients_of_a_narrower_network(reads):
     network = EditorNetwork(5, 3, 2, rank=4, transforms=reads, identity=False)
     u, delta = fed(network)
     found = []
-    for ledger in (None, FactoredGradients()):
+    for factored_gradients in (None, FactoredGradients()):
         network.zero_grad()
-        sum(part.square().sum() for both in network(u, delta, ledger) for part in both).backward()
-        kept = {} if ledger is None else {weight: gradient.clone() for weight, gradient in ledger.gradients()}
+        sum(part.square().sum() for both in network(u, delta, factored_gradients) for part in both).backward()
+        kept = (
+            {}
+            if factored_gradients is None
+            else {weight: gradient.clone() for weight, gradient in factored_gradients.gradients()}
+        )
         found.append([kept.get(p, p.grad) for p in network.parameters()])
     for dense, factored in zip(*found, strict=True):
         torch.testing.assert_close(factored, dense)
@@ -158,14 +161,14 @@ def test_units_and_contrast_hold_whatever_is_transformed(ablation):
     """A step of 1 changes the output by about its size; a token answers to its own edit with 1."""
     editor, trainer = made(replace(NETWORKS["default"], **ablation))
     trainer.calibrate()
-    rows = trainer.constants.rows(trainer.episodes.batch(0, 6).edits)
+    rows = trainer.activation_cache.packed_factors(trainer.episodes.batch(0, 6).edits)
     modules = dict(trainer.task.model.named_modules())
     for place, (name, (aimed, delta)) in enumerate(editor.transform(rows).items()):
         answers = (aimed * rows[name].u).sum(1)
         assert answers.max() < 1.001
         assert ((answers - 1).abs() < 1e-3).sum() >= len(answers) / 4
         step = float(editor.unit[place] * answers.abs().mean() * delta.square().mean().sqrt())
-        factors = trainer.constants.gradient_factors(trainer.episodes.batch(0, 6).edits)[name]
+        factors = trainer.activation_cache.gradient_factors(trainer.episodes.batch(0, 6).edits)[name]
         output = float(modules[name](factors.u[factors.active]).square().mean().sqrt())
         assert 0.3 < step / output < 3
 
@@ -195,10 +198,12 @@ def test_a_narrower_network_is_estimated_to_take_less():
     parts = {}
     for transforms in ("both", "u", "smaller"):
         network = MendConfig(rank=8, transforms=transforms)
-        parts[transforms] = estimate(made(network)[1]).parts()
-    for part in ("editor_pass", "optimiser", "editor"):
+        parts[transforms] = made(network)[1].estimate_memory().parts()
+    for part in ("editor_pass", "optimizer", "editor"):
         assert parts["both"][part] > parts["u"][part] > parts["smaller"][part], part
-    assert parts["both"]["constants"] == parts["smaller"]["constants"], "both factors are kept whatever is read"
+    assert parts["both"]["activation_cache"] == parts["smaller"]["activation_cache"], (
+        "both factors are kept whatever is read"
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,13 +250,13 @@ def test_settings_that_an_earlier_release_wrote_are_the_papers():
 
 def test_a_checkpoint_of_an_earlier_release_goes_on(tmp_path):
     _, trainer = made(NETWORKS["paper"])
-    identity = json.loads(json.dumps(checkpoint._identity(trainer)))
+    identity = json.loads(json.dumps(checkpoint.run_identity(trainer)))
     for name in ("share", "normalise", "identity", "transforms"):
         del identity["editor settings"][name]
-    checkpoint._check(trainer, identity, tmp_path)
+    checkpoint.check_identity(trainer, identity, tmp_path)
     _, other = made(replace(NETWORKS["paper"], share=False))
     with pytest.raises(TrainingError, match="share: True then, False now"):
-        checkpoint._check(other, identity, tmp_path)
+        checkpoint.check_identity(other, identity, tmp_path)
 
 
 def test_wrong_settings():

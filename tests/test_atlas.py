@@ -11,7 +11,7 @@ from remend import assets
 from remend.assets import ATLAS_FOLDER
 from remend.data import atlas
 from remend.editors import strength_search as settling
-from remend.editors.strength_search import LARGEST, UneditedPass, settled, taking_scales
+from remend.editors.strength_search import LARGEST_SCALE, UneditedPass, scale_to_strength, smallest_effective_scales
 from remend.errors import ModelError
 from remend.models import skeleton
 
@@ -126,23 +126,23 @@ def test_the_scale_at_which_an_edit_takes_is_found(task, monkeypatch):
     batch = task.collate([task.encode(request.prompt, request.target) for request in requests])
     unedited = UneditedPass(task, batch, editor.shapes)
     with torch.no_grad():
-        changes = editor(editor.rows(editor.capture(task, batch, unedited.loss)))
+        changes = editor(editor.pack(editor.capture(task, batch, unedited.loss)))
     assert unedited.states is not None
-    quick = taking_scales(unedited, changes)
+    quick = smallest_effective_scales(unedited, changes)
     monkeypatch.setattr(settling, "REFINED", 4)
-    scales = taking_scales(unedited, changes)
+    scales = smallest_effective_scales(unedited, changes)
     assert unedited.states is not None, "the cut gives what the whole pass gives"
     assert 0.2 < scales.median() < 1
     assert 1 <= (quick / scales).median() < 1.25
     assert (quick / scales).max() < 1.75
     for factor, share in ((1.05, 1.0), (0.7, 0.0)):
         scaled = {name: change.scaled(factor * scales[:, None, None]) for name, change in changes.items()}
-        taken = (unedited.margins(scaled) > 0)[scales < LARGEST]
+        taken = (unedited.margins(scaled) > 0)[scales < LARGEST_SCALE]
         assert abs(float(taken.float().mean()) - share) <= 0.1
     unedited.states = None
-    torch.testing.assert_close(taking_scales(unedited, changes), scales, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(smallest_effective_scales(unedited, changes), scales, rtol=1e-3, atol=1e-4)
     counts = dict.fromkeys(changes, torch.bincount(batch.row).tolist())
-    for name, change in settled(unedited, changes, 2.0, counts).items():
+    for name, change in scale_to_strength(unedited, changes, 2.0, counts).items():
         torch.testing.assert_close(change.delta[:, 1:], changes[name].delta[:, 1:])
         torch.testing.assert_close(change.delta[:, 0], changes[name].delta[:, 0] * (2 * scales).sqrt()[:, None])
 
@@ -157,12 +157,12 @@ def test_what_is_answered_already_is_not_unlearnt(task):
     batch = task.collate([task.encode(request.prompt, request.target) for request in requests])
     unedited = UneditedPass(task, batch, editor.shapes)
     with torch.no_grad():
-        changes = editor(editor.rows(editor.capture(task, batch, unedited.loss)))
+        changes = editor(editor.pack(editor.capture(task, batch, unedited.loss)))
     against = {name: change.scaled(-50.0) for name, change in changes.items()}
     unlearnt = unedited.margins(against) <= 0
     assert unlearnt.any()
     counts = dict.fromkeys(changes, torch.bincount(batch.row).tolist())
-    for name, change in settled(unedited, against, 2.0, counts).items():
+    for name, change in scale_to_strength(unedited, against, 2.0, counts).items():
         assert not change.delta[unlearnt, 0].any()
         torch.testing.assert_close(change.delta[~unlearnt, 0], against[name].delta[~unlearnt, 0])
 

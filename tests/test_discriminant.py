@@ -135,7 +135,7 @@ def test_the_default_edits_outputs_at_target_tokens_and_each_answers_to_itself_w
     trainer.calibrate()
     pairs = [task.encode(r.prompt, r.target) for r in requests[:5]]
     factors = editor.capture(task, task.collate(pairs))
-    rows = editor.rows(factors)
+    rows = editor.pack(factors)
     for name, packed in rows.items():
         assert packed.counts == tuple(len(pair.target) for pair in pairs)
         aimed, _ = editor.transform(rows)[name]
@@ -211,7 +211,7 @@ def test_in_batch_negatives_are_other_edits_of_the_same_relation(task):
     batch = episodes.batch(0, 10)
     for edit, locality in zip(batch.edits, batch.locality, strict=True):
         assert locality in batch.edits
-        assert locality.prompt != edit.prompt
+        assert locality.input != edit.input
         assert relation[locality] == relation[edit]
 
 
@@ -230,7 +230,7 @@ def test_the_hardest_of_several_locality_examples_is_used(task):
     requests = worlds.requests(20)
     trainer = Trainer(task, editor, requests, replace(SETTINGS, hardest=3))
     trainer.calibrate()
-    chosen = trainer._hardest(0)
+    chosen = trainer._select_hardest(0)
     turns = [trainer.episodes.batch(0, 4, turn) for turn in range(3)]
     assert len({turn.edits for turn in turns}) == 1
     assert len({turn.neighbours for turn in turns}) == 1

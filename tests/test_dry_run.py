@@ -12,7 +12,6 @@ from remend.editors import Mend
 from remend.errors import ModelError
 from remend.tasks import wrap
 from remend.training import PRESETS, Trainer
-from remend.training.memory import estimate
 from remend.training.resource_estimate import GPUS, dry_run, only_configured
 
 
@@ -27,11 +26,11 @@ def test_a_dry_run_counts_what_there_would_be(family, preset, tmp_path):
     assert found.matrices == editor.shapes
     assert found.editor_parameters == sum(parameter.numel() for parameter in editor.parameters())
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
-    real = estimate(Trainer(wrap(model, worlds.tokenizer()), editor, worlds.requests(8), settings))
+    real = Trainer(wrap(model, worlds.tokenizer()), editor, worlds.requests(8), settings).estimate_memory()
     assert found.editor_bytes == real.editor
     assert found.model_bytes == pytest.approx(real.model, rel=0.05)  # buffers are no parameters
     trained = 4 * found.editor_parameters  # on a CPU, the best state is kept beside
-    assert found.training_bytes == max(real.optimiser - trained, real.calibration)
+    assert found.training_bytes == max(real.optimizer - trained, real.calibration)
     assert found.gpu_bytes(2) < found.gpu_bytes(1)
 
 

@@ -246,9 +246,9 @@ def test_damaged_files_are_refused(damage, message, tmp_path):
 
 
 def test_an_edit_with_nan_is_never_made():
-    broken = {"m": LowRank(torch.full((1, 2), float("nan")), torch.ones(1, 3))}
+    non_finite = {"m": LowRank(torch.full((1, 2), float("nan")), torch.ones(1, 3))}
     with pytest.raises(EditError, match="NaN or infinity"):
-        Edit(broken, ModelFingerprint("toy", "0", {"m": "0"}))
+        Edit(non_finite, ModelFingerprint("toy", "0", {"m": "0"}))
 
 
 def test_edits_of_different_bases_do_not_add(edit):

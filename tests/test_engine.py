@@ -18,7 +18,7 @@ from torch.nn import functional
 import worlds
 from remend.cli import run
 from remend.config import from_json
-from remend.core import matmul as products
+from remend.core import matmul as matmul_module
 from remend.core.editor_network import EditorNetwork, LowRankResidual
 from remend.core.factored_gradients import FactoredGradients
 from remend.core.hooks import frozen
@@ -32,7 +32,6 @@ from remend.serialization import write_folder
 from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import Resources, Trainer, TrainingConfig, memory, train
-from remend.training.memory import estimate
 from remend.training.preflight import examine
 from remend.training.tensor_store import STORE_FORMAT, TensorStore
 
@@ -79,21 +78,25 @@ def test_a_layer_of_the_editor_is_eq_3_and_its_gradients_are_autograds(counts, b
     weight = torch.randn_like(expected)
     names, parameters = zip(*layer.named_parameters(), strict=True)
     plain = torch.autograd.grad((expected * weight).sum(), (z, *parameters), allow_unused=True)
-    for ledger in (None, FactoredGradients()):
+    for factored_gradients in (None, FactoredGradients()):
         layer.zero_grad()
         z.grad = None
-        found = layer(z, counts, ledger)
+        found = layer(z, counts, factored_gradients)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         (found * weight).sum().backward()
         torch.testing.assert_close(z.grad, plain[0], rtol=1e-4, atol=1e-4)
-        kept = {} if ledger is None else {weight: gradient.clone() for weight, gradient in ledger.gradients()}
+        kept = (
+            {}
+            if factored_gradients is None
+            else {weight: gradient.clone() for weight, gradient in factored_gradients.gradients()}
+        )
         for name, parameter, right in zip(names, parameters, plain[1:], strict=True):
             assert (parameter.grad is None) == (parameter in kept), f"{name}: a dense gradient beside the factors"
             torch.testing.assert_close(kept.get(parameter, parameter.grad), right, rtol=1e-4, atol=1e-4)
-        if ledger is not None:
-            norms = torch.stack([kept[parameter].norm() for parameter in ledger.weights()])
-            assert bool((ledger.norm_bounds() >= norms * (1 - 1e-5)).all())
-            torch.testing.assert_close(ledger.norms(), norms, rtol=1e-4, atol=1e-4)
+        if factored_gradients is not None:
+            norms = torch.stack([kept[parameter].norm() for parameter in factored_gradients.weights()])
+            assert bool((factored_gradients.norm_bounds() >= norms * (1 - 1e-5)).all())
+            torch.testing.assert_close(factored_gradients.norms(), norms, rtol=1e-4, atol=1e-4)
 
 
 def test_a_ledger_adds_up_parts_and_multiplies_in_bfloat16_if_told():
@@ -101,10 +104,10 @@ def test_a_ledger_adds_up_parts_and_multiplies_in_bfloat16_if_told():
     parts = [(torch.randn(3, 4), torch.randn(3, 5)) for _ in range(2)]
     expected = sum(g.T @ x for g, x in parts)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
-        ledger = FactoredGradients(dtype)
+        factored_gradients = FactoredGradients(dtype)
         for g, x in parts:
-            ledger.add(weight, g, x)
-        ((_, found),) = ledger.gradients()
+            factored_gradients.add(weight, g, x)
+        ((_, found),) = factored_gradients.gradients()
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
         assert found.dtype == torch.float32
 
@@ -112,10 +115,10 @@ def test_a_ledger_adds_up_parts_and_multiplies_in_bfloat16_if_told():
 @pytest.mark.parametrize("rows", [2, 30])
 def test_a_ledger_knows_a_norm_from_few_rows_and_from_many(rows):
     weight = torch.nn.Parameter(torch.zeros(9, 8))
-    ledger, parts = FactoredGradients(), [(torch.randn(rows, 9), torch.randn(rows, 8)) for _ in range(2)]
+    factored_gradients, parts = FactoredGradients(), [(torch.randn(rows, 9), torch.randn(rows, 8)) for _ in range(2)]
     for g, x in parts:
-        ledger.add(weight, g, x)
-    torch.testing.assert_close(ledger.norms(), sum(g.T @ x for g, x in parts).norm()[None])
+        factored_gradients.add(weight, g, x)
+    torch.testing.assert_close(factored_gradients.norms(), sum(g.T @ x for g, x in parts).norm()[None])
 
 
 @pytest.mark.parametrize("mkl_is_slow", [False, True])
@@ -124,11 +127,15 @@ def test_products_are_right_by_either_library(monkeypatch, mkl_is_slow, rows):
     """Also where a side lies transposed, and where rows go to ``out`` in several parts."""
     if mkl_is_slow and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "_mkl_is_slow", lambda: mkl_is_slow)
-    monkeypatch.setattr(products, "ONEDNN_MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(matmul_module, "_mkl_is_slow", lambda: mkl_is_slow)
+    monkeypatch.setattr(matmul_module, "ONEDNN_MIN_MULTIPLICATIONS", 0)
     a, b, out = torch.randn(rows, 40), torch.randn(30, 40).mT, torch.empty(rows, 30)
     expected = (a.double() @ b.double()).float()
-    for found in (products.matmul(a, b), products.matmul(a.mT.contiguous().mT, b), products.matmul(a, b, out=out)):
+    for found in (
+        matmul_module.matmul(a, b),
+        matmul_module.matmul(a.mT.contiguous().mT, b),
+        matmul_module.matmul(a, b, out=out),
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
@@ -141,25 +148,27 @@ def test_a_network_is_the_same_by_either_library_whatever_the_number_of_rows(mon
         torch.nn.init.normal_(parameter)
     u, delta = ([torch.randn(rows, d) for rows in (30, 47)] for d in (20, 24))
     found = []
-    monkeypatch.setattr(products, "ONEDNN_MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(matmul_module, "ONEDNN_MIN_MULTIPLICATIONS", 0)
     for mkl_is_slow in (False, True) if torch.backends.mkldnn.is_available() else (False, False):
-        monkeypatch.setattr(products, "_mkl_is_slow", lambda mkl_is_slow=mkl_is_slow: mkl_is_slow)
+        monkeypatch.setattr(matmul_module, "_mkl_is_slow", lambda mkl_is_slow=mkl_is_slow: mkl_is_slow)
         network.zero_grad()
-        ledger = FactoredGradients()
-        outputs = [part for both in network(u, delta, ledger) for part in both]
+        factored_gradients = FactoredGradients()
+        outputs = [part for both in network(u, delta, factored_gradients) for part in both]
         sum((part**2).sum() for part in outputs).backward()
-        dense = [gradient.clone() for _, gradient in ledger.gradients()]
+        dense = [gradient.clone() for _, gradient in factored_gradients.gradients()]
         small = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
-        found.append([*outputs, *dense, *small, ledger.norms()])
+        found.append([*outputs, *dense, *small, factored_gradients.norms()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_sizes_are_few():
     """oneDNN keeps a program for each."""
-    sizes = {products.padded_row_count(rows, torch.device("cpu")) for rows in range(1, 4097)}
-    assert len(sizes) <= 80 or not products._mkl_is_slow()
-    assert all(0 <= products.padded_row_count(rows, torch.device("cpu")) - rows <= rows / 7 for rows in range(1, 4097))
+    sizes = {matmul_module.padded_row_count(rows, torch.device("cpu")) for rows in range(1, 4097)}
+    assert len(sizes) <= 80 or not matmul_module._mkl_is_slow()
+    assert all(
+        0 <= matmul_module.padded_row_count(rows, torch.device("cpu")) - rows <= rows / 7 for rows in range(1, 4097)
+    )
 
 
 def test_the_losses_gradients_are_autograds():
@@ -365,7 +374,7 @@ def test_a_model_has_a_fingerprint_of_its_own(model):
 def test_what_is_kept_on_disk_serves_the_next_run_of_the_same_model_only(model, tmp_path, monkeypatch):
     first = trainer(model, Resources(cache=0.0, cache_folder=tmp_path))
     losses, _ = after(6, first)
-    first.constants.flush()
+    first.activation_cache.flush()
     ran = []
     monkeypatch.setattr(
         FrozenPrefix,
@@ -380,7 +389,7 @@ def test_what_is_kept_on_disk_serves_the_next_run_of_the_same_model_only(model, 
         next(model.parameters()).mul_(1.01)
     other = trainer(model, Resources(cache=0.0, cache_folder=tmp_path))
     after(1, other)
-    other.constants.flush()
+    other.activation_cache.flush()
     assert sum(ran) > 1, "states of another model are not used"
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -408,24 +417,24 @@ def test_how_the_machine_is_used_does_not_change_what_is_learnt(model, snapshot,
 def test_constants_are_computed_once_and_in_the_same_bits(model):
     made = trainer(model)
     pairs = made.episodes.batch(0, 6).edits
-    first = made.constants.rows(pairs)
-    states = made.constants.prefix_states(pairs)
-    used = made.constants.states.used, made.constants.factors.used
+    first = made.activation_cache.packed_factors(pairs)
+    states = made.activation_cache.prefix_states(pairs)
+    used = made.activation_cache.states.used, made.activation_cache.factors.used
     shuffled = pairs[::-1]
-    again = made.constants.rows(shuffled)
-    assert (made.constants.states.used, made.constants.factors.used) == used
+    again = made.activation_cache.packed_factors(shuffled)
+    assert (made.activation_cache.states.used, made.activation_cache.factors.used) == used
     for name, rows in first.items():
         assert again[name].counts == rows.counts[::-1]
         back = torch.cat(again[name].u.split(again[name].counts)[::-1])
         assert torch.equal(back, rows.u)
-        whole = made.editor.rows(made.editor.capture(made.task, made.task.collate(pairs)))[name]
+        whole = made.editor.pack(made.editor.capture(made.task, made.task.collate(pairs)))[name]
         torch.testing.assert_close(rows.u, whole.u, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(rows.delta, whole.delta, rtol=1e-3, atol=1e-6)
-    assert torch.equal(made.constants.prefix_states(shuffled), states.flip(0))
+    assert torch.equal(made.activation_cache.prefix_states(shuffled), states.flip(0))
     batch = made.task.collate(pairs)
     with frozen(model), torch.no_grad():
         base = made.task.outputs(batch)
-    torch.testing.assert_close(made.constants.base_logits(pairs, states), base, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made.activation_cache.base_outputs(pairs, states), base, rtol=1e-4, atol=1e-4)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -457,24 +466,26 @@ def test_a_gpu_that_runs_out_of_memory_goes_on_in_smaller_parts(model, monkeypat
 
 
 def test_micro_batches_fit_the_memory_that_is_given(model):
-    needed = estimate(trainer(model, Resources(micro_batch=1))).total
+    needed = trainer(model, Resources(micro_batch=1)).estimate_memory().total
     with pytest.raises(
         ConfigError, match=r"training takes about \d.* GB with one episode at a time \(process .*bfloat16"
     ):
         trainer(model, Resources(memory=needed / 2e9))
     assert trainer(model, Resources(memory=1.5 * needed / 1e9)).micro_batch == SETTINGS.batch_size
-    parts = estimate(trainer(model, Resources(micro_batch=2))).parts()
-    more = estimate(trainer(model, Resources(micro_batch=4))).parts()
+    parts = trainer(model, Resources(micro_batch=2)).estimate_memory().parts()
+    more = trainer(model, Resources(micro_batch=4)).estimate_memory().parts()
     assert more["model_pass"] == pytest.approx(2 * parts["model_pass"], rel=0.01)
     assert parts["model"] >= sum(p.numel() * 4 for p in model.parameters())
 
 
 def test_a_cache_that_is_too_large_for_the_memory_is_what_is_named(model, monkeypatch):
-    monkeypatch.setattr(memory, "resident", lambda: 100_000_000)  # what the process takes is another at any moment
+    monkeypatch.setattr(
+        memory, "resident_bytes", lambda: 100_000_000
+    )  # what the process takes is another at any moment
     made = trainer(model, Resources(cache=0.001))
-    constants = estimate(made).constants
-    assert constants > 100_000
-    allowed = (memory._needs(made).estimate(1).total - constants // 2) / 1e9
+    activation_cache = made.estimate_memory().activation_cache
+    assert activation_cache > 100_000
+    allowed = (made._memory_estimator().measure().estimate(1).total - activation_cache // 2) / 1e9
     with pytest.raises(ConfigError, match=r"keep less of the examples, a cache of 0\.\d+ GB \(--cache\)"):
         trainer(model, Resources(cache=0.001, memory=allowed))
 
@@ -483,7 +494,7 @@ def test_no_gradient_of_a_matrix_outlives_the_step(model):
     made = trainer(model)
     after(2, made)
     assert all(parameter.grad is None for parameter in made.editor.parameters())
-    assert made.optimiser.ledger.weights() == []
+    assert made.optimizer.factored_gradients.weights() == []
 
 
 @pytest.mark.parametrize("clip", [100.0, 1e-3, 0.3])
@@ -491,11 +502,11 @@ def test_the_gradient_is_clipped_by_its_norm(model, clip):
     made = trainer(model, config=replace(SETTINGS, gradient_clip=clip))
     made.calibrate()
     made.train_step()
-    made._gradients(made._own(1))
-    dense = [gradient.clone() for _, gradient in made.optimiser.ledger.gradients()]
-    small = [parameter.grad for parameter in made.optimiser.names if parameter.grad is not None]
+    made._backward(made._process_batch(1))
+    dense = [gradient.clone() for _, gradient in made.optimizer.factored_gradients.gradients()]
+    small = [parameter.grad for parameter in made.optimizer.names if parameter.grad is not None]
     norm = float(torch.stack([gradient.norm() for gradient in (*dense, *small)]).norm())
-    found = made.optimiser.clipping(made.optimiser.gather(torch.zeros(())))
+    found = made.optimizer.clip_factor(made.optimizer.gather(torch.zeros(())))
     assert found == pytest.approx(min(1.0, clip / norm), rel=2e-4)
 
 
@@ -576,7 +587,7 @@ def test_a_checkpoint_is_of_one_run_only(tmp_path):
         )  # fmt: skip
     with pytest.raises(FileError, match="already; go on with it"):
         run_to(tmp_path / "editor")
-    with pytest.raises(TrainingError, match="say which, with out"):
+    with pytest.raises(TrainingError, match="give out, the folder of the interrupted run"):
         run_to(None, resume=True)
 
 

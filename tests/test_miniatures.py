@@ -11,7 +11,7 @@ from remend.data.claims import LABELS, Claim
 from remend.errors import RequestError
 
 FACT_SETS = {"questions": questions.fact_set, "claims": claims.claim_set}
-LARGEST = 4_000_000
+LARGEST_SCALE = 4_000_000
 
 
 @pytest.fixture(scope="module")
@@ -148,4 +148,4 @@ def test_the_fact_checker_s_labels(checker):
 
 @pytest.mark.parametrize("folder", [QUESTIONS_FOLDER, CLAIMS_FOLDER])
 def test_sizes(folder):
-    assert sum(file.stat().st_size for file in (folder / "model").iterdir()) <= LARGEST
+    assert sum(file.stat().st_size for file in (folder / "model").iterdir()) <= LARGEST_SCALE

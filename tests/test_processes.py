@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import processes
 import worlds
+from remend.core.distributed import ProcessGroup
 from remend.core.operators import SymmetricOperator
 from remend.editors import Mend
 from remend.errors import ConfigError, ModelError
@@ -18,7 +19,6 @@ from remend.models.fsdp import shard_model
 from remend.models.loading import choose_device
 from remend.request import write_requests
 from remend.tasks import load
-from remend.training.distributed import ProcessGroup
 
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

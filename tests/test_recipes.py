@@ -27,7 +27,7 @@ from remend.recipes.inputs import (
 )
 from remend.recipes.recipe import RECIPE_FOLDER, TaskKind
 from remend.request import EditRequest
-from remend.training.checkpoint import folder_of
+from remend.training.checkpoint import checkpoints_folder
 from remend.training.resource_estimate import dry_run
 
 SHIPPED = recipes()
@@ -228,11 +228,11 @@ def test_a_stopped_run_goes_on(kitchen, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, out, **given, on_progress=stopping("training: step 2"))
-    assert folder_of(out / "editor").exists()
+    assert checkpoints_folder(out / "editor").exists()
     written = (out / "requests" / "test.jsonl").stat().st_mtime_ns
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, out, **given, on_progress=stopping("evaluating:"))
-    assert not folder_of(out / "editor").exists()
+    assert not checkpoints_folder(out / "editor").exists()
     report = run_recipe(recipe, out, **given)
     assert (out / "requests" / "test.jsonl").stat().st_mtime_ns == written
     assert report.metrics() == whole.metrics()

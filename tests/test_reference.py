@@ -87,7 +87,7 @@ def test_edited_logits_agree_with_materialised_weights(pair):
     edits = trainer.editor.edit_each(task, requests)
     for request, edit in zip(requests, edits, strict=True):
         asked = task.encode(request.prompt, request.target)
-        text = Text(list(asked.prompt), list(asked.target))
+        text = Text(list(asked.input), list(asked.target))
         expected = predictions(task.model, text, reference.edited_weights(text)).detach()
         with torch.no_grad(), edit.applied(task.model):
             actual = task.outputs(task.collate([asked]))

@@ -17,10 +17,10 @@ from remend.core.sketching import SketchedMoment, nystrom, random_test_matrix
 from remend.core.whitening import SecondMoment
 from remend.edit import Edit
 from remend.editors import Mend
+from remend.editors.mend.calibration import moments_bytes
 from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import PRESETS, Trainer, TrainingConfig, train
-from remend.training.memory import moments_bytes
 
 D = 60
 DEFAULT = replace(PRESETS["default"][0], rank=8)

@@ -91,11 +91,11 @@ def test_relative_step_sizes_follow_the_size_of_the_layer(task):
         editor = Mend.create(task, MendConfig(rank=8, alpha=0.2, ridge=1e-4, relative=True))
         trainer = Trainer(task, editor, worlds.requests(10), SETTINGS)
         trainer.calibrate()
-        found_factors = trainer.constants.gradient_factors(
+        found_factors = trainer.activation_cache.gradient_factors(
             [task.encode(r.prompt, r.target) for r in worlds.requests(10)]
         )
         factors = found_factors[name]
-        u, change = factors.u[factors.active], editor(editor.rows(found_factors))[name]
+        u, change = factors.u[factors.active], editor(editor.pack(found_factors))[name]
         episode = torch.arange(len(factors.active)).repeat_interleave(factors.active.sum(1))
         moved = change.select(episode).output_change(u)
         output = task.model.get_submodule(name)(u)
@@ -113,8 +113,8 @@ def test_gradients_far_above_the_usual_size_are_limited(task, text, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the text is short
         trainer.calibrate()
-    observed = trainer.constants.gradient_factors([task.encode(r.prompt, r.target) for r in requests])
-    rows = editor.rows(observed)
+    observed = trainer.activation_cache.gradient_factors([task.encode(r.prompt, r.target) for r in requests])
+    rows = editor.pack(observed)
     for name, largest in zip(editor.shapes, editor.largest.tolist(), strict=True):
         deltas = [part[own] for part, own in zip(observed[name].delta, observed[name].active, strict=True)]
         sizes = torch.stack([part.norm() for part in deltas])
@@ -148,7 +148,7 @@ def test_whitening_can_take_its_second_moments_from_a_text(task):
         moment = SecondMoment(editor.shapes[name][0], editor.device)
         for own in inputs:
             moment.update(own.detach(), torch.ones(own.shape[:2], dtype=torch.bool))
-        found = getattr(editor, f"whitener_{editor.place(name)}")
+        found = getattr(editor, f"whitener_{editor.index(name)}")
         torch.testing.assert_close(found, moment.whitener(1e-4).inner, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(found, torch.eye(len(found)), atol=0.1)
 
@@ -191,7 +191,7 @@ def test_locality_examples_are_about_other_subjects(task):
         batch = episodes.batch(step, 5)
         for edit, neighbour, locality in zip(batch.edits, batch.neighbours, batch.locality, strict=True):
             assert neighbour in prepared[edit].neighbours
-            assert locality.prompt not in {edit.prompt, neighbour.prompt}
+            assert locality.input not in {edit.input, neighbour.input}
 
 
 def test_a_request_with_one_paraphrase_also_learns_to_take_on_its_own_prompt(task):
@@ -221,7 +221,9 @@ def test_a_detached_editor_is_refused_after_the_first_step(task, monkeypatch):
     trainer = Trainer(task, editor, worlds.requests(10), SETTINGS)
     trainer.calibrate()
     network = next(iter(editor.networks.values()))
-    monkeypatch.setattr(network.second, "forward", lambda z, counts, ledger: z)  # part of the network is never used
+    monkeypatch.setattr(
+        network.second, "forward", lambda z, counts, factored_gradients: z
+    )  # part of the network is never used
     trainer.train_step()
     with pytest.raises(TrainingError, match=r"no gradient reaches networks\.\w+\.second\.down"):
         trainer.train_step()
@@ -396,5 +398,5 @@ def test_a_bfloat16_base_trains_a_float32_editor():
     assert editor.alpha.dtype == torch.float32
     edit = editor.edit(wrap(model, worlds.tokenizer()), worlds.requests(1))
     with edit.applied(model):
-        answer = CausalLM(model, worlds.tokenizer()).answers(["Oslo is"], 2)
+        answer = CausalLM(model, worlds.tokenizer()).predict(["Oslo is"], 2)
     assert len(answer[0]) > 0

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from remend.config import differences, to_json
 from remend.core.layers import editable_layers, execution_device
-from remend.editors import Editor, Trainable, load_trained, make, trainable_class
+from remend.editors import Editor, TrainableEditor, load_trained, make, trainable_class
 from remend.editors.finetune import FineTune
 from remend.errors import ConfigError, FileError, ModelError, RemendError
 from remend.evaluation import evaluate
@@ -151,7 +151,7 @@ class CellRunner:
         editor: Editor = trained
         return editor
 
-    def trained_editor(self, cell: Cell) -> Trainable:
+    def trained_editor(self, cell: Cell) -> TrainableEditor:
         """Return the trained editor of a cell; it is trained once and stored.
 
         Raises:

@@ -18,7 +18,7 @@ from remend.registries import EDITORS, EditorEntry
 
 if TYPE_CHECKING:
     from remend.config import Config
-    from remend.editors import Editor, EditorInfo, MendConfig, Trainable
+    from remend.editors import Editor, EditorInfo, MendConfig, TrainableEditor
     from remend.request import Prompt
     from remend.tasks import Task
     from remend.training import TrainingConfig
@@ -350,7 +350,7 @@ def best_of(trained: Mapping[str, Any]) -> dict[str, float]:
     return best
 
 
-def unfit(editor: Trainable) -> bool:
+def unfit(editor: TrainableEditor) -> bool:
     """Whether most edits of an editor did not take, or most unrelated answers changed, when it was validated."""
     if not editor.trained.get("history"):
         return False  # it was saved by hand

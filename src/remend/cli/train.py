@@ -18,7 +18,7 @@ from remend.cli import options
 from remend.cli.escaping import plain
 
 if TYPE_CHECKING:
-    from remend.editors import Trainable
+    from remend.editors import TrainableEditor
     from remend.training import TrainingProgress as Step
 
 
@@ -70,7 +70,7 @@ def train(
     from remend.serialization import write_json
     from remend.training import Resources
     from remend.training import train as train_editor
-    from remend.training.loop import check_out
+    from remend.training.training_run import check_out
 
     network, settings = options.preset(preset)
     kind = trainable_class(method)
@@ -112,7 +112,7 @@ def train(
         write_json(json, trained.trained)
 
 
-def _tell(console: Console, editor: Trainable, out: Path, fresh: bool) -> None:
+def _tell(console: Console, editor: TrainableEditor, out: Path, fresh: bool) -> None:
     """How a run ended; one that is not ``fresh`` had ended before."""
     if not fresh:
         console.print(

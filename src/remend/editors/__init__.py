@@ -6,7 +6,6 @@ from remend.editors.info import EditorInfo
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.editor import Mend
 from remend.editors.registry import (
-    Trainable,
     editor_class,
     load_editor,
     load_trained,
@@ -14,6 +13,7 @@ from remend.editors.registry import (
     trainable_class,
     trained_names,
 )
+from remend.editors.trainable import TrainableEditor
 from remend.registries import EDITORS
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "EditorInfo",
     "Mend",
     "MendConfig",
-    "Trainable",
+    "TrainableEditor",
     "WeightEditor",
     "editor_class",
     "load_edit",

@@ -1,4 +1,4 @@
-"""The tokens of a batch that carry gradient: as rows for the editor networks, and as a table of episodes for edits."""
+"""Packs the tokens that carry gradient: as rows for the editor networks, and padded by episode for edits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from remend.core.capture import GradientFactors
 
 @dataclass(frozen=True, eq=False)
 class PackedFactors:
-    """One matrix's tokens that carry gradient, of all episodes of a batch, one episode after the other.
+    """The gradient factors of one matrix at the tokens that carry gradient, of one episode after the other.
 
     Attributes:
-        u: the matrix's inputs there, whitened if the editor whitens.
-        delta: the loss's gradient with respect to its outputs.
-        counts: how many of the rows belong to each episode.
-        experts: of a matrix of several experts, whose each row is.
+        u: the matrix's inputs, whitened if the editor whitens.
+        delta: the loss's gradients with respect to its outputs.
+        counts: the number of rows of each episode.
+        experts: for a matrix of several experts, the expert of each row.
     """
 
     u: Float[Tensor, "row d_in"]
@@ -28,41 +28,46 @@ class PackedFactors:
     counts: tuple[int, ...]
     experts: Int[Tensor, " row"] | None = None
 
-    def sizes(self) -> Float[Tensor, " episode"]:
-        """How large each episode's gradient is here: the norm of all its deltas."""
-        found = self.delta.new_zeros(len(self.counts)).index_add_(0, self._owners(), self.delta.square().sum(1))
-        return found.sqrt()
+    def delta_norms(self) -> Float[Tensor, " episode"]:
+        """Compute the norm of all deltas of each episode: the size of its gradient here."""
+        squares = self.delta.square().sum(1)
+        return self.delta.new_zeros(len(self.counts)).index_add_(0, self._episode_of_row(), squares).sqrt()
 
-    def limited(self, largest: Float[Tensor, ""]) -> PackedFactors:
-        """The same with the deltas of episodes that are larger than ``largest`` scaled down to it."""
-        factor = (largest / self.sizes()).clamp(max=1)
-        return replace(self, delta=self.delta * factor[self._owners(), None])
+    def clipped(self, largest: Float[Tensor, ""]) -> PackedFactors:
+        """Return the factors with the deltas of each episode scaled down to the norm ``largest`` where it is larger."""
+        factor = (largest / self.delta_norms()).clamp(max=1)
+        return replace(self, delta=self.delta * factor[self._episode_of_row(), None])
 
-    def _owners(self) -> Int[Tensor, " row"]:
+    def _episode_of_row(self) -> Int[Tensor, " row"]:
         counts = torch.tensor(self.counts, device=self.delta.device)
         return torch.arange(len(counts), device=self.delta.device).repeat_interleave(counts)
 
 
-def active_rows(factors: Mapping[str, GradientFactors], device: torch.device) -> dict[str, PackedFactors]:
-    """The tokens of each matrix that carry gradient, moved to ``device``; otherwise as they were captured."""
-    found = {}
+def pack_active(factors: Mapping[str, GradientFactors], device: torch.device) -> dict[str, PackedFactors]:
+    """Return the factors of each matrix at the tokens that carry gradient, moved to ``device``."""
+    packed = {}
     for name, factor in factors.items():
         u, delta = factor.u[factor.active].to(device), factor.delta[factor.active].to(device)
         experts = None if factor.experts is None else factor.experts[factor.active].to(device)
-        found[name] = PackedFactors(u, delta, tuple(factor.active.sum(1).tolist()), experts)
-    return found
+        packed[name] = PackedFactors(u, delta, tuple(factor.active.sum(1).tolist()), experts)
+    return packed
 
 
-class Table:
-    """Puts the vectors of a batch's tokens into one zero-filled [episode, rank, d] table, packed to the front."""
+class EpisodePadding:
+    """Pads packed rows with zeros into [episode, rank, d], where the rank is that of the largest episode.
+
+    Args:
+        counts: the number of rows of each episode.
+        device: the device of the rows.
+    """
 
     def __init__(self, counts: Sequence[int], device: torch.device) -> None:
         self.episodes = len(counts)
         self.rank = max(*counts, 1)
-        slots = [episode * self.rank + place for episode, count in enumerate(counts) for place in range(count)]
-        self.slot = torch.tensor(slots, dtype=torch.long, device=device)
+        slots = [episode * self.rank + index for episode, count in enumerate(counts) for index in range(count)]
+        self.slots = torch.tensor(slots, dtype=torch.long, device=device)
 
     def __call__(self, rows: Shaped[Tensor, "row d"]) -> Shaped[Tensor, "episode rank d"]:
-        """The table of one vector for each token."""
-        table = rows.new_zeros(self.episodes * self.rank, rows.shape[-1])
-        return table.index_copy(0, self.slot, rows).view(self.episodes, self.rank, -1)
+        """Return the rows of each episode, followed by zeros; differentiable."""
+        padded = rows.new_zeros(self.episodes * self.rank, rows.shape[-1])
+        return padded.index_copy(0, self.slots, rows).view(self.episodes, self.rank, -1)

@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from remend.editors.base import Editor
-from remend.editors.mend.editor import Mend
 from remend.editors.serialization import EDITOR_FORMAT
 from remend.editors.trainable import TrainableEditor
 from remend.errors import ConfigError, FileError, nearest
 from remend.registries import EDITORS
 from remend.serialization import read_manifest
 from remend.tasks.base import Task
-
-Trainable = Mend | TrainableEditor
-"""An editor that is trained before its first edit."""
 
 RENAMED = {"cache": "lookup"}
 """Editors that had another name: the old one, which files may hold, and the present one."""
@@ -37,7 +33,7 @@ def editor_class(name: str) -> type[Editor]:
     return loaded
 
 
-def trainable_class(name: str) -> type[Mend] | type[TrainableEditor]:
+def trainable_class(name: str) -> type[TrainableEditor]:
     """Return the class of an editor that is trained before its first edit.
 
     Raises:
@@ -45,7 +41,7 @@ def trainable_class(name: str) -> type[Mend] | type[TrainableEditor]:
     """
     if name not in EDITORS or EDITORS.get(name).needs != "training":
         raise ConfigError(f"there is no method {name!r}; {nearest(name, trained_names())}")
-    loaded: type[Mend] | type[TrainableEditor] = EDITORS.load(name)
+    loaded: type[TrainableEditor] = EDITORS.load(name)
     return loaded
 
 
@@ -101,13 +97,13 @@ def load_editor(path: str | Path) -> Editor:
     return editor_class(name).load(path)
 
 
-def load_trained(path: str | Path) -> Trainable:
+def load_trained(path: str | Path) -> TrainableEditor:
     """Return the trained editor in a folder.
 
     Raises:
         FileError: as :func:`load_editor`; or the editor is one that is not trained.
     """
     editor = load_editor(path)
-    if not isinstance(editor, Trainable):
+    if not isinstance(editor, TrainableEditor):
         raise FileError(f"{path} holds the editor {editor.info.name!r}, which is not trained; load_editor reads it")
     return editor

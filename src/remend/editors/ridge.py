@@ -29,9 +29,9 @@ from remend.core.operators import SymmetricOperator
 from remend.editors.base import WeightEditor
 from remend.editors.calibration_data import whiteners
 from remend.editors.info import EditorInfo
-from remend.editors.packing import PackedFactors, Table, active_rows
+from remend.editors.packing import EpisodePadding, PackedFactors, pack_active
 from remend.editors.serialization import SavedEditor
-from remend.editors.strength_search import UneditedPass, taking_scales
+from remend.editors.strength_search import UneditedPass, smallest_effective_scales
 from remend.fingerprint import find_modules
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
@@ -138,16 +138,16 @@ class Ridge(WeightEditor):
         modules = find_modules(task.model, self.whitening)
         for part in in_batches(examples):
             batch = task.collate(part)
-            unedited = UneditedPass(task, batch, self.whitening, whole=True)
+            unedited = UneditedPass(task, batch, self.whitening, all_targets=True)
             factors = capture_gradient_factors(
                 task.model, modules, task.token_masks(batch, self.whitening, True), unedited.loss
             )[1]
-            rows = active_rows(factors, task.device)
+            rows = pack_active(factors, task.device)
             keys = {name: self.whitening[name](packed.u) for name, packed in rows.items()}
             moves = {name: -packed.delta * _unit(packed, modules[name]) for name, packed in rows.items()}
             single = {name: self._solve_each(name, keys[name], moves[name], rows[name]) for name in rows}
             # An infinite settle gives a request whose target is the model's answer already the scale 1 / inf = 0.
-            scales = self.config.strength * taking_scales(unedited, single, settle=math.inf)
+            scales = self.config.strength * smallest_effective_scales(unedited, single, settle=math.inf)
             for name, packed in rows.items():
                 of_requests = zip(keys[name].split(packed.counts), moves[name].split(packed.counts), strict=True)
                 by_matrix[name] += [(k, scales[index] * v) for index, (k, v) in enumerate(of_requests)]
@@ -160,7 +160,7 @@ class Ridge(WeightEditor):
         parts = [
             self._solve(name, k, v) for k, v in zip(keys.split(rows.counts), moves.split(rows.counts), strict=True)
         ]
-        table = Table(rows.counts, keys.device)
+        table = EpisodePadding(rows.counts, keys.device)
         u, delta = torch.cat([part.u for part in parts]), torch.cat([part.delta for part in parts])
         return LowRank(table(u), table(delta), self.config.gate)
 
@@ -168,9 +168,9 @@ class Ridge(WeightEditor):
 def _unit(rows: PackedFactors, module: nn.Module) -> Float[Tensor, "row 1"]:
     """Return the factor that makes each request's gradient as large as the matrix's usual output."""
     # Without it the matrix with the largest gradients would take most of an edit; with it they share it evenly.
-    sizes = rows.sizes().clamp(min=1e-30)
-    counts = torch.tensor(rows.counts, device=sizes.device)
+    delta_norms = rows.delta_norms().clamp(min=1e-30)
+    counts = torch.tensor(rows.counts, device=delta_norms.device)
     input_norms = torch.stack([u.norm(dim=1).mean() if len(u) else u.sum() for u in rows.u.split(rows.counts)])
     output = input_norms * weight_rms(module) * dimensions(module)[1] ** 0.5
-    factors: Tensor = (output / sizes).repeat_interleave(counts)[:, None]
+    factors: Tensor = (output / delta_norms).repeat_interleave(counts)[:, None]
     return factors

@@ -1,123 +1,242 @@
-"""What the trained editors beside MEND have in common: how they are made, kept, and asked for edits."""
+"""``TrainableEditor``: what training needs of an editor. Come here to write an editor that ``remend.train`` trains."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from remend.core.capture import GradientFactors
-from remend.core.layers import weight_rms
+from remend.core.capture import GradientFactors, capture_gradient_factors
+from remend.core.distributed import ProcessGroup
+from remend.core.factored_gradients import FactoredGradients
 from remend.core.low_rank import LowRank
 from remend.editors.base import WeightEditor
+from remend.editors.packing import PackedFactors, pack_active
 from remend.editors.serialization import SavedEditor
+from remend.errors import ConfigError
 from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.request import EditRequest
-from remend.tasks.base import Example, Task
+from remend.tasks.base import Batch, Example, Task
+
+
+@dataclass(frozen=True)
+class FactPrompts:
+    """A fact of the training set.
+
+    Attributes:
+        prompts: the prompts that ask for it.
+        near: prompts that are similar to these and ask for other facts.
+    """
+
+    prompts: tuple[Example, ...]
+    near: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What an editor is fitted to before the first training step.
+
+    Attributes:
+        edits: edit pairs of the training set, in batches.
+        facts: the facts that they are about.
+        text: passages of ordinary text; empty where none is given.
+    """
+
+    edits: Sequence[Sequence[Example]]
+    facts: Sequence[FactPrompts] = ()
+    text: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class ParameterGroups:
+    """The parameters of an editor by the learning rate with which they are trained.
+
+    Attributes:
+        networks: trained with ``learning_rate``.
+        step_sizes: trained with ``alpha_learning_rate``.
+    """
+
+    networks: tuple[nn.Parameter, ...]
+    step_sizes: tuple[nn.Parameter, ...]
+
+
+@dataclass(frozen=True)
+class EditorMemory:
+    """The bytes that an editor takes for each episode.
+
+    Attributes:
+        activations: what autograd saves in :meth:`TrainableEditor.episode_changes`.
+        cached_factors: what is cached of its edit pair.
+    """
+
+    activations: float = 0.0
+    cached_factors: float = 0.0
+
+
+@runtime_checkable
+class ActivationSource(Protocol):
+    """What the frozen base model computes of examples. Training caches it, since it never changes.
+
+    Attributes:
+        task: the base model.
+        prefix: the blocks below the edited ones.
+    """
+
+    task: Task
+    prefix: FrozenPrefix
+
+    @property
+    def factor_budget(self) -> int:
+        """The bytes of packed factors that can be stored."""
+        ...
+
+    def prefix_states(self, examples: Sequence[Example]) -> Float[Tensor, "row token *d"] | None:
+        """Return the input of the lowest edited block, right-padded with zeros; None if no block is below it."""
+        ...
+
+    def gradient_factors(self, examples: Sequence[Example]) -> dict[str, GradientFactors]:
+        """Compute the gradient factors of edit pairs at every token; they are not stored."""
+        ...
+
+    def packed_factors(self, examples: Sequence[Example]) -> dict[str, PackedFactors]:
+        """Return what :meth:`TrainableEditor.pack` makes of the gradient factors of edit pairs."""
+        ...
+
+    def put_packed_factors(self, examples: Sequence[Example], packed: Mapping[str, PackedFactors]) -> None:
+        """Store the packed factors of edit pairs, so that :meth:`packed_factors` finds them."""
+        ...
 
 
 class TrainableEditor(nn.Module, WeightEditor):
-    """An editor whose changes are a differentiable function of the pairs, through which it is trained as MEND is.
+    """An editor whose changes are a differentiable function of edit pairs, through which it is trained.
+
+    A subclass has :meth:`episode_changes` and :meth:`calibrate` beside what every editor has.
 
     Attributes:
-        config: its settings.
-        base: the model it is for.
-        shapes: (d_in, d_out) of each edited module, by name.
-        trained: what its training recorded; empty before.
-        networks: what learns with the editor networks' rate.
-        alpha: what learns with the step sizes' rate.
-        unit: of each matrix, the step at which a token's edit changes its own output by about the output's size.
+        config: its configuration, which cannot be replaced: the parameters were made from it.
+        base: the model that it is for.
+        shapes: (d_in, d_out) of each edited matrix, by name.
+        trained: what its training recorded (settings, steps, seconds, validation history); empty before.
+        alpha: the step sizes.
+        reads_packed_factors: whether the changes depend on the base model through :meth:`ActivationSource.
+            packed_factors` only, which are then cached.
+        calibrates_on_text: whether it can be fitted to a text.
+        estimates_memory: whether :meth:`memory` tells what it takes. If not, whole batches go through it and the edited
+            model at once.
     """
 
     alpha: nn.Parameter
-    unit: Tensor
+    reads_packed_factors: ClassVar[bool] = False
+    calibrates_on_text: ClassVar[bool] = False
+    estimates_memory: ClassVar[bool] = False
 
     def __init__(self, config: Any, base: ModelFingerprint, shapes: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
         self.config, self.base, self.shapes = config, base, dict(shapes)
         self.trained: dict[str, Any] = {}
-        self.register_buffer("unit", torch.zeros(len(self.shapes)))
 
-    def prepare(self, task: Task, text: Sequence[str], seed: int) -> None:
-        """Build what depends on the model, and move to its device."""
-        self.build(task)
-        self.to(task.device)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, other than the configuration that the parameters were made from.
 
-    def build(self, task: Task) -> None:
-        """Build what depends on the model; by default nothing."""
+        Raises:
+            ConfigError: the configuration would be replaced.
+        """
+        if name == "config" and "config" in self.__dict__:
+            raise ConfigError(
+                f"the configuration of a {self.info.name} editor is fixed, since its parameters were made from it: "
+                "create another editor, or call with_settings, where the editor has it"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the editor's parameters."""
+        return self.alpha.device
+
+    @property
+    @abstractmethod
+    def fitted(self) -> bool:
+        """Whether the editor was fitted to a model, or trained."""
+
+    @property
+    def uses_negatives(self) -> bool:
+        """Whether the calibration uses near negatives, which are mined where requests name none."""
+        return False
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> ParameterGroups:
+        """Return the parameters by learning rate: all, and the step sizes :attr:`alpha`."""
+        return ParameterGroups(tuple(p for p in self.parameters() if p is not self.alpha), (self.alpha,))
+
+    @abstractmethod
+    def calibrate(self, source: ActivationSource, data: CalibrationData, process_group: ProcessGroup) -> None:
+        """Fit the editor to its base model before the first training step.
+
+        Args:
+            source: the base model's activations.
+            data: what to fit to.
+            process_group: the processes of the run, which must all have the same editor afterwards.
+        """
+
+    def replay_calibration(self, source: ActivationSource, data: CalibrationData, process_group: ProcessGroup) -> None:
+        """Look up in ``source`` what :meth:`calibrate` looked up, in the same order; by default nothing.
+
+        A resumed run then has the same bits cached, since rounding depends on which examples are computed together.
+        """
         return
 
     @abstractmethod
     def episode_changes(
-        self, task: Task, pairs: Sequence[Example], prefix: FrozenPrefix, states: Tensor | None
+        self, source: ActivationSource, examples: Sequence[Example], factored_gradients: FactoredGradients | None = None
     ) -> dict[str, LowRank]:
-        """What each pair, as an episode of its own, changes; differentiable in the editor's parameters.
+        """Return what each edit pair, as an episode of its own, changes: a batched change of each matrix.
 
-        The first :meth:`shared` factor pairs are the same for all episodes, those of the pair follow.
+        Differentiable in the editor's parameters.
+
+        Args:
+            source: the base model's activations.
+            examples: the edit pairs.
+            factored_gradients: where the backward pass may put the gradients of large matrices, as factors.
+        """
+
+    def capture(
+        self, task: Task, batch: Batch, loss: Callable[[], Float[Tensor, " episode"]] | None = None
+    ) -> dict[str, GradientFactors]:
+        """Capture the gradient factors of each edit pair's loss in the unedited model (paper, Alg. 2, lines 1–2).
 
         Args:
             task: the base model.
-            pairs: the edit pairs.
-            prefix: where the model is cut.
-            states: what enters it there, or None.
+            batch: the edit pairs.
+            loss: computes their losses, if the same pass computes something else too.
         """
+        modules = find_modules(task.model, self.shapes)
+        tokens = task.token_masks(batch, self.shapes, self.predicting_tokens_only)
+        return capture_gradient_factors(task.model, modules, tokens, loss or (lambda: task.loss(batch)))[1]
 
-    def shared(self, name: str) -> int:
-        """How many factor pairs of a matrix's change are every edit's."""
+    @property
+    def predicting_tokens_only(self) -> bool:
+        """Whether only tokens that predict a target count as carrying gradient."""
+        return False
+
+    def pack(self, factors: Mapping[str, GradientFactors]) -> dict[str, PackedFactors]:
+        """Return what the editor reads of gradient factors, on its device: those at tokens that carry gradient."""
+        return pack_active(factors, self.device)
+
+    def memory(self, ranks: Mapping[str, float]) -> EditorMemory:
+        """Return what an episode takes, given the mean number of tokens that carry gradient at each matrix."""
+        return EditorMemory()
+
+    def calibration_bytes(self) -> int:
+        """Return the most bytes that :meth:`calibrate` takes beside the editor and a pass through the model."""
         return 0
 
-    # -- editing -------------------------------------------------------------------------------------------------
-
-    def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
-        """Return the sum of what each request changes, with what is every edit's once."""
-        parts = self._changes_of_each(task, requests)
-        changes = {}
-        for name in self.shapes:
-            of_requests, common = [part[name] for part in parts], self.shared(name)
-            u = torch.cat([of_requests[0].u[:common], *(change.u[common:] for change in of_requests)])
-            delta = torch.cat([of_requests[0].delta[:common], *(change.delta[common:] for change in of_requests)])
-            changes[name] = LowRank(u, delta)
-        return changes
-
-    @torch.enable_grad()
-    def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
-        """Return what each request changes by itself."""
-        examples = [task.encode(request.prompt, request.target) for request in requests]
-        prefix = FrozenPrefix(task.model, self.shapes)
-        batched = {n: change.detach() for n, change in self.episode_changes(task, examples, prefix, None).items()}
-        return [
-            {name: _without_padding(change, episode, self.shared(name)) for name, change in batched.items()}
-            for episode in range(len(examples))
-        ]
-
-    # -- fitting and keeping -------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where the editor's parameters are."""
-        return self.alpha.device
-
-    @property
-    def fitted(self) -> bool:
-        """Whether it was fitted to a model, or trained."""
-        return bool(self.trained) or bool((self.unit > 0).any())
-
-    @torch.no_grad()
-    def fit(self, task: Task, factors: Mapping[str, GradientFactors]) -> None:
-        """Measure the units of the steps on the gradient factors of some pairs."""
-        modules = find_modules(task.model, self.shapes)
-        for place, (name, own) in enumerate(factors.items()):
-            u, delta = own.u[own.active], own.delta[own.active]
-            output, answer = (
-                u.norm(dim=1).mean() * weight_rms(modules[name]),
-                u.square().sum(1).mean() * delta.square().mean().sqrt(),
-            )
-            self.unit[place] = (output / answer).to(self.unit.device) if answer > 0 else 1.0
+    # -- save and load -------------------------------------------------------------------------------------------
 
     def saved_fields(self) -> dict[str, Any]:
         """Return what training recorded."""
@@ -129,17 +248,5 @@ class TrainableEditor(nn.Module, WeightEditor):
 
     def restore(self, saved: SavedEditor) -> None:
         """Take over parameters, buffers and what training recorded."""
-        self.expect(saved.tensors)
         self.load_state_dict({name: tensor.clone() for name, tensor in saved.tensors.items()})
         self.trained = saved.field("trained", dict)
-
-    def expect(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make room for saved tensors whose sizes are the model's."""
-
-
-def _without_padding(change: LowRank, episode: int, shared: int) -> LowRank:
-    """One episode's change without the factor pairs that only fill it up."""
-    own = change.select(torch.tensor([episode], device=change.u.device))
-    kept = (own.delta[0] != 0).any(1)
-    kept[:shared] = True
-    return replace(own, u=own.u[0, kept], delta=own.delta[0, kept])

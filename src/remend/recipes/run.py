@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from remend.config import differences
-from remend.editors import Trainable
+from remend.editors import TrainableEditor
 from remend.editors.mend.editor import Mend
 from remend.errors import ConfigError
 from remend.evaluation import Report, evaluate
@@ -21,8 +21,8 @@ from remend.recipes.recipe import Recipe
 from remend.recipes.summary import python_call, summarize
 from remend.serialization import MANIFEST, write_json, write_text
 from remend.training import train as train_editor
-from remend.training.checkpoint import folder_of
-from remend.training.loop import check_out
+from remend.training.checkpoint import checkpoints_folder
+from remend.training.training_run import check_out
 
 REPORT_FILE = "report.json"
 PARTIAL_REPORT = "report.json.partial"
@@ -85,7 +85,7 @@ def run_recipe(
     run_settings = {"recipe": recipe.model_dump(mode="json"), "inputs": inputs.to_json(), "seed": settings.seed}
     run_settings |= {"limit": limit, "max_steps": max_steps}
     _check_folder(out, run_settings, resume)
-    resumable = folder_of(out / "editor").exists() or (out / "editor" / MANIFEST).exists()
+    resumable = checkpoints_folder(out / "editor").exists() or (out / "editor" / MANIFEST).exists()
     if not resumable:  # the editor was deleted, so these are results of another one
         shutil.rmtree(out / PARTIAL_REPORT, ignore_errors=True)
         (out / REPORT_FILE).unlink(missing_ok=True)
@@ -98,7 +98,7 @@ def run_recipe(
     write_json(out / "run.json", run_settings)
     loader = RequestLoader(recipe, inputs, out / "requests", device, settings.seed, limit)
     requests = loader.load(task, resume)
-    editor: Trainable = train_editor(
+    editor: TrainableEditor = train_editor(
         task, requests["train"], requests.get("validation"),
         config=settings,
         editor=Mend.create(task, network, modules=recipe.modules, seed=settings.seed, layers=recipe.layers),

@@ -1,4 +1,4 @@
-"""Settings of a training run, and the two presets."""
+"""``TrainingConfig`` and ``Resources``: the settings of a training run, with the presets ``paper`` and ``default``."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from remend.errors import ConfigError
 
 @dataclass(frozen=True)
 class TrainingConfig(Config):
-    """How an editor is trained; the defaults are the paper's (section 5, appendix B).
+    """Settings of the training of an editor; the defaults are the paper's (section 5, appendix B).
 
     Attributes:
-        edit_weight: c_e, the weight of the edit's loss beside the locality loss (Eq. 4).
-        batch_size: episodes a step.
+        edit_weight: c_e, the weight of the edit loss beside the locality loss (Eq. 4).
+        batch_size: the number of episodes in a step.
         learning_rate: Adam's, for the editor networks.
         alpha_learning_rate: Adam's, for the step sizes α.
-        near: the share of locality examples that are near negatives: of the request's own ``near``, or mined where it
-            has none (:mod:`remend.training.negative_mining`); the rest is unrelated (the paper has only these).
+        near: the share of locality examples that are near negatives: the request's ``near``, or mined where it has none
+            (:mod:`remend.training.negative_mining`). The rest is unrelated (the paper has only these).
         in_batch: the share that are other edit prompts of the same batch, of the same relation where requests name one.
-        hardest: how many locality examples are drawn for each episode; the one that the edit disturbs most is used.
-        decay: whether both fall linearly to zero at the end of the run (of its steps or its seconds).
+        hardest: the number of locality examples drawn for each episode; the one that the edit disturbs most is used.
+        decay: whether both learning rates fall linearly to zero at the end of the run (of its steps or its seconds).
         gradient_clip: the largest norm of the gradient of all parameters together.
-        max_steps: the run ends after this many steps at the latest.
-        patience: it ends when the validation loss has not fallen for this many steps.
-        validate_every: steps between validations.
-        validation_size: how many validation requests are used.
-        seed: of initial weights, the order of the data and every draw.
+        max_steps: the number of steps after which the run ends at the latest.
+        patience: the number of steps without a lower validation loss after which it ends.
+        validate_every: the number of steps between validations.
+        validation_size: the largest number of validation requests that are used.
+        seed: the seed of initial weights, the order of the data and every random draw.
     """
 
     edit_weight: PositiveFloat = 0.1
@@ -61,16 +61,17 @@ class TrainingConfig(Config):
 
 @dataclass(frozen=True)
 class Resources(Config):
-    """How a run uses the machine it is on. Nothing here changes what is computed, but for rounding.
+    """How a run uses memory and precision. Apart from rounding, nothing here changes the result.
 
     Attributes:
-        micro_batch: episodes that go through the edited model together; by default as many as fit ``memory``.
-        memory: GB that training may take in all, the loaded model included; by default what the device has free.
-        cache: GB in which constants of the examples are kept (hidden states, then gradient factors).
-        cache_folder: where hidden states are kept on disk too, for as long as the folder is.
-        recompute: whether activations above the cut are computed again for the backward pass, not kept.
+        micro_batch: the number of episodes that go through the edited model together; by default as many as fit
+            ``memory``.
+        memory: the GB that training may take in all, including the loaded model; by default what the device has free.
+        cache: the GB of the activation cache: hidden states of the examples, then gradient factors.
+        cache_folder: a folder in which hidden states are cached on disk too, also for later runs.
+        recompute: whether activations above the cut are recomputed in the backward pass (activation checkpointing).
         precision: of matrix products: ``float32``; ``tf32`` (on GPUs that have it); ``bfloat16``. Parameters,
-            statistics and what is summed stay float32.
+            statistics and sums stay float32.
     """
 
     micro_batch: PositiveInt | None = None
@@ -82,12 +83,12 @@ class Resources(Config):
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """In which a float32 base model's products are taken, if not in float32."""
+        """The dtype of the matrix products of a float32 base model; None for float32."""
         return torch.bfloat16 if self.precision == "bfloat16" else None
 
     @contextmanager
-    def products(self) -> Iterator[None]:
-        """Within the block, CUDA multiplies float32 matrices as ``precision`` says; elsewhere nothing changes."""
+    def matmul_precision(self) -> Iterator[None]:
+        """Let CUDA multiply float32 matrices in TF32 inside the block, if ``precision`` says so."""
         before = torch.backends.cuda.matmul.allow_tf32
         if self.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -98,7 +99,7 @@ class Resources(Config):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """In which the editor networks' products are taken."""
+        """The dtype of the matrix products of the editor networks."""
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
 

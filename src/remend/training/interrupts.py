@@ -1,4 +1,4 @@
-"""Interruptions that wait until a step is done."""
+"""Signals during training: SIGINT and SIGTERM wait until a step is done, so that a checkpoint can be written."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from types import FrameType
 
 
 @contextmanager
-def interruptible(wanted: bool) -> Iterator[list[int]]:
-    """Within the block, SIGINT and SIGTERM do not end the process but are noted; a second SIGINT does end it.
+def defer_interrupts(enabled: bool) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in the yielded list in place of ending the process; a second SIGINT does end it.
 
-    Only where there is a checkpoint to write, and only in the main thread, where Python handles signals.
+    Args:
+        enabled: whether to do so; a run that writes no checkpoint has no reason to wait.
     """
-    noted: list[int] = []
-    if not wanted or threading.current_thread() is not threading.main_thread():
-        yield noted
+    received: list[int] = []
+    # Python runs signal handlers in the main thread only, and refuses to install them in another.
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield received
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if noted and number == signal.SIGINT:
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        noted.append(number)
+        received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield noted
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

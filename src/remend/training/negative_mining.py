@@ -1,4 +1,4 @@
-"""Near negatives: prompts that an edit leaks to most easily, for requests that name none."""
+"""Mines near negatives, the prompts that an edit leaks to most easily, for requests that name none."""
 
 from __future__ import annotations
 
@@ -14,47 +14,52 @@ from remend.training.activation_cache import ActivationCache
 from remend.training.episodes import Episodes
 
 MINED = 4
-"""Negatives that are found for each request."""
+"""The number of negatives mined for each request."""
 
-CHUNK = 1_024
-"""Requests that are compared with all others at a time."""
+STATES_BATCH = 32
+"""The number of prompts whose hidden states are looked up together."""
+
+COMPARED_REQUESTS = 1_024
+"""The number of requests that are compared with all others at a time: bounds the memory of the similarities."""
 
 
 @torch.no_grad()
-def mine(episodes: Episodes, constants: ActivationCache) -> int:
-    """Give each request that has no near negatives the edit prompts of others that look most like its own.
+def mine(episodes: Episodes, activation_cache: ActivationCache) -> int:
+    """Give each request without near negatives the edit prompts of other requests that are most similar to its own.
 
-    Prompts are compared by the base model's last hidden state at the token that is to answer, about its mean: the
-    cosine is largest where the model is about to say the like. Prompts of the request's own fact are left out. What is
-    kept at a mined prompt is the unedited model's prediction along the other request's pair.
+    The similarity of two prompts is the cosine of the base model's last hidden states at the token that predicts the
+    answer, after subtracting their mean. It is largest where the model is about to give similar answers. Prompts of the
+    same fact are left out. At a mined prompt, training keeps the unedited model's prediction along the other request's
+    target.
 
     Returns:
-        For how many requests negatives were mined.
+        The number of requests for which negatives were mined.
     """
-    wanting = [place for place, episode in enumerate(episodes.episodes) if not episode.near]
-    if not wanting:
+    without = [index for index, episode in enumerate(episodes.episodes) if not episode.near]
+    if not without:
         return 0
     pool = list({episode.edit.input: episode.edit for episode in episodes.episodes}.values())
-    states = torch.cat([_answering(pool[at : at + 32], constants) for at in range(0, len(pool), 32)])
+    parts = [pool[start : start + STATES_BATCH] for start in range(0, len(pool), STATES_BATCH)]
+    states = torch.cat([_answer_states(part, activation_cache) for part in parts])
     states = torch.nn.functional.normalize(states - states.mean(0), dim=-1)
-    place_of = {pair.input: place for place, pair in enumerate(pool)}
-    for at in range(0, len(wanting), CHUNK):
-        chunk = wanting[at : at + CHUNK]
-        own = states[[place_of[episodes.episodes[i].edit.input] for i in chunk]]
-        # A fact's own prompts may be the nearest: so many more are looked at.
-        most = max(len(episodes.episodes[i].prompts) for i in chunk)
-        nearest = (own @ states.T).topk(min(MINED + most, len(pool))).indices.tolist()
-        for i, found in zip(chunk, nearest, strict=True):
-            about = episodes.episodes[i].prompts
-            near = tuple(pool[place] for place in found if pool[place].input not in about)[:MINED]
+    pool_index = {example.input: index for index, example in enumerate(pool)}
+    for start in range(0, len(without), COMPARED_REQUESTS):
+        chunk = without[start : start + COMPARED_REQUESTS]
+        queries = states[[pool_index[episodes.episodes[i].edit.input] for i in chunk]]
+        # The nearest may be prompts of the same fact, which are dropped below: take as many more.
+        dropped = max(len(episodes.episodes[i].prompts) for i in chunk)
+        nearest = (queries @ states.T).topk(min(MINED + dropped, len(pool))).indices.tolist()
+        for i, indices in zip(chunk, nearest, strict=True):
+            same_fact = episodes.episodes[i].prompts
+            near = tuple(pool[index] for index in indices if pool[index].input not in same_fact)[:MINED]
             episodes.episodes[i] = replace(episodes.episodes[i], near=near)
-    return len(wanting)
+    return len(without)
 
 
-def _answering(pairs: Sequence[Example], constants: ActivationCache) -> Float[Tensor, "pair d"]:
-    """The last hidden state at the token that predicts the first target token of each pair."""
-    states = constants.base_states(pairs, constants.prefix_states(pairs)).float()
-    firsts = [0]
-    for pair in pairs[:-1]:
-        firsts.append(firsts[-1] + len(pair.target))
-    return states[firsts]
+def _answer_states(examples: Sequence[Example], activation_cache: ActivationCache) -> Float[Tensor, "example d"]:
+    """Return the last hidden state at the token that predicts the first target token of each example."""
+    states = activation_cache.base_states(examples, activation_cache.prefix_states(examples)).float()
+    first_rows = [0]
+    for example in examples[:-1]:
+        first_rows.append(first_rows[-1] + len(example.target))
+    return states[first_rows]

@@ -1,4 +1,4 @@
-"""What training an editor would take of a model of which only the configuration is at hand; no weight is ever made."""
+"""Estimates what training an editor takes from a model's configuration alone, without creating any weight."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from remend.models.blocks import find_stacks
 from remend.models.loading import skeleton
 from remend.models.structure import editable_modules
 from remend.training.config import PRESETS
-from remend.training.memory import bytes_of, moments_bytes
+from remend.training.memory import bytes_of
 
 GPUS = (1, 2, 4, 8)
-"""How many GPUs are thought of that share the model's weights."""
+"""The numbers of GPUs that share the model's weights for which the memory is estimated."""
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """What :func:`dry_run` found.
+    """The result of :func:`dry_run`.
 
     Attributes:
         model: the configuration's folder or file.
-        parameters: of the base model.
-        blocks: of each of its stacks.
+        parameters: the number of parameters of the base model.
+        blocks: the number of blocks of each of its stacks.
         matrices: (d_in, d_out) of each matrix that would be edited, by name.
-        editor_parameters: of the editor networks.
-        model_bytes: the base model's weights.
-        editor_bytes: the editor networks and what they measured of the model, in float32.
-        training_bytes: what training takes beside: Adam's moments and one gradient, or, before the first step, the
+        editor_parameters: the number of parameters of the editor.
+        model_bytes: the bytes of the base model's weights.
+        editor_bytes: the bytes of the editor's parameters and statistics, in float32.
+        training_bytes: what training takes in addition: Adam's moments and one gradient, or, before the first step, the
             moments of the layers' inputs, whichever is more. Activations come on top; they depend on the texts.
     """
 
@@ -51,16 +51,16 @@ class ResourceEstimate:
     training_bytes: int
 
     def gpu_bytes(self, count: int) -> int:
-        """What each of some GPUs holds that share the model's weights; each has an editor of its own."""
+        """Return the bytes on each of ``count`` GPUs that share the model's weights; each has a whole editor."""
         return -(-self.model_bytes // count) + self.editor_bytes + self.training_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
+        """Return the result as a JSON object."""
         return {**vars(self), "gpu_bytes": {str(count): self.gpu_bytes(count) for count in GPUS}}
 
 
 def only_configured(model: str) -> bool:
-    """Whether ``model`` is a configuration file, or a folder that holds one and no weights."""
+    """Tell whether ``model`` is a configuration file, or a folder that holds one and no weights."""
     path = Path(model)
     if path.is_dir():
         return (path / "config.json").is_file() and not any(next(path.glob(kind), None) for kind in _WEIGHTS)
@@ -74,7 +74,7 @@ def dry_run(
     layers: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> ResourceEstimate:
-    """Build a model without weights from its configuration, and count.
+    """Build a model without weights from its configuration, and count parameters and bytes.
 
     Args:
         path: a ``config.json``, or the folder that holds it.
@@ -93,7 +93,7 @@ def dry_run(
             network, ModelFingerprint("", "", {}), {name: dimensions(module) for name, module in chosen.items()}
         )
     trained, parameters = list(editor.parameters()), sum(parameter.numel() for parameter in model.parameters())
-    optimiser = 2 * bytes_of(trained) + max(bytes_of([parameter]) for parameter in trained)
+    optimizer = 2 * bytes_of(trained) + max(bytes_of([parameter]) for parameter in trained)
     return ResourceEstimate(
         model=path,
         parameters=parameters,
@@ -102,5 +102,5 @@ def dry_run(
         editor_parameters=sum(parameter.numel() for parameter in trained),
         model_bytes=parameters * dtype.itemsize,
         editor_bytes=bytes_of([*trained, *editor.buffers()]),
-        training_bytes=max(optimiser, moments_bytes(editor)),
+        training_bytes=max(optimizer, editor.calibration_bytes()),
     )

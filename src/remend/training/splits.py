@@ -1,4 +1,4 @@
-"""Training and validation requests that share no subject, prompt or fact."""
+"""Splits requests into training and validation requests that share no subject, prompt or fact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from remend.request import EditRequest
 from remend.training.config import TrainingConfig
 
 HELD_OUT_SHARE = 0.1
-"""The share of subjects kept for validation where no validation file is given."""
+"""The share of subjects that are held out for validation where no validation requests are given."""
 
 
 def split(
@@ -21,9 +21,10 @@ def split(
     config: TrainingConfig,
     allow_shared: Iterable[str] = (),
 ) -> tuple[list[EditRequest], list[EditRequest]]:
-    """Training and validation requests that share nothing; validation in an order drawn with the seed.
+    """Return training and validation requests that share nothing; validation in an order drawn with the seed.
 
-    Where no validation is given, some subjects are held out, together with all that are asked in the same words.
+    Where no validation requests are given, some subjects are held out, together with all subjects that share a prompt
+    with one of them.
 
     Raises:
         TrainingError: both sides share subjects, prompts or facts (unless named in ``allow_shared``), or one is empty.
@@ -49,31 +50,37 @@ def split(
 
 
 def _check(requests: Sequence[EditRequest], validation: Sequence[EditRequest], allowed: frozenset[str]) -> None:
-    for kind, both in find_overlap(requests, validation).items():
-        if both and kind not in allowed:
-            examples = ", ".join(text if len(text) <= 60 else f"{text[:59]}…" for text in both[:3])
+    for kind, shared in find_overlap(requests, validation).items():
+        if shared and kind not in allowed:
+            examples = ", ".join(text if len(text) <= 60 else f"{text[:59]}…" for text in shared[:3])
             raise TrainingError(
-                f"training and validation share {len(both)} {kind} ({examples}{' …' if len(both) > 3 else ''}): what "
-                "is measured there would be remembered, not learnt. Move each to one side, or say that it is meant: "
-                f"allow_shared=[{kind!r}] (--allow-shared {kind})"
+                f"training and validation share {len(shared)} {kind} ({examples}{' …' if len(shared) > 3 else ''}): "
+                "validation would measure what the editor remembers, not what it learned. Move each to one side, or "
+                f"allow it: allow_shared=[{kind!r}] (--allow-shared {kind})"
             )
 
 
 def _groups(requests: Sequence[EditRequest], by_prompt: bool) -> dict[str, str]:
-    """For each subject, the first of those that it must stay together with, since they are asked in the same words."""
+    """Return for each subject the first subject of its group: those connected by a common prompt.
+
+    Args:
+        requests: the requests.
+        by_prompt: whether common prompts connect subjects; otherwise each is alone.
+    """
+    # A union-find structure: each subject points towards the first of its group.
     leader = {request.key: request.key for request in requests}
 
-    def first(key: str) -> str:
+    def find(key: str) -> str:
         while leader[key] != key:
             leader[key] = key = leader[leader[key]]
         return key
 
-    asking: dict[str, list[str]] = defaultdict(list)
+    subjects_of_prompt: dict[str, list[str]] = defaultdict(list)
     for request in requests if by_prompt else ():
         for prompt in edited_prompts(request):
-            asking[prompt].append(request.key)
-    for keys in asking.values():
+            subjects_of_prompt[prompt].append(request.key)
+    for keys in subjects_of_prompt.values():
         for key in keys[1:]:
-            low, high = sorted((first(keys[0]), first(key)))
+            low, high = sorted((find(keys[0]), find(key)))
             leader[high] = low
-    return {key: first(key) for key in leader}
+    return {key: find(key) for key in leader}

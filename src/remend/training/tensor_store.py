@@ -1,4 +1,4 @@
-"""Tensors that do not change while an editor trains: kept in memory up to a budget, and on disk if asked to."""
+"""``TensorStore``: tensors that stay the same while an editor trains, in memory up to a budget, and on disk."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from remend.serialization import read_folder, read_format, write_folder
 
 STORE_FORMAT = "remend.activation-cache/1"
 """The format of a shard. Before, shards were ``remend.cache/1``, which is the format of a lookup editor's edits."""
+
 SHARD_BYTES = 64 << 20
 """Entries are written to disk together when they take this much."""
 
@@ -22,19 +23,19 @@ Entry = tuple[Tensor, ...]
 
 
 class TensorStore:
-    """Entries by key, each put once and never changed or dropped.
+    """Entries by key, each stored once and never changed or removed.
 
-    With a folder, every entry is also written there, in shards of safetensors that later runs (and this one, once the
-    memory budget is used up) map into memory. A shard that is not what its manifest says is deleted, and what it held
-    counts as missing. Several processes may share a folder: each writes shards of its own, and reads those that were
-    there when it began.
+    With a folder, every entry is also written there, in shards of safetensors. Later runs map these into memory, and so
+    does this run once the memory budget is used up. A shard that does not match its manifest is deleted, and its
+    entries count as missing. Several processes may share a folder: each writes its own shards, and reads those that
+    existed when it started.
 
     Args:
-        budget: bytes of tensors to keep in memory.
-        folder: where shards are; only entries of one model, cut and precision may share a folder.
+        budget: the bytes of tensors to keep in memory.
+        folder: the folder of the shards; only entries of one model, cut and precision may share a folder.
 
     Attributes:
-        used: bytes kept in memory.
+        used: the bytes kept in memory.
         full: whether an entry did not fit; nothing more is kept in memory then.
     """
 
@@ -48,16 +49,16 @@ class TensorStore:
         self._pending_bytes = 0
         if folder is not None:
             shards = sorted(folder.glob("shard-*"))
-            # What says that it is something else is not damaged: it is left alone, for its owner to delete.
-            others = [shard for shard in shards if read_format(shard) not in ("", STORE_FORMAT)]
-            if others:
+            # A folder of another format is not damaged: it belongs to somebody, who has to delete it.
+            foreign = [shard for shard in shards if read_format(shard) not in ("", STORE_FORMAT)]
+            if foreign:
                 warnings.warn(
-                    f"{len(others)} folders in {folder} are no parts of this cache ({others[0].name} is a "
-                    f"{read_format(others[0])}, of an earlier release perhaps) and are not read: delete them",
+                    f"{len(foreign)} folders in {folder} are no parts of this cache ({foreign[0].name} is a "
+                    f"{read_format(foreign[0])}, of an earlier release perhaps) and are not read: delete them",
                     stacklevel=2,
                 )
             for shard in shards:
-                if shard not in others:
+                if shard not in foreign:
                     self._map(shard)
 
     def __contains__(self, key: str) -> bool:
@@ -67,12 +68,13 @@ class TensorStore:
         return self._entries[key] if key in self._entries else self._pending[key]
 
     def has_all(self, keys: Iterable[str]) -> bool:
-        """Whether nothing is left to be kept: all these entries are there, or there is no place for another."""
+        """Tell whether storing these entries would change nothing: all are stored, or there is no room for another."""
         return (self.full and self.folder is None) or all(key in self for key in keys)
 
     def put(self, key: str, entry: Entry) -> None:
-        """Keep a copy of an entry in memory, until one does not fit; and on disk."""
+        """Store a copy of an entry in memory, until one does not fit; and on disk."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in entry)
+        # Once full, always full: which entries are kept must not depend on whether a later one happens to be small.
         self.full = self.full or self.used + size > self.budget
         if not self.full:
             self._entries[key] = tuple(tensor.detach().clone() for tensor in entry)
@@ -83,12 +85,12 @@ class TensorStore:
             if self._pending_bytes >= SHARD_BYTES:
                 self.flush()
 
-    def room(self, wanted: int) -> int:
-        """How much of ``wanted`` bytes would be kept in memory."""
-        return min(wanted, self.budget)
+    def memory_for(self, size: int) -> int:
+        """Return how many of ``size`` bytes of entries would be kept in memory."""
+        return min(size, self.budget)
 
     def flush(self) -> None:
-        """Write to disk what is not there yet."""
+        """Write the entries to disk that are not there yet."""
         if self.folder is None or not self._pending:
             return
         name = uuid.uuid4().hex[:16]  # another process may write the same entries at the same time
@@ -98,14 +100,15 @@ class TensorStore:
         self._map(shard)
 
     def _map(self, shard: Path) -> None:
+        """Add the entries of a shard, memory-mapped."""
         try:
             tensors = read_folder(shard, STORE_FORMAT)[1]
         except (FileError, OSError) as error:
             warnings.warn(f"a damaged part of the cache is deleted and computed anew: {error}", stacklevel=2)
             shutil.rmtree(shard, ignore_errors=True)
             return
-        found: dict[str, list[Tensor]] = {}
+        entries: dict[str, list[Tensor]] = {}
         for name in sorted(tensors):
-            found.setdefault(name.rpartition("/")[0], []).append(tensors[name])
-        for key, entry in found.items():
+            entries.setdefault(name.rpartition("/")[0], []).append(tensors[name])
+        for key, entry in entries.items():
             self._entries.setdefault(key, tuple(entry))

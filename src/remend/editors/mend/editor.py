@@ -1,8 +1,9 @@
-"""MEND: model editor networks with gradient decomposition (Mitchell et al., ICLR 2022)."""
+"""``Mend``: model editor networks with gradient decomposition (Mitchell et al., ICLR 2022)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -13,85 +14,43 @@ from torch import Tensor, nn
 
 from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.config import Config, from_json
-from remend.core.capture import GradientFactors, capture_gradient_factors
-from remend.core.editor_network import EditorNetwork
+from remend.core.distributed import ProcessGroup
 from remend.core.factored_gradients import FactoredGradients
 from remend.core.least_squares import least_squares, make_definite
 from remend.core.low_rank import LowRank, concatenate
-from remend.core.operators import SymmetricOperator, pack_symmetric, unpack_symmetric
-from remend.core.sketching import sketch_directions
-from remend.editors.base import WeightEditor
+from remend.core.operators import pack_symmetric, unpack_symmetric
 from remend.editors.info import EditorInfo
+from remend.editors.mend.calibration import MendCalibration, moments_bytes
 from remend.editors.mend.config import MendConfig
-from remend.editors.mend.networks import grouped, new_network
-from remend.editors.packing import PackedFactors, Table, active_rows
+from remend.editors.mend.transform import GradientTransform
+from remend.editors.packing import pack_active
 from remend.editors.serialization import SavedEditor, read_editor, sketched_directions, symmetric_tensors
-from remend.editors.strength_search import UneditedPass, settled
+from remend.editors.strength_search import UneditedPass, scale_to_strength
+from remend.editors.trainable import ActivationSource, CalibrationData, EditorMemory
 from remend.errors import ConfigError, FileError
-from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.blocks import find_stacks
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
-from remend.tasks.base import Batch, Task, in_batches
+from remend.tasks.base import Example, Task, in_batches
 
-LEAST_ANSWER = 0.2
-"""Contrast scales ũ by 1 / (u·ũ), but by no more than if u·ũ were this; its mean over the training prompts is 1."""
+EDIT_SETTINGS = ("settle", "gate", "aggregate")
+"""The settings that decide how edits are made of the trained networks' outputs, and so can change after training."""
 
 MendT = TypeVar("MendT", bound="Mend")
 
 
-class Mend(nn.Module, WeightEditor):
-    """The editor: one network for each weight shape (or matrix), one step size α for each edited matrix.
-
-    Attributes:
-        config: its settings.
-        base: the model it is for.
-        shapes: (d_in, d_out) of each edited module, by name.
-        groups: the modules of each shape, which share a network; each module by itself without sharing.
-        directions: in how many directions inputs are whitened and contrasted, by name, where not in all.
-        unit: what α counts in, for each matrix; 1 unless step sizes are relative.
-        largest: the size to which each matrix's gradients are limited, if they are.
-        trained: what its training recorded (settings, steps, seconds, validation history); empty before.
-    """
+class Mend(GradientTransform):
+    """MEND: editor networks turn the gradient factors of an edit pair into a low-rank change of each edited matrix."""
 
     info: ClassVar[EditorInfo] = EditorInfo(
         "mend", "Mitchell et al., ICLR 2022 (arXiv 2110.11309)", "training", batches=True, experts=True
     )
     config_class: ClassVar[type[Config]] = MendConfig
-    unit: Float[Tensor, " matrix"]
-    largest: Float[Tensor, " matrix"] | None
+    reads_packed_factors: ClassVar[bool] = True
+    calibrates_on_text: ClassVar[bool] = True
+    estimates_memory: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        config: MendConfig,
-        base: ModelFingerprint,
-        shapes: Mapping[str, tuple[int, int]],
-        directions: Mapping[str, int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.base = base
-        self.shapes = dict(shapes)
-        if directions is None:
-            found = {name: sketch_directions(d_in) for name, (d_in, _) in shapes.items() if config.ridge}
-            directions = {name: k for name, k in found.items() if k}
-        self.directions = dict(directions)
-        self.trained: dict[str, Any] = {}
-        self.groups = grouped(self.shapes, config.share)
-        self.networks = nn.ModuleDict(
-            {key: new_network(config, *self.shapes[names[0]], len(names)) for key, names in self.groups.items()}
-        )
-        self.alpha = nn.Parameter(torch.full((len(self.shapes),), config.alpha))
-        self.register_buffer("unit", torch.ones(len(self.shapes)))
-        self.register_buffer("largest", torch.full((len(self.shapes),), torch.inf) if config.limit else None)
-        for index, (name, (d_in, _)) in enumerate(self.shapes.items()):
-            k = self.directions.get(name)  # the parts of a Symmetric operator each
-            whitener = torch.ones(k + 1) if k else torch.eye(d_in)
-            self.register_buffer(f"basis_{index}", torch.eye(d_in, k) if k else None)
-            self.register_buffer(f"whitener_{index}", whitener if config.ridge else None)
-            self.register_buffer(f"contrast_{index}", torch.eye(k + 1 if k else d_in) if config.contrast else None)
-
-    # -- making and keeping --------------------------------------------------------------------------------------
+    # -- create, save and load -----------------------------------------------------------------------------------
 
     @classmethod
     def select_modules(
@@ -153,117 +112,85 @@ class Mend(nn.Module, WeightEditor):
         """
         return self._write(path, self.saved_tensors(dtype))
 
-    def saved_fields(self) -> dict[str, Any]:
-        """Return what training recorded."""
-        return {"trained": self.trained}
-
     def saved_tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Return parameters and buffers, the matrices in ``dtype``; of symmetric matrices, one half."""
         state = self.state_dict()
         tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
         return tensors | {name: pack_symmetric(tensors[name]) for name in symmetric_tensors(state)}
 
-    # -- the method ----------------------------------------------------------------------------------------------
+    def with_settings(self: MendT, **settings: Any) -> MendT:
+        """Return an editor that shares this one's tensors and makes edits with other settings.
 
-    @property
-    def device(self) -> torch.device:
-        """Where the editor's parameters are."""
-        return self.alpha.device
+        Args:
+            settings: values of some of :data:`EDIT_SETTINGS`.
+
+        Raises:
+            ConfigError: another setting is named, which the networks were built or trained with, or a value is wrong.
+        """
+        if wrong := [name for name in settings if name not in EDIT_SETTINGS]:
+            raise ConfigError(
+                f"{', '.join(wrong)} cannot change, since the networks were built or trained with it; what can is "
+                f"{', '.join(EDIT_SETTINGS)}"
+            )
+        editor = copy.copy(self)
+        editor.__dict__["config"] = replace(self.config, **settings)
+        return editor
+
+    # -- training ------------------------------------------------------------------------------------------------
 
     @property
     def fitted(self) -> bool:
-        """Whether it was fitted to a model, or trained."""
-        seen = (self.network(key).u_statistics.count.sum() for key in self.groups)
-        return bool(self.trained) or any(int(count) for count in seen)
+        """Whether the editor was fitted to a model, or trained."""
+        counts = (self.network(key).u_statistics.count.sum() for key in self.groups)
+        return bool(self.trained) or any(int(count) for count in counts)
 
-    def capture(
-        self, task: Task, batch: Batch, loss: Callable[[], Float[Tensor, " episode"]] | None = None
-    ) -> dict[str, GradientFactors]:
-        """The gradient factors of each pair's loss in the unedited model (paper, Alg. 2, lines 1–2).
+    @property
+    def uses_negatives(self) -> bool:
+        """Whether discriminants are fitted, for which near negatives are needed."""
+        return bool(self.config.contrast)
 
-        ``loss`` computes the pairs' losses, if there is more to do in the same pass.
-        """
-        modules = find_modules(task.model, self.shapes)
-        tokens = task.token_masks(batch, self.shapes, self.config.tokens == "target")
-        return capture_gradient_factors(task.model, modules, tokens, loss or (lambda: task.loss(batch)))[1]
+    @property
+    def predicting_tokens_only(self) -> bool:
+        """Whether only tokens that predict a target take part in an edit."""
+        return self.config.tokens == "target"
 
-    def whiten(self, u: Float[Tensor, "row d_in"], name: str) -> Float[Tensor, "row d_in"]:
-        """Inputs of a matrix in its whitened coordinates, or, the operator being symmetric, ũ back from there."""
-        whitener = self.operator("whitener", name)
-        return u if whitener is None else whitener(u)
+    def calibrate(self, source: ActivationSource, data: CalibrationData, process_group: ProcessGroup) -> None:
+        """Measure whiteners, limits, discriminants, input statistics and units, as configured."""
+        MendCalibration(self, source, data, process_group).run()
 
-    def operator(self, kind: str, name: str) -> SymmetricOperator | None:
-        """The ``whitener`` of a matrix, or its ``contrast``, if the editor has one."""
-        inner, basis = (getattr(self, f"{part}_{self.place(name)}") for part in (kind, "basis"))
-        return None if inner is None else SymmetricOperator(inner, basis)
+    def replay_calibration(self, source: ActivationSource, data: CalibrationData, process_group: ProcessGroup) -> None:
+        """Look up what :meth:`calibrate` looked up, in the same order."""
+        MendCalibration(self, source, data, process_group).replay()
 
-    def keep_operator(self, kind: str, name: str, operator: SymmetricOperator) -> None:
-        """Replace it by a measured one."""
-        for part, value in ((kind, operator.inner), ("basis", operator.basis)):
-            setattr(self, f"{part}_{self.place(name)}", value)
+    def episode_changes(
+        self, source: ActivationSource, examples: Sequence[Example], factored_gradients: FactoredGradients | None = None
+    ) -> dict[str, LowRank]:
+        """Return what each edit pair, as an episode of its own, changes."""
+        changes: dict[str, LowRank] = self(source.packed_factors(examples), factored_gradients)
+        return changes
 
-    def place(self, name: str) -> int:
-        """The number of an edited matrix."""
-        return list(self.shapes).index(name)
-
-    def rows(self, factors: Mapping[str, GradientFactors]) -> dict[str, PackedFactors]:
-        """What the networks read: inputs and deltas of the active tokens, :meth:`prepared`, on the editor's device."""
-        return self.prepared(active_rows(factors, self.device))
-
-    def prepared(self, rows: Mapping[str, PackedFactors]) -> dict[str, PackedFactors]:
-        """Active tokens with their inputs whitened and their gradients limited, if the editor does so."""
-        found = {name: replace(own, u=self.whiten(own.u, name)) for name, own in rows.items()}
-        if self.largest is None:
-            return found
-        return {name: own.limited(self.largest[self.place(name)]) for name, own in found.items()}
-
-    def forward(self, rows: Mapping[str, PackedFactors], ledger: FactoredGradients | None = None) -> dict[str, LowRank]:
-        """The change of each matrix for each episode: ΔW_ℓ = −α_ℓ Σ_j δ̃_j ũ_jᵀ (Eq. 2), as a batched ``LowRank``.
-
-        Only active tokens go through the networks; those of all matrices of one shape go through together. With a
-        ``ledger``, the gradients of the networks' matrices go there as factors.
-        """
-        changes: dict[str, LowRank] = {}
-        steps = dict(zip(self.shapes, self.alpha * self.unit, strict=True))
-        for name, (u, delta) in self.transform(rows, ledger).items():
-            table = Table(rows[name].counts, self.device)
-            whose = rows[name].experts
-            experts = None if whose is None else table(whose[:, None])[..., 0]
-            u, delta = table(self.whiten(u, name)), table(delta * -steps[name])
-            changes[name] = LowRank(u, delta, self.config.gate, experts)
-        return {name: changes[name] for name in self.shapes}
-
-    def transform(
-        self, rows: Mapping[str, PackedFactors], ledger: FactoredGradients | None = None
-    ) -> dict[str, tuple[Float[Tensor, "_row d_in"], Float[Tensor, "_row d_out"]]]:
-        """ũ (in whitened coordinates) and δ̃ of each matrix's tokens."""
-        found = {}
+    def memory(self, ranks: Mapping[str, float]) -> EditorMemory:
+        """Return what an episode takes, given the mean number of tokens that carry gradient at each matrix."""
+        activations, cached_factors = 0.0, 0.0
         for key, names in self.groups.items():
-            pseudo = self.network(key)([rows[name].u for name in names], [rows[name].delta for name in names], ledger)
-            for matrix, (name, (u, delta)) in enumerate(zip(names, pseudo, strict=True)):
-                found[name] = (self._aimed(u, rows[name].u, key, matrix) if self.config.contrast else u), delta
-        return found
+            network = self.network(key)
+            d, rank = network.d_in + network.d_out, network.first.down.shape[0]
+            rows = sum(ranks[name] for name in names)
+            # When the backward pass begins, ten vectors of the network's width and three of its rank exist for each
+            # row, and four of what the network does not read.
+            vectors = 10 * network.width + 4 * (d - network.width) + 3 * rank
+            activations += 4 * rows * vectors
+            cached_factors += 4 * rows * d
+        return EditorMemory(activations, cached_factors)
 
-    def _aimed(
-        self, pseudo: Float[Tensor, "row d_in"], u: Float[Tensor, "row d_in"], key: str, matrix: int
-    ) -> Float[Tensor, "row d_in"]:
-        """ũ, out of the network's normalised units, turned by contrast and scaled to u·ũ = 1."""
-        contrast = self.operator("contrast", self.groups[key][matrix])
-        assert contrast is not None
-        aimed = contrast(self.network(key).denormalize_u(pseudo, matrix))
-        found: Tensor = aimed / (aimed * u).sum(1, keepdim=True).clamp(min=LEAST_ANSWER)
-        return found
+    def calibration_bytes(self) -> int:
+        """Return the bytes of the moments of the layers' inputs that are measured before the first step."""
+        return moments_bytes(self)
 
-    def network(self, key: str) -> EditorNetwork:
-        """The network of a key of :attr:`groups`."""
-        network = self.networks[key]
-        assert isinstance(network, EditorNetwork)
-        return network
-
-    # -- editing -------------------------------------------------------------------------------------------------
+    # -- edit ----------------------------------------------------------------------------------------------------
 
     def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
-        """Return what all requests change: their own changes, summed or solved for together.
+        """Return what all requests change: each is transformed by itself, then they are summed or solved together.
 
         As ``aggregate`` says (paper, section 3.1; :mod:`remend.core.least_squares`).
         """
@@ -271,18 +198,21 @@ class Mend(nn.Module, WeightEditor):
             return super().combine(task, requests)
         inputs: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
         parts = self._changes(task, requests, inputs)
-        return {n: self._solved(n, [part[n] for part in parts], torch.cat(inputs[n])) for n in self.shapes}
+        return {n: self._solve(n, [part[n] for part in parts], torch.cat(inputs[n])) for n in self.shapes}
 
     @torch.no_grad()
-    def _solved(self, name: str, parts: Sequence[LowRank], inputs: Float[Tensor, "row d_in"]) -> LowRank:
-        """What moves the output at each request's ``inputs`` as its own part does by itself."""
-        own = inputs.split([part.rank for part in parts])
-        moves = torch.cat([part.output_change(rows, part.experts) for part, rows in zip(parts, own, strict=True)])
-        contrast = self.operator("contrast", name)
-        metric = None if contrast is None else make_definite(contrast)
-        whose = concatenate(parts)
-        found = least_squares(self.whiten(inputs, name), moves, metric, gate=whose.gate, experts=whose.experts)
-        return replace(found, u=self.whiten(found.u, name))
+    def _solve(self, name: str, parts: Sequence[LowRank], inputs: Float[Tensor, "row d_in"]) -> LowRank:
+        """Return a change that changes the output at each request's ``inputs`` as its part does by itself."""
+        inputs_of_parts = inputs.split([part.rank for part in parts])
+        pairs = zip(parts, inputs_of_parts, strict=True)
+        output_changes = torch.cat([part.output_change(rows, part.experts) for part, rows in pairs])
+        discriminant = self.operator("contrast", name)
+        metric = None if discriminant is None else make_definite(discriminant)
+        joined = concatenate(parts)
+        change = least_squares(
+            self.whiten(inputs, name), output_changes, metric, gate=joined.gate, experts=joined.experts
+        )
+        return replace(change, u=self.whiten(change.u, name))
 
     def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
         """Return what each request changes by itself."""
@@ -291,23 +221,28 @@ class Mend(nn.Module, WeightEditor):
     def _changes(
         self, task: Task, requests: Sequence[EditRequest], inputs: Mapping[str, list[Tensor]] | None = None
     ) -> list[dict[str, LowRank]]:
-        """The changes that each request makes by itself; each matrix's inputs there are added to ``inputs``."""
-        pairs = [task.encode(request.prompt, request.target) for request in requests]
-        found: list[dict[str, LowRank]] = []
-        for chunk in in_batches(pairs):
+        """Return what each request changes by itself; append each matrix's inputs at edited tokens to ``inputs``."""
+        examples = [task.encode(request.prompt, request.target) for request in requests]
+        changes_of_requests: list[dict[str, LowRank]] = []
+        for chunk in in_batches(examples):
             batch = task.collate(chunk)
             unedited = UneditedPass(task, batch, self.shapes)
-            read = active_rows(self.capture(task, batch, unedited.loss), self.device)
-            for name, into in (inputs or {}).items():
-                into.append(read[name].u)
-            rows = self.prepared(read)
-            changes = self(rows)
+            active = pack_active(self.capture(task, batch, unedited.loss), self.device)
+            for name, collected in (inputs or {}).items():
+                collected.append(active[name].u)
+            packed = self.whiten_and_clip(active)
+            changes = self(packed)
             if self.config.settle:
-                counts = {name: own.counts for name, own in rows.items()}
-                changes = settled(unedited, changes, self.config.settle, counts)
-            for e in range(len(chunk)):
-                found.append({name: change.single_episode(e, rows[name].counts[e]) for name, change in changes.items()})
-        return found
+                counts = {name: matrix.counts for name, matrix in packed.items()}
+                changes = scale_to_strength(unedited, changes, self.config.settle, counts)
+            for episode in range(len(chunk)):
+                changes_of_requests.append(
+                    {
+                        name: change.single_episode(episode, packed[name].counts[episode])
+                        for name, change in changes.items()
+                    }
+                )
+        return changes_of_requests
 
     def manifest_fields(self) -> dict[str, Any]:
         """Return the rank and the step sizes."""
