@@ -7,7 +7,8 @@ import pytest
 
 from remend import registries
 from remend.errors import RegistryError
-from remend.registries import DATASETS, DataSet, Registry, RegistryEntry
+from remend.registries import DATASETS, DataSet
+from remend.registry import Registry, RegistryEntry
 
 REGISTRIES = {name: value for name, value in vars(registries).items() if isinstance(value, Registry)}
 
