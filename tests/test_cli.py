@@ -350,7 +350,7 @@ def test_the_version(capsys):
         (
             ["evaluate", "{}/model", "--edited-model", "{}/model", "--statistics", "a.txt", "--data", "{}/test.jsonl"],
             2,
-            "leave --editor, --statistics, --set, --protocol",
+            "omit --editor, --statistics, --set, --protocol",
         ),
         (["train", "{}/model", "--method", "kee", "--out", "x", "--data", "{}/test.jsonl"], 2, "mean 'ke'"),
         (["edit", "atlass", "--out", "x", "--prompt", "p", "--target", "t"], 2, "did you mean 'atlas'?"),
@@ -422,7 +422,7 @@ def test_the_version(capsys):
         (["sohw"], 2, "No such command"),
         (["ask", "{}/model", "--pair", "--prompt", "p"], 2, "--pair takes --prompt twice"),
         (["ask", "{}/model", "--pair", "--chat", "--prompt", "p"], 2, "give one of them"),
-        (["ask", "{}/model", "--pair", "--prompt", "p", "--prompt", "q"], 2, "asked one text, not a pair"),
+        (["ask", "{}/model", "--pair", "--prompt", "p", "--prompt", "q"], 2, "given one text, not a pair"),
         (
             ["edit", "{}/model", *EDITOR, "--out", "x", "--pair", "--requests", "{}/test.jsonl"],
             2,

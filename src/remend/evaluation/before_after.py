@@ -46,6 +46,7 @@ def before_after(
     """
     rows = [(number, kind, prompt) for number, request in enumerate(requests) for kind, prompt in _prompts(request)]
     prompts = [prompt for _, _, prompt in rows]
+    # All prompts of all requests together, which are far fewer passes than prompt by prompt.
     before = task.predict(prompts, max_new_tokens)
     with edit.applied(task.model):
         after = task.predict(prompts, max_new_tokens)

@@ -62,6 +62,7 @@ class CaseScorer:
             ]
             interventions += self.baseline_interventions(requests) if baselines else []
             return self.score(requests, start, interventions)
+        # Other edits change the whole model or its prompts, so that each needs a pass of its own.
         if list(strengths) != [1.0]:
             raise ConfigError(f"a {type(edits[0]).__name__} has no strength: omit the strengths (--no-frontier)")
         rows = []
@@ -69,6 +70,7 @@ class CaseScorer:
             interventions = [shared_intervention(self.task, edit, 1)]
             interventions += self.baseline_interventions([request]) if baselines else []
             rows.append(self.score([request], start + index, interventions))
+        # From one list for each request to one for each intervention.
         return [[case for cases in column for case in cases] for column in zip(*rows, strict=True)]
 
     def score(
@@ -108,7 +110,7 @@ class CaseScorer:
         if isinstance(relation := (request.model_extra or {}).get("relation"), str):
             about["relation"] = relation
         base = measurements.by_query.get(scorer.base_query(request.prompt))
-        if base is not None:
+        if base is not None:  # another intervention may leave no room for the prompt
             about["confidence"] = math.exp(base.log_p_before)
         return Case(
             id=request.id if request.id is not None else number,

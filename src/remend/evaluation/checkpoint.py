@@ -48,6 +48,7 @@ class EvaluationCheckpoint:
         if folder.exists() and not resume:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        # Without about.json a folder is not taken for a checkpoint, so it is written before any part.
         if not about.exists():
             write_json(about, {"about": fingerprint})
         elif json.loads(about.read_text(encoding="utf-8")) != {"about": fingerprint}:
@@ -95,6 +96,7 @@ def evaluation_fingerprint(
         digest.update(json.dumps(request.to_json(), sort_keys=True).encode())
     digest.update(type(editor).__qualname__.encode())
     _update(digest, model.state_dict())
+    # What an editor measured is not always in its state dict, so all of its attributes count too.
     _update(digest, editor.state_dict() if isinstance(editor, nn.Module) else {})
     _update(digest, vars(editor))
     return digest.hexdigest()
@@ -104,6 +106,7 @@ def _update(digest: Any, state: Mapping[str, Any]) -> None:
     """Hash named values: settings and measured numbers as they are written, tensors by their first values."""
     for name, value in state.items():
         if isinstance(value, Tensor):
+            # In float64, in which every dtype of weights has one text; meta tensors are weights on the disk.
             digest.update(f"{name} {tuple(value.shape)}".encode())
             if value.numel() and not value.is_meta:
                 values = value.flatten()[:HASHED_VALUES].to("cpu", torch.float64).tolist()

@@ -82,6 +82,7 @@ class SeparateEdits(Intervention):
 
     def __init__(self, task: Task, edits: Sequence[Edit], strength: float = 1.0, decode_answers: bool = True) -> None:
         super().__init__(task, decode_answers)
+        # Stacked once here: `applied` is entered for every batch, and only selects the rows of its requests.
         self.changes = {name: change.scaled(strength) for name, change in _stack_changes(edits).items()}
         self.modules = find_modules(task.model, self.changes)
 

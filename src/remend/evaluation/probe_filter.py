@@ -17,12 +17,13 @@ class SubjectIndex:
 
     def __init__(self, requests: Iterable[EditRequest]) -> None:
         self._names = {_words(request.subject): request.key for request in requests if request.subject}
-        self._names.pop((), None)
+        self._names.pop((), None)  # a subject of punctuation has no words, and would be found everywhere
         self._lengths = sorted({len(words) for words in self._names})
 
     def mentioned_in(self, prompt: Prompt) -> set[str]:
         """Return the subjects (as :attr:`EditRequest.key`) that a prompt mentions."""
         words = _words(str(prompt))
+        # Every run of words as long as some subject is looked up: the time does not grow with the number of subjects.
         spans = ((start, length) for length in self._lengths for start in range(len(words) - length + 1))
         names = (self._names.get(words[start : start + length]) for start, length in spans)
         return {name for name in names if name is not None}
@@ -47,7 +48,7 @@ def filter_probes(requests: Sequence[EditRequest]) -> tuple[list[EditRequest], i
         probes: dict[str, list[Probe]] = {"locality": [], "near": []}
         for kind in probes:
             for probe in getattr(request, kind):
-                if probe.prompt in edited:
+                if probe.prompt in edited:  # whichever phrasing of the fact it is
                     left_out += 1
                 else:
                     is_near = kind == "near" or subjects.mentioned_in(probe.prompt) - {request.key}

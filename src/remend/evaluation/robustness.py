@@ -155,6 +155,7 @@ def _compare(task: Task, edit: Edit, examples: Sequence[Example]) -> _Comparison
             before = task.outputs(batch)
             with edit.applied(task.model):
                 after = task.outputs(batch)
+        # Targets lie row after row, so the first of a row follows the last of the row before.
         lengths = torch.bincount(batch.row, minlength=batch.rows)
         first = lengths.cumsum(0) - lengths
         of_targets = task.distribution.log_prob(after, batch.target)

@@ -93,9 +93,11 @@ class EvaluationRunner:
             part = self._load_part(f"single-{start}")
             if part is None:
                 seconds, edits = _timed(self.editor.edit_each, self.task, chunk)
+                # Strengths and baselines are measured in the same pass: the outputs before any edit are the same.
                 scored = self._cases.score_separately(chunk, start, edits, all_strengths, baselines)
                 part = self._save_part(f"single-{start}", seconds, scored)
             total += part[0]
+            # A part lists the cases in the order in which the interventions were given: strengths, then baselines.
             for listed, new in zip(cases.values(), part[1], strict=True):
                 listed += new
             self.on_progress(len(chunk))
@@ -107,6 +109,7 @@ class EvaluationRunner:
         """Evaluate edits in batches of each of the sizes, all edits of a batch applied at once."""
         runs = []
         for size in sizes:
+            # A smaller last batch would be another number of edits, whose results do not belong in this run.
             whole = len(self.requests) - len(self.requests) % size
             if rest := len(self.requests) - whole:
                 self.left_out[f"requests that do not fill a batch of {size}"] += rest
@@ -201,6 +204,7 @@ class EvaluationRunner:
         if info is not None and not info.sequences:
             return self.editor.edit(self.task, self.requests[:size])
         for request in self.requests[done:size]:
+            # Facts in the prompt change no weights, so the next fact is made of the model as it is.
             with nullcontext() if edit is None or isinstance(edit, ContextEdit) else edit.applied(self.task.model):
                 new = self.editor.edit(self.task, [request])
             edit = new if edit is None else _compress(edit + new)  # type: ignore[operator]  # of one editor, so of one kind
@@ -236,6 +240,8 @@ def _compress(edit: AnyEdit) -> AnyEdit:
     """Return the same edit with fewer factor pairs, once a matrix has more than twice its full rank."""
     if not isinstance(edit, Edit):
         return edit
+    # Removing pairs takes a decomposition of the matrix, so it waits until there are twice as many as needed. A gated
+    # change is not linear, so its pairs cannot be joined.
     full = {name: min(change.u.shape[-1], change.delta.shape[-1]) for name, change in edit.changes.items()}
     if not any(change.rank > 2 * full[name] and not change.gate for name, change in edit.changes.items()):
         return edit

@@ -64,8 +64,10 @@ def choose_strength(
         max_new_tokens: the longest answer of the unedited model.
     """
     edit.base.check(task.model, "this edit")
+    # Choosing by what is kept for evaluation would make an evaluation of the result worthless.
     requests = [request.model_copy(update=dict.fromkeys(EVALUATION_ONLY, ())) for request in requests]
     scorer = Scorer(task, requests, max_new_tokens, ("reliability", "generality", *LOCALITY_METRICS))
+    # No free answers: whether an answer is the expected one is known without decoding it.
     interventions = [SharedEdit(task, edit.scaled(strength), decode_answers=False) for strength in CANDIDATE_STRENGTHS]
     measured = measure(task, interventions, [scorer.queries(request) for request in requests])
     tried = []

@@ -69,6 +69,7 @@ class LmEvalTasks:
         """lm-eval's index of all tasks, and the named ones, loaded with their data."""
         from lm_eval.tasks import TaskManager
 
+        # The index of all tasks takes seconds, so it is made once for both measurements.
         manager = TaskManager(include_path=None if self.folder is None else str(self.folder))
         for name in self.tasks:
             if name not in manager.all_tasks:
@@ -82,6 +83,7 @@ class LmEvalTasks:
                 f"lm-eval cannot load {', '.join(self.tasks)} ({type(error).__name__}: {error}): check that the "
                 "data of the task are there, or can be downloaded"
             ) from error
+        # lm-eval lists the tasks of a group once more beside it; passed on as they are, they would be measured twice.
         groups = [loaded["groups"][name] for name in self.tasks if name in loaded["groups"]]
         in_groups = {task.task_name for group in groups for task in group.get_all_tasks()}
         return manager, groups + [task for name, task in loaded["tasks"].items() if name not in in_groups]
@@ -101,6 +103,7 @@ class LmEvalTasks:
             )
         from lm_eval import simple_evaluate
 
+        # No bootstrap, since lm-eval's standard errors are not reported.
         with frozen(task.model), _random_state_restored():
             manager, tasks = self._loaded
             results = simple_evaluate(
@@ -153,7 +156,7 @@ def _metric_values(task: str, values: Mapping[str, Any]) -> dict[str, float]:
     scores = {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
-        if "," in name and "_stderr," not in name
+        if "," in name and "_stderr," not in name  # the rest describes the task
     }
     if wrong := [name for name, value in scores.items() if not math.isfinite(value)]:
         raise NonFiniteError(

@@ -107,6 +107,8 @@ def measure(
     outputs_per_query = TYPICAL_TARGET_LENGTH * task.output_size
     size = max(1, min(MEASURE_BATCH_SIZE, MAX_BATCH_OUTPUTS // outputs_per_query))
     with frozen(task.model):
+        # The outputs before an intervention are compared batch by batch: over a large vocabulary, all of them together
+        # would not fit into memory.
         for start in range(0, len(pairs), size):
             batch_rows = [row for row, _ in pairs[start : start + size]]
             examples = [example for _, example in pairs[start : start + size]]
@@ -139,13 +141,14 @@ def _compare(
     edited: dict[int, Example] = {}
     for index, (row, example) in enumerate(zip(rows, examples, strict=True)):
         prompt = intervention.prompt_for(row.number, row.query.prompt, len(example.target))
-        if prompt is row.query.prompt:
+        if prompt is row.query.prompt:  # unchanged, so encoded already
             edited[index] = example
         elif prompt is not None:
             edited[index] = Example(intervention.task.encode_input(prompt), example.target)
     if not edited:
         return
     counts = torch.tensor([len(example.target) for example in examples])
+    # The outputs before, of all rows, hold one row per target; only those of the examples that fit are kept.
     measured = torch.isin(torch.arange(len(rows)).repeat_interleave(counts), torch.tensor(list(edited)))
     before = before[measured.to(before.device)]
     after = before

@@ -99,6 +99,7 @@ class EditOutcome:
         if measurement is None:
             return {}
         correct = measurement.correct[: self.body_length(query.expected)]
+        # The end token is left out: whether the answer stops there is what free answers tell.
         share = sum(correct) / len(correct) if correct else 1.0
         return {"teacher_forced": float(share == 1), "token_accuracy": share, **self._free_answer_scores(query)}
 
@@ -127,7 +128,7 @@ class EditOutcome:
             # Greedy decoding gives the expected answer exactly if it is the first choice all along.
             measurement = self.measurements.by_query[query]
             return {"generated": float(all(measurement.correct))}
-        if not self.task.distribution.discrete:
+        if not self.task.distribution.discrete:  # words and their overlap mean nothing for numbers
             return {"generated": self.matches(query, answer)}
         text, expected = self._text(query, answer), self.task.decode(query.expected)
         return {

@@ -53,6 +53,7 @@ class PerplexityText:
         length = min(WINDOW_LENGTH, task.context or WINDOW_LENGTH)
         ids = [token for passage in passages if passage.strip() for token in task.encode_input(passage)][:tokens]
         windows = [ids[start : start + length] for start in range(0, len(ids), length)]
+        # A window of one token predicts nothing.
         self.windows = [Example(tuple(window[:1]), tuple(window[1:])) for window in windows if len(window) > 1]
         if not self.windows:
             raise ConfigError("the text to measure perplexity on has fewer than two tokens: give a longer one")
@@ -62,6 +63,7 @@ class PerplexityText:
     @torch.no_grad()
     def measure(self, intervention: Intervention, requests: int) -> list[float]:
         """Return the perplexity after an intervention, for each of the requests that it tells apart."""
+        # Requests whose edits act on their rows only share batches; each sees all windows.
         rows = [(number, window) for number in range(requests) for window in self.windows]
         log_probs: list[list[Tensor]] = [[] for _ in range(requests)]
         task = intervention.task

@@ -61,9 +61,11 @@ class Scorer:
         ]
         prompts: dict[Prompt, None] = {}
         for number, request in enumerate(requests):
+            # Encoding everything first names the request that does not fit before any edit is made.
             with prefix_request_errors(str(request.id) if request.id is not None else f"request {number}"):
                 self._target_queries(request)
                 prompts |= dict.fromkeys(self._prompts(request))
+        # Decoded once for all requests: many share their probes, and every evaluation compares with these answers.
         self.base_answers: dict[Prompt, Answer] = dict(
             zip(prompts, task.predict(list(prompts), max_new_tokens), strict=True)
         )
@@ -86,7 +88,7 @@ class Scorer:
                 *request.generation,
             ),
         )
-        return list(dict.fromkeys(queries))
+        return list(dict.fromkeys(queries))  # targets often are the model's own answers: the same query twice
 
     def base_query(self, prompt: Prompt) -> Query:
         """Return the query of a prompt along the unedited model's answer."""
@@ -132,8 +134,9 @@ class Scorer:
         for entry, metric in self._metrics:
             if entry.fields and not any(getattr(request, name, ()) for name in entry.fields):
                 continue
-            by_kind: dict[str, list[ModeScores]] = {"": []}
+            by_kind: dict[str, list[ModeScores]] = {"": []}  # the empty kind is of all prompts
             for score in metric(outcome):
+                # `remend compare` and the tables find modes by the registry; a mode that it lacks would never be shown.
                 if unknown := [mode for mode in score.values if mode not in entry.modes]:
                     raise RegistryError(
                         f"the metric {entry.name!r} gives a value of the mode {unknown[0]!r}, which its registry entry "
@@ -207,5 +210,6 @@ def _suits(metric: Metric, task: Task) -> bool:
 
 def _mean_by_mode(scores: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Return the mean of each mode over the prompts that have values; empty if none has."""
+    # math.fsum is exact, so that the mean does not depend on the order of prompts.
     scored = [values for values in scores if values]
     return {mode: math.fsum(values[mode] for values in scored) / len(scored) for mode in scored[0]} if scored else {}

@@ -32,6 +32,7 @@ def exact_match(answer: str, expected: str) -> float:
 def contains(answer: str, expected: str) -> float:
     """Return 1 if the expected text occurs in the answer as whole words, whatever follows it, else 0."""
     normalized_answer, normalized_expected = normalize(answer), normalize(expected)
+    # Spaces on both sides, so that only whole words count: "Parisian" does not contain "Paris".
     return float(
         f" {normalized_expected} " in f" {normalized_answer} " if normalized_expected else expected.strip() in answer
     )

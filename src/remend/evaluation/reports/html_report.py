@@ -102,6 +102,7 @@ def _cases(report: Report) -> list[dict[str, Any]]:
 
 def _embed(value: Any) -> Markup:
     """Return JSON that can stand in a script element: nothing in it ends the element or begins a comment."""
+    # Prompts and answers are anybody's text: `</script>` in one of them would end the element.
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

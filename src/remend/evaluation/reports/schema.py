@@ -14,6 +14,7 @@ Numbers = dict[str, FiniteFloat]
 
 
 class _Object(BaseModel):
+    # Strict: a report that was changed by hand or by another tool is refused rather than guessed at.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
