@@ -1,6 +1,7 @@
 """Editors by name: one of another package has the whole life cycle from one method, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from remend.cli import run
 from remend.core.hooks import frozen
 from remend.editors import EDITORS, editor_class, load_editor, make
 from remend.errors import ConfigError, FileError, WrongBaseError
+
+README = Path(__file__).parent.parent / "README.md"
 
 STEP = '''
 from dataclasses import dataclass
@@ -193,3 +196,9 @@ def test_editors_that_need_no_training_are_saved_and_read_back(name, tmp_path):
     (tmp_path / "editor" / "manifest.json").write_text(json.dumps({**manifest, "editor": "no such editor"}))
     with pytest.raises(FileError, match="the editor 'no such editor', which is not known here"):
         load_editor(tmp_path / "editor")
+
+
+def test_the_pages_name_every_editor():
+    table = README.read_text(encoding="utf-8").partition("### Every editor on one bench")[2].partition("```")[0]
+    for name in EDITORS.registered_names():
+        assert f"`{name}`" in table, name
