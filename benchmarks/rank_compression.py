@@ -31,13 +31,13 @@ class CompressingEditor:
     """An editor whose edits are reduced to a rank.
 
     Attributes:
-        traits: those of the wrapped editor.
+        info: that of the wrapped editor.
         ranks: for each edit, the largest rank of a change before it was reduced.
         lost: for each edit, the largest share of a matrix's change that was lost.
     """
 
     def __init__(self, editor: Editor, rank: int | None) -> None:
-        self.info = editor.info  # type: ignore[misc]  # of this editor, not of the class
+        self.info = editor.info
         self._editor, self._rank = editor, rank
         self.ranks: list[int] = []
         self.lost: list[float] = []

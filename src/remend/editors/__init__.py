@@ -1,6 +1,6 @@
 """Editors: what turns an edit request into an edit."""
 
-from remend.editors.base import Editor, WeightEditor
+from remend.editors.base import Editor, EditorLike, WeightEditor
 from remend.editors.edit_types import AnyEdit, load_edit
 from remend.editors.info import EditorInfo
 from remend.editors.mend.config import MendConfig
@@ -21,6 +21,7 @@ __all__ = [
     "AnyEdit",
     "Editor",
     "EditorInfo",
+    "EditorLike",
     "Mend",
     "MendConfig",
     "TrainableEditor",

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,19 @@ from remend.tasks.base import EDIT_BATCH_SIZE, Task
 
 EditorT = TypeVar("EditorT", bound="Editor")
 """Any editor. (``typing.Self`` would say the same; beartype does not know it on methods.)"""
+
+
+@runtime_checkable
+class EditorLike(Protocol):
+    """Whatever makes edits. It need not be an :class:`Editor` to be evaluated."""
+
+    def edit(self, task: Task, requests: Sequence[EditRequest]) -> AnyEdit:
+        """Return one edit of all requests."""
+        ...
+
+    def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> Sequence[AnyEdit]:
+        """Return one edit for each request."""
+        ...
 
 
 class Editor(ABC):

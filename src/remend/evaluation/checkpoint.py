@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from remend.core.operators import SymmetricOperator
-from remend.editors.base import Editor
+from remend.editors.base import EditorLike
 from remend.editors.edit_types import AnyEdit, load_edit
 from remend.errors import FileError
 from remend.request import EditRequest
@@ -88,7 +88,7 @@ class EvaluationCheckpoint:
 
 
 def evaluation_fingerprint(
-    model: nn.Module, editor: Editor, requests: Sequence[EditRequest], settings: dict[str, Any]
+    model: nn.Module, editor: EditorLike, requests: Sequence[EditRequest], settings: dict[str, Any]
 ) -> str:
     """Return a hash of an evaluation: the same model, editor, requests and settings give the same."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from remend.editors.base import Editor
+from remend.editors.base import EditorLike
 from remend.errors import ConfigError, RequestError
 from remend.evaluation.checkpoint import EvaluationCheckpoint, evaluation_fingerprint
 from remend.evaluation.metrics.lm_eval import LmEvalTasks, TaskScores, pair_scores
@@ -26,7 +26,7 @@ TEXT_TOKENS = 1_024
 
 def evaluate(
     task: Task,
-    editor: Editor,
+    editor: EditorLike,
     requests: Sequence[EditRequest],
     *,
     protocol: str = "single",

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
 from remend.edit import Edit
-from remend.editors.base import Editor
+from remend.editors.base import EditorLike
 from remend.editors.context_edit import ContextEdit
 from remend.editors.edit_types import AnyEdit
 from remend.evaluation.cases import BASELINES, CaseScorer
@@ -50,7 +50,7 @@ class EvaluationRunner:
     def __init__(
         self,
         task: Task,
-        editor: Editor | None,
+        editor: EditorLike | None,
         requests: Sequence[EditRequest],
         scorer: Scorer,
         text: PerplexityText | None,
@@ -65,7 +65,7 @@ class EvaluationRunner:
         self.sequence: AnyEdit | None = None
 
     @property
-    def editor(self) -> Editor:
+    def editor(self) -> EditorLike:
         """The editor, where there is one."""
         assert self._editor is not None
         return self._editor
