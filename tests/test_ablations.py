@@ -100,7 +100,7 @@ def test_without_identity_both_factors_start_xavier_uniform():
 
 
 @pytest.mark.parametrize("reads", ["u", "delta"])
-def test_the_ledger_knows_the_gradients_of_a_narrower_network(reads):
+def test_factored_gradients_of_a_narrower_network_equal_autograds(reads):
     network = EditorNetwork(5, 3, 2, rank=4, transforms=reads, identity=False)
     u, delta = fed(network)
     found = []
@@ -259,6 +259,6 @@ def test_a_checkpoint_of_an_earlier_release_goes_on(tmp_path):
         checkpoint.check_identity(other, identity, tmp_path)
 
 
-def test_wrong_settings():
+def test_an_unknown_value_of_transforms_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="transforms must be one of both, u, delta, smaller, not 'v'"):
         from_json(MendConfig, {"version": 1, "transforms": "v"})

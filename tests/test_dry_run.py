@@ -1,4 +1,4 @@
-"""What a configuration alone tells: the same as a model with weights."""
+"""Estimates from a configuration alone equal those of a model with weights."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_what_is_no_configuration_of_a_language_model(content, tmp_path):
         dry_run(str(tmp_path))
 
 
-def test_the_command(tmp_path, capsys):
+def test_doctor_of_a_configuration_prints_and_writes_the_estimate(tmp_path, capsys):
     families.make("llama").config.save_pretrained(tmp_path)
     out = tmp_path / "found.json"
     assert run(["doctor", str(tmp_path / "config.json"), "--layers", "0-1", "--json", str(out)]) == 0

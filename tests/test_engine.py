@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +98,7 @@ def test_a_layer_of_the_editor_is_eq_3_and_its_gradients_are_autograds(counts, b
             torch.testing.assert_close(factored_gradients.norms(), norms, rtol=1e-4, atol=1e-4)
 
 
-def test_a_ledger_adds_up_parts_and_multiplies_in_bfloat16_if_told():
+def test_factored_gradients_add_up_parts_and_multiply_in_bfloat16_if_told():
     weight = torch.nn.Parameter(torch.zeros(4, 5))
     parts = [(torch.randn(3, 4), torch.randn(3, 5)) for _ in range(2)]
     expected = sum(g.T @ x for g, x in parts)
@@ -113,7 +112,7 @@ def test_a_ledger_adds_up_parts_and_multiplies_in_bfloat16_if_told():
 
 
 @pytest.mark.parametrize("rows", [2, 30])
-def test_a_ledger_knows_a_norm_from_few_rows_and_from_many(rows):
+def test_norms_of_factored_gradients_are_right_for_few_rows_and_for_many(rows):
     weight = torch.nn.Parameter(torch.zeros(9, 8))
     factored_gradients, parts = FactoredGradients(), [(torch.randn(rows, 9), torch.randn(rows, 8)) for _ in range(2)]
     for g, x in parts:
@@ -162,7 +161,7 @@ def test_a_network_is_the_same_by_either_library_whatever_the_number_of_rows(mon
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
-def test_sizes_are_few():
+def test_row_counts_are_padded_to_few_sizes():
     """oneDNN keeps a program for each."""
     sizes = {matmul_module.padded_row_count(rows, torch.device("cpu")) for rows in range(1, 4097)}
     assert len(sizes) <= 80 or not matmul_module._mkl_is_slow()
@@ -304,7 +303,7 @@ def test_a_model_whose_blocks_hand_on_more_is_not_cut(monkeypatch):
     assert all(loss > 0 for loss in losses)
 
 
-def test_where_nothing_can_be_cut_nothing_is(task):
+def test_a_model_edited_in_its_first_block_or_without_blocks_has_no_prefix(task):
     assert FrozenPrefix(task.model, list(Mend.create(task, modules=["*.0.*"]).shapes)).depth == 0
     assert FrozenPrefix(torch.nn.Linear(2, 2), [""]).depth == 0
     with pytest.raises(ModelError, match="never calls Linear"):
@@ -350,7 +349,7 @@ def test_a_store_on_disk_is_read_again_and_repaired(tmp_path):
     assert not shard.exists()
 
 
-def test_what_is_no_part_of_a_store_is_left_alone(tmp_path):
+def test_folders_of_another_format_are_not_read_into_a_store_and_not_deleted(tmp_path):
     """Such as parts that an earlier release wrote, under the format of a lookup editor's edits."""
     store = TensorStore(0, tmp_path)
     store.put("a", (torch.ones(2),))
@@ -414,7 +413,7 @@ def test_how_the_machine_is_used_does_not_change_what_is_learnt(model, snapshot,
     snapshot()
 
 
-def test_constants_are_computed_once_and_in_the_same_bits(model):
+def test_cached_activations_are_computed_once_and_in_the_same_bits(model):
     made = trainer(model)
     pairs = made.episodes.batch(0, 6).edits
     first = made.activation_cache.packed_factors(pairs)
@@ -486,7 +485,7 @@ def test_a_cache_that_is_too_large_for_the_memory_is_what_is_named(model, monkey
     activation_cache = made.estimate_memory().activation_cache
     assert activation_cache > 100_000
     allowed = (made._memory_estimator().measure().estimate(1).total - activation_cache // 2) / 1e9
-    with pytest.raises(ConfigError, match=r"keep less of the examples, a cache of 0\.\d+ GB \(--cache\)"):
+    with pytest.raises(ConfigError, match=r"give a smaller cache of the examples, of 0\.\d+ GB \(--cache\)"):
         trainer(model, Resources(cache=0.001, memory=allowed))
 
 
@@ -591,7 +590,7 @@ def test_a_checkpoint_is_of_one_run_only(tmp_path):
         run_to(None, resume=True)
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path):
     expected = run_to(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run_to(tmp_path / "editor", stop=5)
@@ -602,12 +601,30 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
 
 
-def test_a_run_that_left_nothing_begins_anew(tmp_path):
+def test_resuming_a_run_without_a_checkpoint_begins_anew_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="no checkpoint was written"):
         assert run_to(tmp_path / "editor", resume=True).trained["steps"] == 12
 
 
-def test_a_killed_training_goes_on_from_the_command_line(tmp_path):
+KILLED_STEP = 14
+TRAIN_AND_DIE = f"""
+import os, signal, sys
+from remend.cli import run
+from remend.training import Trainer
+
+def train_step(self, share, real=Trainer.train_step):
+    loss = real(self, share)
+    if self.step == {KILLED_STEP}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss
+
+Trainer.train_step = train_step
+sys.exit(run(sys.argv[1:]))
+"""
+"""The command line, killed after a step and before its checkpoint."""
+
+
+def test_a_training_killed_during_a_step_is_resumed_from_the_command_line_as_if_it_had_never_stopped(tmp_path):
     """The whole way, with a real kill: what the last checkpoint holds is all that is needed."""
     model = worlds.gpt2()
     model.save_pretrained(tmp_path / "model")
@@ -615,18 +632,17 @@ def test_a_killed_training_goes_on_from_the_command_line(tmp_path):
     from remend.request import write_requests
 
     write_requests(tmp_path / "train.jsonl", worlds.requests(40))
-    common = [sys.executable, "-m", "remend", "train", str(tmp_path / "model"), "--data", str(tmp_path / "train.jsonl")]
-    common += ["--max-steps", "50", "--checkpoint-minutes", "0", "--device", "cpu", "--cache", "0.001"]
-    subprocess.run([*common, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
-    process = subprocess.Popen([*common, "--out", str(tmp_path / "editor")], stdout=subprocess.DEVNULL)
-    folder = tmp_path / "editor.checkpoints"
-    for _ in range(1_200):
-        if folder.is_dir() and any(path.name > "step-00000012" for path in folder.glob("step-*")):
-            break
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    resumed = subprocess.run([*common, "--out", str(tmp_path / "editor"), "--resume"], capture_output=True, text=True)
+    options = ["train", str(tmp_path / "model"), "--data", str(tmp_path / "train.jsonl"), "--device", "cpu"]
+    options += ["--max-steps", "50", "--checkpoint-minutes", "0", "--cache", "0.001", "--out"]
+    command = [sys.executable, "-m", "remend", *options]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", TRAIN_AND_DIE, *options, str(tmp_path / "editor")], capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    checkpoints = [path.name for path in (tmp_path / "editor.checkpoints").glob("step-*")]
+    assert checkpoints == [f"step-{KILLED_STEP - 1:08d}"]
+    resumed = subprocess.run([*command, str(tmp_path / "editor"), "--resume"], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     first, second = (Mend.load(tmp_path / name) for name in ("whole", "editor"))
     for (name, value), (_, other) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
@@ -657,7 +673,7 @@ def test_bfloat16_products_train_a_float32_editor(model):
         ({"cache": float("nan")}, "cache must be a finite number of at least 0, not nan"),
     ],
 )
-def test_wrong_resources(wrong, message):
+def test_resources_out_of_range_are_refused_by_name(wrong, message):
     with pytest.raises(ConfigError, match=message):
         from_json(Resources, {"version": 1, **wrong})
 

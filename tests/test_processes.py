@@ -127,7 +127,7 @@ def test_an_error_in_one_process_ends_the_job(job):
     assert "one process went on alone" not in ended.stderr
 
 
-def test_the_command_line_speaks_with_one_voice(tmp_path):
+def test_of_several_processes_only_the_first_prints(tmp_path):
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     pytest.importorskip("accelerate")
     worlds.gpt2().save_pretrained(tmp_path / "model")
@@ -149,7 +149,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     assert choose_device("cuda:1") == torch.device("cuda:1")
 
 
-def test_wrong_launches(monkeypatch, tmp_path):
+def test_incomplete_launches_and_models_that_cannot_be_sharded_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, but RANK.* accelerate launch or torchrun"):

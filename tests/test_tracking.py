@@ -1,4 +1,4 @@
-"""What a run logs, and what it says when it cannot."""
+"""Logs of a run in trackers, and errors where a tracker is unknown or missing."""
 
 import pytest
 
@@ -32,12 +32,12 @@ def test_tensorboard_shows_every_step_and_validation(tmp_path):
     assert rates[-1] < rates[0]
 
 
-def test_nothing_is_logged_unasked(tmp_path):
+def test_without_a_tracker_nothing_is_logged(tmp_path):
     processes.run(tmp_path / "editor")
     assert [path.name for path in tmp_path.iterdir()] == ["editor"]
 
 
-def test_what_is_missing_is_named(tmp_path, monkeypatch):
+def test_unknown_trackers_and_missing_packages_are_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="no tracker 'tensorbord'; did you mean 'tensorboard'"):
         processes.run(tmp_path / "editor", track=["tensorbord"])
     monkeypatch.setattr(tracking, "find_spec", lambda name: None if name == "wandb" else name)

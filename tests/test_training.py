@@ -378,12 +378,12 @@ def test_presets_and_configurations():
         ({"version": 1, "edit_weight": -1}, "edit_weight must be a finite number above 0, not -1"),
     ],
 )
-def test_wrong_configurations(content, message):
+def test_training_settings_out_of_range_or_unknown_are_refused_by_name(content, message):
     with pytest.raises(ConfigError, match=message):
         from_json(TrainingConfig, content)
 
 
-def test_wrong_network_settings():
+def test_network_settings_out_of_range_are_refused_by_name():
     with pytest.raises(ConfigError, match="rank must be a whole number of at least 1, not 0"):
         MendConfig(rank=0)
     with pytest.raises(ConfigError, match=r"alpha must be a finite number above 0, not -0\.0001"):
