@@ -262,3 +262,19 @@ def test_a_checkpoint_of_an_earlier_release_goes_on(tmp_path):
 def test_an_unknown_value_of_transforms_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="transforms must be one of both, u, delta, smaller, not 'v'"):
         from_json(MendConfig, {"version": 1, "transforms": "v"})
+
+
+def test_a_trained_editors_configuration_changes_only_where_no_network_depends_on_it(task, editor):
+    with pytest.raises(ConfigError, match="configuration of a mend editor is fixed"):
+        editor.config = MendConfig(rank=4)
+    with pytest.raises(ConfigError, match="rank cannot change, since the networks were built or trained with it"):
+        editor.with_settings(rank=4)
+    with pytest.raises(ConfigError, match="a gate needs keys that respond to their own edit with 1"):
+        editor.with_settings(gate=0.2)
+    summed = editor.with_settings(settle=2.0, aggregate="least-squares")
+    assert (summed.config.settle, summed.config.rank) == (2.0, editor.config.rank)
+    assert editor.config.settle == 0.0
+    assert all(a is b for a, b in zip(summed.parameters(), editor.parameters(), strict=True))
+    requests = worlds.requests(1)
+    first, second = (e.edit(task, requests).changes for e in (editor, summed))
+    assert any(not torch.equal(first[name].delta, second[name].delta) for name in first), "settle scales the edit"

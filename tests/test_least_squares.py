@@ -87,8 +87,7 @@ def test_edits_together_act_as_each_alone():
     with edit.applied(task.model):
         answers = remend.answers(task, [r.prompt for r in requests])
     assert sum(answer == r.target for answer, r in zip(answers, requests, strict=True)) >= 72, answers
-    editor.config = type(editor.config)(**{**editor.config.__dict__, "aggregate": "sum"})
-    with editor.edit(task, requests).applied(task.model):
+    with editor.with_settings(aggregate="sum").edit(task, requests).applied(task.model):
         summed = remend.answers(task, [r.prompt for r in requests])
     assert sum(answer == r.target for answer, r in zip(summed, requests, strict=True)) < 60
     assert remend.answers(task, [r.prompt for r in requests]) == before

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from remend.config import differences, to_json
 from remend.core.layers import editable_layers, execution_device
-from remend.editors import Editor, TrainableEditor, load_trained, make, trainable_class
+from remend.editors import Editor, Mend, TrainableEditor, load_trained, make, trainable_class
 from remend.editors.finetune import FineTune
 from remend.errors import ConfigError, FileError, ModelError, RemendError
 from remend.evaluation import evaluate
@@ -146,10 +146,9 @@ class CellRunner:
         if method.training is None:
             text = testbed.sentences() if method.uses_text else ()
             return make(method.editor, testbed.task, text, cell.seed, method.config)
-        trained: Any = self.trained_editor(replace(cell, method=SAME_TRAINING.get(cell.method, cell.method)))
-        trained.config = method.config
-        editor: Editor = trained
-        return editor
+        trained = self.trained_editor(replace(cell, method=SAME_TRAINING.get(cell.method, cell.method)))
+        settings = {name: value for name, value in vars(method.config).items() if vars(trained.config)[name] != value}
+        return trained.with_settings(**settings) if isinstance(trained, Mend) and settings else trained
 
     def trained_editor(self, cell: Cell) -> TrainableEditor:
         """Return the trained editor of a cell; it is trained once and stored.

@@ -43,8 +43,8 @@ class MendConfig(Config):
             not, no one step size suits all models; ``relative`` helps.
         identity: whether U starts at zero, so that the networks start as the identity (appendix A); if not, it starts
             Xavier-uniform as V does.
-        transforms: which of u and δ the networks read and transform: ``both``, ``u``, ``delta``, or ``smaller``, the one
-            with fewer dimensions (u if they have equally many). The other one enters the edit as it is: not
+        transforms: which of u and δ the networks read and transform: ``both``, ``u``, ``delta``, or ``smaller``, the
+            one with fewer dimensions (u if they have equally many). The other one enters the edit as it is: not
             normalized, but whitened, clipped or multiplied by the discriminant where the settings above say so.
         aggregate: how several requests become one edit: ``sum`` (section 3.1), or ``least-squares``, after which each
             still acts at its own tokens as it does alone (:mod:`remend.core.least_squares`).
