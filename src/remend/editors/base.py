@@ -98,7 +98,7 @@ class Editor(ABC):
                 none; or the configuration is not its own.
             ModelError: there is nothing to edit, or nothing matches.
         """
-        cls._check_options(task, text=text, modules=modules, layers=layers)
+        cls._check_options(task, text, modules, layers)
         config = cls._check_config(config, seed)
         selected = cls.select_modules(task, config, modules, layers)
         of_experts = [name for name, module in selected.items() if expert_count(module)]
@@ -108,6 +108,7 @@ class Editor(ABC):
                 "matrices or blocks (attention's, say), or use mend"
             )
         shapes = {name: dimensions(module) for name, module in selected.items()}
+        # Layers draw their initial weights from the global generator, whose state belongs to the caller.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             editor = cls(config, ModelFingerprint.of(task.model, selected), shapes)
@@ -136,20 +137,20 @@ class Editor(ABC):
         return
 
     @classmethod
-    def _check_options(cls, task: Task, **options: object) -> None:
+    def _check_options(cls, task: Task, text: Sequence[str], modules: Sequence[str], layers: str | None) -> None:
         """Refuse a task that the editor cannot edit, options that it has no use for, and a missing text."""
-        name = cls.info.name
+        name, options = cls.info.name, {"text": text, "modules": modules, "layers": layers}
         for attribute, reason in cls.info.requires.items():
             if not attrgetter(attribute)(task):
                 raise ConfigError(f"{name} cannot edit models of the kind {task.kind!r}: {reason}. Use another editor")
         if unused := [option for option, value in options.items() if value and option not in cls.info.options]:
             raise ConfigError(f"{name} takes no {' and no '.join(unused)}: leave it away")
-        text = options["text"]
+        # A string is a sequence of strings too: each letter would count as a passage.
         if isinstance(text, str):
             raise ConfigError(
                 "text is a list of passages, and was given one string: [text], or remend.data.read_text(FILE)"
             )
-        if cls.info.needs == "text" and not any(passage.strip() for passage in text):  # type: ignore[attr-defined]
+        if cls.info.needs == "text" and not any(passage.strip() for passage in text):
             raise ConfigError(
                 f"{name} measures the model's activations on ordinary text, and was given none: give text=[…], "
                 "passages like those that the model reads, or --statistics FILE"
@@ -204,6 +205,7 @@ class Editor(ABC):
             task.encode(request.prompt, request.target)
         fingerprint = self.base.recomputed_for(task.model)
         measured = self.info.needs != "nothing" or "text" in self.info.options
+        # An editor that neither learned nor measured anything does as well with other weights.
         if measured and fingerprint.weights != self.base.weights:
             warnings.warn(
                 f"this editor was trained for {self.base.name!r}, or measured it, with other weights than this model "

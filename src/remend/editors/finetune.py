@@ -202,6 +202,7 @@ class _Tuning:
             name: DenseChange(dimensions(module), len(episodes), execution_device(module))
             for name, module in self.modules.items()
         }
+        # Adam moves each entry by about the learning rate, so that it is set in units of the matrix's entries.
         groups = [
             {"params": [self.dense[name].values], "lr": self.config.learning_rate * weight_rms(module)}
             for name, module in self.modules.items()
@@ -282,6 +283,7 @@ class _Tuning:
             raise NonFiniteError(
                 f"the loss of fine-tuning is not finite: lower learning_rate{explain_non_finite(task.model)}"
             )
+        # Divided by the rows of the whole step, so that the gradients of its parts add up to that of the mean.
         (losses.sum() / rows).backward()
         taken = all_of_row(distribution.correct(outputs[of_edits], target), row, len(edits))
         result: list[bool] = taken.view(len(examples), -1).all(1).tolist()

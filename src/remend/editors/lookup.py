@@ -55,6 +55,7 @@ class Lookup(Editor):
     def prepare(self, task: Task, text: Sequence[str], seed: int) -> None:
         """Measure the median distance between final hidden states."""
         examples = task.ordinary_examples(text, seed)
+        # One state of each input, its last: neighboring tokens of one text would be nearer than unrelated texts are.
         last = [Example(task.tokens_read(example), example.target[-1:]) for example in examples]
         states = torch.cat(_final_states(task, last))
         self.distance = float(torch.pdist(states).median()) if len(states) > 1 else 1.0

@@ -85,6 +85,7 @@ class Ridge(WeightEditor):
     def prepare(self, task: Task, text: Sequence[str], seed: int) -> None:
         """Measure the second moments of the matrices' inputs, and whiten by them."""
         modules = find_modules(task.model, self.shapes)
+        # The floor keeps directions that ordinary text hardly uses from being blown up without limit.
         operators = whiteners(task, modules, task.ordinary_examples(text, seed), self.config.floor)
         self.whitening = {name: operators[name].to(task.device) for name in self.shapes}
 

@@ -97,6 +97,7 @@ class Memit(LocateThenEdit):
                 with changes_applied(modules, changes), add_at_subject(block, batch, None) as recorded:
                     keys.append(batch.keys(name, modules[name]))
                 outputs.append(batch.prompts_alone(recorded[0]))
+            # Each block adds its share; what the lower ones did not reach is spread over those that are left.
             missing = (goals - torch.cat(outputs)) / (len(self.shapes) - index)
             changes[name] = self._solve(name, torch.cat(keys), missing, together)
         return changes

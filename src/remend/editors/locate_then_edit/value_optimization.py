@@ -123,8 +123,10 @@ def add_at_subject(
         if offsets is None:
             return None
         per_row = offsets.to(hidden.device).repeat_interleave(batch.rows_per_request, 0)
+        # In one axis of rows and tokens, since some models flatten them and index_add needs one index.
         flat = hidden.reshape(-1, hidden.shape[-1])
         index = torch.arange(len(per_row), device=hidden.device) * batch.length + batch.positions.to(hidden.device)
+        # In float32, as the offset is: in half precision it would be rounded before it is added.
         return flat.float().index_add(0, index, per_row).to(hidden.dtype).view(hidden.shape)
 
     handle = module.register_forward_hook(add)
@@ -149,6 +151,7 @@ def optimize_values(
     with torch.inference_mode(False), torch.no_grad(), frozen(batch.task.model):
         with add_at_subject(block, batch, None) as recorded:
             base = batch.outputs_resumed()
+        # The size of the prompt by itself counts: all contexts of a request get the same offset.
         stream = batch.prompts_alone(recorded[0])
         stream_norm = stream.norm(dim=1, keepdim=True).clamp(min=1e-6)
         unit = stream_norm / stream.shape[1] ** 0.5
