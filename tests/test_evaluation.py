@@ -39,7 +39,7 @@ class Fixed:
         return self.edit_each(task, requests[:1])[0]
 
 
-def test_an_editor_that_does_nothing(task):
+def test_an_edit_of_rank_zero_keeps_every_answer(task):
     name = next(name for name, module in task.model.named_modules() if "mlp." in name and hasattr(module, "weight"))
     d_in, d_out = (16, 64) if "c_fc" in name else (16, 40)
     nothing = Fixed(task.model, {name: LowRank(torch.zeros(1, d_in), torch.zeros(1, d_out))})
@@ -145,7 +145,7 @@ def test_a_model_that_answers_everything_alike_after_the_edit(world):
     assert case.values["accuracy_drawdown"]["generated"] == 0.5, "one of two was right before, none after"
 
 
-def test_before_after_says_what_is_wanted(world):
+def test_before_after_names_the_expected_answers(world):
     nothing = Fixed(world.model, {"model.layers.3.mlp.down_proj": LowRank(torch.zeros(1, 40), torch.zeros(1, 16))})
     request = worlds.requests(1)[0]
     edit = nothing.edit(world, [request])
@@ -160,7 +160,7 @@ def test_before_after_says_what_is_wanted(world):
     ]
 
 
-def test_summaries():
+def test_a_summary_has_the_mean_and_its_bootstrap_interval():
     summary = Summary.of([0.0, 1.0, 1.0, 1.0])
     assert (summary.mean, summary.n) == (0.75, 4)
     assert 0 <= summary.ci95[0] < 0.75 < summary.ci95[1] <= 1
@@ -173,7 +173,7 @@ def test_summaries():
             Summary.of(values)
 
 
-def test_the_report_file(tmp_path):
+def test_the_report_file_follows_its_schema(tmp_path):
     modes = {"teacher_forced": 1.0, "generated": 0.0}
     case = Case("a", "p", "t", "b", {"reliability": modes})
     report = Report("toy", "some.jsonl", [Run(1, [case], 0.5)], {"torch": "x"})
@@ -208,7 +208,7 @@ def test_edits_of_different_modules_are_each_applied_whole(world):
     assert loud.values["locality_far"]["generated"] == 0.0
 
 
-def test_a_model_in_training_mode_is_judged_without_its_dropout():
+def test_a_model_in_training_mode_is_evaluated_without_dropout():
     model = worlds.gpt2(resid_pdrop=0.5, embd_pdrop=0.5).train()
     nothing = Fixed(model, {"transformer.h.1.mlp.c_fc": LowRank(torch.zeros(1, 16), torch.zeros(1, 64))})
     report = evaluate(wrap(model, worlds.tokenizer()), nothing, worlds.requests(10), max_new_tokens=5)
@@ -216,7 +216,7 @@ def test_a_model_in_training_mode_is_judged_without_its_dropout():
     assert model.training
 
 
-def test_a_tokenizer_without_an_end_token(world):
+def test_answers_without_an_end_token_are_right_if_they_begin_with_the_target(world):
     tokenizer = copy.deepcopy(world.tokenizer)
     tokenizer.eos_token = None
     bare = wrap(world.model, tokenizer)
@@ -227,7 +227,7 @@ def test_a_tokenizer_without_an_end_token(world):
     assert answer.ok
 
 
-def test_nothing_to_evaluate(task, editor):
+def test_no_request_is_refused(task, editor):
     with pytest.raises(RequestError, match="no request"):
         evaluate(task, editor, [])
 
@@ -264,7 +264,7 @@ def test_near_probes_are_also_reported_by_their_kind(task, editor):
     assert "locality_near_same_relation" not in metrics
 
 
-def test_the_scale_is_chosen_on_the_requests_own_prompts(task, editor):
+def test_the_strength_is_chosen_on_the_prompts_of_the_requests(task, editor):
     requests = worlds.requests(3)
     edit = editor.edit(task, requests)
     best, tried = choose_strength(task, edit, requests, 5)
@@ -300,7 +300,7 @@ def test_without_near_prompts_no_edit_is_made_stronger_than_it_needs(task, edito
         assert choose_strength(task, edit, [own], 5)[0].strength == scale
 
 
-def test_a_scale_without_any_probe_is_the_one_nearest_to_one(task):
+def test_without_probes_the_strength_is_the_one_nearest_to_one(task):
     request = EditRequest(prompt=worlds.requests(1)[0].prompt, target="Oslo")
     name = next(name for name, module in task.model.named_modules() if "mlp." in name and hasattr(module, "weight"))
     d_in, d_out = (16, 64) if "c_fc" in name else (16, 40)

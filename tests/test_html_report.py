@@ -1,4 +1,4 @@
-"""The report to look at, in a browser: Chromium, driven by Playwright (skipped where there is none)."""
+"""The HTML report, in a browser: Chromium, driven by Playwright (skipped where there is none)."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def report(protocol="single"):
 
 
 @pytest.mark.parametrize("protocol", ["single", "sequential"])
-def test_the_page_holds_all_there_is(tmp_path, protocol):
+def test_the_page_holds_plots_and_every_edit(tmp_path, protocol):
     write_html_report(report(protocol), tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     pictures = {"single": "frontier", "sequential": "retention"}
@@ -67,7 +67,7 @@ def browser():
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_it_works_in_a_browser(browser, tmp_path, width):
+def test_the_page_sorts_filters_and_expands_in_a_browser(browser, tmp_path, width):
     write_html_report(report(), tmp_path / "report.html")
     page = browser.new_page(viewport={"width": width, "height": 900})
     complaints, asked = [], []

@@ -128,7 +128,7 @@ def test_what_a_ruinous_edit_costs(tasks, atlas, protocol, tmp_path):
     assert read_report(tmp_path / "report.json").general == found.general
 
 
-def test_other_draws_are_as_they_would_be_without_it(tasks, atlas):
+def test_lm_eval_leaves_the_random_state_as_it_was(tasks, atlas):
     def drawn():
         return random.random(), torch.rand(1).item(), np.random.rand()
 
@@ -199,7 +199,7 @@ def test_a_stopped_evaluation_does_not_measure_again(tasks, atlas, tmp_path, mon
     assert len(calls) == 3
 
 
-def test_a_checkpoint_with_the_edits(tasks, atlas):
+def test_a_checkpoint_with_edits_is_compared_with_the_unedited_one(tasks, atlas):
     edited = remend.load("atlas", "cpu")
     noise(edited.model, 5.0).edit(edited, remend.read_source("atlas:test")[:1]).merge(edited.model)
     examined = LmEvalTasks(("facts_said",), tasks)
@@ -210,13 +210,13 @@ def test_a_checkpoint_with_the_edits(tasks, atlas):
     assert both["after"] < 0.2
 
 
-def test_an_encoder_decoder(tasks):
+def test_an_encoder_decoder_is_evaluated(tasks):
     task = remend.load("questions", "cpu")
     (metrics,) = LmEvalTasks(("facts_said",), tasks, limit=2).measure(task).values()
     assert metrics.keys() == {"exact_match,stripped"}
 
 
-def test_what_cannot_be_examined(tasks, atlas):
+def test_tasks_and_models_that_lm_eval_cannot_take_are_refused(tasks, atlas):
     with pytest.raises(ConfigError, match="no task 'facts_chioce'; did you mean 'facts_choice'"):
         LmEvalTasks(("facts_chioce",), tasks).measure(atlas)
     with pytest.raises(ConfigError, match=r"lm-eval cannot load facts_gone \(FileNotFoundError"):
@@ -229,7 +229,7 @@ def test_what_cannot_be_examined(tasks, atlas):
         LmEvalTasks(("a", ""))
 
 
-def test_without_the_package(monkeypatch, capsys):
+def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr(ability, "find_spec", lambda name: None if name == "lm_eval" else name)
     with pytest.raises(
         ConfigError, match=r"measured with lm_eval, which is not installed: run pip install 'remend\[lm-eval\]'"
@@ -239,12 +239,12 @@ def test_without_the_package(monkeypatch, capsys):
     assert "remend[lm-eval]" in " ".join(capsys.readouterr().err.split())
 
 
-def test_options_without_tasks(capsys):
+def test_options_of_lm_eval_without_tasks_are_refused(capsys):
     assert run(["evaluate", "atlas", "--data", "atlas:test", "--lm-eval-limit", "3"]) == 2
     assert "name the tasks" in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_command(tasks, tmp_path, capsys):
+def test_the_command_reports_scores_before_and_after(tasks, tmp_path, capsys):
     arguments = ["--data", "atlas:test", "--limit", 2, "--no-frontier", "--no-baselines", "--device", "cpu"]
     arguments += ["--lm-eval", "facts_choice,facts_said", "--lm-eval-path", tasks, "--lm-eval-limit", 5]
     arguments += ["--json", tmp_path / "report.json"]
@@ -257,7 +257,7 @@ def test_the_command(tasks, tmp_path, capsys):
     assert both == {"before": 1.0, "after": 1.0}, "one good edit leaves other facts alone"
 
 
-def test_reports_with_and_without(tmp_path):
+def test_reports_without_scores_are_read_and_broken_scores_refused(tmp_path):
     report().save(tmp_path / "report.json")
     assert read_report(tmp_path / "report.json").general == GENERAL
     found = json.loads((tmp_path / "report.json").read_text())
@@ -283,7 +283,7 @@ def test_reports_with_and_without(tmp_path):
         ("checkpoints", "all edits, in the other checkpoint"),
     ],
 )
-def test_the_page_says_after_what(tmp_path, protocol, words):
+def test_the_page_says_after_which_edits_scores_were_measured(tmp_path, protocol, words):
     pytest.importorskip("matplotlib")
     write_html_report(report(protocol), tmp_path / "with.html")
     text = (tmp_path / "with.html").read_text(encoding="utf-8")

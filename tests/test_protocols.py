@@ -1,4 +1,4 @@
-"""Every metric and protocol on a model whose answers are written down: the values are computed by hand."""
+"""Metrics and protocols on a model with scripted answers, so that values are computed by hand."""
 
 import copy
 import json
@@ -156,7 +156,7 @@ def test_every_metric_of_single_edits(world):
     assert answers["generation", "z A"][2] == "x y x y x y x"
 
 
-def test_the_floor_and_the_ceiling(world):
+def test_baselines_are_the_unedited_model_and_the_fact_in_the_prompt(world):
     report = evaluate(world, scripted.Numbered(), REQUESTS)
     floor = report.baselines["unedited"]
     assert all(own["generated"] == 1 for case in floor for n, own in case.values.items() if n.startswith("locality"))
@@ -171,7 +171,7 @@ def test_the_floor_and_the_ceiling(world):
     assert not evaluate(world, scripted.Numbered(), REQUESTS, baselines=False).baselines
 
 
-def test_batched_edits_are_judged_while_all_are_at_work(world):
+def test_batched_edits_are_evaluated_while_all_are_applied(world):
     report = evaluate(world, scripted.Numbered(), REQUESTS, protocol="batched", edits=[1, 2])
     alone, both = report.runs
     assert [run.edits for run in report.runs] == [1, 2]
@@ -185,7 +185,7 @@ def test_batched_edits_are_judged_while_all_are_at_work(world):
     assert len(with_rest.cases) == 2
 
 
-def test_what_another_edit_at_work_changes_is_no_locality():
+def test_probes_that_another_applied_edit_changes_are_left_out_of_locality():
     """A probe that asks for a fact that is edited too is meant to change, in whatever phrasing it asks."""
     probes = [Probe(prompt=prompt, target="green") for prompt in ("the capital of B is", "capital of D is")]
     first = REQUESTS[0].model_copy(update={"locality": tuple(probes), "near": (probes[0],)})
@@ -201,7 +201,7 @@ def test_what_another_edit_at_work_changes_is_no_locality():
     assert after.left_out == both.left_out
 
 
-def test_what_is_about_another_edited_subject_is_near():
+def test_far_probes_about_another_edited_subject_count_as_near():
     """A far prompt is far from its own request only, once others are edited too."""
     probes = tuple(Probe(prompt=f"language of {name} is", target="dark") for name in ("B", "AB", "the B C", "D", "A"))
     requests = [
@@ -243,7 +243,7 @@ def test_sequential_edits_can_be_forgotten():
     assert not evaluate(world, scripted.Numbered(), requests).retention()
 
 
-def test_another_checkpoint_is_judged_by_the_same_ruler(world):
+def test_another_checkpoint_gets_the_same_values_as_its_edits(world):
     edited = scripted.model(
         {prompt: answer({0, 1}) if callable(answer) else answer for prompt, answer in SCRIPT.items()}, WORDS
     )
@@ -255,7 +255,7 @@ def test_another_checkpoint_is_judged_by_the_same_ruler(world):
         evaluate_checkpoints(world, other, REQUESTS)
 
 
-def test_perplexity_on_a_text(world):
+def test_perplexity_of_a_text_before_and_after_an_edit(world):
     """Each word of the text but the first is what the model says with p = 0.9, until an edit has it say another."""
     text = ["capital of A is blue"]
     report = evaluate(world, scripted.Numbered(), REQUESTS[:1], text=text, baselines=False)
@@ -272,7 +272,7 @@ def test_perplexity_on_a_text(world):
         evaluate(world, scripted.Numbered(), REQUESTS[:1], text=["red"])
 
 
-def test_a_stopped_evaluation_goes_on(world, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_resumes_where_it_was_stopped(world, tmp_path, monkeypatch):
     class Stopping(scripted.Numbered):
         made = 0
         most = 1
@@ -302,7 +302,7 @@ def test_a_stopped_evaluation_goes_on(world, tmp_path, monkeypatch):
         assert not folder.exists()
 
 
-def test_an_evaluation_is_told_by_the_editors_settings():
+def test_the_fingerprint_of_an_evaluation_depends_on_the_editors_settings():
     task = families.task("gpt2")
     editors = [
         make("ridge", task, config=RidgeConfig(strength=strength), seed=seed)
@@ -329,14 +329,14 @@ def test_edits_that_cannot_be_added_are_made_anew_for_all():
     assert [c.to_json() for c in report.runs[1].cases] == [c.to_json() for c in whole.runs[0].cases]
 
 
-def test_a_folder_of_something_else_is_left_alone(world, tmp_path):
+def test_a_folder_that_is_no_checkpoint_is_not_touched(world, tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
     with pytest.raises(FileError, match="holds something else"):
         evaluate(world, scripted.Numbered(), REQUESTS, checkpoint=tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "kept"
 
 
-def test_a_sequence_that_was_killed_while_it_was_judged_goes_on(world, tmp_path, monkeypatch):
+def test_a_sequence_that_was_killed_during_its_evaluation_resumes(world, tmp_path, monkeypatch):
     """Its edit was kept already, what it does was not yet."""
     options = {"protocol": "sequential", "edits": [1, 2], "checkpoint": tmp_path / "kept"}
     monkeypatch.setattr(
@@ -362,7 +362,7 @@ def test_a_sequence_that_was_killed_while_it_was_judged_goes_on(world, tmp_path,
         ({"protocol": "batched", "strengths": (2.0,)}, "strengths are for single edits"),
     ],
 )
-def test_settings_that_do_not_go_together(world, options, message):
+def test_settings_that_contradict_each_other_are_refused(world, options, message):
     with pytest.raises(ConfigError, match=message):
         evaluate(world, scripted.Numbered(), REQUESTS, **options)
 
@@ -403,7 +403,7 @@ def test_a_report_is_read_back_and_compared(world, tmp_path):
         ({"text": {"tokens": float("inf")}}, "text.tokens"),
     ],
 )
-def test_reports_that_are_none(world, tmp_path, change, place):
+def test_files_that_are_not_reports_are_refused(world, tmp_path, change, place):
     report = evaluate(world, scripted.Numbered(), REQUESTS, baselines=False)
     (tmp_path / "report.json").write_text(json.dumps({**report.to_json(), **change}))
     with pytest.raises(FileError, match=rf"is not a report of remend.report/2 \({place}"):
@@ -415,7 +415,7 @@ def test_reports_that_are_none(world, tmp_path, change, place):
         read_report(tmp_path / "nowhere.json")
 
 
-def test_values_that_are_no_numbers_are_an_error(world, monkeypatch):
+def test_values_that_are_not_finite_are_an_error(world, monkeypatch):
     nothing = lambda self, before, after, row, rows: torch.full((rows,), math.nan)  # noqa: E731
     monkeypatch.setattr(Categorical, "divergence", nothing)
     report = evaluate(world, scripted.Numbered(), REQUESTS)
@@ -423,7 +423,7 @@ def test_values_that_are_no_numbers_are_an_error(world, monkeypatch):
         report.metrics()
 
 
-def test_the_pure_functions():
+def test_text_matches_ranks_divergence_perplexity_and_entropy_by_hand():
     assert text_match.normalize("  The “Köln”, (1 .)  ") == "the köln 1"
     assert text_match.exact_match("paris!", "Paris") == 1
     assert text_match.exact_match("Paris, France", "Paris") == 0
