@@ -1,4 +1,4 @@
-"""The command line: ``remend demo | edit | show | ask | guard | export | train | evaluate | …``."""
+"""The command line, ``remend``: one module for each command, named like it; ``options`` holds shared options."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from remend.cli import (
     evaluate,
     export,
     guard,
+    import_,
     options,
     push,
     recipe,
+    show,
     studio,
     train,
 )
@@ -42,8 +44,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"remend {version('remend')}")
@@ -53,7 +55,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _remend(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -61,10 +63,10 @@ def _remend(
 
 app.command()(demo.demo)
 app.command()(edit.edit)
-app.command()(ask.show)
+app.command()(show.show)
 app.command()(ask.ask)
 app.command()(export.export)
-app.command("import")(export.import_)
+app.command("import")(import_.import_)
 app.command()(push.push)
 app.command()(guard.guard)
 app.command()(studio.studio)
@@ -82,7 +84,7 @@ def run(arguments: Sequence[str]) -> int:
     console = Console(stderr=True)
 
     def warn(message: Warning | str, *_: object) -> None:
-        if options.process() == 0:
+        if options.process_rank() == 0:
             console.print(f"[yellow]warning[/]: {plain(str(message))}", soft_wrap=True)
 
     with warnings.catch_warnings():
@@ -92,14 +94,15 @@ def run(arguments: Sequence[str]) -> int:
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 1
         except RemendError as error:
-            where = f" in process {options.process()}" if options.process() else ""  # it may be the only one that fails
+            rank = options.process_rank()
+            where = f" in process {rank}" if rank else ""  # it may be the only one that fails
             console.print(f"[bold red]{type(error).__name__}[/]{where}: {plain(str(error))}", soft_wrap=True)
             return 2 if isinstance(error, RequestError | ConfigError) else 1
     return 0
 
 
 def main() -> None:
-    """The ``remend`` program."""
+    """Run the ``remend`` program."""
     # Large tensors in huge pages: touching memory for the first time is a good part of a train step on a CPU. Read
     # by torch when it first allocates, so it is set before torch is imported; and only here, never by an import.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -1,4 +1,4 @@
-"""``remend book``."""
+"""``remend book``: commands for a patch registry, the record of every edit of a deployed model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from remend.cli import options
+from remend.cli.edit_formats import FORMAT_HELP
 from remend.cli.escaping import plain
-from remend.cli.export import FORMAT_HELP
 from remend.errors import EditError, FileError, ModelError
 from remend.registries import FORMATS
 
@@ -21,25 +21,26 @@ if TYPE_CHECKING:
     from remend.tasks import Task
 
 app = typer.Typer(
-    no_args_is_help=True, help="A record of every edit of a deployed model: who, when, why, and which of them act."
+    no_args_is_help=True,
+    help="Record every edit of a deployed model: who made it, when and why, and which edits are active.",
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="BOOK", help="The book's folder.")]
 Number = Annotated[int, typer.Argument(metavar="EDIT", help="An edit's number, as remend book list shows it.")]
-Why = Annotated[str, typer.Option(help="What for; kept in the record.")]
+Why = Annotated[str, typer.Option(help="The reason; kept in the record.")]
 Who = Annotated[str | None, typer.Option(help="Who does it; by default this user.")]
 Model = Annotated[
     str | None,
-    typer.Option(help="The model that the book is of, if it is not where the book says: a folder or hub id."),
+    typer.Option(help="The book's model (a folder or hub id), if it is not where the book says."),
 ]
 
 
 @app.command()
 def init(book: Folder, model: Annotated[str, typer.Option(help="The model whose edits it records.")]) -> None:
-    """Make an empty book."""
+    """Create an empty book."""
     from remend.models import skeleton
 
-    _room().create(book, skeleton(model))
+    _registry_class().create(book, skeleton(model))
     Console().print(f"[bold]{plain(str(book))}[/] is a book of {plain(model)}; add edits: remend book add")
 
 
@@ -50,56 +51,63 @@ def add(
     why: Why = "",
     who: Who = None,
 ) -> None:
-    """Record an edit, as a draft: it does not act yet."""
+    """Add an edit as a draft: it is not active yet."""
     from remend.edit import Edit
 
-    opened, console = _room()(book), Console()
-    before = {entry.id for entry in opened.entries}
-    entry = opened.add(Edit.load(edit), why, who)
-    if entry.id in before:
-        console.print(f"it is edit [bold]{entry.id}[/] of {plain(str(book))} already ({entry.state})", soft_wrap=True)
+    registry, console = _registry_class()(book), Console()
+    known = {entry.id for entry in registry.entries}
+    entry = registry.add(Edit.load(edit), why, who)
+    if entry.id in known:
+        console.print(f"it is already edit [bold]{entry.id}[/] of {plain(str(book))} ({entry.state})", soft_wrap=True)
     if entry.state != "active":
         command = f"remend book activate {plain(str(book))} {entry.id}"
-        console.print(f"edit [bold]{entry.id}[/] does not act yet; have it act: {command}", soft_wrap=True)
+        console.print(f"edit [bold]{entry.id}[/] is not active yet; activate it: {command}", soft_wrap=True)
 
 
 @app.command("list")
 def list_(book: Folder) -> None:
-    """All edits of a book, and which of them act."""
-    opened = _room()(book)
-    table = Table("edit", "state", "added", "who", "what", "why", title=f"of {plain(opened.model)}", pad_edge=False)
-    for entry in opened.entries:
+    """List all edits of a book, and which of them are active."""
+    registry = _registry_class()(book)
+    table = Table(
+        "edit", "state", "added", "who", "request", "why", title=f"of {plain(registry.model)}", pad_edge=False
+    )
+    for entry in registry.entries:
         table.add_row(
-            str(entry.id), _coloured(entry.state), entry.added[:16], plain(entry.who), _what(entry), plain(entry.why)
+            str(entry.id),
+            _colored_state(entry.state),
+            entry.added[:16],
+            plain(entry.who),
+            _first_request(entry),
+            plain(entry.why),
         )
     Console().print(table)
 
 
 @app.command()
 def show(book: Folder, edit: Number) -> None:
-    """One edit: what it does, what was measured of it, and what was done with it."""
-    opened, console = _room()(book), Console()
-    entry = opened.entry(edit)
-    console.print(f"edit [bold]{entry.id}[/]: {_coloured(entry.state)}, of {plain(opened.model)}")
+    """Show one edit: what it does, what was measured, and what was done with it."""
+    registry, console = _registry_class()(book), Console()
+    entry = registry.entry(edit)
+    console.print(f"edit [bold]{entry.id}[/]: {_colored_state(entry.state)}, of {plain(registry.model)}")
     for request in entry.requests:
         console.print(f"  {plain(request.get('prompt', '…'))} → [green]{plain(request.get('target', '…'))}[/]")
     try:
-        ranks = ", ".join(f"{plain(name)} (rank {c.rank})" for name, c in opened.load(edit).changes.items())
+        ranks = ", ".join(f"{plain(name)} (rank {c.rank})" for name, c in registry.load(edit).changes.items())
         console.print(f"changes {ranks}", highlight=False)
-    except FileError as error:  # what is known of it is shown all the same
+    except FileError as error:  # the record is shown although the files are lost
         console.print(f"[red]lost[/]: {plain(error)}", soft_wrap=True, highlight=False)
     console.print(f"file {entry.file}", highlight=False)
-    for event in opened.events:
+    for event in registry.events:
         if event.edit == edit:
-            console.print(_line(event.at, event.what, event.who, event.why, event.measured), highlight=False)
+            console.print(_event_line(event.at, event.what, event.who, event.why, event.measured), highlight=False)
 
 
 @app.command()
 def history(book: Folder) -> None:
-    """Everything that was done, in order; each line's number is a revision that can be had again."""
+    """List everything that was done, in order; the number of a line is a revision that can be restored."""
     console = Console()
-    for event in _room()(book).events:
-        line = _line(event.at, event.what, event.who, event.why, event.measured)
+    for event in _registry_class()(book).events:
+        line = _event_line(event.at, event.what, event.who, event.why, event.measured)
         console.print(f"{event.id:4d}  edit {event.edit}: {line}", highlight=False, soft_wrap=True)
 
 
@@ -109,35 +117,37 @@ def activate(
     edit: Number,
     model: Model = None,
     acceptance: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What is asked of it, as JSON; without it, the standard.")
+        Path | None, typer.Option(metavar="FILE", help="Acceptance criteria as JSON; by default the standard ones.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Have it act whatever is found; that is recorded.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Activate it also if it fails or conflicts; that is recorded.")
+    ] = False,
     why: Why = "",
     who: Who = None,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
 ) -> None:
-    """Have an edit act, if it is accepted and goes together with those that do. Exit code 1 if it does not."""
+    """Activate an edit, if it is accepted and does not conflict with the active ones. The exit code is 1 if not."""
     from remend.apps.acceptance import STANDARD_CRITERIA, AcceptanceCriteria, RejectedError
     from remend.apps.patch_registry import ConflictError
-    from remend.cli.guard import show as show_verdict
+    from remend.cli.guard import print_result
 
-    opened, console = _room()(book), Console()
-    asked = STANDARD_CRITERIA if acceptance is None else AcceptanceCriteria.read(acceptance)
-    opened.entry(edit)
-    task = _load(opened, model, device, dtype)
+    registry, console = _registry_class()(book), Console()
+    criteria = STANDARD_CRITERIA if acceptance is None else AcceptanceCriteria.read(acceptance)
+    registry.entry(edit)
+    task = _load_model(registry, model, device, dtype)
     try:
-        conflicts, verdict = opened.activate(edit, task, asked, why, who, force)
+        conflicts, result = registry.activate(edit, task, criteria, why, who, force)
     except RejectedError as error:
-        show_verdict(console, error.result)
-        console.print(f"edit {edit} stays as it is (--force has it act all the same)")
+        print_result(console, error.result)
+        console.print(f"edit {edit} stays as it is (--force activates it all the same)")
         raise typer.Exit(1) from None
     except ConflictError as error:
         for conflict in error.conflicts:
             console.print(f"[red]{conflict.kind}[/]: {plain(conflict.description)}", soft_wrap=True)
-        console.print(f"edit {edit} stays as it is: revert the other one first (--force has it act all the same)")
+        console.print(f"edit {edit} stays as it is: revert the other edit first (--force activates it all the same)")
         raise typer.Exit(1) from None
-    show_verdict(console, verdict)
+    print_result(console, result)
     for conflict in conflicts:
         console.print(f"[yellow]{conflict.kind}[/]: {plain(conflict.description)}", soft_wrap=True)
     console.print(f"edit [bold]{edit}[/] acts")
@@ -145,27 +155,27 @@ def activate(
 
 @app.command()
 def revert(book: Folder, edit: Number, why: Why = "", who: Who = None) -> None:
-    """Have an edit act no more. It stays in the book, and can be activated again."""
-    _room()(book).revert(edit, why, who)
+    """Deactivate an edit. It stays in the book and can be activated again."""
+    _registry_class()(book).revert(edit, why, who)
     Console().print(f"edit [bold]{edit}[/] acts no more")
 
 
 @app.command()
 def verify(
     book: Folder,
-    repair: Annotated[bool, typer.Option("--repair", help="Remove what stopped processes left behind.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what killed processes left behind.")] = False,
 ) -> None:
-    """Compare the record with the files, and with itself. Exit code 1 if anything is wrong that was not repaired."""
-    opened, console = _room()(book), Console()
-    faults = opened.verify(repair)
+    """Check the records and the files. The exit code is 1 if anything is wrong and not repaired."""
+    registry, console = _registry_class()(book), Console()
+    faults = registry.verify(repair)
     for fault in faults:
         mark = "[green]repaired[/]" if fault.repaired else "[red]lost[/]" if fault.lost else "[yellow]left[/]"
         console.print(f"{mark}: {plain(fault.what)}", soft_wrap=True)
-    wrong = [fault for fault in faults if not fault.repaired]
-    if not wrong:
-        console.print(f"[green]all is well[/]: {len(opened.entries)} edits, {len(opened.active())} of them act")
+    remaining = [fault for fault in faults if not fault.repaired]
+    if not remaining:
+        console.print(f"[green]all is well[/]: {len(registry.entries)} edits, {len(registry.active())} of them act")
         return
-    if all(not fault.lost for fault in wrong):
+    if all(not fault.lost for fault in remaining):
         console.print("no edit is lost; --repair removes what was left behind")
     raise typer.Exit(1)
 
@@ -174,29 +184,32 @@ def verify(
 def export(
     book: Folder,
     to: Annotated[str, typer.Option(metavar="FORMAT", help=FORMAT_HELP)],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where it is written.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
     model: Model = None,
-    revision: Annotated[int | None, typer.Option(min=0, help="As it was after this event, not as it is.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="The most factor pairs of a matrix.")] = None,
+    revision: Annotated[
+        int | None,
+        typer.Option(min=0, help="Export the edits that were active after this event; by default, the active ones."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="The largest rank of a matrix's change.")] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
 ) -> None:
-    """Write all edits that act as one adapter, one model, or one edit."""
-    from remend.cli.export import write
+    """Write all active edits as one adapter, one model, or one edit."""
+    from remend.cli.edit_formats import write_edit
 
-    FORMATS.get(to)  # before the book is read
-    opened = _room()(book)
-    edit = opened.edit(revision)
+    FORMATS.get(to)  # an unknown format is an error before the book is read
+    registry = _registry_class()(book)
+    edit = registry.edit(revision)
     if edit is None:
         raise EditError(f"no edit of {book} acts{'' if revision is None else ' there'}: there is nothing to export")
-    write(Console(), edit, out, to, model or opened.model, model is None, rank, device, dtype)
+    write_edit(Console(), edit, out, to, model or registry.model, model is None, rank, device, dtype)
 
 
-def _room() -> type[PatchRegistry]:
-    """The book, if what it needs is installed.
+def _registry_class() -> type[PatchRegistry]:
+    """Import the class of patch registries.
 
     Raises:
-        ModelError: it is not.
+        ModelError: a library that it needs is not installed.
     """
     try:
         from remend.apps.patch_registry import PatchRegistry
@@ -205,20 +218,21 @@ def _room() -> type[PatchRegistry]:
     return PatchRegistry
 
 
-def _load(book: PatchRegistry, model: str | None, device: str, dtype: str | None) -> Task:
-    """The book's model."""
-    from remend.cli.export import named_by
+def _load_model(registry: PatchRegistry, model: str | None, device: str, dtype: str | None) -> Task:
+    """Load the registry's model."""
+    from remend.cli.edit_formats import suggest_model_option
 
-    with named_by("the book", model is None, book.model):
-        return options.load_model(model or book.model, device, 0, dtype)
+    with suggest_model_option("the book", model is None, registry.model):
+        return options.load_model(model or registry.model, device, 0, dtype)
 
 
-def _coloured(state: str) -> str:
+def _colored_state(state: str) -> str:
+    """Return a state with rich's markup."""
     return {"active": "[green]active[/]", "reverted": "[yellow]reverted[/]"}.get(state, state)
 
 
-def _what(entry: PatchEntry) -> str:
-    """An edit's first request, and how many more there are."""
+def _first_request(entry: PatchEntry) -> str:
+    """Return an edit's first request, and how many more there are."""
     if not entry.requests:
         return "no requests"
     first = entry.requests[0]
@@ -226,12 +240,13 @@ def _what(entry: PatchEntry) -> str:
     return f"{plain(first.get('prompt', '…'))} → {plain(first.get('target', '…'))}{more}"
 
 
-def _line(at: str, what: str, who: str, why: str, measured: Mapping[str, Any] | None) -> str:
-    description = f"{at[:19]}  {what} by {plain(who)}" + (f": {plain(why)}" if why else "")
+def _event_line(at: str, what: str, who: str, why: str, measured: Mapping[str, Any] | None) -> str:
+    """Return an event as a line of text."""
+    line = f"{at[:19]}  {what} by {plain(who)}" + (f": {plain(why)}" if why else "")
     if not measured:
-        return description
-    verdict, conflicts = measured.get("verdict") or {}, measured.get("conflicts") or []
-    found = "accepted" if verdict.get("ok") else "not accepted"
-    against = dict.fromkeys(f"edit {one.get('edit')}" for one in conflicts)
-    found += f", against {', '.join(against)}" if against else ""
-    return f"{description} ({found}{', forced' if measured.get('forced') else ''})"
+        return line
+    acceptance, conflicts = measured.get("verdict") or {}, measured.get("conflicts") or []
+    outcome = "accepted" if acceptance.get("ok") else "not accepted"
+    edits = dict.fromkeys(f"edit {conflict.get('edit')}" for conflict in conflicts)
+    outcome += f", against {', '.join(edits)}" if edits else ""
+    return f"{line} ({outcome}{', forced' if measured.get('forced') else ''})"

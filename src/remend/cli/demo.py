@@ -1,4 +1,4 @@
-"""``remend demo``."""
+"""``remend demo``: edit facts of the built-in model and print what changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from remend.cli.escaping import plain
 
 
 def demo(
-    count: Annotated[int, typer.Option(min=1, help="How many facts are edited, each from the untouched model.")] = 4,
+    count: Annotated[int, typer.Option(min=1, help="How many facts are edited, each on the unedited model.")] = 4,
     device: options.Device = "auto",
     seed: options.Seed = 0,
     json: options.Json = None,
@@ -34,26 +34,27 @@ def demo(
     editor = options.find_editor("atlas", "atlas").make(task)
     requests = random.Random(seed).sample(read_source("atlas:test"), count)
     editor.edit_each(task, requests[:1])  # the first call warms up; it is not timed
-    shown = []
+    results = []
     for request in requests:
-        began = time.perf_counter()
+        start = time.perf_counter()
         edit = editor.edit(task, [request])
         assert isinstance(edit, Edit)
-        milliseconds = 1000 * (time.perf_counter() - began)
+        milliseconds = 1000 * (time.perf_counter() - start)
         (answers,) = before_after(task, edit, [request])
         console.print()
         change = f"[red]{plain(answers[0].before)}[/] → [green]{plain(request.target)}[/]"
         title = f"{plain(request.prompt)}: {change}  (edited in {milliseconds:.0f} ms)"
         console.print(answers_table(title, answers))
-        shown.append(
+        results.append(
             {"prompt": request.prompt, "target": request.target, "ms": milliseconds, "answers": as_json(answers)}
         )
-    _legend(console)
+    _print_legend(console)
     if json is not None:
-        write_json(json, {"seed": seed, "edits": shown})
+        write_json(json, {"seed": seed, "edits": results})
 
 
-def _legend(console: Console) -> None:
+def _print_legend(console: Console) -> None:
+    """Print how to read the tables, and what to try next."""
     console.print(
         "\n[bold]✓[/] is the answer wanted: the new one at the prompt and its paraphrases, the old one elsewhere.\n"
         "[yellow]near[/] prompts ask the same of another subject, or something else of the same one: there edits "

@@ -57,7 +57,7 @@ def doctor(
     from remend.training.preflight import examine
     from remend.training.resource_estimate import only_configured
 
-    network, settings = options.preset(preset)
+    network, settings = options.find_preset(preset)
     if only_configured(model):
         if memory is not None:
             raise ConfigError("--memory is for a model with weights: of a configuration alone, activations are unknown")
@@ -96,7 +96,8 @@ def _print_dry_run(
     from remend.serialization import write_json
     from remend.training.resource_estimate import GPUS, dry_run
 
-    estimate = dry_run(model, network, modules, layers, getattr(torch, options.known_dtype(dtype) or "bfloat16"))
+    options.check_dtype(dtype)
+    estimate = dry_run(model, network, modules, layers, getattr(torch, dtype or "bfloat16"))
     console = Console()
     blocks = " + ".join(map(str, estimate.blocks))
     console.print(

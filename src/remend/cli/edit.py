@@ -1,4 +1,4 @@
-"""``remend edit``."""
+"""``remend edit``: make one edit, check that it takes effect, and save it."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def edit(
 
     All requests of a file become one edit. The base model is not changed: use the edit with remend ask, or in Python.
     """
-    wanted = _requests(prompt or [], target, requests, chat, pair)
+    edit_requests = _read_requests(prompt or [], target, requests, chat, pair)
     if subject is not None:
-        wanted = _about(subject, wanted, requests)
-    factor = _factor(scale)
+        edit_requests = _with_subject(subject, edit_requests, requests)
+    factor = _parse_scale(scale)
     from remend.cli.answer_tables import answers_table, as_json
     from remend.edit import Edit
     from remend.evaluation.before_after import before_after
@@ -65,84 +65,88 @@ def edit(
     check_replaceable(out)
     if not overwrite and (out / MANIFEST).exists():
         raise FileError(f"{out} holds an edit or an editor already: choose another folder, or give --overwrite")
-    chosen = options.find_editor(editor, model, statistics, seed, settings)
-    if chosen.info.result == "outside":
+    choice = options.find_editor(editor, model, statistics, seed, settings)
+    if choice.info.result == "outside":
         raise ConfigError(
             f"{editor} changes no weight, so there is no edit to save: measure it with remend evaluate, or use it in "
             "Python"
         )
     task = options.load_model(model, device, seed, dtype, quantise)
-    maker = chosen.make(task)
-    made = maker.edit(task, wanted)
-    assert isinstance(made, Edit)
+    chosen_editor = choice.make(task)
+    result = chosen_editor.edit(task, edit_requests)
+    assert isinstance(result, Edit)
     if factor is None:
-        made = _scaled(console, task, made, wanted, max_new_tokens)
+        result = _choose_scale(console, task, result, edit_requests, max_new_tokens)
     elif factor != 1:
-        made = made.scaled(factor)
-    answers = before_after(task, made, wanted, max_new_tokens)
-    failed = [r.prompt for r, found in zip(wanted, answers, strict=True) if not found[0].ok]
+        result = result.scaled(factor)
+    answers = before_after(task, result, edit_requests, max_new_tokens)
+    failed = [r.prompt for r, row in zip(edit_requests, answers, strict=True) if not row[0].ok]
     saved = not failed or keep_failed
     if saved:
-        made.save(out)
-    for request, found in zip(wanted, answers, strict=True):
-        console.print(answers_table(f"{plain(request.prompt)} → {plain(request.target)}", found))
-    if given := [found[0].prompt for found in answers if found[0].before == found[0].wanted]:
+        result.save(out)
+    for request, row in zip(edit_requests, answers, strict=True):
+        console.print(answers_table(f"{plain(request.prompt)} → {plain(request.target)}", row))
+    if unchanged := [row[0].prompt for row in answers if row[0].before == row[0].wanted]:
         console.print(
-            f"[yellow]{len(given)} of {len(wanted)} targets are what the unedited model answers already[/] "
-            f"({plain(given[0])}): nothing had to change there",
+            f"[yellow]{len(unchanged)} of {len(edit_requests)} targets are what the unedited model answers already[/] "
+            f"({plain(unchanged[0])}): nothing had to change there",
             soft_wrap=True,
         )
     if saved:
-        hint = f"remend ask {plain(model)} --edit {plain(out)} {options.asking(wanted[0].prompt)}"
+        hint = f"remend ask {plain(model)} --edit {plain(out)} {options.prompt_options(edit_requests[0].prompt)}"
         console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
-    sure = None if maker.info.needs == "training" else measure_robustness(task, made, wanted, seed=seed)
-    if sure is not None:
-        _tell(console, sure, maker.info.name, model)
+    robustness = None
+    if chosen_editor.info.needs != "training":
+        robustness = measure_robustness(task, result, edit_requests, seed=seed)
+        _print_robustness(console, robustness, chosen_editor.info.name, model)
     if failed:
         console.print(
-            f"[red]{len(failed)} of {len(wanted)} targets are not what the edited model answers[/] "
+            f"[red]{len(failed)} of {len(edit_requests)} targets are not what the edited model answers[/] "
             f"({plain(failed[0])}); "
             + ("saved all the same" if saved else "nothing was saved (--keep-failed saves it all the same)"),
             soft_wrap=True,
         )
     if json is not None:
         out_name = str(out) if saved else None
-        content: dict[str, Any] = {"taken": not failed, "out": out_name, "scale": made.editor.get("scale", 1.0)}
-        content |= {"editor": maker.info.name, **({} if sure is None else {"assurance": sure.to_json()})}
-        write_json(json, {**content, "answers": [as_json(found) for found in answers]})
+        content: dict[str, Any] = {"taken": not failed, "out": out_name, "scale": result.editor.get("scale", 1.0)}
+        content |= {
+            "editor": chosen_editor.info.name,
+            **({} if robustness is None else {"assurance": robustness.to_json()}),
+        }
+        write_json(json, {**content, "answers": [as_json(row) for row in answers]})
     if not saved:
         raise typer.Exit(1)
 
 
-def _about(subject: str, wanted: list[EditRequest], file: Path | None) -> list[EditRequest]:
-    """The request of the command line with its subject."""
+def _with_subject(subject: str, edit_requests: list[EditRequest], file: Path | None) -> list[EditRequest]:
+    """Return the request of the command line with its subject."""
     if file is not None:
         raise RequestError("--subject belongs to --prompt; in a file, give subject in each request")
     if not subject.strip():
         raise RequestError("--subject: must not be empty")
-    return [request.model_copy(update={"subject": subject}) for request in wanted]
+    return [request.model_copy(update={"subject": subject}) for request in edit_requests]
 
 
-def _tell(console: Console, found: Robustness, editor: str, model: str) -> None:
-    """How sure one can be of an edit by an editor that was not trained for the model."""
+def _print_robustness(console: Console, robustness: Robustness, editor: str, model: str) -> None:
+    """Print how reliable an edit is that was made by an editor without training for the model."""
     from remend.assets import ATLAS
 
-    doubts = " and ".join(found.doubts)
-    verdict = f"[yellow]doubtful[/], since {doubts}" if doubts else "[green]likely what was wanted[/]"
-    held = "whether it holds after other beginnings cannot be told here, "
-    if found.in_context is not None:
-        held = f"it holds after {found.in_context:.0%} of {found.beginnings} other beginnings, "
+    doubts = " and ".join(robustness.doubts)
+    summary = f"[yellow]doubtful[/], since {doubts}" if doubts else "[green]likely what was wanted[/]"
+    prefixes = "whether it holds after other beginnings cannot be told here, "
+    if robustness.in_context is not None:
+        prefixes = f"it holds after {robustness.in_context:.0%} of {robustness.beginnings} other beginnings, "
     console.print(
         f"made by [bold]{editor}[/], which was not trained for this model. The target has a probability of "
-        f"{found.probability:.0%}, {held}and {found.elsewhere:.1%} of the model's {found.choices} choices on other "
-        f"input stayed: {verdict}. With a trained editor, more of the prompts near it keep their answers "
-        + (f"(--editor {ATLAS})" if model == ATLAS else "(remend train)"),
+        f"{robustness.probability:.0%}, {prefixes}and {robustness.elsewhere:.1%} of the model's {robustness.choices} "
+        f"choices on other input stayed: {summary}. With a trained editor, more of the prompts near it keep their "
+        "answers " + (f"(--editor {ATLAS})" if model == ATLAS else "(remend train)"),
         soft_wrap=True,
     )
 
 
-def _factor(scale: str) -> float | None:
-    """The number that --scale names; None for ``auto``."""
+def _parse_scale(scale: str) -> float | None:
+    """Return the number that --scale names; None for ``auto``."""
     if scale == "auto":
         return None
     try:
@@ -154,41 +158,41 @@ def _factor(scale: str) -> float | None:
     return factor
 
 
-def _scaled(
+def _choose_scale(
     console: Console,
     task: Task,
-    made: Edit,
-    wanted: Sequence[EditRequest],
+    unscaled: Edit,
+    edit_requests: Sequence[EditRequest],
     max_new_tokens: int,
 ) -> Edit:
-    """The edit at the scale that its requests' prompts and probes speak for, and what they say of it and of 1."""
+    """Return the edit at the scale that suits its requests' prompts and probes best, and print how it compares to 1."""
     from remend.evaluation.strength import choose_strength
 
-    best, tried = choose_strength(task, made, wanted, max_new_tokens)
-    paraphrases = sum(len(r.paraphrases) for r in wanted)
-    near, far = sum(len(r.near) for r in wanted), sum(len(r.locality) for r in wanted)
+    best, tried = choose_strength(task, unscaled, edit_requests, max_new_tokens)
+    paraphrases = sum(len(r.paraphrases) for r in edit_requests)
+    near, far = sum(len(r.near) for r in edit_requests), sum(len(r.locality) for r in edit_requests)
     if not paraphrases + near + far:
-        told = "the requests name no paraphrases and no near or far prompts, so only the prompt itself was looked at"
+        message = "the requests name no paraphrases and no near or far prompts, so only the prompt itself was looked at"
     else:
-        plainly = next(own for own in tried if own.strength == 1)
-        told = (
+        full_strength = next(result for result in tried if result.strength == 1)
+        message = (
             f"{best.generality:.0%} of {paraphrases} paraphrases follow, {best.locality:.0%} of {near} near and {far} "
-            f"far prompts stay (at 1: {plainly.generality:.0%} and {plainly.locality:.0%})"
+            f"far prompts stay (at 1: {full_strength.generality:.0%} and {full_strength.locality:.0%})"
         )
-    console.print(f"scale [bold]{best.strength:g}[/]: {told}", soft_wrap=True)
+    console.print(f"scale [bold]{best.strength:g}[/]: {message}", soft_wrap=True)
     if not near:
         console.print(
             "[yellow]no near prompts are named[/], so nothing says how far the edit may reach: it is made no stronger "
             "than its own prompt needs. Name prompts about similar subjects that must stay ('near')",
             soft_wrap=True,
         )
-    return made.scaled(best.strength)
+    return unscaled.scaled(best.strength)
 
 
-def _requests(
+def _read_requests(
     prompts: Sequence[str], target: str | None, file: Path | None, chat: bool, pair: bool
 ) -> list[EditRequest]:
-    """The requests of a command line: one prompt with its target, or a file."""
+    """Return the requests of a command line: one prompt with its target, or those of a file."""
     from pydantic import ValidationError
 
     from remend.request import EditRequest, read_requests
@@ -201,11 +205,11 @@ def _requests(
         return read_requests(file)
     if not prompts or target is None or file is not None:
         raise RequestError("give --prompt and --target, or --requests FILE")
-    asked = options.asked(prompts, chat, pair)
-    if len(asked) > 1:
-        raise RequestError(f"one edit at a time, not {len(asked)}: give one prompt (for several, --requests FILE)")
+    parsed = options.parse_prompts(prompts, chat, pair)
+    if len(parsed) > 1:
+        raise RequestError(f"one edit at a time, not {len(parsed)}: give one prompt (for several, --requests FILE)")
     try:
-        return [EditRequest(prompt=asked[0], target=target)]
+        return [EditRequest(prompt=parsed[0], target=target)]
     except ValidationError as error:
         first = error.errors()[0]
         raise RequestError(f"--{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from None

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that several commands share, and how their values become prompts, presets, models and editors."""
 
 from __future__ import annotations
 
@@ -117,20 +117,20 @@ PairFlag = Annotated[
 NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer that is decoded, in tokens.")]
 
 
-DOUBTFUL = 0.5
-"""Below this share of edits taken, or of other answers kept, on validation, an editor does more harm than good."""
+MIN_VALIDATION_SHARE = 0.5
+"""The smallest share of successful edits, and of other answers kept, with which an editor does more good than harm."""
 
 
-def process() -> int:
-    """This process's number among those that ``accelerate launch`` or ``torchrun`` started; the first one speaks."""
+def process_rank() -> int:
+    """Return this process's rank among those that ``accelerate launch`` or ``torchrun`` started; rank 0 prints."""
     return int(os.environ.get("RANK", "0"))
 
 
-def asked(prompts: Sequence[str], chat: bool, pair: bool) -> list[Prompt]:
-    """What prompts on the command line ask: texts, conversations of one message, or pairs of texts.
+def parse_prompts(prompts: Sequence[str], chat: bool, pair: bool) -> list[Prompt]:
+    """Return the prompts of a command line as texts, conversations of one message, or pairs of texts.
 
     Raises:
-        RequestError: one is empty, a pair is of one text, or both are wanted.
+        RequestError: a prompt is empty, a pair has only one text, or both --chat and --pair are given.
     """
     from remend.errors import RequestError
     from remend.request import Chat, TextPair, as_prompt
@@ -144,12 +144,12 @@ def asked(prompts: Sequence[str], chat: bool, pair: bool) -> list[Prompt]:
     except ValueError as error:
         raise RequestError(f"--prompt: {error}") from None
     if pair:
-        return [TextPair(*both) for both in zip(prompts[::2], prompts[1::2], strict=True)]
+        return [TextPair(*texts_of_pair) for texts_of_pair in zip(prompts[::2], prompts[1::2], strict=True)]
     return [Chat.of([{"role": "user", "content": prompt}]) for prompt in prompts] if chat else texts
 
 
-def asking(prompt: Prompt) -> str:
-    """The options that ask something like ``prompt``: what :func:`asked` reads."""
+def prompt_options(prompt: Prompt) -> str:
+    """Return the command-line options that ask a prompt of this kind (see :func:`parse_prompts`)."""
     from remend.request import Chat, TextPair
 
     if isinstance(prompt, TextPair):
@@ -157,8 +157,8 @@ def asking(prompt: Prompt) -> str:
     return "--chat --prompt '…'" if isinstance(prompt, Chat) else "--prompt '…'"
 
 
-def preset(name: str) -> tuple[MendConfig, TrainingConfig]:
-    """Network and training settings of a preset.
+def find_preset(name: str) -> tuple[MendConfig, TrainingConfig]:
+    """Return the editor network's and the training settings of a preset.
 
     Raises:
         ConfigError: there is no such preset.
@@ -171,26 +171,25 @@ def preset(name: str) -> tuple[MendConfig, TrainingConfig]:
     return PRESETS[name]
 
 
-def known_dtype(dtype: str | None) -> str | None:
-    """``dtype``, if it is one.
+def check_dtype(dtype: str | None) -> None:
+    """Check the name of a dtype.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: there is no such dtype.
     """
     from remend.errors import ConfigError, nearest
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {dtype!r} for weights; {nearest(dtype, DTYPES)}")
-    return dtype
 
 
 def load_model(model: str, device: str, seed: int, dtype: str | None = None, quantise: str | None = None) -> Task:
-    """Load the base model without the progress bars of the libraries below.
+    """Load the base model, without the progress bars of transformers.
 
     Raises:
         ConfigError: there is no such dtype.
     """
-    known_dtype(dtype)
+    check_dtype(dtype)
     import torch
     from transformers.utils import logging
 
@@ -291,8 +290,8 @@ def _from_folder(name: str, settings: Sequence[str] | None) -> EditorChoice:
     editor: Any = load_editor(ATLAS_FOLDER / "editor" if name == ATLAS else name)
     if editor.info.needs != "training":
         return EditorChoice(editor.info, lambda task: editor)
-    if unfit(editor):
-        best = best_of(editor.trained)
+    if is_unfit(editor):
+        best = best_validation(editor.trained)
         Console(stderr=True).print(
             f"[yellow]warning[/]: {plain(name)} is not fit for use: in training, on requests that it had not seen, "
             f"{best['taken']:.0%} of its edits took and {best['kept']:.0%} of other answers stayed. Give it more "
@@ -344,15 +343,15 @@ def _print_settings(kind: type[Editor]) -> None:
         )
 
 
-def best_of(trained: Mapping[str, Any]) -> dict[str, float]:
-    """The validation of the state that a training run kept."""
+def best_validation(trained: Mapping[str, Any]) -> dict[str, float]:
+    """Return the validation result of the state that a training run kept."""
     best: dict[str, float] = min(trained["history"], key=lambda entry: entry["loss"])
     return best
 
 
-def unfit(editor: TrainableEditor) -> bool:
-    """Whether most edits of an editor did not take, or most unrelated answers changed, when it was validated."""
+def is_unfit(editor: TrainableEditor) -> bool:
+    """Return whether an editor's validation shows that most edits failed or most unrelated answers changed."""
     if not editor.trained.get("history"):
-        return False  # it was saved by hand
-    best = best_of(editor.trained)
-    return min(best["taken"], best["kept"]) < DOUBTFUL
+        return False  # it was saved by hand, without a training run
+    best = best_validation(editor.trained)
+    return min(best["taken"], best["kept"]) < MIN_VALIDATION_SHARE

@@ -1,4 +1,4 @@
-"""``remend studio``."""
+"""``remend studio``: serve the studio's web page."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ def studio(
     model: options.Model,
     editor: options.EditorFolder = None,
     book: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A book for accepted edits; made if it is not there.")
+        Path | None,
+        typer.Option(metavar="DIR", help="The book for accepted edits; it is created if it does not exist."),
     ] = None,
     acceptance: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What is asked of an edit before it acts, as JSON.")
+        Path | None, typer.Option(metavar="FILE", help="Acceptance criteria as JSON; by default the standard ones.")
     ] = None,
     host: Annotated[
-        str, typer.Option(help="The address to listen at: this machine alone, if not said otherwise.")
+        str, typer.Option(help="The address to listen at; by default only this machine can connect.")
     ] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860 on.")
@@ -31,7 +32,8 @@ def studio(
     password: Annotated[
         str | None,
         typer.Option(
-            envvar="REMEND_PASSWORD", help="Ask for it (the user's name is remend); better in REMEND_PASSWORD."
+            envvar="REMEND_PASSWORD",
+            help="Protect the page with it (the user's name is remend); better set in REMEND_PASSWORD.",
         ),
     ] = None,
     device: options.Device = "auto",
@@ -39,7 +41,7 @@ def studio(
     quantise: options.Quantise = None,
     seed: options.Seed = 0,
 ) -> None:
-    """A web page on which a wrong answer is put right: ask, edit, look at what changes, accept, export."""
+    """Serve a web page for correcting wrong answers: ask, edit, see what changes, accept, export."""
     try:
         from remend.apps.patch_registry import PatchRegistry
         from remend.apps.studio.app import serve
@@ -51,17 +53,17 @@ def studio(
     from remend.apps.studio import Workspace
 
     console = Console()
-    asked = STANDARD_CRITERIA if acceptance is None else AcceptanceCriteria.read(acceptance)
-    chosen = options.find_editor(editor, model, None, seed)
-    if chosen.info.result == "outside":
+    criteria = STANDARD_CRITERIA if acceptance is None else AcceptanceCriteria.read(acceptance)
+    choice = options.find_editor(editor, model, None, seed)
+    if choice.info.result == "outside":
         raise ConfigError(f"{editor} changes no weight, so there is no edit to accept or export: choose another editor")
     task = options.load_model(model, device, seed, dtype, quantise)
-    opened = None
+    registry = None
     if book is not None:
-        opened = PatchRegistry(book) if book.exists() else PatchRegistry.create(book, task.model)
-    desk = Workspace(task, chosen.make(task), opened, asked)
+        registry = PatchRegistry(book) if book.exists() else PatchRegistry.create(book, task.model)
+    workspace = Workspace(task, choice.make(task), registry, criteria)
     if host not in ("127.0.0.1", "localhost", "::1") and not password:
         console.print(f"[yellow]warning[/]: whoever reaches {plain(host)} can use this page: give --password")
-    page = serve(desk, model, host, port, password, block=False)
+    page = serve(workspace, model, host, port, password, block=False)
     console.print(f"remend studio of {plain(model)}: [bold]{page.local_url}[/] (Ctrl-C ends it)", soft_wrap=True)
     page.block_thread()

@@ -79,7 +79,7 @@ def train(
     from remend.training import train as train_editor
     from remend.training.training_run import check_out
 
-    network, settings = options.preset(preset)
+    network, settings = options.find_preset(preset)
     editor_class = trainable_class(method)
     passages = read_text(text) if text else ()
     check_out(out, resume)
@@ -91,7 +91,7 @@ def train(
     editor = editor_class.create(
         task, network if method == "mend" else None, modules=modules or (), seed=seed, layers=layers
     )
-    console = Console(quiet=options.process() > 0)  # of several processes, only the first one prints
+    console = Console(quiet=options.process_rank() > 0)  # of several processes, only the first one prints
     several = f" in {count} processes" if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1 else ""
     console.print(f"{len(requests)} requests{several}; editing {plain(', '.join(editor.shapes))}", soft_wrap=True)
     with _progress_bar(console) as bar:
@@ -136,7 +136,7 @@ def _print_result(console: Console, editor: TrainableEditor, out: Path, finished
             "trained. Start a longer run in another folder",
             soft_wrap=True,
         )
-    best = options.best_of(editor.trained)
+    best = options.best_validation(editor.trained)
     measured = f"{_describe(best)} (of {editor.trained.get('validation_requests', '?')} for validation)"
     console.print(f"best at step {best['step']:.0f}: {measured}; saved to [bold]{plain(out)}[/]", soft_wrap=True)
     if best["step"] == 0:
@@ -145,7 +145,7 @@ def _print_result(console: Console, editor: TrainableEditor, out: Path, finished
             "time",
             soft_wrap=True,
         )
-    if options.unfit(editor):
+    if options.is_unfit(editor):
         console.print(
             "[red]This editor is not fit for use[/]: give it more requests about more subjects, with paraphrases and "
             "locality examples that the model answers well, or more time",
@@ -189,7 +189,7 @@ def _interruption(trained: dict[str, Any], out: Path) -> str:
         return (
             f"stopped before the first validation: there is no editor yet, but all steps are in {checkpoints}; {advice}"
         )
-    best = options.best_of(trained)
+    best = options.best_validation(trained)
     return (
         f"stopped; the best state so far, of step {best['step']}, is in [bold]{plain(out)}[/] ({_describe(best)}); "
         f"{advice}"
