@@ -33,9 +33,9 @@ from remend.registries import TASKS
 from remend.serialization import write_text
 
 MESSAGES = "messages"
-"""The key under which a conversation stands in place of a prompt."""
+"""The key that holds a conversation, in place of ``prompt``."""
 KIND = "kind"
-"""The key under which a probe says of what kind it is; each kind is measured."""
+"""The key of a probe's kind; each kind is measured separately."""
 
 
 def _not_blank(text: str) -> str:
@@ -54,27 +54,27 @@ class Message:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation that is to be answered: what a chat model is asked instead of a text.
+    """A conversation that a chat model answers, in place of a text.
 
     ``str`` of it is for people to read; the model reads what its tokenizer's chat template makes of it.
 
     Attributes:
-        messages: what was said so far; the last message is the user's.
+        messages: the messages so far; the last one is the user's.
     """
 
     messages: tuple[Message, ...]
 
     @staticmethod
     def of(messages: object) -> Chat:
-        """The conversation of a list of ``{"role": …, "content": …}``.
+        """Make a conversation of a list of ``{"role": …, "content": …}``.
 
         Raises:
-            RequestError: it is no such list, or does not end with a message of the user's.
+            RequestError: it is not such a list, or its last message is not a user's.
         """
         if not isinstance(messages, list | tuple) or not messages:
             raise RequestError(
                 'should be a text, or a list of messages such as [{"role": "user", "content": "…"}], '
-                f"not {_short(messages)}"
+                f"not {_truncated(messages)}"
             )
         for number, message in enumerate(messages, start=1):
             if (
@@ -83,21 +83,21 @@ class Chat:
                 or not all(isinstance(part, str) for part in message.values())
             ):
                 raise RequestError(
-                    f'message {number} should be {{"role": "…", "content": "…"}}, both texts, not {_short(message)}'
+                    f'message {number} should be {{"role": "…", "content": "…"}}, both texts, not {_truncated(message)}'
                 )
         last = messages[-1]
         if last["role"] != "user" or not last["content"].strip():
             raise RequestError(
-                f"the last message should be the user's, not empty, for the target to answer it; it is {_short(last)}"
+                f"the last message should be the user's, not empty, for the target to answer it; it is {_truncated(last)}"
             )
         return Chat(tuple(Message(**message) for message in messages))
 
-    def asking(self, text: str) -> Chat:
-        """The same conversation with ``text`` as its last message."""
+    def with_last_message(self, text: str) -> Chat:
+        """Return the same conversation with ``text`` as the user's last message."""
         return Chat((*self.messages[:-1], Message("user", text)))
 
     def to_json(self) -> list[dict[str, str]]:
-        """The list of messages that :meth:`of` reads."""
+        """Return the list of messages that :meth:`of` reads."""
         return [asdict(message) for message in self.messages]
 
     def __str__(self) -> str:
@@ -106,7 +106,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class TextPair:
-    """Two texts that a classifier is shown together, as a premise and a hypothesis: in JSON, a list of both."""
+    """Two texts that a classifier reads together, such as a premise and a hypothesis; in JSON, a list of two."""
 
     first: str
     second: str
@@ -141,16 +141,17 @@ class Input(ABC):
         """Return the JSON value that :meth:`from_json` reads."""
 
 
-def _short(value: object) -> str:
+def _truncated(value: object) -> str:
+    """Return the ``repr`` of a value, at most 80 characters long."""
     return text if len(text := repr(value)) <= 80 else f"{text[:79]}…"
 
 
 def as_prompt(value: object) -> str | Chat | TextPair | Input:
-    """What a prompt is, as a request gives it: a text, a list of two, or a list of messages.
+    """Return a request's JSON value of a prompt (a text, a list of two texts, or a list of messages) as a prompt.
 
     Raises:
         ValueError: a text is empty.
-        RequestError: it is none of these.
+        RequestError: the value is none of these.
     """
     if isinstance(value, str):
         return _not_blank(value)
@@ -161,7 +162,8 @@ def as_prompt(value: object) -> str | Chat | TextPair | Input:
     return value if isinstance(value, Chat | TextPair | Input) else Chat.of(value)
 
 
-def _written(prompt: str | Chat | TextPair | Input) -> Any:
+def _prompt_to_json(prompt: str | Chat | TextPair | Input) -> Any:
+    """Return the JSON value that :func:`as_prompt` reads."""
     if isinstance(prompt, Input):
         return {prompt.key: prompt.to_json()}
     if isinstance(prompt, TextPair):
@@ -170,7 +172,7 @@ def _written(prompt: str | Chat | TextPair | Input) -> Any:
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
-Prompt = Annotated[str | Chat | TextPair | Input, PlainValidator(as_prompt), PlainSerializer(_written)]
+Prompt = Annotated[str | Chat | TextPair | Input, PlainValidator(as_prompt), PlainSerializer(_prompt_to_json)]
 """The input of a model: a text to continue or to classify, a conversation to answer, two texts to classify together, or
 an input of another kind, such as an image."""
 
@@ -184,25 +186,25 @@ class Probe(BaseModel):
     target: Text
 
     @model_validator(mode="after")
-    def _asks_one_thing(self) -> Probe:
+    def _check_one_prompt(self) -> Probe:
         if MESSAGES in (self.model_extra or {}):
             raise ValueError("give prompt or messages, not both")
         return self
 
     @model_serializer(mode="wrap")
-    def _as_given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        found: dict[str, Any] = write(self)
+    def _serialize(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = write(self)
         if isinstance(self.prompt, Input):
-            return {**found.pop("prompt"), **found}
-        return {MESSAGES: found.pop("prompt"), **found} if isinstance(self.prompt, Chat) else found
+            return {**fields.pop("prompt"), **fields}
+        return {MESSAGES: fields.pop("prompt"), **fields} if isinstance(self.prompt, Chat) else fields
 
 
 class EditRequest(Probe):
-    """One pair to edit, with what is known about its neighbourhood (a line of a request file).
+    """One prompt and its target, with prompts for training and evaluation (a line of a request file).
 
-    The separating space before a target and the end token after it are remend's business. Keys that are not listed
-    here are kept and ignored. Where a request gives ``messages``, the texts among its phrasings and probes are asked in
-    the same conversation, as its last message.
+    The task adds the space before a target and the end token after it. Keys that are not listed here are kept and
+    ignored. Where a request gives ``messages``, a text among its phrasings and probes stands for the same conversation
+    with that text as its last message.
 
     Attributes:
         prompt: the text the model completes wrongly, or (given as ``messages``) the conversation it answers wrongly.
@@ -233,17 +235,17 @@ class EditRequest(Probe):
     @field_validator("paraphrases", "unseen_paraphrases", "negated", "generation")
     @classmethod
     def _phrasings_in_conversation(cls, phrasings: tuple[Prompt, ...], info: ValidationInfo) -> tuple[Prompt, ...]:
-        asked = info.data.get("prompt")
-        return tuple(_within(asked, prompt) for prompt in phrasings)
+        own_prompt = info.data.get("prompt")
+        return tuple(_in_form_of(own_prompt, prompt) for prompt in phrasings)
 
     @field_validator("locality", "near", "portability")
     @classmethod
     def _probes_in_conversation(cls, probes: tuple[Probe, ...], info: ValidationInfo) -> tuple[Probe, ...]:
-        asked = info.data.get("prompt")
-        return tuple(probe.model_copy(update={"prompt": _within(asked, probe.prompt)}) for probe in probes)
+        own_prompt = info.data.get("prompt")
+        return tuple(probe.model_copy(update={"prompt": _in_form_of(own_prompt, probe.prompt)}) for probe in probes)
 
     def to_json(self) -> dict[str, Any]:
-        """The request as a JSON object, without what is empty; NaN in a key of the caller's own becomes null."""
+        """Return the request as a JSON object without empty fields; NaN in a key of the caller becomes null."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
     @staticmethod
@@ -262,22 +264,24 @@ class EditRequest(Probe):
 
     @property
     def key(self) -> str:
-        """What a split must not share: the subject, or the prompt where no subject is named."""
+        """The key that splits must not share: the subject, or the prompt where no subject is named."""
         return (self.subject or str(self.prompt)).strip().casefold()
 
 
-def _within(asked: Prompt | None, prompt: Prompt) -> Prompt:
-    """What a prompt asks beside a request's own: in a conversation, a text is the last message.
+def _in_form_of(own_prompt: Prompt | None, prompt: Prompt) -> Prompt:
+    """Return a phrasing or a probe's prompt in the form of the request's prompt.
+
+    If the request's prompt is a conversation, a text becomes that conversation's last message.
 
     Raises:
         ValueError: one is a text, the other a pair of texts.
     """
-    if isinstance(asked, Chat) and isinstance(prompt, str):
-        return asked.asking(prompt)
-    if isinstance(asked, Input) and not isinstance(prompt, Input):
-        return type(asked).from_json(prompt)
-    if asked is not None and isinstance(asked, TextPair) != isinstance(prompt, TextPair):
-        kinds = ("a pair of texts", "one text") if isinstance(asked, TextPair) else ("one text", "a pair of texts")
+    if isinstance(own_prompt, Chat) and isinstance(prompt, str):
+        return own_prompt.with_last_message(prompt)
+    if isinstance(own_prompt, Input) and not isinstance(prompt, Input):
+        return type(own_prompt).from_json(prompt)
+    if own_prompt is not None and isinstance(own_prompt, TextPair) != isinstance(prompt, TextPair):
+        kinds = ("a pair of texts", "one text") if isinstance(own_prompt, TextPair) else ("one text", "a pair of texts")
         raise ValueError(
             f"the request's prompt is {kinds[0]} and {str(prompt)[:40]!r} is {kinds[1]}: give the same kind"
         )
@@ -339,7 +343,7 @@ def _read_input(kind: type[Input], key: str, value: object) -> Input:
 
 
 def parse_request(line: str, where: str) -> EditRequest:
-    """One request from a line of JSON.
+    """Parse one line of JSON as a request.
 
     Raises:
         RequestError: with ``where``, what arrived and what was allowed.
@@ -358,13 +362,13 @@ def parse_request(line: str, where: str) -> EditRequest:
 
 
 def read_requests(path: str | Path) -> list[EditRequest]:
-    """All requests of a JSON-lines file (UTF-8, one object a line, blank lines skipped).
+    """Read all requests of a JSON-lines file (UTF-8, one object a line, blank lines skipped).
 
     Raises:
         RequestError: the file is missing, not UTF-8, has a malformed line (which is named) or no request at all.
     """
     path = Path(path)
-    requests = [parse_request(text, f"{path}, line {number}") for number, text in _lines(path)]
+    requests = [parse_request(text, f"{path}, line {number}") for number, text in _read_lines(path)]
     if not requests:
         raise RequestError(f"{path} holds no request: one JSON object a line was expected")
     _warn_of_misspelt_keys(path, requests)
@@ -382,7 +386,7 @@ def write_requests(path: str | Path, requests: list[EditRequest]) -> None:
 
 
 def _warn_of_misspelt_keys(path: Path, requests: list[EditRequest]) -> None:
-    """Unknown keys are the caller's own, unless they look very much like known ones."""
+    """Warn of unknown keys that are similar to known ones; all others are the caller's own."""
     unknown = Counter(("key", key) for request in requests for key in request.model_extra or {})
     for request in requests:
         probes = (*request.locality, *request.near, *request.portability)
@@ -399,7 +403,8 @@ def _warn_of_misspelt_keys(path: Path, requests: list[EditRequest]) -> None:
             )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file that are not blank, with their numbers."""
     try:
         raw = path.read_bytes()
     except OSError as error:

@@ -114,7 +114,7 @@ def subject_position(task: Task, prompt: Prompt, subject: str, example: Example)
 def _with_beginning(beginning: str, prompt: Prompt) -> Prompt:
     """Return a prompt behind a random beginning; of a conversation, the last message is behind it."""
     if isinstance(prompt, Chat):
-        return prompt.asking(f"{beginning} {prompt.messages[-1].content}")
+        return prompt.with_last_message(f"{beginning} {prompt.messages[-1].content}")
     assert isinstance(prompt, str), "a generative task refuses a pair of texts before"
     return f"{beginning} {prompt}"
 
