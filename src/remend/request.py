@@ -88,7 +88,7 @@ class Chat:
         last = messages[-1]
         if last["role"] != "user" or not last["content"].strip():
             raise RequestError(
-                f"the last message should be the user's, not empty, for the target to answer it; it is {_truncated(last)}"
+                f"the last message should be the user's, not empty, for the target to answer it, not {_truncated(last)}"
             )
         return Chat(tuple(Message(**message) for message in messages))
 
