@@ -155,7 +155,18 @@ def _compare(
     if intervention.changes_outputs:
         with frozen(intervention.task.model), intervention.applied([rows[index].number for index in edited]):
             after = intervention.task.outputs(intervention.task.collate(list(edited.values()))).to(before.device)
-    target = torch.tensor([value for example in edited.values() for value in example.target], device=before.device)
+    measurements = _measurements(task, list(edited.values()), before, after)
+    yield from zip((rows[index] for index in edited), measurements, strict=True)
+
+
+def _measurements(
+    task: Task,
+    examples: Sequence[Example],
+    before: Float[Tensor, "target output"],
+    after: Float[Tensor, "target output"],
+) -> Iterator[Measurement]:
+    """Compare the outputs at the targets of each example before and after an intervention."""
+    target = torch.tensor([value for example in examples for value in example.target], device=before.device)
     distribution = task.distribution
     # Every target as a row of its own: the mean over those of an answer is taken below, in float64.
     each = torch.arange(len(target), device=before.device)
@@ -173,20 +184,17 @@ def _compare(
     ]
     correct_before, correct, unchanged, log_p_before, log_p, divergence, *rank = columns
     start = 0
-    for index, example in edited.items():
+    for example in examples:
         end = start + len(example.target)
-        body = start + body_length(intervention.task, example.target)
-        yield (
-            rows[index],
-            Measurement(
-                correct_before=tuple(correct_before[start:end]),
-                correct=tuple(correct[start:end]),
-                unchanged=tuple(unchanged[start:end]),
-                log_p_before=math.fsum(log_p_before[start:body]),
-                log_p=math.fsum(log_p[start:body]),
-                rank=rank[0][start] if rank else None,
-                divergence=math.fsum(divergence[start:end]) / len(example.target),
-            ),
+        body = start + body_length(task, example.target)
+        yield Measurement(
+            correct_before=tuple(correct_before[start:end]),
+            correct=tuple(correct[start:end]),
+            unchanged=tuple(unchanged[start:end]),
+            log_p_before=math.fsum(log_p_before[start:body]),
+            log_p=math.fsum(log_p[start:body]),
+            rank=rank[0][start] if rank else None,
+            divergence=math.fsum(divergence[start:end]) / len(example.target),
         )
         start = end
 
