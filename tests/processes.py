@@ -93,7 +93,7 @@ def main(folder):
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     for family in ("gpt2", "llama"):
         found[f"sharded-{family}"] = run(family=family, config=EVEN)
-    with pytest.raises(ConfigError, match="must have equal parts of each batch, which 7 episodes have not"):
+    with pytest.raises(ConfigError, match="must have equal parts of each batch, and 7 episodes cannot be divided so"):
         run()
     del os.environ["ACCELERATE_USE_FSDP"]
     for name, result in found.items():
