@@ -13,7 +13,7 @@ from torch import Tensor
 from remend.editors.trainable import FactPrompts
 from remend.errors import TrainingError, prefix_request_errors
 from remend.request import EditRequest
-from remend.tasks.base import Example, Task
+from remend.tasks.base import EncodedInput, Example, Task
 
 FEW_PARAPHRASES = 2
 """With fewer paraphrases than this, the edit pair itself is one of its neighbours."""
@@ -82,7 +82,7 @@ class _Episode:
     id: str
 
     @property
-    def prompts(self) -> frozenset[tuple[int, ...]]:
+    def prompts(self) -> frozenset[EncodedInput]:
         """The prompts of the episode, which identify what is asked, whatever the target."""
         return frozenset(example.input for example in (self.edit, *self.neighbours))
 
@@ -148,7 +148,7 @@ class Episodes:
 
     def facts(self) -> list[FactPrompts]:
         """Return the facts of the requests, in random order; requests with the same prompts are about one fact."""
-        facts: dict[frozenset[tuple[int, ...]], list[_Episode]] = {}
+        facts: dict[frozenset[EncodedInput], list[_Episode]] = {}
         for index in self._permutation(-1):
             facts.setdefault(self.episodes[index].prompts, []).append(self.episodes[index])
         return [

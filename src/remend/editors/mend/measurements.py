@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from remend.core.capture import GradientFactors, record_inputs
 from remend.core.discriminant import Discriminant
 from remend.core.distributed import ProcessGroup
-from remend.core.layers import expert_count, is_quantized, weight_of
+from remend.core.layers import expert_count, is_quantized, weight_as_matrix, weight_of
 from remend.core.running_statistics import RunningStatistics
 from remend.core.sketching import SketchedMoment, random_test_matrix
 from remend.core.whitening import SecondMoment
@@ -210,9 +212,19 @@ def measure_units(editor: GradientTransform, source: ActivationSource, batches: 
         )
         dtype = model.dtype if is_quantized(module) else weight_of(module).dtype
         with unsharded(model, module):
-            output = module(inputs.to(dtype), *arguments).float()
+            output = _layer_outputs(module, inputs.to(dtype), *arguments).float()
         response = (inputs.to(editor.device) * editor.whiten(pseudo_u, name)).sum(1).abs().mean()
         size = response * pseudo_delta.square().mean().sqrt()
         unit = output.square().mean().sqrt().to(editor.device) / size
         # A matrix without gradient, or with a zero output, keeps 1.
         editor.unit[editor.index(name)] = unit if unit.isfinite() and unit > 0 else 1.0
+
+
+def _layer_outputs(
+    module: nn.Module, inputs: Float[Tensor, "row d_in"], *experts: Tensor
+) -> Float[Tensor, "row d_out"]:
+    """Run a layer on rows of inputs."""
+    if isinstance(module, nn.Conv2d):  # it takes images only, while rows are patches of several
+        return nn.functional.linear(inputs, weight_as_matrix(module, module.weight), module.bias)
+    outputs: Tensor = module(inputs, *experts)
+    return outputs
