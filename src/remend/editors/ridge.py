@@ -11,7 +11,7 @@ a multiple of the least that makes the model answer with the target, and to noth
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from remend.config import Config, Factor
 from remend.core.capture import capture_gradient_factors
+from remend.core.hooks import frozen
 from remend.core.layers import dimensions, weight_rms
 from remend.core.least_squares import least_squares
 from remend.core.low_rank import LowRank
@@ -44,7 +45,7 @@ class RidgeConfig(Config):
 
     Attributes:
         strength: the strength of an edit, as a multiple of the least at which the model answers with the target: more
-            reaches more paraphrases, and more neighbours.
+            reaches more paraphrases, and more neighbours. Without effect on targets that are numbers.
         ridge: λ of the regression, as a share of a key's mean answer to itself.
         floor: what the whitening adds to every eigenvalue of the keys, as a share of their mean.
         gate: if not 0, an edit acts only on keys that answer to it with more than this (its own answer with 1): what a
@@ -148,7 +149,10 @@ class Ridge(WeightEditor):
             moves = {name: -packed.delta * _unit(packed, modules[name]) for name, packed in rows.items()}
             single = {name: self._solve_each(name, keys[name], moves[name], rows[name]) for name in rows}
             # An infinite settle gives a request whose target is the model's answer already the scale 1 / inf = 0.
-            scales = self.config.strength * smallest_effective_scales(unedited, single, settle=math.inf)
+            if task.distribution.discrete:
+                scales = self.config.strength * smallest_effective_scales(unedited, single, settle=math.inf)
+            else:  # a token can be made ever more probable, a number is overshot
+                scales = _closest_scales(unedited, single)
             for name, packed in rows.items():
                 of_requests = zip(keys[name].split(packed.counts), moves[name].split(packed.counts), strict=True)
                 by_matrix[name] += [(k, scales[index] * v) for index, (k, v) in enumerate(of_requests)]
@@ -164,6 +168,33 @@ class Ridge(WeightEditor):
         table = EpisodePadding(rows.counts, keys.device)
         u, delta = torch.cat([part.u for part in parts]), torch.cat([part.delta for part in parts])
         return LowRank(table(u), table(delta), self.config.gate)
+
+
+@torch.no_grad()
+def _closest_scales(unedited: UneditedPass, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
+    """Return for each edit pair the scale of its change at which the prediction is nearest to the target.
+
+    The scale is searched between 2⁻⁸ and 8, to a twentieth of itself. It is 0 where the model predicts the target.
+    """
+    assert unedited.outputs is not None, "loss() comes first"
+    with frozen(unedited.task.model):
+        unedited.verify()
+
+        def margins(exponent: Float[Tensor, " episode"]) -> Float[Tensor, " episode"]:
+            scale = (2**exponent)[:, None, None]
+            return unedited.margins({name: change.scaled(scale) for name, change in changes.items()})
+
+        before = unedited.margins_of(unedited.outputs)
+        best = torch.full_like(before, -8.0)
+        largest = margins(best)
+        # Both ways from the best exponent at every refinement; first the whole range, in steps of a half.
+        trials = [torch.full_like(before, -8 + 0.5 * step) for step in range(1, 23)]
+        for step in (0.25, 0.125, 0.0625, 0.0):
+            for exponent in trials:
+                margin = margins(exponent)
+                best, largest = torch.where(margin > largest, exponent, best), torch.maximum(margin, largest)
+            trials = [best - step, best + step]
+        return torch.where(before > 0, torch.zeros_like(best), 2**best)
 
 
 def _unit(rows: PackedFactors, module: nn.Module) -> Float[Tensor, "row 1"]:
