@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from remend.core.capture import capture_gradient_factors
 from remend.core.hooks import frozen
 from remend.core.layers import dimensions, weight_rms
 from remend.core.least_squares import least_squares
+from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank
 from remend.core.operators import SymmetricOperator
 from remend.editors.base import WeightEditor
@@ -45,7 +47,7 @@ class RidgeConfig(Config):
 
     Attributes:
         strength: the strength of an edit, as a multiple of the least at which the model answers with the target: more
-            reaches more paraphrases, and more neighbours. Without effect on targets that are numbers.
+            reaches more paraphrases, and more neighbours. It has no effect on targets that are numbers.
         ridge: λ of the regression, as a share of a key's mean answer to itself.
         floor: what the whitening adds to every eigenvalue of the keys, as a share of their mean.
         gate: if not 0, an edit acts only on keys that answer to it with more than this (its own answer with 1): what a
@@ -142,7 +144,10 @@ class Ridge(WeightEditor):
             batch = task.collate(part)
             unedited = UneditedPass(task, batch, self.whitening, all_targets=True)
             factors = capture_gradient_factors(
-                task.model, modules, task.token_masks(batch, self.whitening, True), unedited.loss
+                task.model,
+                modules,
+                task.token_masks(batch, self.whitening, True),
+                unedited.loss if task.distribution.discrete else partial(_squared_error, unedited),
             )[1]
             rows = pack_active(factors, task.device)
             keys = {name: self.whitening[name](packed.u) for name, packed in rows.items()}
@@ -168,6 +173,19 @@ class Ridge(WeightEditor):
         table = EpisodePadding(rows.counts, keys.device)
         u, delta = torch.cat([part.u for part in parts]), torch.cat([part.delta for part in parts])
         return LowRank(table(u), table(delta), self.config.gate)
+
+
+def _squared_error(unedited: UneditedPass) -> Float[Tensor, " episode"]:
+    """Run the model as ``unedited.loss()`` does; return (prediction − target)² / 2, averaged over each pair's targets.
+
+    For targets that are numbers. Unlike that of −log p, its gradient does not depend on the predicted spread, so that
+    all dimensions reach their targets at about the same scale.
+    """
+    batch, task = unedited.batch, unedited.task
+    with unedited.prefix.record_input() as recorded:
+        outputs = task.outputs(batch)
+    unedited.outputs, unedited.states = outputs.detach().float(), recorded.get("states")
+    return row_mean((task.distribution.mode(outputs) - batch.target).square() / 2, batch.row, batch.rows)
 
 
 @torch.no_grad()
