@@ -290,10 +290,10 @@ def test_a_scaled_edit_says_so(folder, tmp_path, capsys):
     assert Edit.load(tmp_path / "half").scaled(3.0).editor["scale"] == 1.5
 
 
-def test_a_finished_run_is_not_gone_on_with(folder, capsys):
+def test_a_finished_run_is_not_resumed(folder, capsys):
     arguments = ["train", folder / "model", "--data", folder / "test.jsonl", "--out", folder / "editor"]
     assert not remend(*arguments, "--resume", "--max-steps", 100, "--device", "cpu")
-    assert "there is nothing to go on with" in " ".join(capsys.readouterr().out.split())
+    assert "there is nothing to resume" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_version(capsys):

@@ -59,6 +59,39 @@ def test_every_public_name_is_in_the_api(module):
             assert hasattr(importlib.import_module(prefix), name.rpartition(".")[2]), name
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{page}" for page in PAGES)])
+def test_modules_and_files_that_a_page_names_exist(page):
+    text = (DOCS.parent / page).read_text(encoding="utf-8")
+    for name in re.findall(r"`(remend(?:\.\w+)+)", text):
+        if name.removeprefix("remend.") not in registry_groups():
+            assert resolves(name), name
+    for link in re.findall(r"\]\(((?:src|tests|benchmarks|scripts|examples|docs)/[^)#]+)\)", text):
+        assert (DOCS.parent / link).exists(), link
+
+
+def registry_groups():
+    """The entry-point groups, which look like modules."""
+    registries = importlib.import_module("remend.registries")
+    groups = [registry.group for registry in vars(registries).values() if isinstance(registry, registries.Registry)]
+    return [group.removeprefix("remend.") for group in groups]
+
+
+def resolves(name):
+    """Whether a dotted name is a module or an attribute of one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[length:]:
+            if not hasattr(found, attribute):
+                return False
+            found = getattr(found, attribute)
+        return True
+    return False
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", (DOCS / page).read_text(encoding="utf-8")):
