@@ -33,6 +33,9 @@ REFINEMENTS = 2
 False position approaches s from above, so the remaining error makes edits stronger; by a tenth on the atlas.
 """
 
+SECTIONS = 10
+"""The number of golden sections in the search for a number's scale: the last interval is 3 % of the scale wide."""
+
 
 class UneditedPass:
     """The unedited model's pass over a batch of edit pairs, whose states are reused by passes of the edited model.
@@ -97,13 +100,37 @@ def smallest_effective_scales(
     the scale is 0 if the edit would undo this (editors are trained to change answers), and otherwise the one for which
     :func:`scale_to_strength` leaves the edit as it is.
 
+    Where targets are numbers, which a larger scale moves past, it is the scale with the largest margin.
+
     Args:
         unedited: the pass in which the edits' gradients were taken, with one pair for each episode of ``changes``.
         changes: the batched changes of the edits.
         settle: the factor of the scales in :func:`scale_to_strength`.
     """
     with frozen(unedited.task.model):
+        if not unedited.task.distribution.discrete:
+            return _search_largest_margin(unedited, changes)
         return _search(unedited, changes, settle)
+
+
+def _search_largest_margin(unedited: UneditedPass, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
+    """Return the scales with the largest margins, by golden section in the logarithm of the scale.
+
+    A number is predicted in an interval around the target, which a larger scale leaves again on the other side.
+    """
+    ratio = (5**0.5 - 1) / 2
+    low = torch.full((unedited.batch.rows,), 1 / LARGEST_SCALE, device=unedited.batch.row.device).log()
+    high = -low
+
+    def margins(logarithm: Float[Tensor, " episode"]) -> Float[Tensor, " episode"]:
+        scale = logarithm.exp()[:, None, None]
+        return unedited.margins({name: change.scaled(scale) for name, change in changes.items()})
+
+    for _ in range(SECTIONS):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        left_is_better = margins(left) > margins(right)
+        low, high = torch.where(left_is_better, low, left), torch.where(left_is_better, right, high)
+    return ((low + high) / 2).exp()
 
 
 def _search(unedited: UneditedPass, changes: Mapping[str, LowRank], settle: float) -> Float[Tensor, " episode"]:
@@ -152,7 +179,9 @@ def scale_to_strength(
             (for matrices of experts: a multiple of that), the first is scaled; otherwise (all tokens take part) all
             are.
     """
-    scales = (settle * smallest_effective_scales(unedited, changes, settle)).sqrt()
+    scales = smallest_effective_scales(unedited, changes, settle)
+    if unedited.task.distribution.discrete:  # otherwise a larger scale would move the prediction past the target
+        scales = (settle * scales).sqrt()
     lengths = torch.bincount(unedited.batch.row).tolist()
     scaled = {}
     for name, change in changes.items():
