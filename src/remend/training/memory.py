@@ -219,6 +219,7 @@ def available_bytes() -> int | None:
 
 
 def _read_proc(file: Path, key: str) -> int | None:
+    # By hand, since psutil, which reads the same files, is no dependency of the package.
     lines = file.read_text().splitlines() if file.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), None)
 
