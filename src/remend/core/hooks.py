@@ -35,7 +35,7 @@ class LowRankHook:
 
 
 def attach_hooks(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> list[RemovableHandle]:
-    """Attach each change to its module as a hook; return the handles, which the caller removes. All are attached, or none."""
+    """Attach each change to its module as a hook, all or none, and return the handles, which the caller removes."""
     handles: list[RemovableHandle] = []
     try:
         for name, change in changes.items():
