@@ -86,10 +86,11 @@ class ImageClassification(Task):
             raise RequestError(
                 f'{type(self.model).__name__} classifies images: give {{"image": "file"}}, not {str(prompt)[:40]!r}'
             )
-        # Pillow comes with the packages that read images, and is needed only here.
-        from PIL import Image as PillowImage
-        from PIL import UnidentifiedImageError
-
+        try:
+            from PIL import Image as PillowImage
+            from PIL import UnidentifiedImageError
+        except ImportError:
+            raise ConfigError("reading images needs Pillow: pip install 'remend[images]'") from None
         try:
             with PillowImage.open(Path(prompt.path)) as file:
                 picture = file.convert("RGB")
