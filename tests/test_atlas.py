@@ -10,7 +10,7 @@ import remend
 from remend import assets
 from remend.assets import ATLAS_FOLDER
 from remend.data import atlas
-from remend.editors import strength_search as settling
+from remend.editors import strength_search
 from remend.editors.strength_search import LARGEST_SCALE, UneditedPass, scale_to_strength, smallest_effective_scales
 from remend.errors import ModelError
 from remend.models import skeleton
@@ -129,7 +129,7 @@ def test_the_scale_at_which_an_edit_takes_is_found(task, monkeypatch):
         changes = editor(editor.pack(editor.capture(task, batch, unedited.loss)))
     assert unedited.states is not None
     quick = smallest_effective_scales(unedited, changes)
-    monkeypatch.setattr(settling, "REFINED", 4)
+    monkeypatch.setattr(strength_search, "REFINEMENTS", 4)
     scales = smallest_effective_scales(unedited, changes)
     assert unedited.states is not None, "the cut gives what the whole pass gives"
     assert 0.2 < scales.median() < 1

@@ -369,9 +369,9 @@ def test_passages_are_continued_as_the_model_samples(tmp_path):
     ]
     (tmp_path / "text.txt").write_text("= Heading =\n \n" + "\n \n".join(long), encoding="utf-8")
     skipped = Counter()
-    model, tokenizer = worlds.gpt2(), worlds.tokenizer()
+    task = worlds.task(worlds.gpt2())
     state = worlds.torch.get_rng_state()
-    arguments = (model, tokenizer, tmp_path / "text.txt")
+    arguments = (task, tmp_path / "text.txt")
     requests = list(generation_requests(*arguments, skip=lambda reason: skipped.update([reason])))
     assert worlds.torch.equal(state, worlds.torch.get_rng_state())
     assert requests == list(generation_requests(*arguments)), "the same at every call"

@@ -326,9 +326,9 @@ def test_what_cannot_be_edited(decoder):
         with pytest.raises(
             ConfigError, match="memit measures the model's activations on ordinary text, and was given none"
         ):
-            Memit.create(worlds.task(decoder), text=text)
+            Memit.create(decoder, text=text)
     with pytest.warns(UserWarning, match="the text has 11 tokens and the keys of .* have 64 dimensions"):
-        Rome.create(worlds.task(decoder), text=[TEXT[0]])
+        Rome.create(decoder, text=[TEXT[0]])
 
 
 @pytest.mark.parametrize(("setting", "value"), [("steps", 0), ("floor", 0.0), ("decay", -1.0), ("weight", 0.0)])

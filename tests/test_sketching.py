@@ -53,8 +53,8 @@ def wide(monkeypatch):
 
 
 def test_only_wide_inputs_are_sketched():
-    assert sketch.sketch_directions(sketch.WIDE) is None
-    assert sketch.sketch_directions(65_536) == sketch.DIRECTIONS
+    assert sketch.sketch_directions(sketch.MAX_DENSE_DIMENSIONS) is None
+    assert sketch.sketch_directions(65_536) == sketch.MAX_DIRECTIONS
     assert Mend.create(worlds.task(worlds.llama()), DEFAULT).directions == {}
 
 
@@ -224,13 +224,13 @@ def test_a_resumed_run_ends_with_the_same_bits(wide, tmp_path):
 
 def test_a_saved_editor_keeps_its_directions_whatever_the_constants_are(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sketch, "WIDE", 20)
-        patch.setattr(sketch, "DIRECTIONS", 12)
+        patch.setattr(sketch, "MAX_DENSE_DIMENSIONS", 20)
+        patch.setattr(sketch, "MAX_DIRECTIONS", 12)
         Mend.create(worlds.task(worlds.llama()), DEFAULT).save(tmp_path / "editor")
     assert set(Mend.load(tmp_path / "editor").directions.values()) == {12}
 
 
 def test_the_estimate_follows_the_form(wide):
     narrow = moments_bytes(Mend.create(worlds.task(worlds.llama()), DEFAULT))
-    sketch.DIRECTIONS = 4
+    sketch.MAX_DIRECTIONS = 4
     assert moments_bytes(Mend.create(worlds.task(worlds.llama()), DEFAULT)) < narrow
