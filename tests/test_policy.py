@@ -10,7 +10,8 @@ from torch import nn
 import remend
 from remend.core.distributions import Gaussian
 from remend.editors import Mend, make
-from remend.errors import ModelError, RequestError
+from remend.editors.ke import Ke
+from remend.errors import ConfigError, ModelError, RequestError
 from remend.request import parse_request
 from remend.tasks.policy import DiscreteActions, GaussianActions, Observation
 from remend.training import PRESETS
@@ -110,6 +111,13 @@ def test_losses_and_divergences_of_gaussian_actions_are_those_of_torch():
     divergence = torch.distributions.kl_divergence(p, q)
     torch.testing.assert_close(gaussian.divergence(before, after, row, 3), divergence.view(3, 2).mean(1))
     assert not gaussian.divergence(before, before, row, 3).any()
+
+
+def test_an_editor_that_reads_text_says_so():
+    with pytest.raises(ConfigError, match=r"ke cannot edit models of the kind 'policy': it reads the embeddings"):
+        Ke.create(TASKS["discrete"]())
+    with pytest.raises(ConfigError, match=r"in-context cannot edit models of the kind 'policy'"):
+        make("in-context", TASKS["discrete"]())
 
 
 def test_what_does_not_fit_a_policy_is_refused():

@@ -45,7 +45,12 @@ class Ke(GradientStepEditor):
     is the step at which a token's edit changes its own output by about the output's size, so that it suits any model.
     """
 
-    info: ClassVar[EditorInfo] = EditorInfo("ke", "De Cao et al., EMNLP 2021 (arXiv 2104.08164)", "training")
+    info: ClassVar[EditorInfo] = EditorInfo(
+        "ke",
+        "De Cao et al., EMNLP 2021 (arXiv 2104.08164)",
+        "training",
+        requires={"reads_text": "it reads the embeddings of the prompt's tokens"},
+    )
     config_class: ClassVar[type[Config]] = KeConfig
 
     def __init__(self, config: KeConfig, base: ModelFingerprint, shapes: Mapping[str, tuple[int, int]]) -> None:
