@@ -277,7 +277,7 @@ def _from_folder(name: str, settings: Sequence[str] | None) -> EditorChoice:
         ConfigError: there is no such folder, or settings are given.
         FileError: the folder holds no editor.
     """
-    from remend.assets import ATLAS, ATLAS_FOLDER
+    from remend.assets import ATLAS
     from remend.editors import editor_class, load_editor
     from remend.editors.registry import RENAMED
     from remend.errors import ConfigError
@@ -287,7 +287,7 @@ def _from_folder(name: str, settings: Sequence[str] | None) -> EditorChoice:
         editor_class(name)  # raises: there is none of that name
     if settings:
         raise ConfigError(f"{name} was saved with its settings: --set is for editors that are made anew, by their name")
-    editor: Any = load_editor(ATLAS_FOLDER / "editor" if name == ATLAS else name)
+    editor: Any = load_editor(name)
     if editor.info.needs != "training":
         return EditorChoice(editor.info, lambda task: editor)
     if is_unfit(editor):

@@ -25,7 +25,7 @@ from remend.editors.edit_types import AnyEdit
 from remend.editors.info import EditorInfo
 from remend.editors.serialization import EDITOR_FORMAT, SavedEditor, read_editor
 from remend.errors import ConfigError, FileError, RequestError
-from remend.fingerprint import ModelFingerprint
+from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.serialization import write_folder
@@ -214,6 +214,10 @@ class Editor(ABC):
             )
         return fingerprint
 
+    def edited_modules(self, task: Task) -> dict[str, nn.Module]:
+        """Return the matrices of the model that it edits, by name."""
+        return find_modules(task.model, self.shapes)
+
     def describe(self) -> dict[str, Any]:
         """Return what the manifests of edits say of the editor: its name and its whole configuration."""
         config = {} if self.config is None else {"config": to_json(self.config)}
@@ -248,12 +252,17 @@ class Editor(ABC):
         """
         saved = read_editor(path, cls.info.name)
         config = None if cls.config_class is None else from_json(cls.config_class, saved.config)
-        editor = cls(config, saved.base, saved.shapes)
+        editor = cls.unrestored(config, saved)
         try:
             editor.restore(saved)
         except (RuntimeError, KeyError) as error:
             raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
         return editor
+
+    @classmethod
+    def unrestored(cls: type[EditorT], config: Any, saved: SavedEditor) -> EditorT:
+        """Return the editor that :meth:`restore` completes."""
+        return cls(config, saved.base, saved.shapes)
 
     def saved_fields(self) -> dict[str, Any]:
         """Return what the manifest of a saved editor holds beside its configuration, base and shapes."""

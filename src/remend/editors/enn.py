@@ -64,7 +64,7 @@ class Enn(GradientStepEditor):
 
     def build(self, task: Task) -> None:
         """Measure the size of each matrix: changes are trained in units of it, so that one rate suits any model."""
-        for index, (name, module) in enumerate(find_modules(task.model, self.shapes).items()):
+        for index, (name, module) in enumerate(self.edited_modules(task).items()):
             if is_quantized(module):
                 raise ConfigError(f"{name} is quantised, and an ENN trains the weights themselves: use another editor")
             self.size[index] = weight_rms(module)

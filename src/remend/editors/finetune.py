@@ -28,7 +28,6 @@ from remend.editors.base import WeightEditor
 from remend.editors.info import EditorInfo
 from remend.editors.serialization import SavedEditor
 from remend.errors import ConfigError, FileError, NonFiniteError
-from remend.fingerprint import find_modules
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.models.structure import editable_modules
 from remend.request import EditRequest, Probe
@@ -136,7 +135,7 @@ class FineTune(WeightEditor):
 
     def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
         """Tune on each request alone, several at the same time, and return what changed."""
-        size = sum(weight_of(module).numel() for module in find_modules(task.model, self.shapes).values())
+        size = sum(weight_of(module).numel() for module in self.edited_modules(task).values())
         together = max(1, min(TUNING_BATCH_SIZE, VALUES_AT_ONCE // size))
         changes: list[dict[str, LowRank]] = []
         for start in range(0, len(requests), together):
@@ -196,7 +195,7 @@ class _Tuning:
 
     def __init__(self, editor: FineTune, task: Task, episodes: Sequence[Sequence[Example]]) -> None:
         self.config, self.task, self.episodes = editor.config, task, episodes
-        self.modules = find_modules(task.model, editor.shapes)
+        self.modules = editor.edited_modules(task)
         self.prefix = FrozenPrefix(task.model, editor.shapes)
         self.dense = {
             name: DenseChange(dimensions(module), len(episodes), execution_device(module))

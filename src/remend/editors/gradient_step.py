@@ -17,7 +17,7 @@ from remend.core.layers import weight_rms
 from remend.core.low_rank import LowRank
 from remend.editors.serialization import SavedEditor
 from remend.editors.trainable import ActivationSource, CalibrationData, TrainableEditor
-from remend.fingerprint import ModelFingerprint, find_modules
+from remend.fingerprint import ModelFingerprint
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task
@@ -75,7 +75,7 @@ class GradientStepEditor(TrainableEditor):
     @torch.no_grad()
     def measure_units(self, task: Task, factors: Mapping[str, GradientFactors]) -> None:
         """Set the units of the steps from the gradient factors of some edit pairs."""
-        modules = find_modules(task.model, self.shapes)
+        modules = self.edited_modules(task)
         for index, (name, factor) in enumerate(factors.items()):
             u, delta = factor.u[factor.active], factor.delta[factor.active]
             output = u.norm(dim=1).mean() * weight_rms(modules[name])

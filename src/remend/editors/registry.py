@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remend.editors.base import Editor
-from remend.editors.serialization import EDITOR_FORMAT
+from remend.editors.serialization import EDITOR_FORMAT, editor_folder
 from remend.editors.trainable import TrainableEditor
 from remend.errors import ConfigError, FileError, nearest
 from remend.registries import EDITORS
@@ -84,11 +84,12 @@ def make(
 
 
 def load_editor(path: str | Path) -> Editor:
-    """Return the editor in a folder, of whatever class.
+    """Return the editor in a folder, of whatever class; ``atlas`` is the one that ships with remend.
 
     Raises:
         FileError: the folder is missing, damaged, altered, of an unknown version, or of an unknown editor.
     """
+    path = editor_folder(path)
     name = read_manifest(path, EDITOR_FORMAT).get("editor")
     if not isinstance(name, str) or name not in EDITORS:
         raise FileError(

@@ -11,9 +11,8 @@ a multiple of the least that makes the model answer with the target, and to noth
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,10 +22,8 @@ from torch import Tensor, nn
 
 from remend.config import Config, Factor
 from remend.core.capture import capture_gradient_factors
-from remend.core.hooks import frozen
 from remend.core.layers import dimensions, weight_rms
 from remend.core.least_squares import least_squares
-from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank
 from remend.core.operators import SymmetricOperator
 from remend.editors.base import WeightEditor
@@ -35,7 +32,6 @@ from remend.editors.info import EditorInfo
 from remend.editors.packing import EpisodePadding, PackedFactors, pack_active
 from remend.editors.serialization import SavedEditor
 from remend.editors.strength_search import UneditedPass, smallest_effective_scales
-from remend.fingerprint import find_modules
 from remend.models.structure import editable_modules
 from remend.request import EditRequest
 from remend.tasks.base import Task, in_batches
@@ -87,7 +83,7 @@ class Ridge(WeightEditor):
 
     def prepare(self, task: Task, text: Sequence[str], seed: int) -> None:
         """Measure the second moments of the matrices' inputs, and whiten by them."""
-        modules = find_modules(task.model, self.shapes)
+        modules = self.edited_modules(task)
         # The floor keeps directions that ordinary text hardly uses from being blown up without limit.
         operators = whiteners(task, modules, task.ordinary_examples(text, seed), self.config.floor)
         self.whitening = {name: operators[name].to(task.device) for name in self.shapes}
@@ -139,7 +135,7 @@ class Ridge(WeightEditor):
         """Return for each matrix and request the whitened keys of its tokens, and how the output there should move."""
         examples = [task.encode(request.prompt, request.target) for request in requests]
         by_matrix: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.whitening}
-        modules = find_modules(task.model, self.whitening)
+        modules, discrete = self.edited_modules(task), task.distribution.discrete
         for part in in_batches(examples):
             batch = task.collate(part)
             unedited = UneditedPass(task, batch, self.whitening, all_targets=True)
@@ -147,17 +143,16 @@ class Ridge(WeightEditor):
                 task.model,
                 modules,
                 task.token_masks(batch, self.whitening, True),
-                unedited.loss if task.distribution.discrete else partial(_squared_error, unedited),
+                unedited.loss if discrete else unedited.squared_error,
             )[1]
             rows = pack_active(factors, task.device)
             keys = {name: self.whitening[name](packed.u) for name, packed in rows.items()}
             moves = {name: -packed.delta * _unit(packed, modules[name]) for name, packed in rows.items()}
             single = {name: self._solve_each(name, keys[name], moves[name], rows[name]) for name in rows}
             # An infinite settle gives a request whose target is the model's answer already the scale 1 / inf = 0.
-            if task.distribution.discrete:
-                scales = self.config.strength * smallest_effective_scales(unedited, single, settle=math.inf)
-            else:  # a token can be made ever more probable, a number is overshot
-                scales = _closest_scales(unedited, single)
+            scales = smallest_effective_scales(unedited, single, settle=math.inf)
+            if discrete:  # a token can be made ever more probable, a number is overshot
+                scales = self.config.strength * scales
             for name, packed in rows.items():
                 of_requests = zip(keys[name].split(packed.counts), moves[name].split(packed.counts), strict=True)
                 by_matrix[name] += [(k, scales[index] * v) for index, (k, v) in enumerate(of_requests)]
@@ -173,46 +168,6 @@ class Ridge(WeightEditor):
         table = EpisodePadding(rows.counts, keys.device)
         u, delta = torch.cat([part.u for part in parts]), torch.cat([part.delta for part in parts])
         return LowRank(table(u), table(delta), self.config.gate)
-
-
-def _squared_error(unedited: UneditedPass) -> Float[Tensor, " episode"]:
-    """Run the model as ``unedited.loss()`` does; return (prediction − target)² / 2, averaged over each pair's targets.
-
-    For targets that are numbers. Unlike that of −log p, its gradient does not depend on the predicted spread, so that
-    all dimensions reach their targets at about the same scale.
-    """
-    batch, task = unedited.batch, unedited.task
-    with unedited.prefix.record_input() as recorded:
-        outputs = task.outputs(batch)
-    unedited.outputs, unedited.states = outputs.detach().float(), recorded.get("states")
-    return row_mean((task.distribution.mode(outputs) - batch.target).square() / 2, batch.row, batch.rows)
-
-
-@torch.no_grad()
-def _closest_scales(unedited: UneditedPass, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
-    """Return for each edit pair the scale of its change at which the prediction is nearest to the target.
-
-    The scale is searched between 2⁻⁸ and 8, to a twentieth of itself. It is 0 where the model predicts the target.
-    """
-    assert unedited.outputs is not None, "loss() comes first"
-    with frozen(unedited.task.model):
-        unedited.verify()
-
-        def margins(exponent: Float[Tensor, " episode"]) -> Float[Tensor, " episode"]:
-            scale = (2**exponent)[:, None, None]
-            return unedited.margins({name: change.scaled(scale) for name, change in changes.items()})
-
-        before = unedited.margins_of(unedited.outputs)
-        best = torch.full_like(before, -8.0)
-        largest = margins(best)
-        # Both ways from the best exponent at every refinement; first the whole range, in steps of a half.
-        trials = [torch.full_like(before, -8 + 0.5 * step) for step in range(1, 23)]
-        for step in (0.25, 0.125, 0.0625, 0.0):
-            for exponent in trials:
-                margin = margins(exponent)
-                best, largest = torch.where(margin > largest, exponent, best), torch.maximum(margin, largest)
-            trials = [best - step, best + step]
-        return torch.where(before > 0, torch.zeros_like(best), 2**best)
 
 
 def _unit(rows: PackedFactors, module: nn.Module) -> Float[Tensor, "row 1"]:

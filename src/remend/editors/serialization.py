@@ -1,14 +1,14 @@
-"""Read the folders of saved editors, and say what the names and sizes of MEND's tensors mean."""
+"""Read the folders of saved editors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.errors import FileError
 from remend.fingerprint import ModelFingerprint
 from remend.serialization import get_field, read_folder
@@ -46,12 +46,18 @@ class SavedEditor:
         return get_field(self.manifest, key, kind, self.path)
 
 
+def editor_folder(path: str | Path) -> str | Path:
+    """Return the folder of an editor; ``atlas`` names the one that ships with remend."""
+    return ATLAS_FOLDER / "editor" if path == ATLAS else path
+
+
 def read_editor(path: str | Path, name: str) -> SavedEditor:
     """Read the folder of the editor ``name``.
 
     Raises:
         FileError: the folder is missing, damaged, altered, of an unknown version, or of another editor.
     """
+    path = editor_folder(path)
     manifest, tensors = read_folder(path, EDITOR_FORMAT)
     if manifest.get("editor") != name:
         raise FileError(f"{path} holds the editor {manifest.get('editor')!r}, not {name!r}")
@@ -67,14 +73,3 @@ def read_editor(path: str | Path, name: str) -> SavedEditor:
         ModelFingerprint.from_manifest(get_field(manifest, "base", dict, path), path),
         {module: (d_in, d_out) for module, (d_in, d_out) in shapes.items()},
     )
-
-
-def symmetric_tensors(state: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of the tensors of a MEND editor that are symmetric matrices, of which half is stored."""
-    return {name for name, t in state.items() if name.startswith(("whitener_", "contrast_")) and t.dim() == 2}
-
-
-def sketched_directions(shapes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the number of directions of each whitener of a saved MEND editor that covers only some."""
-    bases = {name: tensors.get(f"basis_{index}") for index, name in enumerate(shapes)}
-    return {name: basis.shape[1] for name, basis in bases.items() if basis is not None and basis.dim() == 2}

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from remend.core.hooks import changes_applied, frozen
+from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank
 from remend.fingerprint import find_modules
 from remend.models.frozen_prefix import FrozenPrefix
@@ -33,8 +34,8 @@ REFINEMENTS = 2
 False position approaches s from above, so the remaining error makes edits stronger; by a tenth on the atlas.
 """
 
-SECTIONS = 10
-"""The number of golden sections in the search for a number's scale: the last interval is 3 % of the scale wide."""
+SMALLEST_EXPONENT, LARGEST_EXPONENT = -8.0, 3.0
+"""Where targets are numbers, scales between 2⁻⁸ and 2³ are tried: a larger one would move past the target."""
 
 
 class UneditedPass:
@@ -56,10 +57,24 @@ class UneditedPass:
     def loss(self) -> Float[Tensor, " episode"]:
         """Run the model, store its outputs and the input of the lowest edited block, and return the pairs' losses."""
         batch = self.batch
+        return self.task.distribution.loss(self._run(), batch.target, batch.row, batch.rows)
+
+    def squared_error(self) -> Float[Tensor, " episode"]:
+        """Run the model as :meth:`loss` does; return (prediction − target)² / 2, averaged over each pair's targets.
+
+        For targets that are numbers. Unlike that of −log p, its gradient does not depend on the predicted spread, so
+        that all dimensions reach their targets at about the same scale.
+        """
+        batch = self.batch
+        errors = self.task.distribution.mode(self._run()) - batch.target
+        return row_mean(errors.square() / 2, batch.row, batch.rows)
+
+    def _run(self) -> Float[Tensor, "target output"]:
+        """Run the model, store its outputs and the input of the lowest edited block, and return the outputs."""
         with self.prefix.record_input() as recorded:
-            outputs = self.task.outputs(batch)
+            outputs = self.task.outputs(self.batch)
         self.outputs, self.states = outputs.detach().float(), recorded.get("states")
-        return self.task.distribution.loss(outputs, batch.target, batch.row, batch.rows)
+        return outputs
 
     @torch.no_grad()
     def margins(self, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
@@ -100,7 +115,8 @@ def smallest_effective_scales(
     the scale is 0 if the edit would undo this (editors are trained to change answers), and otherwise the one for which
     :func:`scale_to_strength` leaves the edit as it is.
 
-    Where targets are numbers, which a larger scale moves past, it is the scale with the largest margin.
+    Where targets are numbers, which a larger scale moves past, it is the scale at which the prediction is nearest to
+    the target, to a twentieth of itself; 0 where the model predicts it already.
 
     Args:
         unedited: the pass in which the edits' gradients were taken, with one pair for each episode of ``changes``.
@@ -109,28 +125,30 @@ def smallest_effective_scales(
     """
     with frozen(unedited.task.model):
         if not unedited.task.distribution.discrete:
-            return _search_largest_margin(unedited, changes)
+            return _search_nearest(unedited, changes)
         return _search(unedited, changes, settle)
 
 
-def _search_largest_margin(unedited: UneditedPass, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
-    """Return the scales with the largest margins, by golden section in the logarithm of the scale.
+def _search_nearest(unedited: UneditedPass, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
+    """Return the scales with the largest margins: first in steps of a half of log₂, then ever finer around the best."""
+    assert unedited.outputs is not None, "loss() comes first"
+    unedited.verify()
 
-    A number is predicted in an interval around the target, which a larger scale leaves again on the other side.
-    """
-    ratio = (5**0.5 - 1) / 2
-    low = torch.full((unedited.batch.rows,), 1 / LARGEST_SCALE, device=unedited.batch.row.device).log()
-    high = -low
-
-    def margins(logarithm: Float[Tensor, " episode"]) -> Float[Tensor, " episode"]:
-        scale = logarithm.exp()[:, None, None]
+    def margins(exponent: Float[Tensor, " episode"]) -> Float[Tensor, " episode"]:
+        scale = (2**exponent)[:, None, None]
         return unedited.margins({name: change.scaled(scale) for name, change in changes.items()})
 
-    for _ in range(SECTIONS):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        left_is_better = margins(left) > margins(right)
-        low, high = torch.where(left_is_better, low, left), torch.where(left_is_better, right, high)
-    return ((low + high) / 2).exp()
+    before = unedited.margins_of(unedited.outputs)
+    best = torch.full_like(before, SMALLEST_EXPONENT)
+    largest = margins(best)
+    steps = int(2 * (LARGEST_EXPONENT - SMALLEST_EXPONENT))
+    trials = [torch.full_like(before, SMALLEST_EXPONENT + step / 2) for step in range(1, steps + 1)]
+    for step in (0.25, 0.125, 0.0625, 0.0):
+        for exponent in trials:
+            margin = margins(exponent)
+            best, largest = torch.where(margin > largest, exponent, best), torch.maximum(margin, largest)
+        trials = [best - step, best + step]
+    return torch.where(before > 0, torch.zeros_like(best), 2**best)
 
 
 def _search(unedited: UneditedPass, changes: Mapping[str, LowRank], settle: float) -> Float[Tensor, " episode"]:

@@ -19,7 +19,7 @@ from remend.editors.base import WeightEditor
 from remend.editors.packing import PackedFactors, pack_active
 from remend.editors.serialization import SavedEditor
 from remend.errors import ConfigError
-from remend.fingerprint import ModelFingerprint, find_modules
+from remend.fingerprint import ModelFingerprint
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.tasks.base import Batch, Example, Task
 
@@ -215,7 +215,7 @@ class TrainableEditor(nn.Module, WeightEditor):
             batch: the edit pairs.
             loss: computes their losses, if the same pass computes something else too.
         """
-        modules = find_modules(task.model, self.shapes)
+        modules = self.edited_modules(task)
         tokens = task.token_masks(batch, self.shapes, self.predicting_tokens_only)
         return capture_gradient_factors(task.model, modules, tokens, loss or (lambda: task.loss(batch)))[1]
 

@@ -17,12 +17,22 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from remend.core.layers import is_plain_float, parameter_owner
 from remend.errors import ModelError
 from remend.models.blocks import find_blocks
+from remend.models.loading import choose_device
 
 
 def fsdp_requested() -> bool:
     """Return whether the launcher asks for FSDP (``accelerate launch --use_fsdp``) in more than one process."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return several and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+
+
+def process_device() -> torch.device:
+    """Return the device that holds this process's part of a sharded model.
+
+    Raises:
+        ModelError: the device cannot be used here.
+    """
+    return choose_device("auto")
 
 
 def is_sharded(model: nn.Module) -> bool:

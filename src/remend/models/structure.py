@@ -80,6 +80,12 @@ def editable_modules(
     return find_modules(model, names)
 
 
+def encoder_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return those of the named modules that lie in the encoder of an encoder-decoder."""
+    stacks = [name for name, _ in find_stacks(model)[:-1]]
+    return [name for stack in stacks for name in names if name.startswith(f"{stack}.")]
+
+
 def _matching(
     model: nn.Module, candidates: Mapping[str, nn.Module], patterns: Sequence[str], layers: str | None
 ) -> dict[str, nn.Module]:

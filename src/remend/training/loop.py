@@ -13,7 +13,6 @@ from remend.editors.mend.editor import Mend
 from remend.editors.trainable import TrainableEditor
 from remend.errors import TrainingError
 from remend.models import fsdp
-from remend.models.loading import choose_device
 from remend.request import EditRequest
 from remend.tasks.base import Task
 from remend.training.config import PRESETS, Resources, TrainingConfig
@@ -106,7 +105,7 @@ def train(
     config = config or PRESETS[preset][1]
     resources = resources or Resources()
     sharded = fsdp.fsdp_requested()
-    process_group = ProcessGroup(choose_device("auto") if sharded else task.device)
+    process_group = ProcessGroup(fsdp.process_device() if sharded else task.device)
     with (
         process_group.warn_once(),
         resources.matmul_precision(),

@@ -90,7 +90,7 @@ class LocateThenEdit(WeightEditor):
 
     def prepare(self, task: Task, text: Sequence[str], seed: int) -> None:
         """Measure C over the tokens of the text, and draw the beginnings from it."""
-        modules = find_modules(task.model, self.shapes)
+        modules = self.edited_modules(task)
         moments = second_moments(task, modules, task.ordinary_examples(text, seed))
         for name, moment in moments.items():
             if moment.tokens < (d := self.shapes[name][0]):

@@ -24,7 +24,6 @@ from remend.editors.locate_then_edit.value_optimization import (
     add_at_subject,
     optimize_values,
 )
-from remend.fingerprint import find_modules
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import EditRequest
 from remend.tasks.base import Task
@@ -83,7 +82,7 @@ class Memit(LocateThenEdit):
 
     def _spread(self, task: Task, parts: Sequence[Sequence[PromptContexts]], together: bool) -> dict[str, LowRank]:
         """Return the changes of all parts' requests together, or of one part's, each by itself (as episodes)."""
-        modules = find_modules(task.model, self.shapes)
+        modules = self.edited_modules(task)
         prefix, last = FrozenPrefix(task.model, self.shapes), list(self.shapes)[-1]
         block = self.block_of(task, last)
         goals = torch.cat(

@@ -14,7 +14,6 @@ from remend.editors.info import EditorInfo
 from remend.editors.locate_then_edit.base import TASK_REQUIREMENTS, LocateThenEdit, in_prompt_batches
 from remend.editors.locate_then_edit.value_optimization import LocateConfig, SubjectBatch, optimize_values
 from remend.errors import ConfigError
-from remend.fingerprint import find_modules
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import EditRequest
 from remend.tasks.base import Task
@@ -63,7 +62,7 @@ class Rome(LocateThenEdit):
 
     def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
         """Return the rank-one change of each request (Eq. 2)."""
-        ((name, module),) = find_modules(task.model, self.shapes).items()
+        ((name, module),) = self.edited_modules(task).items()
         prefix = FrozenPrefix(task.model, [name])
         changes: list[dict[str, LowRank]] = []
         for contexts in in_prompt_batches(self.encode(task, requests)):

@@ -9,27 +9,21 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from remend.assets import ATLAS, ATLAS_FOLDER
-from remend.config import Config, from_json
+from remend.config import Config
 from remend.core.distributed import ProcessGroup
 from remend.core.factored_gradients import FactoredGradients
-from remend.core.least_squares import least_squares, make_definite
-from remend.core.low_rank import LowRank, concatenate
-from remend.core.operators import pack_symmetric, unpack_symmetric
+from remend.core.low_rank import LowRank
 from remend.editors.info import EditorInfo
 from remend.editors.mend.calibration import MendCalibration, moments_bytes
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.transform import GradientTransform
 from remend.editors.packing import pack_active
-from remend.editors.serialization import SavedEditor, read_editor, sketched_directions, symmetric_tensors
 from remend.editors.strength_search import UneditedPass, scale_to_strength
 from remend.editors.trainable import ActivationSource, CalibrationData, EditorMemory
-from remend.errors import ConfigError, FileError
-from remend.models.blocks import find_stacks
-from remend.models.structure import editable_modules
+from remend.errors import ConfigError
+from remend.models.structure import editable_modules, encoder_modules
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task, in_batches
 
@@ -63,11 +57,10 @@ class Mend(GradientTransform):
             ConfigError: the choice does not go with the configuration.
         """
         selected = editable_modules(task.model, modules, config.outputs_only, layers)
-        stacks = [name for name, _ in find_stacks(task.model)[:-1]]
-        of_encoder = [name for stack in stacks for name in selected if name.startswith(f"{stack}.")]
-        if of_encoder and config.tokens == "target":
+        in_encoder = encoder_modules(task.model, selected)
+        if in_encoder and config.tokens == "target":
             raise ConfigError(
-                f"{of_encoder[0]} lies in the encoder, where no target is predicted, and these settings edit only "
+                f"{in_encoder[0]} lies in the encoder, where no target is predicted, and these settings edit only "
                 "where one is: choose modules of the decoder, or the preset 'paper'"
             )
         return selected
@@ -76,34 +69,6 @@ class Mend(GradientTransform):
         """Move to the model's device."""
         self.to(task.device)
 
-    @classmethod
-    def load(cls: type[MendT], path: str | Path) -> MendT:
-        """Read an editor that :meth:`save` wrote; ``atlas`` is the one that ships with remend.
-
-        Raises:
-            FileError: the folder is missing, damaged, altered, of an unknown version, or of another editor.
-        """
-        path = ATLAS_FOLDER / "editor" if path == ATLAS else path
-        saved = read_editor(path, cls.info.name)
-        # On "meta" nothing is allocated or initialized before load_state_dict assigns the saved tensors.
-        with torch.device("meta"):
-            directions = sketched_directions(saved.shapes, saved.tensors)
-            editor = cls(from_json(MendConfig, saved.config), saved.base, saved.shapes, directions)
-        try:
-            editor.restore(saved)
-        except RuntimeError as error:
-            raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
-        return editor
-
-    def restore(self, saved: SavedEditor) -> None:
-        """Take over parameters, buffers and what training recorded."""
-        # Stored as float16 where size matters; the editor always computes in float32.
-        tensors = {name: t.float() if t.is_floating_point() else t for name, t in saved.tensors.items()}
-        packed = symmetric_tensors(self.state_dict()) & tensors.keys()
-        tensors |= {name: unpack_symmetric(tensors[name]) for name in packed}
-        self.load_state_dict(tensors, assign=True)
-        self.trained = saved.field("trained", dict)
-
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
         """Write the editor to a folder (safetensors and a JSON manifest), and return the folder.
 
@@ -111,12 +76,6 @@ class Mend(GradientTransform):
         vanish) nor the step sizes.
         """
         return self._write(path, self.saved_tensors(dtype))
-
-    def saved_tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Return parameters and buffers, the matrices in ``dtype``; of symmetric matrices, one half."""
-        state = self.state_dict()
-        tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
-        return tensors | {name: pack_symmetric(tensors[name]) for name in symmetric_tensors(state)}
 
     def with_settings(self: MendT, **settings: Any) -> MendT:
         """Return an editor that shares this one's tensors and makes edits with other settings.
@@ -198,21 +157,7 @@ class Mend(GradientTransform):
             return super().combine(task, requests)
         inputs: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
         parts = self._changes(task, requests, inputs)
-        return {n: self._solve(n, [part[n] for part in parts], torch.cat(inputs[n])) for n in self.shapes}
-
-    @torch.no_grad()
-    def _solve(self, name: str, parts: Sequence[LowRank], inputs: Float[Tensor, "row d_in"]) -> LowRank:
-        """Return a change that changes the output at each request's ``inputs`` as its part does by itself."""
-        inputs_of_parts = inputs.split([part.rank for part in parts])
-        pairs = zip(parts, inputs_of_parts, strict=True)
-        output_changes = torch.cat([part.output_change(rows, part.experts) for part, rows in pairs])
-        discriminant = self.operator("contrast", name)
-        metric = None if discriminant is None else make_definite(discriminant)
-        joined = concatenate(parts)
-        change = least_squares(
-            self.whiten(inputs, name), output_changes, metric, gate=joined.gate, experts=joined.experts
-        )
-        return replace(change, u=self.whiten(change.u, name))
+        return {n: self.solve_together(n, [part[n] for part in parts], torch.cat(inputs[n])) for n in self.shapes}
 
     def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
         """Return what each request changes by itself."""

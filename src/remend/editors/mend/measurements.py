@@ -68,7 +68,7 @@ def fit_whiteners_to_text(
     editor: GradientTransform, task: Task, text: Sequence[str], process_group: ProcessGroup
 ) -> None:
     """Set each matrix's whitener from its inputs at the first tokens of a text, in windows of one length."""
-    modules = find_modules(task.model, editor.shapes)
+    modules = editor.edited_modules(task)
     moments = new_moments(editor)
     windows = _text_windows(task, text)
     if not windows:
@@ -141,7 +141,7 @@ def fit_discriminants(
         process_group: the processes of the run.
     """
     task = source.task
-    modules = find_modules(task.model, editor.shapes)
+    modules = editor.edited_modules(task)
     moments = {
         name: Discriminant(d_in, editor.device, editor.operator("whitener", name))
         for name, (d_in, _) in editor.shapes.items()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -12,17 +13,21 @@ from torch import Tensor, nn
 from remend.core.capture import GradientFactors
 from remend.core.editor_network import EditorNetwork
 from remend.core.factored_gradients import FactoredGradients
-from remend.core.low_rank import LowRank
-from remend.core.operators import SymmetricOperator
+from remend.core.least_squares import least_squares, make_definite
+from remend.core.low_rank import LowRank, concatenate
+from remend.core.operators import SymmetricOperator, pack_symmetric, unpack_symmetric
 from remend.core.sketching import sketch_directions
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.networks import group_matrices, new_network
 from remend.editors.packing import EpisodePadding, PackedFactors, pack_active
+from remend.editors.serialization import SavedEditor
 from remend.editors.trainable import TrainableEditor
 from remend.fingerprint import ModelFingerprint
 
 SMALLEST_RESPONSE = 0.2
 """Discriminants scale ũ by 1 / (u·ũ), but by no more than if u·ũ were this; its mean over the training prompts is 1."""
+
+TransformT = TypeVar("TransformT", bound="GradientTransform")
 
 
 class GradientTransform(TrainableEditor):
@@ -94,6 +99,35 @@ class GradientTransform(TrainableEditor):
         whitener = self.operator("whitener", name)
         return u if whitener is None else whitener(u)
 
+    # -- save and load -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def unrestored(cls: type[TransformT], config: Any, saved: SavedEditor) -> TransformT:
+        """Return the editor with the shapes of the saved tensors, which :meth:`restore` puts in place."""
+        bases = {name: saved.tensors.get(f"basis_{index}") for index, name in enumerate(saved.shapes)}
+        directions = {name: basis.shape[1] for name, basis in bases.items() if basis is not None and basis.dim() == 2}
+        # On "meta" nothing is allocated or initialized before load_state_dict assigns the saved tensors.
+        with torch.device("meta"):
+            return cls(config, saved.base, saved.shapes, directions)
+
+    def restore(self, saved: SavedEditor) -> None:
+        """Take over parameters, buffers and what training recorded."""
+        # Stored as float16 where size matters; the editor always computes in float32.
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in saved.tensors.items()}
+        tensors |= {name: unpack_symmetric(tensors[name]) for name in self._symmetric_tensors() & tensors.keys()}
+        self.load_state_dict(tensors, assign=True)
+        self.trained = saved.field("trained", dict)
+
+    def saved_tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Return parameters and buffers, the matrices in ``dtype``; of symmetric matrices, one half."""
+        state = self.state_dict()
+        tensors = {name: t.to(dtype) if t.dim() == 2 and "statistics" not in name else t for name, t in state.items()}
+        return tensors | {name: pack_symmetric(tensors[name]) for name in self._symmetric_tensors()}
+
+    def _symmetric_tensors(self) -> set[str]:
+        """Return the names of the tensors that are symmetric matrices."""
+        return {n for n, t in self.state_dict().items() if n.startswith(("whitener_", "contrast_")) and t.dim() == 2}
+
     # -- packed factors to changes -------------------------------------------------------------------------------
 
     def pack(self, factors: Mapping[str, GradientFactors]) -> dict[str, PackedFactors]:
@@ -151,3 +185,17 @@ class GradientTransform(TrainableEditor):
         direction = discriminant(self.network(key).denormalize_u(pseudo_u, matrix))
         scaled: Tensor = direction / (direction * u).sum(1, keepdim=True).clamp(min=SMALLEST_RESPONSE)
         return scaled
+
+    @torch.no_grad()
+    def solve_together(self, name: str, parts: Sequence[LowRank], inputs: Float[Tensor, "row d_in"]) -> LowRank:
+        """Return a change that changes a matrix's output at each request's ``inputs`` as its part does by itself."""
+        inputs_of_parts = inputs.split([part.rank for part in parts])
+        pairs = zip(parts, inputs_of_parts, strict=True)
+        output_changes = torch.cat([part.output_change(rows, part.experts) for part, rows in pairs])
+        discriminant = self.operator("contrast", name)
+        metric = None if discriminant is None else make_definite(discriminant)
+        joined = concatenate(parts)
+        change = least_squares(
+            self.whiten(inputs, name), output_changes, metric, gate=joined.gate, experts=joined.experts
+        )
+        return replace(change, u=self.whiten(change.u, name))
