@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from rich.console import Console
@@ -83,12 +83,19 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     console = Console(stderr=True)
 
-    def warn(message: Warning | str, *_: object) -> None:
+    def warn(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if options.process_rank() == 0:
             console.print(f"[yellow]warning[/]: {plain(str(message))}", soft_wrap=True)
 
     with warnings.catch_warnings():
-        warnings.showwarning = warn  # type: ignore[assignment]
+        warnings.showwarning = warn
         try:
             app(args=list(arguments), prog_name="remend")
         except SystemExit as stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -207,7 +208,7 @@ class EvaluationRunner:
             # Facts in the prompt change no weights, so the next fact is made of the model as it is.
             with nullcontext() if edit is None or isinstance(edit, ContextEdit) else edit.applied(self.task.model):
                 new = self.editor.edit(self.task, [request])
-            edit = new if edit is None else _compress(edit + new)  # type: ignore[operator]  # of one editor, so of one kind
+            edit = new if edit is None else _compress(operator.add(edit, new))  # of one editor, so of one kind
         assert edit is not None
         return edit
 

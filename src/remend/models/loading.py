@@ -187,6 +187,7 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in the first forward pass, as it does on CPUs with AVX512-BF16."""
     # Gradients do not pass through a repacked layer. Nothing would fail: the gradient through the residual connections
     # would be taken for the whole gradient.
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    layer: Any  # a flag that torch's stubs do not know
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False

@@ -68,11 +68,8 @@ class RunInputs:
             raise ConfigError(
                 f"perplexity is measured only for causal language models: leave text away with {recipe.name}"
             )
-        splits = {
-            "train": train or recipe.train,
-            "validation": validation or recipe.validation,
-            "test": test or recipe.test,
-        }
+        train, validation, test = train or recipe.train, validation or recipe.validation, test or recipe.test
+        splits = {"train": train, "validation": validation, "test": test}
         text = text or recipe.text
         sources = [source for source in splits.values() if source is not None]
         if len(set(sources)) < len(sources):
@@ -91,7 +88,7 @@ class RunInputs:
         if missing:
             listed = "\n".join(f"- {line}" for line in missing)
             raise ConfigError(f"the recipe {recipe.name} needs these inputs:\n{listed}")
-        return RunInputs(model or str(recipe.model), writer or recipe.writer, **splits, text=text)  # type: ignore[arg-type]
+        return RunInputs(model or str(recipe.model), writer or recipe.writer, train, validation, test, text)
 
     def to_json(self) -> dict[str, str | None]:
         """Return the inputs as a JSON object."""

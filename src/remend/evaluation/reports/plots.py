@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ def available_plots(report: Report) -> dict[str, Callable[[], Figure]]:
         plots["distributions"] = lambda: distributions(report)
     for by in BREAKDOWNS:
         if len(groups(report.cases, by)) > 1:
-            plots[by] = lambda by=by: breakdown(report, by)  # type: ignore[misc]
+            plots[by] = partial(breakdown, report, by)
     if report.frontier and "locality_near" in names:
         plots["frontier"] = lambda: frontier({report.editor or "edits": report})
     if len(report.runs) > 1:
