@@ -39,20 +39,20 @@ bench: install ## what an edit and a training episode cost: about a quarter of a
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/prefix_cache.py
 	$(BIN)/python benchmarks/gpu.py
-	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python benchmarks/plot_results.py
 
 bench-long: install ## how soon edits are good, and whether killed runs end alike: about an hour and a half
 	$(BIN)/python benchmarks/time_to_quality.py
 	$(BIN)/python benchmarks/kill_and_resume.py
-	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python benchmarks/plot_results.py
 
 # PARAREL_FOLDER holds ParaRel's facts.tsv and templates.json, for a second testbed; without them it is passed over.
 PARAREL_FOLDER ?=
 
 bench-frontier: install ## what was tried for edits that stay on their subject: some hours
-	test -z "$(PARAREL_FOLDER)" || $(BIN)/python benchmarks/pararel.py --source "$(PARAREL_FOLDER)"
+	test -z "$(PARAREL_FOLDER)" || $(BIN)/python benchmarks/pararel_testbed.py --source "$(PARAREL_FOLDER)"
 	$(BIN)/python benchmarks/frontier.py
-	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python benchmarks/plot_results.py
 
 # WIKITEXT holds valid.txt and test.txt of WikiText-2, for the generation task, and COUNTERFACT its rows as JSON lines with
 # ParaRel's templates in PARAREL_FOLDER, for a testbed beside the built-in ones; without them, these are passed over.
@@ -62,7 +62,7 @@ COUNTERFACT ?=
 bench-paper: install ## the paper's tables in miniature: some hours, fewer with JOBS=2
 	test -z "$(WIKITEXT)" || test -f build/writer/report.json || $(BIN)/python scripts/train_text_model.py --steps 2000 \
 		--resume --text "$(WIKITEXT)/valid.txt" --held-out "$(WIKITEXT)/test.txt" --out build/writer
-	test -z "$(COUNTERFACT)" || $(BIN)/python benchmarks/counterfact.py --source "$(COUNTERFACT)" \
+	test -z "$(COUNTERFACT)" || $(BIN)/python benchmarks/counterfact_testbed.py --source "$(COUNTERFACT)" \
 		--templates "$(PARAREL_FOLDER)/templates.json" --only-model
 	$(BIN)/python -m benchmarks.paper --out build/paper --jobs $(or $(JOBS),1) \
 		$(if $(WIKITEXT),--writer build/writer --text "$(WIKITEXT)/test.txt") $(if $(COUNTERFACT),--testbed build/counterfact)

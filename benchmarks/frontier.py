@@ -2,9 +2,9 @@
 
     python benchmarks/frontier.py [--config FILE] [--out result.json] [--resume] [--only NAME …] [--quick]
 
-There are two testbeds: the built-in atlas, and the model that ``benchmarks/pararel.py`` trains (skipped if it was not
-trained). Every line of the configuration is a preset with some changed settings. It is trained for each of its seeds
-and evaluated as ``remend evaluate`` does on the validation split. Nothing is chosen on the test split, which is
+There are two testbeds: the built-in atlas, and the model that ``benchmarks/pararel_testbed.py`` trains (skipped if it
+was not trained). Every line of the configuration is a preset with some changed settings. It is trained for each of its
+seeds and evaluated as ``remend evaluate`` does on the validation split. Nothing is chosen on the test split, which is
 measured only for final lines (``"split": "test"``). Times are CPU seconds of the process on one thread, including
 calibration and validations.
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-import frontier_variants
+import rejected_variants
 import remend
 from remend.data import read_text
 from remend.editors import Mend
@@ -77,11 +77,11 @@ def train_and_evaluate(
     if edits := line.get("edits"):
         training, validation, evaluated = training[: line["requests"]], validation[:edits], evaluated[:edits]
     start = time.process_time()
-    variant = frontier_variants.VARIANTS.get(line.get("variant", ""))
+    variant = rejected_variants.VARIANTS.get(line.get("variant", ""))
     editor_class = variant.editor if variant else Mend
     editor = editor_class.create(task, network, modules=line.get("modules", ()), seed=seed)
     if variant:
-        frontier_variants.train(task, editor, training, settings, variant)
+        rejected_variants.train(task, editor, training, settings, variant)
     else:
         text = read_text(common.HERE.parent / line["text"]) if "text" in line else ()
         editor = remend.train(task, training, validation, editor=editor, config=settings, text=text)

@@ -36,9 +36,9 @@ import torch
 from torch import Tensor, nn
 
 import common
-from remend.core.hooks import frozen
-from remend.core.matmul import matmul
-from remend.editors.packing import PackedFactors
+from remend.core.cpu_matmul import matmul
+from remend.core.low_rank_hooks import frozen
+from remend.editors.factor_packing import PackedFactors
 from remend.fingerprint import find_modules
 from remend.tasks.causal_lm import Example
 from remend.training import Resources, Trainer

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fact_trainer import FactTrainer, byte_level_bpe, padded
-from remend.data.claims import LABELS, Claim, ClaimSet
-from remend.data.facts import Fact
+from base_trainer import FactTrainer, byte_level_bpe, padded
+from remend.data.atlas_claims import LABELS, Claim, ClaimSet
+from remend.data.fact_requests import Fact
 
 PAD, BEGIN, END = "[PAD]", "[CLS]", "[SEP]"
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from fact_trainer import FactTrainer, byte_level_bpe, padded
-from remend.data.facts import Fact
+from base_trainer import FactTrainer, byte_level_bpe, padded
+from remend.data.fact_requests import Fact
 
 PAD, END = "<pad>", "</s>"
 IGNORED_LABEL = -100

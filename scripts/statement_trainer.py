@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-import fact_trainer
-from fact_trainer import FactTrainer, byte_level_bpe, padded
-from remend.data.facts import Fact, FactSet
+import base_trainer
+from base_trainer import FactTrainer, byte_level_bpe, padded
+from remend.data.fact_requests import Fact, FactSet
 
 END, PAD = "<|end|>", "<|pad|>"
 
@@ -47,7 +47,7 @@ class Example:
 
 def parser(description: str | None, out: Path, report: Path, checkpoint: Path) -> argparse.ArgumentParser:
     """Return the command line's settings."""
-    parser = fact_trainer.parser(description, out, report, checkpoint)
+    parser = base_trainer.parser(description, out, report, checkpoint)
     parser.add_argument(
         "--context", type=float, default=0.1, help="share of the examples with other statements before them"
     )

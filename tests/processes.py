@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import worlds
-from remend.core import sketching as sketch
+from remend.core import sketched_moment
 from remend.editors import Mend
 from remend.errors import ConfigError
 from remend.models import fsdp as sharding
@@ -56,7 +56,7 @@ def wide_run():
     """One in which inputs are wide enough to be told apart in some directions only."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"MAX_DENSE_DIMENSIONS": 20, "MAX_DIRECTIONS": 12, "OVERSAMPLING": 4}.items():
-            patch.setattr(sketch, name, value)
+            patch.setattr(sketched_moment, name, value)
         return run()
 
 

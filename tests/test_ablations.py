@@ -11,8 +11,8 @@ import torch
 
 import worlds
 from remend.config import from_json, to_json
+from remend.core.editor_gradients import FactoredGradients
 from remend.core.editor_network import EditorNetwork
-from remend.core.factored_gradients import FactoredGradients
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, TrainingError
 from remend.tasks import wrap

@@ -19,14 +19,14 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import common  # noqa: E402
-import dry_run  # noqa: E402
 import edit_cost  # noqa: E402
 import frontier  # noqa: E402
-import frontier_variants  # noqa: E402
 import gpu  # noqa: E402
+import key_separation  # noqa: E402
 import kill_and_resume  # noqa: E402
-import many_edits  # noqa: E402
+import large_model_memory  # noqa: E402
 import prefix_cache  # noqa: E402
+import rejected_variants  # noqa: E402
 import scaling  # noqa: E402
 import time_to_quality  # noqa: E402
 import training_speed  # noqa: E402
@@ -69,10 +69,10 @@ def test_every_benchmark_has_a_configuration_and_every_configuration_a_benchmark
     configs = {file.stem for file in (FOLDER / "configs").glob("*.json")}
     assert configs == {file.stem for file in FOLDER.glob("*.py")} - {
         "common",
-        "counterfact",
-        "pararel",
-        "plot",
-        "frontier_variants",
+        "counterfact_testbed",
+        "pararel_testbed",
+        "plot_results",
+        "rejected_variants",
     }
     for name in configs:
         json.loads((FOLDER / "configs" / f"{name}.json").read_text())
@@ -196,9 +196,9 @@ def test_frontier(measured, facts):
     assert "| A | 1 |" in frontier.table(config, result["runs"])
     assert measured(frontier, config, "--resume")["runs"] == result["runs"]
     pytest.importorskip("matplotlib")
-    import plot
+    import plot_results
 
-    assert plot.frontier(result) is not None
+    assert plot_results.frontier(result) is not None
 
 
 def test_frontiers_are_compared_at_one_locality():
@@ -210,22 +210,22 @@ def test_frontiers_are_compared_at_one_locality():
     assert frontier.generality_at(run((1.0, 0.4), (0.96, 0.6))) is None
 
 
-def test_dry_run(measured):
+def test_large_model_memory(measured):
     shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 4, "vocab_size": 9}
     shape |= {"num_attention_heads": 2}
     experts = {"model_type": "llama4_text", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1}
     experts |= {"num_local_experts": 2, "vocab_size": 9, "num_attention_heads": 2, "num_key_value_heads": 1}
     models = [{"name": "Small", "config": shape}, {"name": "Experts", "config": experts}]
-    rows = measured(dry_run, {"about": "A test.", "models": models})["rows"]
+    rows = measured(large_model_memory, {"about": "A test.", "models": models})["rows"]
     assert list(rows[0]["matrices"].values()) == [[40, 16]] * 3
     assert "several experts" in rows[1]["refused"]
-    text = dry_run.table("A test.", rows)
+    text = large_model_memory.table("A test.", rows)
     assert "| Small | 0.0 billion | 3 × 40×16, to `model.layers.3.mlp.down_proj` |" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
-def test_the_committed_dry_run_knows_the_sizes_that_were_published():
-    result = json.loads((FOLDER / "results" / "dry_run.json").read_text())
+def test_the_committed_table_of_large_models_knows_the_sizes_that_were_published():
+    result = json.loads((FOLDER / "results" / "large_model_memory.json").read_text())
     published = {model["name"]: model["parameters"] for model in result["config"]["models"]}
     for row in result["rows"]:
         if "refused" not in row:
@@ -242,7 +242,7 @@ def test_each_edit_is_taken_at_its_best_strength():
     assert found == {"reliability": 1, "generality": 0.75, "locality_near": 0.625}
 
 
-@pytest.mark.parametrize("name", list(frontier_variants.VARIANTS))
+@pytest.mark.parametrize("name", list(rejected_variants.VARIANTS))
 def test_variants_train_and_edit(name):
     """Each changes what it says it changes: edits are finite, and not those of the default."""
     requests = read_source("atlas:validation")[:24]
@@ -252,9 +252,9 @@ def test_variants_train_and_edit(name):
     if name == "subject-token":
         network = replace(network, contrast=0.0, settle=0.0)
     found = []
-    for variant in (frontier_variants.VARIANTS[name], frontier_variants.Variant()):
+    for variant in (rejected_variants.VARIANTS[name], rejected_variants.Variant()):
         editor = variant.editor.create(task, network, modules=["*.2.mlp.c_proj"])
-        frontier_variants.train(task, editor, requests, config, variant)
+        rejected_variants.train(task, editor, requests, config, variant)
         (change,) = editor.edit(task, requests[:1]).changes.values()
         found.append(change.dense())
     assert found[0].isfinite().all()
@@ -287,17 +287,17 @@ def test_gpu_measures_the_smallest_model_anywhere(measured):
 
 def test_the_committed_results_can_be_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    import plot
+    import plot_results
 
-    plot.main(["--out", str(tmp_path)])
+    plot_results.main(["--out", str(tmp_path)])
     drawn = {file.stem for file in tmp_path.glob("*.png")}
-    there = {file.stem for file in (FOLDER / "results").glob("*.json")} & plot.PLOTS.keys()
+    there = {file.stem for file in (FOLDER / "results").glob("*.json")} & plot_results.PLOTS.keys()
     assert drawn == there - {"gpu"} or drawn == there
 
 
-def test_many_edits(measured):
+def test_key_separation(measured):
     config = {"testbeds": {"questions": "ridge"}, "edits": 4, "kept": [0.5, 0.9], "seeds": [0]}
-    half, most = measured(many_edits, config)["testbeds"]["questions"]
+    half, most = measured(key_separation, config)["testbeds"]["questions"]
     assert 1.2 > half["threshold"] > most["threshold"] > 0.2, "paraphrases answer to their edits"
     assert 0 <= half["locality"] <= most["locality"] <= 1
 

@@ -7,7 +7,7 @@ import torch
 
 import families
 import worlds
-from remend.core.hooks import frozen
+from remend.core.low_rank_hooks import frozen
 from remend.edit import Edit
 from remend.editors import EDITORS, editor_class, load_edit, load_trained, make, trained_names
 from remend.editors.context_edit import ContextEdit

@@ -9,7 +9,7 @@ import torch
 import worlds
 from remend.config import from_json
 from remend.core.capture import record_inputs
-from remend.core.discriminant import Discriminant
+from remend.core.key_discriminant import Discriminant
 from remend.core.low_rank import LowRank, concatenate, stack
 from remend.edit import Edit
 from remend.editors import Mend, MendConfig

@@ -10,7 +10,7 @@ import families
 import remend
 import worlds
 from remend.cli import run
-from remend.core.hooks import frozen
+from remend.core.low_rank_hooks import frozen
 from remend.editors import EDITORS, editor_class, load_editor, make
 from remend.errors import ConfigError, FileError, WrongBaseError
 

@@ -17,11 +17,11 @@ from torch.nn import functional
 import worlds
 from remend.cli import run
 from remend.config import from_json
-from remend.core import matmul as matmul_module
+from remend.core import cpu_matmul
+from remend.core.editor_gradients import FactoredGradients
 from remend.core.editor_network import EditorNetwork, LowRankResidual
-from remend.core.factored_gradients import FactoredGradients
-from remend.core.hooks import frozen
 from remend.core.losses import locality_loss, target_loss
+from remend.core.low_rank_hooks import frozen
 from remend.editors import Mend, MendConfig
 from remend.editors.lookup_edit import LOOKUP_EDIT_FORMAT
 from remend.errors import ConfigError, FileError, ModelError, TrainingError
@@ -30,7 +30,7 @@ from remend.models.frozen_prefix import FrozenPrefix, run_until
 from remend.serialization import write_folder
 from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
-from remend.training import Resources, Trainer, TrainingConfig, memory, train
+from remend.training import Resources, Trainer, TrainingConfig, memory_estimate, train
 from remend.training.preflight import examine
 from remend.training.tensor_store import STORE_FORMAT, TensorStore
 
@@ -126,14 +126,14 @@ def test_products_are_right_by_either_library(monkeypatch, mkl_is_slow, rows):
     """Also where a side lies transposed, and where rows go to ``out`` in several parts."""
     if mkl_is_slow and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(matmul_module, "_mkl_is_slow", lambda: mkl_is_slow)
-    monkeypatch.setattr(matmul_module, "ONEDNN_MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(cpu_matmul, "_mkl_is_slow", lambda: mkl_is_slow)
+    monkeypatch.setattr(cpu_matmul, "ONEDNN_MIN_MULTIPLICATIONS", 0)
     a, b, out = torch.randn(rows, 40), torch.randn(30, 40).mT, torch.empty(rows, 30)
     expected = (a.double() @ b.double()).float()
     for found in (
-        matmul_module.matmul(a, b),
-        matmul_module.matmul(a.mT.contiguous().mT, b),
-        matmul_module.matmul(a, b, out=out),
+        cpu_matmul.matmul(a, b),
+        cpu_matmul.matmul(a.mT.contiguous().mT, b),
+        cpu_matmul.matmul(a, b, out=out),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -147,9 +147,9 @@ def test_a_network_is_the_same_by_either_library_whatever_the_number_of_rows(mon
         torch.nn.init.normal_(parameter)
     u, delta = ([torch.randn(rows, d) for rows in (30, 47)] for d in (20, 24))
     found = []
-    monkeypatch.setattr(matmul_module, "ONEDNN_MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(cpu_matmul, "ONEDNN_MIN_MULTIPLICATIONS", 0)
     for mkl_is_slow in (False, True) if torch.backends.mkldnn.is_available() else (False, False):
-        monkeypatch.setattr(matmul_module, "_mkl_is_slow", lambda mkl_is_slow=mkl_is_slow: mkl_is_slow)
+        monkeypatch.setattr(cpu_matmul, "_mkl_is_slow", lambda mkl_is_slow=mkl_is_slow: mkl_is_slow)
         network.zero_grad()
         factored_gradients = FactoredGradients()
         outputs = [part for both in network(u, delta, factored_gradients) for part in both]
@@ -163,10 +163,10 @@ def test_a_network_is_the_same_by_either_library_whatever_the_number_of_rows(mon
 
 def test_row_counts_are_padded_to_few_sizes():
     """oneDNN keeps a program for each."""
-    sizes = {matmul_module.padded_row_count(rows, torch.device("cpu")) for rows in range(1, 4097)}
-    assert len(sizes) <= 80 or not matmul_module._mkl_is_slow()
+    sizes = {cpu_matmul.padded_row_count(rows, torch.device("cpu")) for rows in range(1, 4097)}
+    assert len(sizes) <= 80 or not cpu_matmul._mkl_is_slow()
     assert all(
-        0 <= matmul_module.padded_row_count(rows, torch.device("cpu")) - rows <= rows / 7 for rows in range(1, 4097)
+        0 <= cpu_matmul.padded_row_count(rows, torch.device("cpu")) - rows <= rows / 7 for rows in range(1, 4097)
     )
 
 
@@ -479,7 +479,7 @@ def test_micro_batches_fit_the_memory_that_is_given(model):
 
 def test_a_cache_that_is_too_large_for_the_memory_is_what_is_named(model, monkeypatch):
     monkeypatch.setattr(
-        memory, "resident_bytes", lambda: 100_000_000
+        memory_estimate, "resident_bytes", lambda: 100_000_000
     )  # what the process takes is another at any moment
     made = trainer(model, Resources(cache=0.001))
     activation_cache = made.estimate_memory().activation_cache

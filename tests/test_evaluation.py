@@ -14,10 +14,10 @@ from remend.edit import Edit
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError
 from remend.evaluation import evaluate
 from remend.evaluation.before_after import before_after
-from remend.evaluation.reports.figures import check_plot, save_figure
+from remend.evaluation.reports.figure_style import check_plot, save_figure
 from remend.evaluation.reports.plots import frontier, groups
 from remend.evaluation.reports.report import Case, Report, Run, Summary
-from remend.evaluation.strength import CANDIDATE_STRENGTHS, choose_strength
+from remend.evaluation.strength_choice import CANDIDATE_STRENGTHS, choose_strength
 from remend.fingerprint import ModelFingerprint
 from remend.request import EditRequest, Probe
 from remend.tasks import wrap
@@ -288,7 +288,7 @@ def test_without_near_prompts_no_edit_is_made_stronger_than_it_needs(task, edito
             return {name: {"generated": value} for name, value in found.items()}
 
         scales = iter(CANDIDATE_STRENGTHS)
-        monkeypatch.setattr("remend.evaluation.strength.Scorer.values", values)
+        monkeypatch.setattr("remend.evaluation.strength_choice.Scorer.values", values)
 
     bare = request.model_copy(update={"near": ()})
     for own, taken_from, scale in (

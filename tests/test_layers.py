@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from remend.core.capture import capture_gradient_factors, record_inputs
-from remend.core.hooks import changes_applied
 from remend.core.layers import dense_in_weight_layout, dimensions, is_editable, weight_as_matrix, weight_of
 from remend.core.low_rank import LowRank, stack
+from remend.core.low_rank_hooks import changes_applied
 from remend.edit import Edit
 from remend.errors import ModelError
 from remend.fingerprint import ModelFingerprint, find_modules

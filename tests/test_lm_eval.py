@@ -19,7 +19,7 @@ from remend.evaluation import LmEvalTasks, evaluate, evaluate_checkpoints
 from remend.evaluation.metrics import lm_eval as ability
 from remend.evaluation.reports.html_report import write_html_report
 from remend.evaluation.reports.report import Case, Report, Run
-from remend.evaluation.reports.schema import read_report
+from remend.evaluation.reports.report_reader import read_report
 from test_evaluation import Fixed
 
 CHOICE = """

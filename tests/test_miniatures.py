@@ -6,11 +6,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import remend
 from remend.assets import CLAIMS_FOLDER, QUESTIONS_FOLDER
-from remend.data import atlas, claims, questions
-from remend.data.claims import LABELS, Claim
+from remend.data import atlas, atlas_claims, atlas_questions
+from remend.data.atlas_claims import LABELS, Claim
 from remend.errors import RequestError
 
-FACT_SETS = {"questions": questions.fact_set, "claims": claims.claim_set}
+FACT_SETS = {"questions": atlas_questions.fact_set, "claims": atlas_claims.claim_set}
 LARGEST_SCALE = 4_000_000
 
 
@@ -72,7 +72,7 @@ def test_a_split_that_is_not_there(name):
 
 def test_false_claims_are_false():
     """No fact says them, in any relation or in the other direction, nor names what is claimed and what is true."""
-    known = claims.claim_set()
+    known = atlas_claims.claim_set()
     stated = {frozenset((fact.subject, fact.object)) for fact in known.facts}
     for fact in known.facts:
         false = known.false_objects(fact)
@@ -85,7 +85,7 @@ def test_false_claims_are_false():
 
 
 def test_who_died_in_a_city_died_in_its_country():
-    known = claims.claim_set()
+    known = atlas_claims.claim_set()
     stockholm = next(fact for fact in known.facts if (fact.relation, fact.object) == ("P740", "Stockholm"))
     assert "Sweden" in known.objects["P740"]
     assert "Sweden" not in known.false_objects(stockholm)
@@ -93,7 +93,7 @@ def test_who_died_in_a_city_died_in_its_country():
 
 
 def test_claims_are_edited_both_ways():
-    requests = claims.requests("test")
+    requests = atlas_claims.requests("test")
     flipped = sum(request.target == "true" for request in requests)
     assert 0.4 < flipped / len(requests) < 0.6
     truth = {(fact.relation, fact.subject): fact.object for fact in atlas.facts()}
@@ -111,7 +111,7 @@ def test_claims_are_edited_both_ways():
 def test_the_question_answerer_knows_its_facts():
     """A tenth of them, in every phrasing, by real greedy decoding; the script that trains it checks them all."""
     task = remend.load("questions", "cpu")
-    known = questions.fact_set()
+    known = atlas_questions.fact_set()
     asked = [
         (phrasing.format(fact.subject), fact.object)
         for fact in known.facts[::10]
@@ -124,7 +124,7 @@ def test_the_question_answerer_knows_its_facts():
 
 def test_the_fact_checker_knows_what_is_true(checker):
     """On a tenth of the facts, in every phrasing, beside two false claims each."""
-    known = claims.claim_set()
+    known = atlas_claims.claim_set()
     asked = [
         (claim.text(phrasing), claim.label)
         for fact in known.facts[::10]

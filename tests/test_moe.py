@@ -12,8 +12,8 @@ from torch import nn
 
 import families
 import worlds
-from remend.core.hooks import changes_applied
 from remend.core.low_rank import LowRank, concatenate, stack
+from remend.core.low_rank_hooks import changes_applied
 from remend.core.moe import ExpertLinear, expert_linears
 from remend.edit import Edit
 from remend.editors import Mend, MendConfig

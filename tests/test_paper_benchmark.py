@@ -20,17 +20,17 @@ from remend.tasks import load
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from paper import experiments, testbeds
+from paper import cell_definitions, testbeds
+from paper.cell_definitions import Cell, Scale, cell_settings
 from paper.charts import COLORS, Axis, line_chart
 from paper.cli import _command
 from paper.cli import main as run
-from paper.experiments import Cell, Scale, cell_settings
 from paper.methods import METHODS
 from paper.render import code_spans
 from paper.result_folder import ResultFolder
 from paper.results import Figure, Results, t_quantile
 from paper.runner import CellRunner, attention_matrices
-from paper.tables import CACHE, EDITORS, TABLES, TOGETHER
+from paper.table_definitions import CACHE, EDITORS, TABLES, TOGETHER
 from paper.testbeds import TestbedOptions, make_testbeds
 from paper.training_memory import MEMORY_METHODS, measure_memory
 
@@ -43,7 +43,7 @@ def claims(monkeypatch):
     only = {"claims": make_testbeds()["claims"]}
     monkeypatch.setattr(testbeds, "make_testbeds", lambda options=None: only)
     for name in ("FULL", "QUICK"):
-        monkeypatch.setattr(experiments, name, TINY)
+        monkeypatch.setattr(cell_definitions, name, TINY)
     return only
 
 
@@ -328,7 +328,7 @@ def test_results_are_shown_of_testbeds_that_are_not_available(claims, no_computa
 
 def test_a_testbed_of_ones_own(capitals, tmp_path, capsys, monkeypatch):
     for name in ("FULL", "QUICK"):
-        monkeypatch.setattr(experiments, name, TINY)
+        monkeypatch.setattr(cell_definitions, name, TINY)
     there = make_testbeds(TestbedOptions(testbed=capitals))
     assert Cell("capitals", "ke", 1, 1) in EDITORS.cells(TINY, there)
     assert ("capitals", 1) not in CACHE.columns_in(there)

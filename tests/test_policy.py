@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import remend
-from remend.core.distributions import Gaussian
+from remend.core.output_distributions import Gaussian
 from remend.editors import Mend, make
 from remend.editors.ke import Ke
 from remend.errors import ConfigError, ModelError, RequestError

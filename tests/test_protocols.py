@@ -10,18 +10,18 @@ import torch
 import families
 import remend
 import scripted
-from remend.core.distributions import Categorical
+from remend.core.output_distributions import Categorical
 from remend.editors import MendConfig, make
 from remend.editors.enn import Enn
 from remend.editors.ridge import RidgeConfig
 from remend.errors import ConfigError, FileError, NonFiniteError
 from remend.evaluation import evaluate, evaluate_checkpoints
 from remend.evaluation.checkpoint import evaluation_fingerprint
-from remend.evaluation.metrics import fluency, measure, perplexity, text_match
-from remend.evaluation.probe_filter import filter_probes
+from remend.evaluation.conflicting_probes import filter_probes
+from remend.evaluation.metrics import fluency, perplexity, query_measurements, text_match
 from remend.evaluation.reports.comparison import compare
 from remend.evaluation.reports.report import metrics_of
-from remend.evaluation.reports.schema import read_report
+from remend.evaluation.reports.report_reader import read_report
 from remend.request import EditRequest, Probe
 
 WORDS = (
@@ -438,7 +438,7 @@ def test_text_matches_ranks_divergence_perplexity_and_entropy_by_hand():
     logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 3.0, 0.0]])
     target = torch.tensor([1, 0])
     assert Categorical().mode(logits).tolist() == [2, 0]
-    assert measure.ranks(logits, target).tolist() == [2, 2], "a tie is a better"
+    assert query_measurements.ranks(logits, target).tolist() == [2, 2], "a tie is a better"
     chosen = [math.exp(1) / (1 + math.exp(1) + math.exp(2)), math.exp(3) / (2 * math.exp(3) + 1)]
     torch.testing.assert_close(Categorical().log_prob(logits, target), torch.tensor(chosen).log())
     assert perplexity.perplexity(torch.tensor([0.5, 0.125]).log()) == pytest.approx(4)

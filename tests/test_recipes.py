@@ -16,7 +16,7 @@ from remend.cli import run
 from remend.data.source_names import parse_source_name
 from remend.editors import Mend
 from remend.errors import ConfigError, FileError
-from remend.evaluation.reports.schema import read_report
+from remend.evaluation.reports.report_reader import read_report
 from remend.models.structure import editable_modules
 from remend.recipes import load_recipe, recipes, run_recipe
 from remend.recipes.inputs import (

@@ -13,7 +13,7 @@ import remend
 from remend.apps.acceptance import RejectedError
 from remend.apps.patch_registry import PatchRegistry
 from remend.apps.studio import Session, Workspace, suggest_prompts
-from remend.apps.studio.figures import answers_html, matrices_html, tokens_html
+from remend.apps.studio.html_fragments import answers_html, matrices_html, tokens_html
 from remend.apps.studio.workspace import StoppedError, format_choices
 from remend.errors import EditError, RequestError
 from remend.formats import EditFormat

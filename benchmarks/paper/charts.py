@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from remend.evaluation.reports.figures import INK, as_svg
+from remend.evaluation.reports.figure_style import INK, as_svg
 
 COLORS = ("#c4314b", "#2f6fd0", "#1a7f4b", "#b7791f", "#7a4fc4", "#0f8b8d", "#8a5a44", "#59636e")
 

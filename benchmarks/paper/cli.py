@@ -22,14 +22,14 @@ from remend.cli.escaping import plain
 from remend.cli.recipe import option_name, shell_command
 from remend.errors import ConfigError, RemendError, RequestError
 
-from . import experiments, render, testbeds, training_memory
-from .experiments import Cell, Scale
+from . import cell_definitions, render, testbeds, training_memory
+from .cell_definitions import Cell, Scale
 from .methods import METHODS, SAME_TRAINING
 from .render import FilledTable
 from .result_folder import ResultFolder
 from .results import Results
 from .runner import CellRunner
-from .tables import TABLES
+from .table_definitions import TABLES
 from .testbeds import TestbedOptions
 
 MEMORY = "memory"
@@ -76,7 +76,7 @@ def paper(
     names = (*TABLES, MEMORY) if tables is None else [name.strip() for name in tables.split(",")]
     if unknown := [name for name in names if name not in (*TABLES, MEMORY)]:
         raise ConfigError(f"there is no table {unknown[0]!r} here; there are {', '.join(TABLES)} and {MEMORY}")
-    scale = experiments.QUICK if quick else experiments.FULL
+    scale = cell_definitions.QUICK if quick else cell_definitions.FULL
     scale = replace(scale, seeds=seeds or scale.seeds)
     testbed_options = TestbedOptions(writer, text, testbed, device)
     if cell is not None:
@@ -225,7 +225,7 @@ def write_tables(console: Console, folder: ResultFolder, names: Sequence[str], m
     tables = [render.fill(TABLES[name], results, f"{command} --tables {name}") for name in names]
     machine = f"Python {platform.python_version()}, {platform.machine()}"
     about = {"seeds": scale.seeds, "requests": scale.requests, "many": scale.many, "machine": machine}
-    about["trial"] = scale.steps < experiments.FULL.steps
+    about["trial"] = scale.steps < cell_definitions.FULL.steps
     render.write(folder.folder, tables, [], about)
     if about["trial"]:
         console.print("[yellow]a quick run[/]: it shows that everything works, and says nothing of any editor")

@@ -17,7 +17,7 @@ from .charts import Axis, line_chart
 from .findings import TOLERANCE
 from .methods import METHODS
 from .results import Results
-from .tables import Table
+from .table_definitions import Table
 
 TRIAL_NOTE = "A quick run: it shows that everything works, and says nothing of any editor."
 VERDICTS = {True: "holds", False: "does not hold", None: "not measured"}

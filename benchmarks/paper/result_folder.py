@@ -1,4 +1,4 @@
-"""The folder of a run: figures of each cell, and what they belong to, so that a stopped run continues."""
+"""The folder of a run: a file for each cell with its numbers and settings, so that a stopped run continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from remend.config import differences
 from remend.errors import ConfigError
 from remend.serialization import write_json
 
-from .experiments import Cell, Scale, cell_settings, current_settings
+from .cell_definitions import Cell, Scale, cell_settings, current_settings
 from .testbeds import Testbed, stored_testbeds
 
 

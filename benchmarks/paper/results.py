@@ -1,4 +1,4 @@
-"""Figures of each method: means over the seeds with confidence intervals."""
+"""The numbers of each method: means over the seeds with confidence intervals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
-from .experiments import Cell
+from .cell_definitions import Cell
 from .methods import METHODS
 from .result_folder import ResultFolder
 

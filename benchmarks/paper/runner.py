@@ -23,7 +23,7 @@ from remend.request import EditRequest
 from remend.serialization import MANIFEST
 from remend.training import train
 
-from .experiments import Cell, cell_settings, current_json, training_config
+from .cell_definitions import Cell, cell_settings, current_json, training_config
 from .methods import METHODS, SAME_TRAINING
 from .result_folder import ResultFolder
 from .testbeds import TOKEN_SUCCESS, LoadedTestbed

@@ -10,11 +10,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from fact_trainer import parser, train_on_facts
+from base_trainer import parser, train_on_facts
 from claim_trainer import ClaimTrainer
 
 from remend.assets import CLAIMS_FOLDER
-from remend.data.claims import claim_set
+from remend.data.atlas_claims import claim_set
 
 if __name__ == "__main__":
     folder = CLAIMS_FOLDER

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from fact_trainer import train_on_facts
+from base_trainer import train_on_facts
 from statement_trainer import StatementTrainer, parser
 
 from remend.assets import ATLAS_FOLDER

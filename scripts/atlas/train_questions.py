@@ -10,11 +10,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from fact_trainer import parser, train_on_facts
+from base_trainer import parser, train_on_facts
 from question_trainer import QuestionTrainer
 
 from remend.assets import QUESTIONS_FOLDER
-from remend.data.questions import fact_set
+from remend.data.atlas_questions import fact_set
 
 if __name__ == "__main__":
     folder = QUESTIONS_FOLDER

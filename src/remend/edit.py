@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from remend.core.hooks import attach_hooks, remove_hooks
 from remend.core.layers import (
     dense_in_weight_layout,
     dimensions,
@@ -26,6 +25,7 @@ from remend.core.layers import (
     weight_of,
 )
 from remend.core.low_rank import LowRank, concatenate
+from remend.core.low_rank_hooks import attach_hooks, remove_hooks
 from remend.errors import EditError, FileError, PrecisionError, RequestError
 from remend.fingerprint import HasModel, ModelFingerprint, find_modules, module_of
 from remend.request import EditRequest

@@ -53,13 +53,13 @@ DATASETS = Registry(
         ),
         DataSet(
             name="questions",
-            target="remend.data.questions:requests",
+            target="remend.data.atlas_questions:requests",
             help="the built-in facts as questions to answer",
             splits=_SPLITS,
         ),
         DataSet(
             name="claims",
-            target="remend.data.claims:requests",
+            target="remend.data.atlas_claims:requests",
             help="the built-in facts as claims that are true or false, for a classifier",
             splits=_SPLITS,
         ),

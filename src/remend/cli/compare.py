@@ -35,10 +35,10 @@ def compare(
     out. A difference is marked where its interval leaves out 0.
     """
     from remend.evaluation.reports.comparison import compare as compare_reports
-    from remend.evaluation.reports.figures import check_plot, save_figure
+    from remend.evaluation.reports.figure_style import check_plot, save_figure
     from remend.evaluation.reports.metric_titles import all_modes
     from remend.evaluation.reports.plots import differences as plot_differences
-    from remend.evaluation.reports.schema import read_report
+    from remend.evaluation.reports.report_reader import read_report
 
     if len(reports) < 2:
         raise ConfigError("one report was given: give at least two to compare")

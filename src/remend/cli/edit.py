@@ -166,7 +166,7 @@ def _choose_scale(
     max_new_tokens: int,
 ) -> Edit:
     """Return the edit at the scale that suits its requests' prompts and probes best, and print how it compares to 1."""
-    from remend.evaluation.strength import choose_strength
+    from remend.evaluation.strength_choice import choose_strength
 
     best, tried = choose_strength(task, unscaled, edit_requests, max_new_tokens)
     paraphrases = sum(len(r.paraphrases) for r in edit_requests)

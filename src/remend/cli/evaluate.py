@@ -86,7 +86,7 @@ def evaluate(
     from remend.evaluation import evaluate as evaluate_edits
     from remend.evaluation import evaluate_checkpoints
     from remend.evaluation.protocols import FRONTIER_STRENGTHS
-    from remend.evaluation.reports.figures import check_matplotlib
+    from remend.evaluation.reports.figure_style import check_matplotlib
     from remend.evaluation.reports.html_report import write_html_report
     from remend.evaluation.reports.plots import save_plots
 

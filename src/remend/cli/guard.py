@@ -51,7 +51,7 @@ def guard(
 
 def print_result(console: Console, result: AcceptanceResult) -> None:
     """Print the checks as a table, the wrong answers, what was not measured, and whether the edit is accepted."""
-    from remend.apps.acceptance.result import CHECK_TITLES
+    from remend.apps.acceptance.check import CHECK_TITLES
     from remend.cli.answer_tables import answers_table
 
     table = Table("", "check", "measured", "bound", "count", pad_edge=False)

@@ -279,7 +279,7 @@ def _from_folder(name: str, settings: Sequence[str] | None) -> EditorChoice:
     """
     from remend.assets import ATLAS
     from remend.editors import editor_class, load_editor
-    from remend.editors.registry import RENAMED
+    from remend.editors.loading import RENAMED
     from remend.errors import ConfigError
 
     missing = name != ATLAS and not os.path.exists(name) and os.sep not in name

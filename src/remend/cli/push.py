@@ -56,7 +56,7 @@ def evaluation_rows(report: Path | None) -> list[tuple[str, str]]:
         FileError: the file is neither.
         ConfigError: the report evaluates several numbers of edits.
     """
-    from remend.evaluation.reports.schema import read_report
+    from remend.evaluation.reports.report_reader import read_report
 
     if report is None:
         return []
@@ -85,7 +85,7 @@ def _acceptance_rows(content: dict[str, object], report: Path) -> list[tuple[str
     Raises:
         FileError: it is malformed.
     """
-    from remend.apps.acceptance.result import CHECK_TITLES, AcceptanceCheck
+    from remend.apps.acceptance.check import CHECK_TITLES, AcceptanceCheck
 
     checks = content["checks"]
     assert isinstance(checks, list)

@@ -1,4 +1,4 @@
-"""``remend recipe list | show | run``."""
+"""``remend recipe list | show | run``: settings for full-size models and data sets, kept as data, and their runs."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from remend.core.hooks import frozen, remove_hooks
 from remend.core.layers import is_plain_float, layer_inputs, output_rows
 from remend.core.low_rank import LowRank
+from remend.core.low_rank_hooks import frozen, remove_hooks
 from remend.errors import ModelError, NonFiniteError
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from remend.core.factored_gradients import FactoredGradients
-from remend.core.matmul import matmul, padded_row_count
+from remend.core.cpu_matmul import matmul, padded_row_count
+from remend.core.editor_gradients import FactoredGradients
 from remend.core.running_statistics import RunningStatistics
 
 
@@ -154,7 +154,7 @@ class EditorNetwork(nn.Module):
         """Return z = concat(norm(u), norm(δ)), one matrix after the other, each with its own statistics.
 
         Where the network transforms only one of u and δ, z is that one. Rows of zeros may follow
-        (:func:`remend.core.matmul.padded_row_count`).
+        (:func:`remend.core.cpu_matmul.padded_row_count`).
         """
         device, rows = self.first.down.device, sum(map(len, u))
         # Written in place, part by part: concatenating would copy all rows once more.

@@ -1,4 +1,7 @@
-"""Symmetric operators on a layer's inputs, dense or low-rank plus a multiple of the identity, and their packed form."""
+"""Symmetric operators that whiten a layer's inputs or find a key's discriminant, and the half of them that is stored.
+
+An operator is a dense matrix or, for wide layers, a small matrix in some directions and one number for all others.
+"""
 
 from __future__ import annotations
 

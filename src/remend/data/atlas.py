@@ -10,7 +10,7 @@ import csv
 from functools import cache
 
 from remend.assets import ATLAS_FOLDER
-from remend.data.facts import Fact, FactSet, Relation, read_relations
+from remend.data.fact_requests import Fact, FactSet, Relation, read_relations
 from remend.request import EditRequest
 
 TARGETS_PER_FACT = {"train": 4, "validation": 1, "test": 1}
@@ -39,5 +39,5 @@ def fact_set() -> FactSet:
 
 @cache
 def requests(split: str) -> tuple[EditRequest, ...]:
-    """Return edit requests about the facts of one of :data:`SPLITS` (:meth:`remend.data.facts.FactSet.requests`)."""
+    """Return edit requests about the facts of one of :data:`SPLITS`, as :meth:`FactSet.requests` makes them."""
     return fact_set().requests(split, TARGETS_PER_FACT[split])

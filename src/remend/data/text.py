@@ -1,4 +1,4 @@
-"""Plain text files as passages."""
+"""Read plain text files as passages, on which activations and perplexity are measured."""
 
 from __future__ import annotations
 

@@ -3,9 +3,7 @@
 from remend.editors.base import Editor, EditorLike, WeightEditor
 from remend.editors.edit_types import AnyEdit, load_edit
 from remend.editors.info import EditorInfo
-from remend.editors.mend.config import MendConfig
-from remend.editors.mend.editor import Mend
-from remend.editors.registry import (
+from remend.editors.loading import (
     editor_class,
     load_editor,
     load_trained,
@@ -13,6 +11,8 @@ from remend.editors.registry import (
     trainable_class,
     trained_names,
 )
+from remend.editors.mend.config import MendConfig
+from remend.editors.mend.editor import Mend
 from remend.editors.trainable import TrainableEditor
 from remend.registries import EDITORS
 

@@ -23,7 +23,7 @@ from remend.core.low_rank import LowRank, concatenate
 from remend.edit import Edit
 from remend.editors.edit_types import AnyEdit
 from remend.editors.info import EditorInfo
-from remend.editors.serialization import EDITOR_FORMAT, SavedEditor, read_editor
+from remend.editors.saved_editor import EDITOR_FORMAT, SavedEditor, read_editor
 from remend.errors import ConfigError, FileError, RequestError
 from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.structure import editable_modules

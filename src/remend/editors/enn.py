@@ -14,12 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from remend.config import Config
 from remend.core.capture import explain_non_finite
-from remend.core.hooks import LowRankHook, frozen, remove_hooks
 from remend.core.layers import is_quantized, layer_inputs, output_rows, weight_rms
 from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank
-from remend.editors.gradient_step import GradientStepEditor
+from remend.core.low_rank_hooks import LowRankHook, frozen, remove_hooks
 from remend.editors.info import EditorInfo
+from remend.editors.learned_gradient_step import GradientStepEditor
 from remend.errors import ConfigError, NonFiniteError
 from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.frozen_prefix import FrozenPrefix

@@ -21,12 +21,12 @@ from torch import nn
 from remend.config import Config
 from remend.core.capture import explain_non_finite
 from remend.core.dense_change import DenseChange
-from remend.core.hooks import changes_applied, frozen
 from remend.core.layers import dimensions, execution_device, weight_of, weight_rms
 from remend.core.low_rank import LowRank
+from remend.core.low_rank_hooks import changes_applied, frozen
 from remend.editors.base import WeightEditor
 from remend.editors.info import EditorInfo
-from remend.editors.serialization import SavedEditor
+from remend.editors.saved_editor import SavedEditor
 from remend.errors import ConfigError, FileError, NonFiniteError
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.models.structure import editable_modules

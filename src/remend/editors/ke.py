@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 from remend.config import Config
 from remend.core.low_rank import LowRank
-from remend.editors.gradient_step import GradientStepEditor
 from remend.editors.info import EditorInfo
+from remend.editors.learned_gradient_step import GradientStepEditor
 from remend.fingerprint import ModelFingerprint
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.tasks.base import Example, Task

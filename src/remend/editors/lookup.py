@@ -12,11 +12,11 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from remend.config import Config
-from remend.core.hooks import frozen, remove_hooks
+from remend.core.low_rank_hooks import frozen, remove_hooks
 from remend.editors.base import Editor
 from remend.editors.info import EditorInfo
 from remend.editors.lookup_edit import LookupEdit, output_layer
-from remend.editors.serialization import SavedEditor
+from remend.editors.saved_editor import SavedEditor
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task, in_batches
 

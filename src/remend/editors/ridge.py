@@ -27,10 +27,10 @@ from remend.core.least_squares import least_squares
 from remend.core.low_rank import LowRank
 from remend.core.operators import SymmetricOperator
 from remend.editors.base import WeightEditor
-from remend.editors.calibration_data import whiteners
+from remend.editors.factor_packing import EpisodePadding, PackedFactors, pack_active
 from remend.editors.info import EditorInfo
-from remend.editors.packing import EpisodePadding, PackedFactors, pack_active
-from remend.editors.serialization import SavedEditor
+from remend.editors.input_moments import whiteners
+from remend.editors.saved_editor import SavedEditor
 from remend.editors.strength_search import UneditedPass, smallest_effective_scales
 from remend.models.structure import editable_modules
 from remend.request import EditRequest

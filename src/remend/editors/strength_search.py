@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from remend.core.hooks import changes_applied, frozen
 from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank
+from remend.core.low_rank_hooks import changes_applied, frozen
 from remend.fingerprint import find_modules
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.tasks.base import Batch, Task

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from remend.core.capture import GradientFactors, capture_gradient_factors
 from remend.core.distributed import ProcessGroup
-from remend.core.factored_gradients import FactoredGradients
+from remend.core.editor_gradients import FactoredGradients
 from remend.core.low_rank import LowRank
 from remend.editors.base import WeightEditor
-from remend.editors.packing import PackedFactors, pack_active
-from remend.editors.serialization import SavedEditor
+from remend.editors.factor_packing import PackedFactors, pack_active
+from remend.editors.saved_editor import SavedEditor
 from remend.errors import ConfigError
 from remend.fingerprint import ModelFingerprint
 from remend.models.frozen_prefix import FrozenPrefix

@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 import torch
 
-from remend.core.hooks import changes_applied
 from remend.core.low_rank import LowRank, stack
+from remend.core.low_rank_hooks import changes_applied
 from remend.edit import Edit
 from remend.editors.context_edit import ContextEdit
 from remend.editors.edit_types import AnyEdit

@@ -10,7 +10,7 @@ from remend.errors import ConfigError, RequestError
 from remend.evaluation.checkpoint import EvaluationCheckpoint, evaluation_fingerprint
 from remend.evaluation.metrics.lm_eval import LmEvalTasks, TaskScores, pair_scores
 from remend.evaluation.metrics.perplexity import PerplexityText
-from remend.evaluation.metrics.scoring import Scorer
+from remend.evaluation.metrics.scorer import Scorer
 from remend.evaluation.reports.report import Case, Report, Run, environment
 from remend.evaluation.runner import EvaluationRunner
 from remend.fingerprint import model_name
@@ -49,7 +49,7 @@ def evaluate(
     once, by :meth:`Editor.edit`, for each of the numbers ``edits``; all of a batch are evaluated while all are applied.
     A last batch that is not full is left out (and counted). ``sequential``: each edit is made of the model with all
     earlier ones applied, and after each of the numbers ``edits`` all edits so far are evaluated. In the last two,
-    probes that another edit changes on purpose are left out (:mod:`remend.evaluation.probe_filter`).
+    probes that another edit changes on purpose are left out (:mod:`remend.evaluation.conflicting_probes`).
 
     What is measured, if the requests have data for it, each with its mean over edits:
 

@@ -1,6 +1,6 @@
 """``measure_robustness``: what an edit does at inputs that its requests do not name.
 
-It is measured for edits by editors that were not trained, of which no evaluation on a data set says how they behave.
+It is measured for edits that were made without training, since no evaluation on a data set tells how those behave.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from remend.core.hooks import frozen
+from remend.core.low_rank_hooks import frozen
 from remend.edit import Edit
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task

@@ -14,12 +14,12 @@ from remend.edit import Edit
 from remend.editors.base import EditorLike
 from remend.editors.context_edit import ContextEdit
 from remend.editors.edit_types import AnyEdit
-from remend.evaluation.cases import BASELINES, CaseScorer
+from remend.evaluation.case_scorer import BASELINES, CaseScorer
 from remend.evaluation.checkpoint import EvaluationCheckpoint
+from remend.evaluation.conflicting_probes import filter_probes
 from remend.evaluation.interventions import Intervention, shared_intervention
 from remend.evaluation.metrics.perplexity import PerplexityText
-from remend.evaluation.metrics.scoring import Scorer
-from remend.evaluation.probe_filter import filter_probes
+from remend.evaluation.metrics.scorer import Scorer
 from remend.evaluation.reports.report import Case, Run
 from remend.request import EditRequest
 from remend.tasks.base import Task

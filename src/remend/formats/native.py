@@ -1,4 +1,4 @@
-"""The format of :meth:`remend.Edit.save`."""
+"""remend's own format of an edit, a folder of safetensors and a JSON manifest, as one of the registered formats."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from remend.editors import TrainableEditor
 from remend.editors.mend.editor import Mend
 from remend.errors import ConfigError
 from remend.evaluation import Report, evaluate
-from remend.evaluation.reports.schema import read_report
+from remend.evaluation.reports.report_reader import read_report
 from remend.recipes.inputs import RequestLoader, RunInputs, load_model, shared_with_training
 from remend.recipes.recipe import Recipe
 from remend.recipes.summary import python_call, summarize

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from remend.core.distributions import Categorical, Distribution
 from remend.core.layers import execution_device
+from remend.core.output_distributions import Categorical, Distribution
 from remend.errors import RequestError
 from remend.request import Prompt
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.core.hooks import frozen
+from remend.core.low_rank_hooks import frozen
 from remend.errors import ModelError, RequestError
 from remend.models.frozen_prefix import run_until
 from remend.request import Chat, Input, Prompt, TextPair

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from remend.core.hooks import frozen
+from remend.core.low_rank_hooks import frozen
 from remend.errors import ConfigError, ModelError, RequestError
 from remend.request import Input, Prompt
 from remend.tasks.base import Answer, Batch, Example, Task

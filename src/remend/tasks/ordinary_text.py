@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from remend.core.capture import explain_non_finite
-from remend.core.hooks import frozen
+from remend.core.low_rank_hooks import frozen
 from remend.errors import ConfigError, NonFiniteError
 from remend.tasks.base import Example
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from remend.core.distributions import Categorical, Distribution, Gaussian
-from remend.core.hooks import frozen
+from remend.core.low_rank_hooks import frozen
+from remend.core.output_distributions import Categorical, Distribution, Gaussian
 from remend.errors import ConfigError, ModelError, RequestError
 from remend.request import Input, Prompt
 from remend.tasks.base import Answer, Batch, Example, Task

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.core.hooks import frozen
+from remend.core.low_rank_hooks import frozen
 from remend.errors import ModelError, RequestError
 from remend.models.blocks import find_stacks
 from remend.request import Chat, Input, Prompt, TextPair

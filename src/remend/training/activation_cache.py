@@ -12,8 +12,8 @@ from torch import Tensor
 
 from remend.core.capture import GradientFactors
 from remend.core.distributed import ProcessGroup
-from remend.core.hooks import frozen
-from remend.editors.packing import PackedFactors
+from remend.core.low_rank_hooks import frozen
+from remend.editors.factor_packing import PackedFactors
 from remend.editors.trainable import TrainableEditor
 from remend.fingerprint import hash_model
 from remend.models.frozen_prefix import FrozenPrefix

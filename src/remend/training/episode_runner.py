@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from remend.core.hooks import changes_applied, frozen
 from remend.core.low_rank import LowRank
+from remend.core.low_rank_hooks import changes_applied, frozen
 from remend.editors.trainable import TrainableEditor
 from remend.fingerprint import find_modules
 from remend.models.frozen_prefix import FrozenPrefix

@@ -20,7 +20,7 @@ from remend.models.blocks import find_stacks, is_inside
 from remend.request import EditRequest
 from remend.tasks.base import Batch, Task
 from remend.training.config import PRESETS, Resources, TrainingConfig
-from remend.training.memory import Estimate, available_bytes, resident_bytes
+from remend.training.memory_estimate import Estimate, available_bytes, resident_bytes
 from remend.training.trainer import Trainer
 
 TEST_REQUESTS = 12

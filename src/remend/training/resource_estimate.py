@@ -17,7 +17,7 @@ from remend.models.blocks import find_stacks
 from remend.models.loading import skeleton
 from remend.models.structure import editable_modules
 from remend.training.config import PRESETS
-from remend.training.memory import bytes_of
+from remend.training.memory_estimate import bytes_of
 
 GPUS = (1, 2, 4, 8)
 """The numbers of GPUs that share the model's weights for which the memory is estimated."""

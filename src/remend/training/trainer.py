@@ -1,4 +1,7 @@
-"""``Trainer``: the steps of the outer loop (paper, algorithm 1), for edits that work, generalize and stay local."""
+"""``Trainer``: one step of the outer loop after the other (paper, algorithm 1): edit losses, their gradients, an update.
+
+What is around the steps is elsewhere: time and checkpoints in ``training_run``, the run as a whole in ``loop``.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from remend.request import EditRequest
 from remend.tasks.base import EDIT_BATCH_SIZE, Task
 from remend.training.activation_cache import open_activation_cache, verify_prefix
 from remend.training.config import Resources, TrainingConfig
+from remend.training.editor_optimizer import EditorOptimizer
 from remend.training.episode_runner import EpisodeRunner
 from remend.training.episodes import EpisodeBatch, EpisodeLosses, Episodes
-from remend.training.memory import Estimate, MemoryEstimator, fitting_micro_batch
+from remend.training.memory_estimate import Estimate, MemoryEstimator, fitting_micro_batch
 from remend.training.negative_mining import mine
-from remend.training.optimizer import EditorOptimizer
 
 STATISTICS_REQUESTS = 2_048
 """The largest number of requests over which an editor's statistics are taken, once, before the first step."""

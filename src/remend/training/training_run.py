@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from remend.config import to_json
-from remend.editors.registry import load_trained
-from remend.editors.serialization import EDITOR_FORMAT
+from remend.editors.loading import load_trained
+from remend.editors.saved_editor import EDITOR_FORMAT
 from remend.editors.trainable import TrainableEditor
 from remend.errors import FileError, TrainingError
 from remend.serialization import MANIFEST, check_replaceable, read_manifest

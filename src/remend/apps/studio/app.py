@@ -11,8 +11,8 @@ from typing import Any
 import gradio as gr
 from pydantic import ValidationError
 
-from remend.apps.studio import figures
-from remend.apps.studio.suggestions import suggest_prompts
+from remend.apps.studio import html_fragments
+from remend.apps.studio.prompt_suggestions import suggest_prompts
 from remend.apps.studio.workspace import Session, SessionEdit, StoppedError, Workspace, format_choices
 from remend.errors import RemendError, RequestError
 from remend.request import EditRequest, Probe
@@ -88,7 +88,7 @@ def serve(
         quiet=True,
         footer_links=["gradio", "settings"],
         theme=gr.themes.Default(font=system, font_mono=("ui-monospace", "monospace")),
-        css=figures.CSS,
+        css=html_fragments.CSS,
     )
     return page
 
@@ -120,7 +120,7 @@ def _fix_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
 
     def ask_model(key: str, prompt: str) -> str:
         session = sessions(key)
-        return figures.answers_html(session.ask([prompt or ""]), base_only=not session.active_edits())
+        return html_fragments.answers_html(session.ask([prompt or ""]), base_only=not session.active_edits())
 
     def fill_suggestions(prompt: str, subject: str) -> tuple[str, str, str, str]:
         prompts = suggest_prompts(prompt or "", (subject or "").strip())
@@ -151,9 +151,9 @@ def _fix_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
             finally:
                 session.stop()  # when the page is closed, Gradio closes this generator: the work must end too
         yield (
-            _summary(session, session_edit), figures.answers_html(session_edit.answers),
-            figures.matrices_html(session_edit.edit),
-            figures.tokens_html(session.reactions(session_edit.edit, request.prompt)), count + 1,
+            _summary(session, session_edit), html_fragments.answers_html(session_edit.answers),
+            html_fragments.matrices_html(session_edit.edit),
+            html_fragments.tokens_html(session.reactions(session_edit.edit, request.prompt)), count + 1,
         )  # fmt: skip
 
     ask.click(_with_messages(ask_model), [key, prompt], answers)
@@ -194,7 +194,7 @@ def _edits_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
             session_edit.active = number in numbers
 
     def compare(key: str, prompts: str) -> str:
-        return figures.answers_html(sessions(key).ask(_lines(prompts)))
+        return html_fragments.answers_html(sessions(key).ask(_lines(prompts)))
 
     def accept_edit(key: str, count: int, number: int | None, why: str, force: bool) -> tuple[str, int]:
         entry, conflicts, result = sessions(key).accept(_selected(number), why or "", force=force)

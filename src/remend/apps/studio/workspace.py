@@ -20,7 +20,7 @@ from torch import Tensor
 from remend.apps.acceptance import STANDARD_CRITERIA, AcceptanceCriteria, AcceptanceResult
 from remend.apps.patch_registry import Conflict, PatchEntry, PatchRegistry
 from remend.core.capture import record_inputs
-from remend.core.hooks import frozen
+from remend.core.low_rank_hooks import frozen
 from remend.edit import Edit
 from remend.errors import EditError, RemendError, RequestError
 from remend.evaluation.before_after import AnswerComparison, ask, before_after

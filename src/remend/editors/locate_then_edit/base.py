@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from remend.core.layers import dimensions
 from remend.core.operators import pack_symmetric, unpack_symmetric
 from remend.editors.base import WeightEditor
-from remend.editors.calibration_data import second_moments
+from remend.editors.input_moments import second_moments
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts, encode_contexts, random_beginnings
-from remend.editors.serialization import SavedEditor
+from remend.editors.saved_editor import SavedEditor
 from remend.errors import ConfigError, ModelError
 from remend.fingerprint import find_modules
 from remend.models.blocks import find_stacks, select_blocks

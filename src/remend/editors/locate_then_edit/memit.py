@@ -13,8 +13,8 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from remend.config import Config
-from remend.core.hooks import changes_applied, frozen
 from remend.core.low_rank import LowRank
+from remend.core.low_rank_hooks import changes_applied, frozen
 from remend.editors.info import EditorInfo
 from remend.editors.locate_then_edit.base import TASK_REQUIREMENTS, LocateThenEdit, in_prompt_batches
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from remend.config import Config
 from remend.core.capture import record_inputs
-from remend.core.hooks import frozen, remove_hooks
+from remend.core.low_rank_hooks import frozen, remove_hooks
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts
 from remend.errors import NonFiniteError
 from remend.models.frozen_prefix import FrozenPrefix

@@ -1,4 +1,7 @@
-"""The calibration of MEND before the first training step: the passes that it makes, and their repetition on resume."""
+"""Calibrate MEND before the first training step: which statistics are measured, in what order, on which prompts.
+
+A resumed run looks up the same prompts in the same order, so that it continues with the same bits.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from remend.core.distributed import ProcessGroup
-from remend.core.sketching import sketch_width
-from remend.editors.mend.measurements import (
+from remend.core.sketched_moment import sketch_width
+from remend.editors.factor_packing import PackedFactors, pack_active
+from remend.editors.mend.calibration_measurements import (
     fit_discriminants,
     fit_limits,
     fit_whiteners_to_text,
@@ -19,7 +23,6 @@ from remend.editors.mend.measurements import (
     update_statistics,
 )
 from remend.editors.mend.transform import GradientTransform
-from remend.editors.packing import PackedFactors, pack_active
 from remend.editors.trainable import ActivationSource, CalibrationData, FactPrompts
 from remend.tasks.base import Example
 

@@ -30,7 +30,7 @@ class MendConfig(Config):
             mean over the training set). A classifier that is sure of its answers has gradients of very different
             sizes; without a limit the few large ones make edits that ruin the model.
         contrast: if not 0, ũ is turned towards what a prompt shares with its paraphrases and away from what it shares
-            with its neighbours, with this weight (:mod:`remend.core.discriminant`), and scaled so that each token
+            with its neighbours, with this weight (:mod:`remend.core.key_discriminant`), and scaled so that each token
             responds to its own edit with 1. Needs ``tokens`` = ``target``.
         settle: if not 0, each edit is scaled by √(settle · s) when it is made, where s is the scale at which the first
             token of its target just becomes the model's answer (:mod:`remend.editors.strength_search`).

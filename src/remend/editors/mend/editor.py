@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from remend.config import Config
 from remend.core.distributed import ProcessGroup
-from remend.core.factored_gradients import FactoredGradients
+from remend.core.editor_gradients import FactoredGradients
 from remend.core.low_rank import LowRank
+from remend.editors.factor_packing import pack_active
 from remend.editors.info import EditorInfo
 from remend.editors.mend.calibration import MendCalibration, moments_bytes
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.transform import GradientTransform
-from remend.editors.packing import pack_active
 from remend.editors.strength_search import UneditedPass, scale_to_strength
 from remend.editors.trainable import ActivationSource, CalibrationData, EditorMemory
 from remend.errors import ConfigError

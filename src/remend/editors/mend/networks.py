@@ -1,4 +1,4 @@
-"""Which editor networks MEND has: one for each weight shape, or what the paper's ablations make of it."""
+"""Create MEND's editor networks: one for each weight shape, or as an ablation of the paper (section 5.3) has them."""
 
 from __future__ import annotations
 

@@ -11,16 +11,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from remend.core.capture import GradientFactors
+from remend.core.editor_gradients import FactoredGradients
 from remend.core.editor_network import EditorNetwork
-from remend.core.factored_gradients import FactoredGradients
 from remend.core.least_squares import least_squares, make_definite
 from remend.core.low_rank import LowRank, concatenate
 from remend.core.operators import SymmetricOperator, pack_symmetric, unpack_symmetric
-from remend.core.sketching import sketch_directions
+from remend.core.sketched_moment import sketch_directions
+from remend.editors.factor_packing import EpisodePadding, PackedFactors, pack_active
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.networks import group_matrices, new_network
-from remend.editors.packing import EpisodePadding, PackedFactors, pack_active
-from remend.editors.serialization import SavedEditor
+from remend.editors.saved_editor import SavedEditor
 from remend.editors.trainable import TrainableEditor
 from remend.fingerprint import ModelFingerprint
 

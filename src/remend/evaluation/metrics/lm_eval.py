@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from remend.core.hooks import frozen
+from remend.core.low_rank_hooks import frozen
 from remend.errors import ConfigError, NonFiniteError
 from remend.evaluation.reports.report import Report
 from remend.tasks import Task

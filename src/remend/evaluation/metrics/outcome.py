@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from remend.editors.context_edit import fit_context, prepend_fact
-from remend.evaluation.metrics.measure import MIN_ANSWER_ROOM, Measurement, Query, RequestMeasurements, body_length
+from remend.evaluation.metrics.query_measurements import (
+    MIN_ANSWER_ROOM,
+    Measurement,
+    Query,
+    RequestMeasurements,
+    body_length,
+)
 from remend.evaluation.metrics.text_match import contains, exact_match, token_f1
 from remend.request import Chat, EditRequest, Probe, Prompt
 from remend.tasks.base import Answer, Task

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from remend.core.hooks import frozen
+from remend.core.low_rank_hooks import frozen
 from remend.errors import ConfigError
 from remend.evaluation.interventions import Intervention
 from remend.evaluation.metrics.outcome import VALUE, EditOutcome, PromptScore

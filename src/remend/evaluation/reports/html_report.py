@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from remend.evaluation.metrics.lm_eval import edits_of_scores
-from remend.evaluation.reports.figures import as_svg, check_matplotlib
+from remend.evaluation.reports.figure_style import as_svg, check_matplotlib
 from remend.evaluation.reports.metric_titles import help_of, main_value, title_of
 from remend.evaluation.reports.plots import available_plots
 from remend.evaluation.reports.report import Report, Run

@@ -1,4 +1,7 @@
-"""How reports name, order and read the metrics in them: from the registry, by kind where a name ends with one."""
+"""How reports show a metric: its title, its help, its place in the order and which way is better, from the registry.
+
+A metric that is measured for several kinds of prompts has the kind at the end of its name in reports.
+"""
 
 from __future__ import annotations
 

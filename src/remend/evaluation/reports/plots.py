@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from remend.errors import ConfigError
 from remend.evaluation.reports.comparison import MetricDifference
-from remend.evaluation.reports.figures import INK, draw_intervals, new_axes, save_figure
+from remend.evaluation.reports.figure_style import INK, draw_intervals, new_axes, save_figure
 from remend.evaluation.reports.metric_titles import title_of
 from remend.evaluation.reports.report import Case, Report, metrics_of
 

@@ -1,4 +1,4 @@
-"""``GradientStepEditor``: what KE and ENN share, whose edits are one learned gradient step for each matrix."""
+"""``GradientStepEditor``: the base of KE and ENN, which edit by one gradient step with a learned size or direction."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from remend.core.capture import GradientFactors
 from remend.core.distributed import ProcessGroup
-from remend.core.factored_gradients import FactoredGradients
+from remend.core.editor_gradients import FactoredGradients
 from remend.core.layers import weight_rms
 from remend.core.low_rank import LowRank
-from remend.editors.serialization import SavedEditor
+from remend.editors.saved_editor import SavedEditor
 from remend.editors.trainable import ActivationSource, CalibrationData, TrainableEditor
 from remend.fingerprint import ModelFingerprint
 from remend.models.frozen_prefix import FrozenPrefix

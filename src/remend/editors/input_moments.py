@@ -11,7 +11,7 @@ from torch import nn
 from remend.core.capture import record_inputs
 from remend.core.layers import dimensions
 from remend.core.operators import SymmetricOperator
-from remend.core.sketching import SketchedMoment, random_test_matrix, sketch_directions
+from remend.core.sketched_moment import SketchedMoment, random_test_matrix, sketch_directions
 from remend.core.whitening import SecondMoment
 from remend.tasks.base import Example, Task
 
@@ -24,7 +24,7 @@ def whiteners(
 ) -> dict[str, SymmetricOperator]:
     """Return for each matrix the operator that whitens its inputs over the examples.
 
-    Inputs of many dimensions are whitened in some directions only (:mod:`remend.core.sketching`).
+    Inputs of many dimensions are whitened in some directions only (:mod:`remend.core.sketched_moment`).
     """
     moments = second_moments(task, modules, examples, sketched=True)
     return {name: moment.whitener(ridge) for name, moment in moments.items()}

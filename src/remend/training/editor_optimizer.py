@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from remend.core.distributed import ProcessGroup
-from remend.core.factored_gradients import FactoredGradients
+from remend.core.editor_gradients import FactoredGradients
 from remend.editors.trainable import TrainableEditor
 from remend.errors import TrainingError
 from remend.training.config import TrainingConfig

@@ -1,4 +1,4 @@
-"""Hooks that apply low-rank changes to a model without writing to a weight, and the frozen state they need."""
+"""Hooks that add low-rank changes to the outputs of layers, so that a model is edited without writing to a weight."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import worlds
-from remend.core import sketching as sketch
-from remend.core.discriminant import Discriminant
+from remend.core import sketched_moment
+from remend.core.key_discriminant import Discriminant
 from remend.core.operators import SymmetricOperator
-from remend.core.sketching import SketchedMoment, nystrom, random_test_matrix
+from remend.core.sketched_moment import SketchedMoment, nystrom, random_test_matrix
 from remend.core.whitening import SecondMoment
 from remend.edit import Edit
 from remend.editors import Mend
@@ -47,14 +47,14 @@ def moments(u, directions):
 @pytest.fixture
 def wide(monkeypatch):
     """As if the tiny models' inputs were wide."""
-    monkeypatch.setattr(sketch, "MAX_DENSE_DIMENSIONS", 20)
-    monkeypatch.setattr(sketch, "MAX_DIRECTIONS", 12)
-    monkeypatch.setattr(sketch, "OVERSAMPLING", 4)
+    monkeypatch.setattr(sketched_moment, "MAX_DENSE_DIMENSIONS", 20)
+    monkeypatch.setattr(sketched_moment, "MAX_DIRECTIONS", 12)
+    monkeypatch.setattr(sketched_moment, "OVERSAMPLING", 4)
 
 
 def test_only_wide_inputs_are_sketched():
-    assert sketch.sketch_directions(sketch.MAX_DENSE_DIMENSIONS) is None
-    assert sketch.sketch_directions(65_536) == sketch.MAX_DIRECTIONS
+    assert sketched_moment.sketch_directions(sketched_moment.MAX_DENSE_DIMENSIONS) is None
+    assert sketched_moment.sketch_directions(65_536) == sketched_moment.MAX_DIRECTIONS
     assert Mend.create(worlds.task(worlds.llama()), DEFAULT).directions == {}
 
 
@@ -188,7 +188,7 @@ class Shapes(TorchDispatchMode):
 @pytest.mark.parametrize("directions", [12, None])
 def test_no_matrix_of_the_inputs_squared_is_ever_made(directions, wide, monkeypatch):
     d = 53  # which nothing else is
-    monkeypatch.setattr(sketch, "MAX_DENSE_DIMENSIONS", 20 if directions else d)
+    monkeypatch.setattr(sketched_moment, "MAX_DENSE_DIMENSIONS", 20 if directions else d)
     model = worlds.llama(intermediate_size=d)
     task = CausalLM(model, worlds.tokenizer())
     with Shapes() as shapes:
@@ -224,13 +224,13 @@ def test_a_resumed_run_ends_with_the_same_bits(wide, tmp_path):
 
 def test_a_saved_editor_keeps_its_directions_whatever_the_constants_are(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sketch, "MAX_DENSE_DIMENSIONS", 20)
-        patch.setattr(sketch, "MAX_DIRECTIONS", 12)
+        patch.setattr(sketched_moment, "MAX_DENSE_DIMENSIONS", 20)
+        patch.setattr(sketched_moment, "MAX_DIRECTIONS", 12)
         Mend.create(worlds.task(worlds.llama()), DEFAULT).save(tmp_path / "editor")
     assert set(Mend.load(tmp_path / "editor").directions.values()) == {12}
 
 
 def test_the_estimate_follows_the_form(wide):
     narrow = moments_bytes(Mend.create(worlds.task(worlds.llama()), DEFAULT))
-    sketch.MAX_DIRECTIONS = 4
+    sketched_moment.MAX_DIRECTIONS = 4
     assert moments_bytes(Mend.create(worlds.task(worlds.llama()), DEFAULT)) < narrow

@@ -1,7 +1,7 @@
 """Variants of training and editing that ``benchmarks/frontier.py`` compares with those of the package.
 
-None of them improved the frontier clearly, so they are not in the package. ``wide`` is what the package does for inputs
-much wider than those of the testbeds' models.
+None of them improved the frontier clearly, so they are not in the package, except ``wide``: it uses for the testbeds'
+models what the package uses only for layers with much wider inputs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from remend.core.hooks import changes_applied
 from remend.core.losses import row_mean
 from remend.core.low_rank import LowRank, concatenate
+from remend.core.low_rank_hooks import changes_applied
 from remend.core.whitening import SecondMoment
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.editor import Mend

@@ -1,4 +1,7 @@
-"""Packs the tokens that carry gradient: as rows for the editor networks, and padded by episode for edits."""
+"""Pack gradient factors: only the tokens at which the gradient is not zero, one episode's rows after the other's.
+
+The editor networks read them so. For the edit of each episode they are padded with zeros to one rank.
+"""
 
 from __future__ import annotations
 

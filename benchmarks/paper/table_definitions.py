@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .experiments import Cell, Scale
+from .cell_definitions import Cell, Scale
 from .findings import (
     Finding,
     all_hold,

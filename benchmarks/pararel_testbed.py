@@ -1,6 +1,6 @@
 """Train a second testbed for editors: a small GPT-2 that knows ParaRel's facts in CounterFact's phrasings.
 
-    python benchmarks/pararel.py --source PARAREL
+    python benchmarks/pararel_testbed.py --source PARAREL
 
 ``PARAREL`` is a folder with ``facts.tsv`` (subject, relation, object) and ``templates.json`` (the phrasings of each
 relation with their counts). The model and its tokenizer are trained from scratch, on one thread in about 20 minutes,
@@ -19,10 +19,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "scripts"))
 
-from fact_trainer import train_on_facts
+from base_trainer import train_on_facts
 from statement_trainer import StatementTrainer, parser
 
-from remend.data.facts import Fact, FactSet, Relation
+from remend.data.fact_requests import Fact, FactSet, Relation
 from remend.request import write_requests
 
 PHRASINGS = 5

@@ -1,6 +1,6 @@
 """The memory that editing large models would take, computed from their configurations as ``remend doctor`` does.
 
-    python benchmarks/dry_run.py [--config FILE] [--out result.json]
+    python benchmarks/large_model_memory.py [--config FILE] [--out result.json]
 
 No weights are created or downloaded. A Markdown table is written beside the result.
 """
@@ -55,7 +55,7 @@ def table(about: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Estimate every model, and print and write the table."""
-    arguments = common.parser(__doc__, "dry_run").parse_args(argv)
+    arguments = common.parser(__doc__, "large_model_memory").parse_args(argv)
     config = common.start(arguments)
     rows = [estimate_row(shape) for shape in config["models"]]
     common.write(arguments.out, config, {"rows": rows})

@@ -16,9 +16,9 @@ from remend.evaluation.interventions import (
     SeparateEdits,
     shared_intervention,
 )
-from remend.evaluation.metrics.measure import RequestMeasurements, measure
 from remend.evaluation.metrics.perplexity import PerplexityText
-from remend.evaluation.metrics.scoring import Scorer
+from remend.evaluation.metrics.query_measurements import RequestMeasurements, measure
+from remend.evaluation.metrics.scorer import Scorer
 from remend.evaluation.reports.report import Case
 from remend.request import EditRequest
 from remend.tasks.base import Task

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from remend.edit import Edit
 from remend.evaluation.interventions import SharedEdit
-from remend.evaluation.metrics.measure import measure
-from remend.evaluation.metrics.scoring import Scorer
+from remend.evaluation.metrics.query_measurements import measure
+from remend.evaluation.metrics.scorer import Scorer
 from remend.request import EditRequest
 from remend.tasks import Task
 

@@ -1,6 +1,6 @@
 """CounterFact end to end: train a model on its facts, train an editor on some subjects, evaluate it on others.
 
-    python benchmarks/counterfact.py --source COUNTERFACT --templates PARAREL/templates.json
+    python benchmarks/counterfact_testbed.py --source COUNTERFACT --templates PARAREL/templates.json
 
 ``COUNTERFACT`` is a folder with CounterFact's rows as JSON lines (``train.jsonl``, ``val.jsonl``: subject, relation,
 template, ground_truth, target_new), and the templates are those of each relation with their counts. Facts with enough
@@ -25,13 +25,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "scripts"))
 
-from fact_trainer import train_on_facts
+from base_trainer import train_on_facts
 from statement_trainer import StatementTrainer, parser
 
 import common
 import remend
-from pararel import TARGETS, digest, read_relations, split_of
-from remend.data.facts import Fact, FactSet, Relation
+from pararel_testbed import TARGETS, digest, read_relations, split_of
+from remend.data.fact_requests import Fact, FactSet, Relation
 from remend.evaluation.reports.report import metrics_of
 from remend.request import write_requests
 from remend.serialization import write_json
@@ -178,7 +178,7 @@ def write(
         f"parameters knows ({model_report['exact_match']:.4f} exact match over five phrasings); an editor trained on "
         f"the {facts['train']:,} of the training split and evaluated on the {facts['test']:,} of the test split, with "
         "other subjects. "
-        f"All in {seconds['all_seconds'] / 60:.0f} minutes on one thread (`python benchmarks/counterfact.py`).",
+        f"All in {seconds['all_seconds'] / 60:.0f} minutes on one thread (`python benchmarks/counterfact_testbed.py`).",
         "",
         "| | generated | 95 % | teacher forced | unedited | fact in the prompt |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,8 @@
-"""What calibration measures for MEND: whiteners, usual gradient norms, discriminants, statistics and units of α."""
+"""The measurements of MEND's calibration, each of which fills some of the editor's buffers.
+
+They are: whiteners of the matrices' inputs, the norms to which gradients are clipped, discriminants of keys, the mean
+and spread by which the networks normalize their inputs, and the unit in which each matrix's step size α is given.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from remend.core.capture import GradientFactors, record_inputs
-from remend.core.discriminant import Discriminant
 from remend.core.distributed import ProcessGroup
+from remend.core.key_discriminant import Discriminant
 from remend.core.layers import expert_count, is_quantized, weight_as_matrix, weight_of
 from remend.core.running_statistics import RunningStatistics
-from remend.core.sketching import SketchedMoment, random_test_matrix
+from remend.core.sketched_moment import SketchedMoment, random_test_matrix
 from remend.core.whitening import SecondMoment
+from remend.editors.factor_packing import PackedFactors
 from remend.editors.mend.transform import GradientTransform
-from remend.editors.packing import PackedFactors
 from remend.editors.trainable import ActivationSource, FactPrompts
 from remend.errors import TrainingError
 from remend.fingerprint import find_modules

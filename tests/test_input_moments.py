@@ -10,10 +10,10 @@ import families
 import remend
 import worlds
 from remend.core.layers import weight_rms
-from remend.core.sketching import SketchedMoment
-from remend.editors import calibration_data, make
-from remend.editors.calibration_data import second_moments, whiteners
+from remend.core.sketched_moment import SketchedMoment
+from remend.editors import input_moments, make
 from remend.editors.finetune import FineTuneConfig
+from remend.editors.input_moments import second_moments, whiteners
 from remend.editors.ke import Ke
 from remend.editors.ridge import Ridge
 from remend.errors import ConfigError, NonFiniteError
@@ -75,7 +75,7 @@ def test_wide_inputs_are_whitened_in_some_directions(task, monkeypatch):
     modules = find_modules(task.model, ["transformer.h.1.mlp.c_proj"])
     pairs = task.ordinary_examples([])
     dense = whiteners(task, modules, pairs, 0.01)
-    monkeypatch.setattr(calibration_data, "sketch_directions", lambda d: 8)
+    monkeypatch.setattr(input_moments, "sketch_directions", lambda d: 8)
     (moment,) = second_moments(task, modules, pairs, sketched=True).values()
     assert isinstance(moment, SketchedMoment)
     assert not any(isinstance(m, SketchedMoment) for m in second_moments(task, modules, pairs).values())

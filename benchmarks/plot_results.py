@@ -1,6 +1,6 @@
 """Plot the results of the benchmarks from their JSON files.
 
-    python benchmarks/plot.py [--results benchmarks/results] [--out benchmarks/plots]
+    python benchmarks/plot_results.py [--results benchmarks/results] [--out benchmarks/plots]
 
 Needs matplotlib: ``pip install 'remend[plots]'``. Results that are missing are skipped.
 """

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from remend.core.hooks import frozen
+from remend.core.low_rank_hooks import frozen
 from remend.evaluation.interventions import Intervention
 from remend.request import Prompt
 from remend.tasks.base import Answer, Example, Task

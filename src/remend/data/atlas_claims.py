@@ -13,7 +13,7 @@ from typing import Any
 
 from remend.assets import CLAIMS_FOLDER
 from remend.data import atlas
-from remend.data.facts import (
+from remend.data.fact_requests import (
     FAR_PROBES,
     Fact,
     FactSet,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remend.editors.base import Editor
-from remend.editors.serialization import EDITOR_FORMAT, editor_folder
+from remend.editors.saved_editor import EDITOR_FORMAT, editor_folder
 from remend.editors.trainable import TrainableEditor
 from remend.errors import ConfigError, FileError, nearest
 from remend.registries import EDITORS

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from remend.data.facts import Fact, FactSet
+from remend.data.fact_requests import Fact, FactSet
 
 CHECKPOINT = "checkpoint.safetensors"
 

@@ -9,7 +9,7 @@ from functools import cache
 
 from remend.assets import QUESTIONS_FOLDER
 from remend.data import atlas
-from remend.data.facts import FactSet, read_relations
+from remend.data.fact_requests import FactSet, read_relations
 from remend.request import EditRequest
 
 

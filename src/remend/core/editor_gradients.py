@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from remend.core.matmul import matmul
+from remend.core.cpu_matmul import matmul
 
 
 class FactoredGradients:

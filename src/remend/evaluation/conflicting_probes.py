@@ -1,4 +1,4 @@
-"""``filter_probes``: which probes must still stay when several edits are applied at once."""
+"""``filter_probes``: leave out locality probes that another edit, applied at the same time, changes on purpose."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from remend.errors import RegistryError, nearest, prefix_request_errors
 from remend.evaluation.before_after import AnswerComparison
-from remend.evaluation.metrics.measure import Query, RequestMeasurements, body_length
 from remend.evaluation.metrics.outcome import (
     EditOutcome,
     ModeScores,
@@ -16,6 +15,7 @@ from remend.evaluation.metrics.outcome import (
     kind_of,
     prompt_form,
 )
+from remend.evaluation.metrics.query_measurements import Query, RequestMeasurements, body_length
 from remend.evaluation.metrics.text_match import contains
 from remend.registries import METRICS, Metric
 from remend.request import EditRequest, Prompt

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from remend.data import atlas
-from remend.data.facts import Fact, Relation
+from remend.data.fact_requests import Fact, Relation
 
 PREFIXED = ("Everybody knows: {}", "To put it briefly: {}")
 """Beginnings that make a paraphrase of any prompt."""

@@ -1,6 +1,6 @@
 """How well the keys of many edits separate paraphrases from prompts that must not change.
 
-    python benchmarks/many_edits.py
+    python benchmarks/key_separation.py
 
 The response of an edit at a prompt is the product of the prompt's key with the edit's, normalized so that it is 1 at
 the edited prompt. Strength and gates only choose the response from which on an edit has an effect: if a paraphrase
@@ -29,8 +29,8 @@ from remend.core.capture import capture_gradient_factors
 from remend.data import read_source
 from remend.edit import Edit
 from remend.editors import Mend, make
-from remend.editors.packing import pack_active
-from remend.evaluation.probe_filter import filter_probes
+from remend.editors.factor_packing import pack_active
+from remend.evaluation.conflicting_probes import filter_probes
 from remend.fingerprint import find_modules
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task
@@ -40,7 +40,7 @@ BATCH_SIZE = 32
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each testbed, and write the result as JSON and as a Markdown table."""
-    arguments = common.parser(__doc__, "many_edits").parse_args(argv)
+    arguments = common.parser(__doc__, "key_separation").parse_args(argv)
     config = common.start(arguments)
     result = {testbed: measure(testbed, editor, config) for testbed, editor in config["testbeds"].items()}
     common.write(arguments.out, config, {"testbeds": result})
@@ -116,7 +116,7 @@ def table(result: dict[str, list[dict[str, float]]], config: dict[str, Any]) -> 
         f"With {config['edits']} active edits of validation requests: the threshold that a share of the paraphrases "
         "passes with the response of their own edit, and how many prompts that must not change pass it with that of "
         "some edit "
-        f"(`python benchmarks/many_edits.py`; means over {len(config['seeds'])} draws of edits).",
+        f"(`python benchmarks/key_separation.py`; means over {len(config['seeds'])} draws of edits).",
         "",
         "| model, editor | paraphrases that pass | threshold | far prompts that pass | near ones |",
         "|---|---|---|---|---|",
