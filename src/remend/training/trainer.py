@@ -1,4 +1,4 @@
-"""``Trainer``: one step of the outer loop after the other (paper, algorithm 1): edit losses, their gradients, an update.
+"""``Trainer``: the steps of the outer loop (paper, algorithm 1): the losses of edits, their gradients, an update.
 
 What is around the steps is elsewhere: time and checkpoints in ``training_run``, the run as a whole in ``loop``.
 """
