@@ -395,10 +395,10 @@ def _warn_of_misspelt_keys(path: Path, requests: list[EditRequest]) -> None:
         known, cutoff = [*EditRequest.model_fields, MESSAGES], 0.8
         if whose != "key":
             known, cutoff = [*Probe.model_fields, MESSAGES, KIND], 0.7
-        if meant := difflib.get_close_matches(key, known, n=1, cutoff=cutoff):
+        if suggestions := difflib.get_close_matches(key, known, n=1, cutoff=cutoff):
             warnings.warn(
                 f"{path}: the {whose} {key!r} (in {lines} of {len(requests)} lines) is ignored; "
-                f"did you mean {meant[0]!r}?",
+                f"did you mean {suggestions[0]!r}?",
                 stacklevel=3,
             )
 

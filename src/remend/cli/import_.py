@@ -12,7 +12,6 @@ from remend.cli import options
 from remend.cli.edit_formats import print_loss, rank_range
 from remend.cli.escaping import plain
 from remend.errors import FileError
-from remend.registries import FORMATS
 
 
 def import_(
@@ -30,18 +29,12 @@ def import_(
     device: options.Device = "auto",
 ) -> None:
     """Make an edit of a LoRA adapter, or of the difference between two checkpoints: to inspect, evaluate and revert."""
+    from remend.formats import detect_format
     from remend.serialization import check_replaceable
 
     console = Console()
     check_replaceable(out)
-    if not source.is_dir():
-        raise FileError(f"there is no folder {source}: give an adapter's, or that of a changed model's checkpoint")
-    edit_format = next((found for name in FORMATS.names() if (found := FORMATS.load(name)()).detect(source)), None)
-    if edit_format is None:
-        raise FileError(
-            f"{source} is in none of the formats {', '.join(FORMATS.names())}: give an adapter's folder, or that of a "
-            "changed model's checkpoint"
-        )
+    edit_format = detect_format(source)
     task = options.load_model(model, device, 0)
     imported = edit_format.read(source, task, lambda path: options.load_model(str(path), device, 0), rank)
     edit, others = imported.edit, imported.other_parameters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,6 @@ import typer
 from rich.console import Console
 
 from remend.cli.escaping import plain
-from remend.errors import ConfigError, FileError
 
 
 def push(
@@ -36,6 +34,7 @@ def push(
     """Publish an edit or an editor on the Hugging Face hub, with a model card."""
     from remend.apps.hub import push as publish
     from remend.apps.hub import render_model_card
+    from remend.apps.hub.evaluation_rows import evaluation_rows
     from remend.apps.hub.push import check_repo_name
     from remend.serialization import read_verified_manifest, write_text
 
@@ -47,51 +46,3 @@ def push(
         return
     url = publish(folder, to, license_id=license_id, base=base, evaluation=evaluation, private=private or None)
     console.print(f"published: {plain(url)}; others load it as hf:{plain(to)}", soft_wrap=True)
-
-
-def evaluation_rows(report: Path | None) -> list[tuple[str, str]]:
-    """Return the results in a report of remend evaluate or guard, as names and values for a card.
-
-    Raises:
-        FileError: the file is neither.
-        ConfigError: the report evaluates several numbers of edits.
-    """
-    from remend.evaluation.reports.report_reader import read_report
-
-    if report is None:
-        return []
-    try:
-        content = json.loads(report.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileError(
-            f"cannot read {report} ({error}); give a report that remend evaluate or guard wrote with --json"
-        ) from None
-    if isinstance(content, dict) and isinstance(content.get("checks"), list):
-        return _acceptance_rows(content, report)
-    evaluated = read_report(report)
-    if len(evaluated.runs) > 1:
-        raise ConfigError(f"{report} evaluates {len(evaluated.runs)} numbers of edits: give a report of one")
-    rows = [("requests", f"{len(evaluated.runs[0].cases)} of {evaluated.data}, {evaluated.protocol}")]
-    for name, modes in evaluated.metrics().items():
-        if "generated" in modes:
-            value = modes["generated"]
-            rows.append((name.replace("_", " "), f"{value.mean:.3f} ({value.ci95[0]:.3f} – {value.ci95[1]:.3f})"))
-    return rows
-
-
-def _acceptance_rows(content: dict[str, object], report: Path) -> list[tuple[str, str]]:
-    """Return the rows of an acceptance result.
-
-    Raises:
-        FileError: it is malformed.
-    """
-    from remend.apps.acceptance.check import CHECK_TITLES, AcceptanceCheck
-
-    checks = content["checks"]
-    assert isinstance(checks, list)
-    try:
-        results = [AcceptanceCheck(**{**check, "failed": ()}) for check in checks]
-        rows = [(CHECK_TITLES[check.name], check.description.partition(": ")[2]) for check in results]
-    except (TypeError, KeyError, ValueError) as error:
-        raise FileError(f"{report} is not a result of remend guard ({error}): run remend guard --json again") from None
-    return [("verdict", "accepted" if content.get("ok") is True else "not accepted"), *rows]

@@ -220,9 +220,9 @@ class _Tuning:
         with frozen(self.task.model), torch.enable_grad():
             for _ in range(self.config.steps):
                 for examples in self._batches(active):
-                    taken = self._step(active, examples)
+                    succeeded = self._step(active, examples)
                     if self.config.until_taken:  # a batch of an episode is all of it, then
-                        active = [episode for episode, done in zip(active, taken, strict=True) if not done]
+                        active = [episode for episode, done in zip(active, succeeded, strict=True) if not done]
                 if not active:
                     return
 
@@ -237,27 +237,27 @@ class _Tuning:
             yield [examples[start : start + size]]
 
     def _step(self, active: Sequence[int], examples: Sequence[Sequence[Example]]) -> list[bool]:
-        """Make one step of the active episodes that need it, and tell which of them had taken before."""
+        """Make one step of the active episodes that need it, and tell which of them had succeeded before."""
         before = {name: dense.values.detach().clone() for name, dense in self.dense.items() if self.config.until_taken}
         self.optimizer.zero_grad()
-        taken: list[bool] = []
+        succeeded: list[bool] = []
         rows, part_size = len(examples[0]), max(1, TUNING_BATCH_SIZE // max(1, len(examples)))
         for start in range(0, rows, part_size):
             part = [episode[start : start + part_size] for episode in examples]
-            taken_in_part = self._backward(list(active), part, rows)
-            taken = [a and b for a, b in zip(taken or taken_in_part, taken_in_part, strict=True)]
+            succeeded_in_part = self._backward(list(active), part, rows)
+            succeeded = [a and b for a, b in zip(succeeded or succeeded_in_part, succeeded_in_part, strict=True)]
         self.optimizer.step()
         if self.config.until_taken:
-            unfinished = {episode for episode, done in zip(active, taken, strict=True) if not done}
+            unfinished = {episode for episode, done in zip(active, succeeded, strict=True) if not done}
             finished = [episode for episode in range(len(self.episodes)) if episode not in unfinished]
             with torch.no_grad():
                 # Adam's momentum moves an episode on even where its gradient is zero, so its step is undone.
                 for name, dense in self.dense.items():
                     dense.values[finished] = before[name][finished]
-        return taken
+        return succeeded
 
     def _backward(self, active: list[int], examples: Sequence[Sequence[Example]], rows: int) -> list[bool]:
-        """Add to the gradients of the active episodes, and tell which of them had taken on all these examples."""
+        """Add to the gradients of the active episodes, and tell which of them had succeeded on all these examples."""
         task, distribution = self.task, self.task.distribution
         edits = [example for episode in examples for example in episode]
         locality = self.random.choices(self.locality, k=len(edits)) if self.config.kl_weight else []
@@ -284,6 +284,6 @@ class _Tuning:
             )
         # Divided by the rows of the whole step, so that the gradients of its parts add up to that of the mean.
         (losses.sum() / rows).backward()
-        taken = all_of_row(distribution.correct(outputs[of_edits], target), row, len(edits))
-        result: list[bool] = taken.view(len(examples), -1).all(1).tolist()
+        succeeded = all_of_row(distribution.correct(outputs[of_edits], target), row, len(edits))
+        result: list[bool] = succeeded.view(len(examples), -1).all(1).tolist()
         return result

@@ -1,8 +1,16 @@
 """Write edits as LoRA adapters and merged checkpoints, and make edits of adapters and changed checkpoints."""
 
-from remend.formats.base import EditFormat, ImportedEdit
+from remend.formats.base import EditFormat, ImportedEdit, detect_format
 from remend.formats.checkpoint_difference import diff_checkpoints
 from remend.formats.merged_checkpoint import save_merged
 from remend.formats.peft import load_adapter, save_adapter
 
-__all__ = ["EditFormat", "ImportedEdit", "diff_checkpoints", "load_adapter", "save_adapter", "save_merged"]
+__all__ = [
+    "EditFormat",
+    "ImportedEdit",
+    "detect_format",
+    "diff_checkpoints",
+    "load_adapter",
+    "save_adapter",
+    "save_merged",
+]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from remend.edit import Edit
 from remend.errors import FileError
 from remend.fingerprint import HasModel
+from remend.registries import FORMATS
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,3 +82,21 @@ class EditFormat(ABC):
             rank: the largest rank of a matrix's change.
         """
         raise FileError(f"{path} is in a format that is written, but not read")
+
+
+def detect_format(path: Path) -> EditFormat:
+    """Return the first registered format that recognizes a folder.
+
+    Raises:
+        FileError: there is no such folder, or no format recognizes it.
+    """
+    if not path.is_dir():
+        raise FileError(f"there is no folder {path}: give an adapter's, or that of a changed model's checkpoint")
+    for name in FORMATS.names():
+        edit_format: EditFormat = FORMATS.load(name)()
+        if edit_format.detect(path):
+            return edit_format
+    raise FileError(
+        f"{path} is in none of the formats {', '.join(FORMATS.names())}: give an adapter's folder, or that of a "
+        "changed model's checkpoint"
+    )

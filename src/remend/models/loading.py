@@ -92,7 +92,11 @@ def load_pretrained(
     ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "the folder" if Path(source).exists() else "taken for a hub id, since no folder has this name"
-        where += f"; did you mean {meant[0]!r}?" if (meant := get_close_matches(model, BUILT_IN_MODELS, n=1)) else ""
+        where += (
+            f"; did you mean {suggestions[0]!r}?"
+            if (suggestions := get_close_matches(model, BUILT_IN_MODELS, n=1))
+            else ""
+        )
         raise ModelError(f"cannot load {model!r} ({where}) as a language model or classifier: {reason}") from error
     loaded.config._name_or_path = model
     if "device_map" not in placed:  # else it lies where it belongs, and must not be moved

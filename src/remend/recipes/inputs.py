@@ -204,8 +204,8 @@ def _needs_model(data_set: str | None) -> bool:
 
 def shared_with_training(requests: dict[str, list[EditRequest]]) -> dict[str, int]:
     """Count the subjects, prompts and facts that test and training have in common, by kind; empty if there are none."""
-    both = find_overlap(requests["train"], requests["test"])
-    return {kind: len(names) for kind, names in both.items() if names}
+    overlap = find_overlap(requests["train"], requests["test"])
+    return {kind: len(names) for kind, names in overlap.items() if names}
 
 
 def local_file(source: str) -> str | None:

@@ -67,9 +67,9 @@ class CausalLM(GenerativeTask):
         # Some tokenizers put a space before every text, so before an answer as well. After an anchor character, whose
         # token is removed again, they do not.
         for before in ("", *_ANCHORS):
-            ahead, both = self.ids(before, False), self.ids(before + answer, False)
-            tokens = both[len(ahead) :]
-            if both[: len(ahead)] == ahead and self.decode_tokens([*encoded, *tokens]) == self.decode_tokens(whole):
+            ahead, joined = self.ids(before, False), self.ids(before + answer, False)
+            tokens = joined[len(ahead) :]
+            if joined[: len(ahead)] == ahead and self.decode_tokens([*encoded, *tokens]) == self.decode_tokens(whole):
                 return tokens
         return self.ids(answer, False)
 

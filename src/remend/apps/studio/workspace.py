@@ -132,8 +132,8 @@ class Session:
 
     def active_edits(self) -> list[Edit]:
         """Return the edits that are active for this person: the registry's and the session's active ones."""
-        own = [session_edit.edit for session_edit in self.edits.values() if session_edit.active]
-        return [*self.workspace.active_edits().values(), *own]
+        of_session = [session_edit.edit for session_edit in self.edits.values() if session_edit.active]
+        return [*self.workspace.active_edits().values(), *of_session]
 
     def ask(self, prompts: Sequence[Prompt], base_only: bool = False) -> list[AnswerComparison]:
         """Return the answers of the base model, and of the model with all active edits.
@@ -197,10 +197,10 @@ class Session:
     def contradicting(self, request: EditRequest) -> list[str]:
         """Return the names of the active edits that have another target for a request's prompt."""
         registered = {f"edit {number} of the book": edit for number, edit in self.workspace.active_edits().items()}
-        own = {f"your edit {number}": entry.edit for number, entry in self.edits.items() if entry.active}
+        of_session = {f"your edit {number}": entry.edit for number, entry in self.edits.items() if entry.active}
         return [
             name
-            for name, edit in {**registered, **own}.items()
+            for name, edit in {**registered, **of_session}.items()
             if any(r.prompt == request.prompt and r.target != request.target for r in edit.requests)
         ]
 

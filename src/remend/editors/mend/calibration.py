@@ -154,8 +154,8 @@ class MendCalibration:
         measure_units(self.editor, self.source, batches)
 
     def _pack_unwhitened(self, number: int, examples: Sequence[Example]) -> Mapping[str, PackedFactors]:
-        kept = self._packed.get(number)
-        return kept or pack_active(self.source.gradient_factors(examples), self.editor.device)
+        packed = self._packed.get(number)
+        return packed or pack_active(self.source.gradient_factors(examples), self.editor.device)
 
     def _fact_batches(self) -> list[list[FactPrompts]]:
         return split_facts(self.data.facts)[self.process_group.rank :: self.process_group.count]
