@@ -13,6 +13,7 @@ import pytest
 import remend
 from remend.apps.acceptance import AcceptanceCriteria
 from remend.cli import run
+from remend.registries import METRICS
 from remend.request import parse_request
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -105,6 +106,8 @@ def test_the_site_is_built_strictly(tmp_path):
     made = subprocess.run(program, cwd=DOCS.parent, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     assert "remend.Edit" in (tmp_path / "site" / "api" / "edits.html").read_text(encoding="utf-8")
+    metrics = (tmp_path / "site" / "api" / "evaluation.html").read_text(encoding="utf-8")
+    assert all(f"<code>{name}</code>" in metrics for name in METRICS.registered_names()), "the table of the registry"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # PEFT's

@@ -51,18 +51,8 @@ def evaluate(
     earlier ones applied, and after each of the numbers ``edits`` all edits so far are evaluated. In the last two,
     probes that another edit changes on purpose are left out (:mod:`remend.evaluation.conflicting_probes`).
 
-    What is measured, if the requests have data for it, each with its mean over edits:
-
-    - ``reliability`` (the prompt), ``generality`` (paraphrases), ``generality_unseen``, ``edit_success`` (prompt and
-      paraphrases together, paper Eq. 1), ``format_shift`` (question, completion, chat), ``portability``, and the last
-      two for each kind of prompt; ``portability_negated`` (prompts that deny the fact and are not answered with it);
-    - ``locality_far``, ``locality_near`` (and for each kind) and ``locality_adversarial``: the share of prompts whose
-      answer is the unedited model's; ``kl_…``, the divergence there; ``accuracy_drawdown``, the share of the far
-      prompts' true answers that is lost; ``perplexity_drawdown``, the perplexity of the text that the edit adds;
-    - ``target_probability`` and ``target_rank``, ``fluency`` and ``repetition``;
-    - every other metric in :data:`remend.registries.METRICS`, where a package has added some.
-
-    :mod:`remend.evaluation.metrics` defines them.
+    What is measured is registered in :data:`remend.registries.METRICS`, and said there in a sentence each; a metric is
+    left out where no request has data for it or the model does not suit.
 
     Args:
         task: the base model.
