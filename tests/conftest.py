@@ -4,14 +4,13 @@ import sys
 
 import hypothesis
 import torch
-from jaxtyping import install_import_hook
+
+import annotation_checks
 
 hypothesis.settings.register_profile("remend", deadline=None)  # no test depends on how busy the machine is
 hypothesis.settings.load_profile("remend")
 torch.set_num_threads(1)
-install_import_hook(
-    ["remend.core", "remend.edit", "remend.editors", "remend.tasks", "remend.training"], "beartype.beartype"
-)
+annotation_checks.install(["remend.core", "remend.edit", "remend.editors", "remend.tasks", "remend.training"])
 
 import pytest  # noqa: E402
 

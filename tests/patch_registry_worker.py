@@ -1,15 +1,8 @@
-"""A process that works on a patch registry until its operations are done or it is killed: run by test_patch_registry.
-
-    python patch_registry_worker.py REGISTRY EDITS SEED OPERATIONS
-
-Before each operation it writes the operation's number to its standard output and waits for a line on its standard
-input. After the operation it appends the result to a file ``done-SEED``:
-what stands there must be in the registry.
-"""
+"""What test_patch_registry.py runs in processes: operations on a patch registry, until it is killed."""
 
 import os
 import random
-import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from remend.apps.patch_registry import PatchRegistry
@@ -17,8 +10,12 @@ from remend.edit import Edit
 from remend.errors import EditError
 
 
-def main() -> None:
-    path, folder, seed, operations = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+def work(connection: Connection, path: Path, folder: Path, seed: int, operations: int) -> None:
+    """Do the operations that are not done yet, on the registry at ``path`` with the edits in ``folder``.
+
+    Before each it sends the operation's number and waits for a reply. After each it appends the result to a file
+    ``done-SEED``: what stands there must be in the registry.
+    """
     draw = random.Random(seed)
     registry = PatchRegistry(path)
     edits = [Edit.load(saved) for saved in sorted(folder.iterdir())]
@@ -28,8 +25,8 @@ def main() -> None:
         draw.random()
     with log.open("a") as file:
         for number in range(done, operations):
-            print(number, flush=True)
-            sys.stdin.readline()
+            connection.send(number)
+            connection.recv()
             kind = draw.random()
             entries = registry.entries
             if kind < 0.2 or not entries:
@@ -46,7 +43,3 @@ def main() -> None:
             file.write(f"{result}\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-if __name__ == "__main__":
-    main()

@@ -38,7 +38,7 @@ def kullback_leibler(base, edited):
     """KL(p_base ‖ p_edited), a token's mean."""
     total = 0
     for p, q in zip(base, edited, strict=True):
-        total = total + sum(p.softmax(0) * (p.log_softmax(0) - q.log_softmax(0)))
+        total = total + (p.softmax(0) * (p.log_softmax(0) - q.log_softmax(0))).sum()
     return total / len(base)
 
 

@@ -203,7 +203,7 @@ def test_another_model_is_refused(editor, world, kind):
 @pytest.mark.parametrize("wrong", [[], "The capital", worlds.requests(1)[0], [None]])
 def test_what_is_no_list_of_requests(editor, world, wrong):
     task, _ = world
-    with pytest.raises(Exception, match=r"at least one EditRequest|Type-check error") as caught:
+    with pytest.raises(Exception, match=r"at least one EditRequest|violates type hint") as caught:
         editor.edit(task, wrong)
     assert isinstance(caught.value, RequestError) or "TypeCheckError" in type(caught.value).__name__
 
