@@ -91,13 +91,20 @@ def sampled_texts(task: Task, seed: int, count: int, begin: Sequence[int]) -> li
     first = random_tokens(task, generator, count, 1)
     ids = torch.cat([torch.tensor(begin, dtype=torch.long).expand(count, -1), first], 1)
     room = min(SAMPLED_TOKENS, (task.context or SAMPLED_TOKENS) - ids.shape[1])
+    ends = torch.tensor(sorted(task.end_tokens), dtype=torch.long)
     with frozen(task.model), torch.no_grad():
         for _ in range(room):  # without a key-value cache: the texts are short, and not every model has one
-            examples = [Example(tuple(row), (0,)) for row in ids.tolist()]
+            (unfinished,) = (~torch.isin(ids[:, 1:], ends).any(1)).nonzero(as_tuple=True)
+            if not len(unfinished):
+                break
+            examples = [Example(tuple(row), (0,)) for row in ids[unfinished].tolist()]
             logits = task.outputs(task.collate(examples)).float().cpu()
             if not logits.isfinite().all():
                 raise NonFiniteError(f"what the model would say is not finite{explain_non_finite(task.model)}")
-            ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
+            # Tokens are drawn for finished texts too, and cut off below: so no draw depends on when others finish.
+            probabilities = torch.ones(count, logits.shape[1])
+            probabilities[unfinished] = logits.softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], 1)
     return [_until_end(row, task.end_tokens) for row in ids.tolist()]
 
 
