@@ -1,6 +1,8 @@
 """Edits: applying, merging, reverting, adding, saving, and refusing what they were not made for."""
 
 import copy
+import functools
+import hashlib
 import json
 
 import pytest
@@ -116,8 +118,12 @@ def test_another_model_is_refused_and_untouched(task, edit):
     weights = {name: tensor.clone() for name, tensor in reseeded.state_dict().items()}
     with pytest.raises(WrongBaseError, match=r"weights of .* differ"):
         edit.apply(reseeded)
-    with pytest.raises(WrongBaseError, match="another class or configuration"):
+    with pytest.raises(WrongBaseError, match=r"another class or configuration \(class is .* here and .* there"):
         edit.merge(other)
+    resized = copy.deepcopy(task.model)
+    resized.resize_token_embeddings(task.model.config.vocab_size + 8)
+    with pytest.raises(WrongBaseError, match=r"vocab_size is \d+ here and \d+ there\)\. The vocabulary was resized"):
+        edit.apply(resized)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in reseeded.state_dict().items())
 
 
@@ -207,13 +213,17 @@ def with_value(key, value):
     return change
 
 
-def missing_factor(folder):
-    import hashlib
+def with_tensors(changed):
+    """Writes other tensors, and their checksum into the manifest."""
 
-    tensors = load_file(folder / TENSORS)
-    del tensors[sorted(tensors)[0]]
-    save_file(tensors, folder / TENSORS)
-    with_value("sha256", {TENSORS: hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()})(folder)
+    def change(folder):
+        save_file({name: t.contiguous() for name, t in changed(load_file(folder / TENSORS)).items()}, folder / TENSORS)
+        with_value("sha256", {TENSORS: hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()})(folder)
+
+    return change
+
+
+missing_factor = with_tensors(lambda tensors: dict(sorted(tensors.items())[1:]))
 
 
 @pytest.mark.parametrize(
@@ -233,6 +243,15 @@ def missing_factor(folder):
         (with_value("requests", 3), "should be list"),
         (with_value("ranks", {}), "not those that the manifest lists"),
         (with_value("base", {"name": "x", "config": "y"}), "no 'weights'"),
+        (with_value("editor", {"scale": "2"}), "'scale' of the editor should be a number"),
+        (with_value("editor", {"name": 7}), "'name' should be str"),
+        (with_value("editor", {"config": functools.reduce(lambda inner, _: [inner], range(200), 0)}), "100 deep"),
+        (lambda folder: (folder / MANIFEST).write_text('{"format": "a", "format": "b"}'), "'format' is given twice"),
+        (with_tensors(lambda t: {n: x.int() for n, x in t.items()}), "stored as int32; allowed are float16"),
+        (with_tensors(lambda t: {n: x > 0 for n, x in t.items()}), "stored as bool"),
+        (with_tensors(lambda t: {n: x + 1j for n, x in t.items()}), "stored as complex64"),
+        (with_tensors(lambda t: {n: x.new_empty(60_000, 0) for n, x in t.items()}), "matrix of 0 → 0"),
+        (with_tensors(lambda t: {**t, "m.experts": torch.ones(1, dtype=torch.bool)}), "experts of m do not fit"),
         (without("base"), "no 'base'"),
         (without("created"), "no 'created'"),
     ],
@@ -243,6 +262,20 @@ def test_damaged_files_are_refused(damage, message, tmp_path):
     damage(tmp_path / "edit")
     with pytest.raises(FileError, match=message):
         Edit.load(tmp_path / "edit")
+
+
+@pytest.mark.parametrize(
+    ("u", "delta", "both"),
+    [("float16", "bfloat16", "float32"), ("float64", "float16", "float64"), ("float8_e4m3fn", "bfloat16", "float32")],
+)
+def test_factors_of_two_dtypes_are_computed_with_in_one(u, delta, both, tmp_path):
+    changes = {"m": LowRank(torch.ones(2, 3), torch.full((2, 4), 0.5))}
+    Edit(changes, ModelFingerprint("toy", "0", {"m": "0"})).save(tmp_path / "edit")
+    dtypes = {"m.u": getattr(torch, u), "m.delta": getattr(torch, delta)}
+    with_tensors(lambda found: {name: x.to(dtypes[name]) for name, x in found.items()})(tmp_path / "edit")
+    change = Edit.load(tmp_path / "edit").changes["m"]
+    assert change.u.dtype == change.delta.dtype == getattr(torch, both)
+    assert torch.equal(change.dense().float(), changes["m"].dense())
 
 
 def test_an_edit_with_nan_is_never_made():

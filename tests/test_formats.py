@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from remend.edit import Edit
 from remend.errors import EditError, FileError, ModelError, RemendError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
 from remend.formats import EditFormat, ImportedEdit, diff_checkpoints, load_adapter, save_adapter, save_merged
-from remend.formats.peft import CONFIG, WEIGHTS
+from remend.formats.peft_reading import CONFIG, WEIGHTS
 from remend.models import editable_modules, skeleton
 from remend.registries import FORMATS
 from remend.tasks import wrap
@@ -110,6 +111,45 @@ def test_an_adapter_comes_back_as_the_same_edit(task, tmp_path):
     assert found.base.weights == edit.base.weights
 
 
+def test_an_adapter_of_several_ranks_acts_the_same_wherever_it_is_read(task, kind, tmp_path):
+    """PEFT's rule, that of readers of ``r`` alone, and that of llama.cpp, which takes the rank from each factor."""
+    edit = random_edit(task.model)
+    assert len({change.rank for change in edit.changes.values()}) > 1
+    save_adapter(edit, tmp_path / "adapter", task.model)
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    for name, change in edit.changes.items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        for rank in (config["r"], config["rank_pattern"].get(name, config["r"]), a.shape[0], b.shape[1]):
+            torch.testing.assert_close(config["lora_alpha"] / rank * b @ a, change.dense())
+
+
+def test_an_adapter_names_a_base_that_is_found(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    families.task("llama").model.save_pretrained(tmp_path / "models" / "base")
+    families.task("llama").processor.save_pretrained(tmp_path / "models" / "base")
+    monkeypatch.chdir(tmp_path)
+    task = remend.load("models/base", "cpu")
+    edit = random_edit(task.model)
+    assert (edit.base.name, edit.base.in_folder) == ("base", True), "files that are shared hold no path"
+    monkeypatch.chdir("/")
+    save_adapter(edit, tmp_path / "adapter", task.model)
+    adapted = quietly(peft.AutoPeftModelForCausalLM.from_pretrained, str(tmp_path / "adapter")).eval()
+    with edit.applied(task.model):
+        expected = logits(task, "llama")
+    torch.testing.assert_close(logits(task, "llama", adapted.base_model.model), expected, rtol=0, atol=1e-5)
+
+
+def test_an_edits_local_base_is_not_looked_up_on_the_hub(llama, tmp_path, capsys):
+    edit = random_edit(llama.model)
+    local = replace(edit, base=replace(edit.base, name="base", in_folder=True))
+    local.save(tmp_path / "edit")
+    assert run(["export", str(tmp_path / "edit"), "--to", "peft", "--out", str(tmp_path / "x")]) == 1
+    told = capsys.readouterr().err
+    assert "in a folder 'base'" in told
+    assert "--model" in told
+
+
 def test_changes_of_convolutions_survive_as_adapter_and_as_difference(tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -144,12 +184,12 @@ def test_an_adapters_files_are_what_servers_check_for(llama, tmp_path):
     assert isinstance(config["target_modules"], list)
     assert config["bias"] == "none"
     assert not any(config.get(key) for key in ("use_dora", "use_rslora", "modules_to_save"))
-    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
     for name, tensor in load_file(tmp_path / "adapter" / WEIGHTS).items():
         start, *module, factor, end = name.removeprefix("base_model.").split(".")
         assert (start, factor in ("lora_A", "lora_B"), end) == ("model", True, "weight")
         assert module[-1] in ("gate_proj", "up_proj", "down_proj")
-        assert tensor.shape[0 if factor == "lora_A" else 1] <= config["r"]
+        assert tensor.shape[0 if factor == "lora_A" else 1] == config["r"]
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == {CONFIG, WEIGHTS}
 
 
@@ -227,6 +267,12 @@ def test_only_an_adapter_is_replaced(llama, tmp_path):
             "target_modules": ["o_proj"],
             "alpha_pattern": {r"^model\.layers\.\d+\.self_attn.*": 7},
         },
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["o_proj", "q_proj"],
+            "alpha_pattern": {r"layers\.(0|[2-3])\.self_attn\.(q|o)_proj": 7, "proj": 11, "(a|a)*b": 5},
+        },
     ],
 )
 def test_an_adapter_of_peft_is_an_edit(llama, settings, tmp_path):
@@ -273,7 +319,7 @@ DAMAGES = {
     "a rank that is not its own": (damaged({"r": 7, "rank_pattern": {}}), "rank"),
     "a rank that is no number": (damaged({"r": "many", "rank_pattern": {}}), "should be a number"),
     "patterns that are none": (damaged({"alpha_pattern": [1]}), "should be an object"),
-    "a pattern to search for ever": (damaged({"alpha_pattern": {"(a+)+b": 2}}), "more than names"),
+    "a pattern that is none": (damaged({"alpha_pattern": {"(a+": 2}}), "is no regular expression"),
     "no number at all": (damaged({"lora_alpha": float("nan"), "alpha_pattern": {}}), "NaN is no number"),
     "a number without end": (damaged({"lora_alpha": 10**400, "alpha_pattern": {}}), "should be a number"),
     "no tensors": (lambda folder: (folder / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
@@ -289,6 +335,70 @@ DAMAGES = {
     ),
     "NaN": (damaged(tensors=lambda t: {n: x * float("nan") for n, x in t.items()}), "NaN or infinity"),
 }
+
+
+def twice(found):
+    """Another adapter's factor for a matrix that has one."""
+    name = next(iter(found))
+    return {**found, name.replace(".weight", ".default.weight"): found[name] + 1}
+
+
+def with_weight(change):
+    """A weight of the base model, changed, beside the factors, as PEFT saves embeddings."""
+    return lambda found: {
+        **found,
+        "base_model.model.model.embed_tokens.weight": change(families.task("llama").model.model.embed_tokens.weight),
+    }
+
+
+DAMAGES |= {
+    "one factor twice": (damaged(tensors=twice), "the same factor, given twice"),
+    "one factor with and without the prefix": (
+        damaged(tensors=lambda t: {**t, **{n.removeprefix("base_model.model."): x.clone() for n, x in t.items()}}),
+        "the same factor, given twice",
+    ),
+    "integers": (damaged(tensors=lambda t: {n: x.int() for n, x in t.items()}), "stored as int32; allowed are float16"),
+    "truth values": (damaged(tensors=lambda t: {n: x > 0 for n, x in t.items()}), "stored as bool"),
+    "complex numbers": (damaged(tensors=lambda t: {n: x + 0j for n, x in t.items()}), "stored as complex64"),
+    "a setting that is no truth value": (damaged({"use_rslora": "false"}), "should be true or false"),
+    "an expression that Python matches for ever": (damaged({"alpha_pattern": {".*" * 20 + "x|(" * 30: 2}}), "nests"),
+    "expressions by the thousand": (
+        damaged({"alpha_pattern": {f"(.*_.*)*(.*_.*)*{n}": 2 for n in range(10_000)}}),
+        "steps to match",
+    ),
+    "trained embeddings": (damaged(tensors=with_weight(lambda w: w + 1)), "not the model's own"),
+    "a resized vocabulary": (damaged(tensors=with_weight(lambda w: w[:-1])), "the vocabulary was resized"),
+    "an adapter of MLX": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "adapters.safetensors"),
+        "an adapter of MLX, which is not read",
+    ),
+    "a key twice in the configuration": (
+        lambda folder: (folder / CONFIG).write_text((folder / CONFIG).read_text().replace('"r":', '"r": 1, "r":')),
+        "'r' is given twice",
+    ),
+}
+
+
+def test_factors_of_other_dtypes_are_read_as_numbers(llama, tmp_path):
+    edit = random_edit(llama.model)
+    for number, dtypes in enumerate([("float64", "float32"), ("float16", "bfloat16"), ("float8_e5m2", "float16")]):
+        adapter = tmp_path / str(number)
+        save_adapter(edit, adapter, llama.model)
+        a, b = (getattr(torch, dtype) for dtype in dtypes)
+        damaged(tensors=lambda t, a=a, b=b: {n: x.to(a if "lora_A" in n else b) for n, x in t.items()})(adapter)
+        for name, change in load_adapter(adapter, llama.model).changes.items():
+            expected = edit.changes[name].delta.to(b).float().mT @ edit.changes[name].u.to(a).float()
+            torch.testing.assert_close(change.dense(), expected)
+            assert change.u.dtype == change.delta.dtype == torch.float32
+
+
+def test_a_copy_of_the_models_own_weight_changes_nothing(llama, tmp_path):
+    """PEFT saves embeddings beside the factors if it takes the vocabulary for resized."""
+    edit = random_edit(llama.model)
+    save_adapter(edit, tmp_path / "adapter", llama.model)
+    damaged(tensors=with_weight(lambda weight: weight.detach().clone()))(tmp_path / "adapter")
+    found = load_adapter(tmp_path / "adapter", llama.model)
+    assert all(torch.equal(found.changes[name].u, change.u) for name, change in edit.changes.items())
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -53,6 +53,20 @@ def test_recompression_is_the_best_of_its_rank(rank, d_in, d_out):
     torch.testing.assert_close((compressed.dense() - change.dense()).norm(), values[1:].norm(), rtol=1e-3, atol=1e-3)
 
 
+def test_norms_do_not_overflow_in_half_precision():
+    change = LowRank(torch.full((2, 3), 300.0), torch.full((2, 3), 300.0))
+    assert change.to("cpu", torch.float16).norm().isfinite()
+    torch.testing.assert_close(change.to("cpu", torch.float16).norm(), change.norm())
+
+
+def test_the_norm_of_a_change_of_many_factors_takes_no_more_memory_than_they_do():
+    """A product of rank × rank would take 15 GB here."""
+    u = torch.ones(60_000, 2)
+    torch.testing.assert_close(LowRank(u, u).norm(), torch.tensor(120_000.0))
+    experts = torch.arange(60_000) % 2
+    torch.testing.assert_close(LowRank(u, u, experts=experts).norm(), torch.tensor(120_000.0 / 2**0.5))
+
+
 def test_changes_are_compared_by_identity():
     """Factors that are equal element by element have no one truth value, and the same change has many factors."""
     change = drawn(2, 3, 4)

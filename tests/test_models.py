@@ -74,6 +74,8 @@ def test_regular_expressions():
     assert found == [f"transformer.h.{block}.mlp.{layer}" for block in (0, 2) for layer in ("c_fc", "c_proj")]
     with pytest.raises(ConfigError, match="is no regular expression"):
         editable_modules(model, ["re:("])
+    with pytest.raises(ConfigError, match="steps to match"):
+        editable_modules(model, ["re:" + "(.*.*)*" * 3000 + "x"])
     with pytest.raises(ModelError, match=r"no editable module matches .*there are .*\.[0-9]+-[0-9]+\."):
         editable_modules(model, ["re:mlp"])
 

@@ -12,8 +12,9 @@ import remend
 
 SOURCE = Path(remend.__file__).parent
 ROOMS = [
-    "errors", "config", "registry", "registries", "serialization", "request", "assets", "core", "fingerprint", "edit",
-    "formats", "models", "tasks", "data", "editors", "training", "evaluation", "recipes", "apps", "cli",
+    "errors", "patterns", "config", "registry", "registries", "serialization", "request", "assets", "core",
+    "fingerprint", "edit", "formats", "models", "tasks", "data", "editors", "training", "evaluation", "recipes", "apps",
+    "cli",
 ]  # fmt: skip
 """In order: a room imports only from rooms before it."""
 

@@ -24,7 +24,7 @@ from remend.core.layers import (
     is_quantized,
     weight_of,
 )
-from remend.core.low_rank import LowRank, concatenate
+from remend.core.low_rank import LowRank, concatenate, in_one_dtype
 from remend.core.low_rank_hooks import attach_hooks, remove_hooks
 from remend.errors import EditError, FileError, PrecisionError, RequestError
 from remend.fingerprint import HasModel, ModelFingerprint, find_modules, module_of
@@ -65,16 +65,21 @@ class Edit:
     created: str = field(default_factory=utc_now)
 
     def __post_init__(self) -> None:
+        changes: dict[str, LowRank] = {}
         for name, change in self.changes.items():
+            try:
+                u, delta = in_one_dtype(change.u, change.delta)
+            except EditError as error:
+                raise EditError(f"the factors of the change of {name} {error}") from None
+            changes[name] = replace(change, u=u, delta=delta)
             # The product of the factors' norms bounds the norm of the change, whose square has to be finite too.
-            u, delta = (torch.linalg.vector_norm(factor, dtype=torch.float32) for factor in (change.u, change.delta))
-            if not (u.square() * delta.square()).isfinite():
+            norms = [torch.linalg.vector_norm(factor.float()) for factor in (u, delta)]
+            if not (norms[0].square() * norms[1].square()).isfinite():
                 raise EditError(
                     f"the change of {name} holds NaN or infinity, or is too large for any number; it would ruin the "
                     "model and is refused"
                 )
-        detached = {name: change.detach() for name, change in self.changes.items()}
-        object.__setattr__(self, "changes", MappingProxyType(detached))
+        object.__setattr__(self, "changes", MappingProxyType(changes))
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name}: rank {change.rank}" for name, change in self.changes.items())
@@ -257,13 +262,8 @@ class Edit:
             raise FileError(f"{path}: a request in the manifest is malformed ({error.errors()[0]['msg']})") from None
         except RequestError as error:
             raise FileError(f"{path}: a request in the manifest is malformed ({error})") from None
-        return Edit(
-            changes,
-            base,
-            requests,
-            get_field(manifest, "editor", dict, path),
-            get_field(manifest, "created", str, path),
-        )
+        created = get_field(manifest, "created", str, path)
+        return Edit(changes, base, requests, _read_editor(manifest, path), created)
 
 
 def _relative_difference(change: LowRank, approximation: LowRank) -> float:
@@ -271,6 +271,17 @@ def _relative_difference(change: LowRank, approximation: LowRank) -> float:
     # In float64: the difference of nearly equal changes cancels most of float32's digits.
     exact, near = (replace(c, u=c.u.double(), delta=c.delta.double()) for c in (change, approximation))
     return float(concatenate([exact, near.scaled(-1.0)]).norm() / exact.norm().clamp(min=1e-30))
+
+
+def _read_editor(manifest: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return what a manifest says of the editor, after checking the types of what is read of it later."""
+    editor: dict[str, Any] = get_field(manifest, "editor", dict, path)
+    for key, kind in {"name": str, "shared": bool, "max_rank": int, "lost": dict}.items():
+        if key in editor:
+            get_field(editor, key, kind, path)
+    if isinstance(scale := editor.get("scale", 1.0), bool) or not isinstance(scale, int | float):
+        raise FileError(f"{path}: 'scale' of the editor should be a number, it is {type(scale).__name__}")
+    return editor
 
 
 def _read_change(tensors: Mapping[str, Tensor], name: str, gate: object, path: str | Path) -> LowRank:
@@ -282,14 +293,19 @@ def _read_change(tensors: Mapping[str, Tensor], name: str, gate: object, path: s
     u, delta = tensors.get(f"{name}.u"), tensors.get(f"{name}.delta")
     if u is None or delta is None or u.dim() != 2 or delta.dim() != 2 or u.shape[0] != delta.shape[0]:
         raise FileError(f"{path}: the factors of {name} are missing or do not fit together; it was altered")
-    if not isinstance(gate, int | float) or not 0 <= gate < 1:
+    if not u.shape[1] or not delta.shape[1]:
+        raise FileError(f"{path}: {name} would be a matrix of {u.shape[1]} → {delta.shape[1]}; it was altered")
+    if isinstance(gate, bool) or not isinstance(gate, int | float) or not 0 <= gate < 1:
         raise FileError(f"{path}: the gate of {name} should be a number from 0 to below 1, it is {gate!r}")
     experts = tensors.get(f"{name}.experts")
     if experts is not None and (
-        experts.is_floating_point() or experts.shape != u.shape[:1] or bool((experts < 0).any())
+        experts.dtype not in (torch.int32, torch.int64) or experts.shape != u.shape[:1] or bool((experts < 0).any())
     ):
         raise FileError(f"{path}: the experts of {name} do not fit its factors; it was altered")
-    return LowRank(u, delta, float(gate), experts)
+    try:
+        return LowRank(*in_one_dtype(u, delta), float(gate), experts)
+    except EditError as error:
+        raise FileError(f"{path}: the factors of {name} {error}; it was altered") from None
 
 
 def _refuse_unwritable(modules: Mapping[str, nn.Module]) -> None:

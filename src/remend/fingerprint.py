@@ -8,13 +8,14 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from remend.assets import BUILT_IN_MODELS, model_folder
 from remend.core.layers import describe_layer, editable_layers, is_editable, is_quantized, parameter_owner, weight_of
 from remend.core.moe import expert_linears
 from remend.errors import FileError, ModelError, WrongBaseError, nearest
@@ -28,6 +29,10 @@ _VOLATILE = re.compile(
 """Configuration keys that say how a model was saved, loaded, trained or decoded, not which function it computes."""
 
 
+MAX_LISTED_SETTINGS = 4
+"""How many settings in which models differ an error message lists."""
+
+
 @dataclass(frozen=True)
 class ModelFingerprint:
     """The identity of a base model with respect to the modules that an edit changes.
@@ -39,11 +44,15 @@ class ModelFingerprint:
             identity whether it was loaded in float32 or bfloat16. (Float16 rounds differently, so there it may change.)
             For a quantised weight, SHA-256 of what is stored (codes, scales and tables): it differs from that of the
             unquantised weight and is the same at every load that quantises the same way.
+        settings: the class and configuration that ``config`` is the hash of, for messages; empty in older files.
+        in_folder: whether ``name`` is that of a local folder, so that nobody looks for it on the hub.
     """
 
     name: str
     config: str
     weights: dict[str, str]
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)
+    in_folder: bool = field(default=False, compare=False)
 
     @staticmethod
     def of(model: nn.Module | HasModel, names: Iterable[str]) -> ModelFingerprint:
@@ -52,8 +61,14 @@ class ModelFingerprint:
         Raises:
             ModelError: a name is no editable module, or a weight has no values.
         """
-        module = module_of(model)
-        return ModelFingerprint(model_name(module), _config_hash(module), _weight_hashes(module, names))
+        return ModelFingerprint._of_module(module_of(model), names)
+
+    @staticmethod
+    def _of_module(module: nn.Module, names: Iterable[str]) -> ModelFingerprint:
+        name = model_name(module)
+        in_folder = name not in BUILT_IN_MODELS and model_location(module) is not None
+        weights = _weight_hashes(module, names)
+        return ModelFingerprint(name, _config_hash(module), weights, _settings(module), in_folder)
 
     @staticmethod
     def from_manifest(described: Mapping[str, Any], where: str | Path) -> ModelFingerprint:
@@ -69,21 +84,38 @@ class ModelFingerprint:
         weights = get_field(described, "weights", dict, where)
         if not all(isinstance(value, str) for value in weights.values()):
             raise FileError(f"{where}: 'weights' of the base should hold a hash for each module")
-        return ModelFingerprint(
-            get_field(described, "name", str, where), get_field(described, "config", str, where), weights
-        )
+        settings = get_field(described, "settings", dict, where) if "settings" in described else {}
+        in_folder = get_field(described, "in_folder", bool, where) if "in_folder" in described else False
+        name, config = (get_field(described, key, str, where) for key in ("name", "config"))
+        return ModelFingerprint(name, config, weights, settings, in_folder)
 
     def check_architecture(self, model: nn.Module, what: str) -> None:
         """Raise :class:`WrongBaseError` unless ``model`` has the class and configuration that ``what`` was made for."""
         if _config_hash(model) != self.config:
             raise WrongBaseError(
                 f"{what} was made for {self.name!r}; this model ({model_name(model)!r}, {type(model).__name__}) has "
-                "another class or configuration. Load the model it was made for"
+                f"another class or configuration{self._describe_differences(model)}. Load the model it was made for"
             )
+
+    def _describe_differences(self, model: nn.Module) -> str:
+        """Return a clause that names the settings in which ``model`` differs; empty where they are not known."""
+        if not self.settings:
+            return ""
+        here, there = (dict(_flat_settings(settings)) for settings in (_settings(model), self.settings))
+        differing = sorted(key for key in here.keys() | there.keys() if here.get(key, ...) != there.get(key, ...))
+        differing = ["class"] if "class" in differing else differing  # of another class, most settings differ
+        listed = (
+            f"{key} is {_shown(here.get(key, ...))} here and {_shown(there.get(key, ...))} there"
+            for key in differing[:MAX_LISTED_SETTINGS]
+        )
+        more = " …" if len(differing) > MAX_LISTED_SETTINGS else ""
+        resized = {key.rpartition(".")[2] for key in differing} == {"vocab_size"}
+        why = ". The vocabulary was resized, and what was made before fits only the model before" if resized else ""
+        return f" ({', '.join(listed)}{more}){why}" if differing else ""
 
     def recomputed_for(self, model: nn.Module) -> ModelFingerprint:
         """Compute the identity of ``model`` for the same modules; the model has passed :meth:`check_architecture`."""
-        return ModelFingerprint(model_name(model), self.config, _weight_hashes(model, self.weights))
+        return ModelFingerprint._of_module(model, self.weights)
 
     def changed_modules(self, model: nn.Module) -> list[str]:
         """Return the names of the modules whose weights differ in ``model``."""
@@ -112,7 +144,7 @@ class ModelFingerprint:
 
     def union(self, other: ModelFingerprint) -> ModelFingerprint:
         """Return the identity with respect to the modules of both, which must be compatible."""
-        return ModelFingerprint(self.name, self.config, {**self.weights, **other.weights})
+        return replace(self, weights={**self.weights, **other.weights})
 
     def digest(self) -> str:
         """Return one SHA-256 of configuration and weights."""
@@ -178,12 +210,47 @@ def model_name(model: nn.Module) -> str:
     return PurePath(name).name if PurePath(name).is_absolute() or name.startswith(".") else name
 
 
+def model_location(model: nn.Module) -> str | None:
+    """Return the absolute path of the folder that a model was loaded from; None if it was loaded from no folder."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if name in BUILT_IN_MODELS:
+        return str(model_folder(name))
+    folder = Path(name).parent if Path(name).is_file() else Path(name)  # a configuration alone may be named too
+    return str(folder.absolute()) if name and folder.is_dir() else None
+
+
 def _config_hash(model: nn.Module) -> str:
+    text = json.dumps([type(model).__name__, _own_settings(model)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _own_settings(model: nn.Module) -> Any:
+    """Return a model's configuration without volatile keys, as the difference to the defaults."""
     config = getattr(model, "config", None)
     # The difference to the defaults: a later transformers release that adds a setting does not change it.
     settings: dict[str, Any] = config.to_diff_dict() if config is not None and hasattr(config, "to_diff_dict") else {}
-    text = json.dumps([type(model).__name__, _without_volatile(settings)], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _without_volatile(settings)
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """Return what :func:`_config_hash` is the hash of as a JSON object."""
+    own = json.dumps({"class": type(model).__name__, **_own_settings(model)}, default=str)
+    settings: dict[str, Any] = json.loads(own, parse_constant=str)  # JSON knows no infinity
+    return settings
+
+
+def _flat_settings(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a configuration, those of nested ones under names with dots."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _flat_settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(value: Any) -> str:
+    """Return a setting for a message; ``...`` stands for one that has its default value."""
+    return "the default" if value is ... else repr(value)[:60]
 
 
 def _without_volatile(value: Any) -> Any:

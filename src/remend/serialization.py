@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +25,8 @@ from remend.errors import FileError, nearest
 
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
+MAX_JSON_DEPTH = 100
+"""The deepest nesting of a JSON document that is read."""
 HUB_PREFIX = "hf:"
 """How the name of a folder on the Hugging Face hub begins: ``hf:owner/name``, or ``hf:owner/name@revision``."""
 
@@ -166,7 +169,7 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
 
 
 def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return manifest and tensors of a folder that :func:`write_folder` wrote; the tensors are memory-mapped.
+    """Return manifest and tensors of a folder that :func:`write_folder` wrote.
 
     Raises:
         FileError: as :func:`read_manifest`, or the tensors are missing, truncated or not those of the manifest.
@@ -179,10 +182,20 @@ def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, 
     sums = manifest.get("sha256")
     if file_sha256(file) != (sums.get(TENSORS) if isinstance(sums, dict) else None):
         raise FileError(f"{file} is not what {MANIFEST} describes (sha256 differs): truncated or altered")
+    return manifest, read_tensors(file)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of unknown origin into memory, so that what happens to the file later does not matter.
+
+    Raises:
+        FileError: it is missing or damaged, or holds tensors of an unknown dtype.
+    """
     try:
-        return manifest, load_file(file)
-    except safetensors.SafetensorError as error:
-        raise FileError(f"{file} is not a safetensors file ({error})") from None
+        # Copied: a mapped file that is truncated ends the process, and its tensors are not aligned as torch's own are.
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise FileError(f"{file} is not a safetensors file that can be read ({error})") from None
 
 
 def read_verified_manifest(path: str | Path) -> dict[str, Any]:
@@ -228,7 +241,8 @@ def hub_errors() -> tuple[type[Exception], ...]:
 def parse_json(content: bytes) -> Any:
     """Parse a JSON document of unknown origin as the standard defines it (RFC 8259), so that it can be written again.
 
-    Python's parser accepts more: NaN, infinities, and unpaired surrogates, which no UTF-8 file can hold.
+    Python's parser accepts more: NaN, infinities, unpaired surrogates, which no UTF-8 file can hold, and keys that are
+    given twice, of which it takes the last.
 
     Raises:
         ValueError: it is not JSON.
@@ -241,9 +255,22 @@ def parse_json(content: bytes) -> Any:
     def finite_float(digits: str) -> float:
         return float(digits) if abs(float(digits)) < float("inf") else refuse(digits)
 
-    document = json.loads(content, parse_constant=refuse, parse_float=finite_float)
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"{repeated[:80]!r} is given twice")
+        return values
+
+    document = json.loads(content, parse_constant=refuse, parse_float=finite_float, object_pairs_hook=unique)
     json.dumps(document, ensure_ascii=False).encode()  # raises UnicodeEncodeError, a ValueError, at surrogates
-    return document
+    values = [document]
+    for _ in range(MAX_JSON_DEPTH):
+        containers = [value for value in values if isinstance(value, dict | list)]
+        values = [value for held in containers for value in (held.values() if isinstance(held, dict) else held)]
+        if not values:
+            return document
+    raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
 
 
 def get_field(manifest: Mapping[str, Any], key: str, kind: type, where: str | Path) -> Any:

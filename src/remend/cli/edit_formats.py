@@ -60,6 +60,8 @@ def write_edit(
     options.check_dtype(dtype)
     check_replaceable(out, edit_format.replaceable)  # before the model is loaded
     task: Any = None
+    if edit_format.needs != "nothing" and implied and edit.base.in_folder and not Path(model).exists():
+        raise ModelError(f"the edit is for a model that was in a folder {model!r}: say with --model where it is")
     with suggest_model_option("the edit", implied, model):
         if edit_format.needs == "structure":
             task = skeleton(model)

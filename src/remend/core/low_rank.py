@@ -11,6 +11,10 @@ from torch import Tensor
 
 from remend.errors import EditError
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_STORAGE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+"""Dtypes in which numbers are stored only: there is no arithmetic of them."""
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -127,8 +131,25 @@ class LowRank:
         """Return the same change without its autograd history."""
         return replace(self, u=self.u.detach(), delta=self.delta.detach())
 
+    def without_padding(self) -> LowRank:
+        """Return the same change without the last factor pairs that are all zeros; one pair is kept."""
+        used = (self.u != 0).any(-1) | (self.delta != 0).any(-1)
+        rank = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
+        return replace(self, u=self.u[:rank], delta=self.delta[:rank])
+
     def norm(self) -> Float[Tensor, "*episode"]:
-        """Compute ‖ΔW‖ (Frobenius) from the factors' Gram matrices: ‖deltaᵀu‖² = Σ (u uᵀ) ∘ (delta deltaᵀ)."""
+        """Compute ‖ΔW‖ (Frobenius) from the factors' Gram matrices: ‖deltaᵀu‖² = Σ (u uᵀ) ∘ (delta deltaᵀ).
+
+        In float32 at least: the squares of float16's numbers overflow. A change of more factor pairs than its matrix
+        has rows and columns is computed densely, so that the memory is never more than that of the factors.
+        """
+        dtype = torch.promote_types(self.u.dtype, torch.float32)
+        if self.u.dtype != dtype:
+            return self.to(self.u.device, dtype).norm()
+        if self.rank > self.u.shape[-1] + self.delta.shape[-1] and not self.batched:
+            masks = [...] if self.experts is None else [self.experts == expert for expert in self.experts.unique()]
+            parts = [torch.linalg.vector_norm(self.delta[mask].mT @ self.u[mask]) for mask in masks]
+            return torch.stack(parts).square().sum().sqrt()
         gram = (self.u @ self.u.mT) * (self.delta @ self.delta.mT)
         if self.experts is not None:
             gram = gram * (self.experts[..., :, None] == self.experts[..., None, :])
@@ -160,6 +181,21 @@ class LowRank:
         u = root * (right[..., :pairs, :] @ q_u.mT)
         delta = root * (left[..., :, :pairs].mT @ q_d.mT)
         return LowRank(u.to(self.u.dtype), delta.to(self.delta.dtype))
+
+
+def in_one_dtype(u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of a change in one dtype that can be computed with, without autograd history.
+
+    Raises:
+        EditError: a factor is stored as something else than floating point numbers.
+    """
+    for factor in (u, delta):
+        if factor.dtype not in (*_DTYPES, *_STORAGE_DTYPES):
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise EditError(f"are stored as {str(factor.dtype).removeprefix('torch.')}; allowed are {names}")
+    u, delta = (f.detach().float() if f.dtype in _STORAGE_DTYPES else f.detach() for f in (u, delta))
+    dtype = torch.promote_types(u.dtype, delta.dtype)
+    return u.to(dtype), delta.to(dtype)
 
 
 def concatenate(changes: Sequence[LowRank]) -> LowRank:

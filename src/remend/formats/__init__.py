@@ -3,7 +3,8 @@
 from remend.formats.base import EditFormat, ImportedEdit, detect_format
 from remend.formats.checkpoint_difference import diff_checkpoints
 from remend.formats.merged_checkpoint import save_merged
-from remend.formats.peft import load_adapter, save_adapter
+from remend.formats.peft import save_adapter
+from remend.formats.peft_reading import load_adapter
 
 __all__ = [
     "EditFormat",

@@ -98,7 +98,7 @@ def load_pretrained(
             else ""
         )
         raise ModelError(f"cannot load {model!r} ({where}) as a language model or classifier: {reason}") from error
-    loaded.config._name_or_path = model
+    loaded.config._name_or_path = _full_name(model)
     if "device_map" not in placed:  # else it lies where it belongs, and must not be moved
         torch.nn.Module.to(loaded, target)
     if quantise:
@@ -126,8 +126,13 @@ def skeleton(model: str) -> PreTrainedModel:
         raise ModelError(
             f"{model} is no configuration of a language model that transformers knows: {reason}"
         ) from error
-    built.config._name_or_path = model
+    built.config._name_or_path = _full_name(model)
     return built
+
+
+def _full_name(model: str) -> str:
+    """Return a model's name as given, or the absolute path of its folder, which is found from other folders too."""
+    return model if model in BUILT_IN_MODELS or not Path(model).exists() else str(Path(model).absolute())
 
 
 HEADS: dict[str, tuple[Any, Any]] = {

@@ -15,6 +15,7 @@ from remend.core.moe import DOWN_PROJECTION, ExpertLinear
 from remend.errors import ConfigError, ModelError
 from remend.fingerprint import find_modules
 from remend.models.blocks import find_stacks, is_inside, select_blocks
+from remend.patterns import PatternError, PatternMatcher
 
 DEFAULT_LAYERS = "last-3"
 """The paper edits the MLP matrices of a decoder's last three blocks (section 5)."""
@@ -45,7 +46,7 @@ def editable_modules(
             pattern, and everywhere where there is one.
 
     Raises:
-        ConfigError: a regular expression is malformed, or ``layers`` names no block.
+        ConfigError: a regular expression is malformed or takes too long, or ``layers`` names no block.
         ModelError: nothing matches, or no block has an MLP; the message names what can be edited.
     """
     candidates = dict(editable_layers(model))
@@ -90,7 +91,8 @@ def _matching(
     model: nn.Module, candidates: Mapping[str, nn.Module], patterns: Sequence[str], layers: str | None
 ) -> dict[str, nn.Module]:
     """Return the editable layers that match one of ``patterns`` and lie in the blocks ``layers``."""
-    matchers = [_matcher(pattern) for pattern in patterns]
+    expressions = PatternMatcher()
+    matchers = [_matcher(pattern, expressions) for pattern in patterns]
     matches = {name: module for name, module in candidates.items() if any(match(name) for match in matchers)}
     if layers is not None:
         blocks = select_blocks(model, layers)
@@ -104,18 +106,21 @@ def _matching(
     return matches
 
 
-def _matcher(pattern: str) -> Callable[[str], object]:
+def _matcher(pattern: str, expressions: PatternMatcher) -> Callable[[str], bool]:
     """Return a predicate that is true where a whole name matches a glob or a regular expression.
 
-    Raises:
-        ConfigError: the expression is malformed.
+    The predicate raises ConfigError where the expression is malformed or takes too long.
     """
     if not pattern.startswith(REGEX_PREFIX):
         return lambda name: fnmatch.fnmatchcase(name, pattern)
-    try:
-        return re.compile(pattern.removeprefix(REGEX_PREFIX)).fullmatch
-    except re.error as error:
-        raise ConfigError(f"{pattern} is no regular expression: {error}") from None
+
+    def matches(name: str) -> bool:
+        try:
+            return expressions.fullmatch(pattern.removeprefix(REGEX_PREFIX), name)
+        except PatternError as error:
+            raise ConfigError(f"the pattern {pattern} {error}") from None
+
+    return matches
 
 
 def _suggest(pattern: str, names: Iterable[str]) -> str:
