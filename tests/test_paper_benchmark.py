@@ -42,6 +42,8 @@ def claims(monkeypatch):
     """Only the smallest testbed, and hardly any of it."""
     only = {"claims": make_testbeds()["claims"]}
     monkeypatch.setattr(testbeds, "make_testbeds", lambda options=None: only)
+    sentences = testbeds.LoadedTestbed.sentences
+    monkeypatch.setattr(testbeds.LoadedTestbed, "sentences", lambda testbed: sentences(testbed)[:500])
     for name in ("FULL", "QUICK"):
         monkeypatch.setattr(cell_definitions, name, TINY)
     return only
@@ -176,6 +178,7 @@ def test_charts_name_each_line_once_and_apart():
     assert code_spans("a `b<` c") == "a <code>b&lt;</code> c"
 
 
+@pytest.mark.xdist_group("training memory")
 def test_a_run_continues_and_writes_its_tables(claims, memory_folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(memory_folder, out)
@@ -434,6 +437,7 @@ def test_a_writer_needs_a_text(tmp_path):
         make_testbeds(TestbedOptions(writer=tmp_path))
 
 
+@pytest.mark.xdist_group("training memory")
 def test_memory_is_measured_once(memory_folder, monkeypatch):
     rows = [json.loads(file.read_text()) for file in sorted((memory_folder / "memory").iterdir())]
     assert len(rows) == len(MEMORY_METHODS)
