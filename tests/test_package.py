@@ -12,7 +12,7 @@ import remend
 
 SOURCE = Path(remend.__file__).parent
 ROOMS = [
-    "errors", "patterns", "config", "registry", "registries", "serialization", "request", "assets", "core",
+    "errors", "patterns", "config", "registry", "registries", "staging", "serialization", "request", "assets", "core",
     "fingerprint", "edit", "formats", "models", "tasks", "data", "editors", "training", "evaluation", "recipes", "apps",
     "cli",
 ]  # fmt: skip

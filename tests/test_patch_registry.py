@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
 
 import families
 import patch_registry_worker
@@ -219,13 +221,10 @@ def test_what_changes_meanwhile_is_measured_anew(atlas, tmp_path, monkeypatch):
 # -- crashes and several processes -----------------------------------------------------------------------------------
 
 
-def test_a_process_that_is_killed_between_file_and_record(registry, task, monkeypatch):
+def test_a_folder_without_a_record(registry, task):
     one, other = edits_of(task.model, 2)
     registry.add(one)
-    monkeypatch.setattr(registry._database, "add_edit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        registry.add(other)
-    monkeypatch.undo()
+    other.save(registry.path / "edits" / "left")
     assert [entry.id for entry in registry.entries] == [1]
     (fault,) = registry.verify()
     assert "left behind" in fault.what
@@ -234,6 +233,29 @@ def test_a_process_that_is_killed_between_file_and_record(registry, task, monkey
     assert [fault.repaired for fault in registry.verify(repair=True)] == [True]
     assert registry.verify() == []
     assert registry.add(other).id == 2
+
+
+def test_an_edit_that_was_not_recorded_leaves_nothing(registry, task, monkeypatch):
+    one, other = edits_of(task.model, 2)
+    registry.add(one)
+    monkeypatch.setattr(registry._database, "add_edit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        registry.add(other)
+    monkeypatch.undo()
+    assert [entry.id for entry in registry.entries] == [1]
+    assert len(list((registry.path / "edits").iterdir())) == 1
+    assert registry.verify() == []
+
+
+def test_what_remend_did_not_write_is_not_removed(registry, task):
+    registry.add(edits_of(task.model, 1)[0])
+    notes = registry.path / "edits" / "notes"
+    notes.mkdir()
+    (notes / "mine.txt").write_text("mine")
+    (fault,) = registry.verify(repair=True)
+    assert "move it elsewhere" in fault.what
+    assert not fault.repaired
+    assert (notes / "mine.txt").exists()
 
 
 def run_worker(context, arguments, kill_at, draw):
@@ -341,6 +363,44 @@ TAMPERED = {
     "an unknown event": (statement("UPDATE events SET what = 'sold'"), "event 1"),
     "an event that is gone": (statement("DELETE FROM events"), "history says otherwise"),
     "a table that is gone": (statement("DROP TABLE events"), "damaged or was altered"),
+    "other requests in the record": (
+        statement("UPDATE edits SET requests = replace(requests, 'Paris', 'Rome')"),
+        "other requests than the edit's",
+    ),
+    "fewer requests in the record": (statement("UPDATE edits SET requests = '[]'"), "other requests than the edit's"),
+    "who added it": (statement("UPDATE edits SET who = 'eve'"), "disagree on who added it, when or why"),
+    "when it was added": (statement("UPDATE events SET at = '1999-01-01'"), "disagree on who added it, when or why"),
+    "why it was added": (statement("UPDATE events SET why = 'fun'"), "disagree on who added it, when or why"),
+    "a base of another model": (statement(f"UPDATE book SET config = '{'0' * 64}'"), "another configuration"),
+    "a record that is gone": (statement("DELETE FROM edits"), "edit 1, which is not recorded"),
+    "a record of another number": (statement("UPDATE edits SET id = 7"), "the numbers of the edits have gaps"),
+    "an event that cannot follow": (
+        statement("INSERT INTO events VALUES (2, 1, 'reverted', '', '', '', 'null')"),
+        "was reverted while it was draft",
+    ),
+    "measurements where nothing was measured": (
+        statement("UPDATE events SET measured = '{}'"),
+        "is no activation, and records measurements",
+    ),
+    "a trigger": (
+        statement("CREATE TRIGGER t AFTER INSERT ON events BEGIN UPDATE events SET why = 'fun'; END"),
+        "trigger 't'",
+    ),
+    "a view": (statement("CREATE VIEW v AS SELECT * FROM edits"), "view 'v'"),
+    "another table": (statement("CREATE TABLE more (id INTEGER)"), "table 'more'"),
+    "another index": (statement("CREATE INDEX i ON edits (why)"), "index 'i'"),
+    "another column": (statement("ALTER TABLE edits ADD COLUMN more"), "table 'edits'"),
+    "a table as a view": (
+        lambda path: [
+            statement("ALTER TABLE events RENAME TO more")(path),
+            statement("CREATE VIEW events AS SELECT * FROM more")(path),
+        ],
+        "was altered",
+    ),
+    "a link for a journal": (
+        lambda path: (path / "book.sqlite-journal").symlink_to(path / "book.sqlite"),
+        "is a link",
+    ),
     "another version": (statement("UPDATE book SET version = 9"), "version 9"),
     "no model": (statement("DELETE FROM book"), "which model"),
     "no database": (lambda path: (path / "book.sqlite").write_bytes(b"nonsense" * 100), "damaged or was altered"),
@@ -365,6 +425,69 @@ def test_a_book_that_was_tampered_with_says_so(registry, task, tampered):
         assert any(fault.lost for fault in faults)
         said = " ".join(fault.what for fault in faults)
     assert any(part in said for part in message.split("|")), said
+
+
+VERDICT = {
+    "checks": [{"name": "takes", "measured": 1.0, "bound": 0.9, "ok": True}], "missing": [], "unmet": [], "ok": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"forced": True}, None),
+        ({"conflicts": [{}]}, "against its verdict"),
+        ({"verdict": {**VERDICT, "ok": False}}, "do not give its verdict"),
+        ({"verdict": {**VERDICT, "unmet": ["near"]}}, "do not give its verdict"),
+        ({"verdict": {**VERDICT, "unmet": ["near"], "ok": False}}, "against its verdict"),
+        ({"verdict": {**VERDICT, "checks": [{**VERDICT["checks"][0], "measured": 0.5}]}}, "the result of a check"),
+        ({"verdict": {**VERDICT, "checks": [{**VERDICT["checks"][0], "name": "size"}]}}, "the result of a check"),
+        ({"verdict": {}}, "malformed"),
+        ({"verdict": 7}, "malformed"),
+    ],
+)
+def test_measurements_that_were_altered(registry, task, changes, fault):
+    registry.add(edits_of(task.model, 1)[0])
+    registry.set_state(1, "active", measured={"verdict": VERDICT, "conflicts": [], "forced": False, **changes})
+    faults = [found.what for found in registry.verify()]
+    assert faults == [] if fault is None else fault in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [("disk full", "the disk is full"), ("i/o", "reports an error"), ("read-only", "is read-only")],
+)
+def test_a_disk_that_fails_is_named(registry, task, monkeypatch, error, message):
+    """And not the book, which is whole."""
+    code = {"disk full": sqlite3.SQLITE_FULL, "i/o": sqlite3.SQLITE_IOERR_WRITE, "read-only": sqlite3.SQLITE_READONLY}
+    registry.add(edits_of(task.model, 1)[0])
+
+    def fail(*arguments, **named):
+        failure = sqlite3.OperationalError(error)
+        failure.sqlite_errorcode = code[error]
+        raise DBAPIError("INSERT", {}, failure)
+
+    monkeypatch.setattr(registry._database, "add_event", fail)
+    with pytest.raises(FileError, match=f"{message}.*What was recorded is unchanged"):
+        registry.set_state(1, "active")
+    monkeypatch.undo()
+    assert registry.entry(1).state == "draft"
+    assert registry.verify() == []
+
+
+def test_a_database_that_may_grow_no_more(registry, task):
+    """SQLite itself reports a full disk, and rolls back."""
+    registry.add(edits_of(task.model, 1)[0])
+    with registry._database.engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+    limit = lambda connection, _: connection.execute(f"PRAGMA max_page_count = {pages}")  # noqa: E731
+    event.listen(registry._database.engine, "connect", limit)
+    registry._database.engine.dispose()
+    with pytest.raises(FileError, match="the disk is full"):
+        registry.set_state(1, "active", why="x" * 100_000)
+    assert registry.entry(1).state == "draft"
+    assert PatchRegistry(registry.path).verify() == []
 
 
 def test_bytes_of_a_book_that_were_changed_at_random(registry, task, tmp_path):

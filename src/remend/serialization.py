@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from remend.errors import FileError, nearest
+from remend.staging import NEW, readable_write_errors, remove_abandoned, rename_folder, staging_folder
 
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
@@ -63,6 +62,17 @@ def write_folder(path: str | Path, kind: str, manifest: Mapping[str, Any], tenso
     return Path(path)
 
 
+def remove_saved(path: Path) -> None:
+    """Remove what :func:`write_folder` wrote to a folder, and the folder if it holds nothing else.
+
+    What cannot be removed is left.
+    """
+    with contextlib.suppress(OSError):
+        (path / TENSORS).unlink(missing_ok=True)
+        (path / MANIFEST).unlink(missing_ok=True)
+        path.rmdir()
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, replaceable: Callable[[Path], bool] = is_saved_by_remend) -> Iterator[Path]:
     """Yield a temporary folder to fill, and rename it to ``path`` when all of it is on disk.
@@ -77,25 +87,17 @@ def atomic_folder(path: str | Path, replaceable: Callable[[Path], bool] = is_sav
     Raises:
         FileError: something else exists under that name, or it cannot be written.
     """
-    path = Path(path)
     check_replaceable(path, replaceable)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror}; choose another place") from None
-    try:
+    target = Path(os.path.realpath(path))  # a link keeps leading to the folder
+    with readable_write_errors(path), staging_folder(target.parent) as staging:
+        (staged := staging / NEW).mkdir()
         yield staged
         # Renaming before the content is on disk could leave empty files under the final name after a crash.
         for file in filter(Path.is_file, staged.rglob("*")):
+            file.chmod(staged.stat().st_mode & 0o666)  # safetensors lets nobody else read
             _flush_to_disk(file)
-        staged.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else read
-        _rename_folder(staged, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise FileError(f"cannot write {path}: {reason}; what was there before is unchanged") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        check_replaceable(path, replaceable)  # it may have been filled meanwhile
+        rename_folder(staged, target)
 
 
 def check_replaceable(path: str | Path, replaceable: Callable[[Path], bool] = is_saved_by_remend) -> None:
@@ -107,27 +109,22 @@ def check_replaceable(path: str | Path, replaceable: Callable[[Path], bool] = is
     Raises:
         FileError: something else is there, or the folder above cannot be written to.
     """
-    path = Path(path)
-    if not path.exists():
-        above = next(parent for parent in path.absolute().parents if parent.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise FileError(f"cannot write {path}: {above} is not a folder one can write to; choose another place")
-        return
-    if not path.is_dir():
-        raise FileError(f"{path} is a file; choose a folder, or a name that is free")
-    names = {entry.name for entry in path.iterdir()}
-    if names and not replaceable(path):
-        raise FileError(
-            f"{path} holds {', '.join(sorted(names)[:3])}, not just what remend wrote; it was left alone. "
-            "Choose another folder"
-        )
-
-
-def remove_temporary_folders(folder: Path) -> None:
-    """Delete temporary folders in ``folder`` that a process left which was killed while it wrote."""
-    for entry in folder.glob(".*"):
-        if entry.is_dir() and any((entry / name).exists() for name in (MANIFEST, TENSORS, "replaced")):
-            shutil.rmtree(entry, ignore_errors=True)
+    with readable_write_errors(path):
+        path = Path(path)
+        remove_abandoned(path.absolute().parent)
+        if not path.exists():
+            above = next(parent for parent in path.absolute().parents if parent.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                raise FileError(f"cannot write {path}: {above} is not a folder one can write to; choose another place")
+            return
+        if not path.is_dir():
+            raise FileError(f"{path} is a file; choose a folder, or a name that is free")
+        names = {entry.name for entry in path.iterdir()}
+        if names and not replaceable(path):
+            raise FileError(
+                f"{path} holds {', '.join(sorted(names)[:3])}, not just what remend wrote; it was left alone. "
+                "Choose another folder"
+            )
 
 
 def read_format(path: str | Path) -> str:
@@ -215,7 +212,11 @@ def resolve_folder(path: str | Path) -> Path:
         FileError: it cannot be downloaded.
     """
     if not str(path).startswith(HUB_PREFIX):
-        return Path(path)
+        path = Path(path)
+        if not path.exists() and os.access(path.parent, os.W_OK):
+            with readable_write_errors(path):
+                remove_abandoned(path.parent)  # a process may have been killed while it replaced the folder
+        return path
     match = re.fullmatch(r"(\w[\w.\-]*/\w[\w.\-]*)(?:@([\w.\-/]+))?", str(path).removeprefix(HUB_PREFIX))
     if match is None:
         raise FileError(
@@ -326,20 +327,18 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
     Raises:
         FileError: it cannot be written there.
     """
-    path = Path(path)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror}; choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink()
+    target = Path(os.path.realpath(path))
+    with readable_write_errors(path):
+        if target.exists() and not target.is_file():  # a pipe or a device, which is written to and not replaced
+            with target.open("w", encoding="utf-8", newline="\n") as file:
+                yield file
+            return
+        with staging_folder(target.parent) as staging:
+            with (staging / NEW).open("w", encoding="utf-8", newline="\n") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            (staging / NEW).replace(target)
 
 
 def file_sha256(path: Path) -> str:
@@ -352,27 +351,3 @@ def _flush_to_disk(path: Path) -> None:
     """Wait until the content of a file is on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _rename_folder(staged: Path, path: Path) -> None:
-    """Rename ``staged`` to ``path``; a folder of that name is moved away first, and deleted afterwards."""
-    if not path.exists():
-        staged.rename(path)
-        return
-    # A folder that is not empty cannot be replaced in one step, so a crash between the two renames leaves no folder
-    # under the name, but the old one, whole, beside it.
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    path.rename(aside / "replaced")
-    try:
-        staged.rename(path)
-    except BaseException:
-        (aside / "replaced").rename(path)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -32,6 +32,7 @@ from remend.cli import (
 )
 from remend.cli.escaping import plain
 from remend.errors import ConfigError, RemendError, RequestError
+from remend.staging import disk_failure
 
 app = typer.Typer(
     name="remend",
@@ -105,6 +106,14 @@ def run(arguments: Sequence[str]) -> int:
             where = f" in process {rank}" if rank else ""  # it may be the only one that fails
             console.print(f"[bold red]{type(error).__name__}[/]{where}: {plain(str(error))}", soft_wrap=True)
             return 2 if isinstance(error, RequestError | ConfigError) else 1
+        except Exception as error:
+            # Libraries read and write files too: caches, temporary files, standard output.
+            if (reason := disk_failure(error)) is None:
+                raise
+            place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            advice = "check that the disk has room and that you may read and write there"
+            console.print(f"[bold red]FileError[/]: {plain(f'{place}{reason}; {advice}')}", soft_wrap=True)
+            return 1
     return 0
 
 

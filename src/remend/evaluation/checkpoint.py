@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -18,7 +19,12 @@ from remend.editors.base import EditorLike
 from remend.editors.edit_types import AnyEdit, load_edit
 from remend.errors import FileError
 from remend.request import EditRequest
-from remend.serialization import write_json
+from remend.serialization import parse_json, remove_saved, write_json
+from remend.staging import readable_write_errors, remove_abandoned
+
+ABOUT = "about.json"
+_PART = re.compile(r"about\.json|(single|batched|baselines)(-\d+)+\.json|after-\d+\.json|general-\w+\.json|edit-\d+")
+"""The names of what is stored: which evaluation it is, the results of parts, and edits."""
 
 HASHED_VALUES = 256
 """Values of each tensor that enter the fingerprint: enough to tell models apart, without reading all weights."""
@@ -30,7 +36,7 @@ class EvaluationCheckpoint:
     Args:
         folder: where; None to store nothing.
         fingerprint: what the evaluation is of (:func:`evaluation_fingerprint`). A folder with another one is refused.
-        resume: whether to go on with what is there; otherwise it is removed first.
+        resume: whether to go on with what is there; otherwise the parts are removed first.
 
     Raises:
         FileError: the folder is of another evaluation, or holds something else.
@@ -40,18 +46,18 @@ class EvaluationCheckpoint:
         self.folder = folder
         if folder is None:
             return
-        about = folder / "about.json"
-        if folder.exists() and not about.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        about = folder / ABOUT
+        if others := others_content(folder):
             raise FileError(
-                f"{folder} holds something else than a stopped evaluation and is not touched: name another one"
+                f"{folder} holds something else than parts of a stopped evaluation ({', '.join(others[:3])}) and is "
+                "not touched: move it elsewhere, or name another report"
             )
-        if folder.exists() and not resume:
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            remove_parts(folder)
         # Without about.json a folder is not taken for a checkpoint, so it is written before any part.
         if not about.exists():
             write_json(about, {"about": fingerprint})
-        elif json.loads(about.read_text(encoding="utf-8")) != {"about": fingerprint}:
+        elif _read_json(about) != {"about": fingerprint}:
             raise FileError(
                 f"{folder} is of an evaluation with another model, editor, data or settings: give the same ones, or "
                 "omit --resume to start again"
@@ -61,7 +67,7 @@ class EvaluationCheckpoint:
         """Return what was stored for a part, or None."""
         if self.folder is None or not (file := self._file(name)).exists():
             return None
-        return json.loads(file.read_text(encoding="utf-8"))
+        return _read_json(file)
 
     def save_part(self, name: str, part: Any) -> None:
         """Store the result of a part, whole or not at all."""
@@ -80,11 +86,63 @@ class EvaluationCheckpoint:
     def remove(self) -> None:
         """Remove the folder, once the evaluation is done."""
         if self.folder is not None:
-            shutil.rmtree(self.folder)
+            remove_parts(self.folder)
 
     def _file(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.json"
+
+
+def others_content(folder: Path) -> list[str]:
+    """Return what a folder holds that is no part of a stopped evaluation; the folder need not exist.
+
+    Raises:
+        FileError: there is a file of that name, or the folder cannot be read.
+    """
+    with readable_write_errors(folder):
+        if not os.path.lexists(folder):
+            return []
+        remove_abandoned(folder)
+        names = sorted(entry.name for entry in folder.iterdir())
+    if not names or _is_about(folder / ABOUT):
+        return [name for name in names if not _PART.fullmatch(name)]
+    return names
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the parts of a stopped evaluation, and their folder if it holds nothing else.
+
+    Raises:
+        FileError: they cannot be removed.
+    """
+    if others_content(folder) or not os.path.lexists(folder):
+        return
+    with readable_write_errors(folder):
+        # about.json last: without it, nobody could tell what the rest is.
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == ABOUT):
+            if entry.is_dir():
+                remove_saved(entry)
+            else:
+                entry.unlink()
+        folder.rmdir()
+
+
+def _is_about(file: Path) -> bool:
+    """Return whether a file is the one that says which evaluation a folder is of."""
+    try:
+        about = _read_json(file)
+    except FileError:
+        return False
+    return isinstance(about, dict) and about.keys() == {"about"} and isinstance(about["about"], str)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return parse_json(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(
+            f"{file} cannot be read ({error}): omit --resume to start again, or restore it from a copy"
+        ) from None
 
 
 def evaluation_fingerprint(

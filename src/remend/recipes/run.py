@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,18 +11,19 @@ from typing import Any
 from remend.config import differences
 from remend.editors import TrainableEditor
 from remend.editors.mend.editor import Mend
-from remend.errors import ConfigError
+from remend.errors import ConfigError, FileError
 from remend.evaluation import Report, evaluate
+from remend.evaluation.checkpoint import remove_parts
 from remend.evaluation.reports.report_reader import read_report
 from remend.recipes.inputs import RequestLoader, RunInputs, load_model, shared_with_training
 from remend.recipes.recipe import Recipe
 from remend.recipes.summary import python_call, summarize
-from remend.serialization import MANIFEST, write_json, write_text
+from remend.serialization import MANIFEST, parse_json, write_json, write_text
+from remend.training import checkpoint
 from remend.training import train as train_editor
-from remend.training.checkpoint import checkpoints_folder
 from remend.training.training_run import check_out
 
-REPORT_FILE = "report.json"
+REPORT_FILE, SUMMARY_FILE = "report.json", "summary.md"
 PARTIAL_REPORT = "report.json.partial"
 """The results so far of an evaluation that was stopped."""
 
@@ -85,9 +84,9 @@ def run_recipe(
     run_settings = {"recipe": recipe.model_dump(mode="json"), "inputs": inputs.to_json(), "seed": settings.seed}
     run_settings |= {"limit": limit, "max_steps": max_steps}
     _check_folder(out, run_settings, resume)
-    resumable = checkpoints_folder(out / "editor").exists() or (out / "editor" / MANIFEST).exists()
+    resumable = checkpoint.exist(out / "editor") or (out / "editor" / MANIFEST).exists()
     if not resumable:  # the editor was deleted, so these are results of another one
-        shutil.rmtree(out / PARTIAL_REPORT, ignore_errors=True)
+        remove_parts(out / PARTIAL_REPORT)
         (out / REPORT_FILE).unlink(missing_ok=True)
     if (out / REPORT_FILE).exists():
         return read_report(out / REPORT_FILE)
@@ -120,7 +119,7 @@ def run_recipe(
         "command": command or python_call(recipe, out, inputs, settings.seed, limit, max_steps),
     }  # fmt: skip
     report = replace(report, settings={name: value for name, value in details.items() if value is not None})
-    write_text(out / "summary.md", summarize(recipe, report))
+    write_text(out / SUMMARY_FILE, summarize(recipe, report))
     report.save(out / REPORT_FILE)  # last, because its presence says that the run has ended
     return report
 
@@ -130,12 +129,18 @@ def _check_folder(out: Path, run_settings: dict[str, Any], resume: bool) -> None
 
     Raises:
         ConfigError: it belongs to another run.
-        FileError: it belongs to a run, and ``resume`` is false.
+        FileError: it belongs to a run, and ``resume`` is false; or it holds files of the user.
     """
     check_out(out / "editor", resume)
     file = out / "run.json"
+    others = [name for name in (REPORT_FILE, SUMMARY_FILE, PARTIAL_REPORT) if (out / name).exists()]
+    if others and not file.exists():
+        raise FileError(f"{out} holds {', '.join(others)}, of no run of a recipe: choose another folder")
     if resume and file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            before = parse_json(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise FileError(f"{file} is damaged ({error}): choose another folder") from None
         before.setdefault("inputs", before.pop("ingredients", {}))  # the key's earlier name
         if changed := differences(before, run_settings):
             names = ", ".join(name.removeprefix("inputs.") for name in changed)

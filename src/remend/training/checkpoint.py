@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import shutil
+import re
 import warnings
 from array import array
 from collections.abc import Mapping
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from remend.config import to_json
 from remend.errors import FileError, TrainingError
-from remend.serialization import get_field, read_folder, remove_temporary_folders, write_folder
+from remend.serialization import get_field, read_folder, remove_saved, write_folder
+from remend.staging import remove_abandoned
 from remend.tasks.base import Example
 from remend.training.trainer import Trainer
 
@@ -63,9 +65,9 @@ def save(folder: Path, trainer: Trainer, state: TrainingState) -> Path:
         "best_step": state.best_step,
     }
     written = write_folder(_step_folder(folder, trainer.step), CHECKPOINT_FORMAT, manifest, tensors)
-    for path in folder.iterdir():
+    for path in _steps(folder):
         if path != written:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_saved(path)
     return written
 
 
@@ -102,17 +104,29 @@ def load(folder: Path, trainer: Trainer) -> TrainingState | None:
     )
 
 
+def exist(out: str | Path) -> bool:
+    """Return whether the run that trains ``out`` has written checkpoints, damaged ones included."""
+    return bool(_steps(checkpoints_folder(out)))
+
+
 def delete(folder: Path) -> None:
-    """Delete the checkpoints of a run that is finished."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Delete the checkpoints of a run that is finished; their folder stays if it holds anything else."""
+    remove_abandoned(folder)
+    for path in _steps(folder):
+        remove_saved(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Return the folders of all checkpoints, the newest first."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)), reverse=True)
 
 
 def _newest(folder: Path) -> Path | None:
     """Return the newest complete checkpoint."""
-    if not folder.is_dir():
-        return None
-    remove_temporary_folders(folder)
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    remove_abandoned(folder)
+    for path in _steps(folder):
         try:
             read_folder(path, CHECKPOINT_FORMAT)
         except FileError as error:

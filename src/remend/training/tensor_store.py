@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import uuid
 import warnings
 from collections.abc import Iterable
@@ -11,10 +11,12 @@ from pathlib import Path
 from torch import Tensor
 
 from remend.errors import FileError
-from remend.serialization import read_folder, read_format, write_folder
+from remend.serialization import read_folder, read_format, remove_saved, write_folder
 
 STORE_FORMAT = "remend.activation-cache/1"
 """The format of a shard. Before, shards were ``remend.cache/1``, which is the format of a lookup editor's edits."""
+
+SHARD_NAME = re.compile("shard-[0-9a-f]{16}")
 
 SHARD_BYTES = 64 << 20
 """Entries are written to disk together when they take this much."""
@@ -48,7 +50,7 @@ class TensorStore:
         self._pending: dict[str, Entry] = {}
         self._pending_bytes = 0
         if folder is not None:
-            shards = sorted(folder.glob("shard-*"))
+            shards = sorted(path for path in folder.glob("shard-*") if SHARD_NAME.fullmatch(path.name))
             # A folder of another format is not damaged: it belongs to somebody, who has to delete it.
             foreign = [shard for shard in shards if read_format(shard) not in ("", STORE_FORMAT)]
             if foreign:
@@ -105,7 +107,7 @@ class TensorStore:
             tensors = read_folder(shard, STORE_FORMAT)[1]
         except (FileError, OSError) as error:
             warnings.warn(f"a damaged part of the cache is deleted and computed anew: {error}", stacklevel=2)
-            shutil.rmtree(shard, ignore_errors=True)
+            remove_saved(shard)
             return
         entries: dict[str, list[Tensor]] = {}
         for name in sorted(tensors):

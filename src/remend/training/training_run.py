@@ -131,11 +131,14 @@ def find_finished(out: str | Path | None, resume: bool) -> TrainableEditor | Non
             )
         return None
     check_out(out, resume)
-    has_checkpoints = checkpoint.checkpoints_folder(out).is_dir()
-    if not resume or has_checkpoints:
+    if not resume:
         return None
+    # A run that was killed after it had ended may still have checkpoints.
     if (Path(out) / MANIFEST).exists() and read_manifest(out, EDITOR_FORMAT).get("trained", {}).get("finished"):
+        checkpoint.delete(checkpoint.checkpoints_folder(out))
         return load_trained(out)
+    if checkpoint.exist(out):
+        return None
     warnings.warn(f"no checkpoint was written for {out} yet: the run begins anew", stacklevel=3)
     return None
 
@@ -148,7 +151,7 @@ def check_out(out: str | Path, resume: bool) -> None:
     """
     check_replaceable(out)
     has_editor = (Path(out) / MANIFEST).exists()
-    has_checkpoints = checkpoint.checkpoints_folder(out).is_dir()
+    has_checkpoints = checkpoint.exist(out)
     if not resume and (has_editor or has_checkpoints):
         content = "an editor or an edit" if has_editor else "the checkpoints of an unfinished run"
         folder = out if has_editor else checkpoint.checkpoints_folder(out)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,12 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.dialects.sqlite import dialect
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.schema import CreateTable
 
-from remend.errors import FileError
+from remend.errors import FileError, RemendError
+from remend.staging import disk_failure
 
 DATABASE = "book.sqlite"
 VERSION = 1
@@ -126,30 +131,37 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """Open a read transaction: everything read within it is of one state of the database."""
-        with _readable_errors(self.file), self.engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN")
+        with self._transaction("BEGIN") as connection:
+            _check_schema(connection, self.file)
             yield connection
-            connection.exec_driver_sql("COMMIT")
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """Open a write transaction: no other process writes within it; an exception rolls it back."""
-        with _readable_errors(self.file), self.engine.connect() as connection:
-            # IMMEDIATE takes the write lock now; a deferred transaction fails at once if another process wrote since.
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:
-                connection.exec_driver_sql("ROLLBACK")
-                raise
-            connection.exec_driver_sql("COMMIT")
+        # IMMEDIATE takes the write lock now; a deferred transaction fails at once if another process wrote since.
+        with self._transaction("BEGIN IMMEDIATE") as connection:
+            _check_schema(connection, self.file)
+            yield connection
 
     def create(self, model: str, config: str, now: str) -> None:
         """Create the tables of an empty database."""
-        with self.writing() as connection:
+        with self._transaction("BEGIN IMMEDIATE") as connection:
             SCHEMA.create_all(connection)
             connection.execute(insert(REGISTRY_TABLE).values(version=VERSION, model=model, config=config, created=now))
         self.engine.dispose()
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[Connection]:
+        with _readable_errors(self.file), self.engine.connect() as connection:
+            connection.exec_driver_sql(begin)
+            try:
+                yield connection
+                connection.exec_driver_sql("COMMIT")
+            except BaseException:
+                # On a full disk, SQLite may have rolled it back itself.
+                if getattr(connection.connection.dbapi_connection, "in_transaction", False):
+                    connection.exec_driver_sql("ROLLBACK")
+                raise
 
     def info(self) -> Mapping[str, Any]:
         """Return the version of the database, and the model that the registry is for.
@@ -216,24 +228,73 @@ def _configure_connection(connection: Any, _: Any) -> None:
     connection.execute("PRAGMA synchronous = FULL")  # what was committed survives a loss of power
 
 
+def _check_schema(connection: Connection, file: Path) -> None:
+    """Raise unless the database has the tables of a patch registry, as they are created, and nothing else.
+
+    Raises:
+        FileError: a table is missing or another one, or there are triggers, views, or further tables or indexes. A
+            trigger would change records by itself.
+    """
+    expected = _expected_tables()
+    found = connection.exec_driver_sql("SELECT type, name, tbl_name, sql FROM sqlite_master").all()
+    for kind, name, table, sql in found:
+        # SQLite makes the index of a unique column itself, and stores no text for it.
+        automatic = kind == "index" and sql is None and table in expected
+        if not automatic and (kind != "table" or expected.get(name) != _one_line(sql)):
+            raise FileError(
+                f"{file} was altered: its {kind} {name!r} is none of a patch registry, which has the tables "
+                f"{', '.join(expected)} and nothing else; restore it from a copy"
+            )
+    if missing := expected.keys() - {name for _, name, _, _ in found}:
+        raise FileError(
+            f"{file} is damaged or was altered: it has no table {', '.join(sorted(missing))}; restore it from a copy"
+        )
+
+
+@cache
+def _expected_tables() -> Mapping[str, str]:
+    """Return the statements that create the tables of a registry, by name."""
+    return {table.name: _one_line(CreateTable(table).compile(dialect=dialect())) for table in SCHEMA.sorted_tables}
+
+
+def _one_line(sql: object) -> str:
+    return " ".join(str(sql).split())
+
+
+_DISK_ERRORS = {
+    sqlite3.SQLITE_FULL: "the disk is full, or a quota is used up: free some space",
+    sqlite3.SQLITE_IOERR: "the disk reports an error: check it, and that it has room",
+    sqlite3.SQLITE_READONLY: "it is read-only: check that you may write the file and its folder",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened: check that it exists, that you may write its folder, and that the "
+    "disk has room",
+    sqlite3.SQLITE_PERM: "it is not allowed: check that you may write the file and its folder",
+    sqlite3.SQLITE_BUSY: f"another process writes it, and did not finish within {LOCK_TIMEOUT:.0f} s: try again",
+    sqlite3.SQLITE_LOCKED: f"another process writes it, and did not finish within {LOCK_TIMEOUT:.0f} s: try again",
+    sqlite3.SQLITE_NOMEM: "there is not enough memory",
+}
+"""SQLite's errors that say nothing about the content of the database, and what to do."""
+
+
 @contextmanager
 def _readable_errors(file: Path) -> Iterator[None]:
     """Turn the database's errors into a FileError that says what is wrong."""
     try:
         yield
     except DBAPIError as error:
-        reason = str(error.orig)
-        if "locked" in reason:
+        # The lower byte is the kind of error, the others are details.
+        kind = getattr(error.orig, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        if kind in _DISK_ERRORS:
             raise FileError(
-                f"{file} is being written by another process, and was not free within {LOCK_TIMEOUT:.0f} s; try again"
+                f"cannot read or write {file} ({error.orig}): {_DISK_ERRORS[kind]}. What was recorded is unchanged"
             ) from None
-        if "unable to open" in reason or "readonly" in reason:
-            raise FileError(
-                f"cannot open or write {file} ({reason}); check that it exists and that you may write it"
-            ) from None
-        raise FileError(f"{file} is damaged or was altered ({reason}); restore it from a copy") from None
+        raise FileError(f"{file} is damaged or was altered ({error.orig}); restore it from a copy") from None
+    except OSError as error:
+        place = error.filename or file
+        raise FileError(
+            f"cannot read or write {place}: {disk_failure(error)}. What was recorded is unchanged"
+        ) from None
     except (SQLAlchemyError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, FileError):
+        if isinstance(error, RemendError):
             raise
         raise FileError(f"{file} holds values that a patch registry cannot hold ({error}); it was altered") from None
 

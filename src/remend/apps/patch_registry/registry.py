@@ -3,16 +3,17 @@
     my-registry/book.sqlite        the database
     my-registry/edits/<sha256>/    the edits, each named by the hash of its manifest, which holds that of its tensors
 
-An edit's folder is written before its record, both under the database's write lock: a process that is killed in between
-leaves a folder without a record, which :meth:`PatchRegistry.verify` finds and removes. The events alone, in order,
-determine which edits are active. So the state after any event can be restored bit for bit: the sum of the same edits in
-the same order.
+An edit's folder is written before its record, both under the database's write lock, and a staging folder names it
+meanwhile: what a process leaves that is killed in between, the next :meth:`PatchRegistry.add` removes. The events
+alone, in order, determine which edits are active. So the state after any event can be restored bit for bit: the sum of
+the same edits in the same order.
 """
 
 from __future__ import annotations
 
 import getpass
-import shutil
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -20,6 +21,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Connection
 from torch import nn
 
 from remend.apps.acceptance import (
@@ -33,7 +35,6 @@ from remend.apps.patch_registry.conflicts import Conflict, ConflictError, find_c
 from remend.apps.patch_registry.database import (
     ACTIVE,
     DATABASE,
-    DRAFT,
     EVENT_ACTIVATED,
     EVENT_ADDED,
     EVENT_REVERTED,
@@ -43,13 +44,23 @@ from remend.apps.patch_registry.database import (
     PatchEvent,
     active_after,
 )
-from remend.edit import Edit, utc_now
+from remend.apps.patch_registry.history import contradictions
+from remend.edit import EDIT_FORMAT, Edit, utc_now
 from remend.errors import EditError, FileError, RemendError, WrongBaseError
 from remend.fingerprint import HasModel, ModelFingerprint
-from remend.serialization import MANIFEST, atomic_folder, file_sha256, remove_temporary_folders
+from remend.serialization import MANIFEST, atomic_folder, file_sha256, is_saved_by_remend, read_manifest
+from remend.staging import (
+    NEW,
+    PREFIX,
+    abandoned,
+    readable_write_errors,
+    remove_abandoned,
+    remove_entry,
+    staging_folder,
+)
 from remend.tasks import Task
 
-EDITS_FOLDER, STAGED = "edits", ".adding"
+EDITS_FOLDER = "edits"
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,8 @@ class PatchRegistry:
         self.path = Path(path)
         if not (self.path / DATABASE).is_file():
             raise FileError(f"{path} is not a patch registry: it has no {DATABASE}. Create one with remend book init")
-        self._refuse_links(self.path / DATABASE, self.path / EDITS_FOLDER)
+        # SQLite also opens files that are called like the database, with an ending.
+        self._refuse_links(*self.path.glob(f"{DATABASE}*"), self.path / EDITS_FOLDER)
         self._database = Database(self.path)
         info = self._database.info()
         self.model: str = info["model"]
@@ -154,8 +166,9 @@ class PatchRegistry:
             entries, events = self._database.entries(connection), self._database.events(connection)
         if revision is not None and not 0 <= revision <= len(events):
             raise EditError(f"{self.path} has revisions 0 to {len(events)}, not {revision}")
-        entry_of = {entry.id: entry for entry in entries}
-        return {number: self._read(entry_of[number]) for number in active_after(events, revision)}
+        return {
+            number: self._read(_find_entry(entries, number, self.path)) for number in active_after(events, revision)
+        }
 
     def edit(self, revision: int | None = None) -> Edit | None:
         """Return the sum of the active edits (as of ``revision``, if given), or None where no edit is active."""
@@ -183,26 +196,42 @@ class PatchRegistry:
                 f"{self.path} is a patch registry of {self.model!r}, and this edit is of {edit.base.name!r}"
             )
         added, name = utc_now(), who or _user_name()
-        with self._database.writing() as connection:
-            staged = edit.save(self.path / EDITS_FOLDER / STAGED)
-            file = file_sha256(staged / MANIFEST)
-            folder = self.path / EDITS_FOLDER / file
-            recorded = {entry.file: entry for entry in self._database.entries(connection)}.get(file)
-            if recorded is not None and not self._is_lost(recorded):
-                shutil.rmtree(staged)
-                return recorded
-            # A folder of that name was altered, or left by a process that was killed before it could record it.
-            if folder.is_symlink():
-                folder.unlink()
-            shutil.rmtree(folder, ignore_errors=True)
-            staged.rename(folder)
-            if recorded is not None:
-                return recorded
-            requests = [request.to_json() for request in edit.requests]
-            number = self._database.add_edit(connection, file=file, added=added, who=name, why=why, requests=requests)
-            event = {"edit": number, "what": EVENT_ADDED, "at": added, "who": name, "why": why, "measured": None}
-            self._database.add_event(connection, None, **event)
-            return _find_entry(self._database.entries(connection), number, self.path)
+        with readable_write_errors(self.path), staging_folder(self.path / EDITS_FOLDER, self._undo_add) as staging:
+            try:
+                with self._database.writing() as connection:
+                    return self._add(connection, staging, edit, added, name, why)
+            except BaseException:
+                self._undo_add(staging)
+                raise
+
+    def _add(self, connection: Connection, staging: Path, edit: Edit, added: str, who: str, why: str) -> PatchEntry:
+        """Add an edit within a write transaction; :meth:`_undo_add` removes its folder if that is not committed."""
+        staged = edit.save(staging / NEW)
+        file = file_sha256(staged / MANIFEST)
+        folder = self.path / EDITS_FOLDER / file
+        recorded = {entry.file: entry for entry in self._database.entries(connection)}.get(file)
+        if recorded is not None and not self._is_lost(recorded):
+            return recorded
+        (staging / file).touch()
+        remove_entry(folder)  # a folder of that name was altered
+        staged.rename(folder)
+        if recorded is not None:
+            return recorded
+        requests = [request.to_json() for request in edit.requests]
+        number = self._database.add_edit(connection, file=file, added=added, who=who, why=why, requests=requests)
+        event = {"edit": number, "what": EVENT_ADDED, "at": added, "who": who, "why": why, "measured": None}
+        self._database.add_event(connection, None, **event)
+        return _find_entry(self._database.entries(connection), number, self.path)
+
+    def _undo_add(self, staging: Path) -> None:
+        """Remove the folders of edits that a stopped :meth:`add` has put in place and not recorded."""
+        added = [entry.name for entry in staging.iterdir() if re.fullmatch("[0-9a-f]{64}", entry.name)]
+        if not added:
+            return
+        with self._database.writing() as connection:  # nobody else may be adding the same edit
+            recorded = {entry.file for entry in self._database.entries(connection)}
+            for name in set(added) - recorded:
+                remove_entry(self.path / EDITS_FOLDER / name)
 
     def activate(
         self,
@@ -316,31 +345,25 @@ class PatchRegistry:
         Args:
             repair: remove what killed processes left behind.
         """
-        faults: list[Fault] = []
+        edits_folder = self.path / EDITS_FOLDER
+        with readable_write_errors(self.path):
+            faults = [_left_behind(staging, repair) for staging in abandoned(edits_folder)]
+            if repair:
+                remove_abandoned(edits_folder, self._undo_add)
         if not self._database.is_intact():
             faults.append(Fault(f"{DATABASE} is damaged inside: restore it from a copy", lost=True))
         with self._database.writing() as connection:  # the lock keeps others from adding edits meanwhile
             entries, events = self._database.entries(connection), self._database.events(connection)
-            if [event.id for event in events] != list(range(1, len(events) + 1)):
-                faults.append(Fault("the numbers of the events have gaps: some were removed", lost=True))
-            active = set(active_after(events))
+            faults += [Fault(text, lost=True) for text in contradictions(entries, events)]
             for entry in entries:
-                history = [event for event in events if event.edit == entry.id]
-                state = ACTIVE if entry.id in active else DRAFT if len(history) == 1 else REVERTED
-                if not history or history[0].what != EVENT_ADDED or state != entry.state:
-                    faults.append(Fault(f"edit {entry.id} is {entry.state}, but its history says otherwise", lost=True))
                 try:
                     self._read(entry)
                 except RemendError as error:
                     faults.append(Fault(f"edit {entry.id}: {error}", lost=True))
             recorded = {entry.file for entry in entries}
-            for folder in sorted((self.path / EDITS_FOLDER).iterdir()):
-                if folder.name not in recorded:
-                    if repair:
-                        shutil.rmtree(folder, ignore_errors=True)
-                    faults.append(Fault(f"{folder.name} was left behind by a process that was stopped", repair))
-            if repair:
-                remove_temporary_folders(self.path / EDITS_FOLDER)
+            for path in sorted(edits_folder.iterdir() if edits_folder.is_dir() else ()):
+                if path.name not in recorded and not path.name.startswith(PREFIX):
+                    faults.append(_check_unrecorded(path, repair))
         return faults
 
     def _read(self, entry: PatchEntry) -> Edit:
@@ -352,7 +375,20 @@ class PatchRegistry:
             raise FileError(f"{missing} {folder}; restore it from a copy, or add the same edit again")
         if file_sha256(folder / MANIFEST) != entry.file:
             raise FileError(f"{folder} is not what was added as edit {entry.id}: its manifest was altered")
-        return Edit.load(folder)
+        edit = Edit.load(folder)
+        # The record's copy of the requests is what people are shown. Both were written at once, by the same code.
+        requests = read_manifest(folder, EDIT_FORMAT).get("requests")
+        if json.dumps(requests, sort_keys=True) != json.dumps(list(entry.requests), sort_keys=True):
+            raise FileError(
+                f"the record of edit {entry.id} in {self.path} has other requests than the edit's {MANIFEST}: the "
+                "record was altered; restore it from a copy"
+            )
+        if edit.base.config != self._config:
+            raise FileError(
+                f"edit {entry.id} is of {edit.base.name!r}, which has another configuration than the model that "
+                f"{self.path} is for: the record was altered; restore it from a copy"
+            )
+        return edit
 
     def _is_lost(self, entry: PatchEntry) -> bool:
         """Return whether the files of a record are no longer what was added."""
@@ -370,6 +406,19 @@ class PatchRegistry:
                 raise FileError(
                     f"{path} is a link; links in a patch registry are not followed: put the file itself there"
                 )
+
+
+def _left_behind(path: Path, repaired: bool) -> Fault:
+    return Fault(f"{path.name} was left behind by a process that was stopped", repaired)
+
+
+def _check_unrecorded(path: Path, repair: bool) -> Fault:
+    """Return the fault of something beside the edits that no record names; remove it, if remend wrote it."""
+    if path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not is_saved_by_remend(path)):
+        return Fault(f"{path} is nothing that remend wrote, and is left alone: move it elsewhere")
+    if repair:
+        remove_entry(path)
+    return _left_behind(path, repair and not path.exists())
 
 
 def _find_entry(entries: Sequence[PatchEntry], number: int, path: Path) -> PatchEntry:
