@@ -72,7 +72,8 @@ def test_nothing_is_ever_pickled():
         assert "pickle" not in text.replace("unpickled", ""), path
         assert "torch.load" not in text, path
         assert "torch.save" not in text, path
-        assert "trust_remote_code" not in text, path
+        assert "trust_remote_code=True" not in text, path
+        assert "weights_only" not in text, path
 
 
 def test_importing_is_quick_and_has_no_effect():

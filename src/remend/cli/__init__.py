@@ -58,8 +58,14 @@ def _remend(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that a model's folder or repository holds.")
+    ] = False,
+    allow_bin: Annotated[
+        bool, typer.Option("--allow-bin", help="Read weights from pytorch_model.bin too, which may hold code.")
+    ] = False,
 ) -> None:
-    pass
+    options.TRUST.set(options.Trust(trust_remote_code, use_safetensors=not allow_bin))
 
 
 app.command()(demo.demo)

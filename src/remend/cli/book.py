@@ -40,7 +40,7 @@ def init(book: Folder, model: Annotated[str, typer.Option(help="The model whose 
     """Create an empty book."""
     from remend.models import skeleton
 
-    _registry_class().create(book, skeleton(model))
+    _registry_class().create(book, skeleton(model, options.TRUST.get().trust_remote_code))
     Console().print(f"[bold]{plain(str(book))}[/] is a book of {plain(model)}; add edits: remend book add")
 
 

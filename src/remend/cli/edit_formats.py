@@ -64,9 +64,9 @@ def write_edit(
         raise ModelError(f"the edit is for a model that was in a folder {model!r}: say with --model where it is")
     with suggest_model_option("the edit", implied, model):
         if edit_format.needs == "structure":
-            task = skeleton(model)
+            task = skeleton(model, options.TRUST.get().trust_remote_code)
         elif edit_format.needs == "weights":
-            task = load(model, device, getattr(torch, dtype) if dtype else "auto")
+            task = load(model, device, getattr(torch, dtype) if dtype else "auto", None, *options.TRUST.get())
     lost = edit_format.write(edit, out, task)
     if lost:
         print_loss(console, f"rounded to {task.model.dtype}".replace("torch.", ""), lost)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 from rich.console import Console
@@ -117,6 +118,16 @@ PairFlag = Annotated[
 NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer that is decoded, in tokens.")]
 
 
+class Trust(NamedTuple):
+    """The arguments of :func:`remend.load` that say what of a model's files is trusted."""
+
+    trust_remote_code: bool = False
+    use_safetensors: bool = True
+
+
+TRUST: ContextVar[Trust] = ContextVar("TRUST", default=Trust())  # noqa: B039
+"""What the options before the command say."""
+
 MIN_VALIDATION_SHARE = 0.5
 """The smallest share of successful edits, and of other answers kept, with which an editor does more good than harm."""
 
@@ -197,7 +208,7 @@ def load_model(model: str, device: str, seed: int, dtype: str | None = None, qua
 
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    return load(model, device, getattr(torch, dtype) if dtype else None, quantise)
+    return load(model, device, getattr(torch, dtype) if dtype else None, quantise, *TRUST.get())
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     TorchAoConfig,
 )
@@ -27,6 +28,7 @@ from transformers.utils.import_utils import is_accelerate_available, is_bitsandb
 from remend.assets import BUILT_IN_MODELS, model_folder
 from remend.core.layers import is_editable, is_quantized
 from remend.errors import ConfigError, ModelError, nearest
+from remend.models.checkpoint_checks import check_folder, check_loaded, check_room, check_settings, check_sizes
 
 MAP = "map"
 """The device name for all devices: Accelerate fills one after the other, then the memory, then the disk."""
@@ -61,7 +63,12 @@ def choose_device(device: str) -> torch.device:
 
 
 def load_pretrained(
-    model: str, device: str = "auto", dtype: torch.dtype | str | None = None, quantise: str | None = None
+    model: str,
+    device: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    quantise: str | None = None,
+    trust_remote_code: bool = False,
+    use_safetensors: bool = True,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its processor, in evaluation mode. Arguments and errors are those of :func:`remend.load`."""
     if device == MAP and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -73,31 +80,32 @@ def load_pretrained(
         raise ConfigError(f"there is no quantisation {quantise!r}; {nearest(quantise, QUANTISATIONS)}")
     target = choose_device("auto" if device == MAP else device)
     source = str(model_folder(model)) if model in BUILT_IN_MODELS else model
-    if Path(source).exists() and not (Path(source) / "config.json").is_file():
-        raise ModelError(f"{source} is not a model folder: it has no config.json")
+    if Path(source).exists():
+        check_folder(Path(source))
     if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ModelError(
             f"there is no folder {source}; MODEL is {', '.join(map(repr, BUILT_IN_MODELS))}, a folder or a hub id"
         )
     if device == MAP:
         _require("accelerate", "big", "device 'map'")
-    try:
-        config = AutoConfig.from_pretrained(source)
+    with _explained(f"cannot load {model!r} ({_described(model, source)}) as a language model or classifier"):
+        config = _read_config(source, trust_remote_code)
+        saved_class = next(iter(config.architectures or ()), None)
         model_class, processor_class = auto_classes(config)
-        processor = processor_class.from_pretrained(source)
+        if Path(source).exists():
+            check_room(model_class, config, Path(source), trust_remote_code)
+        processor = processor_class.from_pretrained(source, trust_remote_code=trust_remote_code)
         placed = _placement(config, target, device == MAP, dtype, quantise)
-        loaded = model_class.from_pretrained(source, config=config, **placed)
-    except (
-        OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError,
-    ) as error:  # fmt: skip
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = "the folder" if Path(source).exists() else "taken for a hub id, since no folder has this name"
-        where += (
-            f"; did you mean {suggestions[0]!r}?"
-            if (suggestions := get_close_matches(model, BUILT_IN_MODELS, n=1))
-            else ""
+        loaded, loading = model_class.from_pretrained(
+            source,
+            config=config,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True if use_safetensors else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # what does not fit is an error here, with all its names
+            **placed,
         )
-        raise ModelError(f"cannot load {model!r} ({where}) as a language model or classifier: {reason}") from error
+    check_loaded(loaded, saved_class, loading, model)
     loaded.config._name_or_path = _full_name(model)
     if "device_map" not in placed:  # else it lies where it belongs, and must not be moved
         torch.nn.Module.to(loaded, target)
@@ -107,25 +115,58 @@ def load_pretrained(
     return loaded.eval(), processor
 
 
-def skeleton(model: str) -> PreTrainedModel:
+def _read_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read and check a model's configuration."""
+    check_settings(PreTrainedConfig.get_config_dict(source)[0], source, trust_remote_code)
+    # False, and not None: transformers would ask on the terminal whether to run a model's own code.
+    config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    check_sizes(config, source)
+    return config
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Raise a :class:`ModelError` that begins with ``what`` for any error within the context."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # the files decide which code of transformers runs, so this may be any
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # Errors about a setting name it in the first line, and say in the second one what is wrong with it.
+        reason = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it has code of its own, which would run here. Load it with trust_remote_code (remend "
+                "--trust-remote-code …) if you trust it"
+            )
+        elif "no file named model.safetensors" in reason:
+            reason += ". A pytorch_model.bin may hold code: use_safetensors=False (remend --allow-bin …) reads it"
+        raise ModelError(f"{what}: {reason}") from error
+
+
+def _described(model: str, source: str) -> str:
+    """Return what a model's name was taken for, and what may have been meant."""
+    where = "the folder" if Path(source).exists() else "taken for a hub id, since no folder has this name"
+    suggestions = get_close_matches(model, BUILT_IN_MODELS, n=1)
+    return where + (f"; did you mean {suggestions[0]!r}?" if suggestions else "")
+
+
+def skeleton(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build a model without weights (on the device ``meta``) from its configuration: its modules and their shapes.
 
     Args:
         model: as for :func:`load`, or a ``config.json``.
+        trust_remote_code: as for :func:`load`.
 
     Raises:
         ModelError: it is no configuration of a language model or classifier.
     """
     source = str(model_folder(model)) if model in BUILT_IN_MODELS else model
-    try:
-        config = AutoConfig.from_pretrained(source)
+    with _explained(f"{model} is no configuration of a language model that transformers knows"):
+        config = _read_config(source, trust_remote_code)
         with torch.device("meta"):
-            built: PreTrainedModel = auto_classes(config)[0].from_config(config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{model} is no configuration of a language model that transformers knows: {reason}"
-        ) from error
+            built: PreTrainedModel = auto_classes(config)[0].from_config(config, trust_remote_code=trust_remote_code)
     built.config._name_or_path = _full_name(model)
     return built
 

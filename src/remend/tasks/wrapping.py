@@ -36,7 +36,14 @@ def wrap(model: nn.Module, processor: Any = None) -> Task:
     )
 
 
-def load(model: str, device: str = "auto", dtype: torch.dtype | str | None = None, quantise: str | None = None) -> Task:
+def load(
+    model: str,
+    device: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    quantise: str | None = None,
+    trust_remote_code: bool = False,
+    use_safetensors: bool = True,
+) -> Task:
     """Load a language model, or a classifier of texts or images, with its processor, in evaluation mode.
 
     A checkpoint that is stored quantised is loaded as it is stored.
@@ -47,13 +54,17 @@ def load(model: str, device: str = "auto", dtype: torch.dtype | str | None = Non
         dtype: of the weights; by default float32 on the CPU and the checkpoint's own (``auto``) elsewhere.
         quantise: store the blocks' matrices in fewer bits: ``bnb-4bit`` (NF4), ``bnb-8bit`` (LLM.int8()) or
             ``torchao-int8``.
+        trust_remote_code: run code that the model's folder or repository holds, or names on the hub. It never runs
+            otherwise, and nobody is asked.
+        use_safetensors: read weights from safetensors files only. A ``pytorch_model.bin`` may hold code, from which
+            torch's reader of weights protects.
 
     Raises:
-        ModelError: there is no such model, it has no processor, or a package that the device map or the quantisation
-            needs is missing.
+        ModelError: there is no such model, it has no processor, weights are missing or do not fit its configuration,
+            its head is for another task, or a package that the device map or the quantisation needs is missing.
         ConfigError: there is no such quantisation.
     """
-    return wrap(*load_pretrained(model, device, dtype, quantise))
+    return wrap(*load_pretrained(model, device, dtype, quantise, trust_remote_code, use_safetensors))
 
 
 def answers(task: Task, prompts: Sequence[Prompt | Sequence[Any]], max_new_tokens: int = 32) -> list[str]:
