@@ -160,7 +160,7 @@ def test_the_whole_way_from_a_folder(tmp_path, capsys):
         return " ".join(capsys.readouterr().out.split())
 
     base, editor = tmp_path / "model", tmp_path / "editor"
-    ran("train", base, "--data", tmp_path / "train.jsonl", "--out", editor, "--budget-seconds", 4, "--device", "cpu")
+    ran("train", base, "--data", tmp_path / "train.jsonl", "--out", editor, "--max-steps", 20, "--device", "cpu")
     ran(
         "evaluate",
         base,

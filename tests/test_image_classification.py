@@ -154,6 +154,9 @@ def test_what_is_not_an_image_is_refused(images, tmp_path):
         parse_request(json.dumps({"image": path, "prompt": "Oslo", "target": "cat"}), "here")
 
 
+@pytest.mark.skipif(
+    type(hf.AutoImageProcessor).__name__ == "DummyObject", reason="this version of transformers needs torchvision too"
+)
 def test_a_model_folder_with_an_image_processor_is_loaded(tmp_path, images):
     vit().save_pretrained(tmp_path / "model")
     processor = hf.ViTImageProcessor(size={"height": SIZE, "width": SIZE})

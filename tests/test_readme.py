@@ -32,7 +32,7 @@ def desk(tmp_path, monkeypatch):
 
 
 WRITTEN = r"--(?:out|json|html) (\S+)"
-SHORTER = {"--budget-seconds 600": "--budget-seconds 2", "--limit 20": "--limit 4"}
+SHORTER = {"--budget-seconds 600": "--max-steps 10", "--limit 20": "--limit 4"}
 
 
 def commands(chapter):
@@ -57,7 +57,7 @@ def test_the_commands(desk, chapter):
         for part, shorter in SHORTER.items():
             line = line.replace(part, shorter)
         words = shlex.split(line, comments=True)
-        # The stand-in for the reader's own model is random and trained for two seconds: its edits need not take.
+        # The stand-in for the reader's own model is random and trained for ten steps: its edits need not take.
         allowed = (0, 1) if words[1] == "edit" and "./my-model" in words else (0,)
         ended = run(words[1:])
         assert ended in allowed, line
