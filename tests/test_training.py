@@ -301,7 +301,7 @@ def test_too_few_requests_are_refused():
 
 def test_the_budget_ends_the_run(monkeypatch):
     """By a clock that goes on by 10 ms whenever it is read, so that the machine's speed does not matter."""
-    clock = SimpleNamespace(monotonic=partial(next, itertools.count(0, 0.01)))
+    clock = SimpleNamespace(monotonic=partial(next, itertools.count(0.0, 0.01)))
     for module in ("loop", "training_run"):
         monkeypatch.setattr(f"remend.training.{module}.time", clock)
     settings = TrainingConfig(**{**vars(SETTINGS), "max_steps": 10**6, "validate_every": 10**6})
