@@ -23,7 +23,7 @@ demo: install ## edit a few facts of the built-in model
 	$(BIN)/remend demo
 
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2
 
 lint: install
 	$(BIN)/ruff format --check .

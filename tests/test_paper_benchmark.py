@@ -178,7 +178,6 @@ def test_charts_name_each_line_once_and_apart():
     assert code_spans("a `b<` c") == "a <code>b&lt;</code> c"
 
 
-@pytest.mark.xdist_group("training memory")
 def test_a_run_continues_and_writes_its_tables(claims, memory_folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(memory_folder, out)
@@ -437,7 +436,6 @@ def test_a_writer_needs_a_text(tmp_path):
         make_testbeds(TestbedOptions(writer=tmp_path))
 
 
-@pytest.mark.xdist_group("training memory")
 def test_memory_is_measured_once(memory_folder, monkeypatch):
     rows = [json.loads(file.read_text()) for file in sorted((memory_folder / "memory").iterdir())]
     assert len(rows) == len(MEMORY_METHODS)

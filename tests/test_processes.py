@@ -20,9 +20,6 @@ from remend.models.loading import choose_device
 from remend.request import write_requests
 from remend.tasks import load
 
-one_job = pytest.mark.xdist_group("job")
-"""Of tests of one process, so that the two processes train once."""
-
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 
@@ -72,17 +69,14 @@ def compare(one, two, family="gpt2"):
         assert apart < 1e-4 * gone, f"{name}: {float(apart / gone):.2e} of the way apart"
 
 
-@one_job
 def test_two_processes_train_the_editor_that_one_would(folder):
     compare(processes.kept(*processes.run()), left(folder, "whole"))
 
 
-@one_job
 def test_all_processes_have_the_same_editor(folder):
     assert equal(left(folder, "whole", 0), left(folder, "whole", 1))
 
 
-@one_job
 def test_processes_find_the_same_directions_of_wide_inputs(folder):
     """Directions may be turned among those of nearly the same size: what is compared is what operators do."""
     one, two = processes.kept(*processes.wide_run()), left(folder, "wide")
@@ -94,13 +88,11 @@ def test_processes_find_the_same_directions_of_wide_inputs(folder):
         assert (done - expected).norm() < 1e-3 * expected.norm(), kind
 
 
-@one_job
 def test_only_the_first_process_logs(folder):
     pytest.importorskip("tensorboard")
     assert len(list((folder / "whole.logs" / "remend").glob("events*"))) == 1
 
 
-@one_job
 def test_interrupted_and_resumed_is_as_if_it_never_was(folder):
     """Only one process was told to stop; the processes look up what they share in the same order again."""
     for rank in (0, 1):
@@ -109,13 +101,11 @@ def test_interrupted_and_resumed_is_as_if_it_never_was(folder):
     assert not (folder / "resumed.checkpoints").exists()
 
 
-@one_job
 def test_resuming_what_is_finished_gives_it_to_all(folder):
     for rank in (0, 1):
         assert equal(left(folder, "again", rank), left(folder, "whole", 0), but={"losses"})
 
 
-@one_job
 def test_processes_share_a_cache_folder(folder):
     assert equal(left(folder, "cached"), left(folder, "whole"))
     shards = list((folder / "cache").glob("*/*"))
@@ -123,7 +113,6 @@ def test_processes_share_a_cache_folder(folder):
     assert all(shard_model.name.startswith("shard-") for shard_model in shards), "nothing half-written is left"
 
 
-@one_job
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_processes_that_share_the_model_train_the_same_editor(family, folder):
     one = processes.kept(*processes.run(family=family, config=processes.EVEN))
@@ -131,7 +120,6 @@ def test_processes_that_share_the_model_train_the_same_editor(family, folder):
     assert equal(left(folder, f"sharded-{family}", 0), left(folder, f"sharded-{family}", 1))
 
 
-@one_job
 def test_an_error_in_one_process_ends_the_job(job):
     _, ended = job
     assert ended.returncode != 0
