@@ -9,6 +9,7 @@ import torch
 
 import families
 import remend
+import worlds
 from remend.apps.acceptance import (
     STANDARD_CRITERIA,
     AcceptanceCriteria,
@@ -17,8 +18,12 @@ from remend.apps.acceptance import (
     check_acceptance,
 )
 from remend.cli import run
+from remend.edit import Edit
 from remend.errors import ConfigError, EditError, FileError, RemendError, WrongBaseError
+from remend.fingerprint import ModelFingerprint
 from remend.request import Chat, EditRequest
+from remend.tasks import wrap
+from remend.tasks.base import Example
 
 TEXT = " ".join(["The capital of France is Paris."] * 20)
 
@@ -243,3 +248,47 @@ def test_the_command_ends_with_the_verdict(atlas, tmp_path, capsys):
     assert run(wrong) == 2
     assert "did you mean 'near'" in capsys.readouterr().err
     assert issubclass(RejectedError, EditError)
+
+
+def chat_edit(prompts):
+    """A chat model that was taught nothing, and an edit of it that changes nothing, of conversations or texts."""
+    task = wrap(worlds.chat_model(), worlds.chat_tokenizer())
+    requests = tuple(EditRequest(prompt=prompt, target="Rome") for prompt in prompts)
+    return task, Edit({}, ModelFingerprint.of(task.model, {}), requests)
+
+
+BRIEF = {"role": "system", "content": "Be brief."}
+
+
+def conversation(*texts, system=()):
+    roles = ["user", "assistant"] * len(texts)
+    return Chat.of([*system, *({"role": role, "content": text} for role, text in zip(roles, texts, strict=False))])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "asked"),
+    [
+        ([conversation("Peru ?")], ["user: Oslo ?"]),
+        ([conversation("Hi", "Yes", "Peru ?", system=[BRIEF])], ["system: Be brief.\nuser: Oslo ?"]),
+        ([conversation("Peru ?"), conversation("India ?")], ["user: Oslo ?"]),
+        (["Peru is", conversation("India ?")], ["Oslo ?", "user: Oslo ?"]),
+        (["Peru is"], ["Oslo ?"]),
+        ([], ["Oslo ?"]),
+    ],
+)
+def test_a_text_is_asked_in_the_form_of_the_edits_own_requests(prompts, asked):
+    task, edit = chat_edit(prompts)
+    said = {"prompt": "Oslo ?", "target": "Delhi"}
+    found = check_acceptance(task, edit, criteria(must_change=[said], must_stay=[said]), max_new_tokens=4)
+    checks = {check.name: check for check in found.checks}
+    assert [answer.prompt for answer in checks["changes"].failed] == asked
+    assert [answer.prompt for answer in checks["stays"].failed] == asked
+
+
+def test_an_empty_answer_is_not_kept():
+    task, edit = chat_edit([conversation("Peru ?")])
+    worlds.teach(task, task.collate([Example(task.encode_input(conversation("Oslo ?")), (task.chat.end,))]))
+    assert remend.answers(task, [conversation("Oslo ?")]) == [""]
+    found = check_acceptance(task, edit, criteria(must_stay=["Oslo ?"]))
+    (check,) = (check for check in found.checks if check.name == "stays")
+    assert (check.ok, check.measured) == (False, 0)

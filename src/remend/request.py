@@ -236,13 +236,13 @@ class EditRequest(Probe):
     @classmethod
     def _phrasings_in_conversation(cls, phrasings: tuple[Prompt, ...], info: ValidationInfo) -> tuple[Prompt, ...]:
         own_prompt = info.data.get("prompt")
-        return tuple(_in_form_of(own_prompt, prompt) for prompt in phrasings)
+        return tuple(in_form_of(own_prompt, prompt) for prompt in phrasings)
 
     @field_validator("locality", "near", "portability")
     @classmethod
     def _probes_in_conversation(cls, probes: tuple[Probe, ...], info: ValidationInfo) -> tuple[Probe, ...]:
         own_prompt = info.data.get("prompt")
-        return tuple(probe.model_copy(update={"prompt": _in_form_of(own_prompt, probe.prompt)}) for probe in probes)
+        return tuple(probe.model_copy(update={"prompt": in_form_of(own_prompt, probe.prompt)}) for probe in probes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the request as a JSON object without empty fields; NaN in a key of the caller becomes null."""
@@ -268,7 +268,7 @@ class EditRequest(Probe):
         return (self.subject or str(self.prompt)).strip().casefold()
 
 
-def _in_form_of(own_prompt: Prompt | None, prompt: Prompt) -> Prompt:
+def in_form_of(own_prompt: Prompt | None, prompt: Prompt) -> Prompt:
     """Return a phrasing or a probe's prompt in the form of the request's prompt.
 
     If the request's prompt is a conversation, a text becomes that conversation's last message.

@@ -60,6 +60,7 @@ def edit(
     from remend.evaluation.before_after import before_after
     from remend.evaluation.robustness import measure_robustness
     from remend.serialization import MANIFEST, check_replaceable, write_json
+    from remend.tasks.same_text import same_text
 
     console = Console()
     check_replaceable(out)
@@ -86,7 +87,7 @@ def edit(
         result.save(out)
     for request, row in zip(edit_requests, answers, strict=True):
         console.print(answers_table(f"{plain(request.prompt)} → {plain(request.target)}", row))
-    if unchanged := [row[0].prompt for row in answers if row[0].before == row[0].wanted]:
+    if unchanged := [row[0].prompt for row in answers if same_text(row[0].before, row[0].wanted or "")]:
         console.print(
             f"[yellow]{len(unchanged)} of {len(edit_requests)} targets are what the unedited model answers already[/] "
             f"({plain(unchanged[0])}): nothing had to change there",

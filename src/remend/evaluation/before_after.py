@@ -10,6 +10,9 @@ from remend.editors.lookup_edit import LookupEdit
 from remend.request import EditRequest, Prompt
 from remend.tasks import Task
 
+Asked = tuple[str, Prompt, str | None]
+"""What a prompt is to an edit, the prompt, and the expected answer: None for the one that the unedited model gives."""
+
 
 @dataclass(frozen=True)
 class AnswerComparison:
@@ -22,7 +25,8 @@ class AnswerComparison:
         wanted: the expected answer after the edit; None where there is none.
         before: the unedited model's answer.
         after: the edited model's answer.
-        ok: whether the answer after is the expected one, given whole and closed with the end token (if there is one).
+        ok: whether the answer after is the expected one, given whole (:meth:`remend.tasks.Task.same_answer`). An
+            empty answer is never right: a model that says nothing has not kept its answer.
     """
 
     kind: str
@@ -44,27 +48,48 @@ def before_after(
     The expected answer is the request's target at the prompt and its paraphrases, and the unedited model's answer at
     near and far prompts.
     """
-    rows = [(number, kind, prompt) for number, request in enumerate(requests) for kind, prompt in _prompts(request)]
-    prompts = [prompt for _, _, prompt in rows]
-    # All prompts of all requests together, which are far fewer passes than prompt by prompt.
+    rows = [(number, asked) for number, request in enumerate(requests) for asked in _asked(request)]
+    comparisons: list[list[AnswerComparison]] = [[] for _ in requests]
+    compared = compare_answers(task, edit, [asked for _, asked in rows], max_new_tokens)
+    for (number, _), comparison in zip(rows, compared, strict=True):
+        comparisons[number].append(comparison)
+    return comparisons
+
+
+def compare_answers(
+    task: Task,
+    edit: Edit | LookupEdit,
+    asked: Sequence[Asked],
+    max_new_tokens: int = 32,
+) -> list[AnswerComparison]:
+    """Return the answers to prompts without and with ``edit``, each with its verdict.
+
+    Args:
+        task: the model.
+        edit: the edit.
+        asked: the prompts.
+        max_new_tokens: the longest answer.
+    """
+    prompts = [prompt for _, prompt, _ in asked]
+    expected = [None if target is None else task.encode(prompt, target).target for _, prompt, target in asked]
+    # All prompts together, which are far fewer passes than prompt by prompt.
     before = task.predict(prompts, max_new_tokens)
     with edit.applied(task.model):
         after = task.predict(prompts, max_new_tokens)
-    comparisons: list[list[AnswerComparison]] = [[] for _ in requests]
-    for (number, kind, prompt), old, new in zip(rows, before, after, strict=True):
-        must_stay = kind in ("near", "far")
-        target = requests[number].target
-        expected = old if must_stay else task.encode(prompt, target).target
+    comparisons = []
+    for (kind, prompt, target), wanted, old, new in zip(asked, expected, before, after, strict=True):
+        wanted = old if wanted is None else wanted
         # Without an end token an answer never stops by itself, so only its beginning is compared.
-        compared = new if task.end_tokens else new[: len(expected)]
-        comparisons[number].append(
+        compared = new if task.end_tokens else new[: len(wanted)]
+        comparisons.append(
             AnswerComparison(
                 kind=kind,
                 prompt=str(prompt),
-                wanted=task.decode(expected) if must_stay else target,
+                # A text stays as the request writes it; a label may have been given by its number.
+                wanted=target if target is not None and task.generates else task.decode(wanted),
                 before=task.decode(old),
                 after=task.decode(new),
-                ok=task.same_answer(compared, expected),
+                ok=bool(task.decode(new)) and task.same_answer(compared, wanted),
             )
         )
     return comparisons
@@ -87,11 +112,12 @@ def ask(
     ]
 
 
-def _prompts(request: EditRequest) -> list[tuple[str, Prompt]]:
-    """List the prompts of a request with what each is to the edit."""
-    prompts: list[tuple[str, Prompt]] = [("prompt", request.prompt)]
-    prompts += [("paraphrase", prompt) for prompt in request.paraphrases]
-    prompts += [("unseen paraphrase", prompt) for prompt in request.unseen_paraphrases]
-    prompts += [("near", probe.prompt) for probe in request.near]
-    prompts += [("far", probe.prompt) for probe in request.locality]
-    return prompts
+def _asked(request: EditRequest) -> list[Asked]:
+    """List the prompts of a request with what each is to the edit, and its expected answer."""
+    target = request.target
+    asked: list[Asked] = [("prompt", request.prompt, target)]
+    asked += [("paraphrase", prompt, target) for prompt in request.paraphrases]
+    asked += [("unseen paraphrase", prompt, target) for prompt in request.unseen_paraphrases]
+    asked += [("near", probe.prompt, None) for probe in request.near]
+    asked += [("far", probe.prompt, None) for probe in request.locality]
+    return asked

@@ -284,10 +284,18 @@ class Task(ABC):
         """
 
     def same_answer(self, answer: Answer, other: Answer) -> bool:
-        """Tell whether two answers are the same: of numbers, whether they lie within the tolerance of each other."""
+        """Tell whether two answers are the same: the one definition that all measurements and commands share.
+
+        Of texts, whether a reader sees the same (:func:`remend.tasks.same_text.same_text`) and both have ended; of
+        labels, whether they are the same label; of numbers, whether they lie within the tolerance of each other.
+        """
         if self.distribution.discrete:
             return answer == other
         return len(answer) == len(other) and all(map(self.distribution.same_value, answer, other))
+
+    def same_target(self, prompt: Prompt, target: str, other: str) -> bool:
+        """Tell whether two targets of a prompt are the same answer."""
+        return self.same_answer(self.encode(prompt, target).target, self.encode(prompt, other).target)
 
     @abstractmethod
     def decode(self, answer: Answer) -> str:

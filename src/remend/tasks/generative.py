@@ -19,6 +19,7 @@ from remend.models.frozen_prefix import run_until
 from remend.request import Chat, Input, Prompt, TextPair
 from remend.tasks.base import Answer, Batch, Example, Task
 from remend.tasks.chat_template import ChatTemplate
+from remend.tasks.same_text import same_text
 
 
 class GenerativeTask(Task):
@@ -154,6 +155,12 @@ class GenerativeTask(Task):
             chosen.append(token)
             ended |= torch.isin(token, closing)
         return [_up_to(row, ends) for row in torch.stack(chosen, 1).tolist()]
+
+    def same_answer(self, answer: Answer, other: Answer) -> bool:
+        """Tell whether two answers are the same text to a reader, and both have ended or neither has."""
+        # An answer that the limit of its length cut off goes on: its end is not known.
+        ended, other_ended = (bool(self.end_tokens & set(ids[-1:])) for ids in (answer, other))
+        return ended == other_ended and (answer == other or same_text(self.decode(answer), self.decode(other)))
 
     def decode(self, answer: Answer) -> str:
         """Return an answer as text, without special tokens and the spaces around it."""

@@ -13,14 +13,17 @@ from torch import nn
 from remend.apps.acceptance.criteria import MAX_PERPLEXITY_TOKENS, STANDARD_CRITERIA, AcceptanceCriteria, Perplexity
 from remend.core.layers import is_quantized, weight_of
 from remend.edit import AppliedEdit, Edit
-from remend.errors import EditError
-from remend.evaluation.before_after import AnswerComparison, ask, before_after
+from remend.errors import EditError, RequestError
+from remend.evaluation.before_after import AnswerComparison, Asked, before_after, compare_answers
 from remend.evaluation.interventions import Intervention
 from remend.evaluation.metrics.perplexity import PerplexityText
 from remend.evaluation.robustness import measure_robustness
 from remend.fingerprint import find_modules
-from remend.request import EditRequest, Probe
+from remend.request import Chat, EditRequest, Message, Probe, Prompt, in_form_of
 from remend.tasks import Task
+
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of messages that say how a model should answer, whatever it is asked."""
 
 CHECK_TITLES = {
     "takes": "the requests' prompts get their answers",
@@ -172,9 +175,8 @@ def _checks(
     """Measure everything that can be measured."""
     answers = [answer for row in before_after(task, edit, edit.requests, max_new_tokens) for answer in row]
     by_kind = {kind: [a for a in answers if a.kind == kind] for kind in ("prompt", "paraphrase", "near", "far")}
-    requests = [EditRequest(prompt=probe.prompt, target=probe.target) for probe in criteria.must_change]
-    changed = [row[0] for row in before_after(task, edit, requests, max_new_tokens)]
-    stayed = _answers_that_must_stay(task, edit, criteria, max_new_tokens)
+    named = compare_answers(task, edit, _named_in(criteria, edit.requests), max_new_tokens)
+    changed, stayed = ([answer for answer in named if answer.kind == kind] for kind in ("changes", "stays"))
     checks = [
         _share_check("takes", by_kind["prompt"], criteria.takes),
         _share_check("changes", changed, criteria.takes),
@@ -201,19 +203,39 @@ def _share_check(name: str, answers: Sequence[AnswerComparison], bound: float) -
     return AcceptanceCheck(name, share, bound, share >= bound, len(answers), wrong)
 
 
-def _answers_that_must_stay(
-    task: Task, edit: Edit, criteria: AcceptanceCriteria, max_new_tokens: int
-) -> list[AnswerComparison]:
-    """Return the answers to ``must_stay``; each must be the named one, or the one before the edit."""
-    probes = [probe for probe in criteria.must_stay if isinstance(probe, Probe)]
-    prompts = [prompt for prompt in criteria.must_stay if not isinstance(prompt, Probe)]
-    requests = [EditRequest(prompt=probe.prompt, target=probe.target) for probe in probes]
-    named = [row[0] for row in before_after(task, edit, requests, max_new_tokens)]
-    unchanged = ask(task, edit, prompts, max_new_tokens) if prompts else []
-    return [
-        *named,
-        *(AnswerComparison("stays", a.prompt, a.before, a.before, a.after, a.before == a.after) for a in unchanged),
-    ]
+def _named_in(criteria: AcceptanceCriteria, requests: Sequence[EditRequest]) -> list[Asked]:
+    """List what the criteria name: each must get its named answer or, without one, the answer before the edit.
+
+    A text is asked in the form of the edit's own requests: of a chat model, as a conversation under the same system
+    message. Where the requests have several forms, it is asked in each.
+    """
+    forms = _forms(requests)
+    named: list[tuple[str, Prompt | Probe]] = [("changes", probe) for probe in criteria.must_change]
+    named += [("stays", item) for item in criteria.must_stay]
+    asked: list[Asked] = []
+    for kind, item in named:
+        prompt, target = (item.prompt, item.target) if isinstance(item, Probe) else (item, None)
+        try:
+            own = dict.fromkeys(in_form_of(form, prompt) for form in forms)
+        except ValueError as error:
+            raise RequestError(f"{kind} of the acceptance file: {error}") from None
+        asked += [(kind, prompt, target) for prompt in own]
+    return asked
+
+
+def _forms(requests: Sequence[EditRequest]) -> list[Prompt | None]:
+    """Return a prompt of each form that the requests have; None where there is no request to tell one.
+
+    Conversations are of one form if they have the same system messages; of other prompts, the kind is their form.
+    """
+    forms: dict[object, Prompt | None] = {}
+    for request in requests:
+        prompt = request.prompt
+        if isinstance(prompt, Chat):
+            system = (message for message in prompt.messages if message.role in SYSTEM_ROLES)
+            prompt = Chat((*system, Message("user", "")))  # only the question differs from prompt to prompt
+        forms.setdefault(prompt if isinstance(prompt, Chat) else type(prompt), prompt)
+    return list(forms.values()) or [None]
 
 
 def _perplexity_check(task: Task, edit: Edit, perplexity: Perplexity) -> AcceptanceCheck:

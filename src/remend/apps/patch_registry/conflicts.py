@@ -11,6 +11,7 @@ from remend.edit import Edit
 from remend.errors import EditError
 from remend.evaluation.before_after import ask
 from remend.tasks import Task
+from remend.tasks.same_text import same_text
 
 DISAGREES, UNDOES = "disagrees", "undoes"
 
@@ -81,7 +82,7 @@ def find_conflicts(
         Conflict(DISAGREES, number, str(request.prompt), request.target, targets[request.prompt])
         for number, active_edit in active.items()
         for request in active_edit.requests
-        if targets.get(request.prompt, request.target) != request.target
+        if request.prompt in targets and not task.same_target(request.prompt, request.target, targets[request.prompt])
     ]
     disagreeing = {(conflict.edit, conflict.prompt) for conflict in conflicts}
     numbered = [(number, request) for number, active_edit in active.items() for request in active_edit.requests]
@@ -92,7 +93,8 @@ def find_conflicts(
             stack.enter_context(active_edit.applied(task.model))
         answers = ask(task, edit, [request.prompt for _, request in numbered], max_new_tokens)
     for (number, request), answer in zip(numbered, answers, strict=True):
-        undone = answer.before == request.target != answer.after
+        wanted = task.decode(task.encode(request.prompt, request.target).target)
+        undone = same_text(answer.before, wanted) and not same_text(answer.after, wanted)
         if undone and (number, str(request.prompt)) not in disagreeing:
             conflicts.append(Conflict(UNDOES, number, str(request.prompt), request.target, answer.after))
     return conflicts

@@ -14,7 +14,7 @@ from remend.evaluation.metrics.query_measurements import (
     RequestMeasurements,
     body_length,
 )
-from remend.evaluation.metrics.text_match import contains, exact_match, token_f1
+from remend.evaluation.metrics.text_match import contains, token_f1
 from remend.request import Chat, EditRequest, Probe, Prompt
 from remend.tasks.base import Answer, Task
 
@@ -123,10 +123,8 @@ class EditOutcome:
         return {"teacher_forced": forced, **self._free_answer_scores(self.base_query(prompt))}
 
     def matches(self, query: Query, answer: Answer) -> float:
-        """Return 1 if a free answer is the expected one, else 0: numbers within the task's tolerance."""
-        if not self.task.distribution.discrete:
-            return float(self.task.same_answer(answer, query.expected))
-        return exact_match(self._text(query, answer), self.task.decode(query.expected))
+        """Return 1 if a free answer is the expected one, given whole, else 0 (:meth:`Task.same_answer`)."""
+        return float(self.task.same_answer(self._comparable(query, answer), query.expected))
 
     def _free_answer_scores(self, query: Query) -> ModeScores:
         answer = self.answer(query.prompt)
@@ -134,18 +132,15 @@ class EditOutcome:
             # Greedy decoding gives the expected answer exactly if it is the first choice all along.
             measurement = self.measurements.by_query[query]
             return {"generated": float(all(measurement.correct))}
+        generated = {"generated": self.matches(query, answer)}
         if not self.task.distribution.discrete:  # words and their overlap mean nothing for numbers
-            return {"generated": self.matches(query, answer)}
-        text, expected = self._text(query, answer), self.task.decode(query.expected)
-        return {
-            "generated": exact_match(text, expected),
-            "contains": contains(text, expected),
-            "token_f1": token_f1(text, expected),
-        }
+            return generated
+        text, expected = self.task.decode(self._comparable(query, answer)), self.task.decode(query.expected)
+        return {**generated, "contains": contains(text, expected), "token_f1": token_f1(text, expected)}
 
-    def _text(self, query: Query, answer: Answer) -> str:
-        """Decode a free answer. Without an end token it never stops by itself, so it is cut to the expected length."""
-        return self.task.decode(answer if self.task.end_tokens else answer[: len(query.expected)])
+    def _comparable(self, query: Query, answer: Answer) -> Answer:
+        """Return a free answer, cut to the expected length where it never stops by itself, without an end token."""
+        return answer if self.task.end_tokens else answer[: len(query.expected)]
 
 
 def adversarial_prompts(task: Task, request: EditRequest) -> list[Prompt]:

@@ -1,47 +1,31 @@
-"""How an answer in words compares with the expected one: exact match, containment, F1 of the words."""
+"""How much of an expected answer is in an answer in words: containment, F1 of the words.
+
+Whether both are the same answer is told by :meth:`remend.tasks.Task.same_answer`. These two measures are less strict:
+they look at the words in any letter case.
+"""
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 
-
-def normalize(text: str) -> str:
-    """Return a text as answers are compared: case, punctuation, Unicode form and runs of spaces do not matter.
-
-    As SQuAD compares answers (Rajpurkar et al., 2016, section 6), except that articles stay: which words are articles
-    depends on the language.
-    """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    # Punctuation, separators and control characters, by their Unicode category.
-    return " ".join("".join(" " if unicodedata.category(c)[0] in "PZC" else c for c in folded).split())
-
-
-def exact_match(answer: str, expected: str) -> float:
-    """Return 1 if a freely decoded answer, up to where it stopped by itself, is the expected one, else 0.
-
-    The strict reading of edit success under natural stopping (Yang et al., arXiv 2502.11177).
-    """
-    normalized_answer, normalized_expected = normalize(answer), normalize(expected)
-    # Normalizing leaves nothing of a text of punctuation only, which is therefore compared as it is.
-    return float(
-        normalized_answer == normalized_expected if normalized_expected else answer.strip() == expected.strip()
-    )
+from remend.tasks.same_text import canonical, same_text, words
 
 
 def contains(answer: str, expected: str) -> float:
     """Return 1 if the expected text occurs in the answer as whole words, whatever follows it, else 0."""
-    normalized_answer, normalized_expected = normalize(answer), normalize(expected)
-    # Spaces on both sides, so that only whole words count: "Parisian" does not contain "Paris".
-    return float(
-        f" {normalized_expected} " in f" {normalized_answer} " if normalized_expected else expected.strip() in answer
-    )
+    given, looked_for = words(answer), words(canonical(expected))
+    if not looked_for:  # a text of punctuation only has no words
+        return float(expected.strip() in answer)
+    starts = range(len(given) - len(looked_for) + 1)
+    return float(any(given[start : start + len(looked_for)] == looked_for for start in starts))
 
 
 def token_f1(answer: str, expected: str) -> float:
     """Return the harmonic mean of precision and recall of the answer's words, as a bag (SQuAD's F1, section 6)."""
-    words, expected_words = normalize(answer).split(), normalize(expected).split()
-    if not words or not expected_words:
-        return exact_match(answer, expected)
-    shared = sum((Counter(words) & Counter(expected_words)).values())
-    return 2 * shared / (len(words) + len(expected_words))
+    if same_text(answer, expected, ignore_case=True):
+        return 1.0
+    given, looked_for = words(answer), words(expected)
+    if not given or not looked_for:
+        return 0.0
+    shared = sum((Counter(given) & Counter(looked_for)).values())
+    return 2 * shared / (len(given) + len(looked_for))
