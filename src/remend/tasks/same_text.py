@@ -23,8 +23,8 @@ def canonical(text: str, ignore_case: bool = False) -> str:
     """Return a text without what no reader counts as a part of an answer.
 
     Removed are the white space around it, one full stop at its end, and an English article at its beginning; spaces of
-    other kinds are plain ones, and letters with marks are composed (NFC). All else carries meaning and stays: "C" is not
-    "C#", "5" is not "-5" or "5%", "x2" is not "x²".
+    other kinds are plain ones, and letters with marks are composed (NFC). All else carries meaning and stays: "C" is
+    not "C#", "5" is not "-5" or "5%", "x2" is not "x²".
 
     Args:
         text: the text.
