@@ -1,6 +1,7 @@
 """Folders changed at random, as a failing disk or an attacker changes them, and a watch on what reading them opens."""
 
 import copy
+import functools
 import hashlib
 import json
 import random
@@ -8,11 +9,19 @@ import shutil
 import sys
 from contextlib import contextmanager
 
+from remend.cli import run
+from remend.edit import Edit
+from remend.editors import Mend, MendConfig, load_edit, make
 from remend.errors import RemendError
+from remend.formats import load_adapter, save_adapter, save_merged
+from remend.formats.merged_checkpoint import MergedFormat
+from remend.tasks import load
 
 VALUES = [
     None, True, -1, 0, 7, 1e308, float("nan"), float("inf"), 10**400, "", "..", "../../outside.txt", "/etc/passwd",
-    "x" * 10_000, "\ud800", "\x00", [], [[]], {}, {"a": None}, [0, -1], "0" * 64,
+    "x" * 10_000, "\ud800", "\x00", [], [[]], {}, {"a": None}, [0, -1], "0" * 64, 2**40, [2**40, 0], [60_000, 0],
+    "BOOL", "I32", "F64", "F8_E5M2", "C64", ".*" * 20, {".*" * 20 + "x": 2},
+    functools.reduce(lambda inner, _: [inner], range(300), 0),
 ]  # fmt: skip
 """What is put where something else is expected."""
 
@@ -108,6 +117,65 @@ def _places(found):
         yield from _places(found[key])
 
 
+def damaged_copies(good, tmp_path, times, seed=0):
+    """Yield a copy of a folder again and again, each time damaged in another way."""
+    draw, folder = random.Random(seed), tmp_path / "inner" / "folder"
+    for _ in range(times):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(good, folder)
+        damage(folder, draw)
+        yield folder
+
+
+def save_model(task, folder):
+    """Write a whole model with its tokenizer, the weights in two files with an index."""
+    task.model.save_pretrained(folder, max_shard_size="60KB")
+    task.processor.save_pretrained(folder)
+
+
+def same_function(task, found):
+    """Whether a loaded model has the weights of another in modules of the same names."""
+    own, loaded = task.model.state_dict(), found.model.state_dict()
+    return own.keys() == loaded.keys() and all(own[name].shape == loaded[name].shape for name in own)
+
+
+def kinds(task, request, edit):
+    """How a folder of each kind is written, and how it is read; what is read can be saved again.
+
+    Args:
+        task: a small model.
+        request: requests that it can be edited with.
+        edit: an edit of it.
+    """
+    cached, in_context = (make(name, task).edit(task, request) for name in ("lookup", "in-context"))
+
+    def read_model(folder):
+        found = load(str(folder), "cpu")
+        assert same_function(task, found)
+        return found
+
+    def read_checkpoint(folder):
+        return MergedFormat().read(folder, task, read_model).edit
+
+    def show(folder):
+        found = Edit.load(folder)  # the command makes an exit code of its errors
+        assert run(["show", str(folder)]) == 0
+        return found
+
+    return {
+        "edit": (edit.save, show),
+        "cache": (cached.save, load_edit),
+        "context": (in_context.save, load_edit),
+        "editor": (Mend.create(task, MendConfig(rank=4)).save, Mend.load),
+        "adapter": (
+            lambda folder: save_adapter(edit, folder, task.model),
+            lambda folder: load_adapter(folder, task.model),
+        ),
+        "model": (lambda folder: save_model(task, folder), read_model),
+        "checkpoint": (lambda folder: save_merged(edit, folder, task, "60KB"), read_checkpoint),
+    }
+
+
 def tried(make, read, tmp_path, times, seed=0):
     """Make a folder, damage it, read it; how often it was refused, and by which words it was.
 
@@ -119,13 +187,9 @@ def tried(make, read, tmp_path, times, seed=0):
         seed: of the damages.
     """
     (tmp_path / "outside.txt").write_text("secret")
-    draw, good, refusals = random.Random(seed), tmp_path / "good", []
+    good, refusals = tmp_path / "good", []
     make(good)
-    for _ in range(times):
-        folder = tmp_path / "inner" / "folder"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(good, folder)
-        damage(folder, draw)
+    for folder in damaged_copies(good, tmp_path, times, seed):
         with only_within(folder):
             try:
                 read(folder)

@@ -18,7 +18,7 @@ from remend.cli import run
 from remend.core.layers import dimensions
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
-from remend.errors import EditError, FileError, ModelError, RemendError, WrongBaseError
+from remend.errors import EditError, FileError, ModelError, NonFiniteError, RemendError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
 from remend.formats import EditFormat, ImportedEdit, diff_checkpoints, load_adapter, save_adapter, save_merged
 from remend.formats.peft_reading import CONFIG, WEIGHTS
@@ -475,6 +475,72 @@ def test_what_is_stored_more_coarsely_is_compared_by_value(llama):
     fine = copy.deepcopy(coarse).float()
     with pytest.raises(EditError, match="in nothing"):
         diff_checkpoints(fine, coarse)
+
+
+@pytest.mark.parametrize("loaded_in", [torch.float32, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_change_that_was_saved_in_a_coarser_dtype_is_found_as_it_was_made(llama, dtype, loaded_in):
+    """Of the rank that it was made with, in the matrices that it changed; the numbers tell, not the dtype now."""
+    edit = random_edit(llama.model)
+    after = copy.deepcopy(llama.model)
+    edit.merge(after)
+    after = after.to(dtype).to(loaded_in or dtype)
+    found = diff_checkpoints(llama.model, after)
+    assert (found.other_parameters, found.compared_in) == ((), dtype)
+    assert {name: change.rank for name, change in found.edit.changes.items()} == {
+        name: change.rank for name, change in edit.changes.items()
+    }
+    for name, change in found.edit.changes.items():
+        expected = edit.changes[name].dense()
+        assert (change.dense() - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_base_in_a_coarse_dtype_gives_the_change_that_was_merged_into_it(llama):
+    base = copy.deepcopy(llama.model).to(torch.bfloat16)
+    edit = random_edit(base)
+    after = copy.deepcopy(base)
+    edit.merge(after)
+    found = diff_checkpoints(base, after)
+    assert found.compared_in is None
+    assert {name: change.rank for name, change in found.edit.changes.items()} == {
+        name: change.rank for name, change in edit.changes.items()
+    }
+    exact = diff_checkpoints(base.float(), _with_small_noise(base)).edit
+    assert len(exact.changes) == len(list(editable_modules(base, ["*"]))), "what a finer model adds is all there"
+
+
+def _with_small_noise(model):
+    """A model in float32 that differs from its base everywhere, by less than bfloat16 can tell."""
+    after = copy.deepcopy(model).float()
+    with torch.no_grad():
+        for module in editable_modules(after, ["*"]).values():
+            module.weight.mul_(1 + 1e-4)
+    return after
+
+
+def test_a_change_of_full_rank_in_a_coarse_dtype_is_kept_whole(llama):
+    """Each value one step further: as small as rounding errors are, but no rounding explains it."""
+    base = copy.deepcopy(llama.model).to(torch.bfloat16)
+    after = copy.deepcopy(base)
+    name, module = next(iter(editable_modules(after).items()))
+    signs = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(0)).sign()
+    with torch.no_grad():
+        module.weight.mul_(1 + signs * 2**-7)
+    (change,) = diff_checkpoints(base, after).edit.changes.values()
+    dense = after.get_submodule(name).weight.float() - base.get_submodule(name).weight.float()
+    torch.testing.assert_close(change.dense(), dense, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_weights_that_are_not_finite_are_named(llama, name, value):
+    after = copy.deepcopy(llama.model)
+    with torch.no_grad():
+        after.get_parameter(name).view(-1)[3] = value
+    with pytest.raises(NonFiniteError, match=f"{name} of the changed model holds NaN or infinity"):
+        diff_checkpoints(llama.model, after)
+    with pytest.raises(NonFiniteError, match=f"{name} of the model before"):
+        diff_checkpoints(after, llama.model)
 
 
 # -- the commands ----------------------------------------------------------------------------------------------------

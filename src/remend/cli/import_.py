@@ -45,6 +45,13 @@ def import_(
         )
     if others:
         console.print(f"[yellow]left out[/]: {len(others)} parameters ({plain(', '.join(others[:3]))} …)")
+    if imported.compared_in is not None:
+        dtype = str(imported.compared_in).removeprefix("torch.")
+        console.print(
+            f"{plain(str(source))} was stored in {dtype}, which is coarser than the base: compared in {dtype}, and "
+            "differences that it cannot hold are no changes",
+            soft_wrap=True,
+        )
     if rank is not None:
         print_loss(console, f"of rank {rank}", imported.lost)
     edit.save(out)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from remend.edit import Edit
 from remend.errors import FileError
 from remend.fingerprint import HasModel
@@ -25,11 +27,14 @@ class ImportedEdit:
         edit: the change of the model's matrices.
         lost: for each matrix, the share of its change (Frobenius norm) that the edit's rank leaves out.
         other_parameters: parameters that are changed too, but that no edit can change: embeddings, biases, norms.
+        compared_in: the dtype in which the changed model was stored, where it is coarser than the base's: smaller
+            differences than it can hold are no changes.
     """
 
     edit: Edit
     lost: Mapping[str, float]
     other_parameters: tuple[str, ...] = ()
+    compared_in: torch.dtype | None = None
 
 
 class EditFormat(ABC):

@@ -111,8 +111,8 @@ def check_room(model_class: Any, config: Any, folder: Path, trust_remote_code: b
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if stored and parameters > MAX_PARAMETERS_PER_BYTE * stored:
         raise ModelError(
-            f"{folder}/config.json describes a model of {parameters:,} parameters, and the weights beside it are "
-            f"{stored:,} bytes: these were truncated, or one of them belongs to another model"
+            f"cannot load {folder}: its config.json describes a model of {parameters:,} parameters, and the weights "
+            f"beside it are {stored:,} bytes: these were truncated, or one of them belongs to another model"
         )
 
 
