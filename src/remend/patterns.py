@@ -2,7 +2,8 @@
 
 Python's ``re`` tries one way through an expression after the other, and some have more ways than anybody can wait for.
 Here all positions that an expression can have reached are advanced together, so that the time is at most the length of
-the expression times a power of the name's; and the steps of all matches together are limited too.
+the expression times a power of the name's; and the steps of all matches together are limited too. The package
+``regex`` has a time limit, which was tried instead: nested counts exceed it many times, and take all memory.
 """
 
 from __future__ import annotations
