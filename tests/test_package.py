@@ -12,9 +12,9 @@ import remend
 
 SOURCE = Path(remend.__file__).parent
 ROOMS = [
-    "errors", "patterns", "config", "registry", "registries", "staging", "serialization", "request", "assets", "core",
-    "fingerprint", "edit", "formats", "models", "tasks", "data", "editors", "training", "evaluation", "recipes", "apps",
-    "cli",
+    "errors", "visible_text", "patterns", "config", "registry", "registries", "staging", "serialization", "request",
+    "assets", "core", "fingerprint", "edit", "formats", "models", "tasks", "data", "editors", "training", "evaluation",
+    "recipes", "apps", "cli",
 ]  # fmt: skip
 """In order: a room imports only from rooms before it."""
 

@@ -1,5 +1,6 @@
 """The studio: what one person does in a workspace, and the page in a browser."""
 
+import asyncio
 import os
 import re
 import subprocess
@@ -7,13 +8,14 @@ import sys
 import threading
 import zipfile
 
+import httpx
 import pytest
 
 import remend
 from remend.apps.acceptance import RejectedError
 from remend.apps.patch_registry import PatchRegistry
 from remend.apps.studio import Session, Workspace, suggest_prompts
-from remend.apps.studio.html_fragments import answers_html, matrices_html, tokens_html
+from remend.apps.studio.html_fragments import answers_html, matrices_html, text_html, text_markdown, tokens_html
 from remend.apps.studio.workspace import StoppedError, format_choices
 from remend.errors import EditError, RequestError
 from remend.formats import EditFormat
@@ -194,6 +196,107 @@ def test_nobodys_text_is_taken_for_markup(workspace):
     assert "<script>" not in answers_html(found, base_only=True)
 
 
+# -- what the server answers -----------------------------------------------------------------------------------------
+
+
+def answered(guard, path="/", method="GET", body=(b"",), server=("127.0.0.1", 7860), **headers):
+    """The status that a request gets: 200 from the page behind, which reads it all, or a refusal."""
+    request_guard = pytest.importorskip("remend.apps.studio.request_guard")
+    assert isinstance(guard, request_guard.RequestGuard)
+    sent, parts = [], list(body)
+
+    async def receive():
+        part = parts.pop(0)
+        return {"type": "http.request", "body": part, "more_body": bool(parts)}
+
+    async def send(message):
+        sent.append(message)
+
+    named = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "path": path, "method": method, "headers": named, "server": server, "client": ("::1", 1)}
+    asyncio.run(guard(scope, receive, send))
+    return sent[0]["status"]
+
+
+async def page_behind(scope, receive, send):
+    """A page that reads a request to its end; the password is right if it is `right`."""
+    body, message = b"", {"more_body": True}
+    while message.get("more_body"):
+        message = await receive()
+        body += message.get("body", b"")
+    gone = message["type"] == "http.disconnect"
+    wrong = scope["path"] == "/login" and body != b"right"
+    await send({"type": "http.response.start", "status": 400 if gone or wrong else 200, "headers": []})
+
+
+@pytest.fixture
+def guard():
+    return pytest.importorskip("remend.apps.studio.request_guard").RequestGuard(page_behind, ("0.0.0.0", "Lab.Example"))
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200), ("localhost:7860", 200), ("127.0.0.1:7860", 200), ("127.9.9.9", 200), ("[::1]:7860", 200),
+        ("lab.example:80", 200), ("LAB.EXAMPLE.", 200), ("10.0.0.7:7860", 200), ("10.0.0.8", 421), ("", 421),
+        ("evil.example", 421), ("localhost.evil.example", 421), ("127.0.0.1.evil.example", 421),
+        ("evil@localhost", 421), ("[::1", 200), ("[::2]", 421), ("2130706433", 421),
+    ],
+)  # fmt: skip
+def test_requests_to_other_names_are_refused(guard, host, status):
+    """A site whose name leads here would otherwise use the page (DNS rebinding)."""
+    assert answered(guard, host=host, server=("10.0.0.7", 7860)) == status
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [("http://localhost:7860", 200), ("http://[::1]:1", 200), ("https://evil.example", 403), ("null", 403), ("[", 403)],
+)
+def test_requests_from_other_sites_are_refused(guard, origin, status):
+    assert answered(guard, host="localhost", origin=origin) == status
+
+
+def test_files_and_long_requests_are_refused(guard):
+    assert answered(guard, "/gradio_api/upload", "POST", host="localhost") == 403
+    assert answered(guard, "/gradio_api/upload/", "POST", host="localhost") == 403
+    assert answered(guard, host="localhost", content_length=str(200 << 20)) == 413
+    assert answered(guard, host="localhost", content_length="-1") == 413
+    assert answered(guard, host="localhost", body=[b"x" * (1 << 18)] * 4) == 200
+    assert answered(guard, host="localhost", body=[b"x" * (1 << 18)] * 5) == 400, "without saying how long it is"
+
+
+def test_wrong_passwords_are_answered_ever_later(guard, monkeypatch):
+    waited = []
+
+    async def sleep(seconds):
+        waited.append(seconds)
+
+    monkeypatch.setattr("remend.apps.studio.request_guard.asyncio.sleep", sleep)
+    for _ in range(6):
+        assert answered(guard, "/login", "POST", [b"wrong"], host="localhost") == 400
+    assert answered(guard, "/login", "POST", [b"right"], host="localhost") == 200
+    assert waited == [0.5, 1, 2, 4, 5, 5]
+    assert answered(guard, "/login", "POST", [b"wrong"], host="localhost") == 400
+    assert waited[-1] == 0.5, "a right one ends it"
+
+
+def test_texts_of_absurd_length_are_refused_before_the_model_reads_them(workspace):
+    session = Session(workspace)
+    for prompts in (["x" * 10_000_000], ["x"] * 1000, ["x" * 2000] * 99):
+        with pytest.raises(RequestError, match="at most 100 lines and 100000 characters"):
+            session.ask(prompts)
+    with pytest.raises(RequestError, match="too much at once"):
+        session.create_edit(request("x" * 10_000_000))
+    with pytest.raises(RequestError, match="too much at once"):
+        session.create_edit(request(paraphrases=("is",) * 1000))
+
+
+def test_text_is_shown_as_it_is():
+    shown = text_html("a<b\u202ec\u200bd")
+    assert shown == "a&lt;b&lt;U+202E&gt;c&lt;U+200B&gt;d"
+    assert text_markdown("*a* [b](c)\n# <img> $x$ `y`") == r"\*a\* \[b\]\(c\) \# &lt;img&gt; \$x\$ \`y\`"
+
+
 # -- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +441,41 @@ def test_errors_are_sentences(opened):
     page.click("#edit")
     page.wait_for_selector("text=/context/", timeout=60_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_what_somebody_wrote_is_no_html_in_an_error(opened):
+    page = opened()
+    said = edit_on(page, "<img class=evil src=x>")
+    tab(page, "My edits")
+    page.click("#accept")
+    page.wait_for_selector(".toast-body, #verdict:has-text('acts now')", timeout=90_000)
+    assert "evil" in page.locator("body").inner_text(), said
+    assert page.locator("img.evil").count() == 0
+
+
+def test_errors_show_text_and_no_html():
+    app = pytest.importorskip("remend.apps.studio.app")
+
+    def fail(text):
+        raise RequestError(f"cannot read {text!r}")
+
+    def fail_later(text):
+        yield fail(text)
+
+    for handler in (app._with_messages(fail), lambda text: list(app._with_messages_generator(fail_later)(text))):
+        with pytest.raises(app.gr.Error) as error:
+            handler("<b>\u202e")
+        assert error.value.message == "cannot read &#x27;&lt;b&gt;\\u202e&#x27;"
+        with pytest.raises(app.gr.Error, match="too much at once"):
+            handler("x" * 10_000_000)
+
+
+def test_the_server_refuses_other_names_and_files(served):
+    assert httpx.get(served).status_code == 200
+    assert httpx.get(served, headers={"Host": "evil.example"}).status_code == 421
+    assert httpx.get(served, headers={"Origin": "https://evil.example"}).status_code == 403
+    assert httpx.post(f"{served}/gradio_api/upload", files={"files": b"x"}).status_code == 403
+    assert httpx.post(f"{served}/gradio_api/queue/join", content=b" " * (2 << 20)).status_code == 413
 
 
 def test_slow_work_shows_how_far_it_is_and_can_be_stopped(browser):

@@ -26,6 +26,13 @@ def studio(
     host: Annotated[
         str, typer.Option(help="The address to listen at; by default only this machine can connect.")
     ] = "127.0.0.1",
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which others call the page, if it has another one than --host; again for more.",
+        ),
+    ] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="By default the first free one from 7860 on.")
     ] = None,
@@ -64,6 +71,6 @@ def studio(
     workspace = Workspace(task, choice.make(task), registry, criteria)
     if host not in ("127.0.0.1", "localhost", "::1") and not password:
         console.print(f"[yellow]warning[/]: whoever reaches {plain(host)} can use this page: give --password")
-    page = serve(workspace, model, host, port, password, block=False)
+    page = serve(workspace, model, host, port, password, block=False, allowed_hosts=allow_host or ())
     console.print(f"remend studio of {plain(model)}: [bold]{page.local_url}[/] (Ctrl-C ends it)", soft_wrap=True)
     page.block_thread()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
 from pydantic import ValidationError
+from starlette.middleware import Middleware
 
 from remend.apps.studio import html_fragments
 from remend.apps.studio.prompt_suggestions import suggest_prompts
-from remend.apps.studio.workspace import Session, SessionEdit, StoppedError, Workspace, format_choices
+from remend.apps.studio.request_guard import RequestGuard
+from remend.apps.studio.workspace import Session, SessionEdit, StoppedError, Workspace, check_size, format_choices
 from remend.errors import RemendError, RequestError
 from remend.request import EditRequest, Probe
+from remend.visible_text import mark_invisible
 
 SESSION_LIFETIME = 6 * 3600
 """Seconds without use after which a session is deleted."""
@@ -49,7 +53,8 @@ def build_page(workspace: Workspace, title: str) -> gr.Blocks:
     with gr.Blocks(title=f"remend studio: {title}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         key = gr.State(lambda: uuid.uuid4().hex)
         changed = gr.State(0)
-        gr.Markdown(f"# remend studio\nThe model is **{title}**. What you make is yours alone until you accept it.")
+        name = html_fragments.text_markdown(title)
+        gr.Markdown(f"# remend studio\nThe model is **{name}**. What you make is yours alone until you accept it.")
         with gr.Tab("Fix"):
             _fix_tab(sessions, key, changed)
         with gr.Tab("My edits"):
@@ -62,7 +67,7 @@ def build_page(workspace: Workspace, title: str) -> gr.Blocks:
 
 def serve(
     workspace: Workspace, title: str, host: str = "127.0.0.1", port: int | None = None, password: str | None = None,
-    block: bool = True,
+    block: bool = True, allowed_hosts: Sequence[str] = (),
 ) -> gr.Blocks:  # fmt: skip
     """Serve the page, to this machine alone unless ``host`` says otherwise.
 
@@ -73,6 +78,8 @@ def serve(
         port: the port; by default the first free one from 7860 on.
         password: if given, the page asks for it (the user's name is ``remend``).
         block: whether to wait until the server ends.
+        allowed_hosts: names by which others call the page, if it has other ones than ``host`` and this machine's
+            addresses. Requests to other names are refused.
     """
     page = build_page(workspace, title)
     page.queue(default_concurrency_limit=4)
@@ -84,9 +91,11 @@ def serve(
         share=False,
         inbrowser=False,
         prevent_thread_lock=not block,
-        show_error=True,
+        show_error=False,  # of errors that are not remend's: their text would be taken for HTML
         quiet=True,
         footer_links=["gradio", "settings"],
+        max_file_size=1,
+        app_kwargs={"middleware": [Middleware(RequestGuard, (host, *allowed_hosts))]},
         theme=gr.themes.Default(font=system, font_mono=("ui-monospace", "monospace")),
         css=html_fragments.CSS,
     )
@@ -185,7 +194,7 @@ def _edits_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
 
     def list_edits(key: str, count: int) -> tuple[Any, Any]:
         edits = sessions(key).edits
-        choices = [(session_edit.name, number) for number, session_edit in edits.items()]
+        choices = [(mark_invisible(session_edit.name), number) for number, session_edit in edits.items()]
         numbers = [number for number, session_edit in edits.items() if session_edit.active]
         return gr.update(choices=choices, value=numbers), gr.update(choices=choices, value=max(edits, default=None))
 
@@ -201,7 +210,7 @@ def _edits_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
         lines = [
             f"It is edit {entry.id} of *The book* and acts now, for everybody.",
             *(f"- {check.description}" for check in result.checks),
-            *(f"- conflict: {conflict.description}" for conflict in conflicts),
+            *(f"- conflict: {html_fragments.text_markdown(conflict.description)}" for conflict in conflicts),
         ]
         return "\n".join(lines), count + 1
 
@@ -246,7 +255,8 @@ def _registry_tab(sessions: Sessions, key: gr.State, changed: gr.State, tab: gr.
         rows, choices = [], []
         for entry in entries:
             requests = "; ".join(f"{r.get('prompt', '…')} → {r.get('target', '…')}" for r in entry.requests)
-            rows.append([entry.id, entry.state, requests, entry.who, entry.why, entry.added[:16]])
+            requests, who, why = map(mark_invisible, (requests, entry.who, entry.why))
+            rows.append([entry.id, entry.state, requests, who, why, entry.added[:16]])
             choices.append((f"{entry.id}: {requests} ({entry.state})", entry.id))
         selected = number if number is not None else max((entry.id for entry in entries), default=None)
         return rows, gr.update(choices=choices, value=selected)
@@ -332,13 +342,11 @@ def _selected(number: int | None) -> int:
 
 
 def _with_messages(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an event handler so that the page shows remend's errors as messages."""
+    """Wrap an event handler so that texts have bounded lengths, and the page shows remend's errors as messages."""
 
     def wrapped(*arguments: Any) -> Any:
-        try:
+        with _messages(arguments):
             return function(*arguments)
-        except RemendError as error:
-            raise gr.Error(str(error), duration=15, print_exception=False) from None
 
     return wrapped
 
@@ -347,9 +355,19 @@ def _with_messages_generator(function: Callable[..., Iterator[Any]]) -> Callable
     """Wrap an event handler that yields intermediate results, as :func:`_with_messages` does."""
 
     def wrapped(*arguments: Any) -> Iterator[Any]:
-        try:
+        with _messages(arguments):
             yield from function(*arguments)
-        except RemendError as error:
-            raise gr.Error(str(error), duration=15, print_exception=False) from None
 
     return wrapped
+
+
+@contextmanager
+def _messages(arguments: Sequence[Any]) -> Iterator[None]:
+    """Check the sizes of an event's texts, and have the page show errors, as text and not as HTML."""
+    try:
+        for text in arguments:
+            if isinstance(text, str):
+                check_size(text.splitlines())
+        yield
+    except RemendError as error:
+        raise gr.Error(html_fragments.text_html(str(error)), duration=15, print_exception=False) from None

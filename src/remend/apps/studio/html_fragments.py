@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
-from html import escape
 
 from remend.edit import Edit
 from remend.evaluation.before_after import AnswerComparison
+from remend.visible_text import mark_invisible
 
 PROMPT_KINDS = {
     "prompt": "the prompt", "paraphrase": "another phrasing", "unseen paraphrase": "another phrasing",
@@ -14,12 +16,23 @@ PROMPT_KINDS = {
 }  # fmt: skip
 
 
+def text_html(text: str) -> str:
+    """Return a text as HTML that shows it as it is, with invisible characters marked."""
+    return html.escape(mark_invisible(text))
+
+
+def text_markdown(text: str) -> str:
+    """Return a text as Markdown that shows it as it is, in one line, with invisible characters marked."""
+    one_line = html.escape(" ".join(mark_invisible(text).split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]()+\-.!|~$:]|#)", r"\\\1", one_line)
+
+
 def matrices_html(edit: Edit) -> str:
     """Return a bar chart of ‖ΔW‖ for each changed matrix."""
     norms = edit.norms()
     largest = max(norms.values(), default=0.0) or 1.0
     rows = [
-        f'<div class="remend-row"><code>{escape(name)}</code><span class="remend-bar" style="width:'
+        f'<div class="remend-row"><code>{text_html(name)}</code><span class="remend-bar" style="width:'
         f'{40 * norm / largest:.1f}%"></span><small>‖ΔW‖ = {norm:.3g}, rank {edit.changes[name].rank}</small></div>'
         for name, norm in norms.items()
     ]
@@ -36,7 +49,7 @@ def tokens_html(reactions: Sequence[tuple[str, float]]) -> str:
         return "<p>For this kind of matrix, the reaction cannot be shown by token.</p>"
     spans = [
         f'<span class="remend-token" style="--share:{share:.2f}" title="{share:.0%} of the strongest">'
-        f"{escape(text) or '·'}</span>"
+        f"{text_html(text) or '·'}</span>"
         for text, share in reactions
     ]
     return f'<p class="remend-tokens">{"".join(spans)}</p>'
@@ -52,8 +65,8 @@ def answers_html(answers: Sequence[AnswerComparison], base_only: bool = False) -
     rows = []
     for answer in answers:
         kind = PROMPT_KINDS.get(answer.kind, answer.kind)
-        prompt = (f"<small>{escape(kind)}</small><br>" if kind else "") + escape(answer.prompt)
-        before, after = (escape(text) or "<i>nothing</i>" for text in (answer.before, answer.after))
+        prompt = (f"<small>{text_html(kind)}</small><br>" if kind else "") + text_html(answer.prompt)
+        before, after = (text_html(text) or "<i>nothing</i>" for text in (answer.before, answer.after))
         after = f"<b>{after}</b>" if answer.after != answer.before else after
         mark = "" if answer.ok is None else "✓" if answer.ok else "✗"
         cells = "" if base_only else f"<td>{after}</td><td class='remend-{answer.ok}'>{mark}</td>"

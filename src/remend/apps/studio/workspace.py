@@ -27,10 +27,29 @@ from remend.evaluation.before_after import AnswerComparison, ask, before_after
 from remend.fingerprint import find_modules
 from remend.registries import FORMATS
 from remend.request import EditRequest, Prompt
+from remend.staging import readable_write_errors
 from remend.tasks import Task
 
 MAX_NEW_TOKENS = 32
 """The longest answer that is decoded, in tokens."""
+
+
+MAX_CHARACTERS, MAX_LINES = 100_000, 100
+"""The most of each text and list of texts that a session takes: far more than anybody asks, and quickly read."""
+
+
+def check_size(texts: Sequence[str]) -> None:
+    """Raise if a list of texts is so long that working on it would keep others waiting.
+
+    Raises:
+        RequestError: it has more than :data:`MAX_LINES` texts, or :data:`MAX_CHARACTERS` characters.
+    """
+    characters = sum(map(len, texts))
+    if len(texts) > MAX_LINES or characters > MAX_CHARACTERS:
+        raise RequestError(
+            f"{len(texts)} lines of {characters} characters are too much at once: at most {MAX_LINES} lines and "
+            f"{MAX_CHARACTERS} characters are taken; shorten the text"
+        )
 
 
 @dataclass
@@ -148,6 +167,7 @@ class Session:
         prompts = [prompt for prompt in prompts if not isinstance(prompt, str) or prompt.strip()]
         if not prompts:
             raise RequestError("there is nothing to ask: write a prompt")
+        check_size([str(prompt) for prompt in prompts])
         edits = [] if base_only else self.active_edits()
         with self.workspace.exclusive():
             base = ask(self.workspace.task, None, prompts, MAX_NEW_TOKENS)
@@ -172,6 +192,8 @@ class Session:
             RequestError: the request does not fit the model.
             StoppedError: :meth:`stop` was called.
         """
+        probes = [probe.prompt for probe in (*request.near, *request.locality)]
+        check_size([str(text) for text in (request.prompt, request.target, *request.paraphrases, *probes)])
         self._stop.clear()
         start = time.perf_counter()
         workspace = self.workspace
@@ -261,14 +283,17 @@ class Session:
         The file is deleted with the session.
         """
         if self._export_folder is None:
-            self._export_folder = Path(tempfile.mkdtemp(prefix="remend-"))
+            with readable_write_errors(tempfile.gettempdir()):
+                self._export_folder = Path(tempfile.mkdtemp(prefix="remend-"))
             weakref.finalize(self, shutil.rmtree, self._export_folder, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(dir=self._export_folder)) / to
-        with self.workspace.exclusive():
-            FORMATS.load(to)().write(edit, folder, self.workspace.task)
-        archive = Path(shutil.make_archive(str(folder), "zip", folder))
-        shutil.rmtree(folder)
-        return archive
+        with readable_write_errors(self._export_folder):
+            folder = Path(tempfile.mkdtemp(dir=self._export_folder)) / to
+            try:
+                with self.workspace.exclusive():
+                    FORMATS.load(to)().write(edit, folder, self.workspace.task)
+                return Path(shutil.make_archive(str(folder), "zip", folder))
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def reactions(self, edit: Edit, prompt: Prompt) -> list[tuple[str, float]]:
         """Return each token that the model reads with how strongly the edit acts there (see :func:`reactions`)."""
