@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -240,6 +241,18 @@ def test_what_is_no_low_rank_change_is_not_exported(tmp_path):
     with pytest.raises(WrongBaseError):
         save_adapter(random_edit(task.model), tmp_path / "adapter", families.task("gpt2").model)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_can_be_read_by_whom_the_users_mask_lets(llama, tmp_path):
+    edit, mask = random_edit(llama.model), os.umask(0o022)
+    try:
+        save_adapter(edit, tmp_path / "adapter", llama.model)
+        save_merged(edit, tmp_path / "merged", llama, shard="60KB")
+        edit.save(tmp_path / "edit")
+    finally:
+        os.umask(mask)
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
 
 
 def test_only_an_adapter_is_replaced(llama, tmp_path):

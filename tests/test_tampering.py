@@ -5,11 +5,16 @@ are tried by ``scripts/malformed_inputs.py``.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import families
 import tampering
+from remend.editors import load_editor
+from remend.errors import RemendError
+from remend.formats import detect_format
+from remend.serialization import read_verified_manifest, write_json
 from test_formats import random_edit
 
 TIMES = {"edit": 120, "cache": 120, "context": 120, "editor": 120, "adapter": 120, "model": 30, "checkpoint": 20}
@@ -20,6 +25,27 @@ def kinds():
     """How a folder of each kind is written, and how it is read."""
     task, request = families.task("llama"), families.requests("llama", 1)
     return tampering.kinds(task, request, replace(random_edit(task.model), requests=tuple(request)))
+
+
+PATHS = ["a\0b", "a\ud800", "x" * 300, "/dev/null/x", "hf:a/b/../../x", "hf:a/b@../../x", "hf:a", "hf:a/b\0", ""]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_that_are_none_are_refused_by_whatever_reads_or_writes(kinds, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, (write, read) in kinds.items():
+        with pytest.raises(RemendError):
+            read(path)
+        if "hf:" not in path and path and name != "model":  # that is written by transformers
+            with pytest.raises(RemendError):
+                write(path)
+    for function in (detect_format, read_verified_manifest, load_editor):
+        with pytest.raises(RemendError):
+            function(Path(path) if function is detect_format else path)
+    if "hf:" not in path and path:
+        with pytest.raises(RemendError):
+            write_json(path, {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", TIMES)

@@ -109,6 +109,7 @@ def check_replaceable(path: str | Path, replaceable: Callable[[Path], bool] = is
     Raises:
         FileError: something else is there, or the folder above cannot be written to.
     """
+    check_path(path)
     with readable_write_errors(path):
         path = Path(path)
         remove_abandoned(path.absolute().parent)
@@ -132,8 +133,9 @@ def read_format(path: str | Path) -> str:
 
     :func:`read_manifest` raises an error that says why.
     """
+    folder = resolve_folder(path)
     try:
-        manifest = parse_json((resolve_folder(path) / MANIFEST).read_bytes())
+        manifest = parse_json((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
         return ""
     return str(manifest.get("format")) if isinstance(manifest, dict) else ""
@@ -151,6 +153,8 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
         raise FileError(f"{path} is not a folder saved by remend: it has no {MANIFEST}")
     try:
         manifest = parse_json(file.read_bytes())
+    except OSError as error:
+        raise FileError(f"cannot read {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise FileError(f"{file} is damaged, it is not JSON ({error}); save or fetch it again") from None
     written = manifest.get("format") if isinstance(manifest, dict) else None
@@ -177,7 +181,11 @@ def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, 
     if not file.is_file():
         raise FileError(f"{path} is incomplete: {TENSORS} is missing")
     sums = manifest.get("sha256")
-    if file_sha256(file) != (sums.get(TENSORS) if isinstance(sums, dict) else None):
+    try:
+        found = file_sha256(file)
+    except OSError as error:
+        raise FileError(f"cannot read {file}: {error.strerror}") from None
+    if found != (sums.get(TENSORS) if isinstance(sums, dict) else None):
         raise FileError(f"{file} is not what {MANIFEST} describes (sha256 differs): truncated or altered")
     return manifest, read_tensors(file)
 
@@ -212,6 +220,7 @@ def resolve_folder(path: str | Path) -> Path:
         FileError: it cannot be downloaded.
     """
     if not str(path).startswith(HUB_PREFIX):
+        check_path(path)
         path = Path(path)
         if not path.exists() and os.access(path.parent, os.W_OK):
             with readable_write_errors(path):
@@ -229,6 +238,22 @@ def resolve_folder(path: str | Path) -> Path:
     except hub_errors() as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileError(f"cannot fetch {path}: {reason}") from None
+
+
+def check_path(path: str | Path) -> None:
+    """Raise where the system cannot look at a path; one where nothing is does no harm.
+
+    Raises:
+        FileError: it is too long, lies in a folder that may not be read, or is no path at all.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise FileError(f"cannot use the path {str(path)[:200]}: {error.strerror}") from None
+    except ValueError as error:  # it holds a null character, or none that a file's name can hold
+        raise FileError(f"cannot use the path {str(path)[:200]!r}: {error}") from None
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
@@ -327,6 +352,7 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
     Raises:
         FileError: it cannot be written there.
     """
+    check_path(path)
     target = Path(os.path.realpath(path))
     with readable_write_errors(path):
         if target.exists() and not target.is_file():  # a pipe or a device, which is written to and not replaced

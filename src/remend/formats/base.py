@@ -17,6 +17,7 @@ from remend.edit import Edit
 from remend.errors import FileError
 from remend.fingerprint import HasModel
 from remend.registries import FORMATS
+from remend.serialization import check_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +96,7 @@ def detect_format(path: Path) -> EditFormat:
     Raises:
         FileError: there is no such folder, or no format recognizes it.
     """
+    check_path(path)
     if not path.is_dir():
         raise FileError(f"there is no folder {path}: give an adapter's, or that of a changed model's checkpoint")
     for name in FORMATS.names():

@@ -16,7 +16,7 @@ from remend.edit import Edit
 from remend.errors import EditError, FileError, nearest
 from remend.fingerprint import HasModel, ModelFingerprint, find_modules, module_of
 from remend.patterns import PatternError, PatternMatcher
-from remend.serialization import file_sha256, parse_json, read_tensors
+from remend.serialization import check_path, file_sha256, parse_json, read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
@@ -145,6 +145,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     Raises:
         FileError: a file is missing or damaged, or the configuration makes it more than a low-rank change of matrices.
     """
+    check_path(path)
     if not (path / CONFIG).is_file():
         raise FileError(f"{path} is not the folder of an adapter: it has no {CONFIG}.{_other_tool(path)}")
     try:

@@ -80,9 +80,9 @@ def load_pretrained(
         raise ConfigError(f"there is no quantisation {quantise!r}; {nearest(quantise, QUANTISATIONS)}")
     target = choose_device("auto" if device == MAP else device)
     source = str(model_folder(model)) if model in BUILT_IN_MODELS else model
-    if Path(source).exists():
+    if os.path.exists(source):
         check_folder(Path(source))
-    if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+    if not os.path.exists(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ModelError(
             f"there is no folder {source}; MODEL is {', '.join(map(repr, BUILT_IN_MODELS))}, a folder or a hub id"
         )
@@ -92,7 +92,7 @@ def load_pretrained(
         config = _read_config(source, trust_remote_code)
         saved_class = next(iter(config.architectures or ()), None)
         model_class, processor_class = auto_classes(config)
-        if Path(source).exists():
+        if os.path.exists(source):
             check_room(model_class, config, Path(source), trust_remote_code)
         processor = processor_class.from_pretrained(source, trust_remote_code=trust_remote_code)
         placed = _placement(config, target, device == MAP, dtype, quantise)
@@ -147,7 +147,7 @@ def _explained(what: str) -> Iterator[None]:
 
 def _described(model: str, source: str) -> str:
     """Return what a model's name was taken for, and what may have been meant."""
-    where = "the folder" if Path(source).exists() else "taken for a hub id, since no folder has this name"
+    where = "the folder" if os.path.exists(source) else "taken for a hub id, since no folder has this name"
     suggestions = get_close_matches(model, BUILT_IN_MODELS, n=1)
     return where + (f"; did you mean {suggestions[0]!r}?" if suggestions else "")
 
@@ -173,7 +173,7 @@ def skeleton(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
 def _full_name(model: str) -> str:
     """Return a model's name as given, or the absolute path of its folder, which is found from other folders too."""
-    return model if model in BUILT_IN_MODELS or not Path(model).exists() else str(Path(model).absolute())
+    return model if model in BUILT_IN_MODELS or not os.path.exists(model) else str(Path(model).absolute())
 
 
 HEADS: dict[str, tuple[Any, Any]] = {
