@@ -12,9 +12,12 @@ from safetensors.torch import load_file, save_file
 import worlds
 from remend.core.low_rank import LowRank
 from remend.edit import EDIT_FORMAT, Edit
-from remend.errors import EditError, FileError, PrecisionError, WrongBaseError
+from remend.editors.ridge import Ridge
+from remend.errors import EditError, FileError, ModelError, PrecisionError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
-from remend.serialization import MANIFEST, TENSORS
+from remend.formats.merged_checkpoint import save_merged
+from remend.formats.peft import load_adapter, save_adapter
+from remend.serialization import MANIFEST, TENSORS, file_sha256, write_folder
 
 REQUESTS = worlds.requests(3)
 
@@ -292,3 +295,158 @@ def test_edits_of_different_bases_do_not_add(edit):
 
 def test_a_task_has_the_identity_of_its_model(task, edit):
     assert ModelFingerprint.of(task, edit.changes) == ModelFingerprint.of(task.model, edit.changes) == edit.base
+
+
+def tied_models():
+    """Models with a matrix of several modules, and the name of a layer that has it."""
+    tied = worlds.llama(tie_word_embeddings=True)
+    yield tied, "lm_head"
+    one_memory = worlds.llama()
+    one_memory.lm_head.weight = torch.nn.Parameter(one_memory.model.embed_tokens.weight.data)
+    yield one_memory, "lm_head"
+    two_layers = worlds.llama()
+    blocks = two_layers.model.layers
+    blocks[3].mlp.down_proj.weight = blocks[2].mlp.down_proj.weight
+    yield two_layers, "model.layers.2.mlp.down_proj"
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_a_weight_of_several_modules_is_not_written(case, tmp_path):
+    model, name = list(tied_models())[case]
+    task, module = worlds.task(model), model.get_submodule(name)
+    change = LowRank(torch.randn(2, module.in_features), torch.randn(2, module.out_features))
+    edit = Edit({name: change}, ModelFingerprint.of(model, [name]))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(EditError, match=rf"weight of {name} is also model\..*weight: merging would change"):
+        edit.merge(model)
+    with pytest.raises(EditError, match="is also"):
+        save_merged(edit, tmp_path / "merged", task)
+    assert not (tmp_path / "merged").exists()
+    save_adapter(edit, tmp_path / "adapter", task)
+    with pytest.raises(EditError, match=r"is also .* so it is not imported"):
+        load_adapter(tmp_path / "adapter", task)
+    with pytest.raises(ModelError, match="no editable module matches"):
+        Ridge.create(task, modules=[name])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    plain = logits(task)
+    with edit.applied(model):  # a side branch acts on this use alone
+        assert not torch.equal(logits(task), plain)
+
+
+def test_an_output_layer_with_a_matrix_of_its_own_is_merged():
+    model = worlds.llama()
+    task = worlds.task(model)
+    change = LowRank(0.1 * torch.randn(2, 16), 0.1 * torch.randn(2, model.lm_head.out_features))
+    edit = Edit({"lm_head": change}, ModelFingerprint.of(model, ["lm_head"]))
+    with edit.applied(model):
+        applied = logits(task)
+    with edit.merge(model):
+        torch.testing.assert_close(logits(task), applied, rtol=1e-4, atol=1e-5)
+
+
+def test_what_happens_to_the_file_after_loading_changes_nothing(task, edit, tmp_path):
+    folder = edit.save(tmp_path / "edit")
+    loaded = Edit.load(folder)
+    (folder / TENSORS).write_bytes(b"\0" * (folder / TENSORS).stat().st_size)
+    (folder / TENSORS).write_bytes(b"")
+    for name, change in edit.changes.items():
+        assert torch.equal(loaded.changes[name].u, change.u)
+        assert torch.equal(loaded.changes[name].delta, change.delta)
+    with edit.applied(task.model):
+        applied = logits(task)
+    with loaded.applied(task.model):
+        assert torch.equal(logits(task), applied)
+
+
+def test_factors_lie_in_memory_as_torch_lays_them(tmp_path):
+    """The last bits of a product depend on addresses and strides: a saved and a loaded edit have the same."""
+    memory = torch.randn(200)
+    layouts = [
+        (memory[1:7].view(2, 3), memory[11:19].view(2, 4)),
+        (memory[:6].view(3, 2).T, memory[:24].view(2, 12)[:, ::3]),
+        (memory[:3].expand(2, 3), memory[:8].view(2, 4)),
+        (memory[:12].view(1, 3, 4)[:, :, 0], memory[4:8].view(1, 4)),
+    ]
+    for number, (u, delta) in enumerate(layouts):
+        edit = Edit({"m": LowRank(u, delta)}, ModelFingerprint("toy", "0", {"m": "0"}))
+        loaded = Edit.load(edit.save(tmp_path / str(number)))
+        for held in (edit.changes["m"], loaded.changes["m"]):
+            for factor, given in ((held.u, u), (held.delta, delta)):
+                assert torch.equal(factor, given)
+                assert factor.data_ptr() % 64 == 0
+                assert factor.stride() == (factor.shape[-1], 1)
+
+
+def test_a_sum_says_what_was_done_to_each_part(edit):
+    assert (edit + edit).editor == edit.editor
+    total = edit.scaled(2.0) + edit.scaled(0.5)
+    assert [part["scale"] for part in total.editor["parts"]] == [2.0, 0.5]
+    assert total.editor["name"] == edit.editor["name"]
+    assert "scale" not in total.editor
+    other = Edit(edit.changes, edit.base, (), {"name": "other", "scale": 3.0})
+    both = total.scaled(4.0) + other
+    assert both.editor["name"] == "sum"
+    assert [part["scale"] for part in both.editor["parts"]] == [4.0, 3.0]
+    assert len(both.editor["parts"][0]["parts"]) == 2
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_of_any_float_dtype_act(dtype, tmp_path):
+    model = worlds.llama()
+    task, name = worlds.task(model), "model.layers.3.mlp.down_proj"
+    u, delta = torch.ones(2, 40).to(dtype), torch.ones(2, 16)
+    for pair in ((u, delta.to(dtype)), (u, delta.to(torch.float16)), (u.float(), delta.to(dtype))):
+        edit = Edit({name: LowRank(*pair)}, ModelFingerprint.of(model, [name]))
+        assert edit.norms()[name] == pytest.approx(2 * 640**0.5, rel=1e-3)
+        edit = Edit.load(edit.save(tmp_path / "edit")).scaled(0.5).compressed(1)
+        with edit.applied(model):
+            applied = logits(task)
+        with torch.autocast("cpu", torch.bfloat16), edit.applied(model):
+            logits(task)
+        with edit.merge(model):
+            torch.testing.assert_close(logits(task), applied, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_factors_that_are_no_floats_are_refused(dtype):
+    base = ModelFingerprint("toy", "0", {"m": "0"})
+    for factor in ("u", "delta"):
+        change = LowRank(torch.ones(1, 2), torch.ones(1, 3))
+        object.__setattr__(change, factor, getattr(change, factor).to(dtype))  # past the checks of annotations in tests
+        with pytest.raises(EditError, match=r"the factors of the change of m are stored as .*; allowed are float16"):
+            Edit({"m": change}, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_a_file_with_factors_that_are_no_floats_is_refused(dtype, tmp_path):
+    edit = Edit({"m": LowRank(torch.ones(1, 2), torch.ones(1, 3))}, ModelFingerprint("toy", "0", {"m": "0"}))
+    tensors = {"m.u": torch.ones(1, 2), "m.delta": torch.ones(1, 3).to(dtype)}
+    manifest = json.loads((edit.save(tmp_path / "edit") / MANIFEST).read_text())
+    write_folder(tmp_path / "edit", manifest.pop("format"), {**manifest, "sha256": None}, tensors)
+    with_value("sha256", {TENSORS: file_sha256(tmp_path / "edit" / TENSORS)})(tmp_path / "edit")
+    with pytest.raises(FileError, match=r"the factors of m are stored as .*; allowed are"):
+        Edit.load(tmp_path / "edit")
+
+
+def test_factors_without_entries_are_refused():
+    with pytest.raises(EditError, match="m would be a matrix of 0 → 3"):
+        Edit({"m": LowRank(torch.ones(60_000, 0), torch.ones(60_000, 3))}, ModelFingerprint("toy", "0", {"m": "0"}))
+
+
+def test_norms_are_not_those_of_half_precision(tmp_path):
+    large = LowRank(torch.full((1, 100), 100.0).half(), torch.full((1, 100), 100.0).half())
+    edit = Edit({"m": large}, ModelFingerprint("toy", "0", {"m": "0"}))
+    assert edit.norms()["m"] == pytest.approx(1e6, rel=1e-3)
+    assert Edit.load(edit.save(tmp_path / "edit")).norms() == edit.norms()
+
+
+def test_what_a_weights_dtype_cannot_hold_is_not_merged():
+    model = worlds.llama(num_hidden_layers=1).half()
+    name = "model.layers.0.mlp.down_proj"
+    change = LowRank(torch.full((1, 40), 300.0), torch.full((1, 16), 300.0))
+    with pytest.raises(PrecisionError, match=r"exceeds what torch\.float16 can hold"):
+        Edit({name: change}, ModelFingerprint.of(model, [name])).merge(model)
+    assert model.get_submodule(name).weight.isfinite().all()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,17 +16,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from remend.core.layers import (
-    dense_in_weight_layout,
-    dimensions,
-    execution_device,
-    expert_count,
-    is_quantized,
-    weight_of,
-)
+from remend.core.execution import forget_compiled, lock_of
+from remend.core.layers import dimensions, execution_device, expert_count
 from remend.core.low_rank import LowRank, concatenate, in_one_dtype
 from remend.core.low_rank_hooks import attach_hooks, remove_hooks
-from remend.errors import EditError, FileError, PrecisionError, RequestError
+from remend.core.weight_merge import MergedEdit, merge_changes
+from remend.errors import EditError, FileError, RequestError
 from remend.fingerprint import HasModel, ModelFingerprint, find_modules, module_of
 from remend.request import EditRequest
 from remend.serialization import get_field, read_folder, write_folder
@@ -34,8 +29,9 @@ from remend.serialization import get_field, read_folder, write_folder
 EDIT_FORMAT = "remend.edit/1"
 """The format in the manifest of a saved edit."""
 
-MERGE_TOLERANCE = 0.25
-"""The largest share of an edit (Frobenius norm) that merging may lose to rounding before it refuses."""
+
+ALIGNMENT = 64
+"""Bytes: the addresses of torch's own tensors are multiples of it."""
 
 
 def utc_now() -> str:
@@ -65,20 +61,7 @@ class Edit:
     created: str = field(default_factory=utc_now)
 
     def __post_init__(self) -> None:
-        changes: dict[str, LowRank] = {}
-        for name, change in self.changes.items():
-            try:
-                u, delta = in_one_dtype(change.u, change.delta)
-            except EditError as error:
-                raise EditError(f"the factors of the change of {name} {error}") from None
-            changes[name] = replace(change, u=u, delta=delta)
-            # The product of the factors' norms bounds the norm of the change, whose square has to be finite too.
-            norms = [torch.linalg.vector_norm(factor.float()) for factor in (u, delta)]
-            if not (norms[0].square() * norms[1].square()).isfinite():
-                raise EditError(
-                    f"the change of {name} holds NaN or infinity, or is too large for any number; it would ruin the "
-                    "model and is refused"
-                )
+        changes = {name: _checked_change(name, change) for name, change in self.changes.items()}
         object.__setattr__(self, "changes", MappingProxyType(changes))
 
     def __repr__(self) -> str:
@@ -90,62 +73,42 @@ class Edit:
     def apply(self, model: nn.Module | HasModel) -> AppliedEdit:
         """Add the edit to ``model`` as forward hooks and return the handle that removes it.
 
-        No weight is written. Several edits can be applied at once, and reverted in any order.
+        No weight is written. Several edits can be applied at once, and reverted in any order. What ``torch.compile``
+        compiled is compiled anew at its next call, with the edit in it. The model's first forward pass checks that it
+        calls every layer that the edit changes, and raises an :class:`EditError` if it does not.
 
         Raises:
             WrongBaseError: the edit was made for another model; nothing is applied.
         """
-        modules = self._modules(module_of(model))
-        changes = {name: change.to(execution_device(modules[name])) for name, change in self.changes.items()}
-        return AppliedEdit(attach_hooks(modules, changes))
+        module = module_of(model)
+        with lock_of(module):
+            modules = self._modules(module)
+            changes = {name: change.to(execution_device(modules[name])) for name, change in self.changes.items()}
+            return AppliedEdit(attach_hooks(modules, changes, checked=module))
 
     @contextmanager
     def applied(self, model: nn.Module | HasModel) -> Iterator[nn.Module]:
         """Apply the edit within the context, and revert it afterwards, also after an exception."""
         handle = self.apply(model)
         try:
-            yield module_of(model)
+            yield model if isinstance(model, nn.Module) else module_of(model)
         finally:
             handle.revert()
 
-    @torch.no_grad()
     def merge(self, model: nn.Module | HasModel) -> MergedEdit:
         """Write the edit into the weights and return the handle that restores the original weights, bit for bit.
 
         All weights are written, or none.
 
         Raises:
-            WrongBaseError: the edit was made for another model.
-            PrecisionError: rounding to the weights' dtype would lose more than :data:`MERGE_TOLERANCE` of the edit, or
-                a weight is quantised.
-            EditError: a weight is offloaded between calls.
+            WrongBaseError: the edit was made for another model, or another edit is merged into its matrices.
+            PrecisionError: rounding to the weights' dtype would lose more than a quarter of the edit
+                (:data:`MERGE_TOLERANCE <remend.core.weight_merge.MERGE_TOLERANCE>`), or a weight is quantised.
+            EditError: a weight is offloaded between calls, or is also another module's (tied embeddings).
         """
-        modules = self._modules(module_of(model))
-        _refuse_unwritable(modules)
-        merged: dict[str, Tensor] = {}
-        lost: dict[str, float] = {}
-        for name, module in modules.items():
-            weight = weight_of(module)
-            dense = dense_in_weight_layout(module, self.changes[name].to(weight.device, torch.float32))
-            # Rounded once: in the weight's dtype, the change would be rounded before it is added.
-            merged[name] = (weight.float() + dense).to(weight.dtype)
-            rounded = (merged[name].float() - weight.float() - dense).norm()
-            lost[name] = float(rounded / dense.norm().clamp(min=1e-30))
-            if lost[name] > MERGE_TOLERANCE and dense.norm() > 0:
-                raise PrecisionError(
-                    f"{name}: {weight.dtype} would round away {lost[name]:.0%} of the edit. Keep it as a side branch "
-                    "(apply), or load the model in float32 and merge there; no weight was changed"
-                )
-        # Every weight is checked before the first is written, so that a refusal leaves the model as it was.
-        originals = {name: weight_of(module).detach().clone() for name, module in modules.items()}
-        handle = MergedEdit({name: weight_of(module) for name, module in modules.items()}, originals, lost)
-        try:
-            for name, module in modules.items():
-                weight_of(module).copy_(merged[name])
-        except BaseException:
-            handle.revert()
-            raise
-        return handle
+        module = module_of(model)
+        with lock_of(module):
+            return merge_changes(module, self._modules(module), self.changes)
 
     def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the modules to change, after checking that ``model`` is the one that the edit is for."""
@@ -169,6 +132,9 @@ class Edit:
     def __add__(self, other: Edit) -> Edit:
         """Return an edit whose ΔW is the sum of both (paper, section 3.1).
 
+        Where the editors differ, or what was done to the edits since (scale, rank), the manifest of the sum holds both
+        under ``parts``.
+
         Raises:
             EditError: they are for different bases, or each holds what its editor adds to every edit, which would count
                 twice.
@@ -188,7 +154,8 @@ class Edit:
         changes = dict(self.changes)
         for name, change in other.changes.items():
             changes[name] = concatenate([changes[name], change]) if name in changes else change
-        return Edit(changes, self.base.union(other.base), self.requests + other.requests, self.editor)
+        editor = _editor_of_sum(self.editor, other.editor)
+        return Edit(changes, self.base.union(other.base), self.requests + other.requests, editor)
 
     def scaled(self, factor: float) -> Edit:
         """Return the edit with its changes times ``factor``, which the manifest records; 0 changes nothing."""
@@ -266,6 +233,54 @@ class Edit:
         return Edit(changes, base, requests, _read_editor(manifest, path), created)
 
 
+def _checked_change(name: str, change: LowRank) -> LowRank:
+    """Return the change of one module as an edit holds it: in float32 at least, in memory of its own layout.
+
+    In half precision the side branch would round the layer's whole output. The products of a matrix depend, in their
+    last bits, on how it lies in memory. Factors that always lie in the same way act bit for bit the same before they
+    are saved and after they are loaded.
+
+    Raises:
+        EditError: a factor is not made of real numbers, is empty, or is not finite.
+    """
+    try:
+        factors = in_one_dtype(change.u, change.delta)
+    except EditError as error:
+        raise EditError(f"the factors of the change of {name} {error}") from None
+    if not all(factor.shape[-1] for factor in factors):
+        raise EditError(f"{name} would be a matrix of {' → '.join(str(factor.shape[-1]) for factor in factors)}")
+    u, delta = (_in_own_layout(factor.to(torch.promote_types(factor.dtype, torch.float32))) for factor in factors)
+    # The product of the factors' norms bounds the norm of the change, whose square has to be finite too.
+    squares = [torch.linalg.vector_norm(factor.float()).square() for factor in (u, delta)]
+    if not (squares[0] * squares[1]).isfinite():
+        raise EditError(
+            f"the change of {name} holds NaN or infinity, or is too large for any number; it would ruin the model and "
+            "is refused"
+        )
+    return replace(change, u=u, delta=delta)
+
+
+def _in_own_layout(factor: Tensor) -> Tensor:
+    """Return the same values row after row without gaps, at an address where torch itself would put them."""
+    plain = torch.empty_like(factor, memory_format=torch.contiguous_format, device="meta").stride()
+    fits = factor.stride() == plain and factor.data_ptr() % ALIGNMENT == 0
+    return factor if fits else factor.clone(memory_format=torch.contiguous_format)
+
+
+def _editor_of_sum(one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the manifest of a sum says of the editors: theirs if they are the same, or else both as parts."""
+    if one == other:
+        return one
+    of_one_edit = {"scale", "max_rank", "lost", "parts"}
+    parts: list[Mapping[str, Any]] = []
+    for editor in (one, other):
+        # A sum's parts are listed one by one, unless the sum as a whole was scaled or compressed.
+        parts += editor["parts"] if editor.keys() & of_one_edit == {"parts"} else [dict(editor)]
+    common = {key: one[key] for key in one if key in other and one[key] == other[key] and key not in of_one_edit}
+    shared = {"shared": True} if one.get("shared") or other.get("shared") else {}
+    return {"name": "sum", **common, **shared, "parts": parts}
+
+
 def _relative_difference(change: LowRank, approximation: LowRank) -> float:
     """Return ‖ΔW − ΔW'‖ / ‖ΔW‖."""
     # In float64: the difference of nearly equal changes cancels most of float32's digits.
@@ -308,59 +323,15 @@ def _read_change(tensors: Mapping[str, Tensor], name: str, gate: object, path: s
         raise FileError(f"{path}: the factors of {name} {error}; it was altered") from None
 
 
-def _refuse_unwritable(modules: Mapping[str, nn.Module]) -> None:
-    """Raise where a layer's weight cannot be written: it is quantized (PrecisionError) or offloaded (EditError)."""
-    for name, module in modules.items():
-        if is_quantized(module):
-            raise PrecisionError(
-                f"{name} is quantised ({type(module).__name__}), and requantising would alter more than the edit does. "
-                "Keep it as a side branch (apply), or make the edit on the unquantised model and merge there; no "
-                "weight was changed"
-            )
-        if weight_of(module).is_meta:
-            raise EditError(
-                f"{name} is offloaded: what is written to it now would be gone at the next call. Keep the edit as a "
-                "side branch (apply), or load the model on one device and merge there; no weight was changed"
-            )
-
-
 class AppliedEdit:
     """An edit that is applied to a model as hooks; :meth:`revert` removes it. Reverting twice does no harm."""
 
     def __init__(self, handles: Sequence[RemovableHandle]) -> None:
         self._handles = list(handles)
+        forget_compiled()
 
     def revert(self) -> None:
         """Remove the edit's hooks from the model. The weights were never touched."""
         remove_hooks(self._handles)
         self._handles.clear()
-
-
-class MergedEdit:
-    """An edit that is merged into a model's weights; :meth:`revert` restores the originals. Also a context manager.
-
-    Attributes:
-        lost: for each matrix, the share of its change (Frobenius norm) that was lost to rounding.
-    """
-
-    def __init__(
-        self, weights: Mapping[str, Tensor], originals: Mapping[str, Tensor], lost: Mapping[str, float]
-    ) -> None:
-        self._weights, self._originals = dict(weights), dict(originals)
-        self.lost = lost
-
-    @torch.no_grad()
-    def revert(self) -> None:
-        """Restore the original weights bit for bit."""
-        # Copied back, not subtracted: (w + ΔW) - ΔW is not w in floating point.
-        for name, original in self._originals.items():
-            self._weights[name].copy_(original)
-        self._originals.clear()
-
-    def __enter__(self) -> MergedEdit:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.revert()
+        forget_compiled()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from remend.assets import BUILT_IN_MODELS, model_folder
+from remend.core.execution import unwrap
 from remend.core.layers import describe_layer, editable_layers, is_editable, is_quantized, parameter_owner, weight_of
 from remend.core.moe import expert_linears
 from remend.errors import FileError, ModelError, WrongBaseError, nearest
@@ -160,12 +161,14 @@ class HasModel(Protocol):
 
 
 def module_of(model: nn.Module | HasModel) -> nn.Module:
-    """Return the module itself, or the one that a task holds."""
-    if isinstance(model, nn.Module):
-        return model
-    module: Any = model.model
+    """Return the module itself, or the one that a task holds, without what is wrapped around it (:func:`unwrap`).
+
+    Raises:
+        ModelError: the wrapper hides the model's modules or weights.
+    """
+    module: Any = model if isinstance(model, nn.Module) else model.model
     assert isinstance(module, nn.Module)
-    return module
+    return unwrap(module)
 
 
 def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -180,6 +183,11 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
         if module is None:
             editable = [n for n, _ in editable_layers(model)]
             raise ModelError(f"the model has no module {name!r}; {nearest(name, editable)}")
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise ModelError(
+                f"{name} is a {type(module).__module__}.{type(module).__name__}, an adapter of PEFT around the layer: "
+                "apply the edit before the adapter is added (it goes on acting), or merge or unload the adapter first"
+            )
         if not is_editable(module):
             raise ModelError(
                 f"{name} is a {describe_layer(module)} and cannot be edited. Editable are Linear and Conv1D layers, "

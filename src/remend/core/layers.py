@@ -6,7 +6,7 @@ where the rows are in its input and output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from remend.core.low_rank import LowRank
 from remend.core.moe import ExpertLinear, expert_linears
+from remend.errors import EditError
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -106,6 +107,45 @@ def is_quantized(module: nn.Module) -> bool:
     weight = weight_of(module)
     d_in, d_out = dimensions(module)
     return not is_plain_float(weight) or weight.numel() != d_in * d_out * (expert_count(module) or 1)
+
+
+def shared_weights(model: nn.Module) -> dict[str, list[str]]:
+    """Return the editable layers whose weight is also a parameter of other modules, with these parameters' names.
+
+    A side branch acts on one use of such a weight, and what is written into it on all of them: the output layer of many
+    models is also their embedding.
+    """
+    users: dict[Any, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(name, recurse=False):
+            users.setdefault(_memory_of(parameter), []).append(key)
+    shared: dict[str, list[str]] = {}
+    for name, layer in editable_layers(model):
+        own = name if isinstance(layer, ExpertLinear) else f"{name}.weight".removeprefix(".")
+        if others := [key for key in users.get(_memory_of(weight_of(layer)), []) if key != own]:
+            shared[name] = others
+    return shared
+
+
+def _memory_of(parameter: Tensor) -> object:
+    """Return what two parameters have in common if they are the same numbers in memory."""
+    # Two parameters may be views of one tensor. One without values, or that wraps other tensors, has no address.
+    if parameter.is_meta or hasattr(parameter, "__tensor_flatten__") or not parameter.data_ptr():
+        return id(parameter)
+    return parameter.device, parameter.data_ptr()
+
+
+def raise_if_shared(model: nn.Module, names: Iterable[str], consequence: str) -> None:
+    """Raise :class:`EditError` if one of the named layers shares its weight (:func:`shared_weights`).
+
+    Args:
+        model: the model.
+        names: the layers.
+        consequence: what would go wrong, and what to do, for the message.
+    """
+    shared = shared_weights(model)
+    if found := [name for name in names if name in shared]:
+        raise EditError(f"the weight of {found[0]} is also {', '.join(shared[found[0]][:3])}: {consequence}")
 
 
 def weight_rms(module: nn.Module) -> float:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from remend.core.layers import editable_layers, expert_count, is_quantized, weight_as_matrix, weight_of
+from remend.core.layers import editable_layers, expert_count, is_quantized, shared_weights, weight_as_matrix, weight_of
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, ModelError, NonFiniteError
@@ -66,16 +65,16 @@ def diff_checkpoints(
     _check_finite(before, "the model before")
     _check_finite(after, "the changed model")
     coarse = _stored_dtype(after)
-    tied_heads = _tied_output_layers(before)
+    shared = shared_weights(before)
     changes: dict[str, LowRank] = {}
     lost: dict[str, float] = {}
     for name, module in matrices.items():
         old, new = weight_of(module).float(), weight_of(matrices_after[name]).to(weight_of(module).device).float()
-        if name in tied_heads or _equal(old, new, coarse):
+        if name in shared or _equal(old, new, coarse):
             continue
         step = None if coarse is None else weight_as_matrix(module, _step(new, coarse))
         changes[name], lost[name] = _factorize(weight_as_matrix(module, new - old), step, rank)
-    compared = [f"{name}.weight" for name in matrices if name not in tied_heads]
+    compared = [f"{name}.weight" for name in matrices if name not in shared]
     other_names = _other_differences(before, after, compared, coarse)
     if not changes:
         where = f"only in {', '.join(other_names[:3])}, which no edit changes" if other_names else "in nothing"
@@ -162,15 +161,6 @@ def _equal(old: Tensor, new: Tensor, coarse: torch.dtype | None) -> bool:
     if coarse is None or not old.is_floating_point():
         return torch.equal(old.float(), new.float())
     return torch.equal(old.to(coarse), new.to(coarse))
-
-
-def _tied_output_layers(model: Any) -> set[str]:
-    """Return the name of the output layer if it shares its matrix with the embeddings, which an edit cannot change."""
-    if not hasattr(model, "get_output_embeddings"):
-        return set()
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = getattr(head, "weight", None) is getattr(embeddings, "weight", None)
-    return {name for name, module in editable_layers(model) if module is head and tied}
 
 
 def _other_differences(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from remend.core.layers import dimensions, editable_layers, expert_count
+from remend.core.layers import dimensions, editable_layers, expert_count, raise_if_shared
 from remend.core.low_rank import LowRank, in_one_dtype
 from remend.edit import Edit
 from remend.errors import EditError, FileError, nearest
@@ -54,7 +54,7 @@ def load_adapter(path: str | Path, task: HasModel | nn.Module) -> Edit:
     Raises:
         FileError: the folder holds no adapter, it is damaged, it does more than low-rank changes of matrices, or it
             changes modules that the model does not have.
-        EditError: the matrices of the model have other shapes.
+        EditError: the matrices of the model have other shapes, or share their weight with other modules.
     """
     path, model = Path(path), module_of(task)
     config, tensors = _read(path)
@@ -76,6 +76,7 @@ def load_adapter(path: str | Path, task: HasModel | nn.Module) -> Edit:
             raise FileError(f"{path / WEIGHTS}: the factors of {name} {error}") from None
         scale = _scale(config, name, a.shape[0], patterns, path)
         changes[name] = LowRank(u.float(), scale * delta.float().contiguous()).without_padding()
+    raise_if_shared(model, changes, "an edit of one cannot be merged without the other, so it is not imported")
     modules = find_modules(model, changes)
     for name, change in changes.items():
         if dimensions(modules[name]) != (change.u.shape[-1], change.delta.shape[-1]):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from remend.core.layers import dimensions, editable_layers
+from remend.core.layers import dimensions, editable_layers, shared_weights
 from remend.core.moe import DOWN_PROJECTION, ExpertLinear
 from remend.errors import ConfigError, ModelError
 from remend.fingerprint import find_modules
@@ -208,9 +207,7 @@ def _not_editable(model: nn.Module, candidates: Mapping[str, nn.Module]) -> list
 
     A side branch would act on one use of a shared weight, a merged edit on all of them.
     """
-    users: Counter[int] = Counter()
-    for module in model.modules():
-        users.update(id(parameter) for parameter in module.parameters(recurse=False))
+    shared = shared_weights(model)
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
-    return [name for name, module in candidates.items() if module is head or users[id(module.weight)] > 1]
+    return [name for name, module in candidates.items() if module is head or name in shared]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from remend.core.execution import unwrap
 from remend.errors import ModelError, RequestError
 from remend.models.loading import load_pretrained
 from remend.registries import TASKS
@@ -19,12 +20,14 @@ def wrap(model: nn.Module, processor: Any = None) -> Task:
     """Make the task of a model that is at hand already; :func:`remend.load` loads one by name.
 
     Args:
-        model: a transformers model, or any module that a task accepts.
+        model: a transformers model, or any module that a task accepts; what ``torch.compile`` or data parallelism put
+            around it is taken off.
         processor: its tokenizer, or what else turns its inputs into tensors.
 
     Raises:
-        ModelError: no task accepts the model.
+        ModelError: no task accepts the model, or it is wrapped by something that hides its modules or weights.
     """
+    model = unwrap(model)
     for name in TASKS.names():
         kind: type[Task] = TASKS.load(name)
         if kind.accepts(model, processor):

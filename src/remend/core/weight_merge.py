@@ -1,0 +1,117 @@
+"""Write low-rank changes into weights, with an exact way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from remend.core.execution import forget_compiled, lock_of
+from remend.core.layers import dense_in_weight_layout, is_quantized, raise_if_shared, weight_of
+from remend.core.low_rank import LowRank
+from remend.errors import EditError, PrecisionError
+
+MERGE_TOLERANCE = 0.25
+"""The largest share of an edit (Frobenius norm) that merging may lose to rounding before it refuses."""
+
+
+class MergedEdit:
+    """An edit that is merged into a model's weights; :meth:`revert` restores the originals. Also a context manager.
+
+    Attributes:
+        lost: for each matrix, the share of its change (Frobenius norm) that was lost to rounding.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        originals: Mapping[str, Tensor],
+        lost: Mapping[str, float],
+    ) -> None:
+        self._lock, self._weights, self._originals = lock_of(model), dict(weights), dict(originals)
+        self.lost = lost
+
+    @torch.no_grad()
+    def revert(self) -> None:
+        """Restore the original weights bit for bit. Reverting twice does no harm."""
+        with self._lock:
+            # Copied back, not subtracted: (w + ΔW) - ΔW is not w in floating point.
+            for name, original in self._originals.items():
+                self._weights[name].copy_(original)
+            self._originals.clear()
+        forget_compiled()
+
+    def __enter__(self) -> MergedEdit:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.revert()
+
+
+@torch.no_grad()
+def merge_changes(model: nn.Module, modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> MergedEdit:
+    """Write changes into the weights of a model's modules and return the handle that restores the original weights.
+
+    All weights are written, or none. The caller holds the model's lock (:func:`lock_of`) and has checked under it that
+    the weights are those of the base, so that no weight that another thread merges is taken for an original.
+
+    Raises:
+        PrecisionError: rounding to the weights' dtype would lose more than :data:`MERGE_TOLERANCE` of the edit, or a
+            weight is quantised.
+        EditError: a weight is offloaded between calls, or is also another module's.
+    """
+    _refuse_unwritable(modules)
+    raise_if_shared(model, modules, "merging would change that too. Keep the edit as a side branch (apply)")
+    merged: dict[str, Tensor] = {}
+    lost: dict[str, float] = {}
+    for name, module in modules.items():
+        weight = weight_of(module)
+        # In float64 for a weight of float64, whose digits float32 would cut; in float32 for others.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        dense = dense_in_weight_layout(module, changes[name].to(weight.device, wide))
+        # Rounded once: in the weight's dtype, the change would be rounded before it is added.
+        merged[name] = (weight.to(wide) + dense).to(weight.dtype)
+        rounded = (merged[name].to(wide) - weight.to(wide) - dense).norm()
+        lost[name] = float(rounded / dense.norm().clamp(min=1e-30))
+        if not merged[name].isfinite().all():
+            raise PrecisionError(
+                f"{name}: with the edit, the weight exceeds what {weight.dtype} can hold. Keep it as a side branch "
+                "(apply), or load the model in float32 and merge there; no weight was changed"
+            )
+        if lost[name] > MERGE_TOLERANCE and dense.norm() > 0:
+            raise PrecisionError(
+                f"{name}: {weight.dtype} would round away {lost[name]:.0%} of the edit. Keep it as a side branch "
+                "(apply), or load the model in float32 and merge there; no weight was changed"
+            )
+    # Every weight is checked before the first is written, so that a refusal leaves the model as it was.
+    originals = {name: weight_of(module).detach().clone() for name, module in modules.items()}
+    handle = MergedEdit(model, {name: weight_of(module) for name, module in modules.items()}, originals, lost)
+    try:
+        for name, module in modules.items():
+            weight_of(module).copy_(merged[name])
+    except BaseException:
+        handle.revert()
+        raise
+    forget_compiled()
+    return handle
+
+
+def _refuse_unwritable(modules: Mapping[str, nn.Module]) -> None:
+    """Raise where a layer's weight cannot be written: it is quantized (PrecisionError) or offloaded (EditError)."""
+    for name, module in modules.items():
+        if is_quantized(module):
+            raise PrecisionError(
+                f"{name} is quantised ({type(module).__name__}), and requantising would alter more than the edit does. "
+                "Keep it as a side branch (apply), or make the edit on the unquantised model and merge there; no "
+                "weight was changed"
+            )
+        if weight_of(module).is_meta:
+            raise EditError(
+                f"{name} is offloaded: what is written to it now would be gone at the next call. Keep the edit as a "
+                "side branch (apply), or load the model on one device and merge there; no weight was changed"
+            )
