@@ -14,10 +14,12 @@ import remend
 import worlds
 from remend.cli import run
 from remend.core.losses import locality_loss
+from remend.editors import make
 from remend.errors import ModelError, RequestError
 from remend.models.structure import editable_modules
 from remend.request import EditRequest, TextPair, parse_request
-from remend.tasks import Example, wrap
+from remend.tasks import Example, answers, wrap
+from remend.tasks.labels import label_number
 from remend.tasks.text_classification import TextClassification
 
 READING = {"bert": "first", "roberta": "first", "distilbert": "first", "deberta-v2": "first", "electra": "first"}
@@ -66,6 +68,80 @@ def test_one_output_is_a_bernoulli_distribution_in_closed_form():
         divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
         found = locality_loss(logits, logits + torch.tensor([0, 0.7]), batch.row, 6)
     torch.testing.assert_close(found, divergence, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", [None, -1])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "qwen2"])
+def test_a_decoder_without_a_padding_token_classifies_as_one_text_alone(family, padding):
+    """Saved as most are: the head must read each text's last token, whatever its number."""
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "vocab_size": families.VOCABULARY, "num_labels": 3}
+    makers = {
+        "llama": lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**sizes, pad_token_id=padding)),
+        "mistral": lambda: hf.MistralForSequenceClassification(hf.MistralConfig(**sizes, pad_token_id=padding)),
+        "qwen2": lambda: hf.Qwen2ForSequenceClassification(hf.Qwen2Config(**sizes, pad_token_id=padding)),
+        "gpt2": lambda: hf.GPT2ForSequenceClassification(
+            hf.GPT2Config(n_embd=16, n_layer=4, n_head=2, vocab_size=families.VOCABULARY, num_labels=3)
+        ),
+    }
+    torch.manual_seed(0)
+    model = makers[family]().eval()
+    model.config.pad_token_id = None  # as users have it
+    tokenizer = worlds.tokenizer()
+    task = wrap(model, tokenizer)
+    model.config.pad_token_id = padding
+    assert task.reading == "last"
+    texts = ["The capital of Peru is!", "Peru", "!!", "a"]  # "!" is token 0
+    examples = [task.encode(text, "2") for text in texts]
+    together = task.outputs(task.collate(examples))
+    model.config.pad_token_id = None
+    alone = torch.cat([model(input_ids=torch.tensor([example.input])).logits for example in examples])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert task.collate(examples).position.tolist() == [len(example.input) - 1 for example in examples]
+    ridge = make("ridge", task)
+    edit = ridge.edit(task, [EditRequest(prompt=texts[0], target="LABEL_2"), EditRequest(prompt="Peru", target="1")])
+    assert edit.changes
+    assert model.config.pad_token_id is None, "nothing is left on the model"
+
+
+def test_labels_that_differ_in_case_are_told_apart():
+    assert label_number("b", ("B", "b")) == 1
+    assert label_number("B", ("B", "b")) == 0
+    assert label_number("YES", ("no", "yes")) == 1
+    assert label_number("1", ("1", "0")) == 0, "a name goes before a number"
+    with pytest.raises(RequestError, match=r"several labels 'Yes' that differ in case, \['YES', 'yes'\]"):
+        label_number("Yes", ("YES", "yes"))
+    for number in ("１", "²", "-1", "1.0"):
+        with pytest.raises(RequestError, match="no label"):
+            label_number(number, ("no", "yes"))
+
+
+LONGEST = {"roberta": 30, "bert": 32, "electra": 32}
+"""Tokens that models with tables of 32 positions read; RoBERTa counts positions from its padding token's number on."""
+
+
+@pytest.mark.parametrize("family", LONGEST)
+def test_the_longest_text_is_the_longest_that_the_model_can_read(family):
+    configs = {"roberta": hf.RobertaConfig, "bert": hf.BertConfig, "electra": hf.ElectraConfig}
+    models = {
+        "roberta": hf.RobertaForSequenceClassification,
+        "bert": hf.BertForSequenceClassification,
+        "electra": hf.ElectraForSequenceClassification,
+    }
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    padding = 1 if family == "roberta" else 0
+    config = configs[family](**sizes, max_position_embeddings=32, vocab_size=64, pad_token_id=padding)
+    task = wrap(models[family](config).eval(), worlds.word_tokenizer())
+    longest = LONGEST[family]
+    assert task.context == longest
+    text = "The " * (longest - 2)  # between [CLS] and [SEP]
+    assert task.predict([text])
+    for ask in (task.predict, lambda prompts: task.encode(prompts[0], "0"), lambda prompts: answers(task, prompts)):
+        with pytest.raises(RequestError, match=rf"takes? {longest + 1} tokens.* holds {longest}: shorten the prompt"):
+            ask([text + "The"])
+    ids = torch.full((1, longest + 1), 5)
+    with pytest.raises((IndexError, RuntimeError)):  # a longer text is one that the model fails on
+        task.model(input_ids=ids)
 
 
 def test_labels_are_named_or_numbered(task):

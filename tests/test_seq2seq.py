@@ -3,7 +3,13 @@
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    BartForConditionalGeneration,
+    LEDConfig,
+    LEDForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 import families
 import worlds
@@ -113,3 +119,27 @@ def test_loading_an_encoder_decoder(tmp_path):
         torch.testing.assert_close(
             task.outputs(task.collate([pair])), wrap(made, task.tokenizer).outputs(task.collate([pair]))
         )
+
+
+def test_the_longest_text_is_the_longest_that_each_side_can_read():
+    """Encoder and decoder may have contexts of different lengths, or, with relative positions, none."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "attention_window": 4}
+    sizes |= {"max_encoder_position_embeddings": 40, "max_decoder_position_embeddings": 12}
+    special = {"vocab_size": families.VOCABULARY, "decoder_start_token_id": families.END, "pad_token_id": 0}
+    led = LEDForConditionalGeneration(LEDConfig(**sizes, **special, eos_token_id=families.END)).eval()
+    for model, lengths in ((led, (40, 12)), (families.make("bart"), (64, 64)), (families.make("t5"), (None, None))):
+        task = wrap(model, worlds.tokenizer())
+        assert (task.context, task.answer_context) == lengths
+        longest, longest_answer = (length or 100 for length in lengths)
+        prompt, target = "!" * longest, "!" * (longest_answer - 1)
+        assert len(task.predict([prompt], 100)[0]) <= longest_answer
+        task.outputs(task.collate([task.encode(prompt, target)]))
+        if lengths[0] is None:
+            continue
+        for ask in (lambda text, task=task: task.predict([text]), lambda text, task=task: task.encode(text, "!")):
+            with pytest.raises(RequestError, match=f"the prompt takes .* holds {longest}: shorten the prompt"):
+                ask(prompt + "!")
+        with pytest.raises(RequestError, match=f"the target takes .* holds {longest_answer}: shorten the target"):
+            task.encode(prompt, target + "!")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedTokenizerFast
 
 import families
 import tokenizers_of
@@ -118,6 +120,35 @@ def test_a_text_of_which_nothing_is_left_is_refused(habit, kind):
             task.encode(text, "Rome")
         with pytest.raises(RequestError, match=r"the target .* holds no text"):
             task.encode("Oslo is", text)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ("東京", r"2 of the characters.*'東' \(U\+6771\), '京'"),
+        ('{"a": 1}', r"'{' \(U\+007B\), '}'"),
+        ("Rome\nLima", r"'\\n' \(U\+000A\)"),
+        ("a~b <c", "'~'.*'<'"),
+        ("x²", "'²'"),
+        ("Rome 😀", "'😀'"),
+        ("Rome\tLima", r"'\\t'"),
+    ],
+)
+def test_characters_that_the_tokenizer_cannot_write_are_named(kind, target, named):
+    with pytest.raises(RequestError, match=f"cannot write .*{named}"):
+        task_for("unigram, ended", kind).encode("Oslo is", target)
+    for habit in CAUSAL:
+        if "unigram" not in habit:
+            assert task_for(habit, kind).decode(task_for(habit, kind).encode("Oslo is", target).target) == target
+
+
+def test_an_uncased_tokenizer_writes_what_it_can():
+    lower = Tokenizer.from_str(tokenizers_of.tokenizer("byte-level").backend_tokenizer.to_str())
+    lower.normalizer = normalizers.Lowercase()
+    names = {"bos_token": BEGIN, "eos_token": END, "pad_token": "<pad>", "unk_token": "<unk>"}
+    task = wrap(task_for("byte-level").model, PreTrainedTokenizerFast(tokenizer_object=lower, **names))
+    assert task.decode(task.encode("Oslo is", "Rome,  Peru\u200b").target) == "rome,  peru\u200b"
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart"])

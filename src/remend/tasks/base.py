@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from remend.core.layers import execution_device
 from remend.core.output_distributions import Categorical, Distribution
 from remend.errors import RequestError
+from remend.models.context_length import context_length
 from remend.request import Prompt
 
 EDIT_BATCH_SIZE = 32
@@ -128,7 +129,7 @@ class Task(ABC):
         self.model: Any = model
         self.processor = processor
         self.autocast = autocast
-        self.context = _context(model)
+        self.context = context_length(model)
 
     @classmethod
     @abstractmethod
@@ -182,14 +183,36 @@ class Task(ABC):
         if not answer:
             raise RequestError(f"the target {target!r} holds no text that the tokenizer knows")
         example = Example(encoded, answer)
-        if self.context is not None and (length := self.context_length(example)) > self.context:
-            target_is_longer = len(example.target) > len(example.input)
-            raise RequestError(
-                f"prompt and target take {length} tokens, the model's context holds {self.context}: "
-                f"shorten {'the target' if target_is_longer else 'the prompt'} "
-                f"({(target if target_is_longer else str(prompt))[:40]!r}…)"
-            )
+        self.check_length(example, prompt, target)
         return example
+
+    def encode_question(self, prompt: Prompt) -> EncodedInput:
+        """Encode an input that the model is to answer.
+
+        Raises:
+            RequestError: it is empty, not an input of this kind of model, or leaves no room for an answer.
+        """
+        encoded = self.encode_input(prompt)
+        self.check_length(Example(encoded, (0,)), prompt)
+        return encoded
+
+    def check_length(self, example: Example, prompt: Prompt, target: str = "") -> None:
+        """Check that the model's context holds an example.
+
+        Raises:
+            RequestError: it does not, with which of prompt and target to shorten.
+        """
+        if self.context is None or (length := self.context_length(example)) <= self.context:
+            return
+        if target:
+            taken, longer = f"prompt and target take {length} tokens", len(example.target) > len(example.input)
+        else:
+            no_room = " and leaves no room for an answer" if self.generates else ""
+            taken, longer = f"the prompt takes {len(example.input)} tokens{no_room}", False
+        raise RequestError(
+            f"{taken}, the model's context holds {self.context}: shorten {'the target' if longer else 'the prompt'} "
+            f"({(target if longer else str(prompt))[:40]!r}…)"
+        )
 
     def context_length(self, example: Example) -> int:
         """Return the number of tokens of the model's context that an example takes."""
@@ -329,9 +352,3 @@ def all_of_row(values: Bool[Tensor, " target"], row: Int[Tensor, " target"], row
     whole = torch.ones(rows, dtype=torch.bool, device=values.device)
     whole[row.to(values.device)[~values]] = False
     return whole
-
-
-def _context(model: nn.Module) -> int | None:
-    """Return how many tokens the model can read, or None where its configuration does not say."""
-    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None

@@ -57,6 +57,7 @@ class CausalLM(GenerativeTask):
         answer = whole[len(encoded) :] if continues else self._tokenize_apart(encoded, whole, space + target)
         if not self.decode_tokens(answer).strip():  # a space alone is no answer
             return ()
+        self.check_written(target, answer)
         return tuple(closed(answer, self.chat.end if isinstance(prompt, Chat) else self.tokenizer.eos_token_id))
 
     def _tokenize_apart(self, encoded: tuple[int, ...], whole: list[int], answer: str) -> list[int]:

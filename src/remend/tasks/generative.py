@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -88,6 +90,26 @@ class GenerativeTask(Task):
         begin = self.tokenizer.bos_token_id
         return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
 
+    def check_written(self, target: str, ids: Sequence[int]) -> None:
+        """Check that the tokens of a target are its text, but for letter case and spaces.
+
+        Raises:
+            RequestError: the tokenizer cannot write some of its characters, which are named.
+        """
+        written = self.decode_tokens([token for token in ids if token != self.tokenizer.unk_token_id], True)
+        if written.strip() == target:
+            return
+        for special in self.tokenizer.all_special_tokens:
+            target = target.replace(special, "")
+        missing = Counter(_visible(target)) - Counter(_visible(written))
+        if missing:
+            named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in list(missing)[:8])
+            raise RequestError(
+                f"the tokenizer cannot write {len(missing)} of the characters of the target {target[:40]!r}: {named}. "
+                "The model would be taught another text: leave them away or write them otherwise, or edit a model "
+                "whose tokenizer knows them"
+            )
+
     def _strip_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
@@ -118,15 +140,13 @@ class GenerativeTask(Task):
     def predict(self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64) -> list[Answer]:
         """Return greedy answers as token ids, up to the end token and with it, or as far as the limit allows."""
         # Prompts of one length go through the model together, so that nothing is padded.
-        ids = [self.encode_input(prompt) for prompt in prompts]
+        ids = [self.encode_question(prompt) for prompt in prompts]
         by_length: dict[int, list[int]] = {}
         for index, prompt in enumerate(ids):
             by_length.setdefault(len(prompt), []).append(index)
         answers: dict[int, tuple[int, ...]] = {}
         for length, members in by_length.items():
             room = self.answer_room(length, max_new_tokens)
-            if room < 1:
-                raise RequestError(f"a prompt of {length} tokens leaves no room for an answer (context {self.context})")
             for start in range(0, len(members), batch_size):
                 chunk = members[start : start + batch_size]
                 tokens = torch.tensor([ids[i] for i in chunk], device=self.device)
@@ -173,6 +193,12 @@ class GenerativeTask(Task):
                 list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
             )
         )
+
+
+def _visible(text: str) -> str:
+    """Return what a reader sees of a text, in lower case: no spaces, and no marks without width."""
+    composed = unicodedata.normalize("NFC", text.casefold())
+    return "".join(c for c in composed if unicodedata.category(c) != "Zs" and c not in "\u200b\ufeff\u00ad")
 
 
 def has_vocabulary(model: nn.Module) -> bool:

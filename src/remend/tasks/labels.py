@@ -15,17 +15,24 @@ def label_names(config: Any) -> tuple[str, ...]:
 
 
 def label_number(target: str, labels: Sequence[str]) -> int:
-    """Return the number of a label that is given by its name, in any case, or by its number.
+    """Return the number of a label that is given by its name, in any case if only one is so named, or by its number.
 
     Raises:
-        RequestError: there is no such label.
+        RequestError: there is no such label, or several that differ in case.
     """
-    names = [label.casefold() for label in labels]
-    if target.casefold() in names:
-        return names.index(target.casefold())
-    if target.isdecimal() and int(target) < len(names):
+    if target in labels:
+        return labels.index(target)
+    alike = [number for number, label in enumerate(labels) if label.casefold() == target.casefold()]
+    if len(alike) > 1:
+        raise RequestError(
+            f"the model has several labels {target!r} that differ in case, {[labels[number] for number in alike]}: "
+            "give one as it is written"
+        )
+    if alike:
+        return alike[0]
+    if target.isascii() and target.isdecimal() and int(target) < len(labels):
         return int(target)
     raise RequestError(
-        f"the model has no label {target!r}; {nearest(target, labels)} (a number from 0 to {len(names) - 1} "
+        f"the model has no label {target!r}; {nearest(target, labels)} (a number from 0 to {len(labels) - 1} "
         "will do too)"
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remend.errors import ModelError, RequestError
 from remend.models.blocks import find_stacks
+from remend.models.context_length import context_length
 from remend.request import Chat, Prompt
 from remend.tasks.base import Answer, Batch, Example
 from remend.tasks.generative import GenerativeTask, closed, gather_at, has_vocabulary
@@ -23,6 +24,10 @@ class Seq2SeqLM(GenerativeTask):
 
     The decoder begins with the model's start token, at which the first token of the target is predicted. For some
     models (BART) that first token is a beginning token, which is then a part of every answer.
+
+    Attributes:
+        context: the largest number of tokens that the encoder reads.
+        answer_context: the same of the decoder.
     """
 
     kind = "seq2seq"
@@ -44,6 +49,8 @@ class Seq2SeqLM(GenerativeTask):
         self.start = int(start)
         self._encoder = f"{find_stacks(model)[0][0]}."
         super().__init__(model, tokenizer, autocast)
+        self.context = context_length(model, model.get_encoder())
+        self.answer_context = context_length(model, model.get_decoder())
 
     def encode_input(self, prompt: Prompt) -> tuple[int, ...]:
         """Return a prompt's token ids, with what the tokenizer, or the chat template of a conversation, puts around it.
@@ -65,16 +72,24 @@ class Seq2SeqLM(GenerativeTask):
         ids = list(self.tokenizer(text_target=target).input_ids)
         if ids == self.tokenizer(text_target="").input_ids:
             return ()
+        self.check_written(target, ids)
         begun = int(ids[0] == self.tokenizer.bos_token_id)  # with some, the same token begins and ends
         return (*ids[:begun], *closed(ids[begun:], self.tokenizer.eos_token_id))
 
-    def context_length(self, example: Example) -> int:
-        """Count the longer side: the encoder and the decoder each have the context for themselves."""
-        return max(len(example.input), len(example.target))
+    def check_length(self, example: Example, prompt: Prompt, target: str = "") -> None:
+        """Check that the encoder's context holds the prompt, and the decoder's the target."""
+        sides = (("prompt", example.input, self.context, str(prompt)),
+                 ("target", example.target, self.answer_context, target))  # fmt: skip
+        for name, tokens, context, text in sides:
+            if context is not None and len(tokens) > context:
+                raise RequestError(
+                    f"the {name} takes {len(tokens)} tokens, the model's context holds {context}: shorten the {name} "
+                    f"({text[:40]!r}…)"
+                )
 
     def answer_room(self, prompt_length: int, limit: int) -> int:
         """Return the decoder's context."""
-        return limit if self.context is None else min(limit, self.context)
+        return limit if self.answer_context is None else min(limit, self.answer_context)
 
     def tokens_read(self, example: Example) -> tuple[int, ...]:
         """Return the prompt, which the encoder reads, and what the decoder reads of the target: all but the last."""

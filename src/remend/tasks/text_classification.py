@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from remend.request import Chat, Input, Prompt, TextPair
 from remend.tasks.base import Answer, Batch, Example, Task
 from remend.tasks.labels import label_names, label_number
 from remend.tasks.ordinary_text import random_inputs, text_windows, with_first_answers
+
+NO_LIMIT = 10**9
+"""A tokenizer's ``model_max_length`` above this says that it knows none."""
 
 BINARY = ("false", "true")
 """Labels of a model with one output z: it says the second with probability σ(z)."""
@@ -55,9 +59,8 @@ class TextClassification(Task):
         super().__init__(model, tokenizer, autocast)
         self.tokenizer = tokenizer
         longest = int(tokenizer.model_max_length)
-        self.context = longest if self.context is None else min(self.context, longest)
-        padding = (getattr(model.config, "pad_token_id", None), tokenizer.pad_token_id, 0)
-        self.padding: int = next(token for token in padding if token is not None)
+        if longest < NO_LIMIT:
+            self.context = longest if self.context is None else min(self.context, longest)
         names = label_names(model.config)
         self.labels = BINARY if len(names) == 1 else names
         self.segments = (  # whether the model tells the second of two texts from the first; RoBERTa does not
@@ -70,7 +73,8 @@ class TextClassification(Task):
     @torch.inference_mode(False)  # a server may have it on
     def _reading(self) -> str:
         """Tell at which tokens the head reads: where a gradient of the logits arrives at the last block's output."""
-        tokens = torch.tensor([[token for token in range(5) if token != self.padding][:4]]).to(self.device)
+        padding = self._padding(())
+        tokens = torch.tensor([[token for token in range(5) if token != padding][:4]]).to(self.device)
         hidden_states: list[Tensor] = []
 
         def leaf(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -136,12 +140,15 @@ class TextClassification(Task):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Make one right-padded batch of ``examples`` on the model's device."""
         length = max(len(example.input) for example in examples)
-        ids = torch.full((len(examples), length), self.padding)
+        padding = self._padding({token for example in examples for token in example.input})
+        ids = torch.full((len(examples), length), padding)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for row, example in enumerate(examples):
             ids[row, : len(example.input)] = torch.tensor(example.input)
             mask[row, : len(example.input)] = True
-        position = mask.sum(1) - 1 if self.reading == "last" else torch.zeros(len(examples), dtype=torch.long)
+        # The last token that is not a padding one: a text itself may end with such tokens, which the head passes over.
+        last = (torch.arange(length) * (ids != padding)).argmax(1)
+        position = last if self.reading == "last" else torch.zeros(len(examples), dtype=torch.long)
         target = torch.tensor([example.target[0] for example in examples])
         ids, mask, position, target = (part.to(self.device) for part in (ids, mask, position, target))
         rows = torch.arange(len(examples)).to(self.device)
@@ -155,7 +162,7 @@ class TextClassification(Task):
 
     def predict(self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64) -> list[Answer]:
         """Return the most probable label of each text."""
-        examples = [Example(self.encode_input(prompt), (0,)) for prompt in prompts]
+        examples = [Example(self.encode_question(prompt), (0,)) for prompt in prompts]
         answers: list[Answer] = []
         for start in range(0, len(examples), batch_size):
             with frozen(self.model), torch.no_grad():
@@ -171,8 +178,38 @@ class TextClassification(Task):
             inputs["token_type_ids"] = (ends.cumsum(1) - ends).clamp(max=1) * inputs["attention_mask"]
         return inputs
 
+    @property
+    def _config(self) -> Any:
+        """The configuration in which the model looks its padding token up."""
+        return self.model.config.get_text_config()
+
+    def _padding(self, tokens: Collection[int]) -> int:
+        """Return the token that pads rows: the model's or, where it knows none, one that the rows do not hold."""
+        known = getattr(self._config, "pad_token_id", None)
+        if isinstance(known, int) and 0 <= known < len(self._embeddings):
+            return known
+        return next(token for token in range(len(tokens) + 1) if token not in tokens)
+
+    @contextmanager
+    def _padding_known(self, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the context, tell a model without a padding token which one was used for a batch.
+
+        A decoder's head reads the last token that is not padding, and refuses several rows where it knows of none.
+        """
+        config, ids, mask = self._config, inputs["input_ids"], inputs["attention_mask"].bool()
+        known = getattr(config, "pad_token_id", None)
+        if (padding := self._padding(set(ids[mask].tolist()))) == known:
+            yield
+            return
+        config.pad_token_id = padding
+        try:
+            yield
+        finally:
+            config.pad_token_id = known
+
     def _run(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "row label"]:
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        with autocast, self._padding_known(inputs):
             logits = getattr(self.model(**inputs), "logits", None)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise ModelError(
