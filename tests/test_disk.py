@@ -22,6 +22,7 @@ from remend.edit import Edit
 from remend.editors import Mend, MendConfig
 from remend.errors import FileError, RemendError
 from remend.evaluation.checkpoint import EvaluationCheckpoint
+from remend.evaluation.reports.figure_style import save_figure
 from remend.formats import load_adapter, save_adapter, save_merged
 from remend.request import write_requests
 from remend.serialization import write_json
@@ -327,6 +328,16 @@ def test_a_full_disk_is_named_whatever_library_writes(task, edits, tmp_path, siz
         with no_file_above(size), pytest.raises(RemendError, match=r"cannot (write|read or write)"):
             write()
         assert listing(tmp_path) == []
+
+
+def test_plots_are_whole_or_not_there(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    for name, size in itertools.product(("a.png", "a.svg", "new/a.png"), (0, 1000)):
+        with no_file_above(size), pytest.raises(FileError, match="cannot write"):
+            save_figure(pyplot.figure(), tmp_path / name)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    save_figure(pyplot.figure(), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_error_of_safetensors_is_a_sentence(edits, tmp_path, monkeypatch):

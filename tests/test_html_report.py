@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from remend.evaluation.before_after import AnswerComparison
-from remend.evaluation.reports.html_report import write_html_report
+from remend.evaluation.reports.html_report import _embed, write_html_report
 from remend.evaluation.reports.report import Case, Report, Run
 
 pytest.importorskip("matplotlib")
@@ -106,3 +106,7 @@ def test_the_page_sorts_filters_and_expands_in_a_browser(browser, tmp_path, widt
     assert complaints == []
     assert all(url.startswith(("file:", "data:")) for url in asked), "nothing is fetched from elsewhere"
     page.close()
+
+
+def test_invisible_characters_are_marked_on_the_page():
+    assert _embed(["a\u202eb"]) == r'["a\u003cU+202E\u003eb"]'

@@ -336,6 +336,23 @@ def test_a_folder_that_is_no_checkpoint_is_not_touched(world, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "kept"
 
 
+def test_a_report_that_cannot_be_saved_is_not_lost(world, tmp_path):
+    """The parts stay until it is saved."""
+
+    def fail(report):
+        raise FileError("the disk is full")
+
+    folder = tmp_path / "kept"
+    with pytest.raises(FileError, match="the disk is full"):
+        evaluate(world, scripted.Numbered(), REQUESTS, checkpoint=folder, on_report=fail)
+    saved = []
+    report = evaluate(
+        world, scripted.Numbered(), REQUESTS, checkpoint=folder, resume=True, on_report=lambda r: saved.append(r) or r
+    )
+    assert saved == [report]
+    assert not folder.exists()
+
+
 def test_a_sequence_that_was_killed_during_its_evaluation_resumes(world, tmp_path, monkeypatch):
     """Its edit was kept already, what it does was not yet."""
     options = {"protocol": "sequential", "edits": [1, 2], "checkpoint": tmp_path / "kept"}

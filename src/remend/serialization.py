@@ -343,6 +343,16 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text)
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file atomically.
+
+    Raises:
+        FileError: it cannot be written there.
+    """
+    with _staged_file(path) as staged:
+        staged.write_bytes(content)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[TextIO]:
     """Yield a temporary text file (UTF-8) to write, and rename it to ``path`` when all of it is on disk.
@@ -352,18 +362,22 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
     Raises:
         FileError: it cannot be written there.
     """
+    with _staged_file(path) as staged, staged.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _staged_file(path: str | Path) -> Iterator[Path]:
+    """Yield the name of a temporary file to write, which is then renamed to ``path``."""
     check_path(path)
     target = Path(os.path.realpath(path))
     with readable_write_errors(path):
         if target.exists() and not target.is_file():  # a pipe or a device, which is written to and not replaced
-            with target.open("w", encoding="utf-8", newline="\n") as file:
-                yield file
+            yield target
             return
         with staging_folder(target.parent) as staging:
-            with (staging / NEW).open("w", encoding="utf-8", newline="\n") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            yield staging / NEW
+            _flush_to_disk(staging / NEW)
             (staging / NEW).replace(target)
 
 

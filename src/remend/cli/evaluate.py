@@ -19,7 +19,7 @@ from remend.cli.report_tables import print_report
 from remend.errors import ConfigError
 
 if TYPE_CHECKING:
-    from remend.evaluation import LmEvalTasks
+    from remend.evaluation import LmEvalTasks, Report
 
 
 def evaluate(
@@ -112,6 +112,15 @@ def evaluate(
         frontier = False
     if examined is not None and chosen is not None and chosen.info.name == "in-context":
         raise ConfigError("in-context does not change the model, nor its general ability: omit --lm-eval")
+    used = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens, "text": text and str(text), "set": settings}
+
+    def finish(report: Report) -> Report:
+        """Add the options to a report and save it, before anything else can go wrong."""
+        report = replace(report, settings={name: value for name, value in used.items() if value is not None})
+        if json is not None:
+            report.save(json)
+        return report
+
     partial = None if json is None else json.with_name(f"{json.name}.partial")
     with _announce_resume(partial, resume), Progress(console=console, disable=not console.is_terminal) as bar:
         progress = bar.add_task("editing", total=None)
@@ -124,17 +133,14 @@ def evaluate(
         if chosen is None:
             edited = options.load_model(str(edited_model), device, seed, dtype, quantise)
             name = Path(str(edited_model)).name
-            report = evaluate_checkpoints(task, edited, requests, name=name, **common)
+            report = finish(evaluate_checkpoints(task, edited, requests, name=name, **common))
         else:
             report = evaluate_edits(
                 task, chosen.make(task), requests,
                 protocol=protocol, edits=_numbers(edits), strengths=FRONTIER_STRENGTHS if frontier else (),
-                name=Path(editor or chosen.info.name).name, checkpoint=partial, resume=resume, **common,
+                name=Path(editor or chosen.info.name).name, checkpoint=partial, resume=resume,
+                on_report=finish, **common,
             )  # fmt: skip
-    used = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens, "text": text and str(text), "set": settings}
-    report = replace(report, settings={name: value for name, value in used.items() if value is not None})
-    if json is not None:
-        report.save(json)  # before anything else can go wrong
     print_report(report, console)
     if json is not None:
         console.print(f"every edit is in [bold]{plain(json)}[/]", soft_wrap=True)

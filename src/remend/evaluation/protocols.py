@@ -42,6 +42,7 @@ def evaluate(
     checkpoint: Path | None = None,
     resume: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_report: Callable[[Report], Report] = lambda report: report,
 ) -> Report:
     """Edit the model as each request asks, and measure what changes and what stays.
 
@@ -72,6 +73,8 @@ def evaluate(
         checkpoint: a folder for the parts that are finished; removed when all is done.
         resume: whether to go on with what that folder holds.
         on_progress: called with (parts done, parts in all).
+        on_report: called with the report before the checkpoint is removed, to save it: if the process is killed or the
+            disk is full, the evaluation can be resumed. What it returns is returned.
 
     Raises:
         RequestError: there is no request, or one does not fit the model's context.
@@ -109,6 +112,7 @@ def evaluate(
 
         general = pair_scores(scores_before, _scores(parts, "general-after", measure_edited))
     report = _report(runner, protocol, runs, of_baselines, frontier, data, name, general)
+    report = on_report(report)
     parts.remove()
     return report
 

@@ -89,6 +89,7 @@ def run_recipe(
         remove_parts(out / PARTIAL_REPORT)
         (out / REPORT_FILE).unlink(missing_ok=True)
     if (out / REPORT_FILE).exists():
+        remove_parts(out / PARTIAL_REPORT)  # the process may have been killed before it did
         return read_report(out / REPORT_FILE)
     on_progress("loading the model")
     task = load_model(recipe, inputs.model, device)
@@ -105,23 +106,26 @@ def run_recipe(
         on_progress=lambda progress: on_progress(f"training: step {progress.step}, {progress.share:.0%}"),
     )  # fmt: skip
     start = time.monotonic()
-    report = evaluate(
+
+    def finish(report: Report) -> Report:
+        details: dict[str, Any] = {
+            "recipe": recipe.name, **inputs.to_json(), "seed": settings.seed, "limit": limit, "max_steps": max_steps,
+            "steps": editor.trained["steps"], "training_seconds": editor.trained["seconds"],
+            "evaluation_seconds": round(time.monotonic() - start, 1),
+            "shared_with_training": shared_with_training(requests),
+            "command": command or python_call(recipe, out, inputs, settings.seed, limit, max_steps),
+        }  # fmt: skip
+        report = replace(report, settings={name: value for name, value in details.items() if value is not None})
+        write_text(out / SUMMARY_FILE, summarize(recipe, report))
+        report.save(out / REPORT_FILE)  # last, because its presence says that the run has ended
+        return report
+
+    return evaluate(
         task, editor, requests["test"],
         baselines=False, text=passages, data=inputs.test, name=recipe.name,
         checkpoint=out / PARTIAL_REPORT, resume=resumable and (out / PARTIAL_REPORT).exists(),
-        on_progress=lambda done, total: on_progress(f"evaluating: {done} of {total} edits"),
+        on_progress=lambda done, total: on_progress(f"evaluating: {done} of {total} edits"), on_report=finish,
     )  # fmt: skip
-    details: dict[str, Any] = {
-        "recipe": recipe.name, **inputs.to_json(), "seed": settings.seed, "limit": limit, "max_steps": max_steps,
-        "steps": editor.trained["steps"], "training_seconds": editor.trained["seconds"],
-        "evaluation_seconds": round(time.monotonic() - start, 1),
-        "shared_with_training": shared_with_training(requests),
-        "command": command or python_call(recipe, out, inputs, settings.seed, limit, max_steps),
-    }  # fmt: skip
-    report = replace(report, settings={name: value for name, value in details.items() if value is not None})
-    write_text(out / SUMMARY_FILE, summarize(recipe, report))
-    report.save(out / REPORT_FILE)  # last, because its presence says that the run has ended
-    return report
 
 
 def _check_folder(out: Path, run_settings: dict[str, Any], resume: bool) -> None:

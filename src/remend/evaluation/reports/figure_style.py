@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remend.errors import ConfigError, FileError
+from remend.serialization import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,11 +97,17 @@ def draw_intervals(axes: Any, summaries: Sequence[Summary | None], label: str, o
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure and close it; the file's ending names the format."""
+    """Write a figure and close it; the file's ending names the format.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=150)
+    file = io.BytesIO()
+    figure.savefig(file, format=path.suffix.removeprefix(".") or None, dpi=150)
     pyplot.close(figure)
+    write_bytes(path, file.getvalue())
 
 
 def as_svg(figure: Figure) -> str:

@@ -17,6 +17,7 @@ from remend.evaluation.reports.plots import available_plots
 from remend.evaluation.reports.report import Report, Run
 from remend.registries import METRICS
 from remend.serialization import write_text
+from remend.visible_text import mark_invisible
 
 PROTOCOL_HELP = {
     "single": "each edit is made of the unedited model and evaluated alone",
@@ -34,7 +35,9 @@ def write_html_report(report: Report, path: str | Path) -> None:
         FileError: the file cannot be written.
     """
     check_matplotlib()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, finalize=_visible, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     source = resources.files("remend.evaluation.reports").joinpath("html_report.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
         report=report,
@@ -100,10 +103,15 @@ def _cases(report: Report) -> list[dict[str, Any]]:
     ]
 
 
+def _visible(value: Any) -> Any:
+    """Return a text with invisible characters marked, and anything else as it is."""
+    return mark_invisible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _embed(value: Any) -> Markup:
     """Return JSON that can stand in a script element: nothing in it ends the element or begins a comment."""
     # Prompts and answers are anybody's text: `</script>` in one of them would end the element.
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = mark_invisible(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)

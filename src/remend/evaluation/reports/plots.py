@@ -51,8 +51,11 @@ def available_plots(report: Report) -> dict[str, Callable[[], Figure]]:
 
 
 def save_plots(report: Report, folder: Path) -> list[str]:
-    """Write all plots of a report into a folder, each as PNG and SVG, and return their names."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write all plots of a report into a folder, each as PNG and SVG, and return their names.
+
+    Raises:
+        FileError: they cannot be written.
+    """
     plots = available_plots(report)
     for name, draw in plots.items():
         for suffix in (".png", ".svg"):
