@@ -12,7 +12,7 @@ import worlds
 from remend.cli import run
 from remend.errors import ModelError
 from remend.models import skeleton
-from remend.tasks import load
+from remend.tasks import load, wrap
 
 LLAMA = hf.LlamaConfig(**families._GROUPED)
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -62,6 +62,24 @@ def resized_head():
 def test_a_checkpoint_that_is_not_a_whole_model_is_refused(model, settings, message, tmp_path):
     with pytest.raises(ModelError, match=message):
         load(str(saved(tmp_path, model(), **settings)), "cpu")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: hf.BertForMaskedLM(BERT),
+        lambda: hf.BertLMHeadModel(BERT),
+        lambda: hf.BertForTokenClassification(BERT),
+        lambda: hf.BertForMultipleChoice(BERT),
+        lambda: hf.BertForQuestionAnswering(BERT),
+        lambda: hf.BertModel(BERT),
+        lambda: hf.LlamaModel(LLAMA),
+        lambda: hf.T5EncoderModel(hf.T5Config(**families._T5)),
+    ],
+)
+def test_a_model_at_hand_with_another_tasks_head_is_refused_too(make):
+    with pytest.raises(ModelError, match=r"for another task|is an encoder"):
+        wrap(make(), worlds.tokenizer())
 
 
 @pytest.mark.parametrize("settings", [{}, resized_head()])
@@ -139,6 +157,7 @@ def with_index(name):
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 100), "were truncated"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 10**5), "cannot load"),
         (rename("model.safetensors", "pytorch_model.bin"), "may hold code"),
+        (rename("model.safetensors", "weights.npz"), "a model of MLX"),
     ],
 )
 def test_folders_that_hold_something_else_are_named_as_what_they_are(damage, message, tmp_path):

@@ -117,6 +117,8 @@ class LookupEdit:
         keys, values = tensors.get("keys"), tensors.get("values")
         if keys is None or values is None or keys.dim() != 2 or values.shape != keys.shape[:1]:
             raise FileError(f"{path}: keys and values are missing or do not fit together; it was altered")
+        if not keys.is_floating_point() or values.dtype != torch.int64 or bool((values < 0).any()):
+            raise FileError(f"{path}: keys should be floating point numbers, and values numbers from 0; it was altered")
         requests = tuple(
             parse_request(json.dumps(request), f"{path}, request {number}")
             for number, request in enumerate(get_field(manifest, "requests", list, path), start=1)

@@ -103,7 +103,8 @@ def detect_format(path: Path) -> EditFormat:
         edit_format: EditFormat = FORMATS.load(name)()
         if edit_format.detect(path):
             return edit_format
+    gguf = "It holds files of llama.cpp (GGUF), which are not read. " if next(path.glob("*.gguf"), None) else ""
     raise FileError(
-        f"{path} is in none of the formats {', '.join(FORMATS.names())}: give an adapter's folder, or that of a "
+        f"{path} is in none of the formats {', '.join(FORMATS.names())}. {gguf}Give an adapter's folder, or that of a "
         "changed model's checkpoint"
     )

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
 from remend.errors import ModelError
 
@@ -38,6 +43,8 @@ def check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         hint = "give the folder of the base model, and make an edit of the adapter with remend import"
         raise ModelError(f"{folder} holds an adapter, which would be loaded with the model: {hint}")
+    if next(folder.glob("*.npz"), None) and not next(folder.glob("*.safetensors"), None):
+        raise ModelError(f"{folder} is a model of MLX, which transformers does not read: give the original checkpoint")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a model folder: it has no config.json")
     for index in folder.glob("*.index.json"):
@@ -159,7 +166,27 @@ def _check_head(model: Any, saved_class: str | None, source: str) -> None:
             f"{source} was saved as a {saved_class}, which is for another task than a {kind}: its head would be asked "
             "what it was not trained for. Give a language model, or a classifier of texts or images"
         )
-    encoder = MODEL_FOR_MASKED_LM_MAPPING.get(type(model.config), type(model))
+    check_head(model, source)
+
+
+def check_head(model: nn.Module, source: str) -> None:
+    """Check that a model of transformers writes text from left to right, or classifies texts or images.
+
+    Raises:
+        ModelError: it is an encoder whose tokens see those after them, or has another head, or none.
+    """
+    if not isinstance(model, transformers.PreTrainedModel) or not type(model).__module__.startswith("transformers."):
+        return  # a class of somebody else may be anything
+    kind, config = type(model).__name__, type(model.config)
+    mappings: list[Any] = [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING]
+    found = [mapping.get(config, ()) for mapping in mappings]
+    classifiers = tuple(c for classes in found for c in (classes if isinstance(classes, tuple) else (classes,)))
+    if not model.can_generate() and not isinstance(model, classifiers):
+        raise ModelError(
+            f"{source} is a {kind}, neither a language model nor a sequence classifier or image classifier: its head, "
+            "if it has one, is for another task"
+        )
+    encoder = MODEL_FOR_MASKED_LM_MAPPING.get(config, type(model))
     if model.can_generate() and encoder is not type(model) and getattr(model.config, "is_decoder", True) is False:
         raise ModelError(
             f"{source} is an encoder, whose tokens see those after them, and would be asked as a {kind} that writes "

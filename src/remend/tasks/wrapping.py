@@ -10,6 +10,7 @@ from torch import nn
 
 from remend.core.execution import unwrap
 from remend.errors import ModelError, RequestError
+from remend.models.checkpoint_checks import check_head
 from remend.models.loading import load_pretrained
 from remend.registries import TASKS
 from remend.request import Prompt, as_prompt
@@ -28,6 +29,8 @@ def wrap(model: nn.Module, processor: Any = None) -> Task:
         ModelError: no task accepts the model, or it is wrapped by something that hides its modules or weights.
     """
     model = unwrap(model)
+    if hasattr(processor, "from_pretrained"):  # a tokenizer, or what reads images
+        check_head(model, "this model")
     for name in TASKS.names():
         kind: type[Task] = TASKS.load(name)
         if kind.accepts(model, processor):
