@@ -146,6 +146,23 @@ def test_folders_of_other_programs_are_left_alone(edits, tmp_path):
     assert listing(tmp_path) == sorted([*before, "it"])
 
 
+def test_traps_of_others_in_a_shared_folder(edits, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine.txt").write_text("kept")
+    for name in (".remend-abcdefgh", ".remend-ijklmnop"):
+        (tmp_path / "shared" / name).mkdir(parents=True)
+        (tmp_path / "shared" / name / "lock").touch()
+    (tmp_path / "shared" / ".remend-abcdefgh" / "replaced").symlink_to(tmp_path / "home")
+    edits[0].save(tmp_path / "shared" / "it")
+    assert listing(tmp_path / "shared") == ["it"]
+    assert (tmp_path / "home" / "mine.txt").read_text() == "kept"
+    (tmp_path / "shared" / ".remend-abcdefgh").mkdir()
+    (tmp_path / "shared" / ".remend-abcdefgh" / "lock").touch()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    edits[0].save(tmp_path / "shared" / "it")
+    assert listing(tmp_path / "shared") == [".remend-abcdefgh", "it"], "it is somebody else's"
+
+
 def test_an_edit_may_be_replaced_while_it_is_read(edits, tmp_path):
     """Two edits take turns under one name; whoever reads it meanwhile finds one of them."""
     path = tmp_path / "it"
@@ -250,6 +267,13 @@ def test_a_training_survives_kills(tmp_path):
         assert listing(folder) == ["editor"], struck
         if not struck:
             break
+
+
+@pytest.mark.parametrize("size", [0, 3000])
+def test_a_training_on_a_full_disk_says_so(tmp_path, size):
+    with no_file_above(size), pytest.raises(FileError, match="cannot write"):
+        train_in(tmp_path, resume=False)
+    assert not list(tmp_path.rglob(".remend-*"))
 
 
 def test_only_checkpoints_are_deleted(tmp_path):

@@ -18,6 +18,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ def remove_abandoned(parent: Path, undo: Callable[[Path], None] = lambda left: N
     """
     for folder in abandoned(parent):
         undo(folder)
-        for replaced in (folder / REPLACED).glob("*"):
+        for replaced in (folder / REPLACED).glob("*") if _is_own_folder(folder / REPLACED) else ():
             if not os.path.lexists(parent / replaced.name):
                 replaced.rename(parent / replaced.name)
         _remove(folder)
@@ -82,7 +83,7 @@ def abandoned(parent: Path) -> Iterator[Path]:
     """Yield the staging folders in ``parent`` whose processes were killed; each is locked until the next one."""
     for folder in sorted(parent.glob(f"{PREFIX}*")):
         named_by_remend = re.fullmatch(r"[a-z0-9_]{8}", folder.name.removeprefix(PREFIX))
-        if not named_by_remend or folder.is_symlink() or not folder.is_dir():
+        if not named_by_remend or not _is_own_folder(folder):
             continue
         try:
             lock = (folder / LOCK).open("r+b")
@@ -97,6 +98,15 @@ def abandoned(parent: Path) -> Iterator[Path]:
         with lock:
             if _try_to_lock(lock):
                 yield folder
+
+
+def _is_own_folder(path: Path) -> bool:
+    """Return whether a path is a folder of this user and no link: in a shared folder, others could lay traps."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and (sys.platform == "win32" or status.st_uid == os.geteuid())
 
 
 def rename_folder(staged: Path, path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from remend.core.distributed import ProcessGroup
 from remend.errors import ConfigError, nearest
+from remend.staging import readable_write_errors
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 PROJECT = "remend"
@@ -78,7 +79,8 @@ def _start(names: Sequence[str], folder: Path, process_group: ProcessGroup, sett
 
     # The trackers themselves, not an Accelerator: that one would destroy the process group when it finishes its logs.
     PartialState(cpu=process_group.device.type == "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
+    with readable_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     trackers = []
     for name in dict.fromkeys(names):
         tracker_class = LOGGER_TYPE_TO_CLASS[name]

@@ -27,7 +27,7 @@ from remend.evaluation.before_after import AnswerComparison, ask, before_after
 from remend.fingerprint import find_modules
 from remend.registries import FORMATS
 from remend.request import EditRequest, Prompt
-from remend.staging import readable_write_errors
+from remend.staging import readable_write_errors, staging_folder
 from remend.tasks import Task
 
 MAX_NEW_TOKENS = 32
@@ -283,9 +283,10 @@ class Session:
         The file is deleted with the session.
         """
         if self._export_folder is None:
-            with readable_write_errors(tempfile.gettempdir()):
-                self._export_folder = Path(tempfile.mkdtemp(prefix="remend-"))
-            weakref.finalize(self, shutil.rmtree, self._export_folder, ignore_errors=True)
+            temporary, end = Path(tempfile.gettempdir()), ExitStack()
+            with readable_write_errors(temporary):  # what a studio left there that was killed is removed
+                self._export_folder = end.enter_context(staging_folder(temporary))
+            weakref.finalize(self, end.close)
         with readable_write_errors(self._export_folder):
             folder = Path(tempfile.mkdtemp(dir=self._export_folder)) / to
             try:
