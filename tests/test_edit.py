@@ -253,7 +253,11 @@ missing_factor = with_tensors(lambda tensors: dict(sorted(tensors.items())[1:]))
         (with_tensors(lambda t: {n: x.int() for n, x in t.items()}), "stored as int32; allowed are float16"),
         (with_tensors(lambda t: {n: x > 0 for n, x in t.items()}), "stored as bool"),
         (with_tensors(lambda t: {n: x + 1j for n, x in t.items()}), "stored as complex64"),
-        (with_tensors(lambda t: {n: x.new_empty(60_000, 0) for n, x in t.items()}), "matrix of 0 → 0"),
+        (
+            with_tensors(lambda t: {n: x.new_empty(60_000, 0) for n, x in t.items()}),
+            "matrix of 0 → 0, which is nothing",
+        ),
+        (with_tensors(lambda t: {n: x[:0] for n, x in t.items()}), "0 factor pairs of a matrix of 2 → 3"),
         (with_tensors(lambda t: {**t, "m.experts": torch.ones(1, dtype=torch.bool)}), "experts of m do not fit"),
         (without("base"), "no 'base'"),
         (without("created"), "no 'created'"),

@@ -308,8 +308,9 @@ def _read_change(tensors: Mapping[str, Tensor], name: str, gate: object, path: s
     u, delta = tensors.get(f"{name}.u"), tensors.get(f"{name}.delta")
     if u is None or delta is None or u.dim() != 2 or delta.dim() != 2 or u.shape[0] != delta.shape[0]:
         raise FileError(f"{path}: the factors of {name} are missing or do not fit together; it was altered")
-    if not u.shape[1] or not delta.shape[1]:
-        raise FileError(f"{path}: {name} would be a matrix of {u.shape[1]} → {delta.shape[1]}; it was altered")
+    if not u.numel() or not delta.numel():
+        sizes = f"{len(u)} factor pairs of a matrix of {u.shape[1]} → {delta.shape[1]}"
+        raise FileError(f"{path}: {name} has {sizes}, which is nothing; it was altered")
     if isinstance(gate, bool) or not isinstance(gate, int | float) or not 0 <= gate < 1:
         raise FileError(f"{path}: the gate of {name} should be a number from 0 to below 1, it is {gate!r}")
     experts = tensors.get(f"{name}.experts")
