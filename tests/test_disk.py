@@ -420,6 +420,18 @@ def test_commands_on_a_read_only_disk_say_so(small, tmp_path, capsys, command):
             break
 
 
+def test_an_edit_that_appears_meanwhile_is_not_replaced(small, tmp_path, capsys, monkeypatch):
+    def before_after(*arguments):
+        shutil.copytree(small / "edit", tmp_path / "edit")
+        return asked(*arguments)
+
+    asked = remend.evaluation.before_after.before_after
+    monkeypatch.setattr("remend.evaluation.before_after.before_after", before_after)
+    assert run([*COMMANDS["edit"].format(small, tmp_path).split(), "--device", "cpu"]) == 1
+    assert "holds an edit or an editor already" in capsys.readouterr().err
+    assert created(Edit.load(tmp_path / "edit")) == created(Edit.load(small / "edit"))
+
+
 def test_what_reads_or_writes_anywhere_else_is_a_sentence_too(small, tmp_path, capsys, monkeypatch):
     def fail(*arguments, **named):
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere")

@@ -59,13 +59,12 @@ def edit(
     from remend.edit import Edit
     from remend.evaluation.before_after import before_after
     from remend.evaluation.robustness import measure_robustness
-    from remend.serialization import MANIFEST, check_replaceable, write_json
+    from remend.serialization import check_replaceable, write_json
     from remend.tasks.same_text import same_text
 
     console = Console()
     check_replaceable(out)
-    if not overwrite and (out / MANIFEST).exists():
-        raise FileError(f"{out} holds an edit or an editor already: choose another folder, or give --overwrite")
+    _check_free(out, overwrite)
     choice = options.find_editor(editor, model, statistics, seed, settings)
     if choice.info.result == "outside":
         raise ConfigError(
@@ -84,6 +83,7 @@ def edit(
     failed = [r.prompt for r, row in zip(edit_requests, answers, strict=True) if not row[0].ok]
     saved = not failed or keep_failed
     if saved:
+        _check_free(out, overwrite)  # another process may have written there meanwhile
         result.save(out)
     for request, row in zip(edit_requests, answers, strict=True):
         console.print(answers_table(f"{plain(request.prompt)} → {plain(request.target)}", row))
@@ -117,6 +117,14 @@ def edit(
         write_json(json, {**content, "answers": [as_json(row) for row in answers]})
     if not saved:
         raise typer.Exit(1)
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Raise if a folder holds an edit or an editor that may not be replaced."""
+    from remend.serialization import MANIFEST
+
+    if not overwrite and (out / MANIFEST).exists():
+        raise FileError(f"{out} holds an edit or an editor already: choose another folder, or give --overwrite")
 
 
 def _with_subject(subject: str, edit_requests: list[EditRequest], file: Path | None) -> list[EditRequest]:
