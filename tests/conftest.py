@@ -1,5 +1,6 @@
 """Settings of every test: the shapes in annotations are checked, and one thread, since the models are tiny."""
 
+import inspect
 import sys
 
 import hypothesis
@@ -81,3 +82,16 @@ def other_package(tmp_path, monkeypatch):
 
     yield install
     sys.modules.pop("other_package", None)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """What hooks call, without the checks of annotations that tests have: ``torch.compile`` cannot trace them."""
+    from remend.core import low_rank_hooks
+    from remend.core.low_rank import LowRank
+
+    for holder in (low_rank_hooks, LowRank, low_rank_hooks.LowRankHook, low_rank_hooks.ReachCheck):
+        for name, value in list(vars(holder).items()):
+            plain = inspect.unwrap(value) if inspect.isfunction(value) else value
+            if plain is not value and not inspect.isgeneratorfunction(plain):
+                monkeypatch.setattr(holder, name, plain)

@@ -1,7 +1,6 @@
 """Models that are compiled, wrapped, copied or used by several threads: an edit acts on them, or is refused."""
 
 import copy
-import inspect
 import threading
 import warnings
 
@@ -11,13 +10,14 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 import worlds
-from remend.core import low_rank_hooks
 from remend.core.execution import lock_of, uncompiled, unwrap, without_autocast
 from remend.core.layers import dimensions
 from remend.core.low_rank import LowRank
-from remend.core.low_rank_hooks import LowRankHook, ReachCheck, attach_hooks, changes_applied, frozen, remove_hooks
+from remend.core.low_rank_hooks import attach_hooks, changes_applied, frozen, remove_hooks
 from remend.edit import Edit
 from remend.editors import Mend
+from remend.editors.loading import editor_class
+from remend.editors.ridge import Ridge
 from remend.errors import EditError, ModelError, WrongBaseError
 from remend.fingerprint import ModelFingerprint, find_modules, module_of
 
@@ -55,15 +55,6 @@ class Plain(nn.Module):
 @torch.no_grad()
 def logits(model):
     return model(input_ids=IDS, use_cache=False).logits
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """What hooks call, without the checks of annotations that tests have: ``torch.compile`` cannot trace them."""
-    for holder in (low_rank_hooks, LowRank, LowRankHook, ReachCheck):
-        for name, value in list(vars(holder).items()):
-            if inspect.isfunction(value) and hasattr(value, "__wrapped__"):
-                monkeypatch.setattr(holder, name, inspect.unwrap(value))
 
 
 @pytest.fixture
@@ -344,3 +335,60 @@ def test_frozen_waits_for_another_thread(model):
 def test_autocast_is_off_within_the_block():
     with torch.autocast("cpu", torch.bfloat16), without_autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_editors_that_run_under_autocast_make_the_same_edits(model):
+    task = worlds.task(model)
+    plain, under = Ridge.create(task), None
+    with torch.autocast("cpu", torch.bfloat16):
+        under = Ridge.create(task).edit(task, worlds.requests(2))
+    for name, change in plain.edit(task, worlds.requests(2)).changes.items():
+        assert torch.equal(change.u, under.changes[name].u)
+        assert torch.equal(change.delta, under.changes[name].delta)
+
+
+def looped(blocks):
+    """A model in which some blocks are one module."""
+    model = worlds.llama()
+    for number, block in enumerate(blocks):
+        model.model.layers[number] = model.model.layers[block]
+    return worlds.task(model)
+
+
+def albert():
+    import transformers as hf
+
+    torch.manual_seed(0)
+    labels = dict(enumerate(worlds.CITIES))
+    sizes = {"embedding_size": 8, "hidden_size": 16, "intermediate_size": 40, "num_attention_heads": 2}
+    words = worlds.word_tokenizer()
+    config = hf.AlbertConfig(vocab_size=len(words), **sizes, num_hidden_layers=3, id2label=labels, pad_token_id=0)
+    return worlds.task(hf.AlbertForSequenceClassification(config).eval(), words)
+
+
+@pytest.mark.parametrize("make", [lambda: looped([0, 1, 2, 2]), lambda: looped([0, 0, 0, 0]), albert])
+@pytest.mark.parametrize("editor", ["ridge", "finetune", "rome", "memit"])
+def test_blocks_that_run_several_times_are_edited_under_one_name(make, editor):
+    task = make()
+    text = [" ".join(worlds.COUNTRIES)] * 20
+    edit = (
+        editor_class(editor)
+        .create(task, text=text if editor in ("rome", "memit") else ())
+        .edit(task, worlds.requests(2))
+    )
+    batch = task.collate([task.encode(request.prompt, request.target) for request in worlds.requests(2)])
+    with torch.no_grad():
+        plain = task.outputs(batch)
+        with edit.applied(task.model):
+            applied = task.outputs(batch)
+        with edit.merge(task.model):
+            torch.testing.assert_close(task.outputs(batch), applied, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(plain, applied)
+
+
+def test_an_edit_that_names_one_module_twice_is_refused():
+    model = looped([0, 1, 2, 2]).model
+    edit = random_edit(model, *(f"model.layers.{number}.mlp.down_proj" for number in (2, 3)))
+    for change in (edit.apply, edit.merge):
+        with pytest.raises(EditError, match="are one module, which the model calls several times"):
+            change(model)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import families
 import remend
 from remend.cli import run
-from remend.core.layers import dimensions
+from remend.core.layers import dimensions, is_conv1d
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, FileError, ModelError, NonFiniteError, RemendError, WrongBaseError
@@ -437,6 +437,55 @@ def test_a_merged_model_is_the_edited_one(task, kind, tmp_path):
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
     loaded = type(task.model).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(task, kind, loaded), expected, rtol=0, atol=1e-5)
+
+
+def compiled_layers(model, names):
+    """The model with the modules around the edited layers compiled, after a pass without the edit."""
+    for parent in {name.rpartition(".")[0] for name in names}:
+        model.get_submodule(parent).compile(backend="eager")
+    return model
+
+
+def by_the_tensors_own_rank(model, folder):
+    """The model with an adapter merged as llama.cpp does it: alpha of the file, divided by each tensor's own rank."""
+    alpha, tensors = json.loads((folder / CONFIG).read_text())["lora_alpha"], load_file(folder / WEIGHTS)
+    for key, a in tensors.items():
+        if ".lora_A." in key:
+            b = tensors[key.replace("lora_A", "lora_B")]
+            module = model.get_submodule(key.removeprefix("base_model.model.").partition(".lora_A")[0])
+            dense = alpha / b.shape[1] * b @ a
+            module.weight.data += dense.T if is_conv1d(module) else dense
+    return model
+
+
+def test_all_ways_of_applying_an_edit_give_the_same_logits(task, kind, tmp_path, unchecked):
+    """Branch, weights, adapter and checkpoint; eager and compiled; the edit itself, and what is read back."""
+    peft = pytest.importorskip("peft")
+    edit = random_edit(task.model)
+    assert len({change.rank for change in edit.changes.values()}) > 1
+    with edit.applied(task.model):
+        expected = logits(task, kind)
+    folders = [tmp_path / name for name in ("edit", "adapter", "merged")]
+    edit.save(folders[0])
+    save_adapter(edit, folders[1], task)
+    save_merged(edit, folders[2], task)
+    fresh = lambda: copy.deepcopy(task.model)  # noqa: E731
+    ways = {
+        "PEFT": lambda: quietly(peft.PeftModel.from_pretrained, fresh(), str(folders[1])).eval().base_model.model,
+        "by the tensor's own rank": lambda: by_the_tensors_own_rank(fresh(), folders[1]),
+        "checkpoint": lambda: type(task.model).from_pretrained(folders[2]).eval(),
+    }
+    for way, make in ways.items():
+        torch.testing.assert_close(logits(task, kind, make()), expected, rtol=0, atol=1e-5, msg=way)
+    compiled = compiled_layers(fresh(), edit.changes)
+    plain = logits(task, kind, compiled)
+    for model in (fresh(), compiled):
+        for again in (edit, Edit.load(folders[0]), load_adapter(folders[1], task)):
+            with again.applied(model):
+                torch.testing.assert_close(logits(task, kind, model), expected, rtol=0, atol=1e-5)
+            with again.merge(model):
+                torch.testing.assert_close(logits(task, kind, model), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(task, kind, model), plain, rtol=0, atol=1e-6)
 
 
 def test_merging_says_what_rounding_costs(tmp_path):

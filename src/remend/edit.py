@@ -114,6 +114,12 @@ class Edit:
         """Return the modules to change, after checking that ``model`` is the one that the edit is for."""
         self.base.check(model, "this edit")
         modules = find_modules(model, self.changes)
+        names = {module: name for name, module in modules.items()}
+        if aliases := [name for name, module in modules.items() if names[module] != name]:
+            raise EditError(
+                f"{aliases[0]} and {names[modules[aliases[0]]]} are one module, which the model calls several times: "
+                "an edit changes it under one name"
+            )
         for name, module in modules.items():
             change = self.changes[name]
             if dimensions(module) != (change.u.shape[-1], change.delta.shape[-1]):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from remend.config import Config, from_json, to_json
+from remend.core.execution import without_autocast
 from remend.core.layers import dimensions, expert_count
 from remend.core.low_rank import LowRank, concatenate
 from remend.edit import Edit
@@ -109,7 +110,7 @@ class Editor(ABC):
             )
         shapes = {name: dimensions(module) for name, module in selected.items()}
         # Layers draw their initial weights from the global generator, whose state belongs to the caller.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_autocast():
             torch.manual_seed(seed)
             editor = cls(config, ModelFingerprint.of(task.model, selected), shapes)
             editor.prepare(task, text, seed)
@@ -310,9 +311,10 @@ class WeightEditor(Editor):
         parts = self._changes_of_each(task, requests)
         return {name: concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    # A server may have inference mode on, in which no gradient could be taken.
+    # A server may have inference mode on, in which no gradient could be taken, or autocast.
     @torch.inference_mode(False)
     @torch.no_grad()
+    @without_autocast()
     def edit(self, task: Task, requests: Sequence[EditRequest]) -> Edit:
         """Return one edit of all ``requests``; it acts once it is applied or merged. The model is not changed.
 
@@ -326,6 +328,7 @@ class WeightEditor(Editor):
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    @without_autocast()
     def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Edit]:
         """Return one edit for each request, each made from the unedited model. Raises as :meth:`edit`."""
         base, editor = self.check(task, requests), self.describe()

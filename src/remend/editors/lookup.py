@@ -12,6 +12,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from remend.config import Config
+from remend.core.execution import without_autocast
 from remend.core.low_rank_hooks import frozen, remove_hooks
 from remend.editors.base import Editor
 from remend.editors.info import EditorInfo
@@ -71,6 +72,7 @@ class Lookup(Editor):
         keys, values = torch.cat([edit.keys for edit in edits]), torch.cat([edit.values for edit in edits])
         return replace(edits[0], keys=keys, values=values, requests=tuple(requests))
 
+    @without_autocast()
     def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[LookupEdit]:
         """Return one edit for each request. Raises as :meth:`edit`."""
         base = self.check(task, requests)

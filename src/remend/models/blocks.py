@@ -117,7 +117,15 @@ def select_blocks(model: nn.Module, layers: str) -> Blocks:
                 )
             numbers |= numbers_of_part
         selected += [stack[number] for number in sorted(numbers)]
-    return selected
+    return distinct(selected)
+
+
+def distinct(named: Blocks) -> Blocks:
+    """Return each module once, with its first name: one that the model calls several times may have several."""
+    first: dict[nn.Module, str] = {}
+    for name, module in named:
+        first.setdefault(module, name)
+    return [(name, module) for module, name in first.items()]
 
 
 def _block_numbers(part: str, count: int) -> set[int]:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from remend.core.execution import uncompiled
 from remend.errors import ModelError, RemendError
 from remend.models.blocks import find_stacks, is_inside
 
@@ -60,6 +61,8 @@ class FrozenPrefix:
         stacks = [blocks for _, blocks in find_stacks(model, stages=True)]
         if any(name == "" for blocks in stacks for name, _ in blocks):
             return  # the model is one block: there is nothing to cut
+        if any(len({block for _, block in blocks}) < len(blocks) for blocks in stacks):
+            return  # a block that runs several times lies below the cut and above it
         block_names = [[name for name, _ in blocks] for blocks in stacks]
         # A module outside of all blocks may run before all of them.
         cuts = [
@@ -265,13 +268,14 @@ def run_until(module: nn.Module, forward: Callable[[], object]) -> Tensor:
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _StopForward(_hidden_states(args, kwargs))
 
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        forward()
-    except _StopForward as stopped:
-        return stopped.states
-    finally:
-        handle.remove()
+    with uncompiled():
+        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            forward()
+        except _StopForward as stopped:
+            return stopped.states
+        finally:
+            handle.remove()
     raise ModelError(f"the model's forward pass never calls {type(module).__name__}, which lies before what is edited")
 
 
@@ -297,7 +301,8 @@ def _replaced_forward(
     try:
         for block in blocks:
             block.forward = replace(block.forward)
-        yield
+        with uncompiled():
+            yield
     finally:
         for block, forward in zip(blocks, before, strict=True):
             if forward is None:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from remend.core.execution import uncompiled
 from remend.core.low_rank_hooks import frozen
 from remend.errors import ModelError, RequestError
 from remend.models.frozen_prefix import run_until
@@ -131,11 +132,12 @@ class GenerativeTask(Task):
         Call it with the blocks bypassed (:meth:`FrozenPrefix.bypass_blocks`), or they run for nothing.
         """
         # The model runs on a single token with the layer's input replaced, so that it scales or caps the logits itself.
-        handle = self.head.register_forward_pre_hook(lambda head, args: (states[None], *args[1:]))
-        try:
-            return self._run(self._single_token)[0]
-        finally:
-            handle.remove()
+        with uncompiled():
+            handle = self.head.register_forward_pre_hook(lambda head, args: (states[None], *args[1:]))
+            try:
+                return self._run(self._single_token)[0]
+            finally:
+                handle.remove()
 
     def predict(self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64) -> list[Answer]:
         """Return greedy answers as token ids, up to the end token and with it, or as far as the limit allows."""
@@ -226,8 +228,9 @@ def gather_at(head: nn.Module, row: Int[Tensor, " target"], position: Int[Tensor
         hidden = args[0]
         return (hidden[row.to(hidden.device), position.to(hidden.device)][None], *args[1:])
 
-    handle = head.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with uncompiled():
+        handle = head.register_forward_pre_hook(gather)
+        try:
+            yield
+        finally:
+            handle.remove()

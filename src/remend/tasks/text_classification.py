@@ -86,7 +86,8 @@ class TextClassification(Task):
         try:
             with frozen(self.model), torch.enable_grad():
                 (gradient,) = torch.autograd.grad(
-                    self._run(self._inputs(tokens, torch.ones_like(tokens).bool()))[:, 0].sum(), hidden_states
+                    self._run(self._inputs(tokens, torch.ones_like(tokens).bool()))[:, 0].sum(),
+                    hidden_states[-1:],  # of a block that runs several times, the last
                 )
         finally:
             handle.remove()

@@ -24,7 +24,7 @@ from remend.editors.locate_then_edit.subject_prompts import PromptContexts, enco
 from remend.editors.saved_editor import SavedEditor
 from remend.errors import ConfigError, ModelError
 from remend.fingerprint import find_modules
-from remend.models.blocks import find_stacks, select_blocks
+from remend.models.blocks import distinct, find_stacks, select_blocks
 from remend.models.structure import is_down_projection, mlp_layer_names
 from remend.request import EditRequest
 from remend.tasks.base import Task
@@ -76,7 +76,7 @@ class LocateThenEdit(WeightEditor):
             prefixes = {prefix for prefix, _ in blocks}
             blocks = [(prefix, block) for prefix, block in select_blocks(model, layers) if prefix in prefixes]
         selected: dict[str, nn.Module] = {}
-        for prefix, block in blocks:
+        for prefix, block in distinct(blocks):
             names = [n for n in mlp_layer_names(prefix, block) if is_down_projection(find_modules(model, [n])[n])]
             if not names:
                 raise ModelError(f"{prefix} has no MLP whose narrowing matrix {name} could edit")
