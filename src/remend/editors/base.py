@@ -324,6 +324,7 @@ class WeightEditor(Editor):
             NonFiniteError: the model's weights or activations hold NaN or infinity.
         """
         base = self.check(task, requests)
+        warn_of_conflicts(requests)
         return Edit(self.combine(task, requests), base, tuple(requests), self.describe())
 
     @torch.inference_mode(False)
@@ -342,3 +343,16 @@ class WeightEditor(Editor):
         for start in range(0, len(requests), size):
             parts += self.changes(task, requests[start : start + size])
         return parts
+
+
+def warn_of_conflicts(requests: Sequence[EditRequest]) -> None:
+    """Warn if two requests for one edit want different answers to the same prompt, which no model can give."""
+    targets: dict[Any, str] = {}
+    for request in requests:
+        other = targets.setdefault(request.prompt, request.target)
+        if other != request.target:
+            warnings.warn(
+                f"two requests want different answers to {str(request.prompt)!r}: {other!r} and {request.target!r}. "
+                "One edit of both makes the model give one of them at the most; make an edit of each, or drop one",
+                stacklevel=5,
+            )

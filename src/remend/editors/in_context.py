@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from remend.editors.base import Editor
+from remend.editors.base import Editor, warn_of_conflicts
 from remend.editors.context_edit import ContextEdit
 from remend.editors.info import EditorInfo
 from remend.request import EditRequest
@@ -33,8 +33,10 @@ class InContext(Editor):
             WrongBaseError: the editor is for another kind of model.
         """
         self.check(task, requests)
+        warn_of_conflicts(requests)
         return ContextEdit(tuple(requests))
 
     def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[ContextEdit]:
         """Return one edit for each fact. Raises as :meth:`edit`."""
-        return [ContextEdit((request,)) for request in self.edit(task, requests).requests]
+        self.check(task, requests)
+        return [ContextEdit((request,)) for request in requests]

@@ -14,7 +14,7 @@ from torch import Tensor
 from remend.config import Config
 from remend.core.execution import without_autocast
 from remend.core.low_rank_hooks import frozen, remove_hooks
-from remend.editors.base import Editor
+from remend.editors.base import Editor, warn_of_conflicts
 from remend.editors.info import EditorInfo
 from remend.editors.lookup_edit import LookupEdit, output_layer
 from remend.editors.saved_editor import SavedEditor
@@ -69,6 +69,7 @@ class Lookup(Editor):
             WrongBaseError: the editor is for another kind of model.
         """
         edits = self.edit_each(task, requests)
+        warn_of_conflicts(requests)
         keys, values = torch.cat([edit.keys for edit in edits]), torch.cat([edit.values for edit in edits])
         return replace(edits[0], keys=keys, values=values, requests=tuple(requests))
 
