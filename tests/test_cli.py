@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -275,9 +276,12 @@ def test_an_edit_can_be_scaled(folder, capsys):
         norms[scale] = list(Edit.load(folder / "scaled").norms().values())
     assert norms["0.5"] == pytest.approx([norm / 2 for norm in norms["1"]], rel=1e-4)
     requests = ["--requests", folder / "test.jsonl", "--max-new-tokens", 4, "--scale", "auto"]
-    with pytest.warns(UserWarning, match="two requests want different answers to 'The capital of France is'"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
         assert not remend(*common, *requests, "--out", folder / "scaled")
-    assert "of 12 paraphrases follow" in capsys.readouterr().out.replace("\n", " ")
+    shown = capsys.readouterr()
+    assert "of 12 paraphrases follow" in shown.out.replace("\n", " ")
+    assert "two requests want different answers to 'The capital of France is'" in shown.err
 
 
 def test_a_scaled_edit_says_so(folder, tmp_path, capsys):
