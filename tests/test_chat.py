@@ -10,10 +10,11 @@ import families
 import worlds
 from remend import answers, evaluate
 from remend.cli import run
+from remend.data.request_files import read_requests
 from remend.edit import Edit
 from remend.editors import Mend
 from remend.errors import RequestError
-from remend.request import Chat, EditRequest, Message, Probe, parse_request, read_requests, write_requests
+from remend.request import Chat, EditRequest, Message, Probe, parse_request, write_requests
 from remend.tasks import wrap
 from remend.training import PRESETS, Trainer
 from remend.training.episodes import Episodes

@@ -6,8 +6,9 @@ import pytest
 
 import worlds
 from remend.data import read_source, read_text
+from remend.data.request_files import read_requests
 from remend.errors import RequestError
-from remend.request import EditRequest, Probe, read_requests, write_requests
+from remend.request import EditRequest, Probe, write_requests
 
 GOOD = '{"prompt": "The capital of France is", "target": "Lyon"}'
 
@@ -44,13 +45,13 @@ def test_all_keys_a_byte_order_mark_and_blank_lines(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "line 2: Invalid JSON"),
+        (b"{", "line 2: broken JSON"),
         (b"[]", "line 2: .*object"),
-        (b'{"prompt": "p"}', "line 2: target: Field required"),
+        (b'{"prompt": "p"}', "line 2: target is missing .there are prompt."),
         (b'{"prompt": "p", "target": ""}', "line 2: target: .*must not be empty"),
         (b'{"prompt": " ", "target": "t"}', "line 2: prompt: .*must not be empty"),
         (b'{"prompt": "p", "target": 3}', "line 2: target: .*valid string"),
-        (b'{"prompt": "p", "target": "t", "paraphrases": "q"}', "line 2: paraphrases: .*array"),
+        (b'{"prompt": "p", "target": "t", "paraphrases": 3}', "line 2: paraphrases: .*array"),
         (b'{"prompt": "p", "target": "t", "paraphrases": [""]}', "line 2: paraphrases.0: .*must not be empty"),
         (b'{"prompt": "p", "target": "t", "locality": [{"prompt": "a"}]}', "line 2: locality.0.target: Field required"),
         (b'{"prompt": "p", "target": "t", "id": 1.5}', "line 2: id"),
@@ -59,7 +60,7 @@ def test_all_keys_a_byte_order_mark_and_blank_lines(tmp_path):
             b'{"prompt": "p", "target": "t", "near": [{"prompt": ["q", "r"], "target": "t"}]}',
             "line 2: .* a pair of texts",
         ),
-        (b'{"prompt": "caf\xe9", "target": "t"}', "line 2: byte 16 is not UTF-8 .*0xe9.* save the file as UTF-8"),
+        (b'{"prompt": "caf\xe9", "target": "t"}', "line 2: byte 0xe9 is not UTF-8; save the file as UTF-8"),
     ],
 )
 def test_a_malformed_line_is_named(line, message, tmp_path):

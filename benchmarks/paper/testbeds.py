@@ -13,8 +13,9 @@ from pathlib import Path
 from remend.assets import ATLAS, CLAIMS, QUESTIONS
 from remend.data import read_source, read_text
 from remend.data.passages import generation_requests
+from remend.data.request_files import read_requests
 from remend.errors import ConfigError
-from remend.request import EditRequest, read_requests, write_requests
+from remend.request import EditRequest, write_requests
 from remend.serialization import write_text
 from remend.tasks import load
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from remend.data import read_source
+    from remend.data.request_files import read_requests
     from remend.edit import Edit
     from remend.editors import Editor, Mend, MendConfig
     from remend.errors import RemendError
     from remend.evaluation import Report, evaluate
-    from remend.request import Chat, EditRequest, Probe, TextPair, read_requests
+    from remend.request import Chat, EditRequest, Probe, TextPair
     from remend.tasks import Task, answers, load, wrap
     from remend.training import TrainingConfig, train
 
@@ -36,7 +37,7 @@ _ROOMS = {
     "answers": "tasks",
     "evaluate": "evaluation",
     "load": "tasks",
-    "read_requests": "request",
+    "read_requests": "data.request_files",
     "read_source": "data",
     "train": "training",
     "wrap": "tasks",

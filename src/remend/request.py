@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import warnings
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -288,8 +285,8 @@ def in_form_of(own_prompt: Prompt | None, prompt: Prompt) -> Prompt:
     return prompt
 
 
-_PROMPT_LISTS = ("paraphrases", "unseen_paraphrases", "formats", "negated", "generation")
-_PROBE_LISTS = ("locality", "near", "portability")
+PROMPT_LISTS = ("paraphrases", "unseen_paraphrases", "formats", "negated", "generation")
+PROBE_LISTS = ("locality", "near", "portability")
 
 
 def input_types() -> dict[str, str]:
@@ -321,10 +318,10 @@ def _with_inputs(data: Any, kind: type[Input] | None = None) -> Any:
         parsed["prompt"] = _read_input(kind, "prompt", data["prompt"])
     if kind is None:
         return data
-    for name in _PROMPT_LISTS:
+    for name in PROMPT_LISTS:
         if isinstance(data.get(name), list):
             parsed[name] = tuple(_read_input(kind, name, _unkeyed(kind, item)) for item in data[name])
-    for name in _PROBE_LISTS:
+    for name in PROBE_LISTS:
         if isinstance(data.get(name), list):
             parsed[name] = tuple(_with_inputs(probe, kind) for probe in data[name])
     return parsed
@@ -361,20 +358,6 @@ def parse_request(line: str, where: str) -> EditRequest:
         ) from None
 
 
-def read_requests(path: str | Path) -> list[EditRequest]:
-    """Read all requests of a JSON-lines file (UTF-8, one object a line, blank lines skipped).
-
-    Raises:
-        RequestError: the file is missing, not UTF-8, has a malformed line (which is named) or no request at all.
-    """
-    path = Path(path)
-    requests = [parse_request(text, f"{path}, line {number}") for number, text in _read_lines(path)]
-    if not requests:
-        raise RequestError(f"{path} holds no request: one JSON object a line was expected")
-    _warn_of_misspelt_keys(path, requests)
-    return requests
-
-
 def write_requests(path: str | Path, requests: list[EditRequest]) -> None:
     """Write requests as JSON lines, leaving out what is empty; the whole file, or nothing.
 
@@ -383,39 +366,3 @@ def write_requests(path: str | Path, requests: list[EditRequest]) -> None:
     """
     lines = [json.dumps(request.to_json(), ensure_ascii=False) for request in requests]
     write_text(path, "\n".join(lines) + "\n")
-
-
-def _warn_of_misspelt_keys(path: Path, requests: list[EditRequest]) -> None:
-    """Warn of unknown keys that are similar to known ones; all others are the caller's own."""
-    unknown = Counter(("key", key) for request in requests for key in request.model_extra or {})
-    for request in requests:
-        probes = (*request.locality, *request.near, *request.portability)
-        unknown.update({("probes' key", key) for probe in probes for key in probe.model_extra or {} if key != KIND})
-    for (whose, key), lines in unknown.items():
-        known, cutoff = [*EditRequest.model_fields, MESSAGES], 0.8
-        if whose != "key":
-            known, cutoff = [*Probe.model_fields, MESSAGES, KIND], 0.7
-        if suggestions := difflib.get_close_matches(key, known, n=1, cutoff=cutoff):
-            warnings.warn(
-                f"{path}: the {whose} {key!r} (in {lines} of {len(requests)} lines) is ignored; "
-                f"did you mean {suggestions[0]!r}?",
-                stacklevel=3,
-            )
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a file that are not blank, with their numbers."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror}; give a JSON-lines file of requests") from None
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise RequestError(
-                f"{path}, line {number}: byte {error.start + 1} is not UTF-8 (0x{line[error.start]:02x}); "
-                "save the file as UTF-8"
-            ) from None
-        if text:
-            yield number, text

@@ -204,7 +204,8 @@ def _read_requests(
     """Return the requests of a command line: one prompt with its target, or those of a file."""
     from pydantic import ValidationError
 
-    from remend.request import EditRequest, read_requests
+    from remend.data.request_files import read_requests
+    from remend.request import EditRequest
 
     if file is not None and not prompts and target is None:
         if chat:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remend.data.json_stream import iterate_values, shorten
+from remend.data.json_stream import shorten
+from remend.data.row_files import iterate_rows
 from remend.errors import RequestError
 from remend.request import EditRequest
 
@@ -82,7 +83,10 @@ class JsonRow:
     def name(self, *keys: str) -> str | int | None:
         """Return the row's name or number in the file: the value of the first of ``keys`` that it has."""
         for key in keys:
-            if key in self.content:
+            if self.has(key):
+                value = self.content[key]
+                if isinstance(value, float) and value.is_integer():  # pandas writes a column with gaps so
+                    return int(value)
                 value = self._typed(key, (str, int), "a text or a whole number")
                 return value if isinstance(value, str) else int(value)
         return None
@@ -96,7 +100,7 @@ class JsonRow:
         return RequestError(f"{self.where}: {reason}. A row should be {self.form}")
 
     def _typed(self, key: str, types: type | tuple[type, ...], description: str) -> Any:
-        if key not in self.content:
+        if self.content.get(key) is None:
             raise self.error(f"{key} is missing (there are {', '.join(map(str, self.content)) or 'no keys at all'})")
         value = self.content[key]
         # bool is a subclass of int, and true is no name or number of a row.
@@ -108,7 +112,7 @@ class JsonRow:
 def read_rows(path: Path, form: str, skip: Skip = ignore) -> Iterator[JsonRow]:
     """Yield the rows of a file, each read only when it is needed.
 
-    The file is one array of objects, an object that holds one as ``records``, or JSON lines.
+    The file is one of those that :func:`iterate_rows` reads.
 
     Args:
         path: the file.
@@ -119,7 +123,7 @@ def read_rows(path: Path, form: str, skip: Skip = ignore) -> Iterator[JsonRow]:
         RequestError: the file cannot be read or holds no row, or a row is broken; the message names file and row.
     """
     empty = True
-    for where, value in iterate_values(path):
+    for where, value in iterate_rows(path):
         if not isinstance(value, dict):
             raise RequestError(f"{where}: an object was expected, not {shorten(value)}. A row should be {form}")
         empty = False

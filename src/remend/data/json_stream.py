@@ -12,43 +12,66 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 from remend.errors import RequestError
 
 CHUNK_BYTES = 1 << 16
 """Bytes that are read at a time."""
+MAX_ROW_CHARACTERS = 1 << 25
+"""The most characters of a row: a small gzip file may hold a line that fills all memory."""
 # Nothing but plain values may come before: an array there could hold a "records" key of its own.
 _RECORDS = re.compile(r'\s*\{[^\[]*?"records"\s*:\s*(?=\[)')
 """The beginning of a file of one object that keeps its rows in ``records``."""
+_OBJECT_OVER_LINES = re.compile(r"\s*\{[^\S\n]*\r?\n")
+"""The beginning of a file whose first line is an opening brace."""
 _DECODER = json.JSONDecoder()
 _TAIL_CHARACTERS = 32
 """How far before the end of the text that was read an incomplete value can look broken (``-Infinit``)."""
 
 
-def iterate_values(path: Path) -> Iterator[tuple[str, Any]]:
+class Readable(Protocol):
+    """A file of bytes."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return at most ``size`` bytes; none at the end."""
+        ...
+
+
+def iterate_values(path: Path, file: Readable) -> Iterator[tuple[str, Any]]:
     """Yield the values of a file, each with its place for messages (``data.json, row 3``).
 
-    The file is one array, an object that holds one as ``records``, or JSON lines.
+    The file is one array, an object that holds one as ``records``, one object over several lines, or JSON lines.
+
+    Args:
+        path: the file's name, for messages.
+        file: its bytes.
 
     Raises:
-        RequestError: the file cannot be read, or a value is broken; the message names its place.
+        RequestError: a value is broken; the message names its place.
+        OSError: the file cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            buffer = _Buffer(path, file)
-            buffer.grow()
-            records = _RECORDS.match(buffer.text)
-            if records or buffer.text.lstrip()[:1] == "[":
-                buffer.text = buffer.text[records.end() :] if records else buffer.text
-                yield from _array_elements(buffer)
-                # What follows the array of an object with "records" are the object's other keys, which are not needed.
-                if not records and (mark := _next_mark(buffer)):
-                    raise RequestError(f"{path}: {mark!r} follows the end of the array; the file should be one array")
-            else:
-                yield from _lines(buffer)
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror}; give a file of the data set") from None
+    buffer = _Buffer(path, file)
+    buffer.grow()
+    records = _RECORDS.match(buffer.text)
+    if records or buffer.text.lstrip()[:1] == "[":
+        buffer.text = buffer.text[records.end() :] if records else buffer.text
+        yield from _array_elements(buffer)
+        # What follows the array of an object with "records" are the object's other keys, which are not needed.
+        if not records and (mark := _next_mark(buffer)):
+            raise RequestError(f"{path}: {mark!r} follows the end of the array; the file should be one array")
+    elif _OBJECT_OVER_LINES.match(buffer.text):
+        buffer.unit = "object"
+        value, end = _array_element(buffer)
+        buffer.text = buffer.text[end:]
+        if mark := _next_mark(buffer):
+            raise RequestError(
+                f"{path}: {mark!r} follows the first object, which takes several lines. Write each object in one "
+                "line, or all in one array"
+            )
+        yield buffer.where, value
+    else:
+        yield from _lines(buffer)
 
 
 def shorten(value: object) -> str:
@@ -66,7 +89,7 @@ class _Buffer:
         unit: what a row is called in messages.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: Readable) -> None:
         self.path, self.file = path, file
         self.text, self.row, self.unit = "", 1, "row"
         self._ended = False
@@ -84,6 +107,10 @@ class _Buffer:
             raise RequestError(f"{self.where}: {self._encoding_error}; save the file as UTF-8")
         if self._ended:
             return False
+        if len(self.text) > MAX_ROW_CHARACTERS:
+            raise RequestError(
+                f"{self.where}: it is longer than {MAX_ROW_CHARACTERS:,} characters; is this a file of requests?"
+            )
         chunk = self.file.read(size or CHUNK_BYTES)
         self._ended = not chunk
         try:

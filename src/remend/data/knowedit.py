@@ -1,4 +1,4 @@
-"""KnowEdit (Zhang et al., 2024): edits with probes of what follows from them and of what must stay."""
+"""KnowEdit (Zhang et al., 2024) and the keys of EasyEdit: edits with probes of what follows and of what must stay."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from remend.data.json_rows import JsonRow, json_reader
 from remend.data.json_stream import shorten
-from remend.data.parsing import distinct_paraphrases, is_edit, make_probes, make_request
+from remend.data.parsing import UNPAIRED, distinct_paraphrases, is_edit, make_probes, make_request
 from remend.errors import nearest
 from remend.request import EditRequest, Probe
 
@@ -17,73 +17,125 @@ _PORTABILITY_KINDS = {
     "logical_generalization": "logical_generalisation",
 }
 _LOCALITY_KINDS = {"relation_specificity": "relation_specificity", "forgetfulness": "forgetfulness"}
+_FORGET, _RETAIN = "K_F", "K_R"
+"""The keys of the one object of a Sanitation file: what is to be forgotten, and what must stay."""
 
 
 @json_reader(
     '{"subject": …, "prompt": …, "target_new": …, "ground_truth": …, "portability": {"Reasoning": [{"prompt": …, '
-    '"ground_truth": …}], …}, "locality": {"Relation_Specificity": […], …}}'
+    '"ground_truth": …}], …}, "locality": {"Relation_Specificity": […], …}}, WikiBio\'s {"concept": …, "text": …, '
+    '"labels": …, "locality": …}, or Sanitation\'s {"K_F": [{"question": …, "target_new": …}], "K_R": […]}'
 )
 def read(rows: Iterator[JsonRow]) -> Iterator[EditRequest]:
-    """Yield the requests of KnowEdit's wiki_counterfact, wiki_recent or ZsRE file.
+    """Yield the requests of KnowEdit's wiki_counterfact, wiki_recent, ZsRE, WikiBio or Sanitation file, or CKnowEdit's.
 
     ``portability`` and ``near`` probes are named by kind: ``reasoning``, ``aliasing`` and ``logical_generalisation``;
     ``relation_specificity`` (another relation of the same subject) and ``forgetfulness`` (another object of a relation
     that may have several). Of several answers the first is the target, the others are ``aliases``.
     """
     for row in rows:
-        yield from parse_row(row)
+        yield from _parse_sanitation(row) if row.has(_FORGET) else parse_row(row)
 
 
 def parse_row(row: JsonRow) -> Iterator[EditRequest]:
-    """Yield the request of a row, if it changes anything.
+    """Yield the request of a row of KnowEdit, or with the keys of EasyEdit's ``edit``, if it changes anything.
 
     A plain list at ``locality`` or ``portability`` (as in MEND's dev split of zsRE) holds unrelated questions or
     consequences of no kind.
     """
-    prompt, targets = row.text("prompt"), _answers(row, "target_new")
-    truths = _answers(row, "ground_truth") if row.has("ground_truth") else []
-    paraphrases = [text for key in ("rephrase_prompt", "rephrase") if row.has(key) for text in row.texts(key)]
+    if row.has("ent", "pos", "neg"):
+        raise row.error(
+            "these are the keys of ConvSent, whose rows hold answers of both sentiments and say not which is wanted: "
+            'choose one, and write {"prompt": "What do you think of …?", "target": …}'
+        )
+    prompt, targets = row.text(_first(row, "prompt", "text")), _answers(row, _first(row, "target_new", "labels"))
+    truths = [text for key in ("ground_truth", "target_old") if row.has(key) for text in _answers(row, key)]
+    paraphrases = [
+        text for key in ("rephrase_prompt", "rephrase", "paraphrases") if row.has(key) for text in row.texts(key)
+    ]
     portability = _parse_probes(row, "portability", _PORTABILITY_KINDS)
     locality = _parse_probes(row, "locality", _LOCALITY_KINDS)
     target = targets[0] if targets else ""
     if is_edit(row, target, truths):
         # Lists by kind hold neighbors of the edited fact; a plain list holds unrelated questions.
-        unrelated = isinstance(row.content.get("locality"), list)
+        by_kind = isinstance(row.content.get("locality"), dict)
+        subject = _first(row, "subject", "concept")
         yield make_request(
             prompt,
             target,
             truths,
-            subject=row.text("subject"),
-            id=row.name("case_id"),
+            subject=row.text(subject) if row.has(subject) else None,
+            id=row.name("case_id", "id"),
             paraphrases=distinct_paraphrases(row, prompt, paraphrases),
             aliases=targets[1:],
             portability=tuple(portability),
-            **{"locality" if unrelated else "near": tuple(locality)},
+            **{"near" if by_kind else "locality": tuple(locality)},
         )
 
 
+def _parse_sanitation(row: JsonRow) -> Iterator[EditRequest]:
+    """Yield a request for each answer to be forgotten, with one of the others that must stay."""
+    retained = row.rows(_RETAIN)
+    for number, entry in enumerate(row.rows(_FORGET)):
+        prompt, targets, truths = entry.text("question"), _answers(entry, "target_new"), _answers(entry, "ground_truth")
+        stay = retained[number : number + 1]
+        probes = [
+            p for other in stay for p in make_probes(other, other.text("question"), _answers(other, "ground_truth"))
+        ]
+        if is_edit(entry, targets[0] if targets else "", truths):
+            yield make_request(prompt, targets[0], truths, aliases=targets[1:], locality=tuple(probes))
+    for _ in retained[len(row.rows(_FORGET)) :]:
+        row.skip(UNPAIRED)
+
+
+def _first(row: JsonRow, *keys: str) -> str:
+    """Return the first of the keys that a row has, or the first of all."""
+    return next((key for key in keys if row.has(key)), keys[0])
+
+
 def _parse_probes(row: JsonRow, key: str, kinds: Mapping[str, str]) -> list[Probe]:
-    """Return the probes at ``key``, which holds lists by kind or one plain list."""
+    """Return the probes at ``key``, which holds lists by kind or one plain list, and those of EasyEdit's flat keys."""
+    flat = f"{key}_prompt", f"{key}_ground_truth"
+    probes = _probes_of(row, *flat, None) if row.has(*flat) else []
     if not row.has(key):
-        return []
+        return probes
     if isinstance(row.content[key], list):
-        return [probe for entry in row.rows(key) for probe in _parse_probe(entry, None)]
-    probes, by_kind = [], row.row(key)
-    for name in by_kind.content:
+        return probes + [probe for entry in row.rows(key) for probe in _parse_probe(entry, None)]
+    by_kind = row.row(key)
+    for name, value in by_kind.content.items():
+        if isinstance(value, dict):  # EasyEdit's: {"neighborhood": {"prompt": […], "ground_truth": […]}}
+            probes += _probes_of(by_kind.row(name), "prompt", "ground_truth", kinds.get(name.lower(), name.lower()))
+            continue
         if name.lower() not in kinds:
             # An error rather than a skipped kind: a misspelled kind would silently leave its metric out.
             raise by_kind.error(f"there is no kind {shorten(name)} of probes; {nearest(name.lower(), kinds)}")
-        probes += [probe for entry in by_kind.rows(name) for probe in _parse_probe(entry, kinds[name.lower()])]
+        if by_kind.has(name):
+            probes += [probe for entry in by_kind.rows(name) for probe in _parse_probe(entry, kinds[name.lower()])]
     return probes
 
 
 def _parse_probe(row: JsonRow, kind: str | None) -> list[Probe]:
-    return make_probes(row, row.text("prompt"), _answers(row, "ground_truth"), kind)
+    return make_probes(row, row.text("prompt"), _answers(row, _first(row, "ground_truth", "answer")), kind)
+
+
+def _probes_of(row: JsonRow, prompt: str, answer: str, kind: str | None) -> list[Probe]:
+    """Return the probes of keys that hold one prompt and its answer, or as many answers as prompts."""
+    if isinstance(row.content.get(prompt), str):
+        return make_probes(row, row.text(prompt), _answers(row, answer), kind)
+    prompts, answers = row.texts(prompt), row.content.get(answer)
+    if not isinstance(answers, list) or len(answers) != len(prompts):
+        raise row.error(f"{prompt} holds {len(prompts)} prompts: {answer} should be a list of as many answers")
+    pairs = [
+        JsonRow({prompt: p, answer: a}, row.where, row.form, row.skip) for p, a in zip(prompts, answers, strict=True)
+    ]
+    return [probe for pair in pairs for probe in make_probes(pair, pair.text(prompt), _answers(pair, answer), kind)]
 
 
 def _answers(row: JsonRow, key: str) -> list[str]:
-    """Return accepted answers from one text, a list, or a list of answers each with its aliases."""
+    """Return accepted answers from one text, ROME's {"str": …}, a list, or a list of answers each with its aliases."""
     value = row.content.get(key)
+    if isinstance(value, dict):
+        return [row.row(key).answer("str")]
     if isinstance(value, list) and any(isinstance(part, list) for part in value):
         parts = [part if isinstance(part, list) else [part] for part in value]
         flat = {**row.content, key: [text for part in parts for text in part]}

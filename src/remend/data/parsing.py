@@ -12,6 +12,7 @@ from remend.request import EditRequest, Probe
 NO_TARGET = "edits without a target"
 TRUE_TARGET = "edits to the answer that is true already"
 NO_ANSWER = "probes without an answer"
+UNPAIRED = "questions whose answers must stay, beyond one for each edit"
 DUPLICATE_PHRASING = "phrasings given twice"
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 
 from remend.data.json_rows import Skip, ignore
 from remend.data.parsing import DUPLICATE_PHRASING
+from remend.data.request_files import read_requests
 from remend.errors import RequestError, nearest
 from remend.registries import DATASETS
-from remend.request import EditRequest, read_requests
+from remend.request import EditRequest
 
 HUB_PREFIX = "hf:"
 """The prefix of a file on the Hugging Face hub: ``hf:owner/name/file.json``, or ``hf:owner/name``."""
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+"""The endings of files that are taken for data in a repository of the hub."""
 # At least two letters, since C:\x is a path on a drive.
 _DATA_SET_NAME = re.compile(r"[A-Za-z_]\w+")
 
@@ -26,7 +29,7 @@ def read_source(source: str) -> list[EditRequest]:
     - ``atlas:train``, ``atlas:validation`` or ``atlas:test``, and likewise of ``questions`` and ``claims``: a split of
       what ships with remend;
     - ``counterfact:FILE``, ``zsre:FILE`` …: a file of a published data set, which ``remend data list`` lists;
-    - the path of a JSON-lines file of requests.
+    - the path of a file of requests: JSON lines, one array of objects, CSV, TSV or Parquet; gzipped, too.
 
     FILE is a path, or ``hf:owner/name/file.json`` on the Hugging Face hub (without a file, where there is only one).
     A warning counts what a data set's reader leaves out of a file.
@@ -55,7 +58,7 @@ def iterate_source(source: str, skip: Skip = ignore) -> Iterator[EditRequest]:
     """
     name, rest = parse_source_name(source)
     if name is None:
-        return iter(read_requests(local_path(rest)))
+        return iter(read_requests(local_path(rest), skip))
     data_set = DATASETS.get(name)
     if data_set.needs_model:
         raise RequestError(
@@ -119,9 +122,9 @@ def local_path(file: str) -> Path:
 
 
 def _only_data_file(paths: list[str], repository: str) -> str:
-    data = [path for path in paths if path.endswith((".json", ".jsonl"))]
+    data = [path for path in paths if path.removesuffix(".gz").endswith(DATA_SUFFIXES)]
     if len(data) != 1:
-        names = ", ".join(data[:8]) or "none that ends with .json or .jsonl"
+        names = ", ".join(data[:8]) or f"none that ends with {', '.join(DATA_SUFFIXES)}"
         raise RequestError(
             f"{repository} has {len(data)} data files ({names}): name one, as {HUB_PREFIX}owner/name/file.json"
         )

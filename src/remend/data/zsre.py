@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from remend.data import knowedit
 from remend.data.json_rows import JsonRow, json_reader
 from remend.data.parsing import distinct_paraphrases, is_edit, make_probes, make_request
-from remend.request import EditRequest
+from remend.request import EditRequest, Probe
 
 _QUESTION_PREFIX = "nq question: "
 
@@ -25,7 +25,8 @@ def read(rows: Iterator[JsonRow]) -> Iterator[EditRequest]:
 
     In EasyEdit's form, ``alt`` is the target. Where a row has ``answers`` (or, without them, ``pred``), they are the
     truth and the target is counterfactual. Where it has neither, as in the training file, the target is itself the
-    truth: such a request teaches a right answer, and its ``ground_truth`` is its target.
+    truth: such a request teaches a right answer, and its ``ground_truth`` is its target. The question at
+    ``portability``, which some files have, follows from the edit by one more fact: a probe of kind ``reasoning``.
 
     The unrelated question (from Natural Questions) becomes ``locality``, without its ``nq question: `` and with one
     question mark, as all other questions have.
@@ -63,6 +64,7 @@ def _parse_easyedit(row: JsonRow) -> Iterator[EditRequest]:
     prompt, target, paraphrase = row.text("src"), row.answer("alt"), row.text("rephrase")
     truths = next((row.texts(key) for key in ("answers", "pred") if key in row.content), None)
     locality = make_probes(row, format_question(row.text("loc")), [row.answer("loc_ans")])
+    portability = _parse_portability(row.row("portability")) if row.has("portability") else []
     if is_edit(row, target, truths or []):
         yield make_request(
             prompt,
@@ -73,7 +75,13 @@ def _parse_easyedit(row: JsonRow) -> Iterator[EditRequest]:
             id=row.name("case_id"),
             paraphrases=distinct_paraphrases(row, prompt, [paraphrase]),
             locality=tuple(locality),
+            portability=tuple(portability),
         )
+
+
+def _parse_portability(row: JsonRow) -> list[Probe]:
+    """Return the question that follows from an edit by one more fact (the relation that it names is not needed)."""
+    return make_probes(row, row.text("New Question"), [row.answer("New Answer")], "reasoning")
 
 
 def format_question(text: str) -> str:

@@ -13,10 +13,11 @@ import torch
 from remend.data import read_source, read_text
 from remend.data.contamination import find_overlap
 from remend.data.passages import generation_requests
+from remend.data.request_files import read_requests
 from remend.data.source_names import HUB_PREFIX, local_path, parse_source_name
 from remend.errors import ConfigError
 from remend.registries import DATASETS
-from remend.request import EditRequest, Probe, read_requests, write_requests
+from remend.request import EditRequest, Probe, write_requests
 from remend.tasks import Task, load
 
 if TYPE_CHECKING:

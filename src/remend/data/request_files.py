@@ -1,0 +1,114 @@
+"""Read files of edit requests as people have them: remend's own rows, or those of EasyEdit and KnowEdit."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from remend.data import knowedit
+from remend.data.json_rows import JsonRow, Skip, ignore
+from remend.data.json_stream import shorten
+from remend.data.row_files import iterate_rows
+from remend.errors import RequestError
+from remend.registries import DATASETS
+from remend.request import KIND, MESSAGES, PROBE_LISTS, PROMPT_LISTS, EditRequest, Probe, input_types, parse_request
+
+EXAMPLE = '{"prompt": "The capital of Peru is", "target": "Cusco"}'
+MIN_SHARED_KEYS = 2
+"""How many keys of a row must be a data set's for a message to name that data set."""
+
+
+def read_requests(path: str | Path, skip: Skip = ignore) -> list[EditRequest]:
+    """Read all requests of a file: JSON lines, one array of objects, CSV, TSV or Parquet (:mod:`row_files`).
+
+    A row has the keys of an :class:`EditRequest`, or ``target_new`` and the other keys of EasyEdit. What is null is
+    absent, and one text may stand for a list of one.
+
+    Args:
+        path: the file.
+        skip: called with the reason for each thing that is left out of EasyEdit's rows.
+
+    Raises:
+        RequestError: the file is missing, broken, has a malformed row (which is named) or no request at all.
+    """
+    requests = [request for where, row in iterate_rows(Path(path)) for request in _read_row(row, where, skip)]
+    if not requests:
+        raise RequestError(f"{path} holds no request: rows such as {EXAMPLE} were expected, one JSON object a line")
+    _warn_of_misspelt_keys(path, requests)
+    return requests
+
+
+def _read_row(row: object, where: str, skip: Skip) -> Iterator[EditRequest]:
+    if not isinstance(row, dict):
+        raise RequestError(f"{where}: an object was expected, not {shorten(row)}. A request is an object as {EXAMPLE}")
+    content = _without_absent(row)
+    if "target" not in content and content.keys() & {"target_new", "labels", "ent"}:
+        yield from knowedit.parse_row(JsonRow(content, where, knowedit.read.form, skip))
+        return
+    if "target" not in content or not content.keys() & {"prompt", MESSAGES, *input_types()}:
+        missing = "target" if "target" not in content else "prompt"
+        raise RequestError(
+            f"{where}: {missing} is missing (there are {', '.join(map(str, row)) or 'no keys at all'}). A request is "
+            f"an object such as {EXAMPLE}{_similar_data_set(content)}"
+        )
+    yield parse_request(json.dumps(_with_lists(content)), where)
+
+
+def _without_absent(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without the keys that hold null, or NaN, which tables have for absent cells.
+
+    Keys of the caller's own are left as they are.
+    """
+    known = {*EditRequest.model_fields, MESSAGES, KIND, *input_types()}
+    absent = {k for k in known & row.keys() if row[k] is None or (isinstance(row[k], float) and math.isnan(row[k]))}
+    return {key: value for key, value in row.items() if key not in absent}
+
+
+def _with_lists(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with a list where one text or probe stands for one, and a whole number for an id such as 7.0."""
+    result = dict(row)
+    for key in PROMPT_LISTS:
+        if isinstance(row.get(key), str):
+            result[key] = [row[key]]
+    for key in PROBE_LISTS:
+        probes = [row[key]] if isinstance(row.get(key), dict) else row.get(key)
+        if isinstance(probes, list):
+            result[key] = [_without_absent(probe) if isinstance(probe, dict) else probe for probe in probes]
+    if isinstance(number := row.get("id"), float) and number.is_integer():
+        result["id"] = int(number)
+    return result
+
+
+def _similar_data_set(content: dict[str, Any]) -> str:
+    """Return the end of a message that names the data set whose rows have most of these keys, if any has some."""
+    shared = {}
+    for name in DATASETS.registered_names():
+        form = getattr(DATASETS.load(name), "form", "")
+        shared[name] = len(content.keys() & set(re.findall(r'"(\w+)":', form)))
+    best = max(shared, key=lambda name: shared[name])
+    return f". These are keys of {best}: give {best}:FILE" if shared[best] >= MIN_SHARED_KEYS else ""
+
+
+def _warn_of_misspelt_keys(path: str | Path, requests: list[EditRequest]) -> None:
+    """Warn of unknown keys that are similar to known ones; all others are the caller's own."""
+    unknown = Counter(("key", key) for request in requests for key in request.model_extra or {})
+    for request in requests:
+        probes = (*request.locality, *request.near, *request.portability)
+        unknown.update({("probes' key", key) for probe in probes for key in probe.model_extra or {} if key != KIND})
+    for (whose, key), rows in unknown.items():
+        known, cutoff = [*EditRequest.model_fields, MESSAGES], 0.8
+        if whose != "key":
+            known, cutoff = [*Probe.model_fields, MESSAGES, KIND], 0.7
+        if suggestions := difflib.get_close_matches(key, known, n=1, cutoff=cutoff):
+            warnings.warn(
+                f"{path}: the {whose} {key!r} (in {rows} of {len(requests)} lines) is ignored; "
+                f"did you mean {suggestions[0]!r}?",
+                stacklevel=3,
+            )
