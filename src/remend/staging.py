@@ -22,17 +22,17 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
 from remend.errors import FileError, RemendError
 
-try:
-    import fcntl
-except ImportError:  # without locks, nobody can tell whether a process still writes: staging folders are left alone
-    fcntl = None  # type: ignore[assignment]
+# Windows has none. Without locks, nobody can tell whether a process still writes: staging folders are left alone.
+fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None
 
 PREFIX, LOCK, NEW, REPLACED = ".remend-", "lock", "new", "replaced"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
