@@ -75,7 +75,12 @@ def test_a_causal_pair_is_its_text(habit, data):
     assert (*pair.input, *pair.target).count(tokenizer.eos_token_id) == 1
     assert (*pair.input, *pair.target).count(tokenizer.bos_token_id) == ("begun" in habit or "pieces" in habit)
     before, after = data.draw(SPACES), data.draw(SPACES)
-    assert task.encode(f"{before}{prompt}{after}", f"{after}{target}{before}") == pair
+    if prompt.endswith("\n"):  # spaces at the beginning of a line indent what follows
+        indented = task.encode(f"{before}{prompt}{after}", f"{after}{target}{before}")
+        assert read(task, indented.input) == prompt + after
+        assert read(task, (*indented.input, *indented.target)) == prompt + after + target.strip()
+    else:
+        assert task.encode(f"{before}{prompt}{after}", f"{after}{target}{before}") == pair
 
 
 @pytest.mark.parametrize("habit", SEQ2SEQ)

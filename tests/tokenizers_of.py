@@ -45,6 +45,13 @@ def _byte_level(prefix_space: bool = False) -> Tokenizer:
     return raw
 
 
+def _split_byte_level(apart: object) -> Tokenizer:
+    """As Llama 3's and Qwen's, with another rule of what is split before bytes are merged."""
+    raw = _byte_level()
+    raw.pre_tokenizer = pre_tokenizers.Sequence([apart, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return raw
+
+
 def _pieces(prepend: str) -> Tokenizer:
     """As Llama's and Gemma's: pairs of pieces with ▁ for a space, bytes for what is not known.
 
@@ -99,6 +106,11 @@ _MAKERS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "byte-level, prefix space": (functools.partial(_byte_level, True), "$A"),
     "byte-level, begun": (_byte_level, f"{BEGIN} $A"),
     "byte-level, begun and ended": (_byte_level, f"{BEGIN} $A {END}"),
+    "byte-level, digits apart": (lambda: _split_byte_level(pre_tokenizers.Digits(individual_digits=True)), "$A"),
+    "byte-level, spaces apart": (
+        lambda: _split_byte_level(pre_tokenizers.Split(" ", "isolated")),
+        f"{BEGIN} $A",
+    ),
     "pieces, ▁ by the normaliser": (functools.partial(_pieces, "normaliser"), f"{BEGIN} $A"),
     "pieces, ▁ by the pre-tokeniser": (functools.partial(_pieces, "first"), f"{BEGIN} $A"),
     "pieces, no ▁ before": (functools.partial(_pieces, "never"), f"{BEGIN} $A"),

@@ -52,6 +52,8 @@ class Edit:
         editor: the editor's name and settings, such as ``{"name": "mend", "rank": 256}``; with ``scale`` if the edit
             was scaled.
         created: the time of its creation, ISO 8601, UTC.
+        separators: of each request, what stood between its prompt and its target when the edit was made; None where
+            they were not one text. Empty where nothing is known.
     """
 
     changes: Mapping[str, LowRank]
@@ -59,6 +61,7 @@ class Edit:
     requests: tuple[EditRequest, ...] = ()
     editor: Mapping[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=utc_now)
+    separators: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         changes = {name: _checked_change(name, change) for name, change in self.changes.items()}
@@ -161,7 +164,9 @@ class Edit:
         for name, change in other.changes.items():
             changes[name] = concatenate([changes[name], change]) if name in changes else change
         editor = _editor_of_sum(self.editor, other.editor)
-        return Edit(changes, self.base.union(other.base), self.requests + other.requests, editor)
+        separators = tuple(separator for edit in (self, other) for separator in edit.separators_by_request())
+        total = Edit(changes, self.base.union(other.base), self.requests + other.requests, editor)
+        return replace(total, separators=separators)
 
     def scaled(self, factor: float) -> Edit:
         """Return the edit with its changes times ``factor``, which the manifest records; 0 changes nothing."""
@@ -182,6 +187,10 @@ class Edit:
         lost = dict.fromkeys(self.changes, 0.0)
         lost |= {name: _relative_difference(self.changes[name], change) for name, change in cut.items()}
         return replace(self, changes={**self.changes, **cut}, editor={**self.editor, "max_rank": rank, "lost": lost})
+
+    def separators_by_request(self) -> tuple[str | None, ...]:
+        """Return what stood between prompt and target of each request; None where nothing is known."""
+        return self.separators or (None,) * len(self.requests)
 
     def norms(self) -> dict[str, float]:
         """Return ‖ΔW‖ (Frobenius) of each module."""
@@ -207,6 +216,7 @@ class Edit:
             "ranks": ranks,
             "norms": self.norms(),
             **({"gates": gates} if gates else {}),
+            **({"separators": list(self.separators)} if self.separators else {}),
         }
         return write_folder(path, EDIT_FORMAT, manifest, tensors)
 
@@ -236,7 +246,10 @@ class Edit:
         except RequestError as error:
             raise FileError(f"{path}: a request in the manifest is malformed ({error})") from None
         created = get_field(manifest, "created", str, path)
-        return Edit(changes, base, requests, _read_editor(manifest, path), created)
+        separators = tuple(get_field(manifest, "separators", list, path)) if "separators" in manifest else ()
+        if separators and (len(separators) != len(requests) or not set(separators) <= {None, "", " ", "\n"}):
+            raise FileError(f"{path}: separators should hold one for each request (nothing, a space or a line break)")
+        return Edit(changes, base, requests, _read_editor(manifest, path), created, separators)
 
 
 def _checked_change(name: str, change: LowRank) -> LowRank:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -168,6 +168,45 @@ def _prompt_to_json(prompt: str | Chat | TextPair | Input) -> Any:
     return prompt.to_json() if isinstance(prompt, Chat) else prompt
 
 
+class Completion(str):
+    """A text to be continued, with what stands between it and its answer; equal to the text alone.
+
+    What the model is asked is the same; only the answer's first token differs.
+
+    Args:
+        text: the text.
+        separator: nothing, a space or a line break.
+    """
+
+    separator: str
+
+    def __new__(cls, text: str, separator: str) -> Completion:
+        """Make the text with its separator."""
+        prompt = super().__new__(cls, text)
+        prompt.separator = separator
+        return prompt
+
+    def __reduce__(self) -> tuple[type[Completion], tuple[str, str]]:  # for copies and pickles
+        return Completion, (str(self), self.separator)
+
+
+def as_completion(prompt: Prompt, separator: str | None) -> Prompt:
+    """Return a prompt with what stands between it and its answer; as it is, where that is left to the model.
+
+    Raises:
+        ValueError: the prompt is no text.
+    """
+    if separator is None:
+        return prompt
+    if not isinstance(prompt, str):
+        raise ValueError(
+            "separator stands between a text and its continuation: leave it away where the prompt is a conversation "
+            "(its template says what stands there), a pair of texts, or another input"
+        )
+    return Completion(prompt, separator)
+
+
+Separator = Literal["", " ", "\n"]
 Text = Annotated[str, AfterValidator(_not_blank)]
 Prompt = Annotated[str | Chat | TextPair | Input, PlainValidator(as_prompt), PlainSerializer(_prompt_to_json)]
 """The input of a model: a text to continue or to classify, a conversation to answer, two texts to classify together, or
@@ -175,12 +214,22 @@ an input of another kind, such as an image."""
 
 
 class Probe(BaseModel):
-    """A prompt and the answer that belongs to it. ``messages``, for a chat model, stand in place of the prompt."""
+    """A prompt and the answer that belongs to it. ``messages``, for a chat model, stand in place of the prompt.
+
+    ``separator`` is what stands between a text and its continuation: nothing, a space or a line break. Without it, the
+    model decides (:meth:`remend.tasks.Task.separator`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
+    separator: Separator | None = None
     prompt: Prompt = Field(validation_alias=AliasChoices("prompt", MESSAGES))
     target: Text
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_with_separator(cls, prompt: Prompt, info: ValidationInfo) -> Prompt:
+        return as_completion(prompt, info.data.get("separator"))
 
     @model_validator(mode="after")
     def _check_one_prompt(self) -> Probe:
@@ -199,11 +248,12 @@ class Probe(BaseModel):
 class EditRequest(Probe):
     """One prompt and its target, with prompts for training and evaluation (a line of a request file).
 
-    The task adds the space before a target and the end token after it. Keys that are not listed here are kept and
-    ignored. Where a request gives ``messages``, a text among its phrasings and probes stands for the same conversation
-    with that text as its last message.
+    The task adds what separates a target from its prompt, and the end token after it. Keys that are not listed here
+    are kept and ignored. Where a request gives ``messages``, a text among its phrasings and probes stands for the same
+    conversation with that text as its last message.
 
     Attributes:
+        separator: what stands between the prompt (and its phrasings) and the target; by default the model decides.
         prompt: the text the model completes wrongly, or (given as ``messages``) the conversation it answers wrongly.
         target: what it should answer.
         subject: what the fact is about; splits keep a subject on one side.
@@ -229,11 +279,17 @@ class EditRequest(Probe):
     negated: tuple[Prompt, ...] = ()
     generation: tuple[Prompt, ...] = ()
 
+    @field_validator("formats")
+    @classmethod
+    def _forms_with_separator(cls, forms: tuple[Prompt, ...], info: ValidationInfo) -> tuple[Prompt, ...]:
+        separator = info.data.get("separator")  # for those forms that are texts: another may be a conversation
+        return tuple(as_completion(form, separator) if isinstance(form, str) else form for form in forms)
+
     @field_validator("paraphrases", "unseen_paraphrases", "negated", "generation")
     @classmethod
     def _phrasings_in_conversation(cls, phrasings: tuple[Prompt, ...], info: ValidationInfo) -> tuple[Prompt, ...]:
-        own_prompt = info.data.get("prompt")
-        return tuple(in_form_of(own_prompt, prompt) for prompt in phrasings)
+        own_prompt, separator = info.data.get("prompt"), info.data.get("separator")
+        return tuple(as_completion(in_form_of(own_prompt, prompt), separator) for prompt in phrasings)
 
     @field_validator("locality", "near", "portability")
     @classmethod

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from remend.cli import options
 from remend.cli.escaping import plain
+from remend.cli.separator_names import SEPARATORS
 from remend.errors import ConfigError, FileError, RequestError
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ def edit(
         str | None, typer.Option(help="What the prompt is about, as it stands there; rome and memit need it.")
     ] = None,
     requests: Annotated[Path | None, typer.Option(metavar="FILE", help="Requests as JSON lines, instead.")] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option(help="Between prompt and target: none, space or newline; by default, what the model expects."),
+    ] = None,
     chat: options.Chat = False,
     pair: options.PairFlag = False,
     editor: options.EditorFolder = None,
@@ -52,6 +57,8 @@ def edit(
     All requests of a file become one edit. The base model is not changed: use the edit with remend ask, or in Python.
     """
     edit_requests = _read_requests(prompt or [], target, requests, chat, pair)
+    if separator is not None:
+        edit_requests = _with_separator(separator, edit_requests, requests)
     if subject is not None:
         edit_requests = _with_subject(subject, edit_requests, requests)
     factor = _parse_scale(scale)
@@ -87,6 +94,9 @@ def edit(
         result.save(out)
     for request, row in zip(edit_requests, answers, strict=True):
         console.print(answers_table(f"{plain(request.prompt)} → {plain(request.target)}", row))
+    if any(between is not None for between in result.separators):
+        named = dict.fromkeys(SEPARATORS[between] for between in result.separators if between is not None)
+        console.print(f"between prompt and target: {' or '.join(named)}")
     if unchanged := [row[0].prompt for row in answers if same_text(row[0].before, row[0].wanted or "")]:
         console.print(
             f"[yellow]{len(unchanged)} of {len(edit_requests)} targets are what the unedited model answers already[/] "
@@ -112,6 +122,7 @@ def edit(
         content: dict[str, Any] = {"taken": not failed, "out": out_name, "scale": result.editor.get("scale", 1.0)}
         content |= {
             "editor": chosen_editor.info.name,
+            "separators": list(result.separators),
             **({} if robustness is None else {"assurance": robustness.to_json()}),
         }
         write_json(json, {**content, "answers": [as_json(row) for row in answers]})
@@ -125,6 +136,24 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
     if not overwrite and (out / MANIFEST).exists():
         raise FileError(f"{out} holds an edit or an editor already: choose another folder, or give --overwrite")
+
+
+def _with_separator(name: str, edit_requests: list[EditRequest], file: Path | None) -> list[EditRequest]:
+    """Return the request of the command line with what stands between its prompt and its target."""
+    from remend.request import EditRequest
+
+    separators = {"none": "", "space": " ", "newline": "\n"}
+    if file is not None:
+        raise RequestError("--separator belongs to --prompt; in a file, give separator in each request")
+    if name not in separators:
+        raise RequestError(f"--separator is none, space or newline, not {name!r}")
+    try:
+        return [
+            EditRequest.model_validate({"prompt": r.prompt, "target": r.target, "separator": separators[name]})
+            for r in edit_requests
+        ]
+    except ValueError as error:
+        raise RequestError(f"--separator: {error}") from None
 
 
 def _with_subject(subject: str, edit_requests: list[EditRequest], file: Path | None) -> list[EditRequest]:

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from remend.cli import options
 from remend.cli.escaping import plain
+from remend.cli.separator_names import SEPARATORS
 
 if TYPE_CHECKING:
     from remend.edit import Edit
@@ -32,8 +33,9 @@ def show(
     console.print(f"for {plain(loaded.base.name)}, made {plain(loaded.created)} by {plain(editor_name)}")
     if (scale := loaded.editor.get("scale", 1)) != 1:
         console.print(f"[bold]{scale:g}[/] times as strong as it was made")
-    for request in loaded.requests:
-        console.print(f"  {plain(request.prompt)} → [green]{plain(request.target)}[/]")
+    for request, between in zip(loaded.requests, loaded.separators_by_request(), strict=True):
+        after = "" if between in (None, " ") else f" (after {SEPARATORS[between]})"
+        console.print(f"  {plain(request.prompt)} → [green]{plain(request.target)}[/]{after}")
     console.print(_matrix_table(loaded))
     if json is not None:
         requests = [request.to_json() for request in loaded.requests]
@@ -41,7 +43,7 @@ def show(
         write_json(
             json,
             {"base": loaded.base.name, "created": loaded.created, "editor": dict(loaded.editor), "bytes": size,
-             "requests": requests, "ranks": ranks, "norms": loaded.norms()},
+             "requests": requests, "separators": list(loaded.separators), "ranks": ranks, "norms": loaded.norms()},
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -202,6 +202,7 @@ class Editor(ABC):
         if not requests or isinstance(requests, EditRequest) or not all(isinstance(r, EditRequest) for r in requests):
             raise RequestError("give a list of at least one EditRequest(prompt=…, target=…)")
         self.base.check_architecture(task.model, "this editor")
+        task.choose_separators(request.prompt for request in requests)
         for request in requests:  # the last of many requests should not be refused after minutes of work on the others
             task.encode(request.prompt, request.target)
         fingerprint = self.base.recomputed_for(task.model)
@@ -325,7 +326,8 @@ class WeightEditor(Editor):
         """
         base = self.check(task, requests)
         warn_of_conflicts(requests)
-        return Edit(self.combine(task, requests), base, tuple(requests), self.describe())
+        edit = Edit(self.combine(task, requests), base, tuple(requests), self.describe())
+        return replace(edit, separators=tuple(task.separator(request.prompt) for request in requests))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -334,7 +336,10 @@ class WeightEditor(Editor):
         """Return one edit for each request, each made from the unedited model. Raises as :meth:`edit`."""
         base, editor = self.check(task, requests), self.describe()
         parts = self._changes_of_each(task, requests)
-        return [Edit(part, base, (request,), editor) for part, request in zip(parts, requests, strict=True)]
+        return [
+            replace(Edit(part, base, (request,), editor), separators=(task.separator(request.prompt),))
+            for part, request in zip(parts, requests, strict=True)
+        ]
 
     def _changes_of_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Mapping[str, LowRank]]:
         """Return :meth:`changes` of all requests, in batches."""

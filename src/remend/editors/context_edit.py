@@ -13,7 +13,7 @@ from torch import nn
 
 from remend.errors import EditError
 from remend.fingerprint import HasModel, module_of
-from remend.request import Chat, EditRequest, Message, Prompt, TextPair, parse_request
+from remend.request import Chat, EditRequest, Message, Prompt, TextPair, as_completion, parse_request
 from remend.serialization import get_field, read_folder, write_folder
 from remend.tasks.base import Task
 
@@ -41,7 +41,7 @@ class ContextEdit:
         """
         longer: Prompt | None = prompt
         for request in reversed(self.requests):
-            if isinstance(longer, str) and longer.startswith(f"{request.prompt} {request.target}. "):
+            if isinstance(longer, str) and longer.startswith(str(prepend_fact(request, ""))):
                 return None  # the prompt states the fact itself
             longer = None if longer is None else prepend_fact(request, longer)
         return fit_context(task, longer, max_new_tokens)
@@ -100,7 +100,8 @@ def prepend_fact(request: EditRequest, prompt: Prompt) -> Prompt | None:
     if isinstance(fact, TextPair) and isinstance(prompt, TextPair):
         return TextPair(f"{fact.first} {fact.second} {target}. {prompt.first}", prompt.second)
     if isinstance(fact, str) and isinstance(prompt, str):
-        return f"{fact} {target}. {prompt}"
+        separator, own = (getattr(text, "separator", None) for text in (fact, prompt))
+        return as_completion(f"{fact}{' ' if separator is None else separator}{target}. {prompt}", own)
     return None
 
 

@@ -71,6 +71,7 @@ def compare_answers(
         max_new_tokens: the longest answer.
     """
     prompts = [prompt for _, prompt, _ in asked]
+    task.choose_separators(prompt for _, prompt, target in asked if target is not None)
     expected = [None if target is None else task.encode(prompt, target).target for _, prompt, target in asked]
     # All prompts together, which are far fewer passes than prompt by prompt.
     before = task.predict(prompts, max_new_tokens)

@@ -20,7 +20,7 @@ from remend.core.layers import execution_device
 from remend.core.output_distributions import Categorical, Distribution
 from remend.errors import RequestError
 from remend.models.context_length import context_length
-from remend.request import Prompt
+from remend.request import Completion, Prompt
 
 EDIT_BATCH_SIZE = 32
 """Examples whose gradients are taken in one pass when edits are made: bounds the memory, does not change the result."""
@@ -178,6 +178,11 @@ class Task(ABC):
         Raises:
             RequestError: the input or the target is empty, or both are longer than the model's context.
         """
+        if isinstance(prompt, Completion) and not self.causal:
+            raise RequestError(
+                f"separator belongs to models that continue the prompt's own text, and one of the kind {self.kind!r} "
+                f"answers beside it: leave separator away ({prompt[:40]!r}…)"
+            )
         encoded = self.encode_input(prompt)
         answer = self.encode_target(encoded, prompt, target.strip()) if target.strip() else ()
         if not answer:
@@ -185,6 +190,14 @@ class Task(ABC):
         example = Example(encoded, answer)
         self.check_length(example, prompt, target)
         return example
+
+    def separator(self, prompt: Prompt) -> str | None:
+        """Return what stands between a prompt and its answer; None where they are not one text, or a template says."""
+        return None
+
+    def choose_separators(self, prompts: Iterable[Prompt]) -> None:
+        """Have the model decide for many prompts together; otherwise each is decided when it is encoded."""
+        return
 
     def encode_question(self, prompt: Prompt) -> EncodedInput:
         """Encode an input that the model is to answer.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,10 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from remend.errors import RequestError
-from remend.request import Chat, Prompt
+from remend.request import Chat, Completion, Prompt
 from remend.tasks.base import Answer, Batch, Example
 from remend.tasks.generative import GenerativeTask, closed, gather_at, has_vocabulary
 from remend.tasks.ordinary_text import sampled_texts, text_windows
+from remend.tasks.separators import Separators, without_outer_spaces
 
 _ANCHORS = "\n:.0"
 """Characters of which at least one is a token of its own in every tokenizer, whatever follows it."""
@@ -22,9 +25,10 @@ _ANCHORS = "\n:.0"
 class CausalLM(GenerativeTask):
     """A causal language model, which continues the prompt.
 
-    The target is separated from the prompt by one space, or by none after a line break. Both are tokenized as one text
-    if that text begins with the tokens of the prompt alone, and separately otherwise. So the prompt's tokens are always
-    those that the model reads when it is asked the prompt.
+    What stands between a prompt and its target is what the model itself would write there (:class:`Separators`), unless
+    the prompt is a :class:`Completion`, which says it; in a conversation, the chat template says it. Both are tokenized
+    as one text if that text begins with the tokens of the prompt alone, and separately otherwise. So the prompt's
+    tokens are always those that the model reads when it is asked the prompt.
     """
 
     kind = "causal-lm"
@@ -39,22 +43,23 @@ class CausalLM(GenerativeTask):
         """Return a prompt's token ids, with the tokenizer's beginning tokens and without an end token.
 
         A space at the end of a prompt is removed: it would be a token of its own, after which models expect no word.
-        A conversation is what its chat template writes, up to the place where the answer begins.
+        Spaces that begin the last line stay, since they indent what follows. A conversation is what its chat template
+        writes, up to the place where the answer begins.
 
         Raises:
             RequestError: the prompt is empty, the tokenizer knows nothing of it, or there is no chat template.
         """
-        ids = self._tokenize(self._opening(prompt)[0], prompt)
+        ids = self._tokenize(self._text(prompt), prompt)
         if ids == self._nothing:
             raise RequestError(f"the prompt {str(prompt)!r} holds no text that the tokenizer knows")
         return tuple(ids)
 
     def encode_target(self, encoded: tuple[int, ...], prompt: Prompt, target: str) -> Answer:
         """Return the target's token ids after the prompt's, closed with the end token."""
-        opening, space = self._opening(prompt)
-        whole = self._tokenize(opening + space + target, prompt)
+        separated = self._between(prompt, encoded) + target
+        whole = self._tokenize(self._text(prompt) + separated, prompt)
         continues = whole[: len(encoded)] == list(encoded)
-        answer = whole[len(encoded) :] if continues else self._tokenize_apart(encoded, whole, space + target)
+        answer = whole[len(encoded) :] if continues else self._tokenize_apart(encoded, whole, separated)
         if not self.decode_tokens(answer).strip():  # a space alone is no answer
             return ()
         self.check_written(target, answer)
@@ -74,18 +79,40 @@ class CausalLM(GenerativeTask):
                 return tokens
         return self.ids(answer, False)
 
-    def _opening(self, prompt: Prompt) -> tuple[str, str]:
-        """Return the text that the model reads, and what separates an answer from it."""
-        prompt = self._one_text(prompt)
+    def separator(self, prompt: Prompt) -> str | None:
+        """Return what stands between a text and its answer; None of a conversation, whose template says it."""
+        return None if isinstance(prompt, Chat) else self._between(prompt, self.encode_input(prompt))
+
+    def choose_separators(self, prompts: Iterable[Prompt]) -> None:
+        """Have the model decide for many prompts together."""
+        encoded: dict[str, tuple[int, ...]] = {}
+        for prompt in prompts:
+            if isinstance(prompt, str) and not isinstance(prompt, Completion) and prompt not in encoded:
+                with suppress(RequestError):  # encoding it for use will say so, with the name of its request
+                    encoded[prompt] = self.encode_input(prompt)
+        self._separators.choose(list(encoded.values()))
+
+    def _between(self, prompt: Prompt, encoded: tuple[int, ...]) -> str:
+        """Return what stands between a prompt and its answer."""
         if isinstance(prompt, Chat):
-            return self.chat.opening(prompt)
-        text = prompt.strip(" ")
-        return text, "" if text[-1:].isspace() else " "
+            return self.chat.opening(prompt)[1]
+        if isinstance(prompt, Completion):
+            return prompt.separator
+        return "" if self._text(prompt)[-1:].isspace() else self._separators[encoded]
+
+    def _text(self, prompt: Prompt) -> str:
+        """Return the text that the model reads."""
+        prompt = self._one_text(prompt)
+        return self.chat.opening(prompt)[0] if isinstance(prompt, Chat) else without_outer_spaces(prompt)
 
     def _tokenize(self, text: str, prompt: Prompt) -> list[int]:
         """Return a text's token ids without an end token."""
         # The text of a conversation contains its beginning tokens already: the chat template wrote them.
         return self.ids(text, False) if isinstance(prompt, Chat) else self._strip_end(self.ids(text))
+
+    @cached_property
+    def _separators(self) -> Separators:
+        return Separators(self)
 
     def context_length(self, example: Example) -> int:
         """Count prompt and target, which share the context."""

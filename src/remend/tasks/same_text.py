@@ -38,6 +38,11 @@ def canonical(text: str, ignore_case: bool = False) -> str:
     return unicodedata.normalize("NFC", plain.casefold()) if ignore_case else plain
 
 
+def joins_words(letter: str) -> bool:
+    """Tell whether a character belongs to a word of a script that puts spaces between words."""
+    return unicodedata.category(letter or " ")[0] in "LNM" and not _UNSPACED.match(letter)
+
+
 def same_text(text: str, other: str, ignore_case: bool = False) -> bool:
     """Tell whether two texts are the same answer to a reader (:func:`canonical`)."""
     return canonical(text, ignore_case) == canonical(other, ignore_case)

@@ -109,6 +109,15 @@ class Episodes:
         self.near, self.in_batch = near, in_batch
         # Requests share locality examples, and tokenizing text is slow.
         self._encode = lru_cache(maxsize=None)(task.encode)
+        task.choose_separators(
+            prompt
+            for request in requests
+            for prompt in (
+                request.prompt,
+                *request.paraphrases,
+                *(p.prompt for p in (*request.locality, *request.near)),
+            )
+        )
         self.episodes = [self._prepare(number, request) for number, request in enumerate(requests)]
         if len({episode.subject for episode in self.episodes}) < 2:
             raise TrainingError(

@@ -11,8 +11,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from remend.errors import RequestError, prefix_request_errors
-from remend.request import Chat, EditRequest, Prompt, TextPair
+from remend.request import Chat, EditRequest, Prompt, TextPair, as_completion
 from remend.tasks.base import Example, Task
+from remend.tasks.separators import without_outer_spaces
 
 BEGINNING_WORDS = (3, 8)
 """The least and the most words of a random beginning."""
@@ -116,7 +117,7 @@ def _with_beginning(beginning: str, prompt: Prompt) -> Prompt:
     if isinstance(prompt, Chat):
         return prompt.with_last_message(f"{beginning} {prompt.messages[-1].content}")
     assert isinstance(prompt, str), "a generative task refuses a pair of texts before"
-    return f"{beginning} {prompt}"
+    return as_completion(f"{beginning} {prompt}", getattr(prompt, "separator", None))
 
 
 def _tokenizer_texts(task: Any, prompt: Prompt) -> tuple[list[str], bool]:
@@ -126,7 +127,7 @@ def _tokenizer_texts(task: Any, prompt: Prompt) -> tuple[list[str], bool]:
     if isinstance(prompt, Chat):
         return [task.chat.opening(prompt)[0]], False  # only generative tasks, which have a template, encode a Chat
     assert isinstance(prompt, str), "encoding refused it"
-    return [prompt.strip(" " if task.generates else None)], True
+    return [without_outer_spaces(prompt) if task.causal else prompt.strip(" " if task.generates else None)], True
 
 
 def _spans(text: str, subject: str) -> list[tuple[int, int]]:

@@ -60,6 +60,7 @@ class Scorer:
             (entry, METRICS.load(entry.name)) for entry in entries if _suits(entry, task)
         ]
         prompts: dict[Prompt, None] = {}
+        task.choose_separators(prompt for request in requests for prompt in self._prompts(request))
         for number, request in enumerate(requests):
             # Encoding everything first names the request that does not fit before any edit is made.
             with prefix_request_errors(str(request.id) if request.id is not None else f"request {number}"):
