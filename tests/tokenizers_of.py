@@ -107,7 +107,7 @@ _MAKERS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "byte-level, begun": (_byte_level, f"{BEGIN} $A"),
     "byte-level, begun and ended": (_byte_level, f"{BEGIN} $A {END}"),
     "byte-level, digits apart": (lambda: _split_byte_level(pre_tokenizers.Digits(individual_digits=True)), "$A"),
-    "byte-level, spaces apart": (
+    "byte-level, begun, spaces apart": (
         lambda: _split_byte_level(pre_tokenizers.Split(" ", "isolated")),
         f"{BEGIN} $A",
     ),
