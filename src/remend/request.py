@@ -186,7 +186,7 @@ class Completion(str):
         prompt.separator = separator
         return prompt
 
-    def __reduce__(self) -> tuple[type[Completion], tuple[str, str]]:  # for copies and pickles
+    def __reduce__(self) -> tuple[type[Completion], tuple[str, str]]:  # for copies
         return Completion, (str(self), self.separator)
 
 
