@@ -13,10 +13,11 @@ import families
 import tokenizers_of
 import worlds
 from remend.cli import run
+from remend.data.request_files import read_requests
 from remend.edit import Edit
 from remend.editors import make
 from remend.errors import FileError, RequestError
-from remend.request import Completion, EditRequest, Probe, parse_request, read_requests, write_requests
+from remend.request import Completion, EditRequest, Probe, parse_request, write_requests
 from remend.tasks import wrap
 from remend.training.episodes import Episodes
 from tokenizers_of import CAUSAL
