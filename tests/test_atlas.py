@@ -9,7 +9,7 @@ import torch
 import remend
 from remend import assets
 from remend.assets import ATLAS_FOLDER
-from remend.data import atlas
+from remend.data import atlas, fact_requests
 from remend.editors import strength_search
 from remend.editors.strength_search import LARGEST_SCALE, UneditedPass, scale_to_strength, smallest_effective_scales
 from remend.errors import ModelError
@@ -60,6 +60,23 @@ def test_requests_have_probes_of_every_kind(split):
         for probe in request.near:
             if probe.model_extra["kind"] == "same_object":
                 assert probe.target == extra["ground_truth"]
+
+
+def test_probes_are_drawn_from_the_facts_that_are_related_or_not():
+    facts = [fact for fact in atlas.facts() if fact.split == "validation"]
+    found = list(fact_requests._with_others(facts))
+    assert [fact for fact, _ in found] == facts
+    for fact, others in found:
+        expected = {name: [other for other in facts if same(fact, other) == wanted] for name, wanted in RELATED.items()}
+        assert vars(others) == expected
+
+
+RELATED = {"unrelated": (False, False), "same_relation": (True, False), "same_subject": (False, True)}
+
+
+def same(fact, other):
+    """Whether two facts have the same relation, and the same subject."""
+    return fact.relation == other.relation, fact.subject == other.subject
 
 
 def test_the_model_knows_its_facts_in_every_phrasing(task):

@@ -295,7 +295,11 @@ class EditRequest(Probe):
     @classmethod
     def _probes_in_conversation(cls, probes: tuple[Probe, ...], info: ValidationInfo) -> tuple[Probe, ...]:
         own_prompt = info.data.get("prompt")
-        return tuple(probe.model_copy(update={"prompt": in_form_of(own_prompt, probe.prompt)}) for probe in probes)
+        prompts = [in_form_of(own_prompt, probe.prompt) for probe in probes]
+        return tuple(
+            probe if prompt is probe.prompt else probe.model_copy(update={"prompt": prompt})
+            for probe, prompt in zip(probes, prompts, strict=True)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the request as a JSON object without empty fields; NaN in a key of the caller becomes null."""

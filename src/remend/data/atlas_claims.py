@@ -17,12 +17,10 @@ from remend.data.fact_requests import (
     FAR_PROBES,
     Fact,
     FactSet,
+    OtherFacts,
     Relation,
     read_relations,
-    same_relation_facts,
-    same_subject_facts,
     sample_near_facts,
-    unrelated_facts,
 )
 from remend.request import EditRequest, Probe
 
@@ -120,13 +118,13 @@ class ClaimSet(FactSet):
         """Return a claim about a fact, as often true as false."""
         return Claim(fact, fact.object) if rng.random() < 0.5 else self.draw_false_claim(fact, rng)
 
-    def _request(self, fact: Fact, facts: Sequence[Fact], number: int) -> EditRequest:
+    def _request(self, fact: Fact, others: OtherFacts, number: int) -> EditRequest:
         # The order of the draws decides what is drawn, as in FactSet.
         rng = random.Random(f"{fact.relation} {fact.subject} {number}")
         relation = self.relations[fact.relation]
         phrasings = rng.sample(relation.phrasings, len(relation.phrasings))
         claim = self.draw_claim(fact, rng)
-        far = rng.sample(unrelated_facts(fact, facts), FAR_PROBES)
+        far = rng.sample(others.unrelated, FAR_PROBES)
         details: dict[str, Any] = {"relation": fact.relation, "ground_truth": claim.label}
         return EditRequest(
             prompt=claim.text(phrasings[0]),
@@ -136,18 +134,17 @@ class ClaimSet(FactSet):
             paraphrases=tuple(claim.text(phrasing) for phrasing in phrasings[1:]),
             unseen_paraphrases=tuple(claim.text(phrasing) for phrasing in relation.held_out),
             locality=tuple(self._draw_probe(other, rng, "far") for other in far),
-            near=self._near_claims(claim, facts, phrasings[0], rng),
+            near=self._near_claims(claim, others, phrasings[0], rng),
             **details,
         )
 
-    def _near_claims(self, claim: Claim, facts: Sequence[Fact], phrasing: str, rng: random.Random) -> tuple[Probe, ...]:
+    def _near_claims(self, claim: Claim, others: OtherFacts, phrasing: str, rng: random.Random) -> tuple[Probe, ...]:
         """Return probes of the claims to which an edit leaks most easily, as :func:`requests` lists them."""
-        same_relation = same_relation_facts(claim.fact, facts)
         is_true = claim.object == claim.fact.object
         # Facts about which a claim with the same object has the same label.
         same_object = [
             fact
-            for fact in same_relation
+            for fact in others.same_relation
             if (fact.object == claim.object if is_true else claim.object in self._false_objects[fact])
         ]
         probes = [
@@ -156,12 +153,12 @@ class ClaimSet(FactSet):
         if not same_object:
             probes = [
                 _probe(self.draw_claim(fact, rng), phrasing, "same_relation")
-                for fact in sample_near_facts(same_relation, rng)
+                for fact in sample_near_facts(others.same_relation, rng)
             ]
         # Sorted, since the order of a set of strings differs between processes.
         if other_objects := sorted(self._false_objects[claim.fact] - {claim.object}):
             probes.append(_probe(Claim(claim.fact, rng.choice(other_objects)), phrasing, "another_object"))
-        same_subject = sample_near_facts(same_subject_facts(claim.fact, facts), rng)
+        same_subject = sample_near_facts(others.same_subject, rng)
         return (*probes, *(self._draw_probe(fact, rng, "same_subject") for fact in same_subject))
 
     def _draw_probe(self, fact: Fact, rng: random.Random, kind: str) -> Probe:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,21 @@ def read_relations(path: Path) -> dict[str, Relation]:
     }
 
 
+@dataclass(frozen=True)
+class OtherFacts:
+    """The facts of a split that the probes of a fact's requests may ask for.
+
+    Attributes:
+        unrelated: those of another relation and subject.
+        same_relation: those of the same relation about other subjects.
+        same_subject: those of other relations about the same subject.
+    """
+
+    unrelated: Sequence[Fact]
+    same_relation: Sequence[Fact]
+    same_subject: Sequence[Fact]
+
+
 class FactSet:
     """A set of facts with their relations, from which edit requests are drawn.
 
@@ -89,16 +106,19 @@ class FactSet:
         the same phrasing for other subjects with the same true object (of kind ``same_object``; ``same_relation`` where
         the split has none) and other facts about the same subject (``same_subject``). All are of the same split.
         """
-        facts = [fact for fact in self.facts if fact.split == split]
-        return tuple(self._request(fact, facts, number) for fact in facts for number in range(targets))
+        return tuple(
+            self._request(fact, others, number)
+            for fact, others in _with_others([fact for fact in self.facts if fact.split == split])
+            for number in range(targets)
+        )
 
-    def _request(self, fact: Fact, facts: Sequence[Fact], number: int) -> EditRequest:
+    def _request(self, fact: Fact, others: OtherFacts, number: int) -> EditRequest:
         # Seeded with the fact, so that a request does not change when others are added. The order of the draws below
         # decides what is drawn: the built-in requests, and all figures measured on them, depend on it.
         rng = random.Random(f"{fact.relation} {fact.subject} {number}")
         phrasings, target = self._draw_phrasings_and_target(fact, number, rng)
         unseen = [phrasing for phrasing in self.relations[fact.relation].held_out if phrasing not in phrasings]
-        far = rng.sample(unrelated_facts(fact, facts), FAR_PROBES)
+        far = rng.sample(others.unrelated, FAR_PROBES)
         details: dict[str, Any] = {"relation": fact.relation, "ground_truth": fact.object}
         return EditRequest(
             prompt=phrasings[0].format(fact.subject),
@@ -108,7 +128,7 @@ class FactSet:
             paraphrases=tuple(phrasing.format(fact.subject) for phrasing in phrasings[1:]),
             unseen_paraphrases=tuple(phrasing.format(fact.subject) for phrasing in unseen),
             locality=tuple(_probe(other, self._draw_phrasing(other, rng), "far") for other in far),
-            near=self._near_probes(fact, facts, phrasings[0], rng),
+            near=self._near_probes(fact, others, phrasings[0], rng),
             **details,
         )
 
@@ -118,13 +138,12 @@ class FactSet:
         shuffled = rng.sample(phrasings, len(phrasings))
         return shuffled, rng.choice([object_ for object_ in self.objects[fact.relation] if object_ != fact.object])
 
-    def _near_probes(self, fact: Fact, facts: Sequence[Fact], phrasing: str, rng: random.Random) -> tuple[Probe, ...]:
+    def _near_probes(self, fact: Fact, others: OtherFacts, phrasing: str, rng: random.Random) -> tuple[Probe, ...]:
         """Return probes of the facts to which an edit leaks most easily."""
-        same_relation = same_relation_facts(fact, facts)
-        same_object = [other for other in same_relation if other.object == fact.object]
-        kind, pool = ("same_object", same_object) if same_object else ("same_relation", same_relation)
+        same_object = [other for other in others.same_relation if other.object == fact.object]
+        kind, pool = ("same_object", same_object) if same_object else ("same_relation", others.same_relation)
         probes = [_probe(other, phrasing, kind) for other in sample_near_facts(pool, rng)]
-        same_subject = sample_near_facts(same_subject_facts(fact, facts), rng)
+        same_subject = sample_near_facts(others.same_subject, rng)
         return (
             *probes,
             *(_probe(other, self._draw_phrasing(other, rng), "same_subject") for other in same_subject),
@@ -134,19 +153,28 @@ class FactSet:
         return rng.choice(self.relations[fact.relation].phrasings)
 
 
-def unrelated_facts(fact: Fact, facts: Sequence[Fact]) -> list[Fact]:
-    """Return the facts of another relation and subject."""
-    return [other for other in facts if other.relation != fact.relation and other.subject != fact.subject]
+def _with_others(facts: Sequence[Fact]) -> Iterator[tuple[Fact, OtherFacts]]:
+    """Yield each fact with the others that its probes may ask for, in their order.
 
-
-def same_relation_facts(fact: Fact, facts: Sequence[Fact]) -> list[Fact]:
-    """Return the facts of the same relation about other subjects."""
-    return [other for other in facts if other.relation == fact.relation and other.subject != fact.subject]
-
-
-def same_subject_facts(fact: Fact, facts: Sequence[Fact]) -> list[Fact]:
-    """Return the facts of other relations about the same subject."""
-    return [other for other in facts if other.subject == fact.subject and other.relation != fact.relation]
+    For each, only the facts of its relation and of its subject are looked at: a set holds thousands.
+    """
+    of_relation, of_subject = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
+    for place, fact in enumerate(facts):
+        of_relation[fact.relation].append(place)
+        of_subject[fact.subject].append(place)
+    for fact in facts:
+        relation, subject = of_relation[fact.relation], of_subject[fact.subject]
+        is_unrelated = bytearray(b"\1") * len(facts)
+        for place in (*relation, *subject):
+            is_unrelated[place] = False
+        yield (
+            fact,
+            OtherFacts(
+                unrelated=list(compress(facts, is_unrelated)),
+                same_relation=[facts[place] for place in relation if facts[place].subject != fact.subject],
+                same_subject=[facts[place] for place in subject if facts[place].relation != fact.relation],
+            ),
+        )
 
 
 def sample_near_facts(pool: Sequence[Fact], rng: random.Random) -> list[Fact]:
