@@ -446,7 +446,18 @@ PLACES = {
     "nq": (NQ, [["question"], ["answer"]]),
 }  # fmt: skip
 MISSING = object()
-OPTIONAL = ("subject", "Reasoning", "Subject_Aliasing", "Relation_Specificity", "Forgetfulness")
+OPTIONAL = {
+    "counterfact": ("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts"),
+    "counterfact:flat": ("subject", "ground_truth", "rephrase_prompt", "locality_prompt"),
+    "zsre": ("subject", "rephrase", "loc"),
+    "zsre:dev": ("subject",),
+    "zsre:mend": ("filtered_rephrases",),
+    "knowedit": ("subject", "Reasoning", "Forgetfulness"),
+    "mquake": ("questions", "question", "target_true"),
+    "ripple": ("Relation_Specificity", "Logical_Generalization", "Compositionality_II", "Forgetfulness"),
+    "fever:mend": ("filtered_rephrases",),
+}  # fmt: skip
+"""Keys of rows that no edit needs."""
 WRONG = {"missing": MISSING, "null": None, "a number": 3, "true": True, "another nesting": {"a": [1]}}
 
 
@@ -456,11 +467,37 @@ def damaged():
             for what, value in WRONG.items():
                 if what == "missing" and (isinstance(place[-1], int) or place[0] in ("portability", "locality")):
                     continue  # it is another row, and no broken one
-                if what in ("missing", "null") and name in ("knowedit", "zsre:dev") and place[-1] in OPTIONAL:
-                    continue  # nor is this: no edit needs it
+                if what in ("missing", "null") and place[-1] in OPTIONAL.get(name, ()):
+                    continue  # nor is this; the next test reads it
                 if what == "another nesting" and isinstance(place[-1], int):
                     value = [[1]]
                 yield pytest.param(name, row, place, value, id=f"{name}-{'.'.join(map(str, place))}-{what}")
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+@pytest.mark.parametrize("null", [False, True])
+def test_rows_may_lack_what_no_edit_needs(name, null, tmp_path):
+    row, places = PLACES[name]
+    lacking = copy.deepcopy(row)
+    for place in places:
+        if place[-1] in OPTIONAL[name]:
+            inner = lacking
+            for key in place[:-1]:
+                inner = inner[key]
+            if null:
+                inner[place[-1]] = None
+            else:
+                del inner[place[-1]]
+    (whole,), (part,) = (read_rows_of(tmp_path, name.partition(":")[0], r) for r in (row, lacking))
+    assert (part.prompt, part.target) == (whole.prompt, whole.target)
+    assert set(part.to_json()) <= set(whole.to_json())
+
+
+def test_keys_that_look_misspelt_are_counted_among_what_is_left_out(tmp_path):
+    skipped = Counter()
+    row = {**{key: value for key, value in ZSRE.items() if key != "rephrase"}, "rephrases": "x", "note": "y"}
+    assert read_rows_of(tmp_path, "zsre", row, row, skip=lambda reason: skipped.update([reason]))[0].paraphrases == ()
+    assert skipped == {"values of 'rephrases', a key that is not known (did you mean 'rephrase'?)": 2}
 
 
 def test_there_are_many_kinds_of_damage():

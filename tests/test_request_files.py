@@ -1,10 +1,14 @@
 """Files of requests as people have them: containers, nulls, tables, and the rows of EasyEdit and KnowEdit."""
 
+import copy
 import gzip
 import json
 import random
 import time
+import warnings
 import zlib
+from datetime import date
+from decimal import Decimal
 
 import pytest
 
@@ -13,6 +17,7 @@ from remend.data.json_stream import MAX_ROW_CHARACTERS
 from remend.data.request_files import read_requests
 from remend.errors import RemendError, RequestError
 from remend.request import EditRequest, Probe
+from test_data import PLACES
 
 ROW = {"prompt": "The capital of Canada is", "target": "Toronto"}
 REQUEST = EditRequest(**ROW)
@@ -96,8 +101,9 @@ def test_the_keys_of_easyedit(tmp_path):
     assert (request.prompt, request.target, request.paraphrases) == (*ROW.values(), ("Canada's capital is",))
     assert request.model_extra == {"ground_truth": "Ottawa"}
     assert [(probe.prompt, probe.target) for probe in request.near] == [
-        ("The sky is", "blue"), ("Norway's capital is", "Oslo"), ("Peru's is", "Lima"),
+        ("Norway's capital is", "Oslo"), ("Peru's is", "Lima"),
     ]  # fmt: skip
+    assert [(probe.prompt, probe.target) for probe in request.locality] == [("The sky is", "blue")]
     assert [(p.prompt, p.target, p.kind) for p in request.portability] == [
         ("The lake of Canada's capital is", "Ontario", "one_hop")
     ]
@@ -161,15 +167,21 @@ def test_a_question_that_follows_in_zsre_is_a_probe(tmp_path):
         ("a.jsonl", '{"target": "t", "question": "q"}', r"line 1: prompt is missing \(there are target, question\)"),
         ("a.jsonl", "[1]", "row 1: an object was expected, not 1"),
         ("a.json", '{\n"prompt": "p", "target": "t"}\n{"prompt": "p"}', "follows the first object.*one array"),
-        ("a.csv", "prompt,target\na,b,c\n", "line 2: there are more cells than columns"),
+        ("a.csv", "prompt,target\na,b,c\n", "line 2: there are 3 cells for 2 columns"),
         ("a.csv", "prompt,prompt\na,b\n", "line 1: two columns have one name"),
         ("a.csv", 'prompt,target\n"a,b\n', "line 2: broken table|line 1: broken table"),
         ("a.csv", b"prompt,target\na,caf\xe9\n", "byte 0xe9 is not UTF-8"),
-        ("a.csv", "prompt,target\na\n", r"line 2: target is missing \(there are prompt\)"),
+        ("a.csv", "prompt,target\na\n", "line 2: there are 1 cells for 2 columns"),
+        ("a.csv", b"prompt,target\n" + b"a,b\n" * 5000 + b"a,caf\xe9\n", "line 5002: byte 0xe9 is not UTF-8"),
+        ("a.csv", "prompt,target,paraphrases\na,b,\"['c' 'd']\"\n", "line 2, paraphrases: .* is not JSON; write it as"),
+        ("a.jsonl", '{"prompt": "p", "target": "t", "target": "u"}', "line 1: .*'target' is given twice"),
+        ("a.jsonl", '{"prompt": "p \\ud800", "target": "t"}', r"line 1: \\ud800 is half of a character"),
+        ("a.jsonl", '{"prompt": "p", "target": "t", "x": ' + "[" * 300 + "]" * 300 + "}", "line 1: .*nested more than"),
+        ("a.jsonl", '{"prompt": "p", "target": "t", "rephrase_prompt": "q"}', "line 1: .*write paraphrases for it"),
         ("a.zip", b"PK\x03\x04....", "is a zip archive: unpack it"),
         ("a.gz", gzip.compress(json.dumps([ROW] * 99).encode())[:-20], "is a damaged gzip file"),
         ("a.parquet", b"PAR1....", "is a damaged Parquet file"),
-        ("a.json", json.dumps([ROW]).encode("utf-16"), "byte 0xff is not UTF-8"),
+        ("a.json", json.dumps([ROW]).encode("utf-16"), "holds no UTF-8 text: save requests as UTF-8"),
         ("a.csv", "", "holds no request"),
     ],
 )  # fmt: skip
@@ -178,15 +190,59 @@ def test_what_cannot_be_read_is_refused_in_words(name, content, message, tmp_pat
         read_requests(written(tmp_path, content, name))
 
 
-def test_a_line_that_would_fill_the_memory_is_refused(tmp_path):
-    file = written(tmp_path, gzip.compress(b" " * 4 + b"a" * (3 * MAX_ROW_CHARACTERS), 1), "bomb.jsonl.gz")
-    with pytest.raises(RequestError, match="line 1: it is longer than 33,554,432 characters"):
-        read_requests(file)
+@pytest.mark.parametrize(
+    ("name", "start", "filling"),
+    [("a.jsonl", b"", b"a"), ("a.jsonl", b"", b"\n"), ("a.json", b"[", b" "), ("a.json", b"[[", b"{},"),
+     ("a.csv", b"prompt,target\n", b"a"), ("a.csv", b"prompt,target\n", b"\n"),
+     ("a.csv", b"prompt,target\n", b'"\n",')],
+)  # fmt: skip
+def test_a_row_that_would_fill_the_memory_is_refused(name, start, filling, tmp_path):
+    bomb = gzip.compress(start + filling * (3 * MAX_ROW_CHARACTERS // len(filling)), 1)
+    with pytest.raises(RequestError, match="it is longer than 4,194,304"):
+        read_requests(written(tmp_path, bomb, f"{name}.gz"))
 
 
 def test_a_name_that_no_file_can_have_is_refused():
-    with pytest.raises(RequestError, match="holds a NUL"):
+    with pytest.raises(RequestError, match="null byte"):
         read_requests("a\0b.jsonl")
+
+
+def test_a_table_of_a_spreadsheet_may_have_semicolons(tmp_path):
+    file = written(tmp_path, "\ufeffprompt; target\nA, b;5\n", "requests.csv")
+    assert read_requests(file) == [EditRequest(prompt="A, b", target="5")]
+
+
+def test_what_is_no_edit_is_counted(tmp_path):
+    rows = [{"prompt": "p", "target_new": target, "ground_truth": "Ottawa"} for target in ("Toronto", "ottawa")]
+    with pytest.warns(UserWarning, match="left out 1 edits to the answer that is true already; 1 requests remain"):
+        assert [request.target for request in read_requests(written(tmp_path, json.dumps(rows)))] == ["Toronto"]
+    with pytest.raises(
+        RequestError, match=r"none of its 1 rows is an edit \(1 edits to the answer that is true already"
+    ):
+        read_requests(written(tmp_path, json.dumps(rows[1:])))
+
+
+def test_own_keys_in_a_row_of_easyedit_are_kept(tmp_path):
+    row = {"prompt": "p", "target_new": "t", "rephrase_prompt": "q", "negated": "not p", "relation": "P36"}
+    (request,) = read_requests(written(tmp_path, json.dumps(row)))
+    assert (request.paraphrases, request.negated) == (("q",), ("not p",))
+    row |= {"near": [], "locality": {"Relation_Specificity": [{"prompt": "a", "ground_truth": "b"}]}}
+    with pytest.raises(RequestError, match="line 1: near is given twice"):
+        read_requests(written(tmp_path, json.dumps(row)))
+
+
+def test_columns_of_parquet_that_are_no_json(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = tmp_path / "requests.parquet"
+    row = {"prompt": b"The capital of Canada is", "target": "Toronto", "day": date(2020, 2, 3), "n": Decimal("1.5")}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), file)
+    (request,) = read_requests(file)
+    assert (request.prompt, request.model_extra) == (ROW["prompt"], {"day": "2020-02-03", "n": "1.5"})
+    parquet.write_table(pyarrow.Table.from_pylist([{**ROW, "image": b"\xff\xd8"}]), file)
+    with pytest.raises(RequestError, match="row 1, image: bytes that are no UTF-8 text; leave this column out"):
+        read_requests(file)
 
 
 PIECES = [
@@ -231,3 +287,54 @@ def test_damaged_files_are_read_or_refused(name, tmp_path):
         assert all(EditRequest.from_json(json.dumps(request.to_json())) == request for request in requests)
         slowest = max(slowest, time.process_time() - start)
     assert slowest < 2
+
+
+VALUES = [
+    None, True, 0, -1, 7.0, float("nan"), 1e308, 10**400, "", " ", "\0", "\u202e", "[]", "{}", [], {}, [[]], [None],
+    [{}], {"str": 3}, {"a": {"b": [1]}}, ["x", 3], [{"prompt": "q"}], "x" * 100_000,
+    {"prompt": ["a", "b"], "ground_truth": "c"},
+]  # fmt: skip
+
+
+def places_of(value, path=()):
+    """The places of all values in a row."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places_of(inner, (*path, key))
+
+
+def changed_row(row, draw):
+    """A row with one of its values replaced, removed, or under another key."""
+    row = copy.deepcopy(row)
+    path = draw.choice(list(places_of(row))[1:])
+    inner = row
+    for key in path[:-1]:
+        inner = inner[key]
+    value = inner.pop(path[-1])
+    if isinstance(inner, list):
+        inner.insert(path[-1], draw.choice(VALUES))
+    elif (what := draw.randrange(8)) == 0:
+        inner[draw.choice(["prompt", "target", "locality", "id", "K_F", "x"])] = value
+    elif what > 1:
+        inner[path[-1]] = draw.choice(VALUES)
+    return row
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_changed_rows_of_data_sets_are_read_or_refused(name, tmp_path):
+    draw = random.Random(zlib.crc32(name.encode()))
+    file = tmp_path / "data.json"
+    for number in range(100):
+        row = changed_row(PLACES[name][0], draw)
+        file.write_text(json.dumps([row, changed_row(row, draw)] if row else [row]))
+        for source in (f"{name.partition(':')[0]}:{file}", str(file)):
+            requests, message = [], str(file)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                try:
+                    requests = read_source(source)
+                except RemendError as error:
+                    message = str(error)
+            assert str(file) in message, (number, row)
+            assert all(EditRequest.from_json(json.dumps(request.to_json())) == request for request in requests)

@@ -52,8 +52,11 @@ def test_all_keys_a_byte_order_mark_and_blank_lines(tmp_path):
         (b'{"prompt": " ", "target": "t"}', "line 2: prompt: .*must not be empty"),
         (b'{"prompt": "p", "target": 3}', "line 2: target: .*valid string"),
         (b'{"prompt": "p", "target": "t", "paraphrases": 3}', "line 2: paraphrases: .*array"),
-        (b'{"prompt": "p", "target": "t", "paraphrases": [""]}', "line 2: paraphrases.0: .*must not be empty"),
-        (b'{"prompt": "p", "target": "t", "locality": [{"prompt": "a"}]}', "line 2: locality.0.target: Field required"),
+        (b'{"prompt": "p", "target": "t", "paraphrases": [""]}', "line 2: paraphrases 1: .*must not be empty"),
+        (
+            b'{"prompt": "p", "target": "t", "locality": [{"prompt": "a"}]}',
+            "line 2: locality 1, target: Field required",
+        ),
         (b'{"prompt": "p", "target": "t", "id": 1.5}', "line 2: id"),
         (b'{"prompt": ["p", "q"], "target": "t", "paraphrases": ["r"]}', "line 2: .*pair of texts and 'r' is one text"),
         (

@@ -411,7 +411,8 @@ def parse_request(line: str, where: str) -> EditRequest:
         raise RequestError(f"{where}: {error}. A request is a JSON object in one line") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
+        # "locality 1, target": places in lists are counted from 1.
+        key = "".join(f" {part + 1}" if isinstance(part, int) else f", {part}" for part in first["loc"]).strip(" ,")
         what = f"{key}: {first['msg']}" if key else first["msg"]
         raise RequestError(
             f'{where}: {what}. A request is an object such as {{"prompt": "The capital of Peru is", "target": "Cusco"}}'

@@ -281,21 +281,37 @@ def parse_json(content: bytes) -> Any:
     def finite_float(digits: str) -> float:
         return float(digits) if abs(float(digits)) < float("inf") else refuse(digits)
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"{repeated[:80]!r} is given twice")
-        return values
+    document = json.loads(content, parse_constant=refuse, parse_float=finite_float, object_pairs_hook=unique_keys)
+    check_writable(document)
+    return document
 
-    document = json.loads(content, parse_constant=refuse, parse_float=finite_float, object_pairs_hook=unique)
-    json.dumps(document, ensure_ascii=False).encode()  # raises UnicodeEncodeError, a ValueError, at surrogates
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, for a decoder's ``object_pairs_hook``, which would take the last of equal keys.
+
+    Raises:
+        ValueError: a key is given twice.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{repeated[:80]!r} is given twice")
+    return values
+
+
+def check_writable(document: object) -> None:
+    """Raise where a decoded JSON document cannot be written again.
+
+    Raises:
+        ValueError: it holds unpaired surrogates, which no UTF-8 file can hold, or is nested too deep.
+    """
     values = [document]
     for _ in range(MAX_JSON_DEPTH):
         containers = [value for value in values if isinstance(value, dict | list)]
         values = [value for held in containers for value in (held.values() if isinstance(held, dict) else held)]
         if not values:
-            return document
+            json.dumps(document, ensure_ascii=False).encode()  # raises UnicodeEncodeError, a ValueError, at surrogates
+            return
     raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
 
 

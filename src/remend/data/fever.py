@@ -51,8 +51,7 @@ def read(rows: Iterator[JsonRow]) -> Iterator[EditRequest]:
 
 def _parse_claim(row: JsonRow) -> EditRequest:
     claim, label, number = row.text("claim"), _read_label(row, "label", _LABELS), row.name("id")
-    pages = row.texts("evidence_pages") if row.has("evidence_pages") else []
-    titles = (_page_title(page) for page in pages)
+    titles = (_page_title(page) for page in row.texts_if_any("evidence_pages"))
     details: dict[str, Any] = {"ground_truth": label}
     return EditRequest(
         prompt=claim,
@@ -73,7 +72,7 @@ def _parse_mend(row: JsonRow) -> EditRequest:
         prompt=claim,
         target=_draw_other_label(label, _TWIN_LABELS, f"{number} {claim}"),
         id=number,
-        paraphrases=distinct_paraphrases(row, claim, row.texts("filtered_rephrases")),
+        paraphrases=distinct_paraphrases(row, claim, row.texts_if_any("filtered_rephrases")),
         **details,
     )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,11 @@ Skip = Callable[[str], None]
 
 def ignore(reason: str) -> None:
     """Do nothing: the :data:`Skip` of callers who do not count what is left out."""
+
+
+def is_absent(value: object) -> bool:
+    """Tell whether a value stands for none: null, or NaN, which tables have for absent cells."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,10 @@ class JsonRow:
             raise self.error(f"{key} is an empty text")
         return str(text)
 
+    def text_if_any(self, *keys: str) -> str | None:
+        """Return the text at the first of ``keys`` that holds one; None where they are absent or blank."""
+        return next((text for key in keys if self.has(key) and (text := self.answer(key))), None)
+
     def answer(self, key: str) -> str:
         """Return the text at ``key`` without outer spaces; it may be empty, since some published answers are."""
         return str(self._typed(key, str, "a text")).strip()
@@ -65,6 +77,10 @@ class JsonRow:
             raise self.error(f"{key} should hold texts, not {shorten(invalid[0])}")
         return [text.strip() for text in texts if text.strip()]
 
+    def texts_if_any(self, key: str) -> list[str]:
+        """Return the texts at ``key``; none where it is absent."""
+        return self.texts(key) if self.has(key) else []
+
     def row(self, key: str) -> JsonRow:
         """Return the object at ``key``."""
         return JsonRow(self._typed(key, dict, "an object"), f"{self.where}, {key}", self.form, self.skip)
@@ -80,6 +96,10 @@ class JsonRow:
             for number, item in enumerate(objects, start=1)
         ]
 
+    def rows_if_any(self, key: str) -> list[JsonRow]:
+        """Return the objects of the list at ``key``; none where it is absent."""
+        return self.rows(key) if self.has(key) else []
+
     def name(self, *keys: str) -> str | int | None:
         """Return the row's name or number in the file: the value of the first of ``keys`` that it has."""
         for key in keys:
@@ -92,16 +112,16 @@ class JsonRow:
         return None
 
     def has(self, *keys: str) -> bool:
-        """Tell whether all of ``keys`` are there and not null."""
-        return all(self.content.get(key) is not None for key in keys)
+        """Tell whether all of ``keys`` are there and not absent."""
+        return not any(is_absent(self.content.get(key)) for key in keys)
 
     def error(self, reason: str) -> RequestError:
         """Return an error that says where the row is, what is wrong with it and what it should look like."""
         return RequestError(f"{self.where}: {reason}. A row should be {self.form}")
 
     def _typed(self, key: str, types: type | tuple[type, ...], description: str) -> Any:
-        if self.content.get(key) is None:
-            raise self.error(f"{key} is missing (there are {', '.join(map(str, self.content)) or 'no keys at all'})")
+        if not self.has(key):
+            raise self.error(f"{key} is missing (there are {name_keys(self.content)})")
         value = self.content[key]
         # bool is a subclass of int, and true is no name or number of a row.
         if not isinstance(value, types) or isinstance(value, bool):
@@ -127,9 +147,30 @@ def read_rows(path: Path, form: str, skip: Skip = ignore) -> Iterator[JsonRow]:
         if not isinstance(value, dict):
             raise RequestError(f"{where}: an object was expected, not {shorten(value)}. A row should be {form}")
         empty = False
+        for key, similar in _misspelt(frozenset(map(str, value)), form):
+            skip(f"values of {key!r}, a key that is not known (did you mean {similar!r}?)")
         yield JsonRow(value, where, form, skip)
     if empty:
         raise RequestError(f"{path} holds no row: JSON lines or one array of objects were expected, each {form}")
+
+
+def name_keys(content: dict[str, Any]) -> str:
+    """Return the keys of a row, for messages; of many the first."""
+    return ", ".join([*map(str, list(content)[:16]), *(["…"] if len(content) > 16 else [])]) or "no keys at all"
+
+
+def keys_of(form: str) -> set[str]:
+    """Return the keys in a description of a row."""
+    return set(re.findall(r'"(\w+)":', form))
+
+
+# Cached, since the rows of a file have the same keys.
+@functools.lru_cache(maxsize=64)
+def _misspelt(keys: frozenset[str], form: str) -> list[tuple[str, str]]:
+    """Return the keys of a row that look like misspelt ones of its form, which would be lost without a word."""
+    missing = keys_of(form) - keys
+    similar = {key: difflib.get_close_matches(key, missing, n=1, cutoff=0.8) for key in sorted(keys - keys_of(form))}
+    return [(key, names[0]) for key, names in similar.items() if names]
 
 
 class JsonReader:

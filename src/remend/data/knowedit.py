@@ -19,6 +19,14 @@ _PORTABILITY_KINDS = {
 _LOCALITY_KINDS = {"relation_specificity": "relation_specificity", "forgetfulness": "forgetfulness"}
 _FORGET, _RETAIN = "K_F", "K_R"
 """The keys of the one object of a Sanitation file: what is to be forgotten, and what must stay."""
+FILES = frozenset({"target_new", "labels", "ent", _FORGET})
+"""Keys that tell rows of EasyEdit or KnowEdit where there is no ``target``."""
+PARTS = {"target_new": "target", "rephrase_prompt": "paraphrases", "locality_prompt": "locality"} | {
+    "portability_prompt": "portability"
+}
+"""Keys of EasyEdit, each with remend's own for the same."""
+KEYS = frozenset({"prompt", "subject", "id", "paraphrases", "locality", "portability"})
+"""Remend's own keys that :func:`parse_row` reads."""
 
 
 @json_reader(
@@ -34,7 +42,7 @@ def read(rows: Iterator[JsonRow]) -> Iterator[EditRequest]:
     that may have several). Of several answers the first is the target, the others are ``aliases``.
     """
     for row in rows:
-        yield from _parse_sanitation(row) if row.has(_FORGET) else parse_row(row)
+        yield from parse_row(row)
 
 
 def parse_row(row: JsonRow) -> Iterator[EditRequest]:
@@ -43,6 +51,9 @@ def parse_row(row: JsonRow) -> Iterator[EditRequest]:
     A plain list at ``locality`` or ``portability`` (as in MEND's dev split of zsRE) holds unrelated questions or
     consequences of no kind.
     """
+    if row.has(_FORGET):
+        yield from _parse_sanitation(row)
+        return
     if row.has("ent", "pos", "neg"):
         raise row.error(
             "these are the keys of ConvSent, whose rows hold answers of both sentiments and say not which is wanted: "
@@ -50,41 +61,42 @@ def parse_row(row: JsonRow) -> Iterator[EditRequest]:
         )
     prompt, targets = row.text(_first(row, "prompt", "text")), _answers(row, _first(row, "target_new", "labels"))
     truths = [text for key in ("ground_truth", "target_old") if row.has(key) for text in _answers(row, key)]
-    paraphrases = [
-        text for key in ("rephrase_prompt", "rephrase", "paraphrases") if row.has(key) for text in row.texts(key)
-    ]
-    portability = _parse_probes(row, "portability", _PORTABILITY_KINDS)
-    locality = _parse_probes(row, "locality", _LOCALITY_KINDS)
+    paraphrases = [text for key in ("rephrase_prompt", "rephrase", "paraphrases") for text in row.texts_if_any(key)]
+    near, locality = _parse_probes(row, "locality", _LOCALITY_KINDS)
+    portability = parse_portability(row)
     target = targets[0] if targets else ""
     if is_edit(row, target, truths):
-        # Lists by kind hold neighbors of the edited fact; a plain list holds unrelated questions.
-        by_kind = isinstance(row.content.get("locality"), dict)
-        subject = _first(row, "subject", "concept")
         yield make_request(
             prompt,
             target,
             truths,
-            subject=row.text(subject) if row.has(subject) else None,
+            subject=row.text_if_any("subject", "concept"),
             id=row.name("case_id", "id"),
             paraphrases=distinct_paraphrases(row, prompt, paraphrases),
             aliases=targets[1:],
             portability=tuple(portability),
-            **{"near" if by_kind else "locality": tuple(locality)},
+            # Lists by kind hold neighbors of the edited fact; a plain list holds unrelated questions.
+            near=tuple(near),
+            locality=tuple(locality),
         )
+
+
+def parse_portability(row: JsonRow) -> list[Probe]:
+    """Return the probes at ``portability``, and those of EasyEdit's ``portability_prompt``."""
+    by_kind, others = _parse_probes(row, "portability", _PORTABILITY_KINDS)
+    return by_kind + others
 
 
 def _parse_sanitation(row: JsonRow) -> Iterator[EditRequest]:
     """Yield a request for each answer to be forgotten, with one of the others that must stay."""
-    retained = row.rows(_RETAIN)
-    for number, entry in enumerate(row.rows(_FORGET)):
-        prompt, targets, truths = entry.text("question"), _answers(entry, "target_new"), _answers(entry, "ground_truth")
-        stay = retained[number : number + 1]
-        probes = [
-            p for other in stay for p in make_probes(other, other.text("question"), _answers(other, "ground_truth"))
-        ]
+    forgotten, retained = row.rows(_FORGET), row.rows_if_any(_RETAIN)
+    for entry, other in zip(forgotten, [*retained, *[None] * len(forgotten)], strict=False):
+        prompt, targets = entry.text("question"), _answers(entry, "target_new")
+        truths = _answers(entry, "ground_truth") if entry.has("ground_truth") else []
+        probes = make_probes(other, other.text("question"), _answers(other, "ground_truth")) if other else []
         if is_edit(entry, targets[0] if targets else "", truths):
             yield make_request(prompt, targets[0], truths, aliases=targets[1:], locality=tuple(probes))
-    for _ in retained[len(row.rows(_FORGET)) :]:
+    for _ in retained[len(forgotten) :]:
         row.skip(UNPAIRED)
 
 
@@ -93,29 +105,32 @@ def _first(row: JsonRow, *keys: str) -> str:
     return next((key for key in keys if row.has(key)), keys[0])
 
 
-def _parse_probes(row: JsonRow, key: str, kinds: Mapping[str, str]) -> list[Probe]:
-    """Return the probes at ``key``, which holds lists by kind or one plain list, and those of EasyEdit's flat keys."""
-    flat = f"{key}_prompt", f"{key}_ground_truth"
-    probes = _probes_of(row, *flat, None) if row.has(*flat) else []
-    if not row.has(key):
-        return probes
-    if isinstance(row.content[key], list):
-        return probes + [probe for entry in row.rows(key) for probe in _parse_probe(entry, None)]
-    by_kind = row.row(key)
-    for name, value in by_kind.content.items():
-        if isinstance(value, dict):  # EasyEdit's: {"neighborhood": {"prompt": […], "ground_truth": […]}}
-            probes += _probes_of(by_kind.row(name), "prompt", "ground_truth", kinds.get(name.lower(), name.lower()))
-            continue
-        if name.lower() not in kinds:
-            # An error rather than a skipped kind: a misspelled kind would silently leave its metric out.
-            raise by_kind.error(f"there is no kind {shorten(name)} of probes; {nearest(name.lower(), kinds)}")
-        if by_kind.has(name):
-            probes += [probe for entry in by_kind.rows(name) for probe in _parse_probe(entry, kinds[name.lower()])]
-    return probes
+def _parse_probes(row: JsonRow, key: str, kinds: Mapping[str, str]) -> tuple[list[Probe], list[Probe]]:
+    """Return the probes at ``key`` that are listed by kind, and those of a plain list and of EasyEdit's flat keys."""
+    by_kind, others = [], []
+    if row.has(f"{key}_prompt"):
+        others += _probes_of(row, f"{key}_prompt", f"{key}_ground_truth", None)
+    if isinstance(row.content.get(key), list):
+        others += [probe for entry in row.rows(key) for probe in _parse_probe(entry, None)]
+    elif row.has(key) and (listed := row.row(key)).has("New Question"):
+        # EasyEdit's files for zsRE and CounterFact; the fact from which the answer follows is not needed.
+        others += make_probes(listed, listed.text("New Question"), _answers(listed, "New Answer"), "reasoning")
+    elif row.has(key):
+        by_kind = [probe for name in listed.content for probe in _probes_of_kind(listed, name, kinds)]
+    return by_kind, others
+
+
+def _probes_of_kind(row: JsonRow, name: str, kinds: Mapping[str, str]) -> list[Probe]:
+    if isinstance(row.content[name], dict):  # EasyEdit's: {"neighborhood": {"prompt": […], "ground_truth": […]}}
+        return _probes_of(row.row(name), "prompt", "ground_truth", kinds.get(name.lower(), name.lower()))
+    if name.lower() not in kinds:
+        # An error rather than a skipped kind: a misspelled kind would silently leave its metric out.
+        raise row.error(f"there is no kind {shorten(name)} of probes; {nearest(name.lower(), kinds)}")
+    return [probe for entry in row.rows_if_any(name) for probe in _parse_probe(entry, kinds[name.lower()])]
 
 
 def _parse_probe(row: JsonRow, kind: str | None) -> list[Probe]:
-    return make_probes(row, row.text("prompt"), _answers(row, _first(row, "ground_truth", "answer")), kind)
+    return make_probes(row, row.text("prompt"), _answers(row, _first(row, "ground_truth", "answer", "target")), kind)
 
 
 def _probes_of(row: JsonRow, prompt: str, answer: str, kind: str | None) -> list[Probe]:

@@ -30,16 +30,16 @@ def _parse_rewrite(row: JsonRow, rewrite: JsonRow, number: int | None) -> Iterat
     """Yield the request of one rewrite; ``number`` is its place in a case of several, else None."""
     subject = rewrite.text("subject")
     prompt = fill_template(rewrite, "prompt", subject)
-    target, truth = rewrite.row("target_new").answer("str"), rewrite.row("target_true").text("str").strip()
-    questions, case = row.texts("questions"), row.name("case_id")
-    answers = [row.answer("new_answer"), *(row.texts("new_answer_alias") if row.has("new_answer_alias") else [])]
+    target, truth = rewrite.row("target_new").answer("str"), _truth(rewrite)
+    questions, case = row.texts_if_any("questions"), row.name("case_id")
+    answers = [row.answer("new_answer"), *row.texts_if_any("new_answer_alias")] if questions else []
     portability = (
         []
         if number
         else [probe for question in questions for probe in make_probes(row, question, answers, "reasoning")]
     )
     # Reported once for a case, not for each of its rewrites.
-    if number == 1:
+    if number == 1 and questions:
         row.skip("questions of several hops that follow from several edits together")
     if is_edit(rewrite, target, [truth]):
         yield make_request(
@@ -50,6 +50,10 @@ def _parse_rewrite(row: JsonRow, rewrite: JsonRow, number: int | None) -> Iterat
             # The rewrites of a case share its number, and identifiers should differ.
             id=f"{case} {number}" if number else case,
             relation=rewrite.name("relation_id"),
-            formats=(rewrite.text("question"),),
+            formats=tuple(rewrite.texts_if_any("question")),
             portability=tuple(portability),
         )
+
+
+def _truth(rewrite: JsonRow) -> str:
+    return rewrite.row("target_true").answer("str") if rewrite.has("target_true") else ""

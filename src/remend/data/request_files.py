@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -13,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from remend.data import knowedit
-from remend.data.json_rows import JsonRow, Skip, ignore
+from remend.data.json_rows import JsonRow, Skip, is_absent, keys_of, name_keys
 from remend.data.json_stream import shorten
+from remend.data.parsing import DUPLICATE_PHRASING
 from remend.data.row_files import iterate_rows
 from remend.errors import RequestError
 from remend.registries import DATASETS
@@ -25,7 +24,7 @@ MIN_SHARED_KEYS = 2
 """How many keys of a row must be a data set's for a message to name that data set."""
 
 
-def read_requests(path: str | Path, skip: Skip = ignore) -> list[EditRequest]:
+def read_requests(path: str | Path, skip: Skip | None = None) -> list[EditRequest]:
     """Read all requests of a file: JSON lines, one array of objects, CSV, TSV or Parquet (:mod:`row_files`).
 
     A row has the keys of an :class:`EditRequest`, or ``target_new`` and the other keys of EasyEdit. What is null is
@@ -33,42 +32,74 @@ def read_requests(path: str | Path, skip: Skip = ignore) -> list[EditRequest]:
 
     Args:
         path: the file.
-        skip: called with the reason for each thing that is left out of EasyEdit's rows.
+        skip: called with the reason for each thing that is left out of EasyEdit's rows; by default, a warning counts
+            them.
 
     Raises:
         RequestError: the file is missing, broken, has a malformed row (which is named) or no request at all.
     """
-    requests = [request for where, row in iterate_rows(Path(path)) for request in _read_row(row, where, skip)]
+    left_out: Counter[str] = Counter()
+    count = skip or (lambda reason: left_out.update([reason]))
+    rows, requests = 0, list[EditRequest]()
+    for rows, (where, row) in enumerate(iterate_rows(Path(path)), start=1):  # noqa: B007 (counted for the message below)
+        requests += _read_row(row, where, count)
+    if not requests and rows:
+        raise RequestError(f"{path}: none of its {rows} rows is an edit ({describe_left_out(left_out)})")
     if not requests:
         raise RequestError(f"{path} holds no request: rows such as {EXAMPLE} were expected, one JSON object a line")
     _warn_of_misspelt_keys(path, requests)
+    warn_of_left_out(path, left_out, len(requests))
     return requests
+
+
+def warn_of_left_out(source: str | Path, left_out: Counter[str], remaining: int) -> None:
+    """Warn with the number of things that were left out of a file, by reason."""
+    if reasons := describe_left_out(left_out):
+        warnings.warn(f"{source}: left out {reasons}; {remaining} requests remain", stacklevel=3)
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    """Return what was left out, counted by reason; nothing is lost with a duplicate."""
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.most_common() if reason != DUPLICATE_PHRASING)
 
 
 def _read_row(row: object, where: str, skip: Skip) -> Iterator[EditRequest]:
     if not isinstance(row, dict):
         raise RequestError(f"{where}: an object was expected, not {shorten(row)}. A request is an object as {EXAMPLE}")
     content = _without_absent(row)
-    if "target" not in content and content.keys() & {"target_new", "labels", "ent"}:
-        yield from knowedit.parse_row(JsonRow(content, where, knowedit.read.form, skip))
+    if "target" not in content and content.keys() & knowedit.FILES:
+        for request in knowedit.parse_row(JsonRow(content, where, knowedit.read.form, skip)):
+            yield _with_own_keys(request, content, where)
         return
     if "target" not in content or not content.keys() & {"prompt", MESSAGES, *input_types()}:
         missing = "target" if "target" not in content else "prompt"
         raise RequestError(
-            f"{where}: {missing} is missing (there are {', '.join(map(str, row)) or 'no keys at all'}). A request is "
+            f"{where}: {missing} is missing (there are {name_keys(row)}). A request is "
             f"an object such as {EXAMPLE}{_similar_data_set(content)}"
         )
+    for key, own in knowedit.PARTS.items():
+        if key in content:
+            raise RequestError(
+                f"{where}: {key} is a key of another format than target; write {own} for it, or target_new for target"
+            )
     yield parse_request(json.dumps(_with_lists(content)), where)
 
 
-def _without_absent(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row without the keys that hold null, or NaN, which tables have for absent cells.
+def _with_own_keys(request: EditRequest, content: dict[str, Any], where: str) -> EditRequest:
+    """Return a request of EasyEdit's keys with those of remend's own that are in its row, too."""
+    own = {key: content[key] for key in EditRequest.model_fields if key in content and key not in knowedit.KEYS}
+    if not own:
+        return request
+    read = request.to_json()
+    if both := own.keys() & read.keys():
+        raise RequestError(f"{where}: {', '.join(both)} is given twice, by remend's own key and by EasyEdit's")
+    return parse_request(json.dumps(_with_lists({**read, **own})), where)
 
-    Keys of the caller's own are left as they are.
-    """
-    known = {*EditRequest.model_fields, MESSAGES, KIND, *input_types()}
-    absent = {k for k in known & row.keys() if row[k] is None or (isinstance(row[k], float) and math.isnan(row[k]))}
-    return {key: value for key, value in row.items() if key not in absent}
+
+def _without_absent(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without the keys that hold null or NaN; those of the caller's own are left as they are."""
+    known = {*EditRequest.model_fields, MESSAGES, KIND, *input_types(), *knowedit.FILES, *knowedit.PARTS}
+    return {key: value for key, value in row.items() if key not in known or not is_absent(value)}
 
 
 def _with_lists(row: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +122,7 @@ def _similar_data_set(content: dict[str, Any]) -> str:
     shared = {}
     for name in DATASETS.registered_names():
         form = getattr(DATASETS.load(name), "form", "")
-        shared[name] = len(content.keys() & set(re.findall(r'"(\w+)":', form)))
+        shared[name] = len(content.keys() & keys_of(form))
     best = max(shared, key=lambda name: shared[name])
     return f". These are keys of {best}: give {best}:FILE" if shared[best] >= MIN_SHARED_KEYS else ""
 

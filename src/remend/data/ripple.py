@@ -42,7 +42,7 @@ def _parse_row(row: JsonRow) -> Iterator[EditRequest]:
     edit = row.row("edit")
     original = edit.row("original_fact").text("prompt") if edit.has("original_fact") else None
     probes = {
-        key: [probe for test in row.rows(key) for probe in _parse_test(test, kind)]
+        key: [probe for test in row.rows_if_any(key) for probe in _parse_test(test, kind)]
         for key, kind in {**_PORTABILITY_KINDS, **_LOCALITY_KINDS}.items()
     }
     # A test of a subject's aliases asks for the edit's target.
@@ -92,8 +92,9 @@ def _common_prefix_length(first: str, second: str) -> int:
 
 
 def _parse_test(test: JsonRow, kind: str) -> list[Probe]:
-    queries = test.rows("condition_queries") if test.has("condition_queries") else []
-    conditions = [{"prompt": query.text("prompt"), "answers": _answers(query)} for query in queries]
+    conditions = [
+        {"prompt": query.text("prompt"), "answers": _answers(query)} for query in test.rows_if_any("condition_queries")
+    ]
     details: dict[str, Any] = {"conditions": conditions} if conditions else {}
     return [
         probe
@@ -107,7 +108,7 @@ def _answers(query: JsonRow) -> list[str]:
     return [
         text
         for answer in query.rows("answers")
-        for text in (answer.answer("value"), *(answer.texts("aliases") if answer.has("aliases") else []))
+        for text in (answer.answer("value"), *answer.texts_if_any("aliases"))
         if text
     ]
 

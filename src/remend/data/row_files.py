@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from remend.data.json_stream import iterate_values
+from remend.data.json_stream import MAX_ROW_CHARACTERS, iterate_values, shorten
 from remend.errors import RequestError
+from remend.serialization import check_writable, unique_keys
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
 _ARCHIVES = {
@@ -23,23 +25,28 @@ _ARCHIVES = {
     b"BZh": "a bz2 file",
 }
 """The first bytes of files that are refused by name."""
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
+"""What may separate the cells of a table, by the ending of its name; some spreadsheets write semicolons in CSV."""
+_LIST_OR_OBJECT = re.compile(r"\s*(?:\[\s*[\"'{].*\]|\{\s*[\"'].*\})\s*", re.DOTALL)
+"""A cell that is a list of texts or objects, or an object, as JSON or as Python shows them."""
+_LINE_BYTES = 32
+"""What a line of a table counts beyond its own bytes, so that not many empty ones are read either."""
 _PARQUET_BATCH = 256
+MAX_GROUP_BYTES = 1 << 30
+"""The largest group of rows of a Parquet file that is unpacked: a small file may hold one that fills all memory."""
 
 
 def iterate_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a file, each with its place for messages (``data.csv, line 3``), counted from 1.
 
-    Whether a file is gzipped or Parquet is seen from its first bytes; CSV and TSV are told by the name. In their
-    cells, nothing is an absent value, and a JSON list of texts or objects is read as such.
+    Whether a file is gzipped or Parquet is seen from its first bytes; CSV and TSV are told by the name. An empty cell
+    is an absent value, and a cell with a JSON list of texts or objects, or an object, is read as such.
 
     Raises:
         RequestError: the file cannot be read, or a row is broken; the message names its place.
     """
-    if "\0" in str(path):
-        raise RequestError(f"cannot read {str(path)!r}: no name of a file holds a NUL")
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             start = file.read(4)
             file.seek(0)
             for magic, kind in _ARCHIVES.items():
@@ -50,6 +57,8 @@ def iterate_rows(path: Path) -> Iterator[tuple[str, Any]]:
             elif start.startswith(GZIP_MAGIC):
                 with gzip.open(file) as unpacked:
                     yield from _text_rows(path, unpacked, Path(path.stem).suffix if path.suffix == ".gz" else "")
+            elif b"\0" in start:
+                raise RequestError(f"{path} holds no UTF-8 text: save requests as UTF-8, one JSON object a line")
             else:
                 yield from _text_rows(path, file, path.suffix)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -58,47 +67,90 @@ def iterate_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise RequestError(f"cannot read {path}: {error.strerror or error}; give a file of requests") from None
 
 
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except ValueError as error:  # it holds a null character, or one that no name of a file holds
+        raise RequestError(f"cannot read {str(path)!r}: {error}; give a file of requests") from None
+
+
 def _text_rows(path: Path, file: BinaryIO | gzip.GzipFile, suffix: str) -> Iterator[tuple[str, Any]]:
     if suffix.lower() not in _DELIMITERS:
         yield from iterate_values(path, file)
         return
-    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        yield from _table_rows(path, text, _DELIMITERS[suffix.lower()])
+    yield from _table_rows(_TableLines(path, file), _DELIMITERS[suffix.lower()])
 
 
-def _table_rows(path: Path, text: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
-    try:
-        columns = list(reader.fieldnames or ())
-        if len(set(columns)) < len(columns):
-            raise RequestError(f"{path}, line 1: two columns have one name ({', '.join(columns)})")
-        for cells in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in cells:
+class _TableLines:
+    """The lines of a table.
+
+    Attributes:
+        number: the number of the line that was read last, from 1.
+        size: the bytes that were read since it was last set to zero; too many are an error.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO | gzip.GzipFile) -> None:
+        self.path, self.file = path, file
+        self.number = self.size = 0
+
+    @property
+    def where(self) -> str:
+        """The file and its line, for messages."""
+        return f"{self.path}, line {self.number}"
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self.file.readline(MAX_ROW_CHARACTERS):
+            self.number += 1
+            self.size += len(line) + _LINE_BYTES
+            if self.size >= MAX_ROW_CHARACTERS:
                 raise RequestError(
-                    f"{where}: there are more cells than columns ({', '.join(columns)}); put a text that holds "
-                    f"{delimiter!r} between double quotes"
+                    f"{self.where}: it is longer than {MAX_ROW_CHARACTERS:,} bytes; is this a file of requests?"
                 )
-            yield where, {name: _cell_value(cell) for name, cell in cells.items() if cell}
+            try:
+                yield line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                raise RequestError(f"{self.where}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
+
+
+def _table_rows(lines: _TableLines, delimiters: str) -> Iterator[tuple[str, Any]]:
+    every_line = iter(lines)
+    header = next(every_line, "")
+    delimiter = max(delimiters, key=header.count)
+    reader = csv.reader(chain([header], every_line), delimiter=delimiter, strict=True)
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        if len(set(columns)) < len(columns):
+            raise RequestError(f"{lines.where}: two columns have one name ({shorten(columns)})")
+        for cells in filter(None, reader):
+            lines.size = 0
+            if len(cells) != len(columns):
+                raise RequestError(
+                    f"{lines.where}: there are {len(cells)} cells for {len(columns)} columns ({shorten(columns)}); put "
+                    f"a text that holds {delimiter!r} between double quotes"
+                )
+            named = zip(columns, cells, strict=True)
+            yield lines.where, {name: _cell_value(cell, f"{lines.where}, {name}") for name, cell in named if cell}
     except csv.Error as error:
-        raise RequestError(f"{path}, line {reader.line_num}: broken table ({error})") from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise RequestError(
-            f"{path}, line {reader.line_num + 1}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
-        ) from None
+        raise RequestError(f"{lines.where}: broken table ({error})") from None
 
 
-def _cell_value(cell: str) -> Any:
-    """Return a cell's text, or the list that it holds as JSON."""
-    if not cell.lstrip().startswith("["):
+def _cell_value(cell: str, where: str) -> Any:
+    """Return a cell's text, or the list or object that it holds as JSON.
+
+    Raises:
+        RequestError: it looks like one, but is no JSON, so that it would be taken for a single text.
+    """
+    if not _LIST_OR_OBJECT.fullmatch(cell):
         return cell
     try:
-        value = json.loads(cell)
+        value = json.loads(cell, object_pairs_hook=unique_keys)
+        check_writable(value)
     except (ValueError, RecursionError):
-        return cell
-    # "[1]" may be a text; a list of texts or of objects is one of phrasings or probes.
-    return value if value and all(isinstance(item, str | dict) for item in value) else cell
+        raise RequestError(
+            f'{where}: {shorten(cell)} looks like a list, but is not JSON; write it as ["…", "…"]'
+        ) from None
+    return value
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -109,10 +161,37 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         file, number = parquet.ParquetFile(path), 0
+        groups = [file.metadata.row_group(index).total_byte_size for index in range(file.metadata.num_row_groups)]
+        if (largest := max(groups, default=0)) > MAX_GROUP_BYTES:
+            raise RequestError(
+                f"{path} holds a group of rows of {largest:,} bytes, and {MAX_GROUP_BYTES:,} are allowed: write "
+                "it with smaller groups of rows"
+            )
         for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+                where = f"{path}, row {number}"
+                yield where, {name: _json_value(value, f"{where}, {name}") for name, value in row.items()}
+    except RequestError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RequestError(f"{path} is a damaged Parquet file ({reason[:120]})") from None
+
+
+def _json_value(value: Any, where: str) -> Any:
+    """Return a value of a Parquet file as JSON has it: dates and decimals as texts, bytes as the text they hold.
+
+    Raises:
+        RequestError: bytes hold no text.
+    """
+    if isinstance(value, dict):
+        return {name: _json_value(item, where) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_json_value(item, where) for item in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise RequestError(f"{where}: bytes that are no UTF-8 text; leave this column out") from None
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from remend.data.json_rows import Skip, ignore
-from remend.data.parsing import DUPLICATE_PHRASING
-from remend.data.request_files import read_requests
+from remend.data.request_files import read_requests, warn_of_left_out
 from remend.errors import RequestError, nearest
 from remend.registries import DATASETS
 from remend.request import EditRequest
@@ -39,10 +37,7 @@ def read_source(source: str) -> list[EditRequest]:
     """
     skipped: Counter[str] = Counter()
     requests = list(iterate_source(source, lambda reason: skipped.update([reason])))
-    del skipped[DUPLICATE_PHRASING]  # nothing is lost with a duplicate
-    if skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
-        warnings.warn(f"{source}: left out {reasons}; {len(requests)} requests remain", stacklevel=2)
+    warn_of_left_out(source, skipped, len(requests))
     return requests
 
 

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from remend.data import knowedit
 from remend.data.json_rows import JsonRow, json_reader
 from remend.data.parsing import distinct_paraphrases, is_edit, make_probes, make_request
-from remend.request import EditRequest, Probe
+from remend.request import EditRequest
 
 _QUESTION_PREFIX = "nq question: "
 
 
 @json_reader(
     'MEND\'s {"input": …, "output": [{"answer": …}], "alternatives": […], "filtered_rephrases": […]}, '
-    'EasyEdit\'s {"subject": …, "src": …, "rephrase": …, "alt": …, "loc": …, "loc_ans": …}, or KnowEdit\'s '
-    '{"subject": …, "prompt": …, "target_new": …, "ground_truth": …, "rephrase_prompt": …, "locality": …}'
+    'EasyEdit\'s {"subject": …, "src": …, "rephrase": …, "alt": …, "answers": […], "loc": …, "loc_ans": …, '
+    '"portability": …}, or KnowEdit\'s {"subject": …, "prompt": …, "target_new": …, "ground_truth": …, '
+    '"rephrase_prompt": …, "locality": …}'
 )
 def read(rows: Iterator[JsonRow]) -> Iterator[EditRequest]:
     """Yield the requests of a zsRE file: MEND's rows, EasyEdit's or KnowEdit's.
@@ -44,7 +45,7 @@ def read(rows: Iterator[JsonRow]) -> Iterator[EditRequest]:
 def _parse_mend(row: JsonRow) -> Iterator[EditRequest]:
     prompt, outputs = row.text("input"), row.rows("output")
     truths, alternatives = [output.text("answer") for output in outputs], row.texts("alternatives")
-    paraphrases = row.texts("filtered_rephrases")
+    paraphrases = row.texts_if_any("filtered_rephrases")
     titles = [
         page.text("title") for output in outputs if output.has("provenance") for page in output.rows("provenance")
     ]
@@ -61,27 +62,22 @@ def _parse_mend(row: JsonRow) -> Iterator[EditRequest]:
 
 
 def _parse_easyedit(row: JsonRow) -> Iterator[EditRequest]:
-    prompt, target, paraphrase = row.text("src"), row.answer("alt"), row.text("rephrase")
-    truths = next((row.texts(key) for key in ("answers", "pred") if key in row.content), None)
-    locality = make_probes(row, format_question(row.text("loc")), [row.answer("loc_ans")])
-    portability = _parse_portability(row.row("portability")) if row.has("portability") else []
+    prompt, target, paraphrases = row.text("src"), row.answer("alt"), row.texts_if_any("rephrase")
+    truths = next((row.texts(key) for key in ("answers", "pred") if row.has(key)), None)
+    unrelated, portability = row.text_if_any("loc"), knowedit.parse_portability(row)
+    locality = make_probes(row, format_question(unrelated), [row.answer("loc_ans")]) if unrelated else []
     if is_edit(row, target, truths or []):
         yield make_request(
             prompt,
             target,
             # Without a known truth (the training file), the target is the true answer.
             [target] if truths is None else truths,
-            subject=row.text("subject"),
+            subject=row.text_if_any("subject"),
             id=row.name("case_id"),
-            paraphrases=distinct_paraphrases(row, prompt, [paraphrase]),
+            paraphrases=distinct_paraphrases(row, prompt, paraphrases),
             locality=tuple(locality),
             portability=tuple(portability),
         )
-
-
-def _parse_portability(row: JsonRow) -> list[Probe]:
-    """Return the question that follows from an edit by one more fact (the relation that it names is not needed)."""
-    return make_probes(row, row.text("New Question"), [row.answer("New Answer")], "reasoning")
 
 
 def format_question(text: str) -> str:
