@@ -107,6 +107,13 @@ def test_the_keys_of_easyedit(tmp_path):
     assert [(p.prompt, p.target, p.kind) for p in request.portability] == [
         ("The lake of Canada's capital is", "Ontario", "one_hop")
     ]
+    one = {"prompt": "The sky is", "ground_truth": "blue"}
+    (request,) = read_requests(written(tmp_path, json.dumps({**row, "locality": one})))
+    assert [(probe.prompt, probe.target) for probe in request.locality] == [("The sky is", "blue")] * 2
+    with pytest.warns(UserWarning, match="1 values of 'rephrases', a key that is not known .did you mean 'rephrase'"):
+        read_requests(written(tmp_path, json.dumps({**row, "rephrases": ["x"]})))
+    with pytest.raises(RequestError, match="locality_prompt is missing"):
+        read_requests(written(tmp_path, json.dumps({**row, "locality_prompt": None})))
     row["locality"]["neighborhood"]["ground_truth"] = ["Oslo"]
     with pytest.raises(RequestError, match="prompt holds 2 prompts: ground_truth should be a list of as many answers"):
         read_requests(written(tmp_path, json.dumps(row)))

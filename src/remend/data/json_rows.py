@@ -115,6 +115,11 @@ class JsonRow:
         """Tell whether all of ``keys`` are there and not absent."""
         return not any(is_absent(self.content.get(key)) for key in keys)
 
+    def count_misspelt(self) -> None:
+        """Report the keys that look like misspelt ones of the form to ``skip``, since no reader asks for them."""
+        for key, similar in _misspelt(frozenset(map(str, self.content)), self.form):
+            self.skip(f"values of {key!r}, a key that is not known (did you mean {similar!r}?)")
+
     def error(self, reason: str) -> RequestError:
         """Return an error that says where the row is, what is wrong with it and what it should look like."""
         return RequestError(f"{self.where}: {reason}. A row should be {self.form}")
@@ -147,9 +152,9 @@ def read_rows(path: Path, form: str, skip: Skip = ignore) -> Iterator[JsonRow]:
         if not isinstance(value, dict):
             raise RequestError(f"{where}: an object was expected, not {shorten(value)}. A row should be {form}")
         empty = False
-        for key, similar in _misspelt(frozenset(map(str, value)), form):
-            skip(f"values of {key!r}, a key that is not known (did you mean {similar!r}?)")
-        yield JsonRow(value, where, form, skip)
+        row = JsonRow(value, where, form, skip)
+        row.count_misspelt()
+        yield row
     if empty:
         raise RequestError(f"{path} holds no row: JSON lines or one array of objects were expected, each {form}")
 

@@ -30,8 +30,9 @@ KEYS = frozenset({"prompt", "subject", "id", "paraphrases", "locality", "portabi
 
 
 @json_reader(
-    '{"subject": …, "prompt": …, "target_new": …, "ground_truth": …, "portability": {"Reasoning": [{"prompt": …, '
-    '"ground_truth": …}], …}, "locality": {"Relation_Specificity": […], …}}, WikiBio\'s {"concept": …, "text": …, '
+    '{"subject": …, "prompt": …, "target_new": …, "ground_truth": …, "rephrase_prompt": …, "portability": {"Reasoning": '
+    '[{"prompt": …, "ground_truth": …}], …}, "locality": {"Relation_Specificity": […], …}}, CKnowEdit\'s {"prompt": …, '
+    '"target_old": …, "target_new": …, "rephrase": […], "locality": […]}, WikiBio\'s {"concept": …, "text": …, '
     '"labels": …, "locality": …}, or Sanitation\'s {"K_F": [{"question": …, "target_new": …}], "K_R": […]}'
 )
 def read(rows: Iterator[JsonRow]) -> Iterator[EditRequest]:
@@ -108,13 +109,15 @@ def _first(row: JsonRow, *keys: str) -> str:
 def _parse_probes(row: JsonRow, key: str, kinds: Mapping[str, str]) -> tuple[list[Probe], list[Probe]]:
     """Return the probes at ``key`` that are listed by kind, and those of a plain list and of EasyEdit's flat keys."""
     by_kind, others = [], []
-    if row.has(f"{key}_prompt"):
+    if row.has(f"{key}_prompt") or row.has(f"{key}_ground_truth"):
         others += _probes_of(row, f"{key}_prompt", f"{key}_ground_truth", None)
     if isinstance(row.content.get(key), list):
         others += [probe for entry in row.rows(key) for probe in _parse_probe(entry, None)]
     elif row.has(key) and (listed := row.row(key)).has("New Question"):
         # EasyEdit's files for zsRE and CounterFact; the fact from which the answer follows is not needed.
         others += make_probes(listed, listed.text("New Question"), _answers(listed, "New Answer"), "reasoning")
+    elif row.has(key) and listed.has("prompt"):
+        others += _probes_of(listed, "prompt", _first(listed, "ground_truth", "answer", "target"), None)
     elif row.has(key):
         by_kind = [probe for name in listed.content for probe in _probes_of_kind(listed, name, kinds)]
     return by_kind, others

@@ -68,7 +68,9 @@ def _read_row(row: object, where: str, skip: Skip) -> Iterator[EditRequest]:
         raise RequestError(f"{where}: an object was expected, not {shorten(row)}. A request is an object as {EXAMPLE}")
     content = _without_absent(row)
     if "target" not in content and content.keys() & knowedit.FILES:
-        for request in knowedit.parse_row(JsonRow(content, where, knowedit.read.form, skip)):
+        easyedit = JsonRow(content, where, knowedit.read.form, skip)
+        easyedit.count_misspelt()
+        for request in knowedit.parse_row(easyedit):
             yield _with_own_keys(request, content, where)
         return
     if "target" not in content or not content.keys() & {"prompt", MESSAGES, *input_types()}:
