@@ -30,10 +30,10 @@ KEYS = frozenset({"prompt", "subject", "id", "paraphrases", "locality", "portabi
 
 
 @json_reader(
-    '{"subject": …, "prompt": …, "target_new": …, "ground_truth": …, "rephrase_prompt": …, "portability": {"Reasoning": '
-    '[{"prompt": …, "ground_truth": …}], …}, "locality": {"Relation_Specificity": […], …}}, CKnowEdit\'s {"prompt": …, '
-    '"target_old": …, "target_new": …, "rephrase": […], "locality": […]}, WikiBio\'s {"concept": …, "text": …, '
-    '"labels": …, "locality": …}, or Sanitation\'s {"K_F": [{"question": …, "target_new": …}], "K_R": […]}'
+    '{"subject": …, "prompt": …, "target_new": …, "ground_truth": …, "rephrase_prompt": …, "portability": '
+    '{"Reasoning": [{"prompt": …, "ground_truth": …}], …}, "locality": {"Relation_Specificity": […], …}}, CKnowEdit\'s '
+    '{"prompt": …, "target_old": …, "target_new": …, "rephrase": […], "locality": […]}, WikiBio\'s {"concept": …, '
+    '"text": …, "labels": …, "locality": …}, or Sanitation\'s {"K_F": [{"question": …, "target_new": …}], "K_R": […]}'
 )
 def read(rows: Iterator[JsonRow]) -> Iterator[EditRequest]:
     """Yield the requests of KnowEdit's wiki_counterfact, wiki_recent, ZsRE, WikiBio or Sanitation file, or CKnowEdit's.
