@@ -20,6 +20,41 @@ from remend.editors import Mend, MendConfig  # noqa: E402
 from remend.tasks.causal_lm import CausalLM  # noqa: E402
 from remend.training import Trainer, TrainingConfig  # noqa: E402
 
+LONGEST_FIRST = (
+    "test_readme",
+    "test_patch_registry",
+    "test_paper_benchmark",
+    "test_atlas",
+    "test_processes",
+    "test_studio",
+    "test_benchmarks",
+    "test_locate_then_edit",
+    "test_lm_eval",
+    "test_docs",
+    "test_hub",
+    "test_acceptance",
+    "test_cli",
+    "test_engine",
+)
+"""The files in which single tests take longest."""
+
+
+def pytest_collection_modifyitems(items):
+    """Start the files with the longest tests first, so that none of several workers ends long after the others."""
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each of several workers one stretch of the tests, of which one that has no more takes the end of another's.
+
+    By default the first stretches are dealt out in the order of the tests, with all that take long in one of them.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
 
 @pytest.fixture(params=worlds.FAMILIES)
 def model(request):

@@ -2,10 +2,9 @@
 
 import json
 import signal
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+import forked
 import worlds
 from remend.cli import run
 from remend.config import from_json
@@ -607,21 +607,6 @@ def test_resuming_a_run_without_a_checkpoint_begins_anew_with_a_warning(tmp_path
 
 
 KILLED_STEP = 14
-TRAIN_AND_DIE = f"""
-import os, signal, sys
-from remend.cli import run
-from remend.training import Trainer
-
-def train_step(self, share, real=Trainer.train_step):
-    loss = real(self, share)
-    if self.step == {KILLED_STEP}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return loss
-
-Trainer.train_step = train_step
-sys.exit(run(sys.argv[1:]))
-"""
-"""The command line, killed after a step and before its checkpoint."""
 
 
 def test_a_training_killed_during_a_step_is_resumed_from_the_command_line_as_if_it_had_never_stopped(tmp_path):
@@ -634,15 +619,13 @@ def test_a_training_killed_during_a_step_is_resumed_from_the_command_line_as_if_
     write_requests(tmp_path / "train.jsonl", worlds.requests(40))
     options = ["train", str(tmp_path / "model"), "--data", str(tmp_path / "train.jsonl"), "--device", "cpu"]
     options += ["--max-steps", "50", "--checkpoint-minutes", "0", "--cache", "0.001", "--out"]
-    command = [sys.executable, "-m", "remend", *options]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    killed = subprocess.run(
-        [sys.executable, "-c", TRAIN_AND_DIE, *options, str(tmp_path / "editor")], capture_output=True, text=True
-    )
+    whole = forked.remend([*options, tmp_path / "whole"])
+    assert whole.returncode == 0, whole.stderr
+    killed = forked.remend([*options, tmp_path / "editor"], partial(forked.kill_after_step, KILLED_STEP))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     checkpoints = [path.name for path in (tmp_path / "editor.checkpoints").glob("step-*")]
     assert checkpoints == [f"step-{KILLED_STEP - 1:08d}"]
-    resumed = subprocess.run([*command, str(tmp_path / "editor"), "--resume"], capture_output=True, text=True)
+    resumed = forked.remend([*options, tmp_path / "editor", "--resume"])
     assert resumed.returncode == 0, resumed.stderr
     first, second = (Mend.load(tmp_path / name) for name in ("whole", "editor"))
     for (name, value), (_, other) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
