@@ -186,7 +186,7 @@ def test_a_question_that_follows_in_zsre_is_a_probe(tmp_path):
         ("a.jsonl", '{"prompt": "p", "target": "t", "x": ' + "[" * 300 + "]" * 300 + "}", "line 1: .*nested more than"),
         ("a.jsonl", '{"prompt": "p", "target": "t", "rephrase_prompt": "q"}', "line 1: .*write paraphrases for it"),
         ("a.zip", b"PK\x03\x04....", "is a zip archive: unpack it"),
-        ("a.gz", gzip.compress(json.dumps([ROW] * 99).encode())[:-20], "is a damaged gzip file"),
+        ("a.gz", gzip.compress(json.dumps([ROW] * 99).encode(), mtime=0)[:-20], "is a damaged gzip file"),
         ("a.parquet", b"PAR1....", "is a damaged Parquet file"),
         ("a.json", json.dumps([ROW]).encode("utf-16"), "holds no UTF-8 text: save requests as UTF-8"),
         ("a.csv", "", "holds no request"),
