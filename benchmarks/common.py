@@ -35,7 +35,7 @@ from remend.editors import Mend
 from remend.editors.trainable import CalibrationData
 from remend.evaluation.reports import report
 from remend.request import EditRequest, Probe
-from remend.serialization import write_json
+from remend.saved_folders import write_json
 from remend.tasks import wrap
 from remend.training import PRESETS, Resources, Trainer
 

@@ -34,7 +34,7 @@ from pararel_testbed import TARGETS, digest, read_relations, split_of
 from remend.data.fact_requests import Fact, FactSet, Relation
 from remend.evaluation.reports.report import metrics_of
 from remend.request import write_requests
-from remend.serialization import write_json
+from remend.saved_folders import write_json
 from remend.training import PRESETS
 
 MIN_PER_OBJECT, MAX_PER_RELATION = 5, 130

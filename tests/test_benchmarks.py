@@ -13,7 +13,7 @@ import remend
 from remend.data import read_source
 from remend.evaluation.reports.report import Case, Report, Run
 from remend.request import write_requests
-from remend.serialization import write_json
+from remend.saved_folders import write_json
 from remend.training import PRESETS
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"

@@ -16,10 +16,10 @@ from remend.cli import run
 from remend.core.losses import locality_loss
 from remend.editors import make
 from remend.errors import ModelError, RequestError
-from remend.models.structure import editable_modules
+from remend.models.editable_matrices import editable_modules
 from remend.request import EditRequest, TextPair, parse_request
 from remend.tasks import Example, answers, wrap
-from remend.tasks.labels import label_number
+from remend.tasks.class_labels import label_number
 from remend.tasks.text_classification import TextClassification
 
 READING = {"bert": "first", "roberta": "first", "distilbert": "first", "deberta-v2": "first", "electra": "first"}

@@ -25,7 +25,7 @@ from remend.evaluation.checkpoint import EvaluationCheckpoint
 from remend.evaluation.reports.figure_style import save_figure
 from remend.formats import load_adapter, save_adapter, save_merged
 from remend.request import write_requests
-from remend.serialization import write_json
+from remend.saved_folders import write_json
 from remend.training import TrainingConfig, train
 from test_patch_registry import edits_of
 
@@ -370,7 +370,7 @@ def test_an_error_of_safetensors_is_a_sentence(edits, tmp_path, monkeypatch):
             'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })'
         )
 
-    monkeypatch.setattr(remend.serialization, "save_file", fail)
+    monkeypatch.setattr(remend.saved_folders, "save_file", fail)
     with pytest.raises(FileError, match=r"No space left on device.*is unchanged"):
         edits[0].save(tmp_path / "it")
     assert listing(tmp_path) == []

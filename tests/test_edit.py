@@ -17,7 +17,7 @@ from remend.errors import EditError, FileError, ModelError, PrecisionError, Wron
 from remend.fingerprint import ModelFingerprint
 from remend.formats.merged_checkpoint import save_merged
 from remend.formats.peft import load_adapter, save_adapter
-from remend.serialization import MANIFEST, TENSORS, file_sha256, write_folder
+from remend.saved_folders import MANIFEST, TENSORS, file_sha256, write_folder
 
 REQUESTS = worlds.requests(3)
 

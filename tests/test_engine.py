@@ -27,7 +27,7 @@ from remend.editors.lookup_edit import LOOKUP_EDIT_FORMAT
 from remend.errors import ConfigError, FileError, ModelError, TrainingError
 from remend.fingerprint import hash_model
 from remend.models.frozen_prefix import FrozenPrefix, run_until
-from remend.serialization import write_folder
+from remend.saved_folders import write_folder
 from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
 from remend.training import Resources, Trainer, TrainingConfig, memory_estimate, train

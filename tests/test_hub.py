@@ -16,7 +16,7 @@ from remend.apps.hub import push, render_model_card
 from remend.cli import run
 from remend.edit import Edit
 from remend.errors import FileError
-from remend.serialization import read_verified_manifest
+from remend.saved_folders import read_verified_manifest
 
 
 @pytest.fixture(scope="module")

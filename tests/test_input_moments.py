@@ -21,7 +21,7 @@ from remend.evaluation.robustness import Robustness, measure_robustness
 from remend.fingerprint import find_modules
 from remend.request import EditRequest
 from remend.tasks import wrap
-from remend.tasks.ordinary_text import MOST_TOKENS
+from remend.tasks.ordinary_inputs import MOST_TOKENS
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from remend.core.low_rank import LowRank, concatenate, stack
 from remend.edit import Edit
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, EditError
-from remend.models.structure import editable_modules
+from remend.models.editable_matrices import editable_modules
 from remend.request import EditRequest, Probe
 from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM

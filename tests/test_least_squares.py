@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import remend
 from remend.core.least_squares import EIGENVALUE_FLOOR, least_squares, make_definite
-from remend.core.operators import SymmetricOperator
+from remend.core.symmetric_operator import SymmetricOperator
 
 
 def random_metric(d, generator):

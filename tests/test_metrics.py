@@ -13,7 +13,7 @@ from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import RegistryError
 from remend.evaluation import evaluate
-from remend.evaluation.metrics.outcome import PromptScore
+from remend.evaluation.metrics.edit_outcome import PromptScore
 from remend.evaluation.reports.comparison import compare
 from remend.evaluation.reports.html_report import write_html_report
 from remend.evaluation.reports.metric_titles import find_metric, higher_is_better, title_of

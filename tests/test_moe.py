@@ -19,7 +19,7 @@ from remend.edit import Edit
 from remend.editors import Mend, MendConfig
 from remend.errors import EditError, FileError, ModelError
 from remend.fingerprint import find_modules
-from remend.models.structure import editable_modules
+from remend.models.editable_matrices import editable_modules
 from remend.tasks import wrap
 
 NAME = "model.layers.3.mlp.experts.down_proj"

@@ -15,7 +15,7 @@ import pytest
 from remend.errors import ConfigError, NonFiniteError
 from remend.models import editable_modules
 from remend.request import write_requests
-from remend.serialization import write_json
+from remend.saved_folders import write_json
 from remend.tasks import load
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

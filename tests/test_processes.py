@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import processes
 import worlds
 from remend.core.distributed import ProcessGroup
-from remend.core.operators import SymmetricOperator
+from remend.core.symmetric_operator import SymmetricOperator
 from remend.editors import Mend
 from remend.errors import ConfigError, ModelError
 from remend.models.fsdp import shard_model

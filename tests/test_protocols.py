@@ -18,7 +18,7 @@ from remend.errors import ConfigError, FileError, NonFiniteError
 from remend.evaluation import evaluate, evaluate_checkpoints
 from remend.evaluation.checkpoint import evaluation_fingerprint
 from remend.evaluation.conflicting_probes import filter_probes
-from remend.evaluation.metrics import fluency, perplexity, query_measurements, text_match
+from remend.evaluation.metrics import fluency, perplexity, query_measurements, word_overlap
 from remend.evaluation.reports.comparison import compare
 from remend.evaluation.reports.report import metrics_of
 from remend.evaluation.reports.report_reader import read_report
@@ -441,21 +441,21 @@ def test_values_that_are_not_finite_are_an_error(world, monkeypatch):
 
 
 def test_text_matches_ranks_divergence_perplexity_and_entropy_by_hand():
-    assert text_match.contains("It is in Paris, France", "paris") == 1
-    assert text_match.contains("Parisian", "Paris") == 0
-    assert text_match.contains("a ? b", "?") == 1
-    assert text_match.contains("a b", "?") == 0
+    assert word_overlap.contains("It is in Paris, France", "paris") == 1
+    assert word_overlap.contains("Parisian", "Paris") == 0
+    assert word_overlap.contains("a ? b", "?") == 1
+    assert word_overlap.contains("a b", "?") == 0
     for answer, expected, inside in (
         ("They use C# (and F#).", "C#", 1), ("They use C# (and F#).", "F#", 1), ("They use C#.", "C", 0),
         ("It is -5 °C", "5", 0), ("about 10%.", "10", 0), ("about 10%.", "10%", 1), ("1/2 of it", "1 2", 0),
         ("It is 10.5", "10", 0), ("“Köln”, they say", "köln", 1), ("using .NET", "net", 0),
         ("首都是巴黎。", "巴黎", 1), ("首都是巴黎。", "罗马", 0), ("เมืองหลวงคือปารีส", "ปารีส", 1),
     ):  # fmt: skip
-        assert text_match.contains(answer, expected) == inside, (answer, expected)
-    assert text_match.token_f1("C", "C#") == text_match.token_f1("5", "-5") == 0
-    assert text_match.token_f1("the city of Paris", "Paris city") == pytest.approx(2 * 2 / (4 + 2))
-    assert text_match.token_f1("a a b", "a") == pytest.approx(2 * 1 / (3 + 1))
-    assert text_match.token_f1("", "Paris") == 0
+        assert word_overlap.contains(answer, expected) == inside, (answer, expected)
+    assert word_overlap.token_f1("C", "C#") == word_overlap.token_f1("5", "-5") == 0
+    assert word_overlap.token_f1("the city of Paris", "Paris city") == pytest.approx(2 * 2 / (4 + 2))
+    assert word_overlap.token_f1("a a b", "a") == pytest.approx(2 * 1 / (3 + 1))
+    assert word_overlap.token_f1("", "Paris") == 0
     logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 3.0, 0.0]])
     target = torch.tensor([1, 0])
     assert Categorical().mode(logits).tolist() == [2, 0]

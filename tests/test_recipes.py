@@ -17,7 +17,7 @@ from remend.data.source_names import parse_source_name
 from remend.editors import Mend
 from remend.errors import ConfigError, FileError
 from remend.evaluation.reports.report_reader import read_report
-from remend.models.structure import editable_modules
+from remend.models.editable_matrices import editable_modules
 from remend.recipes import load_recipe, recipes, run_recipe
 from remend.recipes.inputs import (
     UNRELATED_PROMPTS,

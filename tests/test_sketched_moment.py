@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 import worlds
 from remend.core import sketched_moment
 from remend.core.key_discriminant import Discriminant
-from remend.core.operators import SymmetricOperator
 from remend.core.sketched_moment import SketchedMoment, nystrom, random_test_matrix
+from remend.core.symmetric_operator import SymmetricOperator
 from remend.core.whitening import SecondMoment
 from remend.edit import Edit
 from remend.editors import Mend

@@ -14,7 +14,7 @@ import tampering
 from remend.editors import load_editor
 from remend.errors import RemendError
 from remend.formats import detect_format
-from remend.serialization import read_verified_manifest, write_json
+from remend.saved_folders import read_verified_manifest, write_json
 from test_formats import random_edit
 
 TIMES = {"edit": 120, "cache": 120, "context": 120, "editor": 120, "adapter": 120, "model": 30, "checkpoint": 20}

@@ -24,7 +24,7 @@ import torch
 from remend.registries import TaskEntry
 from remend.request import Input
 from remend.tasks.base import Batch, Example, Task
-from remend.tasks.tensor_input import TensorInput
+from remend.tasks.hashable_tensor import TensorInput
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from remend.serialization import write_json, write_text
+from remend.saved_folders import write_json, write_text
 
 from .charts import Axis, line_chart
 from .findings import TOLERANCE

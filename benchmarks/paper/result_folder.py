@@ -10,7 +10,7 @@ from typing import Any
 
 from remend.config import differences
 from remend.errors import ConfigError
-from remend.serialization import write_json
+from remend.saved_folders import write_json
 
 from .cell_definitions import Cell, Scale, cell_settings, current_settings
 from .testbeds import Testbed, stored_testbeds

@@ -18,9 +18,9 @@ from remend.errors import ConfigError, FileError, ModelError, RemendError
 from remend.evaluation import evaluate
 from remend.evaluation.reports.report import environment, metrics_of
 from remend.models.blocks import find_stacks, select_blocks
-from remend.models.structure import DEFAULT_LAYERS, DEFAULT_LAYERS_ENCODER_DECODER, mlp_layer_names
+from remend.models.editable_matrices import DEFAULT_LAYERS, DEFAULT_LAYERS_ENCODER_DECODER, mlp_layer_names
 from remend.request import EditRequest
-from remend.serialization import MANIFEST
+from remend.saved_folders import MANIFEST
 from remend.training import train
 
 from .cell_definitions import Cell, cell_settings, current_json, training_config

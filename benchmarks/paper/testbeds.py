@@ -16,7 +16,7 @@ from remend.data.passages import generation_requests
 from remend.data.request_files import read_requests
 from remend.errors import ConfigError
 from remend.request import EditRequest, write_requests
-from remend.serialization import write_text
+from remend.saved_folders import write_text
 from remend.tasks import load
 
 PASSAGES = "passages"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from remend.errors import TrainingError
-from remend.serialization import write_json
+from remend.saved_folders import write_json
 
 MEMORY_METHODS = ("ke", "enn", "mend")
 PROGRAM = Path(__file__).with_name("training_memory_process.py")

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from remend.core.execution import forget_compiled, lock_of
+from remend.core.exclusive_execution import forget_compiled, lock_of
 from remend.core.layers import dimensions, execution_device, expert_count
 from remend.core.low_rank import LowRank, concatenate, in_one_dtype
 from remend.core.low_rank_hooks import attach_hooks, remove_hooks
@@ -24,7 +24,7 @@ from remend.core.weight_merge import MergedEdit, merge_changes
 from remend.errors import EditError, FileError, RequestError
 from remend.fingerprint import HasModel, ModelFingerprint, find_modules, module_of
 from remend.request import EditRequest
-from remend.serialization import get_field, read_folder, write_folder
+from remend.saved_folders import get_field, read_folder, write_folder
 
 EDIT_FORMAT = "remend.edit/1"
 """The format in the manifest of a saved edit."""

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from remend.assets import BUILT_IN_MODELS, model_folder
-from remend.core.execution import unwrap
+from remend.core.exclusive_execution import unwrap
 from remend.core.layers import describe_layer, editable_layers, is_editable, is_quantized, parameter_owner, weight_of
 from remend.core.moe import expert_linears
 from remend.errors import FileError, ModelError, WrongBaseError, nearest
-from remend.serialization import get_field
+from remend.saved_folders import get_field
 
 _VOLATILE = re.compile(
     r"_name_or_path|architectures|_?attn_implementation\w*|_?experts_implementation\w*|dtype|torch_dtype|return_dict"

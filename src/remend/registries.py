@@ -236,9 +236,9 @@ TASKS = TaskRegistry(
 class Metric(RegistryEntry):
     """A metric of what one edit does.
 
-    The target is a function from a :class:`remend.evaluation.metrics.outcome.EditOutcome` to one
-    :class:`~remend.evaluation.metrics.outcome.PromptScore` for each prompt that it looks at. Scores are averaged over
-    the prompts of an edit, then over edits; those that name a kind are also reported by kind, as ``NAME_KIND``.
+    The target is a function from a :class:`remend.evaluation.metrics.edit_outcome.EditOutcome` to one
+    :class:`~remend.evaluation.metrics.edit_outcome.PromptScore` for each prompt that it looks at. Scores are averaged
+    over the prompts of an edit, then over edits; those that name a kind are also reported by kind, as ``NAME_KIND``.
 
     Attributes:
         title: its name in tables and plots; by default the name with spaces.

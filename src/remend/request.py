@@ -27,7 +27,7 @@ from pydantic import (
 
 from remend.errors import RequestError
 from remend.registries import TASKS
-from remend.serialization import write_text
+from remend.saved_folders import write_text
 
 MESSAGES = "messages"
 """The key that holds a conversation, in place of ``prompt``."""

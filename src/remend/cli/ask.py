@@ -33,7 +33,7 @@ def ask(
     from remend.cli.answer_tables import answers_table, as_json, plain_table
     from remend.edit import Edit
     from remend.evaluation.before_after import ask as ask_model
-    from remend.serialization import write_json
+    from remend.saved_folders import write_json
 
     loaded = Edit.load(edit) if edit is not None else None
     task = options.load_model(model, device, seed, dtype, quantise)

@@ -44,7 +44,7 @@ def list_(json: options.Json = None) -> None:
     """List the data sets that remend reads."""
     from remend.errors import RegistryError
     from remend.registries import DATASETS
-    from remend.serialization import write_json
+    from remend.saved_folders import write_json
 
     table = Table(
         Column("name", no_wrap=True), "description", "license", Column("from", overflow="fold"), pad_edge=False
@@ -75,7 +75,7 @@ def show(
     """Describe a data set, or show some requests of one."""
     from remend.data.source_names import iterate_source
     from remend.registries import DATASETS
-    from remend.serialization import write_json
+    from remend.saved_folders import write_json
 
     console = Console()
     if source in DATASETS:
@@ -114,7 +114,7 @@ def convert(
     json: options.Json = None,
 ) -> None:
     """Write a source's requests as JSON lines, and report what was left out."""
-    from remend.serialization import atomic_file, write_json
+    from remend.saved_folders import atomic_file, write_json
 
     console = Console()
     skipped: Counter[str] = Counter()
@@ -145,7 +145,7 @@ def check(
     """List the subjects, prompts and facts that are in both sources. Exit code 1 if there are any."""
     from remend.data import read_source
     from remend.data.contamination import find_overlap
-    from remend.serialization import write_json
+    from remend.saved_folders import write_json
 
     overlap = find_overlap(read_source(first), read_source(second))
     table = Table("shared", Column("", justify="right"), Column("for example", overflow="fold"), pad_edge=False)

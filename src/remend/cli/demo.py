@@ -27,7 +27,7 @@ def demo(
     from remend.data import read_source
     from remend.edit import Edit
     from remend.evaluation.before_after import before_after
-    from remend.serialization import write_json
+    from remend.saved_folders import write_json
 
     console = Console()
     task = options.load_model("atlas", device, seed)

@@ -52,7 +52,7 @@ def doctor(
     """
     from remend.assets import BUILT_IN_MODELS
     from remend.data import read_source
-    from remend.serialization import write_json
+    from remend.saved_folders import write_json
     from remend.training import Resources
     from remend.training.preflight import examine
     from remend.training.resource_estimate import only_configured
@@ -93,7 +93,7 @@ def _print_dry_run(
     """Print what a configuration alone tells."""
     import torch
 
-    from remend.serialization import write_json
+    from remend.saved_folders import write_json
     from remend.training.resource_estimate import GPUS, dry_run
 
     options.check_dtype(dtype)

@@ -66,7 +66,7 @@ def edit(
     from remend.edit import Edit
     from remend.evaluation.before_after import before_after
     from remend.evaluation.robustness import measure_robustness
-    from remend.serialization import check_replaceable, write_json
+    from remend.saved_folders import check_replaceable, write_json
     from remend.tasks.same_text import same_text
 
     console = Console()
@@ -132,7 +132,7 @@ def edit(
 
 def _check_free(out: Path, overwrite: bool) -> None:
     """Raise if a folder holds an edit or an editor that may not be replaced."""
-    from remend.serialization import MANIFEST
+    from remend.saved_folders import MANIFEST
 
     if not overwrite and (out / MANIFEST).exists():
         raise FileError(f"{out} holds an edit or an editor already: choose another folder, or give --overwrite")

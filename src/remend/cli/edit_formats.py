@@ -50,7 +50,7 @@ def write_edit(
     import torch
 
     from remend.models import skeleton
-    from remend.serialization import check_replaceable
+    from remend.saved_folders import check_replaceable
     from remend.tasks import load
 
     edit_format = FORMATS.load(to)()

@@ -36,7 +36,7 @@ def guard(
     """Check whether an edit does what it must, and nothing that it must not. The exit code is 0 if so, else 1."""
     from remend.apps.acceptance import STANDARD_CRITERIA, AcceptanceCriteria, check_acceptance
     from remend.edit import Edit
-    from remend.serialization import write_json
+    from remend.saved_folders import write_json
 
     criteria = STANDARD_CRITERIA if acceptance is None else AcceptanceCriteria.read(acceptance)
     loaded, active = Edit.load(edit), [Edit.load(path) for path in beneath or []]

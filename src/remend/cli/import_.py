@@ -30,7 +30,7 @@ def import_(
 ) -> None:
     """Make an edit of a LoRA adapter, or of the difference between two checkpoints: to inspect, evaluate and revert."""
     from remend.formats import detect_format
-    from remend.serialization import check_replaceable
+    from remend.saved_folders import check_replaceable
 
     console = Console()
     check_replaceable(out)

@@ -36,7 +36,7 @@ def push(
     from remend.apps.hub import render_model_card
     from remend.apps.hub.evaluation_rows import evaluation_rows
     from remend.apps.hub.push import check_repo_name
-    from remend.serialization import read_verified_manifest, write_text
+    from remend.saved_folders import read_verified_manifest, write_text
 
     console, evaluation = Console(), evaluation_rows(report)
     check_repo_name(to)

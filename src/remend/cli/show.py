@@ -23,7 +23,7 @@ def show(
 ) -> None:
     """Show what a saved edit is for, and where and how strongly it acts."""
     from remend.edit import Edit
-    from remend.serialization import resolve_folder, write_json
+    from remend.saved_folders import resolve_folder, write_json
 
     console = Console()
     loaded = Edit.load(edit)

@@ -74,7 +74,7 @@ def train(
     """Train an editor for a model. A run that was stopped (Ctrl-C) or killed is resumed with --resume, bit for bit."""
     from remend.data import read_source, read_text
     from remend.editors import trainable_class
-    from remend.serialization import write_json
+    from remend.saved_folders import write_json
     from remend.training import Resources
     from remend.training import train as train_editor
     from remend.training.training_run import check_out

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from remend.core.operators import SymmetricOperator
+from remend.core.symmetric_operator import SymmetricOperator
 
 HELD_OUT_EVERY = 4
 """One fact in so many is held out, to check whether the operator estimated from the rest holds for it."""

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from remend.core.low_rank import LowRank
-from remend.core.operators import SymmetricOperator
+from remend.core.symmetric_operator import SymmetricOperator
 
 RIDGE = 0.05
 """λ, as a share of a key's mean response to itself."""

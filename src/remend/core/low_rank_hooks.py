@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from remend.core.execution import exclusive, uncompiled
+from remend.core.exclusive_execution import exclusive, uncompiled
 from remend.core.layers import layer_inputs, rows_to_output
 from remend.core.low_rank import LowRank
 from remend.errors import EditError

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from remend.core.operators import SymmetricOperator
+from remend.core.symmetric_operator import SymmetricOperator
 from remend.core.whitening import SecondMoment
 
 MAX_DENSE_DIMENSIONS = 8_192

@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from remend.core.execution import forget_compiled, lock_of
+from remend.core.exclusive_execution import forget_compiled, lock_of
 from remend.core.layers import dense_in_weight_layout, is_quantized, raise_if_shared, weight_of
 from remend.core.low_rank import LowRank
 from remend.errors import EditError, PrecisionError

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from remend.core.operators import SymmetricOperator
+from remend.core.symmetric_operator import SymmetricOperator
 
 
 class SecondMoment:

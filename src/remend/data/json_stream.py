@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from remend.errors import RequestError
-from remend.serialization import check_writable, unique_keys
+from remend.saved_folders import check_writable, unique_keys
 
 CHUNK_BYTES = 1 << 16
 """Bytes that are read at a time."""

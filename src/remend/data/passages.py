@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from remend.core.layers import execution_device
 from remend.data.json_rows import Skip, ignore
 from remend.data.parsing import make_request
-from remend.data.text import read_text
+from remend.data.text_files import read_text
 from remend.errors import RequestError
 from remend.request import EditRequest, Probe
 from remend.tasks import Task

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from remend.data.json_stream import MAX_ROW_CHARACTERS, iterate_values, shorten
 from remend.errors import RequestError
-from remend.serialization import check_writable, unique_keys
+from remend.saved_folders import check_writable, unique_keys
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
 _ARCHIVES = {

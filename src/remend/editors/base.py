@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from remend.config import Config, from_json, to_json
-from remend.core.execution import without_autocast
+from remend.core.exclusive_execution import without_autocast
 from remend.core.layers import dimensions, expert_count
 from remend.core.low_rank import LowRank, concatenate
 from remend.edit import Edit
@@ -27,9 +27,9 @@ from remend.editors.info import EditorInfo
 from remend.editors.saved_editor import EDITOR_FORMAT, SavedEditor, read_editor
 from remend.errors import ConfigError, FileError, RequestError
 from remend.fingerprint import ModelFingerprint, find_modules
-from remend.models.structure import editable_modules
+from remend.models.editable_matrices import editable_modules
 from remend.request import EditRequest
-from remend.serialization import write_folder
+from remend.saved_folders import write_folder
 from remend.tasks.base import EDIT_BATCH_SIZE, Task
 
 EditorT = TypeVar("EditorT", bound="Editor")

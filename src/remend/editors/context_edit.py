@@ -14,7 +14,7 @@ from torch import nn
 from remend.errors import EditError
 from remend.fingerprint import HasModel, module_of
 from remend.request import Chat, EditRequest, Message, Prompt, TextPair, as_completion, parse_request
-from remend.serialization import get_field, read_folder, write_folder
+from remend.saved_folders import get_field, read_folder, write_folder
 from remend.tasks.base import Task
 
 CONTEXT_EDIT_FORMAT = "remend.context/1"

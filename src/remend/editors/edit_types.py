@@ -8,7 +8,7 @@ from pathlib import Path
 from remend.edit import Edit
 from remend.editors.context_edit import CONTEXT_EDIT_FORMAT, ContextEdit
 from remend.editors.lookup_edit import LOOKUP_EDIT_FORMAT, LookupEdit
-from remend.serialization import read_format
+from remend.saved_folders import read_format
 
 AnyEdit = Edit | LookupEdit | ContextEdit
 """What an editor makes: a change of weights, a table of answers, or facts to put before prompts."""

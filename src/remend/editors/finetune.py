@@ -28,8 +28,8 @@ from remend.editors.base import WeightEditor
 from remend.editors.info import EditorInfo
 from remend.editors.saved_editor import SavedEditor
 from remend.errors import ConfigError, FileError, NonFiniteError
+from remend.models.editable_matrices import editable_modules
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.models.structure import editable_modules
 from remend.request import EditRequest, Probe
 from remend.tasks.base import Example, Task, all_of_row
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from remend.core.capture import record_inputs
 from remend.core.layers import dimensions
-from remend.core.operators import SymmetricOperator
 from remend.core.sketched_moment import SketchedMoment, random_test_matrix, sketch_directions
+from remend.core.symmetric_operator import SymmetricOperator
 from remend.core.whitening import SecondMoment
 from remend.tasks.base import Example, Task
 

@@ -11,7 +11,7 @@ from remend.editors.saved_editor import EDITOR_FORMAT, editor_folder
 from remend.editors.trainable import TrainableEditor
 from remend.errors import ConfigError, FileError, nearest
 from remend.registries import EDITORS
-from remend.serialization import read_manifest
+from remend.saved_folders import read_manifest
 from remend.tasks.base import Task
 
 RENAMED = {"cache": "lookup"}

@@ -12,7 +12,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from remend.config import Config
-from remend.core.execution import without_autocast
+from remend.core.exclusive_execution import without_autocast
 from remend.core.low_rank_hooks import frozen, remove_hooks
 from remend.editors.base import Editor, warn_of_conflicts
 from remend.editors.info import EditorInfo

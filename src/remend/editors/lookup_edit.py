@@ -17,7 +17,7 @@ from remend.edit import AppliedEdit, utc_now
 from remend.errors import EditError, FileError, ModelError
 from remend.fingerprint import HasModel, ModelFingerprint, module_of
 from remend.request import EditRequest, parse_request
-from remend.serialization import get_field, read_folder, write_folder
+from remend.saved_folders import get_field, read_folder, write_folder
 
 LOOKUP_EDIT_FORMAT = "remend.cache/1"
 """The format in the manifest of a saved lookup edit. It keeps the editor's earlier name, so that old files load."""

@@ -25,14 +25,14 @@ from remend.core.capture import capture_gradient_factors
 from remend.core.layers import dimensions, weight_rms
 from remend.core.least_squares import least_squares
 from remend.core.low_rank import LowRank
-from remend.core.operators import SymmetricOperator
+from remend.core.symmetric_operator import SymmetricOperator
 from remend.editors.base import WeightEditor
 from remend.editors.factor_packing import EpisodePadding, PackedFactors, pack_active
 from remend.editors.info import EditorInfo
 from remend.editors.input_moments import whiteners
 from remend.editors.saved_editor import SavedEditor
 from remend.editors.strength_search import UneditedPass, smallest_effective_scales
-from remend.models.structure import editable_modules
+from remend.models.editable_matrices import editable_modules
 from remend.request import EditRequest
 from remend.tasks.base import Task, in_batches
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from remend.assets import ATLAS, ATLAS_FOLDER
 from remend.errors import FileError
 from remend.fingerprint import ModelFingerprint
-from remend.serialization import get_field, read_folder
+from remend.saved_folders import get_field, read_folder
 
 EDITOR_FORMAT = "remend.editor/1"
 """The format in the manifest of a saved editor."""

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remend.core.operators import SymmetricOperator
+from remend.core.symmetric_operator import SymmetricOperator
 from remend.editors.base import EditorLike
 from remend.editors.edit_types import AnyEdit, load_edit
 from remend.errors import FileError
 from remend.request import EditRequest
-from remend.serialization import parse_json, remove_saved, write_json
+from remend.saved_folders import parse_json, remove_saved, write_json
 from remend.staging import readable_write_errors, remove_abandoned
 
 ABOUT = "about.json"

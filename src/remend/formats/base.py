@@ -17,7 +17,7 @@ from remend.edit import Edit
 from remend.errors import FileError
 from remend.fingerprint import HasModel
 from remend.registries import FORMATS
-from remend.serialization import check_path
+from remend.saved_folders import check_path
 
 
 @dataclass(frozen=True, eq=False)

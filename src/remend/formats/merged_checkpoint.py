@@ -11,7 +11,7 @@ from remend.errors import FileError
 from remend.fingerprint import HasModel
 from remend.formats.base import EditFormat, ImportedEdit
 from remend.formats.checkpoint_difference import diff_checkpoints
-from remend.serialization import atomic_folder
+from remend.saved_folders import atomic_folder
 
 SHARD = "5GB"
 """The largest file of a checkpoint."""

@@ -10,7 +10,7 @@ from remend.edit import EDIT_FORMAT, Edit
 from remend.errors import FileError
 from remend.fingerprint import HasModel
 from remend.formats.base import EditFormat, ImportedEdit
-from remend.serialization import is_saved_by_remend, read_format
+from remend.saved_folders import is_saved_by_remend, read_format
 
 
 class NativeFormat(EditFormat):

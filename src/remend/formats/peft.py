@@ -21,7 +21,7 @@ from remend.errors import EditError
 from remend.fingerprint import HasModel, find_modules, model_location, module_of
 from remend.formats.base import EditFormat, ImportedEdit
 from remend.formats.peft_reading import CONFIG, KEY_PREFIX, WEIGHTS, load_adapter
-from remend.serialization import atomic_folder, format_json
+from remend.saved_folders import atomic_folder, format_json
 
 COMMON_RANK = 64
 """The largest rank that most servers of adapters take."""

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from remend.bounded_regex import PatternError, PatternMatcher
 from remend.core.layers import dimensions, editable_layers, expert_count, raise_if_shared
 from remend.core.low_rank import LowRank, in_one_dtype
 from remend.edit import Edit
 from remend.errors import EditError, FileError, nearest
 from remend.fingerprint import HasModel, ModelFingerprint, find_modules, module_of
-from remend.patterns import PatternError, PatternMatcher
-from remend.serialization import check_path, file_sha256, parse_json, read_tensors
+from remend.saved_folders import check_path, file_sha256, parse_json, read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."

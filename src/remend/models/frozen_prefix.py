@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from remend.core.execution import uncompiled
+from remend.core.exclusive_execution import uncompiled
 from remend.errors import ModelError, RemendError
 from remend.models.blocks import find_stacks, is_inside
 

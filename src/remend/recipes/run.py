@@ -18,7 +18,7 @@ from remend.evaluation.reports.report_reader import read_report
 from remend.recipes.inputs import RequestLoader, RunInputs, load_model, shared_with_training
 from remend.recipes.recipe import Recipe
 from remend.recipes.summary import python_call, summarize
-from remend.serialization import MANIFEST, parse_json, write_json, write_text
+from remend.saved_folders import MANIFEST, parse_json, write_json, write_text
 from remend.training import checkpoint
 from remend.training import train as train_editor
 from remend.training.training_run import check_out

@@ -15,7 +15,7 @@ from remend.errors import RequestError
 from remend.request import Chat, Completion, Prompt
 from remend.tasks.base import Answer, Batch, Example
 from remend.tasks.generative import GenerativeTask, closed, gather_at, has_vocabulary
-from remend.tasks.ordinary_text import sampled_texts, text_windows
+from remend.tasks.ordinary_inputs import sampled_texts, text_windows
 from remend.tasks.separators import Separators, without_outer_spaces
 
 _ANCHORS = "\n:.0"

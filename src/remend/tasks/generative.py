@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remend.core.execution import uncompiled
+from remend.core.exclusive_execution import uncompiled
 from remend.core.low_rank_hooks import frozen
 from remend.errors import ModelError, RequestError
 from remend.models.frozen_prefix import run_until

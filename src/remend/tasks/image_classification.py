@@ -15,8 +15,8 @@ from remend.core.low_rank_hooks import frozen
 from remend.errors import ConfigError, ModelError, RequestError
 from remend.request import Input, Prompt
 from remend.tasks.base import Answer, Batch, Example, Task
-from remend.tasks.labels import label_names, label_number
-from remend.tasks.tensor_input import TensorInput
+from remend.tasks.class_labels import label_names, label_number
+from remend.tasks.hashable_tensor import TensorInput
 
 RANDOM_IMAGE_SIZE = 224
 """The height and width of random images for models whose configuration names no size, in pixels."""

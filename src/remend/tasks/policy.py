@@ -16,8 +16,8 @@ from remend.core.output_distributions import Categorical, Distribution, Gaussian
 from remend.errors import ConfigError, ModelError, RequestError
 from remend.request import Input, Prompt
 from remend.tasks.base import Answer, Batch, Example, Task
-from remend.tasks.labels import label_number
-from remend.tasks.tensor_input import TensorInput
+from remend.tasks.class_labels import label_number
+from remend.tasks.hashable_tensor import TensorInput
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from remend.models.context_length import context_length
 from remend.request import Chat, Prompt
 from remend.tasks.base import Answer, Batch, Example
 from remend.tasks.generative import GenerativeTask, closed, gather_at, has_vocabulary
-from remend.tasks.ordinary_text import FIRST_ANSWER_TOKENS, random_inputs, text_windows, with_first_answers
+from remend.tasks.ordinary_inputs import FIRST_ANSWER_TOKENS, random_inputs, text_windows, with_first_answers
 
 
 class Seq2SeqLM(GenerativeTask):

@@ -17,8 +17,8 @@ from remend.errors import ModelError, RequestError
 from remend.models.blocks import find_stacks
 from remend.request import Chat, Input, Prompt, TextPair
 from remend.tasks.base import Answer, Batch, Example, Task
-from remend.tasks.labels import label_names, label_number
-from remend.tasks.ordinary_text import random_inputs, text_windows, with_first_answers
+from remend.tasks.class_labels import label_names, label_number
+from remend.tasks.ordinary_inputs import random_inputs, text_windows, with_first_answers
 
 NO_LIMIT = 10**9
 """A tokenizer's ``model_max_length`` above this says that it knows none."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from remend.core.execution import unwrap
+from remend.core.exclusive_execution import unwrap
 from remend.errors import ModelError, RequestError
 from remend.models.checkpoint_checks import check_head
 from remend.models.loading import load_pretrained

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from remend.config import to_json
 from remend.errors import FileError, TrainingError
-from remend.serialization import get_field, read_folder, remove_saved, write_folder
+from remend.saved_folders import get_field, read_folder, remove_saved, write_folder
 from remend.staging import remove_abandoned
 from remend.tasks.base import Example
 from remend.training.trainer import Trainer

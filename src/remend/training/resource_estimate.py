@@ -14,8 +14,8 @@ from remend.editors.mend.config import MendConfig
 from remend.editors.mend.editor import Mend
 from remend.fingerprint import ModelFingerprint
 from remend.models.blocks import find_stacks
+from remend.models.editable_matrices import editable_modules
 from remend.models.loading import skeleton
-from remend.models.structure import editable_modules
 from remend.training.config import PRESETS
 from remend.training.memory_estimate import bytes_of
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from remend.errors import FileError
-from remend.serialization import read_folder, read_format, remove_saved, write_folder
+from remend.saved_folders import read_folder, read_format, remove_saved, write_folder
 
 STORE_FORMAT = "remend.activation-cache/1"
 """The format of a shard. Before, shards were ``remend.cache/1``, which is the format of a lookup editor's edits."""

@@ -13,7 +13,7 @@ from remend.editors.loading import load_trained
 from remend.editors.saved_editor import EDITOR_FORMAT
 from remend.editors.trainable import TrainableEditor
 from remend.errors import FileError, TrainingError
-from remend.serialization import MANIFEST, check_replaceable, read_manifest
+from remend.saved_folders import MANIFEST, check_replaceable, read_manifest
 from remend.training import checkpoint
 from remend.training.episodes import EpisodeBatch
 from remend.training.trainer import Trainer

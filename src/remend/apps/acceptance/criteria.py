@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from remend.errors import ConfigError, FileError, nearest
 from remend.request import Probe, Prompt
-from remend.serialization import parse_json
+from remend.saved_folders import parse_json
 
 Share = Annotated[float, Field(ge=0, le=1)]
 MAX_PERPLEXITY_TOKENS = 4_096

@@ -26,7 +26,7 @@ def render_model_card(
     """Render the card (Markdown with a YAML head) of an edit or an editor.
 
     Args:
-        manifest: the manifest, as :func:`remend.serialization.read_manifest` returns it.
+        manifest: the manifest, as :func:`remend.saved_folders.read_manifest` returns it.
         repo: the hub repository, ``owner/name``.
         license_id: the hub's identifier of the license (``apache-2.0``).
         base: the base model's hub id; by default the name in the manifest, if it can be a hub id.

@@ -10,7 +10,7 @@ from typing import Any
 
 from remend.apps.hub.model_card import render_model_card
 from remend.errors import FileError
-from remend.serialization import MANIFEST, TENSORS, hub_errors, read_verified_manifest, resolve_folder
+from remend.saved_folders import MANIFEST, TENSORS, hub_errors, read_verified_manifest, resolve_folder
 
 CARD_FILE = "README.md"
 

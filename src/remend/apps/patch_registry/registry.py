@@ -32,6 +32,7 @@ from remend.apps.acceptance import (
     check_acceptance,
 )
 from remend.apps.patch_registry.conflicts import Conflict, ConflictError, find_conflicts
+from remend.apps.patch_registry.consistency import contradictions
 from remend.apps.patch_registry.database import (
     ACTIVE,
     DATABASE,
@@ -44,11 +45,10 @@ from remend.apps.patch_registry.database import (
     PatchEvent,
     active_after,
 )
-from remend.apps.patch_registry.history import contradictions
 from remend.edit import EDIT_FORMAT, Edit, utc_now
 from remend.errors import EditError, FileError, RemendError, WrongBaseError
 from remend.fingerprint import HasModel, ModelFingerprint
-from remend.serialization import MANIFEST, atomic_folder, file_sha256, is_saved_by_remend, read_manifest
+from remend.saved_folders import MANIFEST, atomic_folder, file_sha256, is_saved_by_remend, read_manifest
 from remend.staging import (
     NEW,
     PREFIX,

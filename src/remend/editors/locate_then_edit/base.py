@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from remend.core.layers import dimensions
-from remend.core.operators import pack_symmetric, unpack_symmetric
+from remend.core.symmetric_operator import pack_symmetric, unpack_symmetric
 from remend.editors.base import WeightEditor
 from remend.editors.input_moments import second_moments
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts, encode_contexts, random_beginnings
@@ -25,7 +25,7 @@ from remend.editors.saved_editor import SavedEditor
 from remend.errors import ConfigError, ModelError
 from remend.fingerprint import find_modules
 from remend.models.blocks import distinct, find_stacks, select_blocks
-from remend.models.structure import is_down_projection, mlp_layer_names
+from remend.models.editable_matrices import is_down_projection, mlp_layer_names
 from remend.request import EditRequest
 from remend.tasks.base import Task
 

@@ -23,7 +23,7 @@ from remend.editors.mend.transform import GradientTransform
 from remend.editors.strength_search import UneditedPass, scale_to_strength
 from remend.editors.trainable import ActivationSource, CalibrationData, EditorMemory
 from remend.errors import ConfigError
-from remend.models.structure import editable_modules, encoder_modules
+from remend.models.editable_matrices import editable_modules, encoder_modules
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task, in_batches
 

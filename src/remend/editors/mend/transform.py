@@ -15,8 +15,8 @@ from remend.core.editor_gradients import FactoredGradients
 from remend.core.editor_network import EditorNetwork
 from remend.core.least_squares import least_squares, make_definite
 from remend.core.low_rank import LowRank, concatenate
-from remend.core.operators import SymmetricOperator, pack_symmetric, unpack_symmetric
 from remend.core.sketched_moment import sketch_directions
+from remend.core.symmetric_operator import SymmetricOperator, pack_symmetric, unpack_symmetric
 from remend.editors.factor_packing import EpisodePadding, PackedFactors, pack_active
 from remend.editors.mend.config import MendConfig
 from remend.editors.mend.networks import group_matrices, new_network

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from remend.evaluation.metrics.outcome import VALUE, EditOutcome, PromptScore
+from remend.evaluation.metrics.edit_outcome import VALUE, EditOutcome, PromptScore
 
 
 def target_probability(outcome: EditOutcome) -> Iterator[PromptScore]:

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from remend.evaluation.metrics.outcome import VALUE, EditOutcome, PromptScore
+from remend.evaluation.metrics.edit_outcome import VALUE, EditOutcome, PromptScore
 from remend.tasks.base import Answer
 
 

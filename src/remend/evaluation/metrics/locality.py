@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from remend.evaluation.metrics.outcome import VALUE, EditOutcome, ModeScores, PromptScore, kind_of
+from remend.evaluation.metrics.edit_outcome import VALUE, EditOutcome, ModeScores, PromptScore, kind_of
 from remend.evaluation.metrics.query_measurements import body_length
 from remend.request import Probe, Prompt
 

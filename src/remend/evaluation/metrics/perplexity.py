@@ -12,7 +12,7 @@ from torch import Tensor
 from remend.core.low_rank_hooks import frozen
 from remend.errors import ConfigError
 from remend.evaluation.interventions import Intervention
-from remend.evaluation.metrics.outcome import VALUE, EditOutcome, PromptScore
+from remend.evaluation.metrics.edit_outcome import VALUE, EditOutcome, PromptScore
 from remend.tasks.base import Example, Task
 
 WINDOW_LENGTH = 128

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from remend.errors import RegistryError, nearest, prefix_request_errors
 from remend.evaluation.before_after import AnswerComparison
-from remend.evaluation.metrics.outcome import (
+from remend.evaluation.metrics.edit_outcome import (
     EditOutcome,
     ModeScores,
     PromptScore,
@@ -16,7 +16,7 @@ from remend.evaluation.metrics.outcome import (
     prompt_form,
 )
 from remend.evaluation.metrics.query_measurements import Query, RequestMeasurements, body_length
-from remend.evaluation.metrics.text_match import contains
+from remend.evaluation.metrics.word_overlap import contains
 from remend.registries import METRICS, Metric
 from remend.request import EditRequest, Prompt
 from remend.tasks.base import Answer, Task

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from remend.evaluation.metrics.outcome import VALUE, EditOutcome, PromptScore, kind_of, prompt_form
-from remend.evaluation.metrics.text_match import contains
+from remend.evaluation.metrics.edit_outcome import VALUE, EditOutcome, PromptScore, kind_of, prompt_form
+from remend.evaluation.metrics.word_overlap import contains
 from remend.request import Prompt
 
 

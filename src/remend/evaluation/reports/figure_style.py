@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remend.errors import ConfigError, FileError
-from remend.serialization import write_bytes
+from remend.saved_folders import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from remend.evaluation.reports.metric_titles import help_of, main_value, title_o
 from remend.evaluation.reports.plots import available_plots
 from remend.evaluation.reports.report import Report, Run
 from remend.registries import METRICS
-from remend.serialization import write_text
+from remend.saved_folders import write_text
 from remend.visible_text import mark_invisible
 
 PROTOCOL_HELP = {

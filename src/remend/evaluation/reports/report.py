@@ -17,7 +17,7 @@ import remend
 from remend.errors import NonFiniteError
 from remend.evaluation.before_after import AnswerComparison
 from remend.evaluation.reports.metric_titles import in_order
-from remend.serialization import write_json
+from remend.saved_folders import write_json
 
 SCHEMA = "remend.report/2"
 BOOTSTRAP_RESAMPLES = 1_000

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 import worlds
-from remend.core.execution import lock_of, uncompiled, unwrap, without_autocast
+from remend.core.exclusive_execution import lock_of, uncompiled, unwrap, without_autocast
 from remend.core.layers import dimensions
 from remend.core.low_rank import LowRank
 from remend.core.low_rank_hooks import attach_hooks, changes_applied, frozen, remove_hooks

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
+from remend.bounded_regex import PatternError, PatternMatcher
 from remend.core.layers import dimensions, editable_layers, shared_weights
 from remend.core.moe import DOWN_PROJECTION, ExpertLinear
 from remend.errors import ConfigError, ModelError
 from remend.fingerprint import find_modules
 from remend.models.blocks import find_stacks, is_inside, select_blocks
-from remend.patterns import PatternError, PatternMatcher
 
 DEFAULT_LAYERS = "last-3"
 """The paper edits the MLP matrices of a decoder's last three blocks (section 5)."""

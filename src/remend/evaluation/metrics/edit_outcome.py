@@ -14,7 +14,7 @@ from remend.evaluation.metrics.query_measurements import (
     RequestMeasurements,
     body_length,
 )
-from remend.evaluation.metrics.text_match import contains, token_f1
+from remend.evaluation.metrics.word_overlap import contains, token_f1
 from remend.request import Chat, EditRequest, Probe, Prompt
 from remend.tasks.base import Answer, Task
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remend.patterns import PatternError, PatternMatcher
+from remend.bounded_regex import PatternError, PatternMatcher
 
 PARTS = st.recursive(
     st.sampled_from(["a", "b", ".", r"\.", r"\d", "[ab]", "[^a]", "1", "^", "$"]),
