@@ -30,7 +30,10 @@ def edit(
     subject: Annotated[
         str | None, typer.Option(help="What the prompt is about, as it stands there; rome and memit need it.")
     ] = None,
-    requests: Annotated[Path | None, typer.Option(metavar="FILE", help="A file of requests, instead (JSON lines, JSON, CSV, TSV or Parquet).")] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A file of requests, instead (JSON lines, JSON, CSV, TSV or Parquet)."),
+    ] = None,
     separator: Annotated[
         str | None,
         typer.Option(help="Between prompt and target: none, space or newline; by default, what the model expects."),
