@@ -83,9 +83,9 @@ def test_conversations_are_written_and_read_back(tmp_path):
         ({"messages": [message(), message("assistant")]}, "messages: .*last message should be the user's.*'assistant'"),
         ({"messages": [message(content=" ")]}, "messages: .*last message should be the user's, not empty"),
         ({"messages": USER, "prompt": "Oslo is"}, ".*give prompt or messages, not both"),
-        ({"messages": USER, "paraphrases": [" "]}, "paraphrases.0: .*must not be empty"),
-        ({"messages": USER, "paraphrases": [[message("system")]]}, "paraphrases.0: .*last message"),
-        ({"messages": USER, "near": [{"messages": [1], "target": "t"}]}, "near.0.messages: .*message 1"),
+        ({"messages": USER, "paraphrases": [" "]}, "paraphrases 1: .*must not be empty"),
+        ({"messages": USER, "paraphrases": [[message("system")]]}, "paraphrases 1: .*last message"),
+        ({"messages": USER, "near": [{"messages": [1], "target": "t"}]}, "near 1, messages: .*message 1"),
     ],
 )
 def test_malformed_conversations_are_named(given, said):
