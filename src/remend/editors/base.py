@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -325,21 +325,23 @@ class WeightEditor(Editor):
             NonFiniteError: the model's weights or activations hold NaN or infinity.
         """
         base = self.check(task, requests)
-        warn_of_conflicts(requests)
-        edit = Edit(self.combine(task, requests), base, tuple(requests), self.describe())
-        return replace(edit, separators=tuple(task.separator(request.prompt) for request in requests))
+        warn_of_conflicts(task, requests)
+        return self._edit(task, self.combine(task, requests), base, requests)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     @without_autocast()
     def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Edit]:
         """Return one edit for each request, each made from the unedited model. Raises as :meth:`edit`."""
-        base, editor = self.check(task, requests), self.describe()
+        base = self.check(task, requests)
         parts = self._changes_of_each(task, requests)
-        return [
-            replace(Edit(part, base, (request,), editor), separators=(task.separator(request.prompt),))
-            for part, request in zip(parts, requests, strict=True)
-        ]
+        return [self._edit(task, part, base, [request]) for part, request in zip(parts, requests, strict=True)]
+
+    def _edit(
+        self, task: Task, changes: Mapping[str, LowRank], base: ModelFingerprint, requests: Sequence[EditRequest]
+    ) -> Edit:
+        separators = tuple(task.separator(request.prompt) for request in requests)
+        return Edit(changes, base, tuple(requests), self.describe(), separators=separators)
 
     def _changes_of_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Mapping[str, LowRank]]:
         """Return :meth:`changes` of all requests, in batches."""
@@ -350,12 +352,12 @@ class WeightEditor(Editor):
         return parts
 
 
-def warn_of_conflicts(requests: Sequence[EditRequest]) -> None:
+def warn_of_conflicts(task: Task, requests: Sequence[EditRequest]) -> None:
     """Warn if two requests for one edit want different answers to the same prompt, which no model can give."""
     targets: dict[Any, str] = {}
     for request in requests:
         other = targets.setdefault(request.prompt, request.target)
-        if other != request.target:
+        if other != request.target and not task.same_target(request.prompt, other, request.target):
             warnings.warn(
                 f"two requests want different answers to {str(request.prompt)!r}: {other!r} and {request.target!r}. "
                 "One edit of both makes the model give one of them at the most; make an edit of each, or drop one",

@@ -33,7 +33,7 @@ class InContext(Editor):
             WrongBaseError: the editor is for another kind of model.
         """
         self.check(task, requests)
-        warn_of_conflicts(requests)
+        warn_of_conflicts(task, requests)
         return ContextEdit(tuple(requests))
 
     def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[ContextEdit]:

@@ -69,7 +69,7 @@ class Lookup(Editor):
             WrongBaseError: the editor is for another kind of model.
         """
         edits = self.edit_each(task, requests)
-        warn_of_conflicts(requests)
+        warn_of_conflicts(task, requests)
         keys, values = torch.cat([edit.keys for edit in edits]), torch.cat([edit.values for edit in edits])
         return replace(edits[0], keys=keys, values=values, requests=tuple(requests))
 

@@ -212,15 +212,15 @@ def _named_in(criteria: AcceptanceCriteria, requests: Sequence[EditRequest]) -> 
     forms = _forms(requests)
     named: list[tuple[str, Prompt | Probe]] = [("changes", probe) for probe in criteria.must_change]
     named += [("stays", item) for item in criteria.must_stay]
-    asked: list[Asked] = []
+    questions: list[Asked] = []
     for kind, item in named:
         prompt, target = (item.prompt, item.target) if isinstance(item, Probe) else (item, None)
         try:
-            own = dict.fromkeys(in_form_of(form, prompt) for form in forms)
+            prompts = dict.fromkeys(in_form_of(form, prompt) for form in forms)
         except ValueError as error:
             raise RequestError(f"{kind} of the acceptance file: {error}") from None
-        asked += [(kind, prompt, target) for prompt in own]
-    return asked
+        questions += [(kind, prompt, target) for prompt in prompts]
+    return questions
 
 
 def _forms(requests: Sequence[EditRequest]) -> list[Prompt | None]:
