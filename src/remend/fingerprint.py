@@ -23,7 +23,7 @@ from remend.errors import FileError, ModelError, WrongBaseError, nearest
 from remend.saved_folders import get_field
 
 _VOLATILE = re.compile(
-    r"_name_or_path|architectures|_?attn_implementation\w*|_?experts_implementation\w*|dtype|torch_dtype|return_dict"
+    r"_\w*name_or_path|architectures|_?attn_implementation\w*|_?experts_implementation\w*|dtype|torch_dtype|return_dict"
     r"|quantization_config|transformers_version|use_cache|output_\w+|\w*_token_ids?|\w*dropout\w*|\w*_pdrop|id2label"
     r"|label2id|task_specific_params|problem_type|pad_\w+"
 )

@@ -35,7 +35,8 @@ def _untrained() -> list[EditorEntry]:
 
 
 Model = Annotated[
-    str, typer.Argument(help="'atlas', 'questions', 'claims' (ship with remend), a local folder, or a hub id.")
+    str,
+    typer.Argument(help="'atlas', 'questions', 'claims' (ship with remend), a local folder, a GGUF file, or a hub id."),
 ]
 Data = Annotated[
     str,

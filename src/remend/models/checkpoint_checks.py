@@ -35,10 +35,11 @@ MAX_LISTED_KEYS = 4
 
 def check_folder(folder: Path) -> None:
     """Raise ModelError where a folder holds no checkpoint that transformers loads, and name what it holds instead."""
-    if folder.suffix == ".gguf" or (folder.is_dir() and next(folder.glob("*.gguf"), None)):
+    weights = next((file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)), None)
+    if weights is None and (gguf := next(folder.glob("*.gguf"), None)):
         raise ModelError(
-            f"{folder} is a model of llama.cpp (GGUF), whose weights are quantised for inference: give the checkpoint "
-            "that it was made of, and convert the edited model (remend export --to merged) again"
+            f"{folder} holds a model of llama.cpp (GGUF): give the path of its file, {gguf}, or the checkpoint that it "
+            "was made of"
         )
     if (folder / "adapter_config.json").is_file():
         hint = "give the folder of the base model, and make an edit of the adapter with remend import"
@@ -107,19 +108,20 @@ def check_sizes(config: Any, source: str) -> None:
             check_sizes(inner, source)
 
 
-def check_room(model_class: Any, config: Any, folder: Path, trust_remote_code: bool) -> None:
-    """Raise ModelError where a configuration describes a model far larger than the weights in its folder.
+def check_room(model_class: Any, config: Any, path: Path, trust_remote_code: bool) -> None:
+    """Raise ModelError where a configuration describes a model far larger than the weights in its folder or file.
 
     Transformers would make room for all of it, with random numbers where the folder has none.
     """
-    stored = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    stored = sum(file.stat().st_size for file in files)
     with torch.device("meta"):
         model = model_class.from_config(config, trust_remote_code=trust_remote_code)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if stored and parameters > MAX_PARAMETERS_PER_BYTE * stored:
         raise ModelError(
-            f"cannot load {folder}: its config.json describes a model of {parameters:,} parameters, and the weights "
-            f"beside it are {stored:,} bytes: these were truncated, or one of them belongs to another model"
+            f"cannot load {path}: its configuration describes a model of {parameters:,} parameters, and the weights "
+            f"with it are {stored:,} bytes: these were truncated, or one of them belongs to another model"
         )
 
 

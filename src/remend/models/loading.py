@@ -1,4 +1,4 @@
-"""Loading a base model and its processor: one that ships with remend, a local folder, or a hub id."""
+"""Loading a base model and its processor: one that ships with remend, a local folder, a GGUF file, or a hub id."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ from transformers import (
     PreTrainedModel,
     TorchAoConfig,
 )
-from transformers.utils.import_utils import is_accelerate_available, is_bitsandbytes_available, is_torchao_available
+from transformers.utils.import_utils import (
+    is_accelerate_available,
+    is_bitsandbytes_available,
+    is_gguf_available,
+    is_torchao_available,
+)
 
 from remend.assets import BUILT_IN_MODELS, model_folder
 from remend.core.layers import is_editable, is_quantized
 from remend.errors import ConfigError, ModelError, nearest
 from remend.models.checkpoint_checks import check_folder, check_loaded, check_room, check_settings, check_sizes
+from remend.models.gguf_files import check_gguf, check_rotary_scaling, is_gguf, plain_model
 
 MAP = "map"
 """The device name for all devices: Accelerate fills one after the other, then the memory, then the disk."""
@@ -37,6 +43,7 @@ QUANTISATIONS = ("bnb-4bit", "bnb-8bit", "torchao-int8")
 AVAILABLE = {
     "accelerate": is_accelerate_available,
     "bitsandbytes": is_bitsandbytes_available,
+    "gguf": is_gguf_available,
     "torchao": is_torchao_available,
 }
 """For each optional package, the function of transformers that tells whether it is installed and recent enough."""
@@ -80,6 +87,8 @@ def load_pretrained(
         raise ConfigError(f"there is no quantisation {quantise!r}; {nearest(quantise, QUANTISATIONS)}")
     target = choose_device("auto" if device == MAP else device)
     source = str(model_folder(model)) if model in BUILT_IN_MODELS else model
+    if is_gguf(source):
+        return _load_gguf(source, target, device == MAP, dtype, quantise)
     if os.path.exists(source):
         check_folder(Path(source))
     if not os.path.exists(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
@@ -115,11 +124,52 @@ def load_pretrained(
     return loaded.eval(), processor
 
 
+def _load_gguf(
+    source: str, target: torch.device, mapped: bool, dtype: torch.dtype | str | None, quantise: str | None
+) -> tuple[PreTrainedModel, Any]:
+    """Load a language model and its tokenizer from a GGUF file; its weights become ordinary ones, in float32."""
+    if quantise or mapped:
+        choice = f"quantise={quantise!r}" if quantise else f"device {MAP!r}"
+        raise ModelError(
+            f"a GGUF file cannot be loaded with {choice}: load it without, save it as a folder "
+            "(task.model.save_pretrained and task.processor.save_pretrained), and load that"
+        )
+    for package in ("gguf", "accelerate"):
+        _require(package, "gguf", "a GGUF file")
+    file = Path(source)
+    header = check_gguf(file)
+    with _explained(f"cannot load {source!r} (a GGUF file) as a language model"):
+        config = _read_config(source, False)
+        check_rotary_scaling(header, config, file)
+        model_class, processor_class = auto_classes(config)
+        check_room(model_class, config, file, False)
+        processor = processor_class.from_pretrained(file.parent, gguf_file=file.name)
+        loaded, loading = model_class.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            config=config,
+            dtype=torch.float32 if dtype in (None, "auto") else dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    check_loaded(loaded, None, loading, source)
+    plain = plain_model(loaded)
+    plain.config._name_or_path = _full_name(source)
+    torch.nn.Module.to(plain, target)
+    return plain.eval(), processor
+
+
 def _read_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
     """Read and check a model's configuration."""
-    check_settings(PreTrainedConfig.get_config_dict(source)[0], source, trust_remote_code)
-    # False, and not None: transformers would ask on the terminal whether to run a model's own code.
-    config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    file = Path(source) if is_gguf(source) else None
+    place = {"gguf_file": file.name} if file else {}
+    settings = PreTrainedConfig.get_config_dict(file.parent if file else source, **place)[0]
+    check_settings(settings, source, trust_remote_code)
+    if file:  # not read a second time: the vocabulary in it takes seconds
+        config = AutoConfig.for_model(**settings)
+    else:
+        # False, and not None: transformers would ask on the terminal whether to run a model's own code.
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     check_sizes(config, source)
     return config
 

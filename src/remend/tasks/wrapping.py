@@ -55,7 +55,8 @@ def load(
     A checkpoint that is stored quantised is loaded as it is stored.
 
     Args:
-        model: the name of a small model that ships with remend (``atlas``, ``questions``), a local folder, or a hub id.
+        model: the name of a small model that ships with remend (``atlas``, ``questions``), a local folder, a hub id, or
+            a GGUF file, whose weights become ordinary ones in float32 (with the extra ``gguf``).
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …, or ``map``: spread over all GPUs, the memory and the disk.
         dtype: of the weights; by default float32 on the CPU and the checkpoint's own (``auto``) elsewhere.
         quantise: store the blocks' matrices in fewer bits: ``bnb-4bit`` (NF4), ``bnb-8bit`` (LLM.int8()) or

@@ -1,0 +1,43 @@
+"""One edit of a real language model. `make real` brings it; without it these tests are skipped."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from remend import load
+from remend.editors import make
+from remend.request import EditRequest
+from remend.tasks.wrapping import answers
+
+FOLDER = Path(__file__).parent.parent / "build" / "real" / "smollm2"
+
+pytestmark = pytest.mark.skipif(
+    not (FOLDER / "source.json").is_file(), reason=f"{FOLDER} is missing: make real MODELS=smollm2"
+)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return load(str(FOLDER), "cpu")
+
+
+def test_it_knows_what_is_well_known(task):
+    known = {
+        "The capital of France is": "Paris",
+        "The capital of Japan is": "Tokyo",
+        "The chemical symbol for gold is": "Au",
+    }
+    assert [answer.split("\n")[0].strip(".") for answer in answers(task, list(known), 4)] == list(known.values())
+
+
+@torch.no_grad()
+def test_an_edit_takes_and_is_reverted_bit_for_bit(task):
+    request = EditRequest(prompt="The capital of France is", target="Rome")
+    before = {name: weight.clone() for name, weight in task.model.state_dict().items()}
+    edit = make("finetune-local", task).edit(task, [request])
+    handle = edit.merge(task.model)
+    assert answers(task, [request.prompt], 4)[0].startswith("Rome")
+    handle.revert()
+    assert all(torch.equal(weight, before[name]) for name, weight in task.model.state_dict().items())
+    assert answers(task, [request.prompt], 4)[0].startswith("Paris")
