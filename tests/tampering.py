@@ -58,8 +58,11 @@ def damage(folder, draw):
     """Change one file of a folder at random; half of the time its hash in a manifest is made to fit again."""
     file = draw.choice(sorted(file for file in folder.rglob("*") if file.is_file()))
     content = file.read_bytes()
-    if file.suffix == ".json" and draw.random() < 0.7:
-        changed = json.dumps(_changed(json.loads(content), draw)).encode()
+    if file.suffix in (".json", ".jsonl") and draw.random() < 0.7:
+        lines = [content] if file.suffix == ".json" else content.splitlines()
+        place = draw.randrange(len(lines))
+        lines[place] = json.dumps(_changed(json.loads(lines[place]), draw)).encode()
+        changed = b"\n".join(lines)
     elif file.suffix == ".safetensors" and draw.random() < 0.5:
         size = int.from_bytes(content[:8], "little")
         header = json.dumps(_changed(json.loads(content[8 : 8 + size]), draw)).encode()
@@ -119,7 +122,7 @@ def _places(found):
 
 def damaged_copies(good, tmp_path, times, seed=0):
     """Yield a copy of a folder again and again, each time damaged in another way."""
-    draw, folder = random.Random(seed), tmp_path / "inner" / "folder"
+    draw, folder = random.Random(seed), tmp_path / "inner" / "damaged-folder"
     for _ in range(times):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(good, folder)
@@ -196,4 +199,5 @@ def tried(make, read, tmp_path, times, seed=0):
             except RemendError as error:
                 refusals.append(str(error))
     assert not any("secret" in said or "Traceback" in said for said in refusals)
+    assert all("damaged-folder" in said for said in refusals), "each names what it is about"
     return refusals

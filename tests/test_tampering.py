@@ -1,7 +1,7 @@
 """Folders of every kind, changed at random: each is read as what it still is, or refused in words.
 
-Acceptance files and patch registries are changed in ``test_acceptance`` and ``test_patch_registry``; a thousand folders
-are tried by ``scripts/malformed_inputs.py``.
+Acceptance files, patch registries and files of requests are changed in ``test_acceptance``, ``test_patch_registry`` and
+``test_request_files``; thousands of files and folders of all kinds are tried by ``scripts/malformed_inputs.py``.
 """
 
 from dataclasses import replace
@@ -11,20 +11,31 @@ import pytest
 
 import families
 import tampering
+import worlds
 from remend.editors import load_editor
 from remend.errors import RemendError
 from remend.formats import detect_format
 from remend.saved_folders import read_verified_manifest, write_json
+from tampered_files import file_kinds
 from test_formats import random_edit
 
-TIMES = {"edit": 120, "cache": 120, "context": 120, "editor": 120, "adapter": 120, "model": 30, "checkpoint": 20}
+TIMES = {
+    "edit": 120, "cache": 120, "context": 120, "editor": 120, "adapter": 120, "model": 30, "checkpoint": 20,
+    "recipe": 60, "report": 60, "verdict": 60, "gguf": 20, "training": 12, "evaluation": 60,
+}  # fmt: skip
 
 
-@pytest.fixture
-def kinds():
-    """How a folder of each kind is written, and how it is read."""
+@pytest.fixture(scope="module")
+def made():
+    """A small model, requests, and an edit."""
     task, request = families.task("llama"), families.requests("llama", 1)
-    return tampering.kinds(task, request, replace(random_edit(task.model), requests=tuple(request)))
+    return task, request, replace(random_edit(task.model), requests=tuple(request))
+
+
+@pytest.fixture(scope="module")
+def kinds(made):
+    """How a folder of each kind is written, and how it is read."""
+    return tampering.kinds(*made)
 
 
 PATHS = ["a\0b", "a\ud800", "x" * 300, "/dev/null/x", "hf:a/b/../../x", "hf:a/b@../../x", "hf:a", "hf:a/b\0", ""]
@@ -49,13 +60,13 @@ def test_paths_that_are_none_are_refused_by_whatever_reads_or_writes(kinds, path
 
 
 @pytest.mark.parametrize("kind", TIMES)
-def test_folders_changed_at_random_are_refused_or_can_be_written_again(kinds, kind, tmp_path):
+def test_folders_changed_at_random_are_refused_or_can_be_written_again(made, kinds, kind, tmp_path):
     """Nothing outside the folder is touched by reading it, and nothing in it is written."""
-    write, read = kinds[kind]
+    write, read = (kinds if kind in kinds else file_kinds(made[0], worlds.requests(8), made[2]))[kind]
     found = []
     refusals = tampering.tried(write, lambda folder: found.append(read(folder)), tmp_path, TIMES[kind])
     assert len(refusals) + len(found) == TIMES[kind]
     assert len(refusals) >= TIMES[kind] // 4
     for number, one in enumerate(found):
-        if hasattr(one, "save"):
+        if hasattr(one, "save") and hasattr(one, "load"):
             one.save(tmp_path / f"again {number}")

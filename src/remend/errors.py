@@ -88,3 +88,14 @@ def prefix_request_errors(what: str) -> Iterator[None]:
         yield
     except RequestError as error:
         raise RequestError(f"{what}: {error}") from None
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Let every error of remend that is raised within say of which file or folder it speaks."""
+    try:
+        yield
+    except RemendError as error:
+        if str(path) not in str(error):
+            error.args = (f"{path}: {error}",)
+        raise

@@ -86,7 +86,7 @@ def abandoned(parent: Path) -> Iterator[Path]:
         if not named_by_remend or not _is_own_folder(folder):
             continue
         try:
-            lock = (folder / LOCK).open("r+b")
+            lock = _open_lock(folder / LOCK)
         except FileNotFoundError:
             # Killed before it created the lock, or after it removed it; another one may be about to create it, which
             # then begins again.
@@ -178,6 +178,16 @@ def _create(parent: Path) -> tuple[Path, BinaryIO]:
             if (folder / LOCK).exists():
                 on_failure.pop_all()
                 return folder, lock
+
+
+def _open_lock(file: Path) -> BinaryIO:
+    """Open a lock; for writing where that is possible, since network file systems lock exclusively only then."""
+    try:
+        return file.open("r+b")
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+    return file.open("rb")
 
 
 def _try_to_lock(lock: BinaryIO) -> bool:

@@ -176,7 +176,8 @@ def verify(
         console.print(f"[green]all is well[/]: {len(registry.entries)} edits, {len(registry.active())} of them act")
         return
     if all(not fault.lost for fault in remaining):
-        console.print("no edit is lost; --repair removes what was left behind")
+        advice = f"check that {plain(str(book))} and the disk can be written to" if repair else "--repair removes it"
+        console.print(f"no edit is lost; something was left behind: {advice}", soft_wrap=True)
     raise typer.Exit(1)
 
 

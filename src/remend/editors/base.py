@@ -25,7 +25,7 @@ from remend.edit import Edit
 from remend.editors.edit_types import AnyEdit
 from remend.editors.info import EditorInfo
 from remend.editors.saved_editor import EDITOR_FORMAT, SavedEditor, read_editor
-from remend.errors import ConfigError, FileError, RequestError
+from remend.errors import ConfigError, FileError, RequestError, naming
 from remend.fingerprint import ModelFingerprint, find_modules
 from remend.models.editable_matrices import editable_modules
 from remend.request import EditRequest
@@ -251,15 +251,17 @@ class Editor(ABC):
 
         Raises:
             FileError: the folder is missing, damaged, altered, of an unknown version, or of another editor.
+            ConfigError: its configuration has an unknown setting, or a value that is not allowed.
         """
         saved = read_editor(path, cls.info.name)
-        config = None if cls.config_class is None else from_json(cls.config_class, saved.config)
-        editor = cls.unrestored(config, saved)
-        try:
-            editor.restore(saved)
-        except (RuntimeError, KeyError) as error:
-            raise FileError(f"{path}: the tensors do not fit the configuration ({error}); it was altered") from None
-        return editor
+        with naming(path):
+            config = None if cls.config_class is None else from_json(cls.config_class, saved.config)
+            editor = cls.unrestored(config, saved)
+            try:
+                editor.restore(saved)
+            except (RuntimeError, KeyError) as error:
+                raise FileError(f"the tensors do not fit the configuration ({error}); it was altered") from None
+            return editor
 
     @classmethod
     def unrestored(cls: type[EditorT], config: Any, saved: SavedEditor) -> EditorT:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from remend.edit import Edit
-from remend.errors import FileError
+from remend.errors import FileError, naming
 from remend.fingerprint import HasModel
 from remend.formats.base import EditFormat, ImportedEdit
 from remend.formats.checkpoint_difference import diff_checkpoints
@@ -72,4 +72,5 @@ class MergedFormat(EditFormat):
         self, path: Path, task: HasModel, load: Callable[[Path], HasModel], rank: int | None = None
     ) -> ImportedEdit:
         """Make an edit of a changed checkpoint. See :meth:`EditFormat.read` and :func:`diff_checkpoints`."""
-        return diff_checkpoints(task, load(path), rank)
+        with naming(path):
+            return diff_checkpoints(task, load(path), rank)

@@ -14,7 +14,7 @@ from remend.bounded_regex import PatternError, PatternMatcher
 from remend.core.layers import dimensions, editable_layers, expert_count, raise_if_shared
 from remend.core.low_rank import LowRank, in_one_dtype
 from remend.edit import Edit
-from remend.errors import EditError, FileError, nearest
+from remend.errors import EditError, FileError, naming, nearest
 from remend.fingerprint import HasModel, ModelFingerprint, find_modules, module_of
 from remend.saved_folders import check_path, file_sha256, parse_json, read_tensors
 
@@ -85,7 +85,8 @@ def load_adapter(path: str | Path, task: HasModel | nn.Module) -> Edit:
                 f"it is {' → '.join(map(str, dimensions(modules[name])))}: is it the model that the adapter is for?"
             )
     editor = {"name": "lora", "sha256": file_sha256(path / WEIGHTS)}
-    return Edit(changes, ModelFingerprint.of(model, changes), (), editor)
+    with naming(path):
+        return Edit(changes, ModelFingerprint.of(model, changes), (), editor)
 
 
 def _check_copies(others: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:

@@ -10,9 +10,10 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, field_validator
 from torch import Tensor
 
 from remend.config import to_json
@@ -24,6 +25,8 @@ from remend.training.trainer import Trainer
 
 CHECKPOINT_FORMAT = "remend.checkpoint/1"
 SHA256_DIGITS = 64
+ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
+"""What the optimizer keeps of each parameter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,17 +94,61 @@ def load(folder: Path, trainer: Trainer) -> TrainingState | None:
     parts: dict[str, dict[str, Tensor]] = {"editor": {}, "best": {}, "adam": {}}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
-        parts[kind][rest] = tensor.clone()  # not a view of a file that will be deleted
+        parts.setdefault(kind, {})[rest] = tensor
+    try:
+        _check_tensors(trainer, parts)
+        progress = _Progress.model_validate({key: manifest.get(key) for key in _Progress.model_fields})
+    except ValueError as error:
+        reason: object = error
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False)[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise FileError(
+            f"{path} is damaged or was altered ({reason}): delete it, and the run goes on from the one before it, or "
+            "begins anew"
+        ) from None
     _restore(trainer, parts)
-    trainer.step = get_field(manifest, "step", int, path)
-    trainer.micro_batch = get_field(manifest, "micro_batch", int, path)
+    trainer.step, trainer.micro_batch = int(step), progress.micro_batch
     process_group.wait()  # before the first process writes the next checkpoint, and deletes this one
-    return TrainingState(
-        seconds=float(manifest["seconds"]),
-        history=get_field(manifest, "history", list, path),
-        best=parts["best"],
-        best_step=get_field(manifest, "best_step", int, path),
-    )
+    return TrainingState(progress.seconds, progress.history, parts["best"], progress.best_step)
+
+
+_StepNumber = Annotated[int, Field(ge=0)]
+
+
+class _Progress(BaseModel):
+    """What a manifest says of how far its run had come."""
+
+    model_config = ConfigDict(strict=True)
+
+    micro_batch: PositiveInt
+    seconds: Annotated[FiniteFloat, Field(ge=0)]
+    history: Annotated[list[dict[str, _StepNumber | FiniteFloat]], Field(min_length=1)]
+    best_step: _StepNumber
+
+    @field_validator("history")
+    @classmethod
+    def _whole(cls, history: list[dict[str, int | float]]) -> list[dict[str, int | float]]:
+        if not all({"step", "loss", "taken", "kept"} <= values.keys() for values in history):
+            raise ValueError("a validation lacks its step, its loss, or its shares")
+        return history
+
+
+def _check_tensors(trainer: Trainer, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise ValueError unless the tensors of a checkpoint are those of the trainer's editor and optimizer."""
+    parameters = dict(trainer.editor.named_parameters())
+    found = {f"{kind}.{name}": tensor for kind, tensors in parts.items() for name, tensor in tensors.items()}
+    expected = {f"editor.{name}": tensor for name, tensor in trainer.editor.state_dict().items()}
+    expected |= {f"best.{name}": parameter for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        if any(f"adam.{name}.{key}" in found for key in ADAM_KEYS):  # none before the first step
+            expected |= {f"adam.{name}.{key}": torch.zeros(()) if key == "step" else parameter for key in ADAM_KEYS}
+    for name in sorted(expected.keys() ^ found.keys()):
+        raise ValueError(f"the tensor {name[:80]!r} is {'missing' if name in expected else 'unknown'}")
+    for name, tensor in expected.items():
+        kinds = [(tuple(one.shape), str(one.dtype).removeprefix("torch.")) for one in (found[name], tensor)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"the tensor {name!r} is of {kinds[0]}, not {kinds[1]}")
 
 
 def exist(out: str | Path) -> bool:
@@ -144,7 +191,7 @@ def _step_folder(folder: Path, step: int) -> Path:
 def _restore(trainer: Trainer, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
     trainer.editor.load_state_dict(dict(parts["editor"]))
     for parameter, name in trainer.optimizer.names.items():
-        saved = {key: parts["adam"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        saved = {key: parts["adam"].get(f"{name}.{key}") for key in ADAM_KEYS}
         moments = {key: value.to(parameter.device) for key, value in saved.items() if value is not None}
         if moments:
             trainer.optimizer.adam.state[parameter] = moments
@@ -190,7 +237,9 @@ def check_identity(trainer: Trainer, saved: Mapping[str, Any], path: Path) -> No
         "training settings": to_json(type(trainer.config)()),
         "editor settings": to_json(type(trainer.editor.config)()),
     }
-    saved = {**saved, **{key: {**values, **saved.get(key, {})} for key, values in defaults.items()}}
+    settings = {key: saved.get(key, {}) for key in defaults}
+    whole = {key: {**defaults[key], **values} for key, values in settings.items() if isinstance(values, dict)}
+    saved = {**saved, **whole}
     if differences := [text for key in expected for text in _differences(key, saved.get(key), expected[key])]:
         raise TrainingError(
             f"{path} is a checkpoint of another run: {'; '.join(differences)}. A run goes on as it began: give the "
@@ -206,5 +255,5 @@ def _differences(name: str, saved: Any, current: Any) -> list[str]:
         return [text for key in current for text in _differences(key, saved.get(key), current[key])]
     if isinstance(current, str) and len(current) == SHA256_DIGITS:  # a digest tells a reader nothing
         return [f"the {name} was another"]
-    shown = (", ".join(value) if isinstance(value, list) else value for value in (saved, current))
+    shown = (", ".join(map(str, value)) if isinstance(value, list) else value for value in (saved, current))
     return ["{}: {} then, {} now".format(name, *shown)]

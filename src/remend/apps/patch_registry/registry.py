@@ -113,11 +113,14 @@ class PatchRegistry:
         Raises:
             FileError: ``path`` holds something already, or cannot be written.
         """
-        path = Path(path)
-        if (path / DATABASE).exists():
-            raise FileError(f"{path} is a patch registry already; add edits to it, or choose another folder")
+
+        def replaceable(existing: Path) -> bool:
+            if (existing / DATABASE).exists():
+                raise FileError(f"{path} is a patch registry already; add edits to it, or choose another folder")
+            return False
+
         base = ModelFingerprint.of(model, ())
-        with atomic_folder(path, lambda existing: False) as staged:
+        with atomic_folder(path, replaceable) as staged:
             (staged / EDITS_FOLDER).mkdir()
             Database(staged).create(base.name, base.config, utc_now())
         return PatchRegistry(path)
@@ -347,9 +350,10 @@ class PatchRegistry:
         """
         edits_folder = self.path / EDITS_FOLDER
         with readable_write_errors(self.path):
-            faults = [_left_behind(staging, repair) for staging in abandoned(edits_folder)]
+            left = list(abandoned(edits_folder))
             if repair:
                 remove_abandoned(edits_folder, self._undo_add)
+            faults = [_left_behind(staging, repair and not staging.exists()) for staging in left]
         if not self._database.is_intact():
             faults.append(Fault(f"{DATABASE} is damaged inside: restore it from a copy", lost=True))
         with self._database.writing() as connection:  # the lock keeps others from adding edits meanwhile
