@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -14,6 +13,7 @@ from remend.cli import run
 from remend.edit import Edit
 from remend.editors import Mend
 from remend.request import write_requests
+from remend.tasks import load
 from remend.training import PRESETS, Trainer
 
 
@@ -126,6 +126,22 @@ def test_an_edit_to_the_answer_already_given_says_so(folder, tmp_path, capsys):
     assert "1 of 1 targets are what the unedited model answers already" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.filterwarnings("ignore:the edit changes nothing")
+def test_an_edit_that_changes_nothing_is_not_saved(folder, tmp_path, capsys):
+    request = worlds.requests(1)[0]
+    task = load(str(folder / "model"))
+    worlds.teach(task, task.collate([task.encode(request.prompt, request.target)]))
+    task.model.save_pretrained(tmp_path / "model")
+    task.processor.save_pretrained(tmp_path / "model")
+    edit = ["edit", tmp_path / "model", "--editor", "finetune", "--prompt", request.prompt, "--target", request.target]
+    for option, code, said in ((), 1, "nothing was saved"), (("--keep-failed",), 0, "saved all the same"):
+        assert remend(*edit, *option, "--out", tmp_path / "edit", "--device", "cpu") == code
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"the edit changes nothing: the model answers so already ({request.prompt}); {said}" in shown
+        assert (tmp_path / "edit").exists() is (not code)
+
+
+@pytest.mark.filterwarnings("ignore:the edit changes nothing")
 def test_an_edit_that_does_not_take_is_not_saved(folder, capsys):
     weak = Mend.load(folder / "editor")
     weak.alpha.data.mul_(0)
@@ -222,7 +238,6 @@ def test_a_folder_that_is_called_like_an_editor(folder, tmp_path, monkeypatch, c
     assert "--editor ./mend is the folder of that name" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.filterwarnings("ignore:two requests want different answers")  # both are in the batch
 def test_reports_are_compared(folder, tmp_path, capsys):
     common = [
         "evaluate",
@@ -233,7 +248,7 @@ def test_reports_are_compared(folder, tmp_path, capsys):
         folder / "test.jsonl",
         "--no-frontier",
     ]
-    for name, more in (("a", []), ("b", ["--protocol", "batched"])):
+    for name, more in (("a", []), ("b", ["--protocol", "batched", "--edits", 2])):
         (tmp_path / name).mkdir()
         assert not remend(*common, *more, "--device", "cpu", "--json", tmp_path / name / "report.json")
     capsys.readouterr()
@@ -280,12 +295,13 @@ def test_an_edit_can_be_scaled(folder, capsys):
         norms[scale] = list(Edit.load(folder / "scaled").norms().values())
     assert norms["0.5"] == pytest.approx([norm / 2 for norm in norms["1"]], rel=1e-4)
     requests = ["--requests", folder / "test.jsonl", "--max-new-tokens", 4, "--scale", "auto"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        assert not remend(*common, *requests, "--out", folder / "scaled")
-    shown = capsys.readouterr()
-    assert "of 12 paraphrases follow" in shown.out.replace("\n", " ")
-    assert "two requests want different answers to 'The capital of France is'" in shown.err
+    assert remend(*common, *requests, "--out", folder / "refused") == 2
+    assert "want different answers to 'The capital of France is'" in capsys.readouterr().err
+    assert not (folder / "refused").exists()
+    write_requests(folder / "once.jsonl", worlds.requests(3))
+    requests[1] = folder / "once.jsonl"
+    assert not remend(*common, *requests, "--out", folder / "scaled")
+    assert "of 3 paraphrases follow" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_a_scaled_edit_says_so(folder, tmp_path, capsys):

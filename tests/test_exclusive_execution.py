@@ -392,14 +392,3 @@ def test_an_edit_that_names_one_module_twice_is_refused():
     for change in (edit.apply, edit.merge):
         with pytest.raises(EditError, match="are one module, which the model calls several times"):
             change(model)
-
-
-@pytest.mark.parametrize("editor", ["mend", "lookup", "in-context"])
-def test_requests_that_want_different_answers_to_a_prompt_are_told(model, editor):
-    task = worlds.task(model)
-    first = worlds.requests(1)[0]
-    chosen = editor_class(editor).create(task)
-    with pytest.warns(UserWarning, match="two requests want different answers to 'The capital of France is'"):
-        chosen.edit(task, [first, first.model_copy(update={"target": "Lima"})])
-    chosen.edit(task, [first, first])
-    chosen.edit_each(task, [first, first.model_copy(update={"target": "Lima"})])

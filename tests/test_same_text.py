@@ -7,8 +7,9 @@ from remend.edit import Edit
 from remend.evaluation import evaluate
 from remend.evaluation.before_after import before_after
 from remend.fingerprint import ModelFingerprint
-from remend.request import EditRequest
+from remend.request import EditRequest, Probe
 from remend.tasks import wrap
+from remend.tasks.base import Example
 from remend.tasks.same_text import same_text
 
 SAME = [
@@ -122,3 +123,24 @@ def test_an_answer_that_was_cut_off_is_not_the_whole_answer():
     assert task.same_answer(target, target)
     assert not task.same_answer(target[:-1], target)
     assert task.same_answer(target[:-1], target[:-1])
+
+
+@pytest.mark.parametrize("wanted", ["Rome", "Lima"])
+def test_an_empty_answer_is_never_kept(wanted):
+    task = wrap(worlds.llama(), worlds.tokenizer())
+    silent, empty = "The capital of Peru is", (task.processor.eos_token_id,)
+    worlds.teach(task, task.collate([Example(task.encode_input(silent), empty)]))
+    assert task.predict([silent]) == [empty]
+    assert not task.same_answer(empty, empty)
+    probe = Probe(prompt=silent, target=wanted)
+    request = EditRequest(prompt="The capital of France is", target="Paris", locality=(probe,), near=(probe,))
+    editor = Teacher()
+    editor.base = ModelFingerprint.of(task.model, {})
+    (rows,) = before_after(task, editor.edit(task, [request]), [request])
+    assert [(row.kind, row.after, row.ok) for row in rows[1:]] == [("near", "", False), ("far", "", False)]
+    report = evaluate(task, editor, [request], baselines=False)
+    for metric in ("locality far", "locality near"):
+        scores = report.metrics()[metric.replace(" ", "_")]
+        assert all(scores[mode].mean == 0.0 for mode in ("generated", "contains", "token_f1")), metric
+    answers = report.runs[0].cases[0].answers
+    assert [row.ok for row in answers if row.kind in ("near", "far")] == [False, False]

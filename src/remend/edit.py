@@ -192,6 +192,11 @@ class Edit:
         """Return what stood between prompt and target of each request; None where nothing is known."""
         return self.separators or (None,) * len(self.requests)
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing: every ΔW is zero."""
+        return not any(self.norms().values())
+
     def norms(self) -> dict[str, float]:
         """Return ‖ΔW‖ (Frobenius) of each module."""
         return {name: float(change.norm()) for name, change in self.changes.items()}

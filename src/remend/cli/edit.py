@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from remend.request import EditRequest
     from remend.tasks import Task
 
+SAVED = {True: "saved all the same", False: "nothing was saved (--keep-failed saves it all the same)"}
+"""How messages say whether an edit was saved that does not do what was asked, or does nothing."""
+
 
 def edit(
     model: options.Model,
@@ -47,7 +50,9 @@ def edit(
         str, typer.Option(metavar="NUMBER", help="Multiply the edit; 'auto' chooses on the requests' own probes.")
     ] = "1",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the edit that DIR holds.")] = False,
-    keep_failed: Annotated[bool, typer.Option(help="Save the edit even if the model does not take it.")] = False,
+    keep_failed: Annotated[
+        bool, typer.Option(help="Save the edit even if the model does not take it, or nothing changes.")
+    ] = False,
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -58,6 +63,7 @@ def edit(
     """Make one edit, check that the model takes it, and save it as a folder.
 
     All requests of a file become one edit. The base model is not changed: use the edit with remend ask, or in Python.
+    Exits with 0 if it was saved, 1 if the model does not take it or answers so already, and 2 for wrong use.
     """
     edit_requests = _read_requests(prompt or [], target, requests, chat, pair)
     if separator is not None:
@@ -91,7 +97,7 @@ def edit(
         result = result.scaled(factor)
     answers = before_after(task, result, edit_requests, max_new_tokens)
     failed = [r.prompt for r, row in zip(edit_requests, answers, strict=True) if not row[0].ok]
-    saved = not failed or keep_failed
+    saved = keep_failed or not (failed or result.is_zero)
     if saved:
         _check_free(out, overwrite)  # another process may have written there meanwhile
         result.save(out)
@@ -100,7 +106,9 @@ def edit(
     if any(between is not None for between in result.separators):
         named = dict.fromkeys(SEPARATORS[between] for between in result.separators if between is not None)
         console.print(f"between prompt and target: {' or '.join(named)}")
-    if unchanged := [row[0].prompt for row in answers if same_text(row[0].before, row[0].wanted or "")]:
+    if not result.is_zero and (
+        unchanged := [row[0].prompt for row in answers if same_text(row[0].before, row[0].wanted or "")]
+    ):
         console.print(
             f"[yellow]{len(unchanged)} of {len(edit_requests)} targets are what the unedited model answers already[/] "
             f"({plain(unchanged[0])}): nothing had to change there",
@@ -116,8 +124,13 @@ def edit(
     if failed:
         console.print(
             f"[red]{len(failed)} of {len(edit_requests)} targets are not what the edited model answers[/] "
-            f"({plain(failed[0])}); "
-            + ("saved all the same" if saved else "nothing was saved (--keep-failed saves it all the same)"),
+            f"({plain(failed[0])}); " + SAVED[saved],
+            soft_wrap=True,
+        )
+    elif result.is_zero:
+        console.print(
+            f"[yellow]the edit changes nothing[/]: the model answers so already ({plain(edit_requests[0].prompt)}); "
+            + SAVED[saved],
             soft_wrap=True,
         )
     if json is not None:

@@ -151,10 +151,13 @@ def parse_prompts(prompts: Sequence[str], chat: bool, pair: bool) -> list[Prompt
         raise RequestError("--chat is for models that answer, --pair for classifiers: give one of them")
     if pair and len(prompts) % 2:
         raise RequestError(f"--pair takes --prompt twice for each pair; there are {len(prompts)}")
-    try:
-        texts = [as_prompt(prompt) for prompt in prompts]
-    except ValueError as error:
-        raise RequestError(f"--prompt: {error}") from None
+    texts: list[Prompt] = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            texts.append(as_prompt(prompt))
+        except ValueError as error:
+            which = f"--prompt, number {number} of {len(prompts)}" if len(prompts) > 1 else "--prompt"
+            raise RequestError(f"{which}: {error}") from None
     if pair:
         return [TextPair(*texts_of_pair) for texts_of_pair in zip(prompts[::2], prompts[1::2], strict=True)]
     return [Chat.of([{"role": "user", "content": prompt}]) for prompt in prompts] if chat else texts

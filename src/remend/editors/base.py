@@ -21,9 +21,11 @@ from remend.config import Config, from_json, to_json
 from remend.core.exclusive_execution import without_autocast
 from remend.core.layers import dimensions, expert_count
 from remend.core.low_rank import LowRank, concatenate
+from remend.core.low_rank_hooks import frozen
 from remend.edit import Edit
 from remend.editors.edit_types import AnyEdit
 from remend.editors.info import EditorInfo
+from remend.editors.request_checks import refuse_conflicts, refuse_unreadable
 from remend.editors.saved_editor import EDITOR_FORMAT, SavedEditor, read_editor
 from remend.errors import ConfigError, FileError, RequestError, naming
 from remend.fingerprint import ModelFingerprint, find_modules
@@ -196,7 +198,7 @@ class Editor(ABC):
         An editor that learned from a model's weights or measured its activations warns where the weights have changed.
 
         Raises:
-            RequestError: there is no request, or one does not fit the model's context.
+            RequestError: there is no request, or one does not fit the model's context, or has unknown text.
             WrongBaseError: the model is of another kind.
         """
         if not requests or isinstance(requests, EditRequest) or not all(isinstance(r, EditRequest) for r in requests):
@@ -205,6 +207,7 @@ class Editor(ABC):
         task.choose_separators(request.prompt for request in requests)
         for request in requests:  # the last of many requests should not be refused after minutes of work on the others
             task.encode(request.prompt, request.target)
+        refuse_unreadable(task, requests)
         fingerprint = self.base.recomputed_for(task.model)
         measured = self.info.needs != "nothing" or "text" in self.info.options
         # An editor that neither learned nor measured anything does as well with other weights.
@@ -322,13 +325,16 @@ class WeightEditor(Editor):
         """Return one edit of all ``requests``; it acts once it is applied or merged. The model is not changed.
 
         Raises:
-            RequestError: there is no request, or one does not fit the model's context.
+            RequestError: there is no request, one does not fit the model's context or has unknown text, or two want
+                different answers to one prompt.
             WrongBaseError: the editor is for another kind of model.
             NonFiniteError: the model's weights or activations hold NaN or infinity.
         """
         base = self.check(task, requests)
-        warn_of_conflicts(task, requests)
-        return self._edit(task, self.combine(task, requests), base, requests)
+        refuse_conflicts(task, requests)
+        edit = self._edit(task, self.combine(task, requests), base, requests)
+        _warn_of_zero(task, [edit])
+        return edit
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -337,7 +343,9 @@ class WeightEditor(Editor):
         """Return one edit for each request, each made from the unedited model. Raises as :meth:`edit`."""
         base = self.check(task, requests)
         parts = self._changes_of_each(task, requests)
-        return [self._edit(task, part, base, [request]) for part, request in zip(parts, requests, strict=True)]
+        edits = [self._edit(task, part, base, [request]) for part, request in zip(parts, requests, strict=True)]
+        _warn_of_zero(task, edits)
+        return edits
 
     def _edit(
         self, task: Task, changes: Mapping[str, LowRank], base: ModelFingerprint, requests: Sequence[EditRequest]
@@ -354,14 +362,14 @@ class WeightEditor(Editor):
         return parts
 
 
-def warn_of_conflicts(task: Task, requests: Sequence[EditRequest]) -> None:
-    """Warn if two requests for one edit want different answers to the same prompt, which no model can give."""
-    targets: dict[Any, str] = {}
-    for request in requests:
-        other = targets.setdefault(request.prompt, request.target)
-        if other != request.target and not task.same_target(request.prompt, other, request.target):
-            warnings.warn(
-                f"two requests want different answers to {str(request.prompt)!r}: {other!r} and {request.target!r}. "
-                "One edit of both makes the model give one of them at the most; make an edit of each, or drop one",
-                stacklevel=5,
-            )
+def _warn_of_zero(task: Task, edits: Sequence[Edit]) -> None:
+    """Warn once of edits that change nothing, with why."""
+    zero = [edit.requests[0] for edit in edits if edit.is_zero]
+    if not zero:
+        return
+    batch = task.collate([task.encode(zero[0].prompt, zero[0].target)])
+    with frozen(task.model):
+        answered = bool(task.correct(task.outputs(batch), batch).all())
+    why = "the model answers so already" if answered else "the editor did not learn it"
+    which = "the edit changes" if len(edits) == 1 else f"{len(zero)} of {len(edits)} edits change"
+    warnings.warn(f"{which} nothing: {why} ({str(zero[0].prompt)[:60]!r} → {zero[0].target[:40]!r})", stacklevel=6)

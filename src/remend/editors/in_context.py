@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from remend.editors.base import Editor, warn_of_conflicts
+from remend.editors.base import Editor
 from remend.editors.context_edit import ContextEdit
 from remend.editors.info import EditorInfo
+from remend.editors.request_checks import refuse_conflicts
 from remend.request import EditRequest
 from remend.tasks.base import Task
 
@@ -33,7 +34,7 @@ class InContext(Editor):
             WrongBaseError: the editor is for another kind of model.
         """
         self.check(task, requests)
-        warn_of_conflicts(task, requests)
+        refuse_conflicts(task, requests)
         return ContextEdit(tuple(requests))
 
     def edit_each(self, task: Task, requests: Sequence[EditRequest]) -> list[ContextEdit]:

@@ -14,9 +14,10 @@ from torch import Tensor
 from remend.config import Config
 from remend.core.exclusive_execution import without_autocast
 from remend.core.low_rank_hooks import frozen, remove_hooks
-from remend.editors.base import Editor, warn_of_conflicts
+from remend.editors.base import Editor
 from remend.editors.info import EditorInfo
 from remend.editors.lookup_edit import LookupEdit, output_layer
+from remend.editors.request_checks import refuse_conflicts
 from remend.editors.saved_editor import SavedEditor
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task, in_batches
@@ -69,7 +70,7 @@ class Lookup(Editor):
             WrongBaseError: the editor is for another kind of model.
         """
         edits = self.edit_each(task, requests)
-        warn_of_conflicts(task, requests)
+        refuse_conflicts(task, requests)
         keys, values = torch.cat([edit.keys for edit in edits]), torch.cat([edit.values for edit in edits])
         return replace(edits[0], keys=keys, values=values, requests=tuple(requests))
 

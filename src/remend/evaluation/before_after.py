@@ -9,6 +9,7 @@ from remend.edit import Edit
 from remend.editors.lookup_edit import LookupEdit
 from remend.request import EditRequest, Prompt
 from remend.tasks import Task
+from remend.tasks.unknown_text import warn_of_unknown_text
 
 Asked = tuple[str, Prompt, str | None]
 """What a prompt is to an edit, the prompt, and the expected answer: None for the one that the unedited model gives."""
@@ -25,8 +26,7 @@ class AnswerComparison:
         wanted: the expected answer after the edit; None where there is none.
         before: the unedited model's answer.
         after: the edited model's answer.
-        ok: whether the answer after is the expected one, given whole (:meth:`remend.tasks.Task.same_answer`). An
-            empty answer is never right: a model that says nothing has not kept its answer.
+        ok: whether the answer after is the expected one, given whole (:meth:`remend.tasks.Task.same_answer`).
     """
 
     kind: str
@@ -73,6 +73,7 @@ def compare_answers(
     prompts = [prompt for _, prompt, _ in asked]
     task.choose_separators(prompt for _, prompt, target in asked if target is not None)
     expected = [None if target is None else task.encode(prompt, target).target for _, prompt, target in asked]
+    warn_of_unknown_text(task, prompts, "the prompts")
     # All prompts together, which are far fewer passes than prompt by prompt.
     before = task.predict(prompts, max_new_tokens)
     with edit.applied(task.model):
@@ -90,7 +91,7 @@ def compare_answers(
                 wanted=target if target is not None and task.generates else task.decode(wanted),
                 before=task.decode(old),
                 after=task.decode(new),
-                ok=bool(task.decode(new)) and task.same_answer(compared, wanted),
+                ok=task.same_answer(compared, wanted),
             )
         )
     return comparisons
@@ -103,6 +104,7 @@ def ask(
     max_new_tokens: int = 32,
 ) -> list[AnswerComparison]:
     """Return the answers to any prompts, without and with ``edit`` (the same twice where there is none)."""
+    warn_of_unknown_text(task, prompts, "the prompts")
     before = after = task.predict(prompts, max_new_tokens)
     if edit is not None:
         with edit.applied(task.model):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from remend.editors.base import EditorLike
+from remend.editors.request_checks import refuse_conflicts, refuse_unreadable
 from remend.errors import ConfigError, RequestError
 from remend.evaluation.checkpoint import EvaluationCheckpoint, evaluation_fingerprint
 from remend.evaluation.metrics.lm_eval import LmEvalTasks, TaskScores, pair_scores
@@ -77,7 +78,8 @@ def evaluate(
             disk is full, the evaluation can be resumed. What it returns is returned.
 
     Raises:
-        RequestError: there is no request, or one does not fit the model's context.
+        RequestError: there is no request, one does not fit the model's context or has unknown text, or two of a batch
+            want different answers to one prompt.
         ConfigError: the settings do not go together.
         FileError: the checkpoint is of another evaluation.
     """
@@ -94,6 +96,7 @@ def evaluate(
     baselines_first = baselines and protocol != "single"
     advance = _progress(_total(protocol, sizes, len(requests)) + len(requests) * baselines_first, on_progress)
     perplexity_text = PerplexityText(task, text, text_tokens) if text else None
+    _check_edits(task, requests, sizes if protocol == "batched" else ())
     scorer = Scorer(task, requests, max_new_tokens)
     runner = EvaluationRunner(task, editor, requests, scorer, perplexity_text, parts, advance)
     scores_before = {} if lm_eval is None else _scores(parts, "general-before", lambda: lm_eval.measure(task))
@@ -229,6 +232,14 @@ def _check_sizes(protocol: str, edits: Sequence[int], strengths: Sequence[float]
             f"there are {requests} requests, so from 1 to {requests} edits can be applied at once, not {wrong[0]}"
         )
     return sorted(set(edits)) or [requests]
+
+
+def _check_edits(task: Task, requests: Sequence[EditRequest], sizes: Sequence[int]) -> None:
+    """Refuse, before hours of work, requests of which no edit is made: alone, or in batches of some sizes."""
+    refuse_unreadable(task, requests)
+    for size in sizes:
+        for start in range(0, len(requests) - len(requests) % size, size):
+            refuse_conflicts(task, requests[start : start + size])
 
 
 def _total(protocol: str, sizes: Sequence[int], requests: int) -> int:

@@ -195,6 +195,10 @@ class Task(ABC):
         """Return what stands between a prompt and its answer; None where they are not one text, or a template says."""
         return None
 
+    def unknown_text(self, prompt: Prompt) -> tuple[str, ...]:
+        """Return the pieces of a prompt that the tokenizer cannot write and reads as unknown; empty elsewhere."""
+        return ()
+
     def choose_separators(self, prompts: Iterable[Prompt]) -> None:
         """Have the model decide for many prompts together; otherwise each is decided when it is encoded."""
         return
@@ -323,11 +327,16 @@ class Task(ABC):
         """Tell whether two answers are the same: the one definition that all measurements and commands share.
 
         Of texts, whether a reader sees the same (:func:`remend.tasks.same_text.same_text`) and both have ended; of
-        labels, whether they are the same label; of numbers, whether they lie within the tolerance of each other.
+        labels, whether they are the same label; of numbers, whether they lie within the tolerance of each other. An
+        empty text is no answer, and the same as none: a model that says nothing has not kept its answer.
         """
         if self.distribution.discrete:
             return answer == other
         return len(answer) == len(other) and all(map(self.distribution.same_value, answer, other))
+
+    def is_empty(self, answer: Answer) -> bool:
+        """Tell whether an answer says nothing, as only a text can; it is never the same as another."""
+        return False
 
     def same_target(self, prompt: Prompt, target: str, other: str) -> bool:
         """Tell whether two targets of a prompt are the same answer."""

@@ -23,6 +23,7 @@ from remend.request import Chat, Input, Prompt, TextPair
 from remend.tasks.base import Answer, Batch, Example, Task
 from remend.tasks.chat_template import ChatTemplate
 from remend.tasks.same_text import same_text
+from remend.tasks.unknown_text import unknown_pieces
 
 
 class GenerativeTask(Task):
@@ -90,6 +91,11 @@ class GenerativeTask(Task):
         ids = list(self.tokenizer(text, add_special_tokens=framed, verbose=False).input_ids)
         begin = self.tokenizer.bos_token_id
         return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
+
+    def unknown_text(self, prompt: Prompt) -> tuple[str, ...]:
+        """Return the pieces of a text or a conversation that the tokenizer reads as unknown."""
+        text = self._one_text(prompt)
+        return unknown_pieces(self.tokenizer, self.chat.opening(text)[0] if isinstance(text, Chat) else text)
 
     def check_written(self, target: str, ids: Sequence[int]) -> None:
         """Check that the tokens of a target are its text, but for letter case and spaces.
@@ -182,7 +188,12 @@ class GenerativeTask(Task):
         """Tell whether two answers are the same text to a reader, and both have ended or neither has."""
         # An answer that the limit of its length cut off goes on: its end is not known.
         ended, other_ended = (bool(self.end_tokens & set(ids[-1:])) for ids in (answer, other))
-        return ended == other_ended and (answer == other or same_text(self.decode(answer), self.decode(other)))
+        same = answer == other or same_text(self.decode(answer), self.decode(other))
+        return same and ended == other_ended and not self.is_empty(answer)
+
+    def is_empty(self, answer: Answer) -> bool:
+        """Tell whether an answer holds no text."""
+        return not self.decode(answer)
 
     def decode(self, answer: Answer) -> str:
         """Return an answer as text, without special tokens and the spaces around it."""

@@ -19,6 +19,7 @@ from remend.request import Chat, Input, Prompt, TextPair
 from remend.tasks.base import Answer, Batch, Example, Task
 from remend.tasks.class_labels import label_names, label_number
 from remend.tasks.ordinary_inputs import random_inputs, text_windows, with_first_answers
+from remend.tasks.unknown_text import unknown_pieces
 
 NO_LIMIT = 10**9
 """A tokenizer's ``model_max_length`` above this says that it knows none."""
@@ -112,6 +113,11 @@ class TextClassification(Task):
         if not set(ids) - set(self.tokenizer.all_special_ids):
             raise RequestError(f"the prompt {str(prompt)!r} holds no text that the tokenizer knows")
         return tuple(ids)
+
+    def unknown_text(self, prompt: Prompt) -> tuple[str, ...]:
+        """Return the pieces of a text or of both of a pair that the tokenizer reads as unknown."""
+        texts = (prompt.first, prompt.second) if isinstance(prompt, TextPair) else (str(prompt),)
+        return tuple(piece for text in texts for piece in unknown_pieces(self.tokenizer, text))
 
     def encode_target(self, encoded: tuple[int, ...], prompt: Prompt, target: str) -> Answer:
         """Return the label's number.

@@ -15,6 +15,7 @@ from remend.models.loading import load_pretrained
 from remend.registries import TASKS
 from remend.request import Prompt, as_prompt
 from remend.tasks.base import Task
+from remend.tasks.unknown_text import warn_of_unknown_text
 
 
 def wrap(model: nn.Module, processor: Any = None) -> Task:
@@ -87,8 +88,11 @@ def answers(task: Task, prompts: Sequence[Prompt | Sequence[Any]], max_new_token
     """
     if isinstance(prompts, str):
         raise RequestError(f"give a list of prompts, not one text: [{prompts[:40]!r}]")
-    try:
-        inputs = [as_prompt(prompt) for prompt in prompts]
-    except ValueError as error:
-        raise RequestError(f"a prompt {error}") from None
+    inputs: list[Prompt] = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            inputs.append(as_prompt(prompt))
+        except ValueError as error:
+            raise RequestError(f"prompt {number} {error}") from None
+    warn_of_unknown_text(task, inputs, "the prompts")
     return [task.decode(answer) for answer in task.predict(inputs, max_new_tokens)]

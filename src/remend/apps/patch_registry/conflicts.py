@@ -77,12 +77,13 @@ def find_conflicts(
         active: the active edits by number, in the order of activation.
         max_new_tokens: the longest answer that is decoded, in tokens.
     """
-    targets = {request.prompt: request.target for request in edit.requests}
+    targets = {task.encode_input(request.prompt): request.target for request in edit.requests}
     conflicts = [
-        Conflict(DISAGREES, number, str(request.prompt), request.target, targets[request.prompt])
+        Conflict(DISAGREES, number, str(request.prompt), request.target, target)
         for number, active_edit in active.items()
         for request in active_edit.requests
-        if request.prompt in targets and not task.same_target(request.prompt, request.target, targets[request.prompt])
+        if (target := targets.get(task.encode_input(request.prompt))) is not None
+        and not task.same_target(request.prompt, request.target, target)
     ]
     disagreeing = {(conflict.edit, conflict.prompt) for conflict in conflicts}
     numbered = [(number, request) for number, active_edit in active.items() for request in active_edit.requests]

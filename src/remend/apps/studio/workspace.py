@@ -219,13 +219,14 @@ class Session:
     def contradicting(self, request: EditRequest) -> list[str]:
         """Return the names of the active edits that have another target for a request's prompt."""
         task = self.workspace.task
+        prompt = task.encode_input(request.prompt)
         registered = {f"edit {number} of the book": edit for number, edit in self.workspace.active_edits().items()}
         of_session = {f"your edit {number}": entry.edit for number, entry in self.edits.items() if entry.active}
         return [
             name
             for name, edit in {**registered, **of_session}.items()
             if any(
-                r.prompt == request.prompt and not task.same_target(r.prompt, r.target, request.target)
+                task.encode_input(r.prompt) == prompt and not task.same_target(r.prompt, r.target, request.target)
                 for r in edit.requests
             )
         ]

@@ -110,7 +110,7 @@ class EditOutcome:
         return {"teacher_forced": float(share == 1), "token_accuracy": share, **self._free_answer_scores(query)}
 
     def unchanged(self, prompt: Prompt, along: Query) -> ModeScores:
-        """Score whether the unedited model's answer stays.
+        """Score whether the unedited model's answer stays; an empty one never does (:meth:`Task.same_answer`).
 
         Args:
             prompt: the prompt.
@@ -119,7 +119,8 @@ class EditOutcome:
         measurement = self.measurement(along)
         if measurement is None:
             return {}
-        forced = float(all(measurement.unchanged[: self.body_length(along.expected)]))
+        unchanged = all(measurement.unchanged[: self.body_length(along.expected)])
+        forced = float(unchanged and not self.task.is_empty(along.expected))
         return {"teacher_forced": forced, **self._free_answer_scores(self.base_query(prompt))}
 
     def matches(self, query: Query, answer: Answer) -> float:
@@ -131,7 +132,7 @@ class EditOutcome:
         if answer is None:
             # Greedy decoding gives the expected answer exactly if it is the first choice all along.
             measurement = self.measurements.by_query[query]
-            return {"generated": float(all(measurement.correct))}
+            return {"generated": float(all(measurement.correct) and not self.task.is_empty(query.expected))}
         generated = {"generated": self.matches(query, answer)}
         if not self.task.distribution.discrete:  # words and their overlap mean nothing for numbers
             return generated

@@ -20,6 +20,7 @@ from remend.evaluation.metrics.word_overlap import contains
 from remend.registries import METRICS, Metric
 from remend.request import EditRequest, Prompt
 from remend.tasks.base import Answer, Task
+from remend.tasks.unknown_text import warn_of_unknown_text
 
 MetricFunction = Callable[[EditOutcome], Iterable[PromptScore]]
 
@@ -61,11 +62,12 @@ class Scorer:
         ]
         prompts: dict[Prompt, None] = {}
         task.choose_separators(prompt for request in requests for prompt in self._prompts(request))
-        for number, request in enumerate(requests):
+        for number, request in enumerate(requests, start=1):
             # Encoding everything first names the request that does not fit before any edit is made.
             with prefix_request_errors(str(request.id) if request.id is not None else f"request {number}"):
                 self._target_queries(request)
                 prompts |= dict.fromkeys(self._prompts(request))
+        warn_of_unknown_text(task, prompts, "the requests' prompts")
         # Decoded once for all requests: many share their probes, and every evaluation compares with these answers.
         self.base_answers: dict[Prompt, Answer] = dict(
             zip(prompts, task.predict(list(prompts), max_new_tokens), strict=True)
