@@ -94,6 +94,14 @@ def test_edit_show_and_ask(folder, capsys):
     shown = json.loads((folder / "show.json").read_text())
     assert shown["requests"] == [{"prompt": "Oslo is", "target": "Rome"}]
     assert len(shown["norms"]) == 3
+    assert shown["taken"] is result["taken"] is Edit.load(folder / "edit").taken
+    told = " ".join(capsys.readouterr().out.split())
+    between = {"": "nothing", " ": "a space", "\n": "a line break"}[shown["separators"][0]]
+    assert f"Oslo is → Rome (after {between})" in told
+    assert f"the model {'gave' if shown['taken'] else 'did not give'}" in told
+    Edit.load(folder / "edit").scaled(0.5).save(folder / "unchecked")
+    assert remend("show", folder / "unchecked") == 0
+    assert "not checked: nothing says that the model takes it" in " ".join(capsys.readouterr().out.split())
     ask = ["ask", folder / "model", "--edit", folder / "edit", "--prompt", "Oslo is", "--prompt", "Lima is"]
     assert remend(*ask, "--json", folder / "ask.json", "--device", "cpu", "--max-new-tokens", 4) == 0
     answers = json.loads((folder / "ask.json").read_text())["answers"]

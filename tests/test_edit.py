@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -454,3 +455,29 @@ def test_what_a_weights_dtype_cannot_hold_is_not_merged():
     with pytest.raises(PrecisionError, match=r"exceeds what torch\.float16 can hold"):
         Edit({name: change}, ModelFingerprint.of(model, [name])).merge(model)
     assert model.get_submodule(name).weight.isfinite().all()
+
+
+def test_an_edit_knows_whether_it_was_checked(edit, tmp_path):
+    assert edit.taken is None
+    assert "not checked" in repr(edit)
+    for taken, told in ((True, "; taken;"), (False, "not taken")):
+        checked = replace(edit, taken=taken, separators=(" ",))
+        assert Edit.load(checked.save(tmp_path / str(taken))).taken is taken
+        assert told in repr(checked)
+        assert "targets after a space" in repr(checked)
+        # Whatever is made of it is another edit, which nobody has asked.
+        made = (checked.scaled(2.0), checked.compressed(1), checked + checked)
+        assert [other.taken for other in made] == [None] * 3
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.99, 1.01, 1e9])
+def test_norms_in_a_manifest_that_are_not_those_of_the_factors_are_refused(factor, edit, tmp_path):
+    folder = edit.save(tmp_path / "edit")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    name = next(iter(manifest["norms"]))
+    tensors = load_file(folder / TENSORS)
+    for altered in ({**manifest["norms"], name: manifest["norms"][name] * factor}, {}, {**manifest["norms"], "x": 1.0}):
+        write_folder(tmp_path / "altered", EDIT_FORMAT, {**manifest, "norms": altered}, tensors)
+        with pytest.raises(FileError, match="altered"):
+            Edit.load(tmp_path / "altered")
+    Edit.load((edit + edit.scaled(-1.0)).save(tmp_path / "cancelled"))

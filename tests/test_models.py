@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import worlds
-from remend.errors import ConfigError, ModelError
-from remend.models import editable_modules
+from remend.errors import ConfigError, ModelError, RequestError
+from remend.models import editable_modules, loading
 from remend.models.blocks import find_blocks, select_blocks
-from remend.tasks import load
+from remend.tasks import answers, load
 
 
 def test_the_default_is_the_mlps_of_the_last_three_blocks():
@@ -129,3 +129,30 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch):
         load(str(tmp_path), "cpu")
     with pytest.raises(ModelError, match=r"device 'tpu9000' cannot be used here"):
         load("atlas", "tpu9000")
+
+
+@pytest.mark.parametrize("name", ["nosuch", "owner/nosuch"])
+def test_a_name_that_is_no_folder_is_asked_of_the_hub_once(name, monkeypatch):
+    asked = []
+
+    def unreachable(url):
+        asked.append(url)
+        raise TimeoutError("no route to the hub")
+
+    monkeypatch.setattr(loading, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(loading, "get_hf_file_metadata", unreachable)
+    with pytest.raises(ModelError, match=r"no folder has this name.*the hub cannot be reached"):
+        load(name, "cpu")
+    assert [f"/{name}/" in url for url in asked] == [True]
+
+
+def test_a_task_says_in_one_line_what_it_is():
+    model = worlds.llama()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert repr(worlds.task(model)) == f"CausalLM('LlamaForCausalLM': causal-lm, {count:,} parameters, float32, on cpu)"
+
+
+@pytest.mark.parametrize(("number", "empty"), [(1, ["", "Oslo is"]), (2, ["Oslo is", " "])])
+def test_an_empty_prompt_is_named_by_its_number(number, empty):
+    with pytest.raises(RequestError, match=f"prompt {number} must not be empty"):
+        answers(worlds.task(worlds.llama()), empty)

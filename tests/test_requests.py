@@ -1,6 +1,8 @@
 """Reading request files: what is accepted, and the message for everything that is not."""
 
 import datetime
+import json
+import re
 
 import pytest
 
@@ -73,15 +75,30 @@ def test_a_malformed_line_is_named(line, message, tmp_path):
         read_requests(file)
 
 
-def test_keys_that_look_misspelt_are_pointed_out(tmp_path):
+@pytest.mark.parametrize(
+    ("more", "meant"),
+    [
+        ('"paraphrase": ["q"]', "'paraphrase' is no key of a request; did you mean 'paraphrases'"),
+        ('"Near": []', "'Near' is no key of a request; did you mean 'near'"),
+        ('"unseen-paraphrases": ["q"]', "did you mean 'unseen_paraphrases'"),
+        ('"subjcet": "q"', "did you mean 'subject'"),
+        ('"near": [{"prompt": "q", "target": "r"}, {"prompt": "q", "target": "r", "knid": "a"}]',
+         "near 2, 'knid' is no key of a request; did you mean 'kind'"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_key_is_refused(more, meant, tmp_path):
     file = tmp_path / "requests.jsonl"
-    file.write_text('{"prompt": "p", "target": "t", "paraphrase": ["q"], "relation": "P36"}\n' * 2)
-    with pytest.warns(UserWarning, match=r"'paraphrase' \(in 2 of 2 lines\) is ignored; did you mean 'paraphrases'"):
+    file.write_text(f'{GOOD}\n{{"prompt": "p", "target": "t", {more}}}\n')
+    with pytest.raises(RequestError, match=rf"line 2: .*{re.escape(meant)}"):
         read_requests(file)
-    probe = '{"prompt": "q", "target": "r", "knid": "a"}'
-    file.write_text(f'{{"prompt": "p", "target": "t", "near": [{probe}, {probe}]}}\n')
-    with pytest.warns(UserWarning, match=r"probes' key 'knid' \(in 1 of 1 lines\) is ignored; did you mean 'kind'"):
-        read_requests(file)
+
+
+def test_keys_of_the_caller_s_own_are_kept(tmp_path):
+    own = {"relation": "P36", "idx": 3, "year": 1990, "subject_id": 7, "kind": "a", "context": "c", "aliases": ["x"]}
+    file = tmp_path / "requests.jsonl"
+    file.write_text(json.dumps({"prompt": "p", "target": "t", **own}))
+    (request,) = read_requests(file)
+    assert request.model_extra == own
 
 
 def test_missing_and_empty_files(tmp_path):

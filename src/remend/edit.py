@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -23,13 +24,15 @@ from remend.core.low_rank_hooks import attach_hooks, remove_hooks
 from remend.core.weight_merge import MergedEdit, merge_changes
 from remend.errors import EditError, FileError, RequestError
 from remend.fingerprint import HasModel, ModelFingerprint, find_modules, module_of
-from remend.request import EditRequest
+from remend.request import SEPARATOR_NAMES, EditRequest
 from remend.saved_folders import get_field, read_folder, write_folder
 
 EDIT_FORMAT = "remend.edit/1"
 """The format in the manifest of a saved edit."""
 
 
+NORM_TOLERANCE = 1e-3
+"""How far, as a share, a stored norm may be from the one of the factors: the order of sums differs between machines."""
 ALIGNMENT = 64
 """Bytes: the addresses of torch's own tensors are multiples of it."""
 
@@ -54,6 +57,7 @@ class Edit:
         created: the time of its creation, ISO 8601, UTC.
         separators: of each request, what stood between its prompt and its target when the edit was made; None where
             they were not one text. Empty where nothing is known.
+        taken: whether the model gave all targets when it was asked with this very edit; None where nobody asked.
     """
 
     changes: Mapping[str, LowRank]
@@ -62,6 +66,7 @@ class Edit:
     editor: Mapping[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=utc_now)
     separators: tuple[str | None, ...] = ()
+    taken: bool | None = None
 
     def __post_init__(self) -> None:
         changes = {name: _checked_change(name, change) for name, change in self.changes.items()}
@@ -69,7 +74,10 @@ class Edit:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name}: rank {change.rank}" for name, change in self.changes.items())
-        return f"Edit({len(self.requests)} requests for {self.base.name!r}; {sizes})"
+        between = dict.fromkeys(SEPARATOR_NAMES[text] for text in self.separators if text is not None)
+        after = f", targets after {' or '.join(between)}" if between else ""
+        taken = {None: "not checked", True: "taken", False: "not taken"}[self.taken]
+        return f"Edit({len(self.requests)} requests for {self.base.name!r}{after}; {taken}; {sizes})"
 
     # -- on a model ----------------------------------------------------------------------------------------------
 
@@ -171,7 +179,8 @@ class Edit:
     def scaled(self, factor: float) -> Edit:
         """Return the edit with its changes times ``factor``, which the manifest records; 0 changes nothing."""
         changes = {name: change.scaled(factor) for name, change in self.changes.items()}
-        return replace(self, changes=changes, editor={**self.editor, "scale": factor * self.editor.get("scale", 1.0)})
+        scale = factor * self.editor.get("scale", 1.0)
+        return replace(self, changes=changes, editor={**self.editor, "scale": scale}, taken=None)
 
     def compressed(self, rank: int) -> Edit:
         """Return the nearest edit whose changes have at most ``rank`` factor pairs each.
@@ -186,7 +195,8 @@ class Edit:
         cut = {name: change.recompress(rank) for name, change in self.changes.items() if change.rank > rank}
         lost = dict.fromkeys(self.changes, 0.0)
         lost |= {name: _relative_difference(self.changes[name], change) for name, change in cut.items()}
-        return replace(self, changes={**self.changes, **cut}, editor={**self.editor, "max_rank": rank, "lost": lost})
+        editor = {**self.editor, "max_rank": rank, "lost": lost}
+        return replace(self, changes={**self.changes, **cut}, editor=editor, taken=None)
 
     def separators_by_request(self) -> tuple[str | None, ...]:
         """Return what stood between prompt and target of each request; None where nothing is known."""
@@ -222,6 +232,7 @@ class Edit:
             "norms": self.norms(),
             **({"gates": gates} if gates else {}),
             **({"separators": list(self.separators)} if self.separators else {}),
+            "taken": self.taken,
         }
         return write_folder(path, EDIT_FORMAT, manifest, tensors)
 
@@ -254,7 +265,12 @@ class Edit:
         separators = tuple(get_field(manifest, "separators", list, path)) if "separators" in manifest else ()
         if separators and (len(separators) != len(requests) or not set(separators) <= {None, "", " ", "\n"}):
             raise FileError(f"{path}: separators should hold one for each request (nothing, a space or a line break)")
-        return Edit(changes, base, requests, _read_editor(manifest, path), created, separators)
+        taken = manifest.get("taken")
+        if taken is not None and not isinstance(taken, bool):
+            raise FileError(f"{path}: 'taken' should be true, false or null, it is {taken!r}")
+        edit = Edit(changes, base, requests, _read_editor(manifest, path), created, separators, taken)
+        _check_norms(edit, manifest, path)
+        return edit
 
 
 def _checked_change(name: str, change: LowRank) -> LowRank:
@@ -303,6 +319,28 @@ def _editor_of_sum(one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[
     common = {key: one[key] for key in one if key in other and one[key] == other[key] and key not in of_one_edit}
     shared = {"shared": True} if one.get("shared") or other.get("shared") else {}
     return {"name": "sum", **common, **shared, "parts": parts}
+
+
+def _check_norms(edit: Edit, manifest: Mapping[str, Any], path: str | Path) -> None:
+    """Compare the norms of an edit's changes with those that its manifest lists.
+
+    Raises:
+        FileError: they differ by more than rounding does, or some are missing.
+    """
+    norms, listed = edit.norms(), get_field(manifest, "norms", dict, path)
+    if listed.keys() != norms.keys():
+        raise FileError(f"{path}: 'norms' lists other matrices than 'ranks'; it was altered")
+    for name, norm in norms.items():
+        value = listed[name]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise FileError(f"{path}: the norm of {name} should be a number, it is {value!r}")
+        # Of factor pairs that cancel each other, all that is left is the rounding of their products.
+        largest = float(edit.changes[name].u.norm() * edit.changes[name].delta.norm())
+        if not math.isclose(norm, value, rel_tol=NORM_TOLERANCE, abs_tol=NORM_TOLERANCE * largest):
+            raise FileError(
+                f"{path}: the change of {name} has the norm {norm:g}, the manifest lists {value:g}; one of them was "
+                "altered"
+            )
 
 
 def _relative_difference(change: LowRank, approximation: LowRank) -> float:

@@ -207,6 +207,8 @@ def as_completion(prompt: Prompt, separator: str | None) -> Prompt:
 
 
 Separator = Literal["", " ", "\n"]
+SEPARATOR_NAMES = {"": "nothing", " ": "a space", "\n": "a line break"}
+"""What stands between a prompt and its target, in words."""
 Text = Annotated[str, AfterValidator(_not_blank)]
 Prompt = Annotated[str | Chat | TextPair | Input, PlainValidator(as_prompt), PlainSerializer(_prompt_to_json)]
 """The input of a model: a text to continue or to classify, a conversation to answer, two texts to classify together, or

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,11 @@ from rich.console import Console
 
 from remend.cli import options
 from remend.cli.escaping import plain
-from remend.cli.separator_names import SEPARATORS
 from remend.errors import ConfigError, FileError, RequestError
 
 if TYPE_CHECKING:
     from remend.edit import Edit
+    from remend.evaluation.before_after import AnswerComparison
     from remend.evaluation.robustness import Robustness
     from remend.request import EditRequest
     from remend.tasks import Task
@@ -75,6 +76,7 @@ def edit(
     from remend.edit import Edit
     from remend.evaluation.before_after import before_after
     from remend.evaluation.robustness import measure_robustness
+    from remend.request import SEPARATOR_NAMES
     from remend.saved_folders import check_replaceable, write_json
     from remend.tasks.same_text import same_text
 
@@ -97,6 +99,7 @@ def edit(
         result = result.scaled(factor)
     answers = before_after(task, result, edit_requests, max_new_tokens)
     failed = [r.prompt for r, row in zip(edit_requests, answers, strict=True) if not row[0].ok]
+    result = replace(result, taken=not failed)
     saved = keep_failed or not (failed or result.is_zero)
     if saved:
         _check_free(out, overwrite)  # another process may have written there meanwhile
@@ -104,7 +107,7 @@ def edit(
     for request, row in zip(edit_requests, answers, strict=True):
         console.print(answers_table(f"{plain(request.prompt)} → {plain(request.target)}", row))
     if any(between is not None for between in result.separators):
-        named = dict.fromkeys(SEPARATORS[between] for between in result.separators if between is not None)
+        named = dict.fromkeys(SEPARATOR_NAMES[between] for between in result.separators if between is not None)
         console.print(f"between prompt and target: {' or '.join(named)}")
     if not result.is_zero and (
         unchanged := [row[0].prompt for row in answers if same_text(row[0].before, row[0].wanted or "")]
@@ -117,6 +120,7 @@ def edit(
     if saved:
         hint = f"remend ask {plain(model)} --edit {plain(out)} {options.prompt_options(edit_requests[0].prompt)}"
         console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
+    _print_unfollowed(console, answers)
     robustness = None
     if chosen_editor.info.needs != "training":
         robustness = measure_robustness(task, result, edit_requests, seed=seed)
@@ -144,6 +148,21 @@ def edit(
         write_json(json, {**content, "answers": [as_json(row) for row in answers]})
     if not saved:
         raise typer.Exit(1)
+
+
+def _print_unfollowed(console: Console, answers: Sequence[Sequence[AnswerComparison]]) -> None:
+    """Print how many paraphrases do not follow and how many probes change: neither decides whether an edit is saved."""
+    for kinds, said in (
+        (("paraphrase", "unseen paraphrase"), "paraphrases do not follow"),
+        (("near", "far"), "prompts that must stay change"),
+    ):
+        listed = [answer for row in answers for answer in row if answer.kind in kinds]
+        if wrong := [answer.prompt for answer in listed if not answer.ok]:
+            console.print(
+                f"[yellow]{len(wrong)} of {len(listed)} {said}[/] ({plain(wrong[0])}); only the prompts themselves "
+                "decide here, remend guard judges by all",
+                soft_wrap=True,
+            )
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -51,14 +51,14 @@ def guard(
 
 def print_result(console: Console, result: AcceptanceResult) -> None:
     """Print the checks as a table, the wrong answers, what was not measured, and whether the edit is accepted."""
-    from remend.apps.acceptance.check import CHECK_TITLES
+    from remend.apps.acceptance.check import CHECK_TITLES, MULTIPLES_OF
     from remend.cli.answer_tables import answers_table
 
     table = Table("", "check", "measured", "bound", "count", pad_edge=False)
     for check in result.checks:
-        upper_bound = check.name in ("perplexity", "size")
-        measured = f"{check.measured:.3f}" if upper_bound else f"{check.measured:.1%}"
-        bound = f"≤ {check.bound:g}" if upper_bound else f"≥ {check.bound:.0%}"
+        unit = MULTIPLES_OF.get(check.name)
+        measured = f"{check.measured:.3f} times {unit}" if unit else f"{check.measured:.1%}"
+        bound = f"≤ {check.bound:g}" if unit else f"≥ {check.bound:.0%}"
         mark = "[green]✓[/]" if check.ok else "[red]✗[/]"
         table.add_row(mark, CHECK_TITLES[check.name], measured, bound, str(check.count))
     console.print(table)

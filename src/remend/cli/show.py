@@ -11,10 +11,16 @@ from rich.table import Column, Table
 
 from remend.cli import options
 from remend.cli.escaping import plain
-from remend.cli.separator_names import SEPARATORS
 
 if TYPE_CHECKING:
     from remend.edit import Edit
+
+TAKEN = {
+    True: "the model gave these answers when the edit was made",
+    False: "[yellow]the model did not give all of these answers[/] when the edit was made; it was kept all the same",
+    None: "[yellow]not checked[/]: nothing says that the model takes it (remend guard MODEL DIR tells)",
+}
+"""What is known of whether an edit takes (:attr:`Edit.taken`)."""
 
 
 def show(
@@ -23,6 +29,7 @@ def show(
 ) -> None:
     """Show what a saved edit is for, and where and how strongly it acts."""
     from remend.edit import Edit
+    from remend.request import SEPARATOR_NAMES
     from remend.saved_folders import resolve_folder, write_json
 
     console = Console()
@@ -34,8 +41,9 @@ def show(
     if (scale := loaded.editor.get("scale", 1)) != 1:
         console.print(f"[bold]{scale:g}[/] times as strong as it was made")
     for request, between in zip(loaded.requests, loaded.separators_by_request(), strict=True):
-        after = "" if between in (None, " ") else f" (after {SEPARATORS[between]})"
+        after = "" if between is None else f" (after {SEPARATOR_NAMES[between]})"
         console.print(f"  {plain(request.prompt)} → [green]{plain(request.target)}[/]{after}")
+    console.print(TAKEN[loaded.taken])
     console.print(_matrix_table(loaded))
     if json is not None:
         requests = [request.to_json() for request in loaded.requests]
@@ -43,7 +51,8 @@ def show(
         write_json(
             json,
             {"base": loaded.base.name, "created": loaded.created, "editor": dict(loaded.editor), "bytes": size,
-             "requests": requests, "separators": list(loaded.separators), "ranks": ranks, "norms": loaded.norms()},
+             "requests": requests, "separators": list(loaded.separators), "taken": loaded.taken,
+             "ranks": ranks, "norms": loaded.norms()},
         )  # fmt: skip
 
 

@@ -246,4 +246,5 @@ def _compress(edit: AnyEdit) -> AnyEdit:
     full = {name: min(change.u.shape[-1], change.delta.shape[-1]) for name, change in edit.changes.items()}
     if not any(change.rank > 2 * full[name] and not change.gate for name, change in edit.changes.items()):
         return edit
-    return replace(edit, changes={name: change.recompress(full[name]) for name, change in edit.changes.items()})
+    changes = {name: change.recompress(full[name]) for name, change in edit.changes.items()}
+    return replace(edit, changes=changes, taken=None)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from remend.core.layers import execution_device
 from remend.core.output_distributions import Categorical, Distribution
 from remend.errors import RequestError
+from remend.fingerprint import model_name
 from remend.models.context_length import context_length
 from remend.request import Completion, Prompt
 
@@ -130,6 +131,13 @@ class Task(ABC):
         self.processor = processor
         self.autocast = autocast
         self.context = context_length(model)
+
+    def __repr__(self) -> str:
+        parameters = list(self.model.parameters())
+        count = sum(parameter.numel() for parameter in parameters)
+        dtypes = ", ".join(dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in parameters))
+        name = model_name(self.model)
+        return f"{type(self).__name__}({name!r}: {self.kind}, {count:,} parameters, {dtypes}, on {self.device})"
 
     @classmethod
     @abstractmethod

@@ -38,6 +38,9 @@ CHECK_TITLES = {
 }
 """The name of every check, and what it means when it passes."""
 
+MULTIPLES_OF = {"perplexity": "the perplexity before", "size": "its matrix's norm"}
+"""The checks whose measured value is no share of prompts but a multiple of something, and of what."""
+
 
 @dataclass(frozen=True)
 class AcceptanceCheck:
@@ -62,13 +65,10 @@ class AcceptanceCheck:
     @property
     def description(self) -> str:
         """The check and its result in words."""
-        if self.name == "perplexity":
-            return f"{CHECK_TITLES[self.name]}: {self.measured:.3f} times the perplexity (at most {self.bound:g})"
-        if self.name == "size":
-            return (
-                f"{CHECK_TITLES[self.name]}: {self.measured:.3f} of the largest matrix's norm (at most {self.bound:g})"
-            )
-        return f"{CHECK_TITLES[self.name]}: {self.measured:.1%} of {self.count} (at least {self.bound:.0%})"
+        title = CHECK_TITLES[self.name]
+        if self.name in MULTIPLES_OF:
+            return f"{title}: {self.measured:.3f} times {MULTIPLES_OF[self.name]} (at most {self.bound:g})"
+        return f"{title}: {self.measured:.1%} of {self.count} (at least {self.bound:.0%})"
 
 
 @dataclass(frozen=True)

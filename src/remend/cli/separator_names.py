@@ -1,3 +1,0 @@
-"""What stands between a prompt and its target, in words."""
-
-SEPARATORS = {"": "nothing", " ": "a space", "\n": "a line break"}
