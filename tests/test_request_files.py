@@ -15,6 +15,7 @@ import pytest
 from remend.data import read_source
 from remend.data.json_stream import MAX_ROW_CHARACTERS
 from remend.data.request_files import read_requests
+from remend.data.row_files import iterate_rows
 from remend.errors import RemendError, RequestError
 from remend.request import EditRequest, Probe
 from test_data import PLACES
@@ -236,6 +237,34 @@ def test_own_keys_in_a_row_of_easyedit_are_kept(tmp_path):
     row |= {"near": [], "locality": {"Relation_Specificity": [{"prompt": "a", "ground_truth": "b"}]}}
     with pytest.raises(RequestError, match="line 1: near is given twice"):
         read_requests(written(tmp_path, json.dumps(row)))
+
+
+def test_a_value_that_many_rows_of_parquet_share_is_not_unpacked_for_all_at_once(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file, count, length = tmp_path / "requests.parquet", 300, 1_000_000
+    target = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count), pyarrow.array(["x" * length]))
+    prompt = [f"Prompt {number}" for number in range(count)]
+    parquet.write_table(pyarrow.table({"prompt": prompt, "target": target}), file)
+    assert file.stat().st_size < 100_000
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for number, (where, row) in enumerate(iterate_rows(file), start=1):
+        assert where.endswith(f"row {number}")
+        assert (row["prompt"], len(row["target"])) == (prompt[number - 1], length)
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert number == count
+    assert most < 140 * length
+
+
+def test_a_row_of_parquet_that_is_too_long_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = tmp_path / "requests.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([ROW, {**ROW, "target": "x" * 5_000_000}]), file)
+    with pytest.raises(RequestError, match=r"row 2: it holds 5,000,\d+ bytes, and 4,194,304 are allowed"):
+        read_requests(file)
 
 
 def test_columns_of_parquet_that_are_no_json(tmp_path):

@@ -121,3 +121,5 @@ def test_a_text_is_read_as_passages(tmp_path):
             read_text(file)
     with pytest.raises(RequestError, match="cannot be read"):
         read_text(tmp_path / "none.txt")
+    with pytest.raises(RequestError, match=r"cannot be read as plain UTF-8 text .*null"):
+        read_text(tmp_path / "a\0b.txt")

@@ -407,3 +407,29 @@ def test_a_bfloat16_base_trains_a_float32_editor():
     with edit.applied(model):
         answer = CausalLM(model, worlds.tokenizer()).predict(["Oslo is"], 2)
     assert len(answer[0]) > 0
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_runs_never_train_to_one_folder(resume, tmp_path):
+    requests, model = worlds.requests(20), worlds.gpt2()
+    out, refused = tmp_path / "editor", []
+
+    def start_another(progress):
+        if not refused:
+            with pytest.raises(FileError, match=r"another run trains to .*editor at this moment") as error:
+                trained(worlds.gpt2(), requests, out=out, resume=resume)
+            refused.append(error)
+
+    few = replace(SETTINGS, max_steps=2)
+    alone = trained(model, requests, settings=few).state_dict()
+    together = trained(model, requests, settings=few, out=out, on_progress=start_another).state_dict()
+    assert len(refused) == 1
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
+    assert [path.name for path in tmp_path.iterdir()] == ["editor"]
+
+
+def test_a_lock_that_a_killed_run_left_hinders_nobody(tmp_path):
+    (tmp_path / "editor.checkpoints").mkdir()
+    (tmp_path / "editor.checkpoints" / "lock").touch()
+    trained(worlds.gpt2(), worlds.requests(20), settings=replace(SETTINGS, max_steps=1), out=tmp_path / "editor")
+    assert [path.name for path in tmp_path.iterdir()] == ["editor"]

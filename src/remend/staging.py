@@ -100,6 +100,44 @@ def abandoned(parent: Path) -> Iterator[Path]:
                 yield folder
 
 
+def lock_folder(folder: Path) -> BinaryIO | None:
+    """Return the lock of a folder, which is this process's until :func:`unlock_folder`; None if another has it.
+
+    Where files cannot be locked, every process gets one.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (folder / LOCK).open("a+b")
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                lock.close()
+                if isinstance(error, BlockingIOError):
+                    return None
+                raise
+        if os.fstat(lock.fileno()).st_nlink > 0:  # else it was unlocked, and removed, meanwhile
+            return lock
+        lock.close()
+
+
+def unlock_folder(folder: Path, lock: BinaryIO) -> None:
+    """Give up the lock of a folder, and remove the folder if it holds nothing else."""
+    if fcntl is None:  # Windows removes no open file
+        lock.close()
+    with contextlib.suppress(OSError):
+        (folder / LOCK).unlink()
+        folder.rmdir()
+    lock.close()
+
+
 def _is_own_folder(path: Path) -> bool:
     """Return whether a path is a folder of this user and no link: in a shared folder, others could lay traps."""
     try:

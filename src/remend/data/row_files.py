@@ -31,7 +31,8 @@ _LIST_OR_OBJECT = re.compile(r"\s*(?:\[\s*[\"'{].*\]|\{\s*[\"'].*\})\s*", re.DOT
 """A cell that is a list of texts or objects, or an object, as JSON or as Python shows them."""
 _LINE_BYTES = 32
 """What a line of a table counts beyond its own bytes, so that not many empty ones are read either."""
-_PARQUET_BATCH = 256
+_PARQUET_BATCH, _PARQUET_BATCH_BYTES = 256, 1 << 26
+"""How many rows of a Parquet file are unpacked together, and about how many bytes."""
 MAX_GROUP_BYTES = 1 << 30
 """The largest group of rows of a Parquet file that is unpacked: a small file may hold one that fills all memory."""
 
@@ -167,16 +168,45 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 f"{path} holds a group of rows of {largest:,} bytes, and {MAX_GROUP_BYTES:,} are allowed: write "
                 "it with smaller groups of rows"
             )
-        for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-            for row in batch.to_pylist():
+        for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata)):
+            for index in range(batch.num_rows):
                 number += 1
                 where = f"{path}, row {number}"
+                (row,) = _short_row(batch.slice(index, 1), where).to_pylist()
                 yield where, {name: _json_value(value, f"{where}, {name}") for name, value in row.items()}
     except RequestError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RequestError(f"{path} is a damaged Parquet file ({reason[:120]})") from None
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Return how many rows of a Parquet file may be unpacked together.
+
+    A value that many rows share is stored once, in a dictionary, but unpacked for each of them.
+    """
+    columns = [
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    ]
+    shared = [column.total_uncompressed_size for column in columns if column.has_dictionary_page]
+    return max(1, min(_PARQUET_BATCH, _PARQUET_BATCH_BYTES // max(shared, default=1)))
+
+
+def _short_row(row: Any, where: str) -> Any:
+    """Return a row as it is.
+
+    Raises:
+        RequestError: it is longer than rows of other files may be.
+    """
+    if row.nbytes > MAX_ROW_CHARACTERS:
+        raise RequestError(
+            f"{where}: it holds {row.nbytes:,} bytes, and {MAX_ROW_CHARACTERS:,} are allowed; is this a file of "
+            "requests?"
+        )
+    return row
 
 
 def _json_value(value: Any, where: str) -> Any:

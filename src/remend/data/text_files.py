@@ -18,9 +18,10 @@ def read_text(path: str | Path) -> list[str]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # its name may hold a null character
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        raise RequestError(f"{path} cannot be read as plain UTF-8 text ({reason}): name a text file") from None
+        named = repr(str(path)) if "\0" in str(path) else path
+        raise RequestError(f"{named} cannot be read as plain UTF-8 text ({reason}): name a text file") from None
     passages = [passage for passage in _BLANK_LINE.split(text) if passage.strip()]
     if not passages:
         raise RequestError(f"{path} holds no text: name a file of ordinary text")

@@ -21,7 +21,7 @@ from remend.training.interrupts import defer_interrupts
 from remend.training.splits import split
 from remend.training.tracking import Log, open_trackers
 from remend.training.trainer import Trainer
-from remend.training.training_run import TrainingRun, find_finished
+from remend.training.training_run import TrainingRun, exclusive_run, find_finished
 
 CHECKPOINT_MINUTES = 5.0
 
@@ -93,7 +93,7 @@ def train(
         ConfigError: there is no such tracker, or a package that it needs is missing; ``allow_shared`` names no kind.
         TrainingError: training and validation share a subject, a prompt or a fact, no gradient reaches some tensor, or
             the checkpoint is of another run.
-        FileError: something exists at ``out`` already.
+        FileError: something exists at ``out`` already, or another run trains to it now.
         NonFiniteError: something became NaN or infinite; the message names layer and batch.
         KeyboardInterrupt: the run was interrupted; the checkpoint is written.
     """
@@ -108,6 +108,7 @@ def train(
     process_group = ProcessGroup(fsdp.process_device() if sharded else task.device)
     with (
         process_group.warn_once(),
+        exclusive_run(out, process_group),
         resources.matmul_precision(),
         open_trackers(track, out, process_group, to_json(config)) as log,
         defer_interrupts(out is not None) as interrupts,

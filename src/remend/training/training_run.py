@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from remend.config import to_json
+from remend.core.distributed import ProcessGroup
 from remend.editors.loading import load_trained
 from remend.editors.saved_editor import EDITOR_FORMAT
 from remend.editors.trainable import TrainableEditor
 from remend.errors import FileError, TrainingError
 from remend.saved_folders import MANIFEST, check_replaceable, read_manifest
+from remend.staging import lock_folder, readable_write_errors, unlock_folder
 from remend.training import checkpoint
 from remend.training.episodes import EpisodeBatch
 from remend.training.trainer import Trainer
@@ -120,6 +123,29 @@ class TrainingRun:
         # Before the first step there is nothing to save: an untrained editor must not look like a trained one.
         if self.out is not None and self.trainer.step > 0 and self.trainer.process_group.first:
             self.trainer.editor.save(self.out)
+
+
+@contextmanager
+def exclusive_run(out: str | Path | None, process_group: ProcessGroup) -> Iterator[None]:
+    """Within the context, keep other runs from training to ``out``: each would delete the other's checkpoints.
+
+    Raises:
+        FileError: another run trains to it now, or nothing can be written there.
+    """
+    folder, lock = None if out is None else checkpoint.checkpoints_folder(out), None
+    if folder is not None and process_group.first:
+        with readable_write_errors(folder):
+            lock = lock_folder(folder)
+    refused = folder is not None and process_group.first and lock is None
+    if process_group.largest(float(refused)) > 0:  # in all processes of this run, or the others would wait for ever
+        raise FileError(
+            f"another run trains to {out} at this moment: wait until it has ended, or choose another folder"
+        )
+    try:
+        yield
+    finally:
+        if folder is not None and lock is not None:
+            unlock_folder(folder, lock)
 
 
 def find_finished(out: str | Path | None, resume: bool) -> TrainableEditor | None:
