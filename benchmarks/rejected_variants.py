@@ -188,7 +188,7 @@ class SeveralSteps(Mend):
             for index in range(len(chunk)):
                 changes_of_requests.append(
                     {
-                        name: LowRank(change.u[index], change.delta[index], change.gate)
+                        name: LowRank(change.u[index], change.delta[index], change.response)
                         for name, change in changes.items()
                     }
                 )

@@ -124,8 +124,10 @@ def unchecked(monkeypatch):
     """What hooks call, without the checks of annotations that tests have: ``torch.compile`` cannot trace them."""
     from remend.core import low_rank_hooks
     from remend.core.low_rank import LowRank
+    from remend.core.response import Response
 
-    for holder in (low_rank_hooks, LowRank, low_rank_hooks.LowRankHook, low_rank_hooks.ReachCheck):
+    hooks = (low_rank_hooks.LowRankHook, low_rank_hooks._ReadHook, low_rank_hooks.ReachCheck)
+    for holder in (low_rank_hooks, Response, LowRank, *hooks):
         for name, value in list(vars(holder).items()):
             plain = inspect.unwrap(value) if inspect.isfunction(value) else value
             if plain is not value and not inspect.isgeneratorfunction(plain):

@@ -18,6 +18,7 @@ import remend
 from remend.cli import run
 from remend.core.layers import dimensions, is_conv1d
 from remend.core.low_rank import LowRank
+from remend.core.response import Response
 from remend.edit import Edit
 from remend.errors import EditError, FileError, ModelError, NonFiniteError, RemendError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
@@ -235,7 +236,7 @@ def test_what_is_no_low_rank_change_is_not_exported(tmp_path):
     task = families.task("llama")
     name, module = next(iter(editable_modules(task.model).items()))
     u, delta = (torch.ones(1, d) for d in dimensions(module))
-    gated = Edit({name: LowRank(u, delta, gate=0.2)}, ModelFingerprint.of(task.model, [name]))
+    gated = Edit({name: LowRank(u, delta, Response.from_gate(0.2))}, ModelFingerprint.of(task.model, [name]))
     with pytest.raises(EditError, match="gated"):
         save_adapter(gated, tmp_path / "adapter", task.model)
     with pytest.raises(WrongBaseError):

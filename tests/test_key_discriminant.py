@@ -11,6 +11,7 @@ from remend.config import from_json
 from remend.core.capture import record_inputs
 from remend.core.key_discriminant import Discriminant
 from remend.core.low_rank import LowRank, concatenate, stack
+from remend.core.response import LINEAR, Response
 from remend.edit import Edit
 from remend.editors import Mend, MendConfig
 from remend.errors import ConfigError, EditError
@@ -253,7 +254,7 @@ def test_one_fact_asked_for_by_several_requests_counts_once(task):
 
 
 def test_a_gated_edit_acts_only_where_it_is_asked_for():
-    change = LowRank(torch.eye(3)[:1], torch.ones(1, 2), gate=0.4)
+    change = LowRank(torch.eye(3)[:1], torch.ones(1, 2), Response("relu", threshold=0.4))
     x = torch.tensor([[1.0, 9, 9], [0.7, 0, 0], [0.4, 0, 0], [-2.0, 0, 0]])
     torch.testing.assert_close(change.output_change(x), torch.tensor([1, 0.5, 0, 0])[:, None].expand(4, 2))
     episodes = stack([change, change.scaled(2.0)])
@@ -261,8 +262,8 @@ def test_a_gated_edit_acts_only_where_it_is_asked_for():
     for refused, match in ((change.dense, "written into a weight"), (lambda: change.recompress(1), "compressed")):
         with pytest.raises(EditError, match=match):
             refused()
-    with pytest.raises(EditError, match="different gates"):
-        concatenate([change, replace(change, gate=0.0)])
+    with pytest.raises(EditError, match="different responses"):
+        concatenate([change, replace(change, response=LINEAR)])
 
 
 def test_a_gated_editor_trains_and_its_edits_are_saved_but_not_merged(task, tmp_path):
@@ -274,7 +275,7 @@ def test_a_gated_editor_trains_and_its_edits_are_saved_but_not_merged(task, tmp_
     edit = editor.edit(task, requests[:2])
     edit.save(tmp_path / "edit")
     again = Edit.load(tmp_path / "edit")
-    assert {change.gate for change in again.changes.values()} == {0.2}
+    assert {change.response for change in again.changes.values()} == {Response("relu", threshold=0.2)}
     with edit.applied(task.model):
         answers = task.predict([r.prompt for r in requests[:4]], 4)
     with again.applied(task.model):

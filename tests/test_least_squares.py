@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import remend
 from remend.core.least_squares import EIGENVALUE_FLOOR, least_squares, make_definite
+from remend.core.response import Response
 from remend.core.symmetric_operator import SymmetricOperator
 
 
@@ -35,9 +36,9 @@ def test_it_is_the_dense_solution(rows, d_in, d_out, seed):
 def test_each_key_gets_its_move(gate):
     torch.manual_seed(0)
     keys, moves = torch.randn(10, 32) + 1, torch.randn(10, 8)  # all alike: each answers to the others'
-    change = least_squares(keys, moves, ridge=1e-6, gate=gate)
+    change = least_squares(keys, moves, ridge=1e-6, response=Response.from_gate(gate))
     torch.testing.assert_close(change.output_change(keys), moves, rtol=1e-3, atol=1e-3)
-    summed = least_squares(keys[:1], moves[:1], ridge=1e-6, gate=gate)
+    summed = least_squares(keys[:1], moves[:1], ridge=1e-6, response=Response.from_gate(gate))
     assert (summed.output_change(keys[1:2]) - moves[1:2]).norm() > 0.5
 
 

@@ -1,4 +1,4 @@
-"""``Edit``: a low-rank change of a model's weights, to apply, revert, merge, add, scale, compress, save and load."""
+"""``Edit``: a change of a model, of low rank or of hidden units, to apply, merge, revert, add, scale, save and load."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from remend.core.exclusive_execution import forget_compiled, lock_of
 from remend.core.layers import dimensions, execution_device, expert_count
-from remend.core.low_rank import LowRank, concatenate, in_one_dtype
+from remend.core.low_rank import LowRank, concatenate, in_one_dtype, layer_names
 from remend.core.low_rank_hooks import attach_hooks, remove_hooks
+from remend.core.response import LINEAR, Response
 from remend.core.weight_merge import MergedEdit, merge_changes
 from remend.errors import EditError, FileError, RequestError
 from remend.fingerprint import HasModel, ModelFingerprint, find_modules, module_of
@@ -30,6 +31,8 @@ from remend.saved_folders import get_field, read_folder, write_folder
 EDIT_FORMAT = "remend.edit/1"
 """The format in the manifest of a saved edit."""
 
+RESPONSES_FORMAT = "remend.edit/2"
+"""That of an edit with responses that are not linear: releases that would take them for linear refuse it."""
 
 NORM_TOLERANCE = 1e-3
 """How far, as a share, a stored norm may be from the one of the factors: the order of sums differs between machines."""
@@ -44,13 +47,16 @@ def utc_now() -> str:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A low-rank change of some of a model's weight matrices, with the requests that it answers.
+    """A change of some of a model's layers, with the requests that it answers.
 
-    An edit leaves nothing on the model but the hooks of :meth:`apply` or the weights of :meth:`merge`, until reverted.
+    There are two kinds of change, which may stand in one edit: a change of a weight matrix of low rank, and hidden
+    units that are added to an MLP (:class:`LowRank <remend.core.low_rank.LowRank>` is the class of both). An edit
+    leaves nothing on the model but the hooks of :meth:`apply` or the weights of :meth:`merge`, until reverted.
 
     Attributes:
-        changes: for each module, the change ΔW = deltaᵀu of its weight, step size and sign included.
-        base: the model that it was made for; other models are refused.
+        changes: for each layer whose output changes, the change, step size and sign included. The key of units is the
+            MLP's narrowing projection.
+        base: the model that it was made for, with respect to the layers that are changed or read; others are refused.
         requests: the edit requests that it was made from.
         editor: the editor's name and settings, such as ``{"name": "mend", "rank": 256}``; with ``scale`` if the edit
             was scaled.
@@ -71,9 +77,14 @@ class Edit:
     def __post_init__(self) -> None:
         changes = {name: _checked_change(name, change) for name, change in self.changes.items()}
         object.__setattr__(self, "changes", MappingProxyType(changes))
+        if missing := {change.reads for change in changes.values() if change.reads} - self.base.weights.keys():
+            raise EditError(
+                f"the edit reads {min(missing)}, which its base does not cover: make the fingerprint of all layers "
+                "that it changes or reads (layer_names)"
+            )
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{name}: rank {change.rank}" for name, change in self.changes.items())
+        sizes = ", ".join(f"{name}: {change.describe}" for name, change in self.changes.items())
         between = dict.fromkeys(SEPARATOR_NAMES[text] for text in self.separators if text is not None)
         after = f", targets after {' or '.join(between)}" if between else ""
         taken = {None: "not checked", True: "taken", False: "not taken"}[self.taken]
@@ -109,13 +120,16 @@ class Edit:
     def merge(self, model: nn.Module | HasModel) -> MergedEdit:
         """Write the edit into the weights and return the handle that restores the original weights, bit for bit.
 
-        All weights are written, or none.
+        MLPs that units are added to get wider: their layers hold other parameters until the edit is reverted. All
+        weights are written, or none.
 
         Raises:
             WrongBaseError: the edit was made for another model, or another edit is merged into its matrices.
             PrecisionError: rounding to the weights' dtype would lose more than a quarter of the edit
-                (:data:`MERGE_TOLERANCE <remend.core.weight_merge.MERGE_TOLERANCE>`), or a weight is quantised.
-            EditError: a weight is offloaded between calls, or is also another module's (tied embeddings).
+                (:data:`MERGE_TOLERANCE <remend.core.weight_checks.MERGE_TOLERANCE>`), or a weight is quantised.
+            EditError: a weight is offloaded between calls, or is also another module's (tied embeddings); or a change
+                is neither one of a weight nor such units as its MLP has.
+            ModelError: the MLP that units are for computes in another way than units can be added to.
         """
         module = module_of(model)
         with lock_of(module):
@@ -124,18 +138,24 @@ class Edit:
     def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the modules to change, after checking that ``model`` is the one that the edit is for."""
         self.base.check(model, "this edit")
-        modules = find_modules(model, self.changes)
-        names = {module: name for name, module in modules.items()}
-        if aliases := [name for name, module in modules.items() if names[module] != name]:
+        modules = find_modules(model, layer_names(self.changes))
+        names = {modules[name]: name for name in self.changes}
+        if aliases := [name for name in self.changes if names[modules[name]] != name]:
             raise EditError(
                 f"{aliases[0]} and {names[modules[aliases[0]]]} are one module, which the model calls several times: "
                 "an edit changes it under one name"
             )
-        for name, module in modules.items():
-            change = self.changes[name]
-            if dimensions(module) != (change.u.shape[-1], change.delta.shape[-1]):
+        for name, change in self.changes.items():
+            module, read = modules[name], modules[change.reads or name]
+            if (dimensions(read)[0], dimensions(module)[1]) != (change.u.shape[-1], change.delta.shape[-1]):
                 raise EditError(
                     f"{name} has shape {dimensions(module)}, the edit {change.u.shape}, {change.delta.shape}"
+                    + (f", whose first reads {change.reads} of shape {dimensions(read)}" if change.reads else "")
+                )
+            if change.reads and (expert_count(module) or expert_count(read)):
+                raise EditError(
+                    f"{name if expert_count(module) else change.reads} holds several experts' matrices, to which no "
+                    "hidden units can be added: edit a block without experts, or make a change of low rank"
                 )
             count = (
                 0 if change.experts is None else int(torch.cat([change.experts, change.experts.new_zeros(1)]).max()) + 1
@@ -154,7 +174,7 @@ class Edit:
 
         Raises:
             EditError: they are for different bases, or each holds what its editor adds to every edit, which would count
-                twice.
+                twice; or one changes by low rank what the other adds units to, or units respond differently.
         """
         if not isinstance(other, Edit):
             return NotImplemented
@@ -170,7 +190,10 @@ class Edit:
             )
         changes = dict(self.changes)
         for name, change in other.changes.items():
-            changes[name] = concatenate([changes[name], change]) if name in changes else change
+            try:
+                changes[name] = concatenate([changes[name], change]) if name in changes else change
+            except EditError as error:
+                raise EditError(f"{name}: {error}") from None
         editor = _editor_of_sum(self.editor, other.editor)
         separators = tuple(separator for edit in (self, other) for separator in edit.separators_by_request())
         total = Edit(changes, self.base.union(other.base), self.requests + other.requests, editor)
@@ -188,7 +211,7 @@ class Edit:
         The manifest records the rank and, under ``lost``, the share ‖ΔW − ΔW'‖ / ‖ΔW‖ of each change that is lost.
 
         Raises:
-            EditError: ``rank`` is less than 1.
+            EditError: ``rank`` is less than 1, or a change of more factor pairs is no change of a weight (units).
         """
         if rank < 1:
             raise EditError(f"an edit needs a rank of at least 1, not {rank}")
@@ -208,21 +231,23 @@ class Edit:
         return not any(self.norms().values())
 
     def norms(self) -> dict[str, float]:
-        """Return ‖ΔW‖ (Frobenius) of each module."""
+        """Return ‖ΔW‖ (Frobenius) of each changed layer; of a unit, ‖delta‖ ‖u‖."""
         return {name: float(change.norm()) for name, change in self.changes.items()}
 
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
         """Write the edit to a folder, as factors (safetensors) and a readable manifest (JSON); return the folder."""
-        tensors, ranks, gates = {}, {}, {}
+        tensors, ranks, responses, reads = {}, {}, {}, {}
         for name, change in self.changes.items():
             tensors[f"{name}.u"], tensors[f"{name}.delta"] = change.u, change.delta
             ranks[name] = change.rank
             if change.experts is not None:
                 tensors[f"{name}.experts"] = change.experts
-            if change.gate:
-                gates[name] = change.gate
+            if not change.response.linear:
+                responses[name] = change.response.to_json()
+            if change.reads:
+                reads[name] = change.reads
         manifest = {
             "created": self.created,
             "base": asdict(self.base),
@@ -230,11 +255,12 @@ class Edit:
             "requests": [request.to_json() for request in self.requests],
             "ranks": ranks,
             "norms": self.norms(),
-            **({"gates": gates} if gates else {}),
+            **({"responses": responses} if responses else {}),
+            **({"reads": reads} if reads else {}),
             **({"separators": list(self.separators)} if self.separators else {}),
             "taken": self.taken,
         }
-        return write_folder(path, EDIT_FORMAT, manifest, tensors)
+        return write_folder(path, RESPONSES_FORMAT if responses or reads else EDIT_FORMAT, manifest, tensors)
 
     @staticmethod
     def load(path: str | Path) -> Edit:
@@ -243,16 +269,18 @@ class Edit:
         Raises:
             FileError: it is missing, damaged, altered, or of a version that this release does not know.
         """
-        manifest, tensors = read_folder(path, EDIT_FORMAT)
+        manifest, tensors = read_folder(path, EDIT_FORMAT, RESPONSES_FORMAT)
         base = ModelFingerprint.from_manifest(get_field(manifest, "base", dict, path), path)
         ranks = get_field(manifest, "ranks", dict, path)
-        gates = get_field(manifest, "gates", dict, path) if "gates" in manifest else {}
-        changes = {name: _read_change(tensors, name, gates.get(name, 0.0), path) for name in ranks}
+        responses, reads = _read_responses(manifest, path), _read_reads(manifest, path)
+        changes = {
+            name: _read_change(tensors, name, responses.get(name, LINEAR), reads.get(name, ""), path) for name in ranks
+        }
         tensor_count = sum(2 if change.experts is None else 3 for change in changes.values())
         if len(tensors) != tensor_count or any(changes[name].rank != rank for name, rank in ranks.items()):
             raise FileError(f"{path}: the factors are not those that the manifest lists; it was altered")
-        if changes.keys() - base.weights.keys():
-            raise FileError(f"{path}: the base does not cover every changed module; it was altered")
+        if {*layer_names(changes)} - base.weights.keys() or {*responses, *reads} - changes.keys():
+            raise FileError(f"{path}: the base does not cover every changed module, or more is listed; it was altered")
         try:
             requests = tuple(
                 EditRequest.from_json(json.dumps(request)) for request in get_field(manifest, "requests", list, path)
@@ -297,7 +325,7 @@ def _checked_change(name: str, change: LowRank) -> LowRank:
             f"the change of {name} holds NaN or infinity, or is too large for any number; it would ruin the model and "
             "is refused"
         )
-    return replace(change, u=u, delta=delta)
+    return replace(change, u=u, delta=delta, reads="" if change.reads == name else change.reads)
 
 
 def _in_own_layout(factor: Tensor) -> Tensor:
@@ -361,11 +389,37 @@ def _read_editor(manifest: Mapping[str, Any], path: str | Path) -> dict[str, Any
     return editor
 
 
-def _read_change(tensors: Mapping[str, Tensor], name: str, gate: object, path: str | Path) -> LowRank:
+def _read_responses(manifest: Mapping[str, Any], path: str | Path) -> dict[str, Response]:
+    """Return the responses that a manifest lists by layer; in older files they are thresholds under ``gates``."""
+    responses = {}
+    for key, read in (("gates", _response_of_gate), ("responses", Response.from_json)):
+        for name, described in (get_field(manifest, key, dict, path) if key in manifest else {}).items():
+            try:
+                responses[name] = read(described)
+            except EditError as error:
+                raise FileError(f"{path}: the response of {name} is malformed ({error})") from None
+    return responses
+
+
+def _response_of_gate(gate: object) -> Response:
+    if isinstance(gate, bool) or not isinstance(gate, int | float):
+        raise EditError(f"the gate should be a number from 0 to below 1, it is {gate!r}")
+    return Response.from_gate(float(gate))
+
+
+def _read_reads(manifest: Mapping[str, Any], path: str | Path) -> dict[str, str]:
+    """Return the layers that changes read, by the layer that they change."""
+    reads: dict[str, str] = get_field(manifest, "reads", dict, path) if "reads" in manifest else {}
+    if not all(isinstance(name, str) and name for name in reads.values()):
+        raise FileError(f"{path}: 'reads' should hold a layer's name for each changed layer")
+    return reads
+
+
+def _read_change(tensors: Mapping[str, Tensor], name: str, response: Response, reads: str, path: str | Path) -> LowRank:
     """Return the change of one module from a file's tensors.
 
     Raises:
-        FileError: factors are missing or do not fit together, or the gate is out of range.
+        FileError: factors are missing or do not fit together.
     """
     u, delta = tensors.get(f"{name}.u"), tensors.get(f"{name}.delta")
     if u is None or delta is None or u.dim() != 2 or delta.dim() != 2 or u.shape[0] != delta.shape[0]:
@@ -373,15 +427,13 @@ def _read_change(tensors: Mapping[str, Tensor], name: str, gate: object, path: s
     if not u.numel() or not delta.numel():
         sizes = f"{len(u)} factor pairs of a matrix of {u.shape[1]} → {delta.shape[1]}"
         raise FileError(f"{path}: {name} has {sizes}, which is nothing; it was altered")
-    if isinstance(gate, bool) or not isinstance(gate, int | float) or not 0 <= gate < 1:
-        raise FileError(f"{path}: the gate of {name} should be a number from 0 to below 1, it is {gate!r}")
     experts = tensors.get(f"{name}.experts")
     if experts is not None and (
         experts.dtype not in (torch.int32, torch.int64) or experts.shape != u.shape[:1] or bool((experts < 0).any())
     ):
         raise FileError(f"{path}: the experts of {name} do not fit its factors; it was altered")
     try:
-        return LowRank(*in_one_dtype(u, delta), float(gate), experts)
+        return LowRank(*in_one_dtype(u, delta), response, experts, reads)
     except EditError as error:
         raise FileError(f"{path}: the factors of {name} {error}; it was altered") from None
 

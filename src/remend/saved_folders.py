@@ -141,8 +141,13 @@ def read_format(path: str | Path) -> str:
     return str(manifest.get("format")) if isinstance(manifest, dict) else ""
 
 
-def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
+def read_manifest(path: str | Path, kind: str, *newer: str) -> dict[str, Any]:
     """Return the manifest of a folder that :func:`write_folder` wrote; its format is checked, the tensors are not.
+
+    Args:
+        path: the folder.
+        kind: the format that it should have.
+        newer: other versions of it that are read too.
 
     Raises:
         FileError: there is no such folder, the manifest is not JSON, or it is of another kind or version.
@@ -163,20 +168,22 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
             f"{path} holds a {written}, not a {kind}: this reads weights' changes or editors of them. What a cache or "
             "in-context made is read by remend.editors.load_edit"
         )
-    if written != kind:
+    if written not in (kind, *newer):
         raise FileError(f"{file} says format {written!r}; this version of remend reads {kind!r} here")
     assert isinstance(manifest, dict)
     return manifest
 
 
-def read_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_folder(path: str | Path, kind: str, *newer: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return manifest and tensors of a folder that :func:`write_folder` wrote.
+
+    The arguments are those of :func:`read_manifest`.
 
     Raises:
         FileError: as :func:`read_manifest`, or the tensors are missing, truncated or not those of the manifest.
     """
     path = resolve_folder(path)
-    manifest = read_manifest(path, kind)
+    manifest = read_manifest(path, kind, *newer)
     file = path / TENSORS
     if not file.is_file():
         raise FileError(f"{path} is incomplete: {TENSORS} is missing")

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from remend.core.low_rank import LowRank
+from remend.core.response import LINEAR, Response
 from remend.core.symmetric_operator import SymmetricOperator
 
 RIDGE = 0.05
@@ -34,7 +35,7 @@ def least_squares(
     moves: Float[Tensor, "row d_out"],
     metric: SymmetricOperator | None = None,
     ridge: float = RIDGE,
-    gate: float = 0.0,
+    response: Response = LINEAR,
     experts: Int[Tensor, " row"] | None = None,
 ) -> LowRank:
     """Compute the change that moves the output by ``moves`` at ``keys``.
@@ -44,23 +45,21 @@ def least_squares(
         moves: the wanted change of its output there.
         metric: M, by which keys respond to each other; the plain product if it is None.
         ridge: λ, as a share of a key's mean response to itself.
-        gate: the gate of the change (:class:`LowRank`).
+        response: the response of the change (:class:`LowRank`).
         experts: for a matrix of several experts, the expert of each row; rows of different experts do not respond to
             each other.
     """
     u = keys if metric is None else metric(keys)
     self_responses = (u * keys).sum(1).clamp(min=1e-12)
-    # Each key's response to its own pair is then 1, as a gate expects.
+    # Each key's answer to its own pair is then 1, as a response expects.
     u = u / self_responses[:, None]
-    responses = keys @ u.mT
-    if gate:
-        responses = torch.relu(responses - gate) / (1 - gate)
+    responses = response(keys @ u.mT)
     if experts is not None:
         responses = responses * (experts[:, None] == experts)
     # λ I with its columns divided by `self_responses`, as those of K M Kᵀ are.
     size = self_responses.mean() / self_responses
     delta = torch.linalg.solve(responses + torch.diag(ridge * size), moves) if len(keys) else moves
-    return LowRank(u, delta, gate, experts)
+    return LowRank(u, delta, response, experts)
 
 
 def make_definite(metric: SymmetricOperator) -> SymmetricOperator:

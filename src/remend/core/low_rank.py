@@ -1,14 +1,15 @@
-"""``LowRank``: a change of a weight as low-rank factors, from the gradient to the saved file."""
+"""``LowRank``: a change of a layer's output as factor pairs, from the gradient to the saved file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from remend.core.response import LINEAR, Response
 from remend.errors import EditError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -18,25 +19,30 @@ _STORAGE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """A change ΔW = deltaᵀ u of a weight W [d_out, d_in], kept as its factors.
+    """A change of a layer's output by Σ_j delta_j f(u_j·x), kept as its factor pairs (u_j, delta_j).
+
+    With the linear response, f(q) = q, that is a change ΔW = deltaᵀ u of the layer's weight W [d_out, d_in]. With the
+    response of a hidden unit each factor pair is a unit more in an MLP: it reads the input of the MLP's widening
+    projection (``reads``) and adds to the output of the narrowing one. Other responses are no change of any weight.
 
     A leading ``episode`` axis holds independent changes, one for each episode: :meth:`output_change` applies each to
     the rows of its episode only. Rows of zeros add nothing, so changes of different rank are padded with them.
 
     Attributes:
-        u: the directions of the layer's input that the change reads, [rank, d_in] or [episode, rank, d_in].
+        u: the directions of the input that the change reads, [rank, d_in] or [episode, rank, d_in].
         delta: what it adds to the layer's output for each, [rank, d_out] or [episode, rank, d_out].
-        gate: if not 0, the change acts only on inputs that answer to it with more than this: instead of
-            ΔW x = deltaᵀ (u x) the layer's output gets deltaᵀ relu(u x − gate) / (1 − gate), the same where u x is 1.
-            Such a change cannot be written into a weight.
+        response: f.
         experts: for a weight that holds several experts' matrices (:mod:`remend.core.moe`), the expert of each factor
             pair; a pair acts on the rows of its expert only.
+        reads: the name of the layer whose input is x, called before the changed one; empty where it is the changed
+            layer itself.
     """
 
     u: Float[Tensor, "*episode rank d_in"]
     delta: Float[Tensor, "*episode rank d_out"]
-    gate: float = 0.0
+    response: Response = LINEAR
     experts: Int[Tensor, "*episode rank"] | None = None
+    reads: str = ""
 
     @property
     def rank(self) -> int:
@@ -48,6 +54,13 @@ class LowRank:
         """Whether there is an episode axis."""
         return self.u.dim() == 3
 
+    @property
+    def describe(self) -> str:
+        """What the change is made of, for tables and messages: ``rank 3``, ``2 units (gated silu, beta 10)``."""
+        if not self.reads:
+            return f"rank {self.rank}" + ("" if self.response.linear else f" ({self.response})")
+        return f"{self.rank} unit{'s' * (self.rank != 1)} ({self.response})"
+
     def dense(self, experts: int = 0) -> Float[Tensor, "*episode_expert d_out d_in"]:
         """Compute ΔW. As large as the weight: for merging and for tests.
 
@@ -55,9 +68,9 @@ class LowRank:
             experts: for a weight of several experts, their number: the result has an axis for them before d_out.
 
         Raises:
-            EditError: the change is gated.
+            EditError: the change is no change of a weight.
         """
-        self.raise_if_gated("written into a weight")
+        self.raise_unless_of_weight("written into a weight")
         if self.experts is None:
             return self.delta.mT @ self.u
         one_hot = self.experts[..., None] == torch.arange(experts, device=self.u.device)
@@ -66,19 +79,33 @@ class LowRank:
     def output_change(
         self, x: Float[Tensor, "*rows d_in"], experts: Int[Tensor, " row"] | None = None
     ) -> Float[Tensor, "*rows d_out"]:
-        """Compute ΔW x for every row of ``x``, as two thin products.
+        """Compute what the change adds to the output for every row of ``x``, as two thin products.
 
         Args:
-            x: the layer's input. With an episode axis, its rows must be ordered by episode, the same number for each:
-                the leading axes are split evenly among the episodes.
+            x: the input. With an episode axis, its rows must be ordered by episode, the same number for each: the
+                leading axes are split evenly among the episodes.
             experts: for a layer of experts, the index of each row's expert.
         """
+        return self.from_responses(self.responses(x, experts)).reshape(*x.shape[:-1], self.delta.shape[-1])
+
+    def responses(
+        self, x: Float[Tensor, "*rows d_in"], experts: Int[Tensor, " row"] | None = None
+    ) -> Float[Tensor, "*rows_of_episode rank"]:
+        """Compute f(u_j·x) for every row of ``x``: the first half of :meth:`output_change`, with the same arguments.
+
+        With an episode axis the result is [episode, row, rank].
+        """
         if not self.batched:
-            return self._gated(self._of_own_expert(x @ self.u.mT, experts)) @ self.delta
+            return self._of_own_expert(self.response(x @ self.u.mT), experts)
         # Some models flatten rows and tokens into one axis before a layer, so only the order of the rows counts.
         rows = x.reshape(self.u.shape[0], -1, x.shape[-1])
-        responses = self._gated(self._of_own_expert(torch.bmm(rows, self.u.mT), experts))
-        return torch.bmm(responses, self.delta).reshape(*x.shape[:-1], self.delta.shape[-1])
+        return self._of_own_expert(self.response(torch.bmm(rows, self.u.mT)), experts)
+
+    def from_responses(
+        self, responses: Float[Tensor, "*rows_of_episode rank"]
+    ) -> Float[Tensor, "*rows_of_episode d_out"]:
+        """Compute what the change adds from :meth:`responses`."""
+        return torch.bmm(responses, self.delta) if self.batched else responses @ self.delta
 
     def _of_own_expert(
         self, responses: Float[Tensor, "*rows rank"], experts: Int[Tensor, " row"] | None
@@ -89,16 +116,20 @@ class LowRank:
         row_experts = experts.to(responses.device).view(responses.shape[:-1])
         return responses * (row_experts[..., None] == self.experts[..., None, :])
 
-    def _gated(self, responses: Float[Tensor, "*rows rank"]) -> Float[Tensor, "*rows rank"]:
-        return torch.relu(responses - self.gate) / (1 - self.gate) if self.gate else responses
+    @property
+    def is_of_weight(self) -> bool:
+        """Whether it is a change of the layer's own weight: linear in the layer's own input."""
+        return self.response.linear and not self.reads
 
-    def raise_if_gated(self, what: str) -> None:
-        """Raise :class:`EditError` if the change is gated, so that it cannot be ``what``."""
-        if self.gate:
-            raise EditError(
-                f"a gated edit (gate = {self.gate:g}) acts through a threshold and is no change of a weight: it cannot "
-                f"be {what}. Apply it as a side branch, or make the edit with an editor whose gate is 0"
-            )
+    def raise_unless_of_weight(self, what: str) -> None:
+        """Raise :class:`EditError` unless the change is one of a weight, so that it can be ``what``."""
+        if self.is_of_weight:
+            return
+        kind = f"an edit of hidden units ({self.response})" if self.reads else f"a gated edit ({self.response})"
+        advice = "merge it (--to merged): the MLP gets wider" if self.reads else "make the edit with a gate of 0"
+        raise EditError(
+            f"{kind} is no change of a weight of low rank: it cannot be {what}. Apply it as a side branch, or {advice}"
+        )
 
     def select(self, episodes: Int[Tensor, " row"] | slice) -> LowRank:
         """Return the changes of some episodes."""
@@ -115,7 +146,7 @@ class LowRank:
         return replace(selected, u=selected.u[0, :rank], delta=selected.delta[0, :rank], experts=experts)
 
     def scaled(self, factor: float | Float[Tensor, "episode ranks 1"]) -> LowRank:
-        """Return ``factor`` · ΔW.
+        """Return the change with its output times ``factor``.
 
         With an episode axis, ``factor`` may be a tensor: one for each episode, or for each of its factor pairs.
         """
@@ -140,12 +171,17 @@ class LowRank:
     def norm(self) -> Float[Tensor, "*episode"]:
         """Compute ‖ΔW‖ (Frobenius) from the factors' Gram matrices: ‖deltaᵀu‖² = Σ (u uᵀ) ∘ (delta deltaᵀ).
 
+        Of units, the root of the sum of their (‖delta‖ ‖u‖)²: each is one by itself, so that none cancels another.
+
         In float32 at least: the squares of float16's numbers overflow. A change of more factor pairs than its matrix
         has rows and columns is computed densely, so that the memory is never more than that of the factors.
         """
         dtype = torch.promote_types(self.u.dtype, torch.float32)
         if self.u.dtype != dtype:
             return self.to(self.u.device, dtype).norm()
+        if self.reads:
+            squares: Tensor = self.u.square().sum(-1) * self.delta.square().sum(-1)
+            return squares.sum(-1).sqrt()
         if self.rank > self.u.shape[-1] + self.delta.shape[-1] and not self.batched:
             masks = [...] if self.experts is None else [self.experts == expert for expert in self.experts.unique()]
             parts = [torch.linalg.vector_norm(self.delta[mask].mT @ self.u[mask]) for mask in masks]
@@ -163,9 +199,9 @@ class LowRank:
         several experts are compressed separately, each to ``rank`` pairs.
 
         Raises:
-            EditError: the change is gated.
+            EditError: the change is no change of a weight.
         """
-        self.raise_if_gated("compressed")
+        self.raise_unless_of_weight("compressed")
         if self.experts is not None:
             masks = [(expert, self.experts == expert) for expert in self.experts.unique().tolist()]
             parts = [LowRank(self.u[mask], self.delta[mask]).recompress(rank) for _, mask in masks]
@@ -203,7 +239,7 @@ def concatenate(changes: Sequence[LowRank]) -> LowRank:
     indices = [change.experts for change in changes if change.experts is not None]
     experts = torch.cat(indices, -1) if indices else None
     u, delta = torch.cat([c.u for c in changes], -2), torch.cat([c.delta for c in changes], -2)
-    return LowRank(u, delta, _common_gate(changes), experts)
+    return LowRank(u, delta, *_in_common(changes, experts))
 
 
 def stack(changes: Sequence[LowRank]) -> LowRank:
@@ -217,19 +253,26 @@ def stack(changes: Sequence[LowRank]) -> LowRank:
     indices = [torch.nn.functional.pad(c.experts, (0, rank - c.rank)) for c in changes if c.experts is not None]
     experts = torch.stack(indices) if indices else None
     u, delta = torch.stack([padded(c.u) for c in changes]), torch.stack([padded(c.delta) for c in changes])
-    return LowRank(u, delta, _common_gate(changes), experts)
+    return LowRank(u, delta, *_in_common(changes, experts))
 
 
-def _common_gate(changes: Sequence[LowRank]) -> float:
-    """Return the gate that all these changes have.
+def _in_common(
+    changes: Sequence[LowRank], experts: Int[Tensor, "*episode rank"] | None
+) -> tuple[Response, Int[Tensor, "*episode rank"] | None, str]:
+    """Return what all these changes have in common beside their factors: response and read layer, with ``experts``.
 
     Raises:
         EditError: they have different ones.
     """
-    gates = sorted({change.gate for change in changes})
-    if len(gates) > 1:
+    kinds = list(dict.fromkeys((change.response, change.reads) for change in changes))
+    if len(kinds) > 1:
+        names = ", ".join(f"{response}{f' of {reads}' if reads else ''}" for response, reads in kinds)
         raise EditError(
-            f"changes with different gates ({', '.join(f'{gate:g}' for gate in gates)}) cannot be combined: apply the "
-            "edits one after the other"
+            f"changes with different responses ({names}) cannot be combined: apply the edits one after the other"
         )
-    return gates[0]
+    return kinds[0][0], experts, kinds[0][1]
+
+
+def layer_names(changes: Mapping[str, LowRank]) -> list[str]:
+    """Return the names of all layers that changes take part in: those that they change, then those that they read."""
+    return list(dict.fromkeys([*changes, *(change.reads for change in changes.values() if change.reads)]))

@@ -1,7 +1,12 @@
-"""Hooks that add low-rank changes to the outputs of layers, so that a model is edited without writing to a weight."""
+"""Hooks that add changes to the outputs of layers, so that a model is edited without writing to a weight.
+
+A change that reads another layer than the one that it changes has a hook at either: the first computes its responses
+from that layer's input, the second adds what they make to the output, in the same pass.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,33 +22,94 @@ from remend.errors import EditError
 
 
 class LowRankHook:
-    """A forward hook that adds ΔW x to a linear layer's output. A class, so that a hooked model can be deep-copied.
+    """A forward hook that adds a change to a layer's output. A class, so that a hooked model can be deep-copied.
 
     Attributes:
         change: the change.
+        reader: the hook at the layer that the change reads; None if that is the changed layer itself.
         reached: whether the layer has been called since.
     """
 
     def __init__(self, change: LowRank) -> None:
         self.change = change
+        self.reader = _ReadHook(self) if change.reads else None
         self.reached = False
         self._on_device = {change.u.device: change}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """Return the layer's output with ΔW x added."""
+        """Return the layer's output with the change added."""
         self.reached = True
-        # The output tells where the layer runs. The input does not: Accelerate's hooks move it only later. One copy for
+        change = self.on_device(output)
+        dtype = change.u.dtype
+        # In the change's dtype (usually float32), added before rounding to the layer's dtype: in bfloat16 a small edit
+        # would be lost factor by factor.
+        with torch.autocast(output.device.type, enabled=False):
+            if self.reader is None:
+                x, experts = layer_inputs(module, args, kwargs)
+                added = change.output_change(x.to(output.device, dtype), experts)
+            else:
+                responses = self.reader.take().to(output.device)
+                added = change.from_responses(responses).reshape(output.shape)
+            return (output.to(dtype) + rows_to_output(module, added, output)).to(output.dtype)
+
+    def on_device(self, output: Tensor) -> LowRank:
+        """Return the change on the device of a layer's output."""
+        # The output tells where a layer runs. The input does not: Accelerate's hooks move it only later. One copy for
         # each device: DataParallel calls the same hook on several at once.
         change = self._on_device.get(output.device)
         if change is None:
             change = self._on_device[output.device] = self.change.to(output.device)
-        dtype = change.u.dtype
-        x, experts = layer_inputs(module, args, kwargs)
-        # In the change's dtype (usually float32), added before rounding to the layer's dtype: in bfloat16 a small edit
-        # would be lost factor by factor.
+        return change
+
+
+class _ReadHook:
+    """A forward hook that computes a change's responses at the layer that it reads, for the hook that adds them.
+
+    Not the input is kept but what is computed of it at once: a model may overwrite its activations in place.
+    """
+
+    def __init__(self, adder: LowRankHook) -> None:
+        self.adder = adder
+        self._responses: dict[int | None, Tensor] = {}
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Compute the responses to the layer's input."""
+        change = self.adder.on_device(output)
+        x, _ = layer_inputs(module, args, kwargs)
         with torch.autocast(output.device.type, enabled=False):
-            added = rows_to_output(module, change.output_change(x.to(output.device, dtype), experts), output)
-            return (output.to(dtype) + added).to(output.dtype)
+            responses = change.responses(x.to(output.device, change.u.dtype))
+        # By thread: DataParallel, and servers, run one model in several at once. What is compiled cannot ask for its
+        # thread; it mostly holds both layers.
+        self._responses[None if torch.compiler.is_compiling() else threading.get_ident()] = responses
+
+    def take(self) -> Tensor:
+        """Return the responses of the pass that runs in this thread, and forget them.
+
+        Raises:
+            EditError: the layer was not called since the changed one was called last.
+        """
+        if not torch.compiler.is_compiling():
+            responses = self._responses.pop(threading.get_ident(), None)
+            responses = self._responses.pop(None, None) if responses is None else responses
+        elif None in self._responses:
+            responses = self._responses.pop(None)
+        else:
+            responses = self._take_of_thread()
+        if responses is None:
+            raise EditError(
+                f"{self.adder.change.reads} is not called before each call of the layer that an edit changes: hidden "
+                "units read the input of the MLP whose output they add to"
+            )
+        return responses
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _take_of_thread(self) -> Tensor | None:
+        """Return what the layer, which was not compiled together with the changed one, computed in this thread."""
+        return self._responses.pop(threading.get_ident(), None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to passes that are running now."""
+        return {**self.__dict__, "_responses": {}}
 
 
 class ReachCheck:
@@ -104,7 +170,7 @@ def attach_hooks(
     """Attach each change to its module as a hook, all or none, and return the handles, which the caller removes.
 
     Args:
-        modules: the layers by name.
+        modules: the layers by name, with those that changes read.
         changes: their changes.
         checked: the model, if its first forward pass shall check that it calls all layers (:class:`ReachCheck`).
     """
@@ -112,6 +178,8 @@ def attach_hooks(
     hooks = {name: LowRankHook(change) for name, change in changes.items()}
     try:
         for name, hook in hooks.items():
+            if hook.reader is not None:
+                handles.append(modules[hook.change.reads].register_forward_hook(hook.reader, with_kwargs=True))
             handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
         if checked is not None and hooks:
             handles += ReachCheck(checked, hooks).handles
@@ -129,7 +197,7 @@ def remove_hooks(handles: list[RemovableHandle]) -> None:
 
 @contextmanager
 def changes_applied(modules: Mapping[str, nn.Module], changes: Mapping[str, LowRank]) -> Iterator[None]:
-    """Let each module compute y + ΔW x within the block. Differentiable with respect to the changes' factors."""
+    """Let each changed module add its change within the block. Differentiable with respect to the factors."""
     with uncompiled():
         handles = attach_hooks(modules, changes)
         try:

@@ -1,4 +1,4 @@
-"""Write low-rank changes into weights, with an exact way back."""
+"""Write changes into a model's weights, with an exact way back."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from remend.core.exclusive_execution import forget_compiled, lock_of
-from remend.core.layers import dense_in_weight_layout, is_quantized, raise_if_shared, weight_of
+from remend.core.layers import dense_in_weight_layout, raise_if_shared, weight_of
 from remend.core.low_rank import LowRank
-from remend.errors import EditError, PrecisionError
-
-MERGE_TOLERANCE = 0.25
-"""The largest share of an edit (Frobenius norm) that merging may lose to rounding before it refuses."""
+from remend.core.mlp_widening import Widening, widen
+from remend.core.weight_checks import MERGE_TOLERANCE, refuse_unwritable
+from remend.errors import PrecisionError
 
 
 class MergedEdit:
     """An edit that is merged into a model's weights; :meth:`revert` restores the originals. Also a context manager.
 
     Attributes:
-        lost: for each matrix, the share of its change (Frobenius norm) that was lost to rounding.
+        lost: for each changed layer, the share of its change (Frobenius norm) that was lost to rounding.
+        widening: the MLPs that units made wider.
     """
 
     def __init__(
@@ -32,12 +32,19 @@ class MergedEdit:
         lost: Mapping[str, float],
     ) -> None:
         self._lock, self._weights, self._originals = lock_of(model), dict(weights), dict(originals)
-        self.lost = lost
+        self.lost = dict(lost)
+        self.widening = Widening()
+
+    def widen(self, model: nn.Module, changes: Mapping[str, LowRank]) -> None:
+        """Write units too (:func:`remend.core.mlp_widening.widen`)."""
+        self.widening = widen(model, changes)
+        self.lost |= self.widening.lost
 
     @torch.no_grad()
     def revert(self) -> None:
         """Restore the original weights bit for bit. Reverting twice does no harm."""
         with self._lock:
+            self.widening.restore()
             # Copied back, not subtracted: (w + ΔW) - ΔW is not w in floating point.
             for name, original in self._originals.items():
                 self._weights[name].copy_(original)
@@ -60,12 +67,20 @@ def merge_changes(model: nn.Module, modules: Mapping[str, nn.Module], changes: M
     All weights are written, or none. The caller holds the model's lock (:func:`lock_of`) and has checked under it that
     the weights are those of the base, so that no weight that another thread merges is taken for an original.
 
+    Args:
+        model: the model.
+        modules: its layers by name, at least those that are changed.
+        changes: their changes; those that read another layer become hidden units of its MLP.
+
     Raises:
         PrecisionError: rounding to the weights' dtype would lose more than :data:`MERGE_TOLERANCE` of the edit, or a
             weight is quantised.
-        EditError: a weight is offloaded between calls, or is also another module's.
+        EditError: a weight is offloaded between calls, or is also another module's; or a change is none of a weight.
+        ModelError: units cannot be added to their MLP.
     """
-    _refuse_unwritable(modules)
+    units = {name: change for name, change in changes.items() if change.reads}
+    modules = {name: modules[name] for name in changes if name not in units}
+    refuse_unwritable(modules)
     raise_if_shared(model, modules, "merging would change that too. Keep the edit as a side branch (apply)")
     merged: dict[str, Tensor] = {}
     lost: dict[str, float] = {}
@@ -94,24 +109,10 @@ def merge_changes(model: nn.Module, modules: Mapping[str, nn.Module], changes: M
     try:
         for name, module in modules.items():
             weight_of(module).copy_(merged[name])
+        if units:
+            handle.widen(model, units)
     except BaseException:
         handle.revert()
         raise
     forget_compiled()
     return handle
-
-
-def _refuse_unwritable(modules: Mapping[str, nn.Module]) -> None:
-    """Raise where a layer's weight cannot be written: it is quantized (PrecisionError) or offloaded (EditError)."""
-    for name, module in modules.items():
-        if is_quantized(module):
-            raise PrecisionError(
-                f"{name} is quantised ({type(module).__name__}), and requantising would alter more than the edit does. "
-                "Keep it as a side branch (apply), or make the edit on the unquantised model and merge there; no "
-                "weight was changed"
-            )
-        if weight_of(module).is_meta:
-            raise EditError(
-                f"{name} is offloaded: what is written to it now would be gone at the next call. Keep the edit as a "
-                "side branch (apply), or load the model on one device and merge there; no weight was changed"
-            )

@@ -25,6 +25,7 @@ from remend.core.capture import capture_gradient_factors
 from remend.core.layers import dimensions, weight_rms
 from remend.core.least_squares import least_squares
 from remend.core.low_rank import LowRank
+from remend.core.response import Response
 from remend.core.symmetric_operator import SymmetricOperator
 from remend.editors.base import WeightEditor
 from remend.editors.factor_packing import EpisodePadding, PackedFactors, pack_active
@@ -126,7 +127,7 @@ class Ridge(WeightEditor):
 
     def _solve(self, name: str, keys: Float[Tensor, "row d_in"], moves: Float[Tensor, "row d_out"]) -> LowRank:
         """Return ΔW = Vᵀ (K Kᵀ + λ I)⁻¹ K in whitened coordinates: one factor pair for each key."""
-        change = least_squares(keys, moves, ridge=self.config.ridge, gate=self.config.gate)
+        change = least_squares(keys, moves, ridge=self.config.ridge, response=Response.from_gate(self.config.gate))
         return replace(change, u=self.whitening[name](change.u))
 
     def _keys_and_moves(
@@ -167,7 +168,7 @@ class Ridge(WeightEditor):
         ]
         table = EpisodePadding(rows.counts, keys.device)
         u, delta = torch.cat([part.u for part in parts]), torch.cat([part.delta for part in parts])
-        return LowRank(table(u), table(delta), self.config.gate)
+        return LowRank(table(u), table(delta), Response.from_gate(self.config.gate))
 
 
 def _unit(rows: PackedFactors, module: nn.Module) -> Float[Tensor, "row 1"]:

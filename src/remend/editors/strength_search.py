@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from remend.core.losses import row_mean
-from remend.core.low_rank import LowRank
+from remend.core.low_rank import LowRank, layer_names
 from remend.core.low_rank_hooks import changes_applied, frozen
 from remend.fingerprint import find_modules
 from remend.models.frozen_prefix import FrozenPrefix
@@ -79,7 +79,7 @@ class UneditedPass:
     @torch.no_grad()
     def margins(self, changes: Mapping[str, LowRank]) -> Float[Tensor, " episode"]:
         """Run the edited model and return by how much each target is predicted (:meth:`Distribution.margin`)."""
-        modules = find_modules(self.task.model, changes)
+        modules = find_modules(self.task.model, layer_names(changes))
         with self.prefix.resume_from(self.states), changes_applied(modules, changes):
             return self.margins_of(self.task.outputs(self.batch).float())
 

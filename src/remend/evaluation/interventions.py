@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import torch
 
-from remend.core.low_rank import LowRank, stack
+from remend.core.low_rank import LowRank, layer_names, stack
 from remend.core.low_rank_hooks import changes_applied
 from remend.edit import Edit
 from remend.editors.context_edit import ContextEdit
@@ -84,7 +84,7 @@ class SeparateEdits(Intervention):
         super().__init__(task, decode_answers)
         # Stacked once here: `applied` is entered for every batch, and only selects the rows of its requests.
         self.changes = {name: change.scaled(strength) for name, change in _stack_changes(edits).items()}
-        self.modules = find_modules(task.model, self.changes)
+        self.modules = find_modules(task.model, layer_names(self.changes))
 
     @contextmanager
     def applied(self, numbers: Sequence[int]) -> Iterator[None]:

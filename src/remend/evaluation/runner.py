@@ -241,10 +241,11 @@ def _compress(edit: AnyEdit) -> AnyEdit:
     """Return the same edit with fewer factor pairs, once a matrix has more than twice its full rank."""
     if not isinstance(edit, Edit):
         return edit
-    # Removing pairs takes a decomposition of the matrix, so it waits until there are twice as many as needed. A gated
-    # change is not linear, so its pairs cannot be joined.
-    full = {name: min(change.u.shape[-1], change.delta.shape[-1]) for name, change in edit.changes.items()}
-    if not any(change.rank > 2 * full[name] and not change.gate for name, change in edit.changes.items()):
+    # Removing pairs takes a decomposition of the matrix, so it waits until there are twice as many as needed. A change
+    # that is not linear has no other factor pairs.
+    linear = {name: change for name, change in edit.changes.items() if change.is_of_weight}
+    full = {name: min(change.u.shape[-1], change.delta.shape[-1]) for name, change in linear.items()}
+    if not any(change.rank > 2 * full[name] for name, change in linear.items()):
         return edit
-    changes = {name: change.recompress(full[name]) for name, change in edit.changes.items()}
+    changes = {**edit.changes, **{name: change.recompress(full[name]) for name, change in linear.items()}}
     return replace(edit, changes=changes, taken=None)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from remend.edit import EDIT_FORMAT, Edit
+from remend.edit import EDIT_FORMAT, RESPONSES_FORMAT, Edit
 from remend.errors import FileError
 from remend.fingerprint import HasModel
 from remend.formats.base import EditFormat, ImportedEdit
@@ -27,7 +27,7 @@ class NativeFormat(EditFormat):
 
     def detect(self, path: Path) -> bool:
         """Return whether the folder is a saved edit."""
-        return read_format(path) == EDIT_FORMAT
+        return read_format(path) in (EDIT_FORMAT, RESPONSES_FORMAT)
 
     def read(
         self, path: Path, task: HasModel, load: Callable[[Path], HasModel], rank: int | None = None

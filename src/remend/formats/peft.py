@@ -39,7 +39,7 @@ def save_adapter(edit: Edit, path: str | Path, task: HasModel | nn.Module) -> Pa
         task: the model that the edit is for; it may be without weights (:func:`remend.models.skeleton`).
 
     Raises:
-        EditError: the edit is gated, or changes experts.
+        EditError: the edit is gated or adds units, or changes experts.
         WrongBaseError: the model is of another class or configuration.
         FileError: ``path`` holds something else, or cannot be written.
     """
@@ -67,7 +67,7 @@ def _checked_modules(edit: Edit, model: nn.Module) -> dict[str, nn.Module]:
     edit.base.check_architecture(model, "this edit")
     modules = find_modules(model, edit.changes)
     for name, change in edit.changes.items():
-        change.raise_if_gated("exported as an adapter")
+        change.raise_unless_of_weight("exported as an adapter")
         if expert_count(modules[name]):
             raise EditError(
                 f"{name} holds several experts' matrices, which no LoRA adapter changes one by one; keep the edit as "

@@ -11,6 +11,7 @@ from torch import nn
 
 from remend.bounded_regex import PatternError, PatternMatcher
 from remend.core.layers import dimensions, editable_layers, shared_weights
+from remend.core.mlp import Mlp, find_mlp
 from remend.core.moe import DOWN_PROJECTION, ExpertLinear
 from remend.errors import ConfigError, ModelError
 from remend.fingerprint import find_modules
@@ -172,6 +173,28 @@ def mlp_layer_names(prefix: str, block: nn.Module) -> list[str]:
     return _widest_pair(groups.values()) or _widest_pair(
         [{name: dimensions(module) for name, module in layers.items()}]
     )
+
+
+def block_mlp(model: nn.Module, block: str) -> Mlp:
+    """Return the layers of a block's MLP and how it computes: what a hidden unit that is added to it needs.
+
+    Args:
+        model: the model; it is run once, up to this MLP.
+        block: the block's name (:func:`remend.models.blocks.select_blocks`).
+
+    Raises:
+        ModelError: the block has no MLP that hidden units can be added to, or it cannot be told how it computes.
+    """
+    names = mlp_layer_names(block, model.get_submodule(block))
+    narrows = {name: is_down_projection(module) for name, module in find_modules(model, names).items()}
+    down = [name for name in names if narrows[name]]
+    widening = [name for name in names if not narrows[name]]
+    if len(down) != 1 or not widening:
+        raise ModelError(
+            f"{block} has no MLP of layers that widen and one that narrows again ({', '.join(names) or 'none found'}): "
+            "hidden units cannot be added to it"
+        )
+    return find_mlp(model, widening[0], down[0])
 
 
 def _widest_pair(groups: Iterable[Mapping[str, tuple[int, int]]]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from remend.core.low_rank import LowRank
+from remend.core.low_rank import LowRank, layer_names
 from remend.core.low_rank_hooks import changes_applied, frozen
 from remend.editors.trainable import TrainableEditor
 from remend.fingerprint import find_modules
@@ -49,7 +49,6 @@ class EpisodeRunner:
     ) -> None:
         self.task, self.editor, self.prefix, self.activation_cache = task, editor, prefix, activation_cache
         self.config, self.resources = config, resources
-        self._modules = find_modules(task.model, editor.shapes)
 
     @torch.no_grad()
     def losses(self, batch: EpisodeBatch) -> EpisodeLosses:
@@ -83,7 +82,7 @@ class EpisodeRunner:
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(frozen(self.task.model))
             contexts.enter_context(self.prefix.resume_from(states))
-            contexts.enter_context(changes_applied(self._modules, changes))
+            contexts.enter_context(changes_applied(find_modules(self.task.model, layer_names(changes)), changes))
             if backward and self.resources.recompute:
                 contexts.enter_context(self.prefix.checkpoint_activations())
             edit, locality = self.task.outputs(probes).split(sizes)

@@ -45,7 +45,7 @@ from remend.apps.patch_registry.database import (
     PatchEvent,
     active_after,
 )
-from remend.edit import EDIT_FORMAT, Edit, utc_now
+from remend.edit import EDIT_FORMAT, RESPONSES_FORMAT, Edit, utc_now
 from remend.errors import EditError, FileError, RemendError, WrongBaseError
 from remend.fingerprint import HasModel, ModelFingerprint
 from remend.saved_folders import MANIFEST, atomic_folder, file_sha256, is_saved_by_remend, read_manifest
@@ -381,7 +381,7 @@ class PatchRegistry:
             raise FileError(f"{folder} is not what was added as edit {entry.id}: its manifest was altered")
         edit = Edit.load(folder)
         # The record's copy of the requests is what people are shown. Both were written at once, by the same code.
-        requests = read_manifest(folder, EDIT_FORMAT).get("requests")
+        requests = read_manifest(folder, EDIT_FORMAT, RESPONSES_FORMAT).get("requests")
         if json.dumps(requests, sort_keys=True) != json.dumps(list(entry.requests), sort_keys=True):
             raise FileError(
                 f"the record of edit {entry.id} in {self.path} has other requests than the edit's {MANIFEST}: the "

@@ -15,6 +15,7 @@ from remend.core.editor_gradients import FactoredGradients
 from remend.core.editor_network import EditorNetwork
 from remend.core.least_squares import least_squares, make_definite
 from remend.core.low_rank import LowRank, concatenate
+from remend.core.response import Response
 from remend.core.sketched_moment import sketch_directions
 from remend.core.symmetric_operator import SymmetricOperator, pack_symmetric, unpack_symmetric
 from remend.editors.factor_packing import EpisodePadding, PackedFactors, pack_active
@@ -159,7 +160,7 @@ class GradientTransform(TrainableEditor):
             experts = packed[name].experts
             padded_experts = None if experts is None else padding(experts[:, None])[..., 0]
             u, delta = padding(self.whiten(u, name)), padding(delta * -steps[name])
-            changes[name] = LowRank(u, delta, self.config.gate, padded_experts)
+            changes[name] = LowRank(u, delta, Response.from_gate(self.config.gate), padded_experts)
         return {name: changes[name] for name in self.shapes}
 
     def transform(
@@ -196,6 +197,6 @@ class GradientTransform(TrainableEditor):
         metric = None if discriminant is None else make_definite(discriminant)
         joined = concatenate(parts)
         change = least_squares(
-            self.whiten(inputs, name), output_changes, metric, gate=joined.gate, experts=joined.experts
+            self.whiten(inputs, name), output_changes, metric, response=joined.response, experts=joined.experts
         )
         return replace(change, u=self.whiten(change.u, name))
