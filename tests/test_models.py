@@ -1,12 +1,15 @@
 """Finding what to edit, and loading."""
 
+import huggingface_hub
 import pytest
 import torch
 from torch import nn
 
 import worlds
+from remend import hub_lookup
+from remend.data import read_source
 from remend.errors import ConfigError, ModelError, RequestError
-from remend.models import editable_modules, loading
+from remend.models import editable_modules
 from remend.models.blocks import find_blocks, select_blocks
 from remend.tasks import answers, load
 
@@ -131,19 +134,35 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch):
         load("atlas", "tpu9000")
 
 
+class ConnectError(Exception):
+    """As the HTTP library's, which is no OSError."""
+
+
 @pytest.mark.parametrize("name", ["nosuch", "owner/nosuch"])
 def test_a_name_that_is_no_folder_is_asked_of_the_hub_once(name, monkeypatch):
     asked = []
 
     def unreachable(url):
         asked.append(url)
-        raise TimeoutError("no route to the hub")
+        raise ConnectError("no route to the hub")
 
-    monkeypatch.setattr(loading, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(loading, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(hub_lookup, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_lookup, "get_hf_file_metadata", unreachable)
     with pytest.raises(ModelError, match=r"no folder has this name.*the hub cannot be reached"):
         load(name, "cpu")
     assert [f"/{name}/" in url for url in asked] == [True]
+
+
+def test_data_on_a_hub_that_cannot_be_reached_is_asked_for_once(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectError("no route to the hub")
+
+    monkeypatch.setattr(hub_lookup, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_lookup, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+    for source in ("hf:owner/nosuch/a.json", "zsre:hf:owner/nosuch"):
+        with pytest.raises(RequestError, match=r"cannot be fetched .the hub cannot be reached .no route"):
+            read_source(source)
 
 
 def test_a_task_says_in_one_line_what_it_is():

@@ -101,7 +101,9 @@ def local_path(file: str) -> Path:
         return Path(file)
     # Imported here, so that local files need no hub client.
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    from remend.hub_lookup import check_on_hub, readable_hub_errors
 
     owner, _, rest = file.removeprefix(HUB_PREFIX).partition("/")
     name, _, path = rest.partition("/")
@@ -109,9 +111,13 @@ def local_path(file: str) -> Path:
         raise RequestError(f"{file} is no file on the hub: write {HUB_PREFIX}owner/name/file.json")
     repository = f"{owner}/{name}"
     try:
-        path = path or _only_data_file(huggingface_hub.list_repo_files(repository, repo_type="dataset"), file)
+        if not path:
+            with readable_hub_errors():
+                paths = huggingface_hub.list_repo_files(repository, repo_type="dataset")
+            path = _only_data_file(paths, file)
+        check_on_hub(repository, path, "dataset")
         return Path(huggingface_hub.hf_hub_download(repository, path, repo_type="dataset"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (EntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RequestError(f"{file} cannot be fetched ({reason}): check the name, or give a local file") from None
 

@@ -10,15 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-)
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -42,6 +33,7 @@ from transformers.utils.import_utils import (
 from remend.assets import BUILT_IN_MODELS, model_folder
 from remend.core.layers import is_editable, is_quantized
 from remend.errors import ConfigError, ModelError, nearest
+from remend.hub_lookup import check_on_hub
 from remend.models.checkpoint_checks import check_folder, check_loaded, check_room, check_settings, check_sizes
 from remend.models.gguf_files import check_gguf, check_rotary_scaling, is_gguf, plain_model
 
@@ -171,7 +163,7 @@ def _load_gguf(
 def _read_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
     """Read and check a model's configuration."""
     if not os.path.exists(source):
-        _check_on_hub(source)
+        check_on_hub(source, "config.json")
     file = Path(source) if is_gguf(source) else None
     place = {"gguf_file": file.name} if file else {}
     settings = PreTrainedConfig.get_config_dict(file.parent if file else source, **place)[0]
@@ -204,26 +196,6 @@ def _explained(what: str) -> Iterator[None]:
         elif "no file named model.safetensors" in reason:
             reason += ". A pytorch_model.bin may hold code: use_safetensors=False (remend --allow-bin …) reads it"
         raise ModelError(f"{what}: {reason}") from error
-
-
-def _check_on_hub(source: str) -> None:
-    """Ask the hub once for a model of which nothing is stored here; transformers would try for half a minute.
-
-    Raises:
-        OSError: there is no such model, or the hub cannot be reached.
-    """
-    if HF_HUB_OFFLINE:
-        return
-    try:
-        if not isinstance(try_to_load_from_cache(source, "config.json"), str):
-            get_hf_file_metadata(hf_hub_url(source, "config.json"))
-    except RepositoryNotFoundError as error:
-        if not isinstance(error, GatedRepoError):
-            raise OSError("the hub has no model of this name that you may read") from error
-    except (HfHubHTTPError, EntryNotFoundError, HFValidationError):
-        return  # transformers tells what is wrong, or tries again where the hub is busy
-    except Exception as error:  # of the library for HTTP, which is not always the same
-        raise OSError(f"the hub cannot be reached ({error}), and nothing of it is stored here") from error
 
 
 def _described(model: str, source: str) -> str:
