@@ -30,8 +30,9 @@ from remend.models.frozen_prefix import FrozenPrefix, run_until
 from remend.saved_folders import write_folder
 from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
+from remend.tasks.separators import Separators
 from remend.training import Resources, Trainer, TrainingConfig, memory_estimate, train
-from remend.training.preflight import examine
+from remend.training.preflight import TEST_REQUESTS, examine
 from remend.training.tensor_store import STORE_FORMAT, TensorStore
 
 SETTINGS = TrainingConfig(
@@ -670,6 +671,19 @@ def test_the_doctor_finds_a_healthy_model_healthy_and_leaves_it_alone(model, sna
     assert found.reason == "the MLPs of the last 3 of 4 blocks"
     assert found.training_seconds > 0
     assert found.memory.total > 0
+
+
+def test_the_doctor_asks_the_model_only_about_the_requests_that_it_tries(model, monkeypatch):
+    asked = []
+    choose = Separators.choose
+    monkeypatch.setattr(Separators, "choose", lambda self, prompts: (asked.extend(prompts), choose(self, prompts))[1])
+    task = wrap(model, worlds.tokenizer())
+    found = examine(task, worlds.requests(20), (NETWORK, SETTINGS))
+    tried = worlds.requests(TEST_REQUESTS)
+    prompts = {p for r in tried for p in (r.prompt, *r.paraphrases, *(q.prompt for q in (*r.locality, *r.near)))}
+    assert set(asked) == {task.encode_input(prompt) for prompt in prompts}
+    counted = Trainer(task, Mend.create(task, NETWORK), worlds.requests(20), SETTINGS).estimate_memory()
+    assert found.memory.activation_cache == counted.activation_cache
 
 
 def test_the_doctor_names_what_is_wrong(model, monkeypatch):

@@ -19,8 +19,11 @@ from remend.editors.ridge import Ridge
 from remend.errors import ConfigError, NonFiniteError
 from remend.evaluation.robustness import Robustness, measure_robustness
 from remend.fingerprint import find_modules
+from remend.models.blocks import find_stacks
+from remend.models.frozen_prefix import run_as_far_as
 from remend.request import EditRequest
 from remend.tasks import wrap
+from remend.tasks.base import Example
 from remend.tasks.ordinary_inputs import MOST_TOKENS
 
 
@@ -84,6 +87,55 @@ def test_wide_inputs_are_whitened_in_some_directions(task, monkeypatch):
     assert dense[name].basis is None
     edit = make("ridge", task).edit(task, worlds.requests(2))
     assert all(change.u.isfinite().all() for change in edit.changes.values())
+
+
+MLP_OUTPUTS = {"t5": ".DenseReluDense.wo", "gpt2": ".mlp.c_proj", "llama": ".mlp.down_proj", "bart": ".fc2"}
+
+
+@pytest.mark.parametrize(
+    ("family", "blocks", "runs"),
+    [
+        ("gpt2", [0, 1], [0, 1]),
+        ("llama", [2, 1], [0, 1, 2]),
+        ("llama", [3], [0, 1, 2, 3]),
+        ("t5", [0], [0]),  # of the encoder, so the decoder need not run
+        ("t5", [3], [0, 1, 2, 3]),
+        ("bart", [5], [0, 1, 2, 3, 4, 5]),  # the decoder's second
+        ("a class that no library knows", [1], [0, 1]),
+    ],
+)
+@torch.no_grad()
+def test_what_lies_above_the_measured_matrices_does_not_run(family, blocks, runs, monkeypatch):
+    task = families.task(family)
+    stack = [block for _, part in find_stacks(task.model) for _, block in part]
+    prefixes = tuple(f"{name}." for name, module in task.model.named_modules() if module in [stack[b] for b in blocks])
+    suffix = MLP_OUTPUTS.get(family, ".thinking.slim")
+    modules = {n: m for n, m in task.model.named_modules() if n.startswith(prefixes) and n.endswith(suffix)}
+    examples = task.ordinary_examples((), 0, 8)
+    ran = []
+    for block in stack:
+        block.register_forward_hook(lambda block, args, output: ran.append(stack.index(block)))
+    stopped = second_moments(task, modules, examples)
+    assert sorted(set(ran)) == runs
+    monkeypatch.setattr(input_moments, "run_as_far_as", lambda model, modules, forward: forward())
+    whole = second_moments(task, modules, examples)
+    assert sorted(set(ran)) == list(range(len(stack)))
+    for name, moment in stopped.items():
+        assert all(torch.equal(*pair) for pair in zip(moment.totals, whole[name].totals, strict=True))
+
+
+def test_all_runs_where_a_matrix_lies_outside_of_the_blocks_or_in_several():
+    task = families.task("llama")
+    batch, ran = task.collate([Example((5, 6), (7,))]), []
+    shared = task.model.model.layers[0].mlp
+    task.model.model.layers[2].mlp = shared
+    for number, block in enumerate(task.model.model.layers):
+        block.register_forward_hook(lambda block, args, output, number=number: ran.append(number))
+    for modules, runs in (([task.model.lm_head], 4), ([shared.down_proj], 3), ([task.model.model.layers[1].mlp], 2)):
+        ran.clear()
+        run_as_far_as(task.model, modules, lambda: task.outputs(batch))
+        assert len(ran) == runs
+    assert len(task.outputs(batch)) == 1
 
 
 def test_sizes_of_weights_that_cannot_be_read():

@@ -31,7 +31,9 @@ from remend.cli import (
     train,
 )
 from remend.cli.escaping import plain
+from remend.cli.progress_lines import ProgressLines
 from remend.errors import ConfigError, RemendError, RequestError
+from remend.progress import reported_to
 from remend.staging import disk_failure
 
 app = typer.Typer(
@@ -101,7 +103,8 @@ def run(arguments: Sequence[str]) -> int:
         if options.process_rank() == 0:
             console.print(f"[yellow]warning[/]: {plain(str(message))}", soft_wrap=True)
 
-    with warnings.catch_warnings():
+    listener = ProgressLines(console) if options.process_rank() == 0 else lambda what, done, total: None
+    with warnings.catch_warnings(), reported_to(listener):
         warnings.showwarning = warn
         try:
             app(args=list(arguments), prog_name="remend")

@@ -13,6 +13,8 @@ from remend.core.layers import dimensions
 from remend.core.sketched_moment import SketchedMoment, random_test_matrix, sketch_directions
 from remend.core.symmetric_operator import SymmetricOperator
 from remend.core.whitening import SecondMoment
+from remend.models.frozen_prefix import run_as_far_as
+from remend.progress import report_progress
 from remend.tasks.base import Example, Task
 
 CALIBRATION_BATCH_SIZE = 32
@@ -53,8 +55,10 @@ def second_moments(
         return SecondMoment(d, device)
 
     for start in range(0, len(examples), CALIBRATION_BATCH_SIZE):
+        report_progress("measuring the inputs of matrices", start, len(examples))
         batch = task.collate(examples[start : start + CALIBRATION_BATCH_SIZE])
-        inputs = record_inputs(task.model, modules, batch.rows, partial(task.outputs, batch))
+        forward = partial(run_as_far_as, task.model, modules.values(), partial(task.outputs, batch))
+        inputs = record_inputs(task.model, modules, batch.rows, forward)
         masks = task.token_masks(batch, modules, predicting=False)
         for name, recorded in inputs.items():
             if name not in moments:

@@ -9,7 +9,7 @@ T5's blocks computes the position bias for all), the first block runs, and only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakSet
@@ -31,10 +31,7 @@ _verified: WeakSet[nn.Module] = WeakSet()
 
 
 class _StopForward(Exception):  # noqa: N818 - no error: it ends a pass that has gone as far as it should
-    """Ends a forward pass at a module, with the hidden states that the module was called with."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.states = states
+    """Ends a forward pass at a module."""
 
 
 class FrozenPrefix:
@@ -264,19 +261,55 @@ def run_until(module: nn.Module, forward: Callable[[], object]) -> Tensor:
     Raises:
         ModelError: ``forward`` never calls the module.
     """
+    states: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _StopForward(_hidden_states(args, kwargs))
+        states.append(_hidden_states(args, kwargs))
+        raise _StopForward
 
     with uncompiled():
         handle = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             forward()
-        except _StopForward as stopped:
-            return stopped.states
+        except _StopForward:
+            return states[0]
         finally:
             handle.remove()
     raise ModelError(f"the model's forward pass never calls {type(module).__name__}, which lies before what is edited")
+
+
+def run_as_far_as(model: nn.Module, modules: Collection[nn.Module], forward: Callable[[], object]) -> None:
+    """Run ``forward`` until all of ``modules`` have run, as far as can be told from the blocks that hold them.
+
+    What they compute is the same as in a whole pass. Where a module lies outside of all blocks, or blocks run several
+    times, the whole pass runs.
+    """
+    above = _block_above(model, set(modules))
+    if above is None:
+        forward()
+        return
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _StopForward
+
+    with uncompiled():
+        handle = above.register_forward_pre_hook(stop)
+        try:
+            forward()
+        except _StopForward:
+            pass
+        finally:
+            handle.remove()
+
+
+def _block_above(model: nn.Module, modules: set[nn.Module]) -> nn.Module | None:
+    """Return the first block above all that hold some of the modules; None where a pass cannot end there."""
+    blocks = [block for _, stack in find_stacks(model, stages=True) for _, block in stack]
+    holding = [number for number, block in enumerate(blocks) if not modules.isdisjoint(block.modules())]
+    inside = {module for number in holding for module in blocks[number].modules()}
+    if not modules <= inside or len(set(blocks)) < len(blocks):
+        return None
+    return next(iter(blocks[max(holding, default=-1) + 1 :]), None)
 
 
 def _hidden_states(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:

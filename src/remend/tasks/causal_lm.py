@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
@@ -166,7 +166,10 @@ class CausalLM(GenerativeTask):
         assert isinstance(logits, Tensor)
         return logits
 
-    def _greedy(self, prompt_ids: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]:
+    def next_logits(
+        self, prompt_ids: Int[Tensor, "row token"]
+    ) -> Callable[[Int[Tensor, " row"] | None], Float[Tensor, "row vocabulary"]]:
+        """Return a function that gives the logits of each row's next token, with the model's cache where it has one."""
         rows = torch.arange(prompt_ids.shape[0], device=prompt_ids.device)
         inputs: dict[str, Any] = {
             "input_ids": prompt_ids,
@@ -174,8 +177,8 @@ class CausalLM(GenerativeTask):
             "past_key_values": None,
         }
 
-        def step(last: Tensor | None) -> Float[Tensor, "row vocabulary"]:
-            if last is not None:  # a model without a cache is inputs everything again
+        def step(last: Int[Tensor, " row"] | None) -> Float[Tensor, "row vocabulary"]:
+            if last is not None:  # a model without a cache reads everything again
                 cached = inputs["past_key_values"] is not None
                 inputs["input_ids"] = last[:, None] if cached else torch.cat([inputs["input_ids"], last[:, None]], 1)
                 inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
@@ -185,4 +188,4 @@ class CausalLM(GenerativeTask):
             logits: Tensor = output.logits[0]
             return logits
 
-        return self._decode(len(rows), room, step)
+        return step

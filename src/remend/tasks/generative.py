@@ -58,7 +58,17 @@ class GenerativeTask(Task):
     def _run(self, batch: Batch) -> Float[Tensor, "row place vocabulary"]: ...
 
     @abstractmethod
-    def _greedy(self, prompt_ids: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]: ...
+    def next_logits(
+        self, prompt_ids: Int[Tensor, "row token"]
+    ) -> Callable[[Int[Tensor, " row"] | None], Float[Tensor, "row vocabulary"]]:
+        """Return a function that gives the logits of the next token of each row, reading each token only once.
+
+        It is called with None at first, and then with the token that each row goes on with. What a token needs of those
+        before it (keys and values of attention) is kept where the model returns it. Call it with the model frozen.
+
+        Args:
+            prompt_ids: prompts of one length.
+        """
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -159,7 +169,7 @@ class GenerativeTask(Task):
                 chunk = members[start : start + batch_size]
                 tokens = torch.tensor([ids[i] for i in chunk], device=self.device)
                 with frozen(self.model), torch.no_grad():
-                    answers |= zip(chunk, self._greedy(tokens, room), strict=True)
+                    answers |= zip(chunk, self._decode(len(chunk), room, self.next_logits(tokens)), strict=True)
         return [answers[i] for i in range(len(prompts))]
 
     def _decode(

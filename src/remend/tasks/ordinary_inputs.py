@@ -15,10 +15,12 @@ from torch import Tensor
 from remend.core.capture import explain_non_finite
 from remend.core.low_rank_hooks import frozen
 from remend.errors import ConfigError, NonFiniteError
+from remend.progress import report_progress
 from remend.tasks.base import Example
 
 if TYPE_CHECKING:
     from remend.tasks.base import Task
+    from remend.tasks.generative import GenerativeTask
 
 SAMPLED_TOKENS = 24
 """The longest text that a model writes, in tokens."""
@@ -30,6 +32,9 @@ MOST_TOKENS = 65_536
 """The most tokens that are taken of a given text."""
 
 BATCH_SIZE = 32
+
+SAMPLED_AT_ONCE = 64
+"""Texts that a model writes together: bounds the memory of their keys and values."""
 
 FIRST_ANSWER_TOKENS = 4
 """Tokens that an encoder-decoder answers to random input: without an answer its decoder reads nothing."""
@@ -75,7 +80,7 @@ def random_inputs(task: Task, seed: int, count: int) -> list[tuple[int, ...]]:
     return [tuple(row) for row in rows.tolist()]
 
 
-def sampled_texts(task: Task, seed: int, count: int, begin: Sequence[int]) -> list[tuple[int, ...]]:
+def sampled_texts(task: GenerativeTask, seed: int, count: int, begin: Sequence[int]) -> list[tuple[int, ...]]:
     """Let a causal model continue one random token by sampling, up to :data:`SAMPLED_TOKENS` or an end token.
 
     Args:
@@ -92,18 +97,28 @@ def sampled_texts(task: Task, seed: int, count: int, begin: Sequence[int]) -> li
     ids = torch.cat([torch.tensor(begin, dtype=torch.long).expand(count, -1), first], 1)
     room = min(SAMPLED_TOKENS, (task.context or SAMPLED_TOKENS) - ids.shape[1])
     ends = torch.tensor(sorted(task.end_tokens), dtype=torch.long)
-    with frozen(task.model), torch.no_grad():
-        for _ in range(room):  # without a key-value cache: the texts are short, and not every model has one
-            (unfinished,) = (~torch.isin(ids[:, 1:], ends).any(1)).nonzero(as_tuple=True)
-            if not len(unfinished):
+    # Texts in parts, whose keys and values are held together.
+    parts = [slice(start, start + SAMPLED_AT_ONCE) for start in range(0, count, SAMPLED_AT_ONCE)]
+    narrower = torch.autocast(task.device.type, task.autocast, enabled=task.autocast is not None)
+    with frozen(task.model), torch.no_grad(), narrower:
+        continuations = [task.next_logits(ids[part].to(task.device)) for part in parts]
+        for written in range(room):
+            unfinished = ~torch.isin(ids[:, 1:], ends).any(1)
+            if not unfinished.any():
                 break
-            examples = [Example(tuple(row), (0,)) for row in ids[unfinished].tolist()]
-            logits = task.outputs(task.collate(examples)).float().cpu()
-            if not logits.isfinite().all():
-                raise NonFiniteError(f"what the model would say is not finite{explain_non_finite(task.model)}")
             # Tokens are drawn for finished texts too, and cut off below: so no draw depends on when others finish.
-            probabilities = torch.ones(count, logits.shape[1])
-            probabilities[unfinished] = logits.softmax(-1)
+            probabilities = torch.ones(count, 1)
+            for number, (part, next_logits) in enumerate(zip(parts, continuations, strict=True)):
+                report_progress("letting the model write", written * len(parts) + number, room * len(parts))
+                if not unfinished[part].any():
+                    continue
+                logits = next_logits(ids[part, -1].to(task.device) if written else None).float().cpu()
+                going_on = logits[unfinished[part]]
+                if not going_on.isfinite().all():
+                    raise NonFiniteError(f"what the model would say is not finite{explain_non_finite(task.model)}")
+                if probabilities.shape[1] == 1:
+                    probabilities = probabilities.repeat(1, logits.shape[1])
+                probabilities[part][unfinished[part]] = going_on.softmax(-1)
             ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], 1)
     return [_until_end(row, task.end_tokens) for row in ids.tolist()]
 
@@ -118,6 +133,7 @@ def with_first_answers(task: Task, inputs: Sequence[Any], tokens: int) -> list[E
     """Give each input what the model first answers to it, token by token."""
     examples: list[Example] = []
     for start in range(0, len(inputs), BATCH_SIZE):
+        report_progress("letting the model answer", start, len(inputs))
         chunk = [Example(encoded, (0,)) for encoded in inputs[start : start + BATCH_SIZE]]
         for _ in range(tokens):
             with frozen(task.model), torch.no_grad():

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from remend.core.low_rank_hooks import frozen
+from remend.progress import report_progress
 from remend.tasks.base import Example
 from remend.tasks.same_text import joins_words
 
@@ -62,6 +63,7 @@ class Separators:
         # A prompt that fills the context is refused elsewhere; its end is enough here.
         missing = sorted({p for p in prompts if p not in self._chosen}, key=len)
         for start in range(0, len(missing), BATCH_SIZE):
+            report_progress("finding what stands before answers", start, len(missing))
             batch = missing[start : start + BATCH_SIZE]
             read = [Example(prompt[-(self.task.context or len(prompt)) :], (0,)) for prompt in batch]
             with frozen(self.task.model):

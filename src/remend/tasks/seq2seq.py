@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -133,13 +133,16 @@ class Seq2SeqLM(GenerativeTask):
         assert isinstance(logits, Tensor)
         return logits
 
-    def _greedy(self, prompt_ids: Int[Tensor, "row token"], room: int) -> list[tuple[int, ...]]:
+    def next_logits(
+        self, prompt_ids: Int[Tensor, "row token"]
+    ) -> Callable[[Int[Tensor, " row"] | None], Float[Tensor, "row vocabulary"]]:
+        """Return a function that gives the logits of each row's next token; the encoder runs once, here."""
         rows, mask = torch.arange(prompt_ids.shape[0], device=prompt_ids.device), torch.ones_like(prompt_ids)
         encoded = self.model.get_encoder()(input_ids=prompt_ids, attention_mask=mask)
         inputs: dict[str, Any] = {"encoder_outputs": encoded, "attention_mask": mask, "past_key_values": None}
         beginning = torch.full_like(rows, self.start)
 
-        def step(last: Tensor | None) -> Float[Tensor, "row vocabulary"]:
+        def step(last: Int[Tensor, " row"] | None) -> Float[Tensor, "row vocabulary"]:
             ids = (beginning if last is None else last)[:, None]
             with gather_at(self.head, rows, torch.zeros_like(rows)):
                 output = self.model(**inputs, decoder_input_ids=ids, use_cache=True)
@@ -147,7 +150,7 @@ class Seq2SeqLM(GenerativeTask):
             logits: Tensor = output.logits[0]
             return logits
 
-        return self._decode(len(rows), room, step)
+        return step
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "row token"], Bool[Tensor, "row token"]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from remend.editors.trainable import FactPrompts
 from remend.errors import TrainingError, prefix_request_errors
+from remend.progress import report_progress
 from remend.request import EditRequest
 from remend.tasks.base import EncodedInput, Example, Task
 
@@ -118,7 +119,7 @@ class Episodes:
                 *(p.prompt for p in (*request.locality, *request.near)),
             )
         )
-        self.episodes = [self._prepare(number, request) for number, request in enumerate(requests)]
+        self.episodes = [self._prepare(number, request, len(requests)) for number, request in enumerate(requests)]
         if len({episode.subject for episode in self.episodes}) < 2:
             raise TrainingError(
                 f"no two of the requests ({len(requests)}) are about different subjects: locality needs examples about "
@@ -168,7 +169,8 @@ class Episodes:
             for group in facts.values()
         ]
 
-    def _prepare(self, number: int, request: EditRequest) -> _Episode:
+    def _prepare(self, number: int, request: EditRequest, count: int) -> _Episode:
+        report_progress("encoding the requests", number, count)
         name = str(request.id) if request.id is not None else f"request {number}"
         with prefix_request_errors(name):
             return self._encode_request(name, request)

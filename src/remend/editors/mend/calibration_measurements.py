@@ -26,7 +26,9 @@ from remend.editors.mend.transform import GradientTransform
 from remend.editors.trainable import ActivationSource, FactPrompts
 from remend.errors import TrainingError
 from remend.fingerprint import find_modules
+from remend.models.frozen_prefix import run_as_far_as
 from remend.models.fsdp import unsharded
+from remend.progress import report_progress
 from remend.tasks.base import Example, Task
 
 DISCRIMINANT_RIDGE = 1e-3
@@ -90,9 +92,12 @@ def fit_whiteners_to_text(
             stacklevel=2,
         )
     batches = [windows[start : start + TEXT_BATCH] for start in range(0, len(windows), TEXT_BATCH)]
-    for examples in batches[process_group.rank :: process_group.count]:
+    own_batches = batches[process_group.rank :: process_group.count]
+    for number, examples in enumerate(own_batches):
+        report_progress("measuring the inputs of matrices over the text", number, len(own_batches))
         batch = task.collate(examples)
-        inputs = record_inputs(task.model, modules, batch.rows, partial(task.outputs, batch))
+        forward = partial(run_as_far_as, task.model, modules.values(), partial(task.outputs, batch))
+        inputs = record_inputs(task.model, modules, batch.rows, forward)
         masks = task.token_masks(batch, moments, predicting=False)
         for name, moment in moments.items():
             x, mask = inputs[name].x, masks[name].to(inputs[name].x.device)
@@ -150,10 +155,12 @@ def fit_discriminants(
         name: Discriminant(d_in, editor.device, editor.operator("whitener", name))
         for name, (d_in, _) in editor.shapes.items()
     }
-    for facts, examples in batches:
+    for number, (facts, examples) in enumerate(batches):
+        report_progress("measuring keys of facts", number, len(batches))
         batch = task.collate(examples)
+        forward = partial(run_as_far_as, task.model, modules.values(), partial(task.outputs, batch))
         with source.prefix.resume_from(source.prefix_states(examples)):
-            inputs = record_inputs(task.model, modules, batch.rows, partial(task.outputs, batch))
+            inputs = record_inputs(task.model, modules, batch.rows, forward)
         length = batch.predicting.shape[1]
         fact_of_prompt = torch.tensor([number for number, fact in enumerate(facts) for _ in fact.prompts])
         fact_of_near = torch.tensor([number for number, fact in enumerate(facts) for _ in fact.near], dtype=torch.long)
