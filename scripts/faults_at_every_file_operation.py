@@ -361,7 +361,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="commands whose name matches this")
     parser.add_argument("--fault", choices=FAULTS, action="append")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--out", type=Path, help="a JSON file; the results of the commands that are tried replace those in it"
+    )
     options = parser.parse_args()
     if LIBRARY not in os.environ:
         with tempfile.TemporaryDirectory() as folder:
@@ -371,7 +373,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         made = root / "made"
@@ -387,8 +389,8 @@ def main() -> None:
                 result = try_case(case, made, root, contents, fault, None if every else MOST)
                 results.setdefault(name, {})[fault] = result
                 print(f"{name}, {fault}: {result}, {time.perf_counter() - start:.0f} s", flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=2) + "\n")
+            if options.out:
+                options.out.write_text(json.dumps(results, indent=2) + "\n")
     sys.exit(any(result["failures"] for faults in results.values() for result in faults.values()))
 
 

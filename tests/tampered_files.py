@@ -4,6 +4,8 @@ import functools
 import gzip
 import json
 import warnings
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import torch
 
@@ -14,22 +16,20 @@ from remend.apps.patch_registry import PatchRegistry
 from remend.data import read_source
 from remend.data.request_files import read_requests
 from remend.data.text_files import read_text
-from remend.edit import Edit
 from remend.editors import Mend, MendConfig, make
-from remend.errors import FileError, RemendError
+from remend.errors import FileError
 from remend.evaluation import evaluate
 from remend.evaluation.checkpoint import EvaluationCheckpoint
 from remend.evaluation.reports.report_reader import read_report
-from remend.formats import load_adapter
 from remend.recipes import load_recipe
 from remend.recipes.recipe import RECIPE_FOLDER
 from remend.request import EditRequest
 from remend.tasks import load
 from remend.training import Trainer, TrainingConfig, checkpoint
+from tampering import same_function
 from test_data import PLACES
 from test_request_files import CONTAINERS
 
-GGUF = b"GGUF" + (3).to_bytes(4, "little") + (1).to_bytes(8, "little") + (0).to_bytes(8, "little") + bytes(64)
 CRITERIA = {
     "must_change": [{"prompt": "a", "target": "b"}], "must_stay": ["c", {"prompt": "d", "target": "e"}], "takes": 1.0,
     "near": 0.5, "perplexity": {"text": ["f g"], "most": 1.5}, "size": 0.5,
@@ -66,6 +66,8 @@ def file_kinds(task, requests, edit):
         source = name.partition(":")[0]
         reader = functools.partial(_read_data_set, source)
         kinds[f"data set, {name}"] = of_file("data.json", json.dumps([row]), reader)
+    if find_spec("gguf"):
+        kinds |= _gguf()
     recipe = (RECIPE_FOLDER / "distilgpt2.json").read_text(encoding="utf-8")
     return kinds | {
         "recipe": of_file("recipe.json", recipe, _read_recipe),
@@ -76,7 +78,6 @@ def file_kinds(task, requests, edit):
         ),
         "verdict": of_file("verdict.json", json.dumps(VERDICT), evaluation_rows),
         "text": of_file("text.txt", "One line.\n\nAnother passage, é.\n", _read_passages),
-        "gguf": of_file("model.gguf", GGUF, lambda file: _refuse_gguf(file.parent, task)),
         "book": (functools.partial(_write_book, task, edit), _read_book),
         "training": (functools.partial(_write_training, requests), functools.partial(_read_training, requests)),
         "evaluation": (functools.partial(_write_evaluation, edit), _read_evaluation),
@@ -150,16 +151,22 @@ def _read_passages(file):
     return passages
 
 
-def _refuse_gguf(folder, task):
-    """A folder of llama.cpp is refused by whatever reads, be the file whole or not."""
-    for read in (lambda: load(str(folder), "cpu"), lambda: load_adapter(folder, task.model), lambda: Edit.load(folder)):
-        try:
-            read()
-        except RemendError as error:
-            last = error
-        else:
-            raise AssertionError("it was read")
-    raise last
+def _gguf():
+    """A model file of llama.cpp."""
+    import test_gguf
+
+    model = test_gguf.small_llama().eval()
+
+    def write(folder):
+        folder.mkdir()
+        test_gguf.write(folder / "model.gguf", model)
+
+    def read(folder):
+        found = load(str(folder / "model.gguf"), "cpu")
+        assert same_function(SimpleNamespace(model=model), found)
+        return found
+
+    return {"gguf": (write, read)}
 
 
 def _write_book(task, edit, folder):
@@ -175,7 +182,7 @@ def _read_book(folder):
     assert len(loaded) == 1, "an edit is gone, and nothing said so"
     faults = [fault for fault in registry.verify() if fault.lost]
     if faults:
-        raise FileError("; ".join(fault.what for fault in faults))
+        raise FileError(f"{folder}: {faults[0].what}")
     registry.active()
     registry._database.engine.dispose()
 

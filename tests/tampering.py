@@ -68,7 +68,8 @@ def damage(folder, draw):
         header = json.dumps(_changed(json.loads(content[8 : 8 + size]), draw)).encode()
         changed = len(header).to_bytes(8, "little") + header + content[8 + size :]
     else:
-        changed = _bytes(content, draw)
+        beginning = len(content) if draw.random() < 0.5 else 4096  # where large files say what they hold
+        changed = _bytes(content[:beginning], draw) + content[beginning:]
     file.write_bytes(changed)
     manifest = folder / "manifest.json"
     if file != manifest and manifest.exists() and draw.random() < 0.5:

@@ -1,11 +1,13 @@
 """Chat templates of many habits: the model reads the message, and the answer begins where the assistant's turn does."""
 
 import copy
+import functools
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tokenizers_of
 import worlds
 from remend.errors import RequestError
 from remend.request import Chat
@@ -95,6 +97,31 @@ def test_the_message_is_read_and_the_answer_begins_the_turn(name, question, answ
     assert pair.input == task.encode_input(chat)
     thought = read.rpartition("<think>")
     assert not thought[1] or "</think>" in thought[2], "an answer is no thought"
+
+
+@functools.cache
+def task_of_habit(habit):
+    tokenizer = copy.deepcopy(tokenizers_of.tokenizer(habit))
+    return wrap(worlds.llama(vocab_size=len(tokenizer), max_position_embeddings=2048), tokenizer)
+
+
+@pytest.mark.parametrize("habit", [habit for habit in tokenizers_of.CAUSAL if "unigram" not in habit])
+@settings(deadline=None, max_examples=25)
+@given(
+    name=st.sampled_from(list(TEMPLATES)),
+    question=st.sampled_from(list(SCRIPTS)),
+    answer=st.sampled_from(list(SCRIPTS)),
+)
+def test_whatever_the_tokenizer_the_answer_is_that_of_the_template(habit, name, question, answer):
+    tokenizer = copy.deepcopy(tokenizers_of.tokenizer(habit))
+    tokenizer.chat_template = TEMPLATES[name]
+    task = wrap(task_of_habit(habit).model, tokenizer)
+    pair = task.encode(Chat.of([{"role": "user", "content": SCRIPTS[question]}]), SCRIPTS[answer])
+    read = tokenizer.decode(pair.input, clean_up_tokenization_spaces=False)
+    assert SCRIPTS[question] in read
+    assert read.endswith(ANSWERED_AFTER.get(name, ""))
+    assert task.decode(pair.target) == SCRIPTS[answer]
+    assert pair.input.count(tokenizer.bos_token_id) == ("llama" in name), "the template writes all special tokens"
 
 
 def test_what_no_kind_of_content_saves_is_refused():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -43,6 +45,20 @@ def _byte_level(prefix_space: bool = False) -> Tokenizer:
         trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
     return raw
+
+
+def _runs_of_spaces() -> Tokenizer:
+    """As GPT-NeoX's and Llama 3's: runs of spaces, which indent code, are tokens of their own."""
+    raw = _byte_level()
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r" {2,}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    state = json.loads(raw.to_str())
+    vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
+    for length in (2, 4, 8):
+        vocabulary["Ġ" * length] = len(vocabulary)
+        merges.insert(0, ["Ġ" * (length // 2)] * 2)
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _split_byte_level(apart: object) -> Tokenizer:
@@ -111,6 +127,7 @@ _MAKERS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
         lambda: _split_byte_level(pre_tokenizers.Split(" ", "isolated")),
         f"{BEGIN} $A",
     ),
+    "byte-level, runs of spaces": (_runs_of_spaces, "$A"),
     "pieces, ▁ by the normaliser": (functools.partial(_pieces, "normaliser"), f"{BEGIN} $A"),
     "pieces, ▁ by the pre-tokeniser": (functools.partial(_pieces, "first"), f"{BEGIN} $A"),
     "pieces, no ▁ before": (functools.partial(_pieces, "never"), f"{BEGIN} $A"),
