@@ -134,6 +134,7 @@ def test_what_acts_already_is_what_was_before(atlas):
 def test_other_models_are_guarded_too(kind):
     task = families.task(kind)
     requests = families.requests(kind, 3)
+    requests = [r for r in requests if remend.answers(task, [r.prompt]) != [r.target]]  # else there is nothing to edit
     editor = remend.editors.make("ridge", task)
     found = check_acceptance(task, editor.edit(task, requests[:1]))
     assert {"takes", "elsewhere", "size"} <= {check.name for check in found.checks}
