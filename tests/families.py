@@ -9,6 +9,11 @@ import torch
 import transformers as hf
 
 import worlds
+from remend.core.low_rank import LowRank, layer_names
+from remend.edit import Edit
+from remend.fingerprint import ModelFingerprint
+from remend.models.blocks import find_stacks
+from remend.models.editable_matrices import block_mlp
 from remend.request import EditRequest, Probe
 from remend.tasks import Task, wrap
 
@@ -287,3 +292,23 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
             if parameter.dim() > 1 and parameter.std() < 0.1:  # T5's are large as they are
                 parameter.mul_(4)
     return model.to(dtype)
+
+
+def block_names(model: hf.PreTrainedModel) -> list[str]:
+    """The names of the blocks of the last stack."""
+    return [name for name, _ in find_stacks(model)[-1][1]]
+
+
+def unit_edit(
+    model: hf.PreTrainedModel, counts: tuple[int, ...] = (2, 1), seed: int = 0, strength: float = 3.0
+) -> Edit:
+    """Some units in the last blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    changes = {}
+    for count, block in zip(counts, block_names(model)[-len(counts) :], strict=True):
+        mlp = block_mlp(model, block)
+        u, delta = (torch.randn(count, 16, generator=generator) for _ in range(2))  # all families are 16 wide
+        response = mlp.response(beta=4.0, threshold=0.2 if mlp.threshold and not mlp.gated else 0.0)
+        changes[mlp.down] = LowRank(u / 4, strength * delta, response, reads=mlp.reads)
+    base = ModelFingerprint.of(model, layer_names(changes))
+    return Edit(changes, base, tuple(worlds.requests(2)), {"name": "test"})

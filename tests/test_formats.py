@@ -459,29 +459,32 @@ def by_the_tensors_own_rank(model, folder):
     return model
 
 
-def test_all_ways_of_applying_an_edit_give_the_same_logits(task, kind, tmp_path, unchecked):
+@pytest.mark.parametrize("make_edit", [random_edit, families.unit_edit], ids=["low rank", "units"])
+def test_all_ways_of_applying_an_edit_give_the_same_logits(make_edit, task, kind, tmp_path, unchecked):
     """Branch, weights, adapter and checkpoint; eager and compiled; the edit itself, and what is read back."""
     peft = pytest.importorskip("peft")
-    edit = random_edit(task.model)
+    edit, low_rank = make_edit(task.model), make_edit is random_edit
     assert len({change.rank for change in edit.changes.values()}) > 1
     with edit.applied(task.model):
         expected = logits(task, kind)
     folders = [tmp_path / name for name in ("edit", "adapter", "merged")]
     edit.save(folders[0])
-    save_adapter(edit, folders[1], task)
+    if low_rank:
+        save_adapter(edit, folders[1], task)
     save_merged(edit, folders[2], task)
     fresh = lambda: copy.deepcopy(task.model)  # noqa: E731
-    ways = {
-        "PEFT": lambda: quietly(peft.PeftModel.from_pretrained, fresh(), str(folders[1])).eval().base_model.model,
-        "by the tensor's own rank": lambda: by_the_tensors_own_rank(fresh(), folders[1]),
-        "checkpoint": lambda: type(task.model).from_pretrained(folders[2]).eval(),
-    }
+    ways = {"checkpoint": lambda: type(task.model).from_pretrained(folders[2]).eval()}
+    if low_rank:
+        ways |= {
+            "PEFT": lambda: quietly(peft.PeftModel.from_pretrained, fresh(), str(folders[1])).eval().base_model.model,
+            "by the tensor's own rank": lambda: by_the_tensors_own_rank(fresh(), folders[1]),
+        }
     for way, make in ways.items():
         torch.testing.assert_close(logits(task, kind, make()), expected, rtol=0, atol=1e-5, msg=way)
     compiled = compiled_layers(fresh(), edit.changes)
     plain = logits(task, kind, compiled)
     for model in (fresh(), compiled):
-        for again in (edit, Edit.load(folders[0]), load_adapter(folders[1], task)):
+        for again in (edit, Edit.load(folders[0]), *([load_adapter(folders[1], task)] if low_rank else [])):
             with again.applied(model):
                 torch.testing.assert_close(logits(task, kind, model), expected, rtol=0, atol=1e-5)
             with again.merge(model):

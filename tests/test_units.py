@@ -2,6 +2,9 @@
 
 import copy
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,16 +12,21 @@ from torch import nn
 
 import families
 import worlds
+from families import block_names, unit_edit
+from remend.apps.hub.model_card import render_model_card
+from remend.cli import run
 from remend.core.low_rank import LowRank, layer_names
 from remend.core.low_rank_hooks import changes_applied
 from remend.core.response import ACTIVATIONS, LINEAR, Response
-from remend.edit import Edit
-from remend.errors import EditError, ModelError, WrongBaseError
+from remend.edit import EDIT_FORMAT, RESPONSES_FORMAT, Edit
+from remend.errors import EditError, FileError, ModelError, PrecisionError, WrongBaseError
 from remend.fingerprint import ModelFingerprint, find_modules
-from remend.models.blocks import find_stacks
-from remend.models.editable_matrices import block_mlp
+from remend.formats import diff_checkpoints, save_adapter, save_merged
+from remend.models import block_mlp
+from remend.saved_folders import MANIFEST, read_manifest
 
 KINDS = ["gpt2", "llama", "t5-gated", "opt", "bert, binary", "phi3", "bart"]
+SILU = {"activation": "silu", "gated": True, "beta": 10.0, "threshold": 0.0}
 PLACES = {
     # reads, down, activation, gated, whether there may be a threshold
     "gpt2": ("mlp.c_fc", "mlp.c_proj", "gelu_new", False, True),
@@ -35,24 +43,6 @@ PLACES = {
     "modernbert, binary": ("mlp.Wi", "mlp.Wo", "gelu", True, False),
     "a class that no library knows": ("thinking.door", "thinking.slim", "sigmoid", True, True),
 }
-
-
-def block_names(model):
-    """The names of the blocks of the last stack."""
-    return [name for name, _ in find_stacks(model)[-1][1]]
-
-
-def unit_edit(model, counts=(2, 1), seed=0, strength=3.0):
-    """Some units in the last blocks."""
-    generator = torch.Generator().manual_seed(seed)
-    changes = {}
-    for count, block in zip(counts, block_names(model)[-len(counts) :], strict=True):
-        mlp = block_mlp(model, block)
-        u, delta = (torch.randn(count, 16, generator=generator) for _ in range(2))  # all families are 16 wide
-        response = mlp.response(beta=4.0, threshold=0.2 if mlp.threshold and not mlp.gated else 0.0)
-        changes[mlp.down] = LowRank(u / 4, strength * delta, response, reads=mlp.reads)
-    base = ModelFingerprint.of(model, layer_names(changes))
-    return Edit(changes, base, tuple(worlds.requests(2)), {"name": "test"})
 
 
 @torch.no_grad()
@@ -219,3 +209,247 @@ def test_a_copy_of_a_model_with_units_has_them_too(model):
     for _ in range(2):
         torch.testing.assert_close(logits(task, "llama", copied), expected)
     assert not torch.allclose(plain, expected)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "distilbert, binary", "modernbert, binary", "gpt-j", "gpt-neo"])
+def test_a_checkpoint_with_units_is_an_ordinary_one(kind, tmp_path):
+    """All MLPs of the checkpoint have one width, which its configuration says; the model is left as it was."""
+    task = families.task(kind)
+    edit = unit_edit(task.model)
+    settings = ModelFingerprint.of(task.model, ()).config
+    with edit.applied(task.model):
+        expected = logits(task, kind)
+    parameters = dict(task.model.named_parameters())
+    save_merged(edit, tmp_path / "merged", task)
+    loaded = type(task.model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(task, kind, loaded), expected, rtol=0, atol=1e-4)
+    width = block_mlp(task.model, block_names(task.model)[-1]).width
+    assert {block_mlp(loaded, name).width for name in block_names(loaded)} == {width + 2}
+    assert ModelFingerprint.of(task.model, ()).config == settings
+    assert all(parameter is parameters[name] for name, parameter in task.model.named_parameters())
+    with pytest.raises(EditError, match="reads 2 hidden units more"):
+        diff_checkpoints(task.model, loaded)
+    with pytest.raises(EditError, match=r"cannot be exported as an adapter.*--to merged"):
+        save_adapter(edit, tmp_path / "adapter", task.model)
+
+
+def test_the_encoder_of_a_checkpoint_stays_as_it_is(tmp_path):
+    task = families.task("bart")
+    save_merged(unit_edit(task.model), tmp_path / "merged", task)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (config["encoder_ffn_dim"], config["decoder_ffn_dim"]) == (40, 42)
+
+
+@pytest.mark.parametrize("family", ["bloom", "a class that no library knows"])
+def test_a_model_whose_width_is_no_setting_is_no_checkpoint(family, tmp_path):
+    task = families.task(family)
+    edit = unit_edit(task.model)
+    with edit.applied(task.model):
+        expected = logits(task, family)
+    with edit.merge(task.model):
+        torch.testing.assert_close(logits(task, family), expected, rtol=0, atol=1e-4)
+    with pytest.raises(ModelError, match=r"no setting of \w+ is the width of the MLP"):
+        save_merged(edit, tmp_path / "merged", task)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"responses": {"m": {"activation": "silu"}}}, "response of m is malformed .*an object of activation, gated"),
+        ({"responses": {"m": {**SILU, "beta": "10"}}}, "'beta' of a response should be float, it is '10'"),
+        ({"responses": {"m": {**SILU, "gated": 1}}}, "'gated' of a response should be bool"),
+        ({"responses": {"m": {**SILU, "activation": "swish"}}}, "there is no activation 'swish'"),
+        ({"responses": {"n": SILU}}, "more is listed"),
+        ({"responses": []}, "should be dict"),
+        ({"reads": {"m": 3}}, "'reads' should hold a layer's name"),
+        ({"reads": {"m": "elsewhere"}}, "does not cover"),
+        ({"format": EDIT_FORMAT, "gates": {"m": 1.5}}, "from 0 to below 1"),
+        ({"format": EDIT_FORMAT, "gates": {"m": True}}, "from 0 to below 1"),
+    ],
+)
+def test_damaged_files_of_units_are_refused(change, message, tmp_path):
+    small = {"m": LowRank(torch.ones(1, 2), torch.ones(1, 3), Response.from_json(SILU), reads="r")}
+    Edit(small, ModelFingerprint("toy", "0", {"m": "0", "r": "1"})).save(tmp_path / "edit")
+    manifest = json.loads((tmp_path / "edit" / MANIFEST).read_text())
+    assert manifest["format"] == RESPONSES_FORMAT, "a release that would take units for a change of low rank refuses it"
+    (tmp_path / "edit" / MANIFEST).write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(FileError, match=message):
+        Edit.load(tmp_path / "edit")
+
+
+def test_files_with_gates_act_as_before(model, tmp_path):
+    """As earlier releases wrote them: a threshold for each layer."""
+    name = "model.layers.3.mlp.down_proj"
+    change = LowRank(torch.randn(1, 40), torch.randn(1, 16))
+    Edit({name: change}, ModelFingerprint.of(model, [name])).save(tmp_path / "edit")
+    manifest = json.loads((tmp_path / "edit" / MANIFEST).read_text())
+    assert manifest["format"] == EDIT_FORMAT
+    (tmp_path / "edit" / MANIFEST).write_text(json.dumps({**manifest, "gates": {name: 0.25}}))
+    (loaded,) = Edit.load(tmp_path / "edit").changes.values()
+    x = torch.randn(9, 40)
+    assert torch.equal(loaded.output_change(x), torch.relu(x @ change.u.mT - 0.25) / 0.75 @ change.delta)
+
+
+def test_a_card_and_the_commands_say_units(model, tmp_path, capsys):
+    edit = unit_edit(model)
+    edit.save(tmp_path / "edit")
+    assert "down_proj: 2 units (gated silu, beta 4)" in repr(edit)
+    card = render_model_card(read_manifest(tmp_path / "edit", RESPONSES_FORMAT), "me/fix")
+    assert "Hidden units that are added" in card
+    assert "2 units" in card
+    assert "--to merged" in card
+    assert run(["show", str(tmp_path / "edit")]) == 0
+    assert "2 units" in capsys.readouterr().out
+    model.save_pretrained(tmp_path / "model")
+    worlds.tokenizer().save_pretrained(tmp_path / "model")
+    export = ["export", str(tmp_path / "edit"), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    assert run([*export, "--to", "peft"]) == 1
+    assert "--to merged" in capsys.readouterr().err
+    assert run([*export, "--to", "merged", "--rank", "1"]) == 1
+    assert "cannot be compressed" in capsys.readouterr().err
+    assert run([*export, "--to", "merged"]) == 0
+    assert "3 hidden units more" in capsys.readouterr().out
+    assert run(["import", str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "i")]) == 1
+    assert "wider" in capsys.readouterr().err
+
+
+# -- what cannot be --------------------------------------------------------------------------------------------------
+
+
+def test_units_that_an_mlp_cannot_hold_act_beside_it_and_are_not_merged(model):
+    task, mlp = worlds.task(model), block_mlp(model, "model.layers.2")
+    u, delta = torch.randn(1, 16), torch.randn(1, 16)
+    base = ModelFingerprint.of(model, mlp.layers)
+    plain, weights = logits(task, "llama"), copy.deepcopy(model.state_dict())
+    for response, message in (
+        (Response("silu"), "whose units are gated silu"),
+        (Response("gelu", True), "whose units are gated silu"),
+        (LINEAR, "whose units are gated silu"),
+        (Response("silu", True, 5.0, 0.2), "has no biases"),
+    ):
+        edit = Edit({mlp.down: LowRank(u, delta, response, reads=mlp.reads)}, base)
+        with edit.applied(model):
+            assert not torch.allclose(logits(task, "llama"), plain)
+        with pytest.raises(EditError, match=message):
+            edit.merge(model)
+    with pytest.raises(EditError, match="has no biases"):
+        mlp.response(threshold=0.1)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_all_mlps_get_wider_or_none(model):
+    """The last of several changes fails: those before it are undone, those of weights too."""
+    edit = unit_edit(model, (1, 1))
+    first, second = edit.changes
+    too_large = replace(edit.changes[second], u=edit.changes[second].u * 1e6)
+    down = "model.layers.0.mlp.down_proj"
+    low = LowRank(torch.ones(1, 40), torch.ones(1, 16))
+    half = copy.deepcopy(model).to(torch.float16)
+    changes = {down: low, first: edit.changes[first], second: too_large}
+    mixed = Edit(changes, ModelFingerprint.of(half, layer_names(changes)))
+    parameters, shown = dict(half.named_parameters()), repr(half)
+    values = {name: parameter.clone() for name, parameter in parameters.items()}
+    with pytest.raises(PrecisionError, match="cannot hold the units"):
+        mixed.merge(half)
+    assert repr(half) == shown
+    for name, parameter in half.named_parameters():
+        assert parameter is parameters[name]
+        assert torch.equal(parameter, values[name])
+
+
+def test_both_kinds_stand_in_one_edit_under_different_names(model, tmp_path):
+    task, units = worlds.task(model), unit_edit(model, (1,))
+    (name,) = units.changes
+    low = {n: LowRank(torch.randn(2, d), torch.randn(2, o) / 9) for n, d, o in (
+        ("model.layers.3.mlp.gate_proj", 16, 40), ("model.layers.2.mlp.down_proj", 40, 16),
+    )}  # fmt: skip
+    total = units + Edit(low, ModelFingerprint.of(model, low), (), {"name": "low"})
+    with total.applied(model):
+        expected = logits(task, "llama")
+    before, values = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
+    with total.merge(model):
+        torch.testing.assert_close(logits(task, "llama"), expected, rtol=0, atol=1e-4)
+    assert all(p is before[n] and torch.equal(p, values[n]) for n, p in model.named_parameters())
+    compressed = total.compressed(1)
+    assert {n: c.rank for n, c in compressed.changes.items()} == dict.fromkeys(total.changes, 1)
+    with pytest.raises(EditError, match="cannot be compressed"):
+        unit_edit(model).compressed(1)
+    low_rank = Edit({name: LowRank(torch.ones(1, 40), torch.ones(1, 16))}, ModelFingerprint.of(model, [name]))
+    with pytest.raises(EditError, match=f"{name}: changes with different responses .* one after the other"):
+        units + low_rank
+
+
+def test_layers_that_run_in_another_order_are_told(model):
+    task, mlp = worlds.task(model), block_mlp(model, "model.layers.2")
+    above = "model.layers.3.mlp.gate_proj"
+    change = LowRank(torch.ones(1, 16), torch.ones(1, 16), mlp.response(), reads=above)
+    edit = Edit({mlp.down: change}, ModelFingerprint.of(model, [mlp.down, above]))
+    with pytest.raises(EditError, match="is not called before"), edit.applied(model):
+        logits(task, "llama")
+    with pytest.raises(EditError, match="which its base does not cover"):
+        Edit({mlp.down: change}, ModelFingerprint.of(model, [mlp.down]))
+    wrong = replace(change, u=torch.ones(1, 40), reads=mlp.reads)
+    edit = Edit({mlp.down: wrong}, ModelFingerprint.of(model, mlp.layers))
+    with pytest.raises(EditError, match="whose first reads"):
+        edit.apply(model)
+
+
+def test_a_base_with_another_mlp_is_refused(model):
+    edit = unit_edit(model)
+    with torch.no_grad():
+        model.get_submodule(next(iter(edit.changes.values())).reads).weight.mul_(1.5)
+    with pytest.raises(WrongBaseError, match="gate_proj differ"):
+        edit.apply(model)
+
+
+def test_units_in_half_precision(model):
+    task = worlds.task(model.to(torch.bfloat16))
+    edit = unit_edit(model)
+    with edit.applied(model):
+        expected = logits(task, "llama")
+    with edit.merge(model) as merged:
+        assert 1e-4 < max(merged.lost.values()) < 1e-2
+        torch.testing.assert_close(logits(task, "llama"), expected, rtol=0.1, atol=0.5)
+
+
+# -- one model, several threads and wrappers -------------------------------------------------------------------------
+
+
+def test_threads_that_run_one_model_do_not_read_each_others_inputs(model):
+    """Each waits between the layer that units read and the one that they change until all have read."""
+    edit = unit_edit(model, (1,))
+    (change,) = edit.changes.values()
+    inputs = [torch.arange(start, start + 6)[None] for start in (3, 13, 23)]
+    barrier = threading.Barrier(len(inputs))
+
+    def wait():
+        barrier.wait(20)
+
+    with edit.applied(model), torch.no_grad():
+        expected = [model(ids).logits for ids in inputs]
+        meeting = model.get_submodule(change.reads).register_forward_hook(lambda *_: wait())
+        with ThreadPoolExecutor(len(inputs)) as pool:
+            found = list(pool.map(torch.no_grad()(lambda ids: model(ids).logits), inputs))
+        meeting.remove()
+    for logits_found, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(logits_found, wanted)
+
+
+@pytest.mark.parametrize("compiled", ["whole", "the read layer", "the changed layer"])
+def test_units_act_in_compiled_code(compiled, model, unchecked):
+    task, edit = worlds.task(model), unit_edit(model, (1,))
+    ((name, change),) = edit.changes.items()
+    with edit.applied(model):
+        expected = logits(task, "llama")
+    plain = logits(task, "llama")
+    names = {"whole": "", "the read layer": change.reads, "the changed layer": name}
+    model.get_submodule(names[compiled]).compile(backend="eager", fullgraph=compiled == "the read layer")
+    for _ in range(2):
+        torch.testing.assert_close(logits(task, "llama"), plain)
+        with edit.applied(model):
+            torch.testing.assert_close(logits(task, "llama"), expected)
+            torch.testing.assert_close(logits(task, "llama"), expected)

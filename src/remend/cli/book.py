@@ -92,7 +92,7 @@ def show(book: Folder, edit: Number) -> None:
     for request in entry.requests:
         console.print(f"  {plain(request.get('prompt', '…'))} → [green]{plain(request.get('target', '…'))}[/]")
     try:
-        ranks = ", ".join(f"{plain(name)} (rank {c.rank})" for name, c in registry.load(edit).changes.items())
+        ranks = ", ".join(f"{plain(name)} ({c.describe})" for name, c in registry.load(edit).changes.items())
         console.print(f"changes {ranks}", highlight=False)
     except FileError as error:  # the record is shown although the files are lost
         console.print(f"[red]lost[/]: {plain(error)}", soft_wrap=True, highlight=False)

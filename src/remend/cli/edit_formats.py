@@ -70,8 +70,10 @@ def write_edit(
     lost = edit_format.write(edit, out, task)
     if lost:
         print_loss(console, f"rounded to {task.model.dtype}".replace("torch.", ""), lost)
-    ranks = sorted({change.rank for change in edit.changes.values()})
+    ranks = sorted({change.rank for change in edit.changes.values() if not change.reads})
+    units = sum(change.rank for change in edit.changes.values() if change.reads)
     of_rank = f" of rank {rank_range(ranks)}" if edit_format.low_rank and ranks else ""
+    of_rank += f" with {units} hidden unit{'s' * (units > 1)} more" if units else ""
     title = FORMATS.get(to).title or f"in the format {to}"
     console.print(f"[bold]{plain(str(out))}[/] is {plain(title)}{of_rank} for {plain(edit.base.name)}", soft_wrap=True)
     for line in edit_format.usage(edit):

@@ -48,11 +48,12 @@ def show(
     if json is not None:
         requests = [request.to_json() for request in loaded.requests]
         ranks = {name: change.rank for name, change in loaded.changes.items()}
+        kinds = {name: change.describe for name, change in loaded.changes.items()}
         write_json(
             json,
             {"base": loaded.base.name, "created": loaded.created, "editor": dict(loaded.editor), "bytes": size,
              "requests": requests, "separators": list(loaded.separators), "taken": loaded.taken,
-             "ranks": ranks, "norms": loaded.norms()},
+             "ranks": ranks, "norms": loaded.norms(), "changes": kinds},
         )  # fmt: skip
 
 
@@ -60,9 +61,9 @@ def _matrix_table(edit: Edit) -> Table:
     """Return a table with a row for each matrix and a bar for the norm of its change."""
     norms = edit.norms()
     largest = max(norms.values(), default=0.0) or 1.0
-    table = Table(Column("matrix", overflow="fold"), "shape", "rank", "‖ΔW‖", "")
+    table = Table(Column("matrix", overflow="fold"), "shape", "change", "‖ΔW‖", "")
     for name, change in edit.changes.items():
         bar = "█" * max(1, round(12 * norms[name] / largest)) if norms[name] else ""
         shape = f"{change.u.shape[-1]} → {change.delta.shape[-1]}"
-        table.add_row(plain(name), shape, str(change.rank), f"{norms[name]:.4g}", f"[cyan]{bar}[/]")
+        table.add_row(plain(name), shape, change.describe, f"{norms[name]:.4g}", f"[cyan]{bar}[/]")
     return table

@@ -236,14 +236,16 @@ def in_one_dtype(u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 def concatenate(changes: Sequence[LowRank]) -> LowRank:
     """Return the sum of several changes of one weight: their factor pairs, concatenated along the rank axis."""
+    response, reads = _in_common(changes)
     indices = [change.experts for change in changes if change.experts is not None]
     experts = torch.cat(indices, -1) if indices else None
     u, delta = torch.cat([c.u for c in changes], -2), torch.cat([c.delta for c in changes], -2)
-    return LowRank(u, delta, *_in_common(changes, experts))
+    return LowRank(u, delta, response, experts, reads)
 
 
 def stack(changes: Sequence[LowRank]) -> LowRank:
     """Return independent changes of one weight as one batched change, padded with zeros to the highest rank."""
+    response, reads = _in_common(changes)
     # Padding pairs count as expert 0's, which changes nothing since their factors are zero.
     rank = max(change.rank for change in changes)
 
@@ -253,13 +255,11 @@ def stack(changes: Sequence[LowRank]) -> LowRank:
     indices = [torch.nn.functional.pad(c.experts, (0, rank - c.rank)) for c in changes if c.experts is not None]
     experts = torch.stack(indices) if indices else None
     u, delta = torch.stack([padded(c.u) for c in changes]), torch.stack([padded(c.delta) for c in changes])
-    return LowRank(u, delta, *_in_common(changes, experts))
+    return LowRank(u, delta, response, experts, reads)
 
 
-def _in_common(
-    changes: Sequence[LowRank], experts: Int[Tensor, "*episode rank"] | None
-) -> tuple[Response, Int[Tensor, "*episode rank"] | None, str]:
-    """Return what all these changes have in common beside their factors: response and read layer, with ``experts``.
+def _in_common(changes: Sequence[LowRank]) -> tuple[Response, str]:
+    """Return what all these changes have in common beside their factors: response and read layer.
 
     Raises:
         EditError: they have different ones.
@@ -270,7 +270,7 @@ def _in_common(
         raise EditError(
             f"changes with different responses ({names}) cannot be combined: apply the edits one after the other"
         )
-    return kinds[0][0], experts, kinds[0][1]
+    return kinds[0]
 
 
 def layer_names(changes: Mapping[str, LowRank]) -> list[str]:

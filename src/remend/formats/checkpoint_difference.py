@@ -8,7 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from remend.core.layers import editable_layers, expert_count, is_quantized, shared_weights, weight_as_matrix, weight_of
+from remend.core.layers import (
+    dimensions,
+    editable_layers,
+    expert_count,
+    is_quantized,
+    shared_weights,
+    weight_as_matrix,
+    weight_of,
+)
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
 from remend.errors import EditError, ModelError, NonFiniteError
@@ -55,6 +63,7 @@ def diff_checkpoints(
     if rank is not None and rank < 1:
         raise EditError(f"an edit needs a rank of at least 1, not {rank}")
     before, after = module_of(before), module_of(after)
+    _refuse_wider(before, after)
     ModelFingerprint.of(before, ()).check_architecture(after, "the model before")
     matrices = {name: module for name, module in editable_layers(before) if not expert_count(module)}
     matrices_after = dict(editable_layers(after))
@@ -82,6 +91,25 @@ def diff_checkpoints(
     editor = {"name": "difference", **({"max_rank": rank} if rank else {})}
     edit = Edit(changes, ModelFingerprint.of(before, changes), (), editor)
     return ImportedEdit(edit, lost, other_names, coarse if _stored_dtype(before) != coarse else None)
+
+
+def _refuse_wider(before: nn.Module, after: nn.Module) -> None:
+    """Raise :class:`EditError` where the changed model is the same but for more hidden units in its MLPs."""
+    old, new = (
+        {name: dimensions(layer) for name, layer in editable_layers(model) if not expert_count(layer)}
+        for model in (before, after)
+    )
+    if type(before) is not type(after) or old.keys() != new.keys():
+        return
+    wider = [name for name, (d_in, d_out) in old.items() if new[name][0] > d_in and new[name][1] == d_out]
+    narrower = [name for name in old if any(n < o for n, o in zip(new[name], old[name], strict=True))]
+    if wider and not narrower:
+        more = new[wider[0]][0] - old[wider[0]][0]
+        raise EditError(
+            f"the MLPs of the changed model are wider ({wider[0]} reads {more} hidden unit{'s' * (more > 1)} more): an "
+            "edit that adds units is not read from a checkpoint. Use the folder of the edit itself, which has its "
+            "requests too"
+        )
 
 
 def _check_finite(model: nn.Module, which: str) -> None:

@@ -249,7 +249,10 @@ def _perplexity_check(task: Task, edit: Edit, perplexity: Perplexity) -> Accepta
 
 @torch.no_grad()
 def _size_check(model: nn.Module, edit: Edit, bound: float) -> AcceptanceCheck | None:
-    """Check the largest ‖ΔW‖ / ‖W‖; return None where no weight can be read."""
+    """Check the largest ‖ΔW‖ / ‖W‖; return None where no weight can be read.
+
+    Of units (:meth:`Edit.norms`), W is the narrowing projection of their MLP.
+    """
     change_norms, weight_norms = edit.norms(), {}
     for name, module in find_modules(model, edit.changes).items():
         # Quantized weights are packed, and offloaded ones are on the meta device: neither has a norm to compare with.

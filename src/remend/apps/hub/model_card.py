@@ -52,6 +52,7 @@ def render_model_card(
             base=base_name,
             on_hub=re.fullmatch(r"[\w.\-]+/[\w.\-]+", base_name) is not None,
             weights=fingerprint["weights"],
+            reads=manifest.get("reads", {}),
             config=fingerprint["config"],
             evaluation=evaluation,
             requests=[(_prompt_text(request), request.get("target", "")) for request in requests[:MAX_REQUESTS]],

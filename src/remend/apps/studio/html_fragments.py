@@ -33,7 +33,7 @@ def matrices_html(edit: Edit) -> str:
     largest = max(norms.values(), default=0.0) or 1.0
     rows = [
         f'<div class="remend-row"><code>{text_html(name)}</code><span class="remend-bar" style="width:'
-        f'{40 * norm / largest:.1f}%"></span><small>‖ΔW‖ = {norm:.3g}, rank {edit.changes[name].rank}</small></div>'
+        f'{40 * norm / largest:.1f}%"></span><small>‖ΔW‖ = {norm:.3g}, {edit.changes[name].describe}</small></div>'
         for name, norm in norms.items()
     ]
     return f'<div class="remend-matrices">{"".join(rows)}</div>'

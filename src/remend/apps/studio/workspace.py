@@ -309,7 +309,7 @@ def format_choices() -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def reactions(workspace: Workspace, edit: Edit, prompt: Prompt) -> list[tuple[str, float]]:
-    """Return each token with how strongly an edit acts there: ‖ΔW x‖ as a share of the largest.
+    """Return each token with how strongly an edit acts there: ‖ΔW x‖, or what units add, as a share of the largest.
 
     In an encoder-decoder, these are the tokens of the stack that the edit is in. Where the edit cannot be measured by
     token (experts, pooled states), the list is empty.
@@ -318,13 +318,13 @@ def reactions(workspace: Workspace, edit: Edit, prompt: Prompt) -> list[tuple[st
     target = edit.requests[0].target if edit.requests else "."
     with workspace.exclusive():
         batch = task.collate([task.encode(prompt, target)])
-        modules = find_modules(workspace.model, edit.changes)
+        modules = find_modules(workspace.model, [change.reads or name for name, change in edit.changes.items()])
         with frozen(workspace.model):
             inputs = record_inputs(workspace.model, modules, batch.rows, lambda: task.outputs(batch))
     ids = batch.inputs["input_ids"][0]
     total: Tensor | None = None
     for name, change in edit.changes.items():
-        x, experts = inputs[name].x, inputs[name].experts
+        x, experts = inputs[change.reads or name].x, inputs[change.reads or name].experts
         if experts is not None or x.dim() != 3:
             continue
         sizes = change.to(x.device).output_change(x.float())[0].norm(dim=-1).cpu()
