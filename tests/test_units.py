@@ -13,13 +13,20 @@ from torch import nn
 import families
 import worlds
 from families import block_names, unit_edit
+from remend.apps.acceptance import AcceptanceCriteria, check_acceptance
 from remend.apps.hub.model_card import render_model_card
+from remend.apps.patch_registry import PatchRegistry
+from remend.apps.studio import Workspace
+from remend.apps.studio.html_fragments import matrices_html
+from remend.apps.studio.workspace import reactions
 from remend.cli import run
 from remend.core.low_rank import LowRank, layer_names
 from remend.core.low_rank_hooks import changes_applied
 from remend.core.response import ACTIVATIONS, LINEAR, Response
 from remend.edit import EDIT_FORMAT, RESPONSES_FORMAT, Edit
+from remend.editors import Mend
 from remend.errors import EditError, FileError, ModelError, PrecisionError, WrongBaseError
+from remend.evaluation.interventions import SeparateEdits
 from remend.fingerprint import ModelFingerprint, find_modules
 from remend.formats import diff_checkpoints, save_adapter, save_merged
 from remend.models import block_mlp
@@ -453,3 +460,46 @@ def test_units_act_in_compiled_code(compiled, model, unchecked):
         with edit.applied(model):
             torch.testing.assert_close(logits(task, "llama"), expected)
             torch.testing.assert_close(logits(task, "llama"), expected)
+
+
+def test_an_exported_program_holds_units(model, unchecked):
+    edit, ids = unit_edit(model, (1,)), torch.arange(3, 15).view(2, 6)
+    with edit.applied(model), torch.no_grad():
+        expected = model(ids).logits
+        program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
+    torch.testing.assert_close(program.module()(input_ids=ids, use_cache=False).logits, expected)
+
+
+# -- applications ----------------------------------------------------------------------------------------------------
+
+
+def test_a_book_and_the_studio_take_units(model, tmp_path):
+    task = worlds.task(model)
+    registry = PatchRegistry.create(tmp_path / "book", model)
+    first, second = unit_edit(model), unit_edit(model, seed=1)
+    for edit in (first, replace(second, requests=tuple(worlds.requests(4)[2:]))):
+        registry.set_state(registry.add(edit).id, "active")
+    with first.applied(model), second.applied(model):
+        expected = logits(task, "llama")
+    with registry.edit().applied(model):
+        torch.testing.assert_close(logits(task, "llama"), expected, rtol=0, atol=1e-5)
+    assert registry.verify() == []
+    found = reactions(Workspace(task, Mend.create(task)), first, "The capital of Norway is")
+    assert max(share for _, share in found) == pytest.approx(1)
+    assert "2 units (gated silu, beta 4)" in matrices_html(first)
+    size = check_acceptance(task, first, AcceptanceCriteria(must_stay=("The capital of Peru is",))).checks[-1]
+    ratios = {n: norm / float(model.get_submodule(n).weight.detach().norm()) for n, norm in first.norms().items()}
+    assert size.measured == pytest.approx(max(ratios.values()))
+
+
+def test_units_of_each_request_are_evaluated_together(model):
+    """Each acts on its request's rows only, an edit that leaves an MLP alone too."""
+    task = worlds.task(model)
+    edits = [unit_edit(model, (2, 1)), unit_edit(model, (1,), seed=1)]
+    batch = task.collate([task.encode(request.prompt, request.target) for request in worlds.requests(2)])
+    wanted = []
+    for row, edit in enumerate(edits):
+        with edit.applied(model), torch.no_grad():
+            wanted.append(task.outputs(batch)[batch.row == row])
+    with SeparateEdits(task, edits).applied([0, 1]), torch.no_grad():
+        torch.testing.assert_close(task.outputs(batch), torch.cat(wanted))

@@ -120,8 +120,9 @@ class Edit:
     def merge(self, model: nn.Module | HasModel) -> MergedEdit:
         """Write the edit into the weights and return the handle that restores the original weights, bit for bit.
 
-        MLPs that units are added to get wider: their layers hold other parameters until the edit is reverted. All
-        weights are written, or none.
+        MLPs that units are added to get wider: their layers hold other parameters until the edit is reverted, and the
+        model is no checkpoint of one width (:func:`remend.formats.save_merged` writes one). All weights are written, or
+        none.
 
         Raises:
             WrongBaseError: the edit was made for another model, or another edit is merged into its matrices.

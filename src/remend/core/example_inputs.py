@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from remend.core.layers import execution_device
 from remend.errors import ModelError
 
 TOKENS = 8
@@ -20,7 +21,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
         ModelError: the model takes something else.
     """
     config: Any = getattr(model, "config", None)
-    device = next(model.parameters()).device
+    device = execution_device(model)
     taken = getattr(model, "main_input_name", None)
     find_embedding = getattr(model, "get_input_embeddings", None)
     if taken == "input_ids" and callable(find_embedding):

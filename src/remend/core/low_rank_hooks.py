@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from remend.core.exclusive_execution import exclusive, uncompiled
-from remend.core.layers import layer_inputs, rows_to_output
+from remend.core.layers import layer_inputs, output_rows, rows_to_output
 from remend.core.low_rank import LowRank
 from remend.errors import EditError
 
@@ -49,7 +49,7 @@ class LowRankHook:
                 added = change.output_change(x.to(output.device, dtype), experts)
             else:
                 responses = self.reader.take().to(output.device)
-                added = change.from_responses(responses).reshape(output.shape)
+                added = change.from_responses(responses).reshape(output_rows(module, output).shape)
             return (output.to(dtype) + rows_to_output(module, added, output)).to(output.dtype)
 
     def on_device(self, output: Tensor) -> LowRank:

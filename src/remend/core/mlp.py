@@ -211,10 +211,10 @@ def _probe(model: nn.Module, widening: list[str], down: str) -> tuple[dict[str, 
 
     def substitute(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            read[name] = layer_inputs(module, args, kwargs)[0].clone()
+            read[name] = layer_inputs(module, args, kwargs)[0].to("cpu", copy=True)
             numbers = SPREAD * torch.randn(output.shape, generator=generator)
-            given[name] = numbers.to(output)
-            return given[name].clone()
+            given[name] = numbers.to(output.dtype)  # compared on the CPU: not all devices have float64
+            return given[name].to(output, copy=True)
 
         return hook
 
@@ -226,7 +226,7 @@ def _probe(model: nn.Module, widening: list[str], down: str) -> tuple[dict[str, 
         for name in widening:
             handles.append(model.get_submodule(name).register_forward_hook(substitute(name), with_kwargs=True))
         handles.append(model.get_submodule(down).register_forward_pre_hook(stop, with_kwargs=True))
-        hidden = _run_until_stopped(model, f"{down} after {' and '.join(widening)}")
+        hidden = _run_until_stopped(model, f"{down} after {' and '.join(widening)}").cpu()
     if hidden.shape[:-1] != given[widening[0]].shape[:-1]:
         raise ModelError(f"{down} is not given a row for each row of {widening[0]}: they are not of one MLP")
     return given, read, hidden

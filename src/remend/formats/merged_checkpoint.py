@@ -86,7 +86,7 @@ def _run(model: nn.Module) -> Tensor:
     with frozen(model):
         outputs = model(**example_inputs(model))
     tensor: Tensor = next(iter(outputs.values()))
-    return tensor.double()
+    return tensor.cpu().double()
 
 
 def _check_outputs(model: nn.Module, wanted: Tensor) -> None:
