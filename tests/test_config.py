@@ -12,6 +12,7 @@ from remend.config import Config, from_json, settings, to_json
 from remend.editors.enn import EnnConfig
 from remend.editors.finetune import FineTuneConfig
 from remend.editors.ke import KeConfig
+from remend.editors.locate_then_edit.fit import FitConfig
 from remend.editors.locate_then_edit.memit import MemitConfig
 from remend.editors.locate_then_edit.rome import RomeConfig
 from remend.editors.lookup import LookupConfig
@@ -21,7 +22,7 @@ from remend.errors import ConfigError
 from remend.training import Resources, TrainingConfig
 
 KINDS = [
-    *(MendConfig, KeConfig, EnnConfig, LookupConfig, RidgeConfig, FineTuneConfig, RomeConfig, MemitConfig),
+    *(MendConfig, KeConfig, EnnConfig, LookupConfig, RidgeConfig, FineTuneConfig, RomeConfig, MemitConfig, FitConfig),
     *(TrainingConfig, Resources),
 ]
 

@@ -21,7 +21,7 @@ OTHER = {"decoder": "llama", "encoder-decoder": "bart", "classifier": "roberta, 
 TEXT = [request.prompt for request in worlds.requests(20)] + [
     f"{request.paraphrases[0]} {request.target}" for request in worlds.requests(20)
 ]
-UNHEARD = ("in-context", "rome", "memit")
+UNHEARD = ("in-context", "rome", "memit", "fit")
 """A random model cannot read what it is told, and its answer hardly hears of the subject: a trained one's does."""
 SETTINGS = TrainingConfig(
     batch_size=4, learning_rate=1e-3, alpha_learning_rate=1e-2, edit_weight=1.0, max_steps=12, validate_every=6

@@ -448,6 +448,11 @@ EDITORS = Registry(
             needs="training",
         ),
         EditorEntry(
+            name="fit",
+            target="remend.editors.locate_then_edit.fit:Fit",
+            help="a value fitted where the subject is read, as a hidden unit (or of low rank)",
+        ),
+        EditorEntry(
             name="ridge",
             target="remend.editors.ridge:Ridge",
             help="keys, gradients and a ridge regression (after UltraEdit, Gu et al. 2025)",

@@ -260,6 +260,7 @@ class EditRequest(Probe):
         target: what it should answer.
         subject: what the fact is about; splits keep a subject on one side.
         id: the caller's own name for the request.
+        phrasings: other phrasings of the prompt that an edit is fitted to as well; they are never scored.
         paraphrases: other phrasings of the prompt, used in training and in evaluation.
         unseen_paraphrases: phrasings for evaluation only.
         locality: unrelated prompts whose answers must stay (far neighbours).
@@ -272,6 +273,7 @@ class EditRequest(Probe):
 
     subject: str | None = None
     id: str | int | None = None
+    phrasings: tuple[Prompt, ...] = ()
     paraphrases: tuple[Prompt, ...] = ()
     unseen_paraphrases: tuple[Prompt, ...] = ()
     locality: tuple[Probe, ...] = ()
@@ -287,7 +289,7 @@ class EditRequest(Probe):
         separator = info.data.get("separator")  # for those forms that are texts: another may be a conversation
         return tuple(as_completion(form, separator) if isinstance(form, str) else form for form in forms)
 
-    @field_validator("paraphrases", "unseen_paraphrases", "negated", "generation")
+    @field_validator("phrasings", "paraphrases", "unseen_paraphrases", "negated", "generation")
     @classmethod
     def _phrasings_in_conversation(cls, phrasings: tuple[Prompt, ...], info: ValidationInfo) -> tuple[Prompt, ...]:
         own_prompt, separator = info.data.get("prompt"), info.data.get("separator")
@@ -347,7 +349,7 @@ def in_form_of(own_prompt: Prompt | None, prompt: Prompt) -> Prompt:
     return prompt
 
 
-PROMPT_LISTS = ("paraphrases", "unseen_paraphrases", "formats", "negated", "generation")
+PROMPT_LISTS = ("phrasings", "paraphrases", "unseen_paraphrases", "formats", "negated", "generation")
 PROBE_LISTS = ("locality", "near", "portability")
 
 

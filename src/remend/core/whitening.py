@@ -20,6 +20,7 @@ class SecondMoment:
 
     def __init__(self, d: int, device: torch.device, columns: int | None = None) -> None:
         self.total = torch.zeros(d, columns or d, device=device)
+        self.sum = torch.zeros(d, device=device)
         self.fourth = torch.zeros((), device=device)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -36,14 +37,19 @@ class SecondMoment:
     @property
     def totals(self) -> tuple[Tensor, ...]:
         """All state, as sums that processes which saw different batches can add up."""
-        return self.total, self.fourth, self.counts
+        return self.total, self.sum, self.fourth, self.counts
 
     def update(self, u: Float[Tensor, "episode token d"], tokens: Bool[Tensor, "episode token"]) -> None:
         """Add the inputs at the tokens that ``tokens`` selects."""
         rows = u[tokens].to(self.total.device)
         self._add(rows)
+        self.sum += rows.sum(0)
         self.fourth += rows.square().sum(1).square().sum()
         self.counts += torch.tensor([rows.shape[0], u.shape[0]], device=self.counts.device)
+
+    def mean(self) -> Float[Tensor, " d"]:
+        """Return E[u]."""
+        return self.sum / max(self.tokens, 1)
 
     def whitener(self, ridge: float) -> SymmetricOperator:
         """Compute (C + floor · mean eigenvalue · I)^(−1/2), scaled so that whitened inputs keep their mean square.

@@ -190,8 +190,8 @@ class FrozenPrefix:
         lowest_edited = self.blocks[self.depth]
         if lowest_edited not in _verified:
             with self.resume_from(states):
-                logits = _logits_or_none(forward)
-            if logits is None or not _same_logits(logits, expected):
+                logits = logits_or_none(forward)
+            if logits is None or not same_logits(logits, expected):
                 return False
             _verified.add(lowest_edited)
         return True
@@ -224,14 +224,14 @@ class FrozenPrefix:
                 return head(states)
 
         for run in (from_cut, from_head):
-            result = _logits_or_none(run)
-            if result is None or not _same_logits(result, whole):
+            result = logits_or_none(run)
+            if result is None or not same_logits(result, whole):
                 self.blocks, self.depth = [], 0
                 return False
         return True
 
 
-def _logits_or_none(run: Callable[[], Tensor]) -> Tensor | None:
+def logits_or_none(run: Callable[[], Tensor]) -> Tensor | None:
     """Return the logits of a cut pass in float32, or None where it raises what a wrong cut makes blocks raise."""
     try:
         return run().float()
@@ -250,7 +250,8 @@ def _logits_or_none(run: Callable[[], Tensor]) -> Tensor | None:
         return None
 
 
-def _same_logits(logits: Tensor, expected: Tensor) -> bool:
+def same_logits(logits: Tensor, expected: Tensor) -> bool:
+    """Return whether two passes gave the same logits, but for rounding."""
     scale = float(expected.std())
     return logits.shape == expected.shape and torch.allclose(logits, expected, TOLERANCE, TOLERANCE * scale)
 

@@ -7,6 +7,7 @@ ordinary text tells.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from remend.editors.locate_then_edit.subject_prompts import PromptContexts, enco
 from remend.editors.saved_editor import SavedEditor
 from remend.errors import ConfigError, ModelError
 from remend.fingerprint import find_modules
-from remend.models.blocks import distinct, find_stacks, select_blocks
+from remend.models.blocks import Blocks, distinct, find_stacks, select_blocks
 from remend.models.editable_matrices import is_down_projection, mlp_layer_names
 from remend.request import EditRequest
 from remend.tasks.base import Task
@@ -69,14 +70,8 @@ class LocateThenEdit(WeightEditor):
             ModelError: a block has no such matrix.
         """
         name, model = cls.info.name, task.model
-        blocks = find_stacks(model)[0][1]
-        if layers is None:
-            blocks = [blocks[index] for index in cls.default_blocks(len(blocks))]
-        else:
-            prefixes = {prefix for prefix, _ in blocks}
-            blocks = [(prefix, block) for prefix, block in select_blocks(model, layers) if prefix in prefixes]
         selected: dict[str, nn.Module] = {}
-        for prefix, block in distinct(blocks):
+        for prefix, block in cls.select_blocks_of_stack(model, layers):
             names = [n for n in mlp_layer_names(prefix, block) if is_down_projection(find_modules(model, [n])[n])]
             if not names:
                 raise ModelError(f"{prefix} has no MLP whose narrowing matrix {name} could edit")
@@ -88,10 +83,28 @@ class LocateThenEdit(WeightEditor):
             )
         return selected
 
+    @classmethod
+    def select_blocks_of_stack(cls, model: nn.Module, layers: str | None) -> Blocks:
+        """Return the blocks to edit: of the first stack, those that ``layers`` names, or the default ones.
+
+        Raises:
+            ConfigError: ``layers`` names no block.
+        """
+        blocks = find_stacks(model)[0][1]
+        if layers is None:
+            return distinct([blocks[index] for index in cls.default_blocks(len(blocks))])
+        prefixes = {prefix for prefix, _ in blocks}
+        return distinct([(prefix, block) for prefix, block in select_blocks(model, layers) if prefix in prefixes])
+
+    @property
+    def key_layers(self) -> list[str]:
+        """The layers whose inputs are the keys."""
+        return list(self.shapes)
+
     def prepare(self, task: Task, text: Sequence[str], seed: int) -> None:
         """Measure C over the tokens of the text, and draw the beginnings from it."""
-        modules = self.edited_modules(task)
-        moments = second_moments(task, modules, task.ordinary_examples(text, seed))
+        examples = task.ordinary_examples(text, seed)
+        moments = second_moments(task, find_modules(task.model, self.key_layers), examples)
         for name, moment in moments.items():
             if moment.tokens < (d := self.shapes[name][0]):
                 warnings.warn(
@@ -101,7 +114,10 @@ class LocateThenEdit(WeightEditor):
                 )
                 break
         self.covariances = {name: moment.covariance(self.config.floor).cpu() for name, moment in moments.items()}
-        self.beginnings = tuple(random_beginnings(text, self.config.beginnings, seed))
+        self.moments = moments
+        # A classifier's own ordinary inputs are no texts that could be written; it reads no beginnings either.
+        passages = text or [task.decode(example.input) for example in examples if task.generates]
+        self.beginnings = tuple(random_beginnings(passages, self.config.beginnings, seed))
 
     # -- save and load -------------------------------------------------------------------------------------------
 
@@ -111,18 +127,19 @@ class LocateThenEdit(WeightEditor):
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """Return one half of each covariance."""
-        return {f"covariance_{i}": pack_symmetric(self.covariances[name]) for i, name in enumerate(self.shapes)}
+        return {f"covariance_{i}": pack_symmetric(self.covariances[name]) for i, name in enumerate(self.key_layers)}
 
     def restore(self, saved: SavedEditor) -> None:
         """Take over the covariances and the beginnings."""
         self.beginnings = tuple(saved.field("beginnings", list))
         self.covariances = {
-            name: unpack_symmetric(saved.tensors[f"covariance_{index}"]) for index, name in enumerate(self.shapes)
+            name: unpack_symmetric(saved.tensors[f"covariance_{index}"]) for index, name in enumerate(self.key_layers)
         }
-        for name, (d_in, _) in self.shapes.items():
-            if self.covariances[name].shape != (d_in, d_in):
+        for name, covariance in self.covariances.items():
+            d_in = self.shapes[name][0]
+            if covariance.shape != (d_in, d_in):
                 raise RuntimeError(f"the covariance of {name} is not of {d_in} dimensions")
-        if len(saved.tensors) != len(self.shapes) or not all(isinstance(text, str) for text in self.beginnings):
+        if len(saved.tensors) != len(self.key_layers) or not all(isinstance(text, str) for text in self.beginnings):
             raise RuntimeError("there are more tensors than matrices, or a beginning is no text")
 
     # -- edit ----------------------------------------------------------------------------------------------------
@@ -149,7 +166,9 @@ class LocateThenEdit(WeightEditor):
 
 
 def in_prompt_batches(contexts: Sequence[PromptContexts]) -> Iterator[Sequence[PromptContexts]]:
-    """Split requests into parts of about :data:`PROMPTS_AT_ONCE` prompts; every request has as many prompts."""
-    size = max(1, PROMPTS_AT_ONCE // len(contexts[0].all_examples))
-    for start in range(0, len(contexts), size):
-        yield contexts[start : start + size]
+    """Split requests into parts of about :data:`PROMPTS_AT_ONCE` prompts, within which each has as many prompts."""
+    for _, group in itertools.groupby(contexts, key=lambda of_request: of_request.shape):
+        alike = list(group)
+        size = max(1, PROMPTS_AT_ONCE // len(alike[0].all_examples))
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]

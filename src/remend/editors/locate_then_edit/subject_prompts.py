@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from remend.errors import RequestError, prefix_request_errors
-from remend.request import Chat, EditRequest, Prompt, TextPair, as_completion
+from remend.request import Chat, EditRequest, Prompt, TextPair, as_completion, in_form_of
 from remend.tasks.base import Example, Task
 from remend.tasks.separators import without_outer_spaces
 
@@ -21,30 +21,34 @@ BEGINNING_WORDS = (3, 8)
 
 @dataclass(frozen=True)
 class PromptContexts:
-    """The prompt of one request with its target, by itself and behind random beginnings.
+    """The prompts of one subject: those that an edit is fitted to, with their targets, and those that it should keep.
 
     Attributes:
-        examples: the prompt with the target, first by itself. Every request has as many.
+        examples: prompts with targets, first the request's own.
         positions: the position of the subject's last token in the prompt of each example.
-        subject_alone: of a causal model, the subject without the prompt, whose next token shows what the model takes it
-            to be; else None.
+        kept: other prompts that name the subject; what the model says next to them should stay.
+        kept_positions: the position of the subject's last token in each of them.
     """
 
     examples: tuple[Example, ...]
     positions: tuple[int, ...]
-    subject_alone: Example | None = None
+    kept: tuple[Example, ...] = ()
+    kept_positions: tuple[int, ...] = ()
 
     @property
     def all_examples(self) -> tuple[Example, ...]:
-        """The examples and, where there is one, the subject alone."""
-        return self.examples if self.subject_alone is None else (*self.examples, self.subject_alone)
+        """The examples, then the prompts that should stay."""
+        return (*self.examples, *self.kept)
 
     @property
     def all_positions(self) -> tuple[int, ...]:
-        """The positions in :attr:`all_examples`; alone, the subject's last token is the prompt's."""
-        if self.subject_alone is None:
-            return self.positions
-        return (*self.positions, len(self.subject_alone.input) - 1)
+        """The positions in :attr:`all_examples`."""
+        return (*self.positions, *self.kept_positions)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The numbers of prompts of either kind; subjects that go through a model together have the same."""
+        return len(self.examples), len(self.kept)
 
 
 def random_beginnings(text: Sequence[str], count: int, seed: int) -> list[str]:
@@ -52,7 +56,7 @@ def random_beginnings(text: Sequence[str], count: int, seed: int) -> list[str]:
     rng = random.Random(f"{seed} beginnings")
     passages = [words for passage in text if (words := passage.split())]
     beginnings = []
-    for _ in range(count):
+    for _ in range(count if passages else 0):
         words = rng.choice(passages)
         length = rng.randint(*BEGINNING_WORDS)
         start = rng.randrange(max(1, len(words) - length + 1))
@@ -60,11 +64,20 @@ def random_beginnings(text: Sequence[str], count: int, seed: int) -> list[str]:
     return beginnings
 
 
-def encode_contexts(task: Task, request: EditRequest, beginnings: Sequence[str]) -> PromptContexts:
-    """Encode a request by itself and behind each of the beginnings, and locate its subject.
+def encode_contexts(
+    task: Task, request: EditRequest, beginnings: Sequence[str], kept: Sequence[str] = ("{}",)
+) -> PromptContexts:
+    """Encode a request with its phrasings, each by itself and behind beginnings, and locate its subject.
 
     A classifier judges all of its text, so it reads no random beginnings. Where a beginning does not fit into the
-    context, the prompt by itself takes its place, because all requests need as many examples.
+    context, the prompt by itself takes its place, because requests that are fitted together need as many examples.
+
+    Args:
+        task: the model.
+        request: the request.
+        beginnings: texts to put before the prompt, or before one of its phrasings in turn.
+        kept: for a causal model, templates of prompts about the subject after which the next token should stay; by
+            default the subject alone, which shows what the model takes it to be.
 
     Raises:
         RequestError: the request names no subject, its prompt does not hold it, or it does not fit the context.
@@ -76,19 +89,41 @@ def encode_contexts(task: Task, request: EditRequest, beginnings: Sequence[str])
                 "names no subject, and this editor changes what the model recalls of one: give subject=…, a part of "
                 "the prompt"
             )
-        example = task.encode(request.prompt, request.target)
-        located = [(example, subject_position(task, request.prompt, subject, example))]
-        for beginning in beginnings if task.generates else ():
-            prompt = _with_beginning(beginning, request.prompt)
+        prompts = (request.prompt, *request.phrasings)
+        located = [_located(task, prompt, subject, request.target) for prompt in prompts]
+        for number, beginning in enumerate(beginnings if task.generates else ()):
+            own = number % len(prompts)
             try:
-                example = task.encode(prompt, request.target)
+                located.append(_located(task, _with_beginning(beginning, prompts[own]), subject, request.target))
             except RequestError:  # too long: by itself the prompt is valid, so nothing else can be wrong
-                located.append(located[0])
-            else:
-                located.append((example, subject_position(task, prompt, subject, example)))
-        alone = Example(tuple(task.encode_input(subject)), (0,)) if task.causal else None
+                located.append(located[own])
+        others = [_located(task, prompt, subject) for prompt in _about_subject(task, request.prompt, subject, kept)]
     examples, positions = zip(*located, strict=True)
-    return PromptContexts(examples, positions, alone)
+    kept_examples, kept_positions = zip(*others, strict=True) if others else ((), ())
+    return PromptContexts(examples, positions, kept_examples, kept_positions)
+
+
+def join_contexts(parts: Sequence[PromptContexts]) -> PromptContexts:
+    """Return the contexts of several requests about one subject as those of one."""
+    return PromptContexts(
+        tuple(example for part in parts for example in part.examples),
+        tuple(position for part in parts for position in part.positions),
+        parts[0].kept,
+        parts[0].kept_positions,
+    )
+
+
+def _about_subject(task: Task, prompt: Prompt, subject: str, templates: Sequence[str]) -> Iterator[Prompt]:
+    """Yield prompts about a subject in the form of a request's prompt; the subject alone as it is."""
+    for template in templates if task.causal else ():
+        text = template.replace("{}", subject)
+        yield text if template == "{}" else in_form_of(prompt, text)
+
+
+def _located(task: Task, prompt: Prompt, subject: str, target: str | None = None) -> tuple[Example, int]:
+    """Return a prompt with its target, or with an arbitrary one, and the position of the subject's last token."""
+    example = Example(tuple(task.encode_input(prompt)), (0,)) if target is None else task.encode(prompt, target)
+    return example, subject_position(task, prompt, subject, example)
 
 
 def subject_position(task: Task, prompt: Prompt, subject: str, example: Example) -> int:

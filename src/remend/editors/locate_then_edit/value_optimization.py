@@ -23,6 +23,7 @@ from remend.editors.locate_then_edit.subject_prompts import PromptContexts
 from remend.errors import NonFiniteError
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.tasks.base import Batch, Task
+from remend.tasks.cached_prefix import CachedPrefix
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,19 @@ class SubjectBatch:
     """The prompts of some requests as a batch, with the position of the subject's last token in each row.
 
     The rows of one request follow each other, and all requests have as many, as changes of several episodes need it:
-    first those that have the target and then, with a causal model, the subject alone.
+    first those that have the target and then those that should stay.
 
     Args:
         task: the model.
         contexts: the prompts of each request.
         prefix: the blocks below the edited ones, which run only once.
+        from_subject: whether tokens before the subject's last one run only once, too, where the model can keep them:
+            for changes that act there and later.
     """
 
-    def __init__(self, task: Task, contexts: Sequence[PromptContexts], prefix: FrozenPrefix) -> None:
+    def __init__(
+        self, task: Task, contexts: Sequence[PromptContexts], prefix: FrozenPrefix, from_subject: bool = False
+    ) -> None:
         self.task, self.prefix = task, prefix
         self.requests, self.rows_with_target = len(contexts), len(contexts[0].examples)
         examples = [example for of_request in contexts for example in of_request.all_examples]
@@ -72,13 +77,19 @@ class SubjectBatch:
         self.batch: Batch = task.collate(examples)
         positions = [position for of_request in contexts for position in of_request.all_positions]
         self.positions = torch.tensor(positions, device=self.batch.row.device)
+        self.cached: CachedPrefix | None = None
+        if from_subject and task.causal:
+            with torch.no_grad(), frozen(task.model):
+                self.cached = CachedPrefix.of(task, self.batch, self.positions)
+        if self.cached is not None:
+            self.batch, self.positions = self.cached.batch, torch.zeros_like(self.positions)
         self.length = self.batch.inputs["input_ids"].shape[1]
         with torch.no_grad(), frozen(task.model):
             self.states = prefix.compute_states(self.outputs) if prefix.depth else None
 
     def outputs(self) -> Float[Tensor, "target answer"]:
         """Run the model; return the outputs that predict the targets."""
-        return self.task.outputs(self.batch)
+        return self.task.outputs(self.batch) if self.cached is None else self.cached.outputs(self.task)
 
     def outputs_resumed(self) -> Float[Tensor, "target answer"]:
         """Return :meth:`outputs` without running the blocks below the edited ones again."""
@@ -90,11 +101,14 @@ class SubjectBatch:
 
         The prompt by itself weighs as much as all the others together: it is what must be answered.
         """
-        inputs = record_inputs(self.task.model, {name: module}, self.batch.rows, self.outputs_resumed)[name]
-        at_subject = inputs.at_tokens(self.positions, self.length)[0][:, 0]
-        by_request = at_subject.view(self.requests, self.rows_per_request, -1)
+        by_request = self.keys_of_rows(name, module).view(self.requests, self.rows_per_request, -1)
         alone, *others = by_request[:, : self.rows_with_target].unbind(1)
         return (alone + sum(others) / len(others)) / 2 if others else alone
+
+    def keys_of_rows(self, name: str, module: nn.Module) -> Float[Tensor, "row d_in"]:
+        """Return a layer's input at the subject of each row."""
+        inputs = record_inputs(self.task.model, {name: module}, self.batch.rows, self.outputs_resumed)[name]
+        return inputs.at_tokens(self.positions, self.length)[0][:, 0]
 
     def at_subject(self, output: Float[Tensor, "*row_token d"]) -> Float[Tensor, "row d"]:
         """Return a module's output at the subject of each row; some models flatten rows and tokens into one axis."""
@@ -109,9 +123,12 @@ class SubjectBatch:
 
 @contextmanager
 def add_at_subject(
-    module: nn.Module, batch: SubjectBatch, offsets: Float[Tensor, "request d"] | None
+    module: nn.Module,
+    batch: SubjectBatch,
+    offsets: Float[Tensor, "request d"] | None,
+    responses: Float[Tensor, " row"] | None = None,
 ) -> Iterator[list[Tensor]]:
-    """Within the context, add an offset to a module's output at each subject.
+    """Within the context, add an offset to a module's output at each subject, times ``responses`` of each row.
 
     Yields the list to which each forward pass appends the module's output there, before the offset is added.
     """
@@ -123,6 +140,8 @@ def add_at_subject(
         if offsets is None:
             return None
         per_row = offsets.to(hidden.device).repeat_interleave(batch.rows_per_request, 0)
+        if responses is not None:
+            per_row = per_row * responses.to(per_row)[:, None]
         # In one axis of rows and tokens, since some models flatten them and index_add needs one index.
         flat = hidden.reshape(-1, hidden.shape[-1])
         index = torch.arange(len(per_row), device=hidden.device) * batch.length + batch.positions.to(hidden.device)
@@ -137,13 +156,24 @@ def add_at_subject(
 
 
 def optimize_values(
-    batch: SubjectBatch, module: nn.Module, block: nn.Module, config: LocateConfig
+    batch: SubjectBatch,
+    module: nn.Module,
+    block: nn.Module,
+    config: LocateConfig,
+    responses: Float[Tensor, " row"] | None = None,
 ) -> Float[Tensor, "request d_out"]:
     """Return δ of each request: added to the output of ``module`` at the subject, it makes the model say the target.
 
     Minimizes, for each request, −log p(target) averaged over its contexts, plus ``kl_weight`` times the divergence of
-    what follows the subject alone (ROME, Eq. 4), plus ``decay`` ‖δ‖² / ‖h‖², with h the output of the module's
-    ``block`` there. A request that is good enough stays as it is.
+    what follows the prompts that should stay (ROME, Eq. 4: the subject alone), plus ``decay`` ‖δ‖² / ‖h‖², with h the
+    output of the module's ``block`` there. A request that is good enough stays as it is.
+
+    Args:
+        batch: the requests.
+        module: the module whose output is changed.
+        block: its block.
+        config: the settings.
+        responses: how much of δ is added in each row; by default all of it.
 
     Raises:
         NonFiniteError: the model's loss is NaN or infinite.
@@ -162,7 +192,7 @@ def optimize_values(
         for _ in range(config.steps):
             values.requires_grad_()
             with torch.enable_grad():
-                with add_at_subject(module, batch, values * unit):
+                with add_at_subject(module, batch, values * unit, responses):
                     losses, divergence = _losses(batch, batch.outputs_resumed(), base)
                 decay = config.decay * (values * unit / stream_norm).square().sum(1)
                 objective = losses + config.kl_weight * divergence + decay.to(losses.device)
@@ -186,7 +216,7 @@ def optimize_values(
 def _losses(
     batch: SubjectBatch, outputs: Float[Tensor, "target answer"], base: Float[Tensor, "target answer"]
 ) -> tuple[Float[Tensor, " request"], Float[Tensor, " request"]]:
-    """Return −log p(target) of each request, and KL(p_edited ‖ p_base) at its subject alone (0 where there is none)."""
+    """Return −log p(target) of each request, and the mean KL(p_edited ‖ p_base) after its prompts that should stay."""
     targets, per_request, with_target = batch.batch, batch.rows_per_request, batch.rows_with_target
     counted = targets.row % per_request < with_target
     # The rows are numbered anew, as if there were none of subjects alone.
@@ -197,4 +227,5 @@ def _losses(
         return losses, torch.zeros_like(losses)
     # Distribution.divergence has the arguments the other way round, and only its second one is differentiable.
     edited, unedited = (part[~counted].float().log_softmax(-1) for part in (outputs, base))
-    return losses, (edited.exp() * (edited - unedited)).sum(1)
+    divergences = (edited.exp() * (edited - unedited)).sum(1)
+    return losses, divergences.view(batch.requests, -1).mean(1)
