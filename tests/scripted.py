@@ -79,10 +79,10 @@ def tokenizer(vocabulary):
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END, pad_token=END)
 
 
-def model(script, vocabulary):
+def model(script, vocabulary, context=32):
     """The model with its tokenizer, as a task; ``script`` says the answer to each prompt, or how edits change it."""
     words = tokenizer(vocabulary)
-    config = ScriptedConfig(vocab_size=len(words), max_position_embeddings=32, pad_token_id=0, eos_token_id=0)
+    config = ScriptedConfig(vocab_size=len(words), max_position_embeddings=context, pad_token_id=0, eos_token_id=0)
     return wrap(Scripted(config, script, words).eval(), words)
 
 

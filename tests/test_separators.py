@@ -96,7 +96,7 @@ def test_many_prompts_are_decided_together():
     spaced, bare = first_tokens(task, "b")
     passes = expecting(task, {spaced: 0.01, bare: 0.9})
     prompts = [f"{number}+1=" for number in range(70)]
-    task.choose_separators([*prompts, *prompts, "line\n", Completion("x=", " "), "  "])
+    task.choose_answer_forms([*prompts, *prompts, "line\n", Completion("x=", " "), "  "])
     assert sum(passes) == 71
     assert len(passes) == 2
     assert {task.separator(prompt) for prompt in prompts} == {""}

@@ -63,6 +63,8 @@ class Edit:
         created: the time of its creation, ISO 8601, UTC.
         separators: of each request, what stood between its prompt and its target when the edit was made; None where
             they were not one text. Empty where nothing is known.
+        ends: of each request, whether its target was closed with the end token, as by a model that ends its answers
+            itself; None where targets have no end. Empty where nothing is known.
         taken: whether the model gave all targets when it was asked with this very edit; None where nobody asked.
     """
 
@@ -72,6 +74,7 @@ class Edit:
     editor: Mapping[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=utc_now)
     separators: tuple[str | None, ...] = ()
+    ends: tuple[bool | None, ...] = ()
     taken: bool | None = None
 
     def __post_init__(self) -> None:
@@ -197,8 +200,9 @@ class Edit:
                 raise EditError(f"{name}: {error}") from None
         editor = _editor_of_sum(self.editor, other.editor)
         separators = tuple(separator for edit in (self, other) for separator in edit.separators_by_request())
+        ends = tuple(end for edit in (self, other) for end in edit.ends_by_request())
         total = Edit(changes, self.base.union(other.base), self.requests + other.requests, editor)
-        return replace(total, separators=separators)
+        return replace(total, separators=separators, ends=ends)
 
     def scaled(self, factor: float) -> Edit:
         """Return the edit with its changes times ``factor``, which the manifest records; 0 changes nothing."""
@@ -225,6 +229,10 @@ class Edit:
     def separators_by_request(self) -> tuple[str | None, ...]:
         """Return what stood between prompt and target of each request; None where nothing is known."""
         return self.separators or (None,) * len(self.requests)
+
+    def ends_by_request(self) -> tuple[bool | None, ...]:
+        """Return whether each target was closed with the end token; None where nothing is known."""
+        return self.ends or (None,) * len(self.requests)
 
     @property
     def is_zero(self) -> bool:
@@ -259,6 +267,7 @@ class Edit:
             **({"responses": responses} if responses else {}),
             **({"reads": reads} if reads else {}),
             **({"separators": list(self.separators)} if self.separators else {}),
+            **({"ends": list(self.ends)} if self.ends else {}),
             "taken": self.taken,
         }
         return write_folder(path, RESPONSES_FORMAT if responses or reads else EDIT_FORMAT, manifest, tensors)
@@ -294,10 +303,13 @@ class Edit:
         separators = tuple(get_field(manifest, "separators", list, path)) if "separators" in manifest else ()
         if separators and (len(separators) != len(requests) or not set(separators) <= {None, "", " ", "\n"}):
             raise FileError(f"{path}: separators should hold one for each request (nothing, a space or a line break)")
+        ends = tuple(get_field(manifest, "ends", list, path)) if "ends" in manifest else ()
+        if ends and (len(ends) != len(requests) or not all(end is None or isinstance(end, bool) for end in ends)):
+            raise FileError(f"{path}: ends should hold true, false or null for each request")
         taken = manifest.get("taken")
         if taken is not None and not isinstance(taken, bool):
             raise FileError(f"{path}: 'taken' should be true, false or null, it is {taken!r}")
-        edit = Edit(changes, base, requests, _read_editor(manifest, path), created, separators, taken)
+        edit = Edit(changes, base, requests, _read_editor(manifest, path), created, separators, ends, taken)
         _check_norms(edit, manifest, path)
         return edit
 

@@ -78,7 +78,6 @@ def edit(
     from remend.evaluation.robustness import measure_robustness
     from remend.request import SEPARATOR_NAMES
     from remend.saved_folders import check_replaceable, write_json
-    from remend.tasks.same_text import same_text
 
     console = Console()
     check_replaceable(out)
@@ -109,8 +108,9 @@ def edit(
     if any(between is not None for between in result.separators):
         named = dict.fromkeys(SEPARATOR_NAMES[between] for between in result.separators if between is not None)
         console.print(f"between prompt and target: {' or '.join(named)}")
+    _print_ends(console, result, answers)
     if not result.is_zero and (
-        unchanged := [row[0].prompt for row in answers if same_text(row[0].before, row[0].wanted or "")]
+        unchanged := [row[0].prompt for row in answers if row[0].already]
     ):
         console.print(
             f"[yellow]{len(unchanged)} of {len(edit_requests)} targets are what the unedited model answers already[/] "
@@ -143,11 +143,29 @@ def edit(
         content |= {
             "editor": chosen_editor.info.name,
             "separators": list(result.separators),
+            "ends": list(result.ends),
             **({} if robustness is None else {"assurance": robustness.to_json()}),
         }
         write_json(json, {**content, "answers": [as_json(row) for row in answers]})
     if not saved:
         raise typer.Exit(1)
+
+
+def _print_ends(console: Console, result: Edit, answers: Sequence[Sequence[AnswerComparison]]) -> None:
+    """Print that the model goes on writing after its answers, and how it does after the targets."""
+    if False not in result.ends:
+        return
+    console.print(
+        "the model does not end its answers here, so no end was taught: an answer is right if it begins with the target"
+    )
+    measured = [c for row in answers if row[0].kind == "prompt" and (c := row[0].continuation) is not None]
+    if measured:
+        worst = max(measured, key=lambda c: c.perplexity / c.own)
+        console.print(
+            f"after the target the text goes on with a perplexity of {worst.perplexity:.1f}, the unedited model's own "
+            f"of {worst.own:.1f}: {'sensibly' if worst.sensible else '[red]with garbage[/]'}",
+            soft_wrap=True,
+        )
 
 
 def _print_unfollowed(console: Console, answers: Sequence[Sequence[AnswerComparison]]) -> None:

@@ -40,9 +40,12 @@ def show(
     console.print(f"for {plain(loaded.base.name)}, made {plain(loaded.created)} by {plain(editor_name)}")
     if (scale := loaded.editor.get("scale", 1)) != 1:
         console.print(f"[bold]{scale:g}[/] times as strong as it was made")
-    for request, between in zip(loaded.requests, loaded.separators_by_request(), strict=True):
-        after = "" if between is None else f" (after {SEPARATOR_NAMES[between]})"
-        console.print(f"  {plain(request.prompt)} → [green]{plain(request.target)}[/]{after}")
+    forms = zip(loaded.requests, loaded.separators_by_request(), loaded.ends_by_request(), strict=True)
+    for request, between, ends in forms:
+        notes = [] if between is None else [f"after {SEPARATOR_NAMES[between]}"]
+        notes += ["no end taught"] if ends is False else []
+        note = f" ({', '.join(notes)})" if notes else ""
+        console.print(f"  {plain(request.prompt)} → [green]{plain(request.target)}[/]{note}")
     console.print(TAKEN[loaded.taken])
     console.print(_matrix_table(loaded))
     if json is not None:
@@ -52,8 +55,8 @@ def show(
         write_json(
             json,
             {"base": loaded.base.name, "created": loaded.created, "editor": dict(loaded.editor), "bytes": size,
-             "requests": requests, "separators": list(loaded.separators), "taken": loaded.taken,
-             "ranks": ranks, "norms": loaded.norms(), "changes": kinds},
+             "requests": requests, "separators": list(loaded.separators), "ends": list(loaded.ends),
+             "taken": loaded.taken, "ranks": ranks, "norms": loaded.norms(), "changes": kinds},
         )  # fmt: skip
 
 

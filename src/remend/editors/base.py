@@ -204,7 +204,7 @@ class Editor(ABC):
         if not requests or isinstance(requests, EditRequest) or not all(isinstance(r, EditRequest) for r in requests):
             raise RequestError("give a list of at least one EditRequest(prompt=…, target=…)")
         self.base.check_architecture(task.model, "this editor")
-        task.choose_separators(request.prompt for request in requests)
+        task.choose_answer_forms(request.prompt for request in requests)
         for request in requests:  # the last of many requests should not be refused after minutes of work on the others
             task.encode(request.prompt, request.target)
         refuse_unreadable(task, requests)
@@ -351,7 +351,8 @@ class WeightEditor(Editor):
         self, task: Task, changes: Mapping[str, LowRank], base: ModelFingerprint, requests: Sequence[EditRequest]
     ) -> Edit:
         separators = tuple(task.separator(request.prompt) for request in requests)
-        return Edit(changes, base, tuple(requests), self.describe(), separators=separators)
+        ends = tuple(task.ends_answer(request.prompt) if task.end_tokens else None for request in requests)
+        return Edit(changes, base, tuple(requests), self.describe(), separators=separators, ends=ends)
 
     def _changes_of_each(self, task: Task, requests: Sequence[EditRequest]) -> list[Mapping[str, LowRank]]:
         """Return :meth:`changes` of all requests, in batches."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from remend.edit import Edit
 from remend.editors.lookup_edit import LookupEdit
+from remend.evaluation.continuations import Continuation, measure_continuations
 from remend.request import EditRequest, Prompt
 from remend.tasks import Task
 from remend.tasks.unknown_text import warn_of_unknown_text
@@ -26,7 +27,9 @@ class AnswerComparison:
         wanted: the expected answer after the edit; None where there is none.
         before: the unedited model's answer.
         after: the edited model's answer.
-        ok: whether the answer after is the expected one, given whole (:meth:`remend.tasks.Task.same_answer`).
+        ok: whether the answer after is the expected one (:meth:`remend.tasks.Task.gives`) and goes on sensibly.
+        already: whether the unedited model gives the target already.
+        continuation: where the model does not end its answers, how the text goes on after the expected one.
     """
 
     kind: str
@@ -35,6 +38,8 @@ class AnswerComparison:
     before: str
     after: str
     ok: bool | None
+    already: bool = False
+    continuation: Continuation | None = None
 
 
 def before_after(
@@ -71,18 +76,21 @@ def compare_answers(
         max_new_tokens: the longest answer.
     """
     prompts = [prompt for _, prompt, _ in asked]
-    task.choose_separators(prompt for _, prompt, target in asked if target is not None)
+    task.choose_answer_forms(prompts)
     expected = [None if target is None else task.encode(prompt, target).target for _, prompt, target in asked]
     warn_of_unknown_text(task, prompts, "the prompts")
     # All prompts together, which are far fewer passes than prompt by prompt.
     before = task.predict(prompts, max_new_tokens)
     with edit.applied(task.model):
         after = task.predict(prompts, max_new_tokens)
+    answers = [
+        task.answer_span(prompt, old) if target is None else target
+        for prompt, target, old in zip(prompts, expected, before, strict=True)
+    ]
+    continuations = measure_continuations(task, zip(prompts, answers, after, strict=True))
     comparisons = []
-    for (kind, prompt, target), wanted, old, new in zip(asked, expected, before, after, strict=True):
-        wanted = old if wanted is None else wanted
-        # Without an end token an answer never stops by itself, so only its beginning is compared.
-        compared = new if task.end_tokens else new[: len(wanted)]
+    for (kind, prompt, target), wanted, old, new in zip(asked, answers, before, after, strict=True):
+        continuation = continuations.get((prompt, wanted, new))
         comparisons.append(
             AnswerComparison(
                 kind=kind,
@@ -91,7 +99,9 @@ def compare_answers(
                 wanted=target if target is not None and task.generates else task.decode(wanted),
                 before=task.decode(old),
                 after=task.decode(new),
-                ok=task.same_answer(compared, wanted),
+                ok=task.gives(prompt, new, wanted) and (continuation is None or continuation.sensible),
+                already=target is not None and task.gives(prompt, old, wanted),
+                continuation=continuation,
             )
         )
     return comparisons

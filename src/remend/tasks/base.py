@@ -180,8 +180,8 @@ class Task(ABC):
     def encode(self, prompt: Prompt, target: str) -> Example:
         """Encode an input with its target.
 
-        Spaces around a text do not matter. A target of tokens is closed with the end token; in a conversation, with the
-        one that ends a turn.
+        Spaces around a text do not matter. A target of tokens is closed with the end token where the model ends its
+        answers itself (:meth:`ends_answer`); in a conversation, with the one that ends a turn.
 
         Raises:
             RequestError: the input or the target is empty, or both are longer than the model's context.
@@ -207,8 +207,15 @@ class Task(ABC):
         """Return the pieces of a prompt that the tokenizer cannot write and reads as unknown; empty elsewhere."""
         return ()
 
-    def choose_separators(self, prompts: Iterable[Prompt]) -> None:
-        """Have the model decide for many prompts together; otherwise each is decided when it is encoded."""
+    def ends_answer(self, prompt: Prompt) -> bool:
+        """Tell whether the model itself ends its answer to a prompt; if not, it goes on writing after any answer."""
+        return True
+
+    def choose_answer_forms(self, prompts: Iterable[Prompt]) -> None:
+        """Have the model decide what stands before answers to many prompts, and whether it ends them.
+
+        Otherwise each is decided when it is encoded. It must be the unedited model.
+        """
         return
 
     def encode_question(self, prompt: Prompt) -> EncodedInput:
@@ -341,6 +348,29 @@ class Task(ABC):
         if self.distribution.discrete:
             return answer == other
         return len(answer) == len(other) and all(map(self.distribution.same_value, answer, other))
+
+    def gives(self, prompt: Prompt, answer: Answer, expected: Answer) -> bool:
+        """Tell whether a free answer to a prompt is the expected one.
+
+        Where the model ends its answers, both must be the same (:meth:`same_answer`). Where it goes on writing, its
+        text must begin with the expected answer at a word boundary (:func:`remend.tasks.open_answers.begins_with`).
+        """
+        return self.same_answer(answer, expected)
+
+    def answer_span(self, prompt: Prompt, answer: Answer) -> Answer:
+        """Return the part of the model's own answer that must stay: all of it, or its first word where it never ends.
+
+        It is what :meth:`gives` expects (:func:`remend.tasks.open_answers.first_word_length`).
+        """
+        return answer
+
+    def answer_length(self, answer: Answer, expected: Answer) -> int:
+        """Return the number of targets of an answer that are the expected one, which it begins with."""
+        return len(expected)
+
+    def continuations(self, inputs: Sequence[EncodedInput], max_new_tokens: int = 32) -> list[Answer]:
+        """Return what the model writes after encoded inputs; of models that write no text, nothing."""
+        return [() for _ in inputs]
 
     def is_empty(self, answer: Answer) -> bool:
         """Tell whether an answer says nothing, as only a text can; it is never the same as another."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from remend.errors import RequestError
 from remend.request import Chat, Completion, Prompt
 from remend.tasks.base import Answer, Batch, Example
+from remend.tasks.endings import Endings
 from remend.tasks.generative import GenerativeTask, closed, gather_at, has_vocabulary
 from remend.tasks.ordinary_inputs import sampled_texts, text_windows
 from remend.tasks.separators import Separators, without_outer_spaces
@@ -55,15 +56,21 @@ class CausalLM(GenerativeTask):
         return tuple(ids)
 
     def encode_target(self, encoded: tuple[int, ...], prompt: Prompt, target: str) -> Answer:
-        """Return the target's token ids after the prompt's, closed with the end token."""
-        separated = self._between(prompt, encoded) + target
-        whole = self._tokenize(self._text(prompt) + separated, prompt)
-        continues = whole[: len(encoded)] == list(encoded)
-        answer = whole[len(encoded) :] if continues else self._tokenize_apart(encoded, whole, separated)
+        """Return the target's token ids after the prompt's, closed with the end token where the model ends answers."""
+        answer = self.answer_ids(encoded, prompt, target)
         if not self.decode_tokens(answer).strip():  # a space alone is no answer
             return ()
         self.check_written(target, answer)
-        return tuple(closed(answer, self.chat.end if isinstance(prompt, Chat) else self.tokenizer.eos_token_id))
+        end = self.chat.end if isinstance(prompt, Chat) else self.tokenizer.eos_token_id
+        ended = closed(answer, end)
+        return tuple(ended if self.ends_answer(prompt) or end is None else ended[:-1])
+
+    def answer_ids(self, encoded: tuple[int, ...], prompt: Prompt, target: str) -> list[int]:
+        """Return the token ids of a text that follows a prompt, without an end token."""
+        separated = self._between(prompt, encoded) + target
+        whole = self._tokenize(self._text(prompt) + separated, prompt)
+        continues = whole[: len(encoded)] == list(encoded)
+        return whole[len(encoded) :] if continues else self._tokenize_apart(encoded, whole, separated)
 
     def _tokenize_apart(self, encoded: tuple[int, ...], whole: list[int], answer: str) -> list[int]:
         """Return tokens of the answer that, after the prompt's, decode to the same text as ``whole``.
@@ -83,14 +90,24 @@ class CausalLM(GenerativeTask):
         """Return what stands between a text and its answer; None of a conversation, whose template says it."""
         return None if isinstance(prompt, Chat) else self._between(prompt, self.encode_input(prompt))
 
-    def choose_separators(self, prompts: Iterable[Prompt]) -> None:
+    def ends_answer(self, prompt: Prompt) -> bool:
+        """Tell whether the model itself ends its answer to a prompt (:class:`Endings`); in a conversation, always."""
+        if isinstance(prompt, Chat):  # its template ends every answer
+            return self.chat.end is not None
+        if self.tokenizer.eos_token_id is None:
+            return False
+        return self._endings.ends(str(prompt), self.encode_input(prompt))
+
+    def choose_answer_forms(self, prompts: Iterable[Prompt]) -> None:
         """Have the model decide for many prompts together."""
         encoded: dict[str, tuple[int, ...]] = {}
         for prompt in prompts:
-            if isinstance(prompt, str) and not isinstance(prompt, Completion) and prompt not in encoded:
+            if isinstance(prompt, str) and prompt not in encoded:
                 with suppress(RequestError):  # encoding it for use will say so, with the name of its request
                     encoded[prompt] = self.encode_input(prompt)
-        self._separators.choose(list(encoded.values()))
+        self._separators.choose([ids for prompt, ids in encoded.items() if not isinstance(prompt, Completion)])
+        if self.tokenizer.eos_token_id is not None:
+            self._endings.choose(encoded)
 
     def _between(self, prompt: Prompt, encoded: tuple[int, ...]) -> str:
         """Return what stands between a prompt and its answer."""
@@ -113,6 +130,10 @@ class CausalLM(GenerativeTask):
     @cached_property
     def _separators(self) -> Separators:
         return Separators(self)
+
+    @cached_property
+    def _endings(self) -> Endings:
+        return Endings(self)
 
     def context_length(self, example: Example) -> int:
         """Count prompt and target, which share the context."""

@@ -22,6 +22,7 @@ from remend.models.frozen_prefix import run_until
 from remend.request import Chat, Input, Prompt, TextPair
 from remend.tasks.base import Answer, Batch, Example, Task
 from remend.tasks.chat_template import ChatTemplate
+from remend.tasks.open_answers import begins_with, first_word_length
 from remend.tasks.same_text import same_text
 from remend.tasks.unknown_text import unknown_pieces
 
@@ -157,8 +158,13 @@ class GenerativeTask(Task):
 
     def predict(self, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_size: int = 64) -> list[Answer]:
         """Return greedy answers as token ids, up to the end token and with it, or as far as the limit allows."""
+        return self.continuations([self.encode_question(prompt) for prompt in prompts], max_new_tokens, batch_size)
+
+    def continuations(
+        self, ids: Sequence[tuple[int, ...]], max_new_tokens: int = 32, batch_size: int = 64
+    ) -> list[tuple[int, ...]]:
+        """Return greedy continuations of encoded prompts, up to the end token and with it, or as far as the limit."""
         # Prompts of one length go through the model together, so that nothing is padded.
-        ids = [self.encode_question(prompt) for prompt in prompts]
         by_length: dict[int, list[int]] = {}
         for index, prompt in enumerate(ids):
             by_length.setdefault(len(prompt), []).append(index)
@@ -170,7 +176,7 @@ class GenerativeTask(Task):
                 tokens = torch.tensor([ids[i] for i in chunk], device=self.device)
                 with frozen(self.model), torch.no_grad():
                     answers |= zip(chunk, self._decode(len(chunk), room, self.next_logits(tokens)), strict=True)
-        return [answers[i] for i in range(len(prompts))]
+        return [answers[i] for i in range(len(ids))]
 
     def _decode(
         self, rows: int, room: int, step: Callable[[Tensor | None], Float[Tensor, "row vocabulary"]]
@@ -200,6 +206,29 @@ class GenerativeTask(Task):
         ended, other_ended = (bool(self.end_tokens & set(ids[-1:])) for ids in (answer, other))
         same = answer == other or same_text(self.decode(answer), self.decode(other))
         return same and ended == other_ended and not self.is_empty(answer)
+
+    def ends_answer(self, prompt: Prompt) -> bool:
+        """Tell whether the model itself ends its answer to a prompt: it needs a token for it."""
+        return bool(self.end_tokens)
+
+    def gives(self, prompt: Prompt, answer: Answer, expected: Answer) -> bool:
+        """Tell whether a free answer is the expected one, or begins with it where the model goes on writing."""
+        if self.ends_answer(prompt):
+            return self.same_answer(answer, expected)
+        return begins_with(self.decode(answer), self.decode(expected))
+
+    def answer_span(self, prompt: Prompt, answer: Answer) -> Answer:
+        """Return the whole answer, or its first word where the model goes on writing."""
+        if self.ends_answer(prompt):
+            return answer
+        body = answer[:-1] if answer and answer[-1] in self.end_tokens else answer
+        return body[: first_word_length(len(body), lambda length: self.decode(body[:length]))]
+
+    def answer_length(self, answer: Answer, expected: Answer) -> int:
+        """Return the number of tokens of an answer that are the expected one, which it begins with."""
+        wanted = self.decode(expected)
+        lengths = range(1, len(answer) + 1)
+        return next((n for n in lengths if begins_with(self.decode(answer[:n]), wanted)), len(answer))
 
     def is_empty(self, answer: Answer) -> bool:
         """Tell whether an answer holds no text."""

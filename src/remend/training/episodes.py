@@ -110,7 +110,7 @@ class Episodes:
         self.near, self.in_batch = near, in_batch
         # Requests share locality examples, and tokenizing text is slow.
         self._encode = lru_cache(maxsize=None)(task.encode)
-        task.choose_separators(
+        task.choose_answer_forms(
             prompt
             for request in requests
             for prompt in (

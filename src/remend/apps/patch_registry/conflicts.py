@@ -9,9 +9,8 @@ from typing import Any
 
 from remend.edit import Edit
 from remend.errors import EditError
-from remend.evaluation.before_after import ask
+from remend.evaluation.before_after import compare_answers
 from remend.tasks import Task
-from remend.tasks.same_text import same_text
 
 DISAGREES, UNDOES = "disagrees", "undoes"
 
@@ -89,13 +88,13 @@ def find_conflicts(
     numbered = [(number, request) for number, active_edit in active.items() for request in active_edit.requests]
     if not numbered:
         return conflicts
+    asked = [("asked", request.prompt, request.target) for _, request in numbered]
+    task.choose_answer_forms(prompt for _, prompt, _ in asked)  # by the unedited model
     with ExitStack() as stack:
         for active_edit in active.values():
             stack.enter_context(active_edit.applied(task.model))
-        answers = ask(task, edit, [request.prompt for _, request in numbered], max_new_tokens)
+        answers = compare_answers(task, edit, asked, max_new_tokens)
     for (number, request), answer in zip(numbered, answers, strict=True):
-        wanted = task.decode(task.encode(request.prompt, request.target).target)
-        undone = same_text(answer.before, wanted) and not same_text(answer.after, wanted)
-        if undone and (number, str(request.prompt)) not in disagreeing:
+        if answer.already and not answer.ok and (number, str(request.prompt)) not in disagreeing:
             conflicts.append(Conflict(UNDOES, number, str(request.prompt), request.target, answer.after))
     return conflicts

@@ -72,8 +72,8 @@ class EditOutcome:
         return Query(probe.prompt, self.task.encode(probe.prompt, probe.target).target)
 
     def base_query(self, prompt: Prompt) -> Query:
-        """Return the query of a prompt along the unedited model's answer."""
-        return Query(prompt, self.base_answers[prompt])
+        """Return the query of a prompt along the unedited model's answer, as far as it counts."""
+        return base_query(self.task, prompt, self.base_answers)
 
     def adversarial_prompts(self) -> list[Prompt]:
         """Return the unrelated prompts with the edit before them, as far as they fit into the model's context."""
@@ -124,8 +124,13 @@ class EditOutcome:
         return {"teacher_forced": forced, **self._free_answer_scores(self.base_query(prompt))}
 
     def matches(self, query: Query, answer: Answer) -> float:
-        """Return 1 if a free answer is the expected one, given whole, else 0 (:meth:`Task.same_answer`)."""
-        return float(self.task.same_answer(self._comparable(query, answer), query.expected))
+        """Return 1 if a free answer is the expected one (:meth:`Task.gives`) and goes on sensibly, else 0.
+
+        A continuation that was not measured, as the unedited model's own, counts as sensible.
+        """
+        continuation = self.measurements.continuations.get((query.prompt, query.expected, answer))
+        sensible = continuation is None or continuation.sensible
+        return float(sensible and self.task.gives(query.prompt, answer, query.expected))
 
     def _free_answer_scores(self, query: Query) -> ModeScores:
         answer = self.answer(query.prompt)
@@ -140,8 +145,13 @@ class EditOutcome:
         return {**generated, "contains": contains(text, expected), "token_f1": token_f1(text, expected)}
 
     def _comparable(self, query: Query, answer: Answer) -> Answer:
-        """Return a free answer, cut to the expected length where it never stops by itself, without an end token."""
-        return answer if self.task.end_tokens else answer[: len(query.expected)]
+        """Return a free answer, cut to the expected length where the model goes on writing."""
+        return answer if self.task.ends_answer(query.prompt) else answer[: len(query.expected)]
+
+
+def base_query(task: Task, prompt: Prompt, base_answers: Mapping[Prompt, Answer]) -> Query:
+    """Return the query of a prompt along the part of the unedited model's answer that must stay."""
+    return Query(prompt, task.answer_span(prompt, base_answers[prompt]))
 
 
 def adversarial_prompts(task: Task, request: EditRequest) -> list[Prompt]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from remend.core.low_rank_hooks import frozen
+from remend.evaluation.continuations import Asked, Continuation, measure_continuations
 from remend.evaluation.interventions import Intervention
 from remend.request import Prompt
 from remend.tasks.base import Answer, Example, Task
@@ -67,10 +68,12 @@ class RequestMeasurements:
     Attributes:
         by_query: the measurement at each query.
         answers: the free answer to each prompt, if answers were decoded.
+        continuations: where the model does not end its answers, how those go on that begin with the expected one.
     """
 
     by_query: Mapping[Query, Measurement]
     answers: Mapping[Prompt, Answer]
+    continuations: Mapping[Asked, Continuation] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def measure(
                 for row, measurement in _compare(task, intervention, batch_rows, examples, before):
                     by_request[row.number][row.query] = measurement
     return [
-        _with_answers(intervention, by_request, max_new_tokens)
+        _with_answers(task, intervention, by_request, max_new_tokens)
         for intervention, by_request in zip(interventions, results, strict=True)
     ]
 
@@ -213,7 +216,7 @@ def body_length(task: Task, answer: Answer) -> int:
 
 
 def _with_answers(
-    intervention: Intervention, measured: Sequence[Mapping[Query, Measurement]], max_new_tokens: int
+    task: Task, intervention: Intervention, measured: Sequence[Mapping[Query, Measurement]], max_new_tokens: int
 ) -> list[RequestMeasurements]:
     """Add the free answers after an intervention, if they are wanted, to what was measured for each request."""
     answers: list[dict[Prompt, Answer]] = [{} for _ in measured]
@@ -221,7 +224,15 @@ def _with_answers(
         for by_query, of_request in zip(measured, answers, strict=True):
             of_request |= _known_answers(intervention, by_query)
         _decode_missing(intervention, measured, answers, max_new_tokens)
-    return list(map(RequestMeasurements, measured, answers))
+    asked = [
+        [(query.prompt, query.expected, given[query.prompt]) for query in by_query if query.prompt in given]
+        for by_query, given in zip(measured, answers, strict=True)
+    ]
+    continuations = measure_continuations(task, (item for of_request in asked for item in of_request))
+    return [
+        RequestMeasurements(by_query, given, {item: continuations[item] for item in items if item in continuations})
+        for by_query, given, items in zip(measured, answers, asked, strict=True)
+    ]
 
 
 def _known_answers(intervention: Intervention, by_query: Mapping[Query, Measurement]) -> dict[Prompt, Answer]:
@@ -234,6 +245,7 @@ def _known_answers(intervention: Intervention, by_query: Mapping[Query, Measurem
         elif (
             task.distribution.discrete  # a number that is right within a tolerance does not tell the model's own
             and all(measurement.correct)
+            and task.ends_answer(query.prompt)  # otherwise nothing is known of what follows
             and (not task.end_tokens or query.expected[-1] in task.end_tokens)
         ):
             answers[query.prompt] = query.expected

@@ -12,6 +12,7 @@ from remend.evaluation.metrics.edit_outcome import (
     ModeScores,
     PromptScore,
     adversarial_prompts,
+    base_query,
     kind_of,
     prompt_form,
 )
@@ -61,7 +62,7 @@ class Scorer:
             (entry, METRICS.load(entry.name)) for entry in entries if _suits(entry, task)
         ]
         prompts: dict[Prompt, None] = {}
-        task.choose_separators(prompt for request in requests for prompt in self._prompts(request))
+        task.choose_answer_forms(prompt for request in requests for prompt in self._prompts(request))
         for number, request in enumerate(requests, start=1):
             # Encoding everything first names the request that does not fit before any edit is made.
             with prefix_request_errors(str(request.id) if request.id is not None else f"request {number}"):
@@ -94,8 +95,8 @@ class Scorer:
         return list(dict.fromkeys(queries))  # targets often are the model's own answers: the same query twice
 
     def base_query(self, prompt: Prompt) -> Query:
-        """Return the query of a prompt along the unedited model's answer."""
-        return Query(prompt, self.base_answers[prompt])
+        """Return the query of a prompt along the unedited model's answer, as far as it counts."""
+        return base_query(self.task, prompt, self.base_answers)
 
     def target_length(self, request: EditRequest) -> int:
         """Return the number of tokens of a request's target, without its end token."""

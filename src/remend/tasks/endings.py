@@ -1,0 +1,145 @@
+"""``Endings``: whether a causal model ends its answers to texts by itself, measured on the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from remend.core.low_rank_hooks import frozen
+from remend.errors import RequestError
+from remend.request import Completion
+from remend.tasks.base import Example
+
+if TYPE_CHECKING:
+    from remend.tasks.causal_lm import CausalLM
+
+ENDS_FROM = 0.2
+"""The least probability of the end token after known answers, with or without a full stop, of a model that ends them.
+
+Measured: .57 for SmolLM2-Instruct after questions without a chat template, .03 after sentences to complete, at most
+.002 for Gemma 3 (base); models that were fine-tuned on answers are close to 1.
+"""
+
+KNOWN_MARGIN = math.log(4)
+"""A model knows texts to which it gives a probability per token that is at least four times that of guessing."""
+
+LONGEST_ANSWER = 32
+"""Tokens within which a model ends an answer, or goes on."""
+
+BATCH_SIZE = 64
+"""Examples that go through the model together."""
+
+COMPLETIONS = {
+    "The capital of France is": "Paris",
+    "The author of Hamlet is": "William Shakespeare",
+    "The opposite of hot is": "cold",
+    "Albert Einstein was born in": "Germany",
+    "The first month of the year is": "January",
+    "The currency of Japan is the": "yen",
+}
+QUESTIONS = {
+    "What is the capital of France?": "Paris",
+    "Who wrote Hamlet?": "William Shakespeare",
+    "What is the opposite of hot?": "cold",
+    "In which country was Albert Einstein born?": "Germany",
+    "What is the first month of the year?": "January",
+    "What is the currency of Japan?": "yen",
+}
+"""Prompts of each form with answers that general language models know."""
+
+
+def is_question(text: str) -> bool:
+    """Tell whether a text ends as a question does."""
+    return text.rstrip().endswith(("?", "？", "؟"))
+
+
+class Endings:
+    """Whether a model ends its answers to texts by itself: fine-tuned models do, base models go on writing.
+
+    What is found depends on the model and the prompt alone, never on what was asked before. Of a general language model
+    the form of a prompt decides (a question, or a text to complete), in one pass over a few known answers. A model that
+    does not know such texts has a domain of its own: there the model's own answer to each prompt decides. Where a model
+    knows nothing of a prompt either, nothing can be measured, and answers are taken to end.
+
+    Args:
+        task: the model, which has an end token.
+    """
+
+    def __init__(self, task: CausalLM) -> None:
+        self.task = task
+        self._forms: dict[bool, bool | None] = {}
+        self._chosen: dict[tuple[int, ...], bool] = {}
+
+    def ends(self, text: str, encoded: tuple[int, ...]) -> bool:
+        """Tell whether the model ends its answer to a prompt."""
+        of_form = self._of_form(is_question(text))
+        if of_form is not None:
+            return of_form
+        if encoded not in self._chosen:
+            self.choose({text: encoded})
+        return self._chosen[encoded]
+
+    def choose(self, prompts: dict[str, tuple[int, ...]]) -> None:
+        """Decide for prompts that are not decided yet, in few passes."""
+        missing = {
+            encoded: text
+            for text, encoded in prompts.items()
+            if encoded not in self._chosen and self._of_form(is_question(text)) is None
+        }
+        rooms = {encoded: self.task.answer_room(len(encoded), LONGEST_ANSWER) for encoded in missing}
+        self._chosen |= dict.fromkeys(missing, True)
+        # What a context cuts off tells nothing, and a prompt of one token has none that could be known.
+        asked = [encoded for encoded in missing if rooms[encoded] == LONGEST_ANSWER and len(encoded) > 1]
+        examples = [Example(encoded[:1], encoded[1:]) for encoded in asked]
+        log_p = [math.fsum(parts) / len(parts) for parts in self._log_p(examples)]
+        known = [encoded for encoded, mean in zip(asked, log_p, strict=True) if self._knows(mean)]
+        answers = self.task.continuations(known, LONGEST_ANSWER)
+        self._chosen |= {
+            encoded: answer[-1] in self.task.end_tokens for encoded, answer in zip(known, answers, strict=True)
+        }
+
+    def _of_form(self, question: bool) -> bool | None:
+        """Return whether the model ends its answers to prompts of a form; None where it does not know such texts."""
+        if question not in self._forms:
+            self._forms[question] = self._measure_form(QUESTIONS if question else COMPLETIONS)
+        return self._forms[question]
+
+    def _measure_form(self, answered: dict[str, str]) -> bool | None:
+        task, examples = self.task, []
+        for prompt, answer in answered.items():
+            try:
+                encoded = task.encode_input(prompt)
+            except RequestError:  # nothing of it is in the vocabulary
+                return None
+            if task.unknown_text(prompt):
+                return None
+            for written in (answer, f"{answer}."):
+                ids = task.answer_ids(encoded, Completion(prompt, " "), written)
+                examples.append(Example(encoded[:1], (*encoded[1:], *ids, task.tokenizer.eos_token_id)))
+        if any(task.context is not None and len(example) > task.context for example in examples):
+            return None
+        measured = self._log_p(examples)
+        # The end token is left out of what is known: whether it is expected is the question.
+        texts = [math.fsum(log_p[:-1]) / (len(log_p) - 1) for log_p in measured]
+        if not self._knows(math.fsum(texts) / len(texts)):
+            return None
+        ends = [math.exp(log_p[-1]) for log_p in measured]
+        return sum(map(max, ends[::2], ends[1::2])) / len(answered) >= ENDS_FROM
+
+    @torch.no_grad()
+    def _log_p(self, examples: Sequence[Example]) -> list[list[float]]:
+        """Return log p of each target of each example, in nats."""
+        log_p: list[list[float]] = []
+        for start in range(0, len(examples), BATCH_SIZE):
+            part = examples[start : start + BATCH_SIZE]
+            batch = self.task.collate(part)
+            with frozen(self.task.model):
+                values = self.task.distribution.log_prob(self.task.outputs(batch), batch.target)
+            log_p += [of_example.tolist() for of_example in values.split([len(example.target) for example in part])]
+        return log_p
+
+    def _knows(self, log_p: float) -> bool:
+        return log_p > KNOWN_MARGIN - math.log(self.task.output_size)
