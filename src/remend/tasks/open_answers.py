@@ -73,9 +73,9 @@ def first_word_length(count: int, decode: Callable[[int], str]) -> int:
         following = decode(min(length + 2, count)).lstrip()  # a mark joins two parts of a word, or ends it
         if not following.startswith(text):  # the token holds a part of a character
             continue
-        word = text.rstrip(FINAL_STOPS)
+        word = text.rstrip(FINAL_STOPS + _LINKING)
         if not any(map(str.isalnum, word)) or _ARTICLE.fullmatch(word):
             continue
-        if not goes_on_with_word(text, following[len(text) :]):
+        if not goes_on_with_word(word, following[len(word) :]):
             return length
     return most
