@@ -62,10 +62,14 @@ def test_the_first_word_of_an_answer_counts(tokens, length):
     assert first_word_length(len(tokens), lambda count: "".join(tokens[:count])) == length
 
 
-WORDS = "The the capital of France Italy Peru is Paris Rome Lima and it goes on so strugg".split()
-WORDS = (*dict.fromkeys(WORDS),)
+WORDS = (
+    "The", "capital", "of", "France", "Italy", "Peru", "is", "Paris", "Rome",
+    "Lima", "and", "it", "goes", "on", "so", "strugg",
+)  # fmt: skip
 LOOP = " and it goes on so" * 8
 FRANCE, ITALY, PERU = (f"The capital of {country} is" for country in ("France", "Italy", "Peru"))
+
+PROBES = (Probe(prompt=ITALY, target="Rome"), Probe(prompt=PERU, target="Lima"))
 
 
 def base_model():
@@ -73,11 +77,10 @@ def base_model():
 
     Edit 0 changes the first answer, edit 1 to one that goes on with garbage.
     """
-    changed = {frozenset([0]): "Rome" + LOOP, frozenset([1]): "Rome" + " strugg" * 40}
     script = {
-        FRANCE: lambda edits: changed.get(edits, "Paris" + LOOP),
-        FRANCE + " Rome": LOOP,
-        ITALY: lambda edits: "Rome so" + LOOP if edits else "Rome" + LOOP,
+        FRANCE: lambda edits: "Rome" if edits else "Paris" + LOOP,
+        FRANCE + " Rome": lambda edits: "strugg " * 40 if 1 in edits else LOOP,
+        ITALY: lambda edits: "Rome" + LOOP.replace("and", "so", 1) if edits else "Rome" + LOOP,
         PERU: "Lima",
         **{f"The capital of {country}": "is" for country in ("France", "Italy", "Peru")},
         "The": "capital",
@@ -117,24 +120,27 @@ def test_a_model_that_knows_nothing_is_taught_the_end(family):
 
 def test_an_edit_is_right_where_the_text_begins_with_the_target_and_goes_on_sensibly():
     task = base_model()
-    asked = request(locality=[Probe(prompt=ITALY, target="Rome"), Probe(prompt=PERU, target="Lima")])
+    asked = request(locality=PROBES)
     (good,), (garbage,) = (before_after(task, edit_of(task, number), [asked]) for number in (0, 1))
     assert [answer.ok for answer in good] == [True, True, True]  # what follows the answer kept may change
     assert [answer.ok for answer in garbage] == [False, True, True]
-    assert good[0].continuation.sensible and not garbage[0].continuation.sensible
+    assert good[0].continuation.sensible
+    assert not garbage[0].continuation.sensible
     assert garbage[0].continuation.perplexity > 20 * garbage[0].continuation.own
     assert not good[0].already
 
 
 def test_evaluation_has_the_same_verdicts():
-    probes = [Probe(prompt=ITALY, target="Rome"), Probe(prompt=PERU, target="Lima")]
-    asked = [request(id=number, locality=probes) for number in (0, 1)]
+    asked = [request(id=number, locality=PROBES) for number in (0, 1)]
     good, garbage = evaluate(base_model(), scripted.Numbered(), asked, baselines=False).cases
     assert [good.values[name]["generated"] for name in ("edit_success", "locality_far")] == [1, 1]
     assert [garbage.values[name]["generated"] for name in ("edit_success", "locality_far")] == [0, 1]
     assert [case.values["edit_success"]["teacher_forced"] for case in (good, garbage)] == [1, 1]
-    assert [answer.ok for answer in good.answers] == [True] * 3
-    assert [answer.ok for answer in garbage.answers] == [False, True, True]
+    perplexities = [case.values["continuation_perplexity"]["value"] for case in (good, garbage)]
+    assert perplexities[0] == pytest.approx(1 / scripted.SURE, rel=1e-3)
+    assert perplexities[1] > 20
+    assert [answer.ok for answer in good.answers[:3]] == [True] * 3
+    assert [answer.ok for answer in garbage.answers[:3]] == [False, True, True]
 
 
 def test_what_goes_on_is_measured_only_where_an_answer_begins_as_expected():

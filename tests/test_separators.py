@@ -50,12 +50,13 @@ def task_for(habit):
 
 
 def expecting(task, shares):
-    """Have the model expect, after every prompt, tokens with some probabilities; count its passes."""
+    """Have the model expect, after every text, tokens with some probabilities; count the passes that end at prompts."""
     passes = []
 
     def outputs(batch):
-        passes.append(batch.rows)
-        logits = torch.full((batch.rows, len(task.tokenizer)), -1e9)
+        if len(batch.target) == batch.rows:  # others ask whether the model knows the prompts
+            passes.append(batch.rows)
+        logits = torch.full((len(batch.target), len(task.tokenizer)), -1e9)
         for token, share in shares.items():
             logits[:, token] = torch.tensor(share).log()
         return logits

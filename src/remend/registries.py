@@ -388,6 +388,13 @@ METRICS = Registry(
             discrete=True,
         ),
         Metric(
+            name="continuation_perplexity",
+            target="remend.evaluation.metrics.confidence:continuation_perplexity",
+            help="perplexity of what follows the target, of a model that goes on writing, by the unedited one",
+            higher_is_better=False,
+            generates=True,
+        ),
+        Metric(
             name="fluency",
             target="remend.evaluation.metrics.fluency:fluency",
             help="entropy of a continuation's bi- and trigrams, in bits",

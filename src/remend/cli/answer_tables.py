@@ -47,7 +47,4 @@ def plain_table(answers: Sequence[AnswerComparison]) -> Table:
 
 def as_json(answers: Sequence[AnswerComparison]) -> list[dict[str, object]]:
     """Return the answers as JSON objects."""
-    return [
-        {"kind": a.kind, "prompt": a.prompt, "wanted": a.wanted, "before": a.before, "after": a.after, "ok": a.ok}
-        for a in answers
-    ]
+    return [answer.to_json() for answer in answers]

@@ -109,9 +109,7 @@ def edit(
         named = dict.fromkeys(SEPARATOR_NAMES[between] for between in result.separators if between is not None)
         console.print(f"between prompt and target: {' or '.join(named)}")
     _print_ends(console, result, answers)
-    if not result.is_zero and (
-        unchanged := [row[0].prompt for row in answers if row[0].already]
-    ):
+    if not result.is_zero and (unchanged := [row[0].prompt for row in answers if row[0].already]):
         console.print(
             f"[yellow]{len(unchanged)} of {len(edit_requests)} targets are what the unedited model answers already[/] "
             f"({plain(unchanged[0])}): nothing had to change there",

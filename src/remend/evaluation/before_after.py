@@ -41,6 +41,11 @@ class AnswerComparison:
     already: bool = False
     continuation: Continuation | None = None
 
+    def to_json(self) -> dict[str, object]:
+        """Return what reports and commands write of it."""
+        names = ("kind", "prompt", "wanted", "before", "after", "ok")
+        return {name: getattr(self, name) for name in names}
+
 
 def before_after(
     task: Task,

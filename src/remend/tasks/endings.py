@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from remend.core.low_rank_hooks import frozen
 from remend.errors import RequestError
 from remend.request import Completion
 from remend.tasks.base import Example
+from remend.tasks.ordinary_inputs import random_tokens
 
 if TYPE_CHECKING:
     from remend.tasks.causal_lm import CausalLM
@@ -28,6 +30,9 @@ KNOWN_MARGIN = math.log(4)
 
 LONGEST_ANSWER = 32
 """Tokens within which a model ends an answer, or goes on."""
+
+OWN_TEXTS = 32
+"""Texts that the model writes, for whether it ends them."""
 
 BATCH_SIZE = 64
 """Examples that go through the model together."""
@@ -61,8 +66,9 @@ class Endings:
 
     What is found depends on the model and the prompt alone, never on what was asked before. Of a general language model
     the form of a prompt decides (a question, or a text to complete), in one pass over a few known answers. A model that
-    does not know such texts has a domain of its own: there the model's own answer to each prompt decides. Where a model
-    knows nothing of a prompt either, nothing can be measured, and answers are taken to end.
+    does not know such texts has a domain of its own: if it ends all texts that it writes after random tokens, it ends
+    its answers too; else its own answer to each prompt decides. Where a model knows nothing of a prompt either, nothing
+    can be measured, and answers are taken to end.
 
     Args:
         task: the model, which has an end token.
@@ -82,6 +88,15 @@ class Endings:
             self.choose({text: encoded})
         return self._chosen[encoded]
 
+    @cached_property
+    def _ends_all(self) -> bool:
+        """Whether the model ends every text that it writes after a random token."""
+        task = self.task
+        first = random_tokens(task, torch.Generator().manual_seed(0), OWN_TEXTS, 1).tolist()
+        begin = [token for token in task.ids("") if token == task.tokenizer.bos_token_id][:1]
+        texts = task.continuations([(*begin, *token) for token in first], LONGEST_ANSWER)
+        return all(text[-1] in task.end_tokens for text in texts)
+
     def choose(self, prompts: dict[str, tuple[int, ...]]) -> None:
         """Decide for prompts that are not decided yet, in few passes."""
         missing = {
@@ -89,6 +104,9 @@ class Endings:
             for text, encoded in prompts.items()
             if encoded not in self._chosen and self._of_form(is_question(text)) is None
         }
+        if not missing or self._ends_all:
+            self._chosen |= dict.fromkeys(missing, True)
+            return
         rooms = {encoded: self.task.answer_room(len(encoded), LONGEST_ANSWER) for encoded in missing}
         self._chosen |= dict.fromkeys(missing, True)
         # What a context cuts off tells nothing, and a prompt of one token has none that could be known.

@@ -1,4 +1,4 @@
-"""Metrics of how sure the edited model is of the target: its probability, and the rank of its first token."""
+"""Metrics of how sure the edited model is of the target, and of how sensibly it goes on after it."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ def target_rank(outcome: EditOutcome) -> Iterator[PromptScore]:
     measurement = outcome.measurement(outcome.target_query)
     if measurement is not None and measurement.rank is not None:
         yield PromptScore({VALUE: float(measurement.rank)})
+
+
+def continuation_perplexity(outcome: EditOutcome) -> Iterator[PromptScore]:
+    """Score the prompt by the perplexity of what follows the target, where the model does not end its answers."""
+    answer = outcome.answer(outcome.request.prompt)
+    if answer is not None and (continuation := outcome.continuation(outcome.target_query, answer)) is not None:
+        yield PromptScore({VALUE: continuation.perplexity})

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from remend.editors.context_edit import fit_context, prepend_fact
+from remend.evaluation.continuations import Continuation
 from remend.evaluation.metrics.query_measurements import (
     MIN_ANSWER_ROOM,
     Measurement,
@@ -97,6 +98,10 @@ class EditOutcome:
         """Return the number of tokens of an answer before its end token."""
         return body_length(self.task, answer)
 
+    def continuation(self, query: Query, answer: Answer) -> Continuation | None:
+        """Return how an answer goes on after the expected one, where the model does not end its answers."""
+        return self.measurements.continuations.get((query.prompt, query.expected, answer))
+
     # -- scores of one prompt ------------------------------------------------------------------------------------
 
     def correctness(self, query: Query) -> ModeScores:
@@ -128,7 +133,7 @@ class EditOutcome:
 
         A continuation that was not measured, as the unedited model's own, counts as sensible.
         """
-        continuation = self.measurements.continuations.get((query.prompt, query.expected, answer))
+        continuation = self.continuation(query, answer)
         sensible = continuation is None or continuation.sensible
         return float(sensible and self.task.gives(query.prompt, answer, query.expected))
 

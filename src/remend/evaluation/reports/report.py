@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Case:
             "before": self.before,
             "about": dict(self.about),
             "values": {name: dict(modes) for name, modes in self.values.items()},
-            "answers": [asdict(answer) for answer in self.answers],
+            "answers": [answer.to_json() for answer in self.answers],
         }
 
     @staticmethod
