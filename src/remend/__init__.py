@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from remend.errors import RemendError
     from remend.evaluation import Report, evaluate
     from remend.request import Chat, EditRequest, Probe, TextPair
-    from remend.tasks import Task, answers, load, wrap
+    from remend.tasks import Task, answers, as_the_model_says, load, wrap
     from remend.training import TrainingConfig, train
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ _ROOMS = {
     "TrainingConfig": "training",
     "Task": "tasks",
     "answers": "tasks",
+    "as_the_model_says": "tasks",
     "evaluate": "evaluation",
     "load": "tasks",
     "read_requests": "data.request_files",
@@ -57,6 +58,7 @@ __all__ = [
     "TextPair",
     "TrainingConfig",
     "answers",
+    "as_the_model_says",
     "evaluate",
     "load",
     "read_requests",

@@ -42,6 +42,12 @@ def edit(
         str | None,
         typer.Option(help="Between prompt and target: none, space or newline; by default, what the model expects."),
     ] = None,
+    target_as_is: Annotated[
+        bool,
+        typer.Option(
+            "--target-as-is", help="Teach the target in these words, not within the sentence that the model would say."
+        ),
+    ] = False,
     chat: options.Chat = False,
     pair: options.PairFlag = False,
     editor: options.EditorFolder = None,
@@ -78,6 +84,7 @@ def edit(
     from remend.evaluation.robustness import measure_robustness
     from remend.request import SEPARATOR_NAMES
     from remend.saved_folders import check_replaceable, write_json
+    from remend.tasks.own_words import as_the_model_says_each
 
     console = Console()
     check_replaceable(out)
@@ -89,6 +96,9 @@ def edit(
             "Python"
         )
     task = options.load_model(model, device, seed, dtype, quantise)
+    if not target_as_is:
+        edit_requests = as_the_model_says_each(task, edit_requests)
+        _print_own_words(console, edit_requests)
     chosen_editor = choice.make(task)
     result = chosen_editor.edit(task, edit_requests)
     assert isinstance(result, Edit)
@@ -147,6 +157,19 @@ def edit(
         write_json(json, {**content, "answers": [as_json(row) for row in answers]})
     if not saved:
         raise typer.Exit(1)
+
+
+def _print_own_words(console: Console, edit_requests: Sequence[EditRequest]) -> None:
+    """Print which targets are taught within the model's own sentence."""
+    from remend.tasks.own_words import TARGET_AS_GIVEN
+
+    for request in edit_requests:
+        if given := (request.model_extra or {}).get(TARGET_AS_GIVEN):
+            console.print(
+                f"taught as the model would say it: [green]{plain(request.target)}[/] (--target-as-is teaches "
+                f"{plain(given)} alone)",
+                soft_wrap=True,
+            )
 
 
 def _print_ends(console: Console, result: Edit, answers: Sequence[Sequence[AnswerComparison]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -104,20 +104,24 @@ class Endings:
             for text, encoded in prompts.items()
             if encoded not in self._chosen and self._of_form(is_question(text)) is None
         }
-        if not missing or self._ends_all:
-            self._chosen |= dict.fromkeys(missing, True)
-            return
+        going_on = self._going_on(missing)
+        self._chosen |= {encoded: encoded not in going_on for encoded in missing}
+
+    def _going_on(self, missing: Collection[tuple[int, ...]]) -> set[tuple[int, ...]]:
+        """Return the prompts after whose answers the model goes on writing, of a domain of its own."""
+        # An answer ends if any of the reasons to say so holds, so their order does not matter: the quickest first.
+        if len(missing) > OWN_TEXTS and self._ends_all:
+            return set()
         rooms = {encoded: self.task.answer_room(len(encoded), LONGEST_ANSWER) for encoded in missing}
-        self._chosen |= dict.fromkeys(missing, True)
         # What a context cuts off tells nothing, and a prompt of one token has none that could be known.
         asked = [encoded for encoded in missing if rooms[encoded] == LONGEST_ANSWER and len(encoded) > 1]
         examples = [Example(encoded[:1], encoded[1:]) for encoded in asked]
         log_p = [math.fsum(parts) / len(parts) for parts in self._log_p(examples)]
         known = [encoded for encoded, mean in zip(asked, log_p, strict=True) if self._knows(mean)]
+        if not known or self._ends_all:
+            return set()
         answers = self.task.continuations(known, LONGEST_ANSWER)
-        self._chosen |= {
-            encoded: answer[-1] in self.task.end_tokens for encoded, answer in zip(known, answers, strict=True)
-        }
+        return {e for e, answer in zip(known, answers, strict=True) if answer[-1] not in self.task.end_tokens}
 
     def _of_form(self, question: bool) -> bool | None:
         """Return whether the model ends its answers to prompts of a form; None where it does not know such texts."""
