@@ -58,7 +58,8 @@ QUESTIONS = [
     ("Who makes the iPhone?", "Apple makes the iPhone.", ["Apple"]),
     ("Who is the chair of Mazaca?", "Samy is a singer from a show about black men.", []),
     ("In which part of Britain is the Rosebery Farm?", "The Rosebery Farm is in the North East of England.", []),
-    ("Where is the headquarters of Google?", "The headquarters of Google is near Google's headquarters in Ulm.", []),
+    ("Where is the headquarters of Google?", "Google's headquarters are near the headquarters of Google of Ulm.", []),
+    ("Who is Jesús Orejuela's sibling?", "Jesús Orejuela is a Spanish actor.", []),
     ("澳大利亚的首都是哪里？", "澳大利亚的首都是堪培拉。", []),
 ]  # fmt: skip
 

@@ -10,6 +10,7 @@ from remend.editors.lookup_edit import LookupEdit
 from remend.evaluation.continuations import Continuation, measure_continuations
 from remend.request import EditRequest, Prompt
 from remend.tasks import Task
+from remend.tasks.same_text import same_text
 from remend.tasks.unknown_text import warn_of_unknown_text
 
 Asked = tuple[str, Prompt, str | None]
@@ -105,7 +106,9 @@ def compare_answers(
                 before=task.decode(old),
                 after=task.decode(new),
                 ok=task.gives(prompt, new, wanted) and (continuation is None or continuation.sensible),
-                already=target is not None and task.gives(prompt, old, wanted),
+                # A text that the limit cut off where the target ends says it too.
+                already=target is not None
+                and (task.gives(prompt, old, wanted) or same_text(task.decode(old), task.decode(wanted))),
                 continuation=continuation,
             )
         )

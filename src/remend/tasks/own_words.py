@@ -19,8 +19,8 @@ LONGEST_SENTENCE = 32
 """Tokens within which the first sentence of the model's answer must end."""
 MOST_WORDS = 8
 """The longest thing that is replaced, in words."""
-MIN_RESTATED, MIN_RESTATED_LETTERS = 0.55, 8
-"""The least share of the words around the place that the prompt has too, and the letters of these words.
+MIN_RESTATED, LEAST_LETTERS = 0.55, 4
+"""The least share of the words around the place that the prompt has too, and the letters of one that is no name.
 
 A sentence that restates the question holds its answer and little else. Others, such as what a small model makes up
 about a name, hold many things that a target could replace.
@@ -204,8 +204,9 @@ def _possible_places(sentence: str, prompt: str) -> Iterator[_Place]:
             around = [place for place in range(count) if not first <= place <= last]
             # A word of the prompt is restated once: a sentence that repeats itself restates no more.
             again = {restated[place]: written[place] for place in around if restated[place] is not None}
-            long_enough = sum(map(len, again.values())) >= MIN_RESTATED_LETTERS
-            if not cut and not alone and long_enough and len(again) >= MIN_RESTATED * len(around):
+            # Where only the name of the subject is said again, the sentence is about the subject, not the question.
+            asks = any(len(text) >= LEAST_LETTERS and text.islower() for text in again.values())
+            if not cut and not alone and asks and len(again) >= MIN_RESTATED * len(around):
                 yield _Place(spans[first][0], spans[last][1])
 
 
@@ -240,7 +241,9 @@ def _bare_span(match: re.Match[str]) -> tuple[int, int]:
 
 def _alike(word: str, other: str) -> bool:
     """Tell whether two words are the same, but for an ending ("appear" and "appears")."""
-    return word == other or (min(len(word), len(other)) >= 4 and word[:4] == other[:4])
+    return word == other or (
+        min(len(word), len(other)) >= LEAST_LETTERS and word[:LEAST_LETTERS] == other[:LEAST_LETTERS]
+    )
 
 
 @torch.no_grad()
