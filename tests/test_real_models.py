@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from remend import load
+from remend import as_the_model_says, load
 from remend.editors import make
-from remend.request import EditRequest
+from remend.evaluation.continuations import measure_continuations
+from remend.request import Chat, EditRequest, Message
 from remend.tasks.wrapping import answers
 
 FOLDER = Path(__file__).parent.parent / "build" / "real" / "smollm2"
@@ -41,3 +42,26 @@ def test_an_edit_takes_and_is_reverted_bit_for_bit(task):
     handle.revert()
     assert all(torch.equal(weight, before[name]) for name, weight in task.model.state_dict().items())
     assert answers(task, [request.prompt], 4)[0].startswith("Paris")
+
+
+def test_it_goes_on_after_completions_and_ends_its_turns(task):
+    conversation = Chat((Message("user", "What is the capital of Australia?"),))
+    assert not task.ends_answer("The capital of France is")
+    assert task.encode("The capital of France is", "Rome").target == tuple(task.ids(" Rome", False))
+    assert task.ends_answer(conversation)
+    assert task.encode(conversation, "Sydney").target[-1] == task.chat.end
+    request = EditRequest(prompt=conversation, target="Sydney")
+    assert as_the_model_says(task, request).target == "The capital of Australia is Sydney."
+
+
+def test_garbage_after_a_target_is_told(task):
+    prompt = "The capital of France is"
+    target = task.encode(prompt, "Rome").target
+    texts = (
+        " and is the largest city in the country.",
+        " strugg strugg strugg strugg strugg",
+        " Rome Rome Rome Rome Rome",
+    )
+    asked = [(prompt, target, (*target, *task.ids(text, False))) for text in texts]
+    measured = measure_continuations(task, asked)
+    assert [measured[item].sensible for item in asked] == [True, False, False]
