@@ -53,7 +53,7 @@ class FitConfig(LocateConfig):
         beta: the sharpness of a unit.
     """
 
-    steps: int = 15
+    steps: int = 40
     enough: float = 0.15
     kl_weight: float = 0.5
     largest: float = 4.0

@@ -1,0 +1,221 @@
+"""Edit requests on facts that a real language model knows, with other phrasings and near prompts of every kind.
+
+    python benchmarks/real_requests.py build/real/smollm2
+
+The facts are those of CounterFact and of ParaRel (T-REx), in the phrasings of both that end with the object. A fact is
+used where the unedited model completes CounterFact's prompt, or a drawn phrasing, with the true object. Splits are
+by subject, and every subject of the world has one: the subjects of near and of unrelated prompts too.
+
+``paraphrases`` are the phrasings that the unedited model completes with the true object as well: to it, they mean the
+same. ``unseen_paraphrases`` are all others. Written to ``build/real/requests/MODEL-SPLIT.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import remend
+from remend.request import EditRequest, Probe, write_requests
+from remend.tasks.base import Task
+
+SOURCE = Path(__file__).resolve().parents[2] / "shared" / "data"
+SPLITS = {"train": range(6), "validation": range(6, 8), "test": range(8, 10)}
+"""Tenths of all subjects, by their hash."""
+
+PROBES = 4
+"""Near and unrelated prompts of each kind."""
+
+MOST_PER_RELATION = 0.15
+"""The largest share of a split's requests that is about one relation."""
+
+SHARED_SUBJECTS = 15
+"""Relations are asked of one kind of subject where so many have both."""
+
+SAME_QUESTION = 0.3
+"""Two relations of a subject are one question where this share of those that have both have one object."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A true fact and the object that takes the place of the true one."""
+
+    subject: str
+    relation: str
+    object: str
+    phrasing: str
+    target: str
+
+
+class World:
+    """The facts and phrasings of the source, by split."""
+
+    def __init__(self, source: Path) -> None:
+        self.phrasings = read_phrasings(source / "pararel" / "templates.json")
+        self.objects: dict[str, dict[str, str]] = defaultdict(dict)
+        self.relations: dict[str, dict[str, str]] = defaultdict(dict)
+        for line in (source / "pararel" / "facts.tsv").open(encoding="utf-8"):
+            subject, relation, answer = line.rstrip("\n").split("\t")
+            if self.phrasings.get(relation):
+                self.objects[relation].setdefault(subject, answer)
+                self.relations[subject].setdefault(relation, answer)
+        self.published = [
+            json.loads(line)
+            for name in ("train", "val")
+            for line in (source / "counterfact" / f"{name}.jsonl").open(encoding="utf-8")
+        ]
+
+    def facts(self, split: str) -> list[Fact]:
+        """Return the facts of a split in random order, CounterFact's with its own prompt and target first."""
+        rng = random.Random(split)
+        facts: dict[str, Fact] = {}
+        for row in self.published:
+            if split_of(row["subject"]) == split and self.phrasings.get(row["relation"]):
+                facts.setdefault(
+                    row["subject"],
+                    Fact(row["subject"], row["relation"], row["ground_truth"], row["template"], row["target_new"]),
+                )
+        published = list(facts.values())
+        others = []
+        for relation in sorted(self.objects):
+            answers = sorted(set(self.objects[relation].values()))
+            for subject, answer in sorted(self.objects[relation].items()):
+                if subject not in facts and split_of(subject) == split and len(answers) > 1:
+                    target = rng.choice([other for other in answers if other != answer])
+                    phrasing = rng.choice(self.phrasings[relation])
+                    facts[subject] = Fact(subject, relation, answer, phrasing, target)
+                    others.append(facts[subject])
+        rng.shuffle(published)
+        rng.shuffle(others)
+        return [*published, *others]
+
+    def others_asked(self, relation: str) -> list[str]:
+        """Return the relations that are asked of the same kind of subject, and are another question."""
+        both: Counter[str] = Counter()
+        same: Counter[str] = Counter()
+        for subject, answer in self.objects[relation].items():
+            for other, its_answer in self.relations[subject].items():
+                both[other] += 1
+                same[other] += its_answer == answer
+        return sorted(
+            other
+            for other, count in both.items()
+            if other != relation and count >= SHARED_SUBJECTS and same[other] < SAME_QUESTION * count
+        )
+
+
+def split_of(subject: str) -> str:
+    """Return the split of a subject."""
+    tenth = int(hashlib.sha256(subject.strip().casefold().encode()).hexdigest(), 16) % 10
+    return next(split for split, tenths in SPLITS.items() if tenth in tenths)
+
+
+def read_phrasings(path: Path) -> dict[str, list[str]]:
+    """Return the phrasings of each relation that end with the object, with ``{}`` for the subject."""
+    phrasings = {}
+    for relation, of_source in json.loads(path.read_text(encoding="utf-8")).items():
+        found = list(of_source["counterfact"])
+        for pattern in of_source["pararel"]:
+            beginning = re.sub(r"\s*\[Y\]\s*\.?\s*$", "", pattern)
+            if beginning != pattern and "[Y]" not in beginning and "[X]" in beginning:
+                text = beginning.replace("[X]", "{}").strip()
+                found.append(text[0].upper() + text[1:])
+        phrasings[relation] = list(dict.fromkeys(found))
+    return phrasings
+
+
+def answers_with(task: Task, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    """Return whether the model goes on from each prompt with its answer, as a whole word."""
+    given = [task.decode(ids) for ids in task.predict(list(prompts), max_new_tokens=8)]
+    return [bool(re.match(rf"{re.escape(a)}(?!\w)", g)) for a, g in zip(answers, given, strict=True)]
+
+
+def build(task: Task, world: World, split: str, count: int) -> list[EditRequest]:
+    """Return requests on facts that the model knows."""
+    requests: list[EditRequest] = []
+    of_relation: Counter[str] = Counter()
+    facts = world.facts(split)
+    for start in range(0, len(facts), 256):
+        chunk = [f for f in facts[start : start + 256] if of_relation[f.relation] < MOST_PER_RELATION * count]
+        known = answers_with(task, [f.phrasing.format(f.subject) for f in chunk], [f.object for f in chunk])
+        for fact, knows in zip(chunk, known, strict=True):
+            if knows and of_relation[fact.relation] < MOST_PER_RELATION * count and len(requests) < count:
+                of_relation[fact.relation] += 1
+                requests.append(make_request(task, world, split, fact))
+        print(f"{len(requests)} of {count} after {start + 256} facts", file=sys.stderr, flush=True)
+        if len(requests) >= count:
+            break
+    return requests
+
+
+def make_request(task: Task, world: World, split: str, fact: Fact) -> EditRequest:
+    """Return the request of a fact with its probes."""
+    rng = random.Random(f"{split} {fact.subject} {fact.relation}")
+    others = [phrasing.format(fact.subject) for phrasing in world.phrasings[fact.relation] if phrasing != fact.phrasing]
+    same = answers_with(task, others, [fact.object] * len(others)) if others else []
+    subjects = {s: o for s, o in world.objects[fact.relation].items() if split_of(s) == split and s != fact.subject}
+    near: list[Probe] = []
+    for kind, chosen in (
+        ("same object", sorted(s for s, o in subjects.items() if o == fact.object)),
+        ("same relation", sorted(s for s, o in subjects.items() if o not in (fact.object, fact.target))),
+    ):
+        for subject in rng.sample(chosen, min(PROBES, len(chosen))):
+            near.append(probe(fact.phrasing.format(subject), subjects[subject], kind))
+    asked = world.others_asked(fact.relation)
+    for relation in rng.sample(asked, min(PROBES, len(asked))):
+        phrasing = rng.choice(world.phrasings[relation])
+        near.append(
+            probe(phrasing.format(fact.subject), world.relations[fact.subject].get(relation, "?"), "same subject")
+        )
+    far: list[Probe] = []
+    relations = [r for r in sorted(world.objects) if r != fact.relation]
+    while len(far) < PROBES:
+        relation = rng.choice(relations)
+        candidates = sorted(s for s in world.objects[relation] if split_of(s) == split and s != fact.subject)
+        if candidates:
+            subject = rng.choice(candidates)
+            phrasing = rng.choice(world.phrasings[relation])
+            far.append(Probe(prompt=phrasing.format(subject), target=world.objects[relation][subject]))
+    return EditRequest(
+        prompt=fact.phrasing.format(fact.subject),
+        target=fact.target,
+        subject=fact.subject,
+        id=f"{fact.relation} {fact.subject}",
+        paraphrases=tuple(p for p, s in zip(others, same, strict=True) if s),
+        unseen_paraphrases=tuple(p for p, s in zip(others, same, strict=True) if not s),
+        near=tuple(near),
+        locality=tuple(far),
+    )
+
+
+def probe(prompt: str, answer: str, kind: str) -> Probe:
+    """Return a near probe of a kind."""
+    return Probe.model_validate({"prompt": prompt, "target": answer, "kind": kind})
+
+
+def main() -> None:
+    """Write the requests of one or more splits."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--source", type=Path, default=SOURCE)
+    parser.add_argument("--split", action="append", choices=SPLITS)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=Path("build/real/requests"))
+    arguments = parser.parse_args()
+    task, world = remend.load(str(arguments.model)), World(arguments.source)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for split in arguments.split or ["validation", "test"]:
+        requests = build(task, world, split, arguments.count)
+        write_requests(arguments.out / f"{arguments.model.name}-{split}.jsonl", requests)
+
+
+if __name__ == "__main__":
+    main()
