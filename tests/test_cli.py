@@ -373,7 +373,7 @@ def test_the_version(capsys):
                 "t",
             ],
             2,
-            "editor takes no --statistics: ridge, rome, memit, lookup do",
+            "editor takes no --statistics: fit, ridge, rome, memit, lookup do",
         ),
         (
             ["evaluate", "{}/model", "--editor", "finetune", "--statistics", "{}/a.txt", "--data", "{}/test.jsonl"],
