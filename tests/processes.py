@@ -76,7 +76,9 @@ def interrupted(folder):
 
     with pytest.raises(KeyboardInterrupt):
         run(folder / "resumed", stop)
-    assert [path.name for path in (folder / "resumed.checkpoints").iterdir()] == ["step-00000005"]
+    checkpoints = sorted((folder / "resumed.checkpoints").iterdir())
+    # The first process may not have given up its lock yet.
+    assert [path.name for path in checkpoints if path.name != "lock"] == ["step-00000005"]
     return run(folder / "resumed", resume=True)
 
 

@@ -73,6 +73,7 @@ def test_every_benchmark_has_a_configuration_and_every_configuration_a_benchmark
         "counterfact_testbed",
         "pararel_testbed",
         "plot_results",
+        "real_requests",
         "rejected_variants",
     }
     for name in configs:

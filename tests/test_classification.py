@@ -219,6 +219,7 @@ def test_what_is_no_classifier_with_one_label_is_refused():
         wrap(hf.BartForSequenceClassification(bart), words)
 
 
+@pytest.mark.filterwarnings("ignore:the tokenizer cannot write")
 def test_the_whole_way_from_a_folder(tmp_path, capsys):
     """Train, evaluate, edit and ask from the command line, with a classifier that transformers saved."""
     model = families.make("bert, binary")

@@ -386,6 +386,17 @@ def test_blocks_that_run_several_times_are_edited_under_one_name(make, editor):
     assert not torch.equal(plain, applied)
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 2], [0, 0, 0, 0], [0, 1, 2]])
+def test_answers_of_blocks_that_run_several_times_are_those_of_whole_passes(order):
+    task = looped(order)
+    ids = list(task.encode_question("The capital of Peru is"))
+    answer = task.predict(["The capital of Peru is"], 6)[0]
+    for token in answer:
+        with torch.no_grad():
+            assert int(task.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()) == token
+        ids.append(token)
+
+
 def test_an_edit_that_names_one_module_twice_is_refused():
     model = looped([0, 1, 2, 2]).model
     edit = random_edit(model, *(f"model.layers.{number}.mlp.down_proj" for number in (2, 3)))

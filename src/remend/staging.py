@@ -130,12 +130,12 @@ def lock_folder(folder: Path) -> BinaryIO | None:
 
 def unlock_folder(folder: Path, lock: BinaryIO) -> None:
     """Give up the lock of a folder, and remove the folder if it holds nothing else."""
-    if fcntl is None:  # Windows removes no open file
-        lock.close()
-    with contextlib.suppress(OSError):
-        (folder / LOCK).unlink()
-        folder.rmdir()
-    lock.close()
+    with lock:
+        if fcntl is None:  # Windows removes no open file
+            lock.close()
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()
+            folder.rmdir()
 
 
 def _is_own_folder(path: Path) -> bool:

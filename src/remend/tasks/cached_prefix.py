@@ -44,7 +44,8 @@ class CachedPrefix:
             start: the first token of each row that a change reaches.
         """
         longest = int(start.max())
-        if not longest or batch.inputs.keys() != {"input_ids", "attention_mask"}:
+        keeps = getattr(task, "keeps_tokens", False)
+        if not (longest and keeps) or batch.inputs.keys() != {"input_ids", "attention_mask"}:
             return None
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
         # The tokens before `start` move to the right end of the prefix, the others to the left end of the rest.

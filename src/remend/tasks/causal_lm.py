@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from remend.errors import RequestError
+from remend.models.blocks import find_stacks
 from remend.request import Chat, Completion, Prompt
 from remend.tasks.base import Answer, Batch, Example
 from remend.tasks.endings import Endings
@@ -187,6 +188,12 @@ class CausalLM(GenerativeTask):
         assert isinstance(logits, Tensor)
         return logits
 
+    @cached_property
+    def keeps_tokens(self) -> bool:
+        """Whether the model's cache can be used: a block that runs several times has one place in it for all runs."""
+        blocks = [block for _, stack in find_stacks(self.model) for _, block in stack]
+        return len(set(blocks)) == len(blocks)
+
     def next_logits(
         self, prompt_ids: Int[Tensor, "row token"]
     ) -> Callable[[Int[Tensor, " row"] | None], Float[Tensor, "row vocabulary"]]:
@@ -199,13 +206,13 @@ class CausalLM(GenerativeTask):
         }
 
         def step(last: Int[Tensor, " row"] | None) -> Float[Tensor, "row vocabulary"]:
-            if last is not None:  # a model without a cache reads everything again
+            if last is not None:  # without a cache, everything is read again
                 cached = inputs["past_key_values"] is not None
                 inputs["input_ids"] = last[:, None] if cached else torch.cat([inputs["input_ids"], last[:, None]], 1)
                 inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
             with gather_at(self.head, rows, torch.full_like(rows, inputs["input_ids"].shape[1] - 1)):
-                output = self.model(**inputs, use_cache=True)
-            inputs["past_key_values"] = getattr(output, "past_key_values", None)
+                output = self.model(**inputs, use_cache=self.keeps_tokens)
+            inputs["past_key_values"] = getattr(output, "past_key_values", None) if self.keeps_tokens else None
             logits: Tensor = output.logits[0]
             return logits
 
