@@ -164,8 +164,8 @@ def make_request(task: Task, world: World, split: str, fact: Fact) -> EditReques
     subjects = {s: o for s, o in world.objects[fact.relation].items() if split_of(s) == split and s != fact.subject}
     near: list[Probe] = []
     for kind, chosen in (
-        ("same object", sorted(s for s, o in subjects.items() if o == fact.object)),
-        ("same relation", sorted(s for s, o in subjects.items() if o not in (fact.object, fact.target))),
+        ("same_object", sorted(s for s, o in subjects.items() if o == fact.object)),
+        ("same_relation", sorted(s for s, o in subjects.items() if o not in (fact.object, fact.target))),
     ):
         for subject in rng.sample(chosen, min(PROBES, len(chosen))):
             near.append(probe(fact.phrasing.format(subject), subjects[subject], kind))
@@ -173,7 +173,7 @@ def make_request(task: Task, world: World, split: str, fact: Fact) -> EditReques
     for relation in rng.sample(asked, min(PROBES, len(asked))):
         phrasing = rng.choice(world.phrasings[relation])
         near.append(
-            probe(phrasing.format(fact.subject), world.relations[fact.subject].get(relation, "?"), "same subject")
+            probe(phrasing.format(fact.subject), world.relations[fact.subject].get(relation, "?"), "same_subject")
         )
     far: list[Probe] = []
     relations = [r for r in sorted(world.objects) if r != fact.relation]
