@@ -70,12 +70,12 @@ def test_requests_of_one_subject_share_a_unit(world):
     assert (losses(task, [first, second], edit) < losses(task, [first, second])).all()
 
 
-def test_phrasings_are_fitted_too(world):
+def test_given_paraphrases_are_fitted_too(world):
     task, requests = world
     editor = Fit.create(task, FitConfig(beginnings=0), text=TEXT)
     request = requests[0]
     other = request.model_copy(update={"prompt": request.paraphrases[0]})
-    given = request.model_copy(update={"phrasings": (request.paraphrases[0],)})
+    given = request.model_copy(update={"given_paraphrases": request.paraphrases[:1], "paraphrases": ()})
     assert losses(task, [other], editor.edit(task, [given])) < losses(task, [other])
 
 
@@ -101,9 +101,9 @@ def test_one_block_only():
         Fit.create(families.task("llama"), text=TEXT, layers="0-1")
 
 
-def test_a_phrasing_without_the_subject_is_refused():
+def test_a_given_paraphrase_without_the_subject_is_refused():
     task = families.task("llama")
-    request = families.requests("llama", 1)[0].model_copy(update={"phrasings": ("It is",)})
+    request = families.requests("llama", 1)[0].model_copy(update={"given_paraphrases": ("It is",)})
     with pytest.raises(RequestError, match="does not hold its subject"):
         Fit.create(task, text=TEXT).edit(task, [request])
 

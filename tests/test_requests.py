@@ -36,11 +36,13 @@ def test_all_keys_a_byte_order_mark_and_blank_lines(tmp_path):
     file = tmp_path / "requests.jsonl"
     full = (
         '{"prompt": "p", "target": "t", "subject": "s", "id": 7, "paraphrases": ["q"], "unseen_paraphrases": ["r"],'
+        ' "given_paraphrases": ["g"],'
         ' "locality": [{"prompt": "a", "target": "b"}], "near": [], "portability": [{"prompt": "c", "target": "d"}]}'
     )
     file.write_bytes(b"\xef\xbb\xbf" + full.encode() + b"\r\n\n" + GOOD.encode())
     first, second = read_requests(file)
     assert (first.id, first.paraphrases, first.locality[0]) == (7, ("q",), Probe(prompt="a", target="b"))
+    assert first.asking_prompts == ("p", "g", "q", "r")
     assert second.key == "the capital of france is"
 
 
@@ -64,6 +66,15 @@ def test_all_keys_a_byte_order_mark_and_blank_lines(tmp_path):
         (
             b'{"prompt": "p", "target": "t", "near": [{"prompt": ["q", "r"], "target": "t"}]}',
             "line 2: .* a pair of texts",
+        ),
+        (
+            b'{"prompt": "p", "target": "t", "given_paraphrases": ["q", "r"], "paraphrases": ["s", "r"]}',
+            "line 2: .*'r' is in given_paraphrases and in paraphrases, .*leave it in one of them",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "p"}], "target": "t", "given_paraphrases": ["q"],'
+            b' "unseen_paraphrases": [[{"role": "user", "content": "q"}]]}',
+            "line 2: .*'user: q' is in given_paraphrases and in unseen_paraphrases",
         ),
         (b'{"prompt": "caf\xe9", "target": "t"}', "line 2: byte 0xe9 is not UTF-8; save the file as UTF-8"),
     ],

@@ -260,7 +260,7 @@ class EditRequest(Probe):
         target: what it should answer.
         subject: what the fact is about; splits keep a subject on one side.
         id: the caller's own name for the request.
-        phrasings: other phrasings of the prompt that an edit is fitted to as well; they are never scored.
+        given_paraphrases: other phrasings of the prompt that are given to the editor with it, and never scored.
         paraphrases: other phrasings of the prompt, used in training and in evaluation.
         unseen_paraphrases: phrasings for evaluation only.
         locality: unrelated prompts whose answers must stay (far neighbours).
@@ -273,7 +273,7 @@ class EditRequest(Probe):
 
     subject: str | None = None
     id: str | int | None = None
-    phrasings: tuple[Prompt, ...] = ()
+    given_paraphrases: tuple[Prompt, ...] = ()
     paraphrases: tuple[Prompt, ...] = ()
     unseen_paraphrases: tuple[Prompt, ...] = ()
     locality: tuple[Probe, ...] = ()
@@ -289,7 +289,7 @@ class EditRequest(Probe):
         separator = info.data.get("separator")  # for those forms that are texts: another may be a conversation
         return tuple(as_completion(form, separator) if isinstance(form, str) else form for form in forms)
 
-    @field_validator("phrasings", "paraphrases", "unseen_paraphrases", "negated", "generation")
+    @field_validator("given_paraphrases", "paraphrases", "unseen_paraphrases", "negated", "generation")
     @classmethod
     def _phrasings_in_conversation(cls, phrasings: tuple[Prompt, ...], info: ValidationInfo) -> tuple[Prompt, ...]:
         own_prompt, separator = info.data.get("prompt"), info.data.get("separator")
@@ -304,6 +304,17 @@ class EditRequest(Probe):
             probe if prompt is probe.prompt else probe.model_copy(update={"prompt": prompt})
             for probe, prompt in zip(probes, prompts, strict=True)
         )
+
+    @model_validator(mode="after")
+    def _check_given_paraphrases(self) -> EditRequest:
+        for name in SCORED_FORMS:
+            if seen := set(self.given_paraphrases) & set(getattr(self, name)):
+                text = _truncated(str(min(seen, key=str)))
+                raise ValueError(
+                    f"{text} is in given_paraphrases and in {name}, so it would be scored though the editor is given "
+                    "it: leave it in one of them"
+                )
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """Return the request as a JSON object without empty fields; NaN in a key of the caller becomes null."""
@@ -322,6 +333,12 @@ class EditRequest(Probe):
         if any(f'"{key}"' in text for key in input_types()):
             return EditRequest.model_validate(_with_inputs(json.loads(text)), strict=True)
         return EditRequest.model_validate_json(text, strict=True)
+
+    @property
+    def asking_prompts(self) -> tuple[Prompt, ...]:
+        """All prompts that ask for the target: the request's own, its paraphrases and its other forms."""
+        forms = ("given_paraphrases", *SCORED_FORMS)
+        return (self.prompt, *(prompt for name in forms for prompt in getattr(self, name)))
 
     @property
     def key(self) -> str:
@@ -349,7 +366,9 @@ def in_form_of(own_prompt: Prompt | None, prompt: Prompt) -> Prompt:
     return prompt
 
 
-PROMPT_LISTS = ("phrasings", "paraphrases", "unseen_paraphrases", "formats", "negated", "generation")
+SCORED_FORMS = ("paraphrases", "unseen_paraphrases", "formats")
+"""The fields whose prompts ask for the target and are scored."""
+PROMPT_LISTS = ("given_paraphrases", *SCORED_FORMS, "negated", "generation")
 PROBE_LISTS = ("locality", "near", "portability")
 
 

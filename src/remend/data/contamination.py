@@ -28,8 +28,7 @@ def find_overlap(first: Sequence[EditRequest], second: Sequence[EditRequest]) ->
 def edited_prompts(request: EditRequest) -> set[str]:
     """Return the normalized prompts for a request's target: its prompt, paraphrases and other forms."""
     # With the unseen paraphrases: what was trained on may be what the other side keeps for evaluation.
-    prompts = (request.prompt, *request.paraphrases, *request.unseen_paraphrases, *request.formats)
-    return {normalize(str(prompt)) for prompt in prompts}
+    return {normalize(str(prompt)) for prompt in request.asking_prompts}
 
 
 def check_overlap_kinds(kinds: Iterable[str]) -> frozenset[str]:

@@ -41,7 +41,7 @@ def filter_probes(requests: Sequence[EditRequest]) -> tuple[list[EditRequest], i
     Returns:
         The requests in their order, and how many probes were left out.
     """
-    edited = {p for r in requests for p in (r.prompt, *r.paraphrases, *r.unseen_paraphrases, *r.formats)}
+    edited = {prompt for request in requests for prompt in request.asking_prompts}
     subjects = SubjectIndex(requests)
     filtered, left_out = [], 0
     for request in requests:

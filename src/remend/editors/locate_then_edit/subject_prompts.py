@@ -67,7 +67,7 @@ def random_beginnings(text: Sequence[str], count: int, seed: int) -> list[str]:
 def encode_contexts(
     task: Task, request: EditRequest, beginnings: Sequence[str], kept: Sequence[str] = ("{}",)
 ) -> PromptContexts:
-    """Encode a request with its phrasings, each by itself and behind beginnings, and locate its subject.
+    """Encode a request with its given paraphrases, each by itself and behind beginnings, and locate its subject.
 
     A classifier judges all of its text, so it reads no random beginnings. Where a beginning does not fit into the
     context, the prompt by itself takes its place, because requests that are fitted together need as many examples.
@@ -75,7 +75,7 @@ def encode_contexts(
     Args:
         task: the model.
         request: the request.
-        beginnings: texts to put before the prompt, or before one of its phrasings in turn.
+        beginnings: texts to put before the prompt, or before one of those in turn.
         kept: for a causal model, templates of prompts about the subject after which the next token should stay; by
             default the subject alone, which shows what the model takes it to be.
 
@@ -89,7 +89,7 @@ def encode_contexts(
                 "names no subject, and this editor changes what the model recalls of one: give subject=…, a part of "
                 "the prompt"
             )
-        prompts = (request.prompt, *request.phrasings)
+        prompts = (request.prompt, *request.given_paraphrases)
         located = [_located(task, prompt, subject, request.target) for prompt in prompts]
         for number, beginning in enumerate(beginnings if task.generates else ()):
             own = number % len(prompts)
