@@ -56,6 +56,14 @@ def pytest_xdist_make_scheduler(config, log):
     return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_tests(tmp_path_factory):
+    """What commands keep of models is kept apart from the user's own, also by processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REMEND_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=worlds.FAMILIES)
 def model(request):
     """A tiny random model, of each family in turn."""

@@ -229,7 +229,7 @@ def test_facts_in_the_prompt_leave_general_ability_alone(folder, capsys):
 
 def test_a_report_names_the_editor_that_was_used(folder, tmp_path):
     data = ["--data", folder / "test.jsonl", "--json", tmp_path / "report.json", "--limit", 2, "--device", "cpu"]
-    for given, name in (([], "ridge"), (["--editor", folder / "editor"], "editor")):
+    for given, name in (([], "fit"), (["--editor", folder / "editor"], "editor")):
         assert not remend("evaluate", folder / "model", *given, *data, "--no-frontier", "--no-baselines")
         assert json.loads((tmp_path / "report.json").read_text())["editor"] == name
 

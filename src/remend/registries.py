@@ -499,3 +499,6 @@ EDITORS = Registry(
     ],
 )
 """Editors by name: ``remend.editors.make``, ``--editor`` and ``--method``."""
+
+DEFAULT_EDITOR = "fit"
+"""The editor for a model that none was trained for, where it can edit it (:func:`remend.editors.default_editor`)."""

@@ -242,7 +242,9 @@ def _with_subject(subject: str, edit_requests: list[EditRequest], file: Path | N
 def _print_robustness(console: Console, robustness: Robustness, editor: str, model: str) -> None:
     """Print how reliable an edit is that was made by an editor without training for the model."""
     from remend.assets import ATLAS
+    from remend.registries import DEFAULT_EDITOR
 
+    better = ATLAS if model == ATLAS else DEFAULT_EDITOR
     doubts = " and ".join(robustness.doubts)
     summary = f"[yellow]doubtful[/], since {doubts}" if doubts else "[green]likely what was wanted[/]"
     prefixes = "whether it holds after other beginnings cannot be told here, "
@@ -251,8 +253,8 @@ def _print_robustness(console: Console, robustness: Robustness, editor: str, mod
     console.print(
         f"made by [bold]{editor}[/], which was not trained for this model. The target has a probability of "
         f"{robustness.probability:.0%}, {prefixes}and {robustness.elsewhere:.1%} of the model's {robustness.choices} "
-        f"choices on other input stayed: {summary}. With a trained editor, more of the prompts near it keep their "
-        "answers " + (f"(--editor {ATLAS})" if model == ATLAS else "(remend train)"),
+        f"choices on other input stayed: {summary}"
+        + ("" if better == editor else f". With --editor {better}, more of the prompts near it keep their answers"),
         soft_wrap=True,
     )
 

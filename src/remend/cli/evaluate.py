@@ -135,10 +135,11 @@ def evaluate(
             name = Path(str(edited_model)).name
             report = finish(evaluate_checkpoints(task, edited, requests, name=name, **common))
         else:
+            made = chosen.make(task)
             report = evaluate_edits(
-                task, chosen.make(task), requests,
+                task, made, requests,
                 protocol=protocol, edits=_numbers(edits), strengths=FRONTIER_STRENGTHS if frontier else (),
-                name=Path(editor or chosen.info.name).name, checkpoint=partial, resume=resume,
+                name=Path(editor or made.info.name).name, checkpoint=partial, resume=resume,
                 on_report=finish, **common,
             )  # fmt: skip
     print_report(report, console)

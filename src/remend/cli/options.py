@@ -15,17 +15,14 @@ import typer
 from rich.console import Console
 
 from remend.cli.escaping import plain
-from remend.registries import EDITORS, EditorEntry
+from remend.registries import DEFAULT_EDITOR, EDITORS, EditorEntry
 
 if TYPE_CHECKING:
     from remend.config import Config
-    from remend.editors import Editor, EditorInfo, MendConfig, TrainableEditor
+    from remend.editors import DefaultEditor, Editor, EditorInfo, MendConfig, TrainableEditor
     from remend.request import Prompt
     from remend.tasks import Task
     from remend.training import TrainingConfig
-
-RIDGE = "ridge"
-"""The editor for a model that none was trained for."""
 
 
 def _untrained() -> list[EditorEntry]:
@@ -81,12 +78,13 @@ EditorFolder = Annotated[
         metavar="DIR|NAME",
         help="A trained editor's folder, or an editor that needs no training: "
         + ", ".join(entry.name + (" (--statistics)" if entry.needs == "text" else "") for entry in _untrained())
-        + f". By default {RIDGE}, where a model has no editor of its own. A folder that is called like one is ./NAME.",
+        + f". By default {DEFAULT_EDITOR}, or what can edit the model, where it has no editor of its own. "
+        "A folder that is called like one is ./NAME.",
     ),
 ]
 Statistics = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Plain text on which ridge, rome, memit or lookup measures the model."),
+    typer.Option(metavar="FILE", help="Plain text on which fit, ridge, rome, memit or lookup measures the model."),
 ]
 
 
@@ -96,7 +94,7 @@ def _help_on_settings(context: typer.Context, assignments: list[str] | None) -> 
     if "help" in (assignments or ()):
         from remend.editors import editor_class
 
-        _print_settings(editor_class(context.params.get("editor") or RIDGE))
+        _print_settings(editor_class(context.params.get("editor") or DEFAULT_EDITOR))
         raise typer.Exit
     return assignments
 
@@ -237,8 +235,8 @@ def find_editor(
 ) -> EditorChoice:
     """Return the editor that a command line names: a trained one, or one that needs no training.
 
-    Where none is named, it is the one that ships with the model or :data:`RIDGE`. It warns of a trained one that did
-    badly in training.
+    Where none is named, it is the one that ships with the model, or :func:`remend.editors.default_editor`, which is
+    printed. It warns of a trained one that did badly in training.
 
     Args:
         editor: a name, or a folder; what is both is the name, and ``./`` before it makes it the folder.
@@ -253,7 +251,7 @@ def find_editor(
     """
     from remend.assets import ATLAS, BUILT_IN_MODELS
     from remend.data import read_text
-    from remend.editors import editor_class, make
+    from remend.editors import default_editor, editor_class, make_or_load
     from remend.errors import ConfigError
 
     mistyped = (
@@ -264,9 +262,9 @@ def find_editor(
     )
     if mistyped:
         raise ConfigError(
-            f"there is no folder {model}; did you mean {ATLAS!r}? If it is a hub id, give --editor {RIDGE}"
+            f"there is no folder {model}; did you mean {ATLAS!r}? If it is a hub id, give --editor {DEFAULT_EDITOR}"
         )
-    name = editor or (ATLAS if model == ATLAS else RIDGE)
+    name = editor or (ATLAS if model == ATLAS else DEFAULT_EDITOR)
     kind = editor_class(name) if name in EDITORS else None
     if text is not None and (kind is None or "text" not in kind.info.options):
         names = [entry.name for entry in _untrained() if "text" in editor_class(entry.name).info.options]
@@ -280,9 +278,31 @@ def find_editor(
             f"{name} is trained for a model first: remend train {model} --method {name} --data requests.jsonl --out "
             f"DIR, then --editor DIR{hint}"
         )
-    config = _configure(kind, settings or (), seed)
+    values = _parse_settings(settings or ())
+    config = _configure(kind, values, seed)
     passages = read_text(text) if text is not None else ()
-    return EditorChoice(kind.info, lambda task: make(name, task, passages, seed, config))
+
+    def made(task: Task) -> Editor:
+        if editor is not None:
+            return make_or_load(name, task, passages, seed, config, announce=_print_statistics)
+        default = default_editor(task, values)
+        _print_default(default)
+        return make_or_load(default.name, task, passages, seed, default.config, announce=_print_statistics)
+
+    return EditorChoice(kind.info, made)
+
+
+def _print_statistics(message: str) -> None:
+    """Print whether what an editor needs to know of the model is measured or read."""
+    Console(stderr=True).print(f"statistics of the model: {plain(message)}", soft_wrap=True, highlight=False)
+
+
+def _print_default(default: DefaultEditor) -> None:
+    """Print which editor is used where none was named and, if it is not the first choice, why."""
+    kind = getattr(default.config, "kind", None)
+    named = default.name + (f" of kind {kind}" if kind else "")
+    why = f"; {DEFAULT_EDITOR} of kind units was not possible: {plain(default.reason)}" if default.reason else ""
+    Console(stderr=True).print(f"editor: {named}{why}", soft_wrap=True, highlight=False)
 
 
 def _from_folder(name: str, settings: Sequence[str] | None) -> EditorChoice:
@@ -316,8 +336,8 @@ def _from_folder(name: str, settings: Sequence[str] | None) -> EditorChoice:
     return EditorChoice(editor.info, lambda task: editor.to(task.device))
 
 
-def _configure(kind: type[Editor], assignments: Sequence[str], seed: int) -> Config | None:
-    """Return the default configuration of an editor with what ``NAME=VALUE`` assignments say.
+def _configure(kind: type[Editor], values: Mapping[str, Any], seed: int) -> Config | None:
+    """Return the default configuration of an editor with other values of some settings.
 
     Raises:
         ConfigError: the editor has no such setting, or the value is not allowed.
@@ -326,10 +346,21 @@ def _configure(kind: type[Editor], assignments: Sequence[str], seed: int) -> Con
     from remend.errors import ConfigError
 
     config: Config | None = kind.default_config(seed)
-    if not assignments:
+    if not values:
         return config
     if kind.config_class is None or config is None:
         raise ConfigError(f"{kind.info.name} has no settings: leave --set away")
+    return from_json(kind.config_class, {**to_json(config), **values})
+
+
+def _parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that ``NAME=VALUE`` assignments name, with their values.
+
+    Raises:
+        ConfigError: one is no assignment.
+    """
+    from remend.errors import ConfigError
+
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
@@ -339,7 +370,7 @@ def _configure(kind: type[Editor], assignments: Sequence[str], seed: int) -> Con
             values[name.strip()] = json.loads(value)  # numbers, true, false and null
         except ValueError:
             values[name.strip()] = value.strip()
-    return from_json(kind.config_class, {**to_json(config), **values})
+    return values
 
 
 def _print_settings(kind: type[Editor]) -> None:

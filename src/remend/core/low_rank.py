@@ -126,7 +126,11 @@ class LowRank:
         if self.is_of_weight:
             return
         kind = f"an edit of hidden units ({self.response})" if self.reads else f"a gated edit ({self.response})"
-        advice = "merge it (--to merged): the MLP gets wider" if self.reads else "make the edit with a gate of 0"
+        advice = (
+            "merge it (--to merged): the MLP gets wider. fit of kind low-rank makes one that can be"
+            if self.reads
+            else "make the edit with a gate of 0"
+        )
         raise EditError(
             f"{kind} is no change of a weight of low rank: it cannot be {what}. Apply it as a side branch, or {advice}"
         )

@@ -57,6 +57,7 @@ class Editor(ABC):
     Attributes:
         info: its name, what it needs and what its edits are.
         config_class: the class of its configuration; None if there is nothing to configure.
+        measured_settings: the settings that what :meth:`prepare` measures depends on; None if it may be all.
         config: the configuration.
         base: the model that it is for.
         shapes: (d_in, d_out) of each matrix that it edits, by name.
@@ -64,6 +65,7 @@ class Editor(ABC):
 
     info: ClassVar[EditorInfo]
     config_class: ClassVar[type[Config] | None] = None
+    measured_settings: ClassVar[tuple[str, ...] | None] = None
     config: Any
     base: ModelFingerprint
     shapes: dict[str, tuple[int, int]]
@@ -101,15 +103,8 @@ class Editor(ABC):
                 none; or the configuration is not its own.
             ModelError: there is nothing to edit, or nothing matches.
         """
-        cls._check_options(task, text, modules, layers)
-        config = cls._check_config(config, seed)
-        selected = cls.select_modules(task, config, modules, layers)
-        of_experts = [name for name, module in selected.items() if expert_count(module)]
-        if of_experts and not cls.info.experts and cls.info.result != "outside":
-            raise ConfigError(
-                f"{of_experts[0]} holds the matrices of several experts, which {cls.info.name} cannot edit: name other "
-                "matrices or blocks (attention's, say), or use mend"
-            )
+        config = cls.check_config(config, seed)
+        selected = cls.check_model(task, config, text=text, modules=modules, layers=layers)
         shapes = {name: dimensions(module) for name, module in selected.items()}
         # Layers draw their initial weights from the global generator, whose state belongs to the caller.
         with torch.random.fork_rng(devices=[]), without_autocast():
@@ -117,6 +112,33 @@ class Editor(ABC):
             editor = cls(config, ModelFingerprint.of(task.model, selected), shapes)
             editor.prepare(task, text, seed)
         return editor
+
+    @classmethod
+    def check_model(
+        cls,
+        task: Task,
+        config: Any,
+        *,
+        text: Sequence[str] = (),
+        modules: Sequence[str] = (),
+        layers: str | None = None,
+    ) -> dict[str, nn.Module]:
+        """Return the matrices that an editor with these arguments of :meth:`create` edits, by name.
+
+        Raises:
+            ConfigError: the editor cannot edit this kind of model, has no use for an option, or needs a text and got
+                none.
+            ModelError: there is nothing to edit, or nothing matches.
+        """
+        cls._check_options(task, text, modules, layers)
+        selected = cls.select_modules(task, config, modules, layers)
+        of_experts = [name for name, module in selected.items() if expert_count(module)]
+        if of_experts and not cls.info.experts and cls.info.result != "outside":
+            raise ConfigError(
+                f"{of_experts[0]} holds the matrices of several experts, which {cls.info.name} cannot edit: name other "
+                "matrices or blocks (attention's, say), or use mend"
+            )
+        return selected
 
     @classmethod
     def default_config(cls, seed: int = 0) -> Any:
@@ -160,8 +182,8 @@ class Editor(ABC):
             )
 
     @classmethod
-    def _check_config(cls, config: Any, seed: int) -> Any:
-        """Return the configuration or its default.
+    def check_config(cls, config: Any, seed: int) -> Any:
+        """Return the configuration, or the default one where there is none.
 
         Raises:
             ConfigError: it is of another class than the editor's.

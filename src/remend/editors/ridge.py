@@ -73,6 +73,7 @@ class Ridge(WeightEditor):
         options=("text", "modules", "layers"),
     )
     config_class: ClassVar[type[Config]] = RidgeConfig
+    measured_settings: ClassVar[tuple[str, ...] | None] = ("floor",)
     whitening: dict[str, SymmetricOperator]
 
     @classmethod
@@ -128,7 +129,7 @@ class Ridge(WeightEditor):
     def _solve(self, name: str, keys: Float[Tensor, "row d_in"], moves: Float[Tensor, "row d_out"]) -> LowRank:
         """Return ΔW = Vᵀ (K Kᵀ + λ I)⁻¹ K in whitened coordinates: one factor pair for each key."""
         change = least_squares(keys, moves, ridge=self.config.ridge, response=Response.from_gate(self.config.gate))
-        return replace(change, u=self.whitening[name](change.u))
+        return replace(change, u=self.whitening[name].to(change.u.device)(change.u))
 
     def _keys_and_moves(
         self, task: Task, requests: Sequence[EditRequest]
@@ -147,7 +148,7 @@ class Ridge(WeightEditor):
                 unedited.loss if discrete else unedited.squared_error,
             )[1]
             rows = pack_active(factors, task.device)
-            keys = {name: self.whitening[name](packed.u) for name, packed in rows.items()}
+            keys = {name: self.whitening[name].to(packed.u.device)(packed.u) for name, packed in rows.items()}
             moves = {name: -packed.delta * _unit(packed, modules[name]) for name, packed in rows.items()}
             single = {name: self._solve_each(name, keys[name], moves[name], rows[name]) for name in rows}
             # An infinite settle gives a request whose target is the model's answer already the scale 1 / inf = 0.

@@ -50,6 +50,7 @@ class LocateThenEdit(WeightEditor):
         beginnings: random beginnings, behind each of which prompts are read, too.
     """
 
+    measured_settings: ClassVar[tuple[str, ...] | None] = ("floor", "beginnings")
     batch_size: ClassVar[int | None] = None  # how many go together depends on the number of beginnings
     covariances: dict[str, Float[Tensor, "d d"]]
     beginnings: tuple[str, ...]
