@@ -104,6 +104,15 @@ def test_answers_are_what_teacher_forcing_says(task, requests):
     assert torch.equal(chosen, batch.target)
 
 
+def test_log_probabilities_are_those_of_the_loss(task, requests):
+    examples = [task.encode(request.prompt, request.target) for request in requests] * 3
+    log_p = task.log_probabilities(examples)
+    assert [len(of_example) for of_example in log_p] == [len(example.target) for example in examples]
+    means = torch.tensor([sum(of_example) / len(of_example) for of_example in log_p])
+    with torch.no_grad():
+        torch.testing.assert_close(-means, task.loss(task.collate(examples)))
+
+
 @pytest.mark.parametrize("network", [PAPER, DEFAULT], ids=["paper", "default"])
 def test_training_lowers_the_loss_and_moves_everything(task, requests, network):
     editor = Mend.create(task, network)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,6 @@ ordinary text.
 Measured on SmolLM2 after "The capital of France is Rome": its own 3, sentences that people would write 2 to 9,
 "Rome Rome Rome" 27, "the the the" 48, a token that an edit repeats ("strugg strugg") 50,000.
 """
-CONTINUATION_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -66,17 +65,9 @@ def measure_continuations(task: Task, asked: Iterable[Asked]) -> dict[Asked, Con
     with frozen(task.model):
         own = dict(zip(begun, task.continuations(begun, CONTINUATION_TOKENS), strict=True))
     examples = [*following.values(), *(Example(text, own[text]) for text in begun)]
-    perplexities = dict(zip(examples, _perplexities(task, examples), strict=True))
+    log_p = task.log_probabilities(examples)
+    perplexities = {e: math.exp(-math.fsum(v) / len(v)) for e, v in zip(examples, log_p, strict=True)}
     return {
         key: Continuation(perplexities[example], perplexities[Example(example.input, own[example.input])])
         for key, example in following.items()
     }
-
-
-def _perplexities(task: Task, examples: Sequence[Example]) -> list[float]:
-    values: list[float] = []
-    for start in range(0, len(examples), CONTINUATION_BATCH_SIZE):
-        batch = task.collate(examples[start : start + CONTINUATION_BATCH_SIZE])
-        with frozen(task.model):
-            values += task.loss(batch).tolist()
-    return [math.exp(value) for value in values]

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from remend.core.layers import execution_device
+from remend.core.low_rank_hooks import frozen
 from remend.core.output_distributions import Categorical, Distribution
 from remend.errors import RequestError
 from remend.fingerprint import model_name
@@ -314,6 +315,20 @@ class Task(ABC):
     def loss(self, batch: Batch) -> Float[Tensor, " row"]:
         """Run the model; return −log p(target | input) of each example, averaged over its targets: the paper's l_e."""
         return self.distribution.loss(self.outputs(batch), batch.target, batch.row, batch.rows)
+
+    @torch.no_grad()
+    def log_probabilities(self, examples: Sequence[Example]) -> list[list[float]]:
+        """Return log p of each target of each example, in nats, in batches and without a gradient.
+
+        Their sum is log p of the whole target, their mean the negative of :meth:`loss`.
+        """
+        log_p: list[list[float]] = []
+        for part in in_batches(examples):
+            batch = self.collate(part)
+            with frozen(self.model):
+                values = self.distribution.log_prob(self.outputs(batch), batch.target)
+            log_p += [of_example.tolist() for of_example in values.split([len(example.target) for example in part])]
+        return log_p
 
     def divergence(
         self, before: Float[Tensor, "target output"], after: Float[Tensor, "target output"], batch: Batch

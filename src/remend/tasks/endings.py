@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
-from remend.core.low_rank_hooks import frozen
 from remend.errors import RequestError
 from remend.request import Completion
 from remend.tasks.base import Example
@@ -33,9 +32,6 @@ LONGEST_ANSWER = 32
 
 OWN_TEXTS = 32
 """Texts that the model writes, for whether it ends them."""
-
-BATCH_SIZE = 64
-"""Examples that go through the model together."""
 
 COMPLETIONS = {
     "The capital of France is": "Paris",
@@ -116,7 +112,7 @@ class Endings:
         # What a context cuts off tells nothing, and a prompt of one token has none that could be known.
         asked = [encoded for encoded in missing if rooms[encoded] == LONGEST_ANSWER and len(encoded) > 1]
         examples = [Example(encoded[:1], encoded[1:]) for encoded in asked]
-        log_p = [math.fsum(parts) / len(parts) for parts in self._log_p(examples)]
+        log_p = [math.fsum(parts) / len(parts) for parts in self.task.log_probabilities(examples)]
         known = [encoded for encoded, mean in zip(asked, log_p, strict=True) if self._knows(mean)]
         if not known or self._ends_all:
             return set()
@@ -143,25 +139,13 @@ class Endings:
                 examples.append(Example(encoded[:1], (*encoded[1:], *ids, task.tokenizer.eos_token_id)))
         if any(task.context is not None and len(example) > task.context for example in examples):
             return None
-        measured = self._log_p(examples)
+        measured = task.log_probabilities(examples)
         # The end token is left out of what is known: whether it is expected is the question.
         texts = [math.fsum(log_p[:-1]) / (len(log_p) - 1) for log_p in measured]
         if not self._knows(math.fsum(texts) / len(texts)):
             return None
         ends = [math.exp(log_p[-1]) for log_p in measured]
         return sum(map(max, ends[::2], ends[1::2])) / len(answered) >= ENDS_FROM
-
-    @torch.no_grad()
-    def _log_p(self, examples: Sequence[Example]) -> list[list[float]]:
-        """Return log p of each target of each example, in nats."""
-        log_p: list[list[float]] = []
-        for start in range(0, len(examples), BATCH_SIZE):
-            part = examples[start : start + BATCH_SIZE]
-            batch = self.task.collate(part)
-            with frozen(self.task.model):
-                values = self.task.distribution.log_prob(self.task.outputs(batch), batch.target)
-            log_p += [of_example.tolist() for of_example in values.split([len(example.target) for example in part])]
-        return log_p
 
     def _knows(self, log_p: float) -> bool:
         return log_p > KNOWN_MARGIN - math.log(self.task.output_size)

@@ -6,12 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from remend.core.low_rank_hooks import frozen
 from remend.errors import RequestError
 from remend.request import EditRequest, Prompt
-from remend.tasks.base import Answer, Example, Task
+from remend.tasks.base import Answer, Task
 from remend.tasks.open_answers import goes_on_with_word
 from remend.tasks.same_text import FINAL_STOPS, joins_words, words
 
@@ -40,7 +37,6 @@ TARGET_AS_GIVEN = "target_as_given"
 """The key of a rewritten request that holds the target in the user's words."""
 SHORT_WORD = 3
 """The most letters of a word that may stand within a name."""
-SCORED_TOGETHER = 32
 
 _CLAUSE = re.compile(r"(.+?)(,(?=\s)|[.!?。！？।](?=[\s\"'”’*]|$)|\n)", re.DOTALL)
 _WORD = re.compile(r"\S+")
@@ -170,9 +166,11 @@ def _best_place(task: Task, prompt: Prompt, sentence: str, target: str) -> _Plac
         return None
     texts = [sentence, *(_with_target(sentence, place, target) for place in places)]
     try:
-        own, *scored = _log_probabilities(task, prompt, texts)
+        examples = [task.encode(prompt, text) for text in texts]
     except RequestError:  # too long for the context, or not written by the tokenizer: edits say so of the request
         return None
+    values = task.log_probabilities(examples)
+    own, *scored = (_Scored(example.target, of_text) for example, of_text in zip(examples, values, strict=True))
     (best, new), *others = sorted(zip(places, scored, strict=True), key=lambda pair: -sum(pair[1].values))
     rivals = [sum(other.values) for place, other in others if not place.overlaps(best)]
     sure = not rivals or sum(new.values) >= max(rivals) + MIN_MARGIN
@@ -244,18 +242,3 @@ def _alike(word: str, other: str) -> bool:
     return word == other or (
         min(len(word), len(other)) >= LEAST_LETTERS and word[:LEAST_LETTERS] == other[:LEAST_LETTERS]
     )
-
-
-@torch.no_grad()
-def _log_probabilities(task: Task, prompt: Prompt, targets: Sequence[str]) -> list[_Scored]:
-    """Return each target after the prompt with the probabilities of its tokens."""
-    examples = [task.encode(prompt, target) for target in targets]
-    scored: list[_Scored] = []
-    for start in range(0, len(examples), SCORED_TOGETHER):
-        part: Sequence[Example] = examples[start : start + SCORED_TOGETHER]
-        batch = task.collate(part)
-        with frozen(task.model):
-            values = task.distribution.log_prob(task.outputs(batch), batch.target)
-        parts = values.split([len(example.target) for example in part])
-        scored += [_Scored(example.target, own.tolist()) for example, own in zip(part, parts, strict=True)]
-    return scored
