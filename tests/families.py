@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import transformers as hf
 
 import worlds
 from remend.core.low_rank import LowRank, layer_names
+from remend.core.low_rank_hooks import frozen
 from remend.edit import Edit
 from remend.fingerprint import ModelFingerprint
 from remend.models.blocks import find_stacks
@@ -20,6 +22,12 @@ from remend.tasks import Task, wrap
 VOCABULARY = len(worlds.tokenizer())
 END = worlds.tokenizer().eos_token_id
 BLOCKS = 4
+TEXT = [
+    f"{way.format(country)} {city}"
+    for way in worlds.PHRASINGS
+    for country in worlds.COUNTRIES
+    for city in worlds.CITIES
+]
 
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": END, "eos_token_id": END, "pad_token_id": 0}
 _PLAIN = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": BLOCKS, "num_attention_heads": 2, **_TOKENS}
@@ -292,6 +300,30 @@ def make(family: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
             if parameter.dim() > 1 and parameter.std() < 0.1:  # T5's are large as they are
                 parameter.mul_(4)
     return model.to(dtype)
+
+
+def taught(family: str) -> Task:
+    """A family's task, taught one city of each country, other than requests ask for."""
+    made = task(family)
+    facts = zip(worlds.COUNTRIES, worlds.CITIES, strict=True)
+    pairs = [made.encode(way.format(country), city) for country, city in facts for way in worlds.PHRASINGS]
+    worlds.teach(made, made.collate(pairs))
+    return made
+
+
+@torch.no_grad()
+def logits(task: Task, family: str, model: hf.PreTrainedModel | None = None) -> torch.Tensor:
+    """What a model, by default the task's, says where the targets of some requests are predicted."""
+    pairs = [task.encode(request.prompt, request.target) for request in requests(family, 4)]
+    return wrap(model or task.model, task.processor).outputs(task.collate(pairs))
+
+
+@torch.no_grad()
+def losses(task: Task, asked: Sequence[EditRequest], edit: Edit | None = None) -> torch.Tensor:
+    """−log p of each request's target, with an edit or without."""
+    batch = task.collate([task.encode(request.prompt, request.target) for request in asked])
+    with frozen(task.model), nullcontext() if edit is None else edit.applied(task.model):
+        return task.loss(batch)
 
 
 def block_names(model: hf.PreTrainedModel) -> list[str]:

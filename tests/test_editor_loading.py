@@ -10,7 +10,6 @@ import families
 import remend
 import worlds
 from remend.cli import run
-from remend.core.low_rank_hooks import frozen
 from remend.editors import EDITORS, editor_class, load_editor, make
 from remend.errors import ConfigError, FileError, WrongBaseError
 
@@ -63,35 +62,28 @@ def step(other_package):
     other_package(EDITORS, STEP, step="other_package:Step")
 
 
-def losses(task, requests, edit=None):
-    batch = task.collate([task.encode(request.prompt, request.target) for request in requests])
-    with frozen(task.model), torch.no_grad():
-        if edit is None:
-            return task.loss(batch)
-        with edit.applied(task):
-            return task.loss(batch)
-
-
 def test_an_editor_of_another_package_has_the_whole_life_cycle_from_one_method(step, tmp_path):
     task, requests = families.task("gpt2"), worlds.requests(40)
     assert EDITORS.get("step").help == "One gradient step on the loss of the request."
     kind = editor_class("step")
     editor = make("step", task, config=kind.config_class(size=3.0), layers="last-1")
     assert all(".3." in name for name in editor.shapes)
-    plain = losses(task, requests)
+    plain = families.losses(task, requests)
     edits = editor.edit_each(task, requests)
     assert [edit.requests for edit in edits] == [(request,) for request in requests]
     for request, edit in zip(requests[:3], edits, strict=False):
-        assert losses(task, [request], edit) < losses(task, [request])
+        assert families.losses(task, [request], edit) < families.losses(task, [request])
     both = editor.edit(task, requests[:2])
     assert torch.equal(
         both.changes[next(iter(editor.shapes))].u, (edits[0] + edits[1]).changes[next(iter(editor.shapes))].u
     )
-    assert torch.equal(losses(task, requests), plain), "reverted bit for bit"
+    assert torch.equal(families.losses(task, requests), plain), "reverted bit for bit"
     assert both.editor == {"name": "step", "size": 3.0, "config": {"version": 1, "size": 3.0}}
     again = load_editor(editor.save(tmp_path / "editor"))
     assert (type(again), again.config, again.base, again.shapes) == (kind, editor.config, editor.base, editor.shapes)
-    assert torch.equal(losses(task, requests[:2], again.edit(task, requests[:2])), losses(task, requests[:2], both))
+    assert torch.equal(
+        families.losses(task, requests[:2], again.edit(task, requests[:2])), families.losses(task, requests[:2], both)
+    )
     report = remend.evaluate(task, editor, requests[:3], baselines=False)
     assert 0 <= report.metrics()["reliability"]["generated"].mean <= 1
     with pytest.raises(WrongBaseError, match="another"):
@@ -191,7 +183,7 @@ def test_editors_that_need_no_training_are_saved_and_read_back(name, tmp_path):
     one, other = (e.edit(task, requests) for e in (editor, again))
     assert one.requests == other.requests
     if name != "in-context":
-        assert torch.equal(losses(task, requests, one), losses(task, requests, other))
+        assert torch.equal(families.losses(task, requests, one), families.losses(task, requests, other))
     manifest = json.loads((tmp_path / "editor" / "manifest.json").read_text())
     (tmp_path / "editor" / "manifest.json").write_text(json.dumps({**manifest, "editor": "no such editor"}))
     with pytest.raises(FileError, match="the editor 'no such editor', which is not known here"):

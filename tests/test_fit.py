@@ -16,44 +16,28 @@ from remend.tasks import wrap
 from remend.tasks.base import Example
 from remend.tasks.cached_prefix import CachedPrefix
 
-TEXT = [f"{phrasing.format(country)} {city}" for phrasing in worlds.PHRASINGS for country in worlds.COUNTRIES
-        for city in worlds.CITIES]  # fmt: skip
 KINDS = {"decoder": "llama", "with biases": "gpt2", "encoder-decoder": "t5-gated", "classifier": "bert, many classes"}
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def world(request):
     """The task, taught one city of each country, and requests for others."""
-    task, requests = families.task(KINDS[request.param]), families.requests(KINDS[request.param], 12)
-    facts = zip(worlds.COUNTRIES, worlds.CITIES, strict=True)
-    pairs = [task.encode(way.format(country), city) for country, city in facts for way in worlds.PHRASINGS]
-    worlds.teach(task, task.collate(pairs))
-    return task, requests
-
-
-def losses(task, requests, edit=None):
-    """−log p(target) of each request."""
-    batch = task.collate([task.encode(request.prompt, request.target) for request in requests])
-    with torch.no_grad(), frozen(task.model):
-        if edit is None:
-            return task.loss(batch)
-        with edit.applied(task.model):
-            return task.loss(batch)
+    return families.taught(KINDS[request.param]), families.requests(KINDS[request.param], 12)
 
 
 @pytest.mark.parametrize("kind", ["units", "low-rank"])
 def test_edits_take_and_other_subjects_stay(world, kind):
     task, requests = world
-    editor = Fit.create(task, FitConfig(kind=kind), text=TEXT)
+    editor = Fit.create(task, FitConfig(kind=kind), text=families.TEXT)
     weights = [parameter.clone() for parameter in task.model.parameters()]
     edits = editor.edit_each(task, requests[:5])
-    plain = losses(task, requests)
+    plain = families.losses(task, requests)
     for number, edit in enumerate(edits):
         (change,) = edit.changes.values()
         assert (change.rank, bool(change.reads)) == (1, kind == "units")
-        moved = (losses(task, requests, edit) - plain).abs()
+        moved = (families.losses(task, requests, edit) - plain).abs()
         others = [i for i, request in enumerate(requests) if request.subject != requests[number].subject]
-        assert losses(task, [requests[number]], edit) < plain[number]
+        assert families.losses(task, [requests[number]], edit) < plain[number]
         if kind == "units":  # a linear change of a matrix of 16 columns answers every other key, too
             assert moved[others].median() < 0.5 * moved[number]
     assert all(torch.equal(p, w) for p, w in zip(task.model.parameters(), weights, strict=True))
@@ -61,27 +45,27 @@ def test_edits_take_and_other_subjects_stay(world, kind):
 
 def test_requests_of_one_subject_share_a_unit(world):
     task, requests = world
-    editor = Fit.create(task, text=TEXT)
+    editor = Fit.create(task, text=families.TEXT)
     first = requests[0]
     second = first.model_copy(update={"prompt": first.paraphrases[0]})
     edit = editor.edit(task, [first, requests[2], second])
     (change,) = edit.changes.values()
     assert change.rank == len({first.subject, requests[2].subject})
-    assert (losses(task, [first, second], edit) < losses(task, [first, second])).all()
+    assert (families.losses(task, [first, second], edit) < families.losses(task, [first, second])).all()
 
 
 def test_given_paraphrases_are_fitted_too(world):
     task, requests = world
-    editor = Fit.create(task, FitConfig(beginnings=0), text=TEXT)
+    editor = Fit.create(task, FitConfig(beginnings=0), text=families.TEXT)
     request = requests[0]
     other = request.model_copy(update={"prompt": request.paraphrases[0]})
     given = request.model_copy(update={"given_paraphrases": request.paraphrases[:1], "paraphrases": ()})
-    assert losses(task, [other], editor.edit(task, [given])) < losses(task, [other])
+    assert families.losses(task, [other], editor.edit(task, [given])) < families.losses(task, [other])
 
 
 def test_saved_and_loaded(world, tmp_path):
     task, requests = world
-    editor = Fit.create(task, text=TEXT)
+    editor = Fit.create(task, text=families.TEXT)
     loaded = load_editor(editor.save(tmp_path / "editor"))
     one, other = (made.edit(task, requests[:2]).changes for made in (editor, loaded))
     for name, change in one.items():
@@ -93,19 +77,19 @@ def test_without_a_text_it_measures_what_the_model_writes():
     task = families.task("llama")
     request = families.requests("llama", 1)[0]
     edit = Fit.create(task).edit(task, [request])
-    assert losses(task, [request], edit) < losses(task, [request])
+    assert families.losses(task, [request], edit) < families.losses(task, [request])
 
 
 def test_one_block_only():
     with pytest.raises(ConfigError, match="names 2: name one"):
-        Fit.create(families.task("llama"), text=TEXT, layers="0-1")
+        Fit.create(families.task("llama"), text=families.TEXT, layers="0-1")
 
 
 def test_a_given_paraphrase_without_the_subject_is_refused():
     task = families.task("llama")
     request = families.requests("llama", 1)[0].model_copy(update={"given_paraphrases": ("It is",)})
     with pytest.raises(RequestError, match="does not hold its subject"):
-        Fit.create(task, text=TEXT).edit(task, [request])
+        Fit.create(task, text=families.TEXT).edit(task, [request])
 
 
 @pytest.mark.parametrize(
@@ -141,14 +125,14 @@ def test_with_earlier_tokens_kept_the_outputs_are_the_same(kind):
 def test_a_chat_model_is_asked_in_its_own_form():
     task = wrap(worlds.chat_model(), worlds.chat_tokenizer())
     requests = worlds.chat_requests(3)
-    edit = Fit.create(task, text=TEXT).edit_each(task, requests)[0]
-    assert losses(task, requests[:1], edit) < losses(task, requests[:1])
+    edit = Fit.create(task, text=families.TEXT).edit_each(task, requests)[0]
+    assert families.losses(task, requests[:1], edit) < families.losses(task, requests[:1])
 
 
 def test_an_unnamed_subject_makes_the_same_edit():
     task = families.task("llama")
     named = EditRequest(prompt="The capital of Peru is", target="Rome", subject="Peru")
-    editor = Fit.create(task, text=TEXT)
+    editor = Fit.create(task, text=families.TEXT)
     one, other = (editor.edit(task, [r]) for r in (named, named.model_copy(update={"subject": None})))
     for change, same in zip(one.changes.values(), other.changes.values(), strict=True):
         assert torch.equal(change.delta, same.delta)

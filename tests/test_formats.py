@@ -26,7 +26,6 @@ from remend.formats import EditFormat, ImportedEdit, diff_checkpoints, load_adap
 from remend.formats.peft_reading import CONFIG, WEIGHTS
 from remend.models import editable_modules, skeleton
 from remend.registries import FORMATS
-from remend.tasks import wrap
 
 KINDS = ["gpt2", "llama", "t5", "bart", "bert, binary"]
 
@@ -56,14 +55,6 @@ def random_edit(model):
     return Edit(changes, ModelFingerprint.of(model, changes), (), {"name": "test"})
 
 
-@torch.no_grad()
-def logits(task, kind, model=None):
-    """What a model, by default the task's, says where the targets of some requests are predicted."""
-    pairs = [task.encode(request.prompt, request.target) for request in families.requests(kind, 4)]
-    asked = task if model is None else wrap(model, task.tokenizer)
-    return asked.outputs(task.collate(pairs))
-
-
 def quietly(function, *arguments, **named):
     """What a function returns that has something to say."""
     with warnings.catch_warnings():
@@ -77,29 +68,29 @@ def quietly(function, *arguments, **named):
 def test_an_adapter_does_in_peft_what_the_edit_does(task, kind, tmp_path):
     peft = pytest.importorskip("peft")
     edit = random_edit(task.model)
-    plain = logits(task, kind)
+    plain = families.logits(task, kind)
     with edit.applied(task.model):
-        expected = logits(task, kind)
+        expected = families.logits(task, kind)
     assert (expected - plain).abs().max() > 1e-2
     save_adapter(edit, tmp_path / "adapter", task.model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of an adapter that fits, PEFT has nothing to say
         warnings.simplefilter("ignore", FutureWarning)
         adapted = peft.PeftModel.from_pretrained(copy.deepcopy(task.model), str(tmp_path / "adapter")).eval()
-    torch.testing.assert_close(logits(task, kind, adapted.base_model.model), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(families.logits(task, kind, adapted.base_model.model), expected, rtol=0, atol=1e-5)
     merged = adapted.merge_and_unload()
-    torch.testing.assert_close(logits(task, kind, merged), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(families.logits(task, kind, merged), expected, rtol=0, atol=1e-5)
 
 
 def test_transformers_loads_an_adapter(task, kind, tmp_path):
     pytest.importorskip("peft")
     edit = random_edit(task.model)
     with edit.applied(task.model):
-        expected = logits(task, kind)
+        expected = families.logits(task, kind)
     save_adapter(edit, tmp_path / "adapter", task.model)
     adapted = copy.deepcopy(task.model)
     quietly(adapted.load_adapter, str(tmp_path / "adapter"))
-    torch.testing.assert_close(logits(task, kind, adapted.eval()), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(families.logits(task, kind, adapted.eval()), expected, rtol=0, atol=1e-5)
 
 
 def test_an_adapter_comes_back_as_the_same_edit(task, tmp_path):
@@ -138,8 +129,8 @@ def test_an_adapter_names_a_base_that_is_found(tmp_path, monkeypatch):
     save_adapter(edit, tmp_path / "adapter", task.model)
     adapted = quietly(peft.AutoPeftModelForCausalLM.from_pretrained, str(tmp_path / "adapter")).eval()
     with edit.applied(task.model):
-        expected = logits(task, "llama")
-    torch.testing.assert_close(logits(task, "llama", adapted.base_model.model), expected, rtol=0, atol=1e-5)
+        expected = families.logits(task, "llama")
+    torch.testing.assert_close(families.logits(task, "llama", adapted.base_model.model), expected, rtol=0, atol=1e-5)
 
 
 def test_an_edits_local_base_is_not_looked_up_on_the_hub(llama, tmp_path, capsys):
@@ -296,11 +287,11 @@ def test_an_adapter_of_peft_is_an_edit(llama, settings, tmp_path):
     adapted = quietly(peft.get_peft_model, copy.deepcopy(llama.model), config).eval()
     adapted.save_pretrained(str(tmp_path / "adapter"))
     (tmp_path / "adapter" / "README.md").unlink(missing_ok=True)
-    expected = logits(llama, "llama", adapted.base_model.model)
+    expected = families.logits(llama, "llama", adapted.base_model.model)
     edit = load_adapter(tmp_path / "adapter", llama.model)
-    assert (expected - logits(llama, "llama")).abs().max() > 1e-3
+    assert (expected - families.logits(llama, "llama")).abs().max() > 1e-3
     with edit.applied(llama.model):
-        torch.testing.assert_close(logits(llama, "llama"), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(families.logits(llama, "llama"), expected, rtol=0, atol=1e-5)
 
 
 def damaged(config=None, tensors=None):
@@ -430,14 +421,14 @@ def test_an_adapter_that_is_damaged_is_refused(llama, damage, tmp_path):
 def test_a_merged_model_is_the_edited_one(task, kind, tmp_path):
     edit = random_edit(task.model)
     with edit.applied(task.model):
-        expected = logits(task, kind)
+        expected = families.logits(task, kind)
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     found = save_merged(edit, tmp_path / "merged", task, shard="8KB")
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
     assert max(found.lost.values()) < 1e-6
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
     loaded = type(task.model).from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(logits(task, kind, loaded), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(families.logits(task, kind, loaded), expected, rtol=0, atol=1e-5)
 
 
 def compiled_layers(model, names):
@@ -466,7 +457,7 @@ def test_all_ways_of_applying_an_edit_give_the_same_logits(make_edit, task, kind
     edit, low_rank = make_edit(task.model), make_edit is random_edit
     assert len({change.rank for change in edit.changes.values()}) > 1
     with edit.applied(task.model):
-        expected = logits(task, kind)
+        expected = families.logits(task, kind)
     folders = [tmp_path / name for name in ("edit", "adapter", "merged")]
     edit.save(folders[0])
     if low_rank:
@@ -480,16 +471,16 @@ def test_all_ways_of_applying_an_edit_give_the_same_logits(make_edit, task, kind
             "by the tensor's own rank": lambda: by_the_tensors_own_rank(fresh(), folders[1]),
         }
     for way, make in ways.items():
-        torch.testing.assert_close(logits(task, kind, make()), expected, rtol=0, atol=1e-5, msg=way)
+        torch.testing.assert_close(families.logits(task, kind, make()), expected, rtol=0, atol=1e-5, msg=way)
     compiled = compiled_layers(fresh(), edit.changes)
-    plain = logits(task, kind, compiled)
+    plain = families.logits(task, kind, compiled)
     for model in (fresh(), compiled):
         for again in (edit, Edit.load(folders[0]), *([load_adapter(folders[1], task)] if low_rank else [])):
             with again.applied(model):
-                torch.testing.assert_close(logits(task, kind, model), expected, rtol=0, atol=1e-5)
+                torch.testing.assert_close(families.logits(task, kind, model), expected, rtol=0, atol=1e-5)
             with again.merge(model):
-                torch.testing.assert_close(logits(task, kind, model), expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(logits(task, kind, model), plain, rtol=0, atol=1e-6)
+                torch.testing.assert_close(families.logits(task, kind, model), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(families.logits(task, kind, model), plain, rtol=0, atol=1e-6)
 
 
 def test_merging_says_what_rounding_costs(tmp_path):
@@ -512,9 +503,9 @@ def test_the_difference_of_two_models_is_the_edit(task, kind):
     assert found.other_parameters == ()
     assert found.edit.changes.keys() == edit.changes.keys()
     with edit.applied(task.model):
-        expected = logits(task, kind)
+        expected = families.logits(task, kind)
     with found.edit.applied(task.model):
-        torch.testing.assert_close(logits(task, kind), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(families.logits(task, kind), expected, rtol=0, atol=1e-4)
     assert max(found.lost.values()) < 1e-5
     few = diff_checkpoints(task.model, after, rank=1)
     assert max(few.lost.values()) > 0.05

@@ -27,8 +27,6 @@ from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import Chat, EditRequest, Message, TextPair
 from remend.tasks import wrap
 
-TEXT = [f"{phrasing.format(country)} {city}" for phrasing in worlds.PHRASINGS for country in worlds.COUNTRIES
-        for city in worlds.CITIES]  # fmt: skip
 QUICK = {"steps": 25, "beginnings": 2, "learning_rate": 1.0}
 EDITORS = {"rome": (Rome, RomeConfig), "memit": (Memit, MemitConfig)}
 KINDS = {"decoder": "gpt2", "encoder-decoder": "t5", "classifier": "bert, many classes"}
@@ -37,7 +35,7 @@ KINDS = {"decoder": "gpt2", "encoder-decoder": "t5", "classifier": "bert, many c
 def make(name, task, layers=None, **changes):
     kind, configuration = EDITORS[name]
     settings = configuration(**{**QUICK, **changes})
-    return kind.create(task, text=TEXT, config=settings, layers=layers)
+    return kind.create(task, text=families.TEXT, config=settings, layers=layers)
 
 
 @pytest.fixture(scope="module", params=EDITORS)
@@ -48,11 +46,7 @@ def name(request):
 @pytest.fixture(scope="module", params=KINDS)
 def world(request):
     """The task, taught one city of each country, and requests for others."""
-    task, requests = families.task(KINDS[request.param]), families.requests(KINDS[request.param], 12)
-    facts = zip(worlds.COUNTRIES, worlds.CITIES, strict=True)
-    pairs = [task.encode(way.format(country), city) for country, city in facts for way in worlds.PHRASINGS]
-    worlds.teach(task, task.collate(pairs))
-    return task, requests
+    return families.taught(KINDS[request.param]), families.requests(KINDS[request.param], 12)
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +68,6 @@ def atlas():
     return task.model, task.tokenizer, list(remend.read_source("atlas:validation")[::38]), text
 
 
-def losses(task, requests, edit=None):
-    """−log p(target) of each request."""
-    batch = task.collate([task.encode(request.prompt, request.target) for request in requests])
-    with torch.no_grad():
-        if edit is None:
-            return task.loss(batch)
-        with edit.applied(task.model):
-            return task.loss(batch)
-
-
 def state_of(model):
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     return (
@@ -99,14 +83,14 @@ def state_of(model):
 def test_edits_take_and_leave_the_model_alone(editor, world):
     task, requests = world
     before, weights = state_of(task.model), [p.detach().clone() for p in task.model.parameters()]
-    plain = losses(task, requests[:6])
+    plain = families.losses(task, requests[:6])
     edits = editor.edit_each(task, requests[:6])
-    edited = torch.stack([losses(task, [r], e)[0] for r, e in zip(requests[:6], edits, strict=True)])
+    edited = torch.stack([families.losses(task, [r], e)[0] for r, e in zip(requests[:6], edits, strict=True)])
     assert (edited < plain).all(), (plain, edited)
     assert edited.mean() < 0.65 * plain.mean(), (plain, edited)
     assert state_of(task.model) == before
     assert all(torch.equal(p, w) for p, w in zip(task.model.parameters(), weights, strict=True))
-    assert torch.equal(losses(task, requests[:6]), plain)
+    assert torch.equal(families.losses(task, requests[:6]), plain)
     for edit in edits:
         assert [change.rank for change in edit.changes.values()] == [1] * len(editor.shapes)
 
@@ -116,7 +100,7 @@ def test_several_requests_are_one_edit_of_their_number_s_rank(editor, world):
     some = requests[:5]
     edit = editor.edit(task, some)
     assert [change.rank for change in edit.changes.values()] == [5] * len(editor.shapes)
-    assert losses(task, some, edit).mean() < 0.7 * losses(task, some).mean()
+    assert families.losses(task, some, edit).mean() < 0.7 * families.losses(task, some).mean()
 
 
 def test_one_edit_is_the_edit_of_one(editor, world):
@@ -158,9 +142,9 @@ def test_the_atlas_learns_what_it_is_told(atlas, name):
 def test_applied_and_reverted(editor, world):
     task, requests = world
     edit = editor.edit(task, requests[:2])
-    plain = losses(task, requests)
-    assert not torch.equal(losses(task, requests, edit), plain)
-    assert torch.equal(losses(task, requests), plain)
+    plain = families.losses(task, requests)
+    assert not torch.equal(families.losses(task, requests, edit), plain)
+    assert torch.equal(families.losses(task, requests), plain)
 
 
 # -- the equations ---------------------------------------------------------------------------------------------------
@@ -276,9 +260,9 @@ def test_a_request_without_its_subject(editor, world, changes, why):
 
 
 def test_beginnings_are_of_the_text_and_leave_out_what_does_not_fit(decoder):
-    found = random_beginnings(TEXT, 4, 0)
-    assert found == random_beginnings(TEXT, 4, 0) != random_beginnings(TEXT, 4, 1)
-    assert all(any(one.rstrip(".") in passage for passage in TEXT) for one in found)
+    found = random_beginnings(families.TEXT, 4, 0)
+    assert found == random_beginnings(families.TEXT, 4, 0) != random_beginnings(families.TEXT, 4, 1)
+    assert all(any(one.rstrip(".") in passage for passage in families.TEXT) for one in found)
     request = worlds.requests(1)[0]
     contexts = encode_contexts(decoder, request, [found[0], "Rome " * 70])
     assert contexts.examples[0] == contexts.examples[2]
@@ -290,7 +274,7 @@ def test_conversations():
     task = wrap(worlds.chat_model(), worlds.chat_tokenizer())
     requests = worlds.chat_requests(3)
     edit = make("rome", task).edit_each(task, requests)[0]
-    assert losses(task, requests[:1], edit) < losses(task, requests[:1])
+    assert families.losses(task, requests[:1], edit) < families.losses(task, requests[:1])
 
 
 # -- what can be edited ----------------------------------------------------------------------------------------------
@@ -328,7 +312,7 @@ def test_what_cannot_be_edited(decoder):
         ):
             Memit.create(decoder, text=text)
     with pytest.warns(UserWarning, match="the text has 11 tokens and the keys of .* have 64 dimensions"):
-        Rome.create(decoder, text=[TEXT[0]])
+        Rome.create(decoder, text=[families.TEXT[0]])
 
 
 @pytest.mark.parametrize(("setting", "value"), [("steps", 0), ("floor", 0.0), ("decay", -1.0), ("weight", 0.0)])

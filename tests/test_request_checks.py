@@ -55,7 +55,9 @@ def test_each_kind_of_editor_refuses_two_answers(editor, task):
 
 @pytest.mark.parametrize("target", ["Rome", " Rome ", "Rome."])
 def test_the_same_answer_twice_is_no_conflict(target, task):
-    InContext.create(task).edit(task, [request(), request(target=target), request(Completion(PROMPT, " "))])
+    both = [request(), request(target=target), request(Completion(PROMPT, " "))]
+    edit = InContext.create(task).edit(task, both)
+    assert [made.target for made in edit.requests] == ["Rome", target, "Rome"]
 
 
 # -- unknown text ---------------------------------------------------------------------------------------------------

@@ -52,13 +52,6 @@ PLACES = {
 }
 
 
-@torch.no_grad()
-def logits(task, kind, model=None):
-    """What a model, by default the task's, says where the targets of some requests are predicted."""
-    pairs = [task.encode(request.prompt, request.target) for request in families.requests(kind, 4)]
-    return families.wrap(model or task.model, task.tokenizer).outputs(task.collate(pairs))
-
-
 @pytest.fixture(params=KINDS)
 def kind(request):
     return request.param
@@ -166,16 +159,16 @@ def test_mlps_that_hold_no_units_are_refused(model):
 
 def test_units_beside_the_model_are_those_of_a_wider_mlp(task, kind):
     """Beside the model and merged; taken off again bit for bit, the very parameters."""
-    before = logits(task, kind)
+    before = families.logits(task, kind)
     parameters = dict(task.model.named_parameters())
     values = {name: parameter.clone() for name, parameter in parameters.items()}
     shown = repr(task.model)
     edit = unit_edit(task.model)
     with edit.applied(task.model):
-        expected = logits(task, kind)
+        expected = families.logits(task, kind)
     assert (expected - before).abs().max() > 1e-2
     with edit.merge(task.model) as merged:
-        torch.testing.assert_close(logits(task, kind), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(families.logits(task, kind), expected, rtol=0, atol=1e-4)
         assert repr(task.model) != shown, "the MLPs are wider"
         assert max(merged.lost.values()) < 1e-6
         with pytest.raises(WrongBaseError, match="differ in this model"):
@@ -184,13 +177,13 @@ def test_units_beside_the_model_are_those_of_a_wider_mlp(task, kind):
     for name, parameter in task.model.named_parameters():
         assert parameter is parameters[name]
         assert torch.equal(parameter, values[name])
-    torch.testing.assert_close(logits(task, kind), before, rtol=0, atol=0)
+    torch.testing.assert_close(families.logits(task, kind), before, rtol=0, atol=0)
 
 
 def test_a_sum_of_units_acts_like_both(task, kind, tmp_path):
     first, second = unit_edit(task.model), unit_edit(task.model, (1, 2), seed=1)
     with first.applied(task.model), second.applied(task.model):
-        expected = logits(task, kind)
+        expected = families.logits(task, kind)
     total = first + second.scaled(2.0).scaled(0.5)
     assert [change.rank for change in total.changes.values()] == [3, 3]
     total.save(tmp_path / "edit")
@@ -200,21 +193,21 @@ def test_a_sum_of_units_acts_like_both(task, kind, tmp_path):
     ]
     for edit in (total, again):
         with edit.applied(task.model):
-            torch.testing.assert_close(logits(task, kind), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(families.logits(task, kind), expected, rtol=0, atol=1e-5)
         with edit.merge(task.model):
-            torch.testing.assert_close(logits(task, kind), expected, rtol=0, atol=1e-4)
+            torch.testing.assert_close(families.logits(task, kind), expected, rtol=0, atol=1e-4)
 
 
 def test_a_copy_of_a_model_with_units_has_them_too(model):
     task = worlds.task(model)
     edit = unit_edit(model)
     handle = edit.apply(model)
-    expected = logits(task, "llama")
+    expected = families.logits(task, "llama")
     copied = copy.deepcopy(model)
     handle.revert()
-    plain = logits(task, "llama")
+    plain = families.logits(task, "llama")
     for _ in range(2):
-        torch.testing.assert_close(logits(task, "llama", copied), expected)
+        torch.testing.assert_close(families.logits(task, "llama", copied), expected)
     assert not torch.allclose(plain, expected)
 
 
@@ -228,11 +221,11 @@ def test_a_checkpoint_with_units_is_an_ordinary_one(kind, tmp_path):
     edit = unit_edit(task.model)
     settings = ModelFingerprint.of(task.model, ()).config
     with edit.applied(task.model):
-        expected = logits(task, kind)
+        expected = families.logits(task, kind)
     parameters = dict(task.model.named_parameters())
     save_merged(edit, tmp_path / "merged", task)
     loaded = type(task.model).from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(logits(task, kind, loaded), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(families.logits(task, kind, loaded), expected, rtol=0, atol=1e-4)
     width = block_mlp(task.model, block_names(task.model)[-1]).width
     assert {block_mlp(loaded, name).width for name in block_names(loaded)} == {width + 2}
     assert ModelFingerprint.of(task.model, ()).config == settings
@@ -255,9 +248,9 @@ def test_a_model_whose_width_is_no_setting_is_no_checkpoint(family, tmp_path):
     task = families.task(family)
     edit = unit_edit(task.model)
     with edit.applied(task.model):
-        expected = logits(task, family)
+        expected = families.logits(task, family)
     with edit.merge(task.model):
-        torch.testing.assert_close(logits(task, family), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(families.logits(task, family), expected, rtol=0, atol=1e-4)
     with pytest.raises(ModelError, match=r"no setting of \w+ is the width of the MLP"):
         save_merged(edit, tmp_path / "merged", task)
     assert not list(tmp_path.iterdir())
@@ -331,7 +324,7 @@ def test_units_that_an_mlp_cannot_hold_act_beside_it_and_are_not_merged(model):
     task, mlp = worlds.task(model), block_mlp(model, "model.layers.2")
     u, delta = torch.randn(1, 16), torch.randn(1, 16)
     base = ModelFingerprint.of(model, mlp.layers)
-    plain, weights = logits(task, "llama"), copy.deepcopy(model.state_dict())
+    plain, weights = families.logits(task, "llama"), copy.deepcopy(model.state_dict())
     for response, message in (
         (Response("silu"), "whose units are gated silu"),
         (Response("gelu", True), "whose units are gated silu"),
@@ -340,7 +333,7 @@ def test_units_that_an_mlp_cannot_hold_act_beside_it_and_are_not_merged(model):
     ):
         edit = Edit({mlp.down: LowRank(u, delta, response, reads=mlp.reads)}, base)
         with edit.applied(model):
-            assert not torch.allclose(logits(task, "llama"), plain)
+            assert not torch.allclose(families.logits(task, "llama"), plain)
         with pytest.raises(EditError, match=message):
             edit.merge(model)
     with pytest.raises(EditError, match="has no biases"):
@@ -376,10 +369,10 @@ def test_both_kinds_stand_in_one_edit_under_different_names(model, tmp_path):
     )}  # fmt: skip
     total = units + Edit(low, ModelFingerprint.of(model, low), (), {"name": "low"})
     with total.applied(model):
-        expected = logits(task, "llama")
+        expected = families.logits(task, "llama")
     before, values = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
     with total.merge(model):
-        torch.testing.assert_close(logits(task, "llama"), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(families.logits(task, "llama"), expected, rtol=0, atol=1e-4)
     assert all(p is before[n] and torch.equal(p, values[n]) for n, p in model.named_parameters())
     compressed = total.compressed(1)
     assert {n: c.rank for n, c in compressed.changes.items()} == dict.fromkeys(total.changes, 1)
@@ -396,7 +389,7 @@ def test_layers_that_run_in_another_order_are_told(model):
     change = LowRank(torch.ones(1, 16), torch.ones(1, 16), mlp.response(), reads=above)
     edit = Edit({mlp.down: change}, ModelFingerprint.of(model, [mlp.down, above]))
     with pytest.raises(EditError, match="is not called before"), edit.applied(model):
-        logits(task, "llama")
+        families.logits(task, "llama")
     with pytest.raises(EditError, match="which its base does not cover"):
         Edit({mlp.down: change}, ModelFingerprint.of(model, [mlp.down]))
     wrong = replace(change, u=torch.ones(1, 40), reads=mlp.reads)
@@ -417,10 +410,10 @@ def test_units_in_half_precision(model):
     task = worlds.task(model.to(torch.bfloat16))
     edit = unit_edit(model)
     with edit.applied(model):
-        expected = logits(task, "llama")
+        expected = families.logits(task, "llama")
     with edit.merge(model) as merged:
         assert 1e-4 < max(merged.lost.values()) < 1e-2
-        torch.testing.assert_close(logits(task, "llama"), expected, rtol=0.1, atol=0.5)
+        torch.testing.assert_close(families.logits(task, "llama"), expected, rtol=0.1, atol=0.5)
 
 
 # -- one model, several threads and wrappers -------------------------------------------------------------------------
@@ -451,15 +444,15 @@ def test_units_act_in_compiled_code(compiled, model, unchecked):
     task, edit = worlds.task(model), unit_edit(model, (1,))
     ((name, change),) = edit.changes.items()
     with edit.applied(model):
-        expected = logits(task, "llama")
-    plain = logits(task, "llama")
+        expected = families.logits(task, "llama")
+    plain = families.logits(task, "llama")
     names = {"whole": "", "the read layer": change.reads, "the changed layer": name}
     model.get_submodule(names[compiled]).compile(backend="eager", fullgraph=compiled == "the read layer")
     for _ in range(2):
-        torch.testing.assert_close(logits(task, "llama"), plain)
+        torch.testing.assert_close(families.logits(task, "llama"), plain)
         with edit.applied(model):
-            torch.testing.assert_close(logits(task, "llama"), expected)
-            torch.testing.assert_close(logits(task, "llama"), expected)
+            torch.testing.assert_close(families.logits(task, "llama"), expected)
+            torch.testing.assert_close(families.logits(task, "llama"), expected)
 
 
 def test_an_exported_program_holds_units(model, unchecked):
@@ -480,9 +473,9 @@ def test_a_book_and_the_studio_take_units(model, tmp_path):
     for edit in (first, replace(second, requests=tuple(worlds.requests(4)[2:]))):
         registry.set_state(registry.add(edit).id, "active")
     with first.applied(model), second.applied(model):
-        expected = logits(task, "llama")
+        expected = families.logits(task, "llama")
     with registry.edit().applied(model):
-        torch.testing.assert_close(logits(task, "llama"), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(families.logits(task, "llama"), expected, rtol=0, atol=1e-5)
     assert registry.verify() == []
     found = reactions(Workspace(task, Mend.create(task)), first, "The capital of Norway is")
     assert max(share for _, share in found) == pytest.approx(1)
