@@ -470,6 +470,13 @@ def test_an_edit_knows_whether_it_was_checked(edit, tmp_path):
         assert [other.taken for other in made] == [None] * 3
 
 
+def test_saved_requests_keep_keys_that_new_ones_may_not_have(edit, tmp_path):
+    """Earlier releases took any key."""
+    old = edit.requests[0].model_copy(update={"paraphrase": "It is", "target_as_given": "Oslo"})
+    loaded = Edit.load(replace(edit, requests=(old,)).save(tmp_path / "edit"))
+    assert loaded.requests[0].model_extra == {"paraphrase": "It is", "target_as_given": "Oslo"}
+
+
 @pytest.mark.parametrize("factor", [0.0, 0.99, 1.01, 1e9])
 def test_norms_in_a_manifest_that_are_not_those_of_the_factors_are_refused(factor, edit, tmp_path):
     folder = edit.save(tmp_path / "edit")

@@ -94,7 +94,7 @@ def test_a_malformed_line_is_named(line, message, tmp_path):
         ('"unseen-paraphrases": ["q"]', "did you mean 'unseen_paraphrases'"),
         ('"subjcet": "q"', "did you mean 'subject'"),
         ('"near": [{"prompt": "q", "target": "r"}, {"prompt": "q", "target": "r", "knid": "a"}]',
-         "near 2, 'knid' is no key of a request; did you mean 'kind'"),
+         "near 2: 'knid' is no key of a request; did you mean 'kind'"),
     ],
 )  # fmt: skip
 def test_a_misspelt_key_is_refused(more, meant, tmp_path):
@@ -102,6 +102,14 @@ def test_a_misspelt_key_is_refused(more, meant, tmp_path):
     file.write_text(f'{GOOD}\n{{"prompt": "p", "target": "t", {more}}}\n')
     with pytest.raises(RequestError, match=rf"line 2: .*{re.escape(meant)}"):
         read_requests(file)
+
+
+def test_a_misspelt_key_is_refused_in_python():
+    with pytest.raises(ValueError, match="'paraphrase' is no key of a request; did you mean 'paraphrases'"):
+        EditRequest(prompt="p", target="t", paraphrase=("q",))
+    with pytest.raises(ValueError, match="'separater' is no key of a request; did you mean 'separator'"):
+        Probe(prompt="p", target="t", separater=" ")
+    assert Probe(prompt="p", target="t", kind="a", relation="b").model_extra == {"kind": "a", "relation": "b"}
 
 
 def test_keys_of_the_caller_s_own_are_kept(tmp_path):

@@ -293,7 +293,8 @@ class Edit:
             raise FileError(f"{path}: the base does not cover every changed module, or more is listed; it was altered")
         try:
             requests = tuple(
-                EditRequest.from_json(json.dumps(request)) for request in get_field(manifest, "requests", list, path)
+                EditRequest.from_json(json.dumps(request), saved=True)
+                for request in get_field(manifest, "requests", list, path)
             )
         except ValidationError as error:
             raise FileError(f"{path}: a request in the manifest is malformed ({error.errors()[0]['msg']})") from None

@@ -19,6 +19,7 @@ torch) is a defect of remend.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -69,6 +70,8 @@ class TrainingError(RemendError):
 
 MAX_LISTED_NAMES = 20
 """How many of the known names a message lists."""
+MAX_LENGTH_DIFFERENCE, MIN_MISSPELT_LENGTH = 2, 4
+"""How many letters a misspelt name may have more or less, and how many at least: ``idx`` is no misspelt ``id``."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -79,6 +82,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return f"did you mean {close[0]!r}?"
     more = f" … ({len(names)} in all)" if len(names) > MAX_LISTED_NAMES else ""
     return "known: " + (", ".join(names[:MAX_LISTED_NAMES]) + more if names else "none")
+
+
+# Cached, since many requests have the same keys.
+@functools.lru_cache(maxsize=1024)
+def intended_name(name: str, known: tuple[str, ...]) -> str | None:
+    """Return the known name of which another is a misspelling: other case, two letters more or less, or rearranged."""
+    plain = name.casefold()
+    near = [other for other in known if abs(len(other) - len(plain)) <= MAX_LENGTH_DIFFERENCE]
+    matches = [other for other in known if other == plain]
+    if len(plain) >= MIN_MISSPELT_LENGTH:
+        matches += [other for other in near if sorted(other) == sorted(plain)]
+        matches += difflib.get_close_matches(plain, near, n=1, cutoff=0.8)
+    return next(iter(matches), None)
 
 
 @contextmanager

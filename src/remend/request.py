@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from remend.errors import RequestError
+from remend.errors import RequestError, intended_name
 from remend.registries import TASKS
 from remend.saved_folders import write_text
 
@@ -33,6 +33,8 @@ MESSAGES = "messages"
 """The key that holds a conversation, in place of ``prompt``."""
 KIND = "kind"
 """The key of a probe's kind; each kind is measured separately."""
+SAVED = {"saved": True}
+"""The pydantic context in which saved requests and probes are read: earlier releases took any key, so all are kept."""
 
 
 def _not_blank(text: str) -> str:
@@ -223,6 +225,7 @@ class Probe(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    _other_keys: ClassVar[tuple[str, ...]] = (KIND,)
 
     separator: Separator | None = None
     prompt: Prompt = Field(validation_alias=AliasChoices("prompt", MESSAGES))
@@ -239,6 +242,17 @@ class Probe(BaseModel):
             raise ValueError("give prompt or messages, not both")
         return self
 
+    @model_validator(mode="after")
+    def _check_keys(self, info: ValidationInfo) -> Probe:
+        known = (*type(self).model_fields, MESSAGES, *self._other_keys)
+        for key in (self.model_extra or {}).keys() - set(known) if info.context != SAVED else ():
+            if (meant := intended_name(key, known)) is not None:  # its value would be lost
+                raise ValueError(
+                    f"{key!r} is no key of a request; did you mean {meant!r}? Keys of your own are kept, but not one "
+                    "so much like another: rename it"
+                )
+        return self
+
     @model_serializer(mode="wrap")
     def _serialize(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = write(self)
@@ -251,8 +265,9 @@ class EditRequest(Probe):
     """One prompt and its target, with prompts for training and evaluation (a line of a request file).
 
     The task adds what separates a target from its prompt, and the end token after it. Keys that are not listed here
-    are kept and ignored. Where a request gives ``messages``, a text among its phrasings and probes stands for the same
-    conversation with that text as its last message.
+    are kept and ignored, but one that looks like a misspelt one of these is an error. Where a request gives
+    ``messages``, a text among its phrasings and probes stands for the same conversation with that text as its last
+    message.
 
     Attributes:
         separator: what stands between the prompt (and its phrasings) and the target; by default the model decides.
@@ -270,6 +285,8 @@ class EditRequest(Probe):
         negated: prompts that deny the fact ("The capital of Canada is not"), whose answer must not be the target.
         generation: prompts to be continued freely, for the fluency of what follows.
     """
+
+    _other_keys: ClassVar[tuple[str, ...]] = ()
 
     subject: str | None = None
     id: str | int | None = None
@@ -321,18 +338,23 @@ class EditRequest(Probe):
         return self.model_dump(mode="json", exclude_defaults=True)
 
     @staticmethod
-    def from_json(text: str) -> EditRequest:
+    def from_json(text: str, saved: bool = False) -> EditRequest:
         """Read a request from JSON.
 
+        Args:
+            text: the JSON object.
+            saved: whether it is part of a saved edit, of which every key is kept.
+
         Raises:
-            ValidationError: a key is missing or malformed.
+            ValidationError: a key is missing, malformed or misspelt.
             JSONDecodeError: the text is not JSON.
             RequestError: an image, an observation or another input is not one of its kind.
         """
+        context = SAVED if saved else None
         # Only inputs that are not texts take the way through Python objects: it reads JSON less strictly.
         if any(f'"{key}"' in text for key in input_types()):
-            return EditRequest.model_validate(_with_inputs(json.loads(text)), strict=True)
-        return EditRequest.model_validate_json(text, strict=True)
+            return EditRequest.model_validate(_with_inputs(json.loads(text)), strict=True, context=context)
+        return EditRequest.model_validate_json(text, strict=True, context=context)
 
     @property
     def asking_prompts(self) -> tuple[Prompt, ...]:
@@ -422,21 +444,22 @@ def _read_input(kind: type[Input], key: str, value: object) -> Input:
         raise RequestError(f"{key}: {error}") from None
 
 
-def parse_request(line: str, where: str) -> EditRequest:
-    """Parse one line of JSON as a request.
+def parse_request(line: str, where: str, saved: bool = False) -> EditRequest:
+    """Parse one line of JSON as a request; of a saved one, every key is kept.
 
     Raises:
         RequestError: with ``where``, what arrived and what was allowed.
     """
     try:
-        return EditRequest.from_json(line)
+        return EditRequest.from_json(line, saved)
     except json.JSONDecodeError as error:
         raise RequestError(f"{where}: {error}. A request is a JSON object in one line") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         # "locality 1, target": places in lists are counted from 1.
         key = "".join(f" {part + 1}" if isinstance(part, int) else f", {part}" for part in first["loc"]).strip(" ,")
-        what = f"{key}: {first['msg']}" if key else first["msg"]
+        message = first["msg"].removeprefix("Value error, ")
+        what = f"{key}: {message}" if key else message
         raise RequestError(
             f'{where}: {what}. A request is an object such as {{"prompt": "The capital of Peru is", "target": "Cusco"}}'
         ) from None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
 import json
 import warnings
 from collections import Counter
@@ -18,13 +16,11 @@ from remend.data.parsing import DUPLICATE_PHRASING
 from remend.data.row_files import iterate_rows
 from remend.errors import RequestError
 from remend.registries import DATASETS
-from remend.request import KIND, MESSAGES, PROBE_LISTS, PROMPT_LISTS, EditRequest, Probe, input_types, parse_request
+from remend.request import KIND, MESSAGES, PROBE_LISTS, PROMPT_LISTS, EditRequest, input_types, parse_request
 
 EXAMPLE = '{"prompt": "The capital of Peru is", "target": "Cusco"}'
 MIN_SHARED_KEYS = 2
 """How many keys of a row must be a data set's for a message to name that data set."""
-MAX_LENGTH_DIFFERENCE, MIN_MISSPELT_LENGTH = 2, 4
-"""How many letters a misspelt key may have more or less, and how many at least: ``idx`` is no misspelt ``id``."""
 
 
 def read_requests(path: str | Path, skip: Skip | None = None) -> list[EditRequest]:
@@ -86,9 +82,7 @@ def _read_row(row: object, where: str, skip: Skip) -> Iterator[EditRequest]:
             raise RequestError(
                 f"{where}: {key} is a key of another format than target; write {own} for it, or target_new for target"
             )
-    request = parse_request(json.dumps(_with_lists(content)), where)
-    _refuse_misspelt_keys(request, where)
-    yield request
+    yield parse_request(json.dumps(_with_lists(content)), where)
 
 
 def _with_own_keys(request: EditRequest, content: dict[str, Any], where: str) -> EditRequest:
@@ -131,38 +125,3 @@ def _similar_data_set(content: dict[str, Any]) -> str:
         shared[name] = len(content.keys() & keys_of(form))
     best = max(shared, key=lambda name: shared[name])
     return f". These are keys of {best}: give {best}:FILE" if shared[best] >= MIN_SHARED_KEYS else ""
-
-
-_KEYS = (*EditRequest.model_fields, MESSAGES)
-_PROBE_KEYS = (*Probe.model_fields, MESSAGES, KIND)
-
-
-def _refuse_misspelt_keys(request: EditRequest, where: str) -> None:
-    """Refuse a key that is not known but much like a known one; all others are the caller's own.
-
-    Raises:
-        RequestError: there is one, whose value would be lost.
-    """
-    extra = [("", key, _KEYS) for key in request.model_extra or {}]
-    for name in PROBE_LISTS:
-        for number, probe in enumerate(getattr(request, name), start=1):
-            extra += [(f"{name} {number}, ", key, _PROBE_KEYS) for key in probe.model_extra or {} if key != KIND]
-    for whose, key, known in extra:
-        if (meant := _intended_key(key, known)) is not None:
-            raise RequestError(
-                f"{where}: {whose}{key!r} is no key of a request; did you mean {meant!r}? Keys of your own are kept, "
-                "but not one so much like another: rename it"
-            )
-
-
-# Cached, since the rows of a file have the same keys.
-@functools.lru_cache(maxsize=1024)
-def _intended_key(key: str, known: tuple[str, ...]) -> str | None:
-    """Return the known key of which another is a misspelling: other case, two letters more or less, or rearranged."""
-    plain = key.casefold()
-    near = [name for name in known if abs(len(name) - len(plain)) <= MAX_LENGTH_DIFFERENCE]
-    matches = [name for name in known if name == plain]
-    if len(plain) >= MIN_MISSPELT_LENGTH:
-        matches += [name for name in near if sorted(name) == sorted(plain)]
-        matches += difflib.get_close_matches(plain, near, n=1, cutoff=0.8)
-    return next(iter(matches), None)

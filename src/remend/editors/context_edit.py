@@ -86,7 +86,7 @@ class ContextEdit:
         requests = get_field(manifest, "requests", list, path)
         return ContextEdit(
             tuple(
-                parse_request(json.dumps(request), f"{path}, request {number}")
+                parse_request(json.dumps(request), f"{path}, request {number}", saved=True)
                 for number, request in enumerate(requests, start=1)
             )
         )

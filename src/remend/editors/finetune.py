@@ -30,7 +30,7 @@ from remend.editors.saved_editor import SavedEditor
 from remend.errors import ConfigError, FileError, NonFiniteError
 from remend.models.editable_matrices import editable_modules
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.request import EditRequest, Probe
+from remend.request import SAVED, EditRequest, Probe
 from remend.tasks.base import Example, Task, all_of_row
 
 VALUES_AT_ONCE = 2**25
@@ -153,7 +153,9 @@ class FineTune(WeightEditor):
         """Take over the locality examples."""
         super().restore(saved)
         try:
-            self.locality = tuple(Probe.model_validate_json(json.dumps(p)) for p in saved.field("locality", list))
+            self.locality = tuple(
+                Probe.model_validate_json(json.dumps(p), context=SAVED) for p in saved.field("locality", list)
+            )
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise FileError(f"{saved.path}: a locality example is malformed ({reason}); it was altered") from None

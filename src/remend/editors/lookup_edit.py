@@ -120,7 +120,7 @@ class LookupEdit:
         if not keys.is_floating_point() or values.dtype != torch.int64 or bool((values < 0).any()):
             raise FileError(f"{path}: keys should be floating point numbers, and values numbers from 0; it was altered")
         requests = tuple(
-            parse_request(json.dumps(request), f"{path}, request {number}")
+            parse_request(json.dumps(request), f"{path}, request {number}", saved=True)
             for number, request in enumerate(get_field(manifest, "requests", list, path), start=1)
         )
         base = ModelFingerprint.from_manifest(get_field(manifest, "base", dict, path), path)
