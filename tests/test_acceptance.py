@@ -20,6 +20,8 @@ from remend.apps.acceptance import (
 from remend.cli import run
 from remend.edit import Edit
 from remend.errors import ConfigError, EditError, FileError, RemendError, WrongBaseError
+from remend.evaluation.interventions import SharedEdit
+from remend.evaluation.ordinary_text import OrdinaryText
 from remend.fingerprint import ModelFingerprint
 from remend.request import Chat, EditRequest
 from remend.tasks import wrap
@@ -110,6 +112,22 @@ def test_what_is_asked_by_name_must_be_measured(atlas):
     assert found.to_json()["unmet"] == ["near"]
 
 
+def test_ordinary_text_has_a_floor(atlas, result):
+    """The share that stays is measured once, and what is asked of it decides."""
+    task, edit = atlas
+    (check,) = (check for check in result.checks if check.name == "elsewhere")
+    (found,) = OrdinaryText(task).measure(SharedEdit(task, edit))
+    assert result.elsewhere == found
+    assert (check.measured, check.count) == (found.stays.mean, found.choices)
+    assert json.loads(json.dumps(result.to_json()))["elsewhere"]["divergence"]["mean"] == found.divergence.mean
+    ruinous = edit.scaled(4.0)
+    assert check_acceptance(task, ruinous, criteria(elsewhere=0.9)).elsewhere.stays.mean < 0.9
+    reasons = check_acceptance(task, ruinous, criteria(elsewhere=0.9)).reasons
+    assert any(reason.startswith("choices on ordinary text stay: ") for reason in reasons)
+    reasons = check_acceptance(task, ruinous, criteria(elsewhere=0.1)).reasons
+    assert not any(reason.startswith("choices on ordinary text stay: ") for reason in reasons)
+
+
 def test_the_canary(atlas):
     task, edit = atlas
     text = [f"{probe.prompt} {probe.target}." for probe in edit.requests[0].locality] * 4
@@ -117,6 +135,7 @@ def test_the_canary(atlas):
     ruined = check_acceptance(task, edit.scaled(20.0), criteria(perplexity={"text": text, "most": 2.0}))
     ratios = [next(c.measured for c in found.checks if c.name == "perplexity") for found in (kept, ruined)]
     assert 0.5 < ratios[0] < 2 < ratios[1]
+    assert kept.elsewhere.given, "choices are compared on the text that is there"
     assert kept.missing == ()
 
 

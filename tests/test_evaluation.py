@@ -16,8 +16,9 @@ from remend.evaluation import evaluate
 from remend.evaluation.before_after import before_after
 from remend.evaluation.reports.figure_style import check_plot, save_figure
 from remend.evaluation.reports.plots import frontier, groups
-from remend.evaluation.reports.report import Case, Report, Run, Summary
+from remend.evaluation.reports.report import Case, Report, Run
 from remend.evaluation.strength_choice import CANDIDATE_STRENGTHS, choose_strength
+from remend.evaluation.summary import Summary
 from remend.fingerprint import ModelFingerprint
 from remend.request import EditRequest, Probe
 from remend.tasks import wrap
@@ -243,7 +244,7 @@ def test_the_frontier_is_what_scaled_edits_do(task, editor, tmp_path):
         def edit_each(self, task, some):
             return [edit.scaled(2.0) for edit in editor.edit_each(task, some)]
 
-    alone = evaluate(task, ScaledEdit(), requests, max_new_tokens=5)
+    alone = evaluate(task, ScaledEdit(), requests, max_new_tokens=5, text_tokens=0)
     for one, other in zip(alone.cases, report.frontier[2.0], strict=True):
         assert one.values.keys() == other.values.keys()
         for name, modes in other.values.items():

@@ -17,7 +17,9 @@ from remend.editors.input_moments import second_moments, whiteners
 from remend.editors.ke import Ke
 from remend.editors.ridge import Ridge
 from remend.errors import ConfigError, NonFiniteError
+from remend.evaluation.ordinary_text import Elsewhere
 from remend.evaluation.robustness import Robustness, measure_robustness
+from remend.evaluation.summary import Summary
 from remend.fingerprint import find_modules
 from remend.models.blocks import find_stacks
 from remend.models.frozen_prefix import run_as_far_as
@@ -189,13 +191,17 @@ def test_a_classifier_is_not_asked_after_other_beginnings():
         edit = make("ridge", task).edit(task, [request])
     found = measure_robustness(task, edit, [request])
     assert found.in_context is None
-    assert found.choices > 0
+    assert found.elsewhere.choices > 0
 
 
 def test_what_makes_an_edit_doubtful_is_said():
-    assert Robustness(0.9, 0.8, 0.99).sure
-    assert Robustness(0.9, None, 0.99).sure
-    assert Robustness(0.4, 0.5, 0.9).doubts == [
+    good, bad = (
+        Elsewhere(False, 9, 99, stays=Summary(share, (share, share), 9), divergence=Summary(0.0, (0.0, 0.0), 9))
+        for share in (0.99, 0.9)
+    )
+    assert Robustness(0.9, 0.8, good).sure
+    assert Robustness(0.9, None, good).sure
+    assert Robustness(0.4, 0.5, bad).doubts == [
         "the probability is below 50%",
         "it should hold after 75% of beginnings",
         "98% of other choices should stay",

@@ -18,7 +18,7 @@ from remend.errors import ConfigError, FileError, NonFiniteError
 from remend.evaluation import evaluate, evaluate_checkpoints
 from remend.evaluation.checkpoint import evaluation_fingerprint
 from remend.evaluation.conflicting_probes import filter_probes
-from remend.evaluation.metrics import fluency, perplexity, query_measurements, word_overlap
+from remend.evaluation.metrics import fluency, query_measurements, word_overlap
 from remend.evaluation.reports.comparison import compare
 from remend.evaluation.reports.report import metrics_of
 from remend.evaluation.reports.report_reader import read_report
@@ -93,7 +93,8 @@ def means(found, mode):
 
 
 def test_every_metric_of_single_edits(world):
-    report = evaluate(world, scripted.Numbered(), REQUESTS)
+    """Those of ordinary text have tests of their own (test_ordinary_text.py)."""
+    report = evaluate(world, scripted.Numbered(), REQUESTS, text_tokens=0)
     first, second = report.cases
     exact = {
         "reliability": 1.0,
@@ -174,11 +175,11 @@ def test_baselines_are_the_unedited_model_and_the_fact_in_the_prompt(world):
 
 
 def test_batched_edits_are_evaluated_while_all_are_applied(world):
-    report = evaluate(world, scripted.Numbered(), REQUESTS, protocol="batched", edits=[1, 2])
+    report = evaluate(world, scripted.Numbered(), REQUESTS, protocol="batched", edits=[1, 2], text_tokens=0)
     alone, both = report.runs
     assert [run.edits for run in report.runs] == [1, 2]
     assert [case.values["reliability"]["generated"] for case in both.cases] == [1, 1]
-    single = evaluate(world, scripted.Numbered(), REQUESTS)
+    single = evaluate(world, scripted.Numbered(), REQUESTS, text_tokens=0)
     assert [case.values for case in alone.cases] == [case.values for case in single.cases]
     # Of "capital of A is red. language of C is" and the like nothing depends on both edits: the values are the same.
     assert [case.values for case in both.cases] == [case.values for case in single.cases]
@@ -264,13 +265,13 @@ def test_perplexity_of_a_text_before_and_after_an_edit(world):
     rest = (1 - scripted.SURE) / (len(world.tokenizer) - 1)
     # The model knows no prompt before "capital of A is": it says the end there, and the text goes on.
     before = math.exp(-(3 * math.log(rest) + math.log(scripted.SURE)) / 4)
-    assert report.text == {"tokens": 4, "perplexity": pytest.approx(before, rel=1e-4)}
+    assert report.text == {"texts": 1, "tokens": 4, "given": 1, "perplexity": pytest.approx(before, rel=1e-4)}
     now = math.exp(-4 * math.log(rest) / 4)
     (drawdown,) = report.cases[0].values["perplexity_drawdown"].values()
     assert drawdown == pytest.approx(now - before, rel=1e-4)
     both = evaluate(world, scripted.Numbered(), REQUESTS, protocol="batched", text=text, baselines=False)
     assert both.metrics()["perplexity_drawdown"]["value"].n == 1, "what is measured once counts once"
-    with pytest.raises(ConfigError, match="fewer than two tokens"):
+    with pytest.raises(ConfigError, match="no two tokens"):
         evaluate(world, scripted.Numbered(), REQUESTS[:1], text=["red"])
 
 
@@ -437,9 +438,11 @@ def test_files_that_are_not_reports_are_refused(world, tmp_path, change, place):
 def test_values_that_are_not_finite_are_an_error(world, monkeypatch):
     nothing = lambda self, before, after, row, rows: torch.full((rows,), math.nan)  # noqa: E731
     monkeypatch.setattr(Categorical, "divergence", nothing)
-    report = evaluate(world, scripted.Numbered(), REQUESTS)
+    report = evaluate(world, scripted.Numbered(), REQUESTS, text_tokens=0)
     with pytest.raises(NonFiniteError, match="not finite"):
         report.metrics()
+    with pytest.raises(NonFiniteError, match="not finite"):  # of ordinary text, at once
+        evaluate(world, scripted.Numbered(), REQUESTS)
 
 
 def test_text_matches_ranks_divergence_perplexity_and_entropy_by_hand():
@@ -464,8 +467,6 @@ def test_text_matches_ranks_divergence_perplexity_and_entropy_by_hand():
     assert query_measurements.ranks(logits, target).tolist() == [2, 2], "a tie is a better"
     chosen = [math.exp(1) / (1 + math.exp(1) + math.exp(2)), math.exp(3) / (2 * math.exp(3) + 1)]
     torch.testing.assert_close(Categorical().log_prob(logits, target), torch.tensor(chosen).log())
-    assert perplexity.perplexity(torch.tensor([0.5, 0.125]).log()) == pytest.approx(4)
-    assert perplexity.perplexity(torch.tensor([-1e9])) == pytest.approx(math.exp(80))
     p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
     expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
     assert float(Categorical().divergence(p.log(), q.log(), torch.tensor([0]), 1)) == pytest.approx(expected, rel=1e-5)

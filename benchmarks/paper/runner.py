@@ -91,9 +91,10 @@ class CellRunner:
         # Drawn by testbed and seed alone, so that all methods are compared on the same requests.
         requests = random.Random(f"{cell.testbed} {cell.seed}").sample(all_requests, min(count, len(all_requests)))
         batched: dict[str, Any] = {} if cell.edits == 1 else {"protocol": "batched", "edits": [cell.edits]}
+        text = testbed.passages("text")
         report = evaluate(
             testbed.task, editor, requests, max_new_tokens=testbed.testbed.new_tokens,
-            baselines=False, text=testbed.passages("text"), text_tokens=self.scale.text_tokens, **batched,
+            baselines=False, text=text, text_tokens=self.scale.text_tokens if text else 0, **batched,
         )  # fmt: skip
         metrics = metrics_of(report.runs[0].cases)
         figures = {}

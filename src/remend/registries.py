@@ -349,9 +349,27 @@ METRICS = Registry(
             fields=("locality",),
         ),
         Metric(
+            name="elsewhere",
+            target="remend.evaluation.metrics.elsewhere:elsewhere",
+            help="choices on ordinary text that stay",
+            headline=True,
+        ),
+        Metric(
+            name="kl_elsewhere",
+            target="remend.evaluation.metrics.elsewhere:kl_elsewhere",
+            help="divergence from the unedited model on ordinary text, in nats",
+            higher_is_better=False,
+        ),
+        Metric(
+            name="perplexity_ratio",
+            target="remend.evaluation.metrics.elsewhere:perplexity_ratio",
+            help="perplexity of ordinary text, as a multiple of the unedited model's",
+            higher_is_better=False,
+        ),
+        Metric(
             name="perplexity_drawdown",
-            target="remend.evaluation.metrics.perplexity:perplexity_drawdown",
-            help="perplexity that an edit adds on a text",
+            target="remend.evaluation.metrics.elsewhere:perplexity_drawdown",
+            help="perplexity that an edit adds on a text that is given",
             higher_is_better=False,
         ),
         Metric(

@@ -252,8 +252,7 @@ def _print_robustness(console: Console, robustness: Robustness, editor: str, mod
         prefixes = f"it holds after {robustness.in_context:.0%} of {robustness.beginnings} other beginnings, "
     console.print(
         f"made by [bold]{editor}[/], which was not trained for this model. The target has a probability of "
-        f"{robustness.probability:.0%}, {prefixes}and {robustness.elsewhere:.1%} of the model's {robustness.choices} "
-        f"choices on other input stayed: {summary}"
+        f"{robustness.probability:.0%}, {prefixes}and {robustness.elsewhere.description}: {summary}"
         + ("" if better == editor else f". With --editor {better}, more of the prompts near it keep their answers"),
         soft_wrap=True,
     )

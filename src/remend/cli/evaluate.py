@@ -54,9 +54,11 @@ def evaluate(
         bool, typer.Option(help="Also evaluate single edits at 0.25 to 2 times their strength.")
     ] = True,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A text on which to measure perplexity after each edit.")
+        Path | None, typer.Option(metavar="FILE", help="Ordinary text to measure edits on; by default the model's own.")
     ] = None,
-    text_tokens: Annotated[int, typer.Option(min=2, help="The number of tokens of --text.")] = 1024,
+    text_tokens: Annotated[
+        int, typer.Option(min=0, help="The number of tokens of ordinary text; 0 to leave it out.")
+    ] = 1024,
     lm_eval: Annotated[
         str | None,
         typer.Option(

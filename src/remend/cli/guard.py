@@ -41,7 +41,7 @@ def guard(
     criteria = STANDARD_CRITERIA if acceptance is None else AcceptanceCriteria.read(acceptance)
     loaded, active = Edit.load(edit), [Edit.load(path) for path in beneath or []]
     task = options.load_model(model, device, seed, dtype, quantise)
-    result = check_acceptance(task, loaded, criteria, active, max_new_tokens, seed)
+    result = check_acceptance(task, loaded, criteria, active, max_new_tokens)
     print_result(Console(), result)
     if json is not None:
         write_json(json, result.to_json())
@@ -62,6 +62,7 @@ def print_result(console: Console, result: AcceptanceResult) -> None:
         mark = "[green]✓[/]" if check.ok else "[red]✗[/]"
         table.add_row(mark, CHECK_TITLES[check.name], measured, bound, str(check.count))
     console.print(table)
+    console.print(result.elsewhere.description, soft_wrap=True)
     wrong = [answer for check in result.checks if not check.ok for answer in check.failed]
     if wrong:
         console.print(answers_table("answers that are not what they should be", wrong[:20]))

@@ -29,10 +29,7 @@ def print_report(report: Report, console: Console) -> None:
     for reason, count in report.left_out.items():
         console.print(f"not evaluated: {count} {plain(reason)}")
     if report.text:
-        console.print(
-            f"perplexity of the unedited model on {report.text['tokens']:,.0f} tokens of text: "
-            f"{report.text['perplexity']:.2f}"
-        )
+        console.print(f"ordinary text: {report.text_in_words}")
     if seconds := report.runs[-1].seconds_per_edit:
         console.print(f"{1000 * seconds:.1f} ms an edit")
 
@@ -70,7 +67,7 @@ def _metrics_table(report: Report, run: Run) -> Table:
         table.add_row(
             label + ("" if summary.n == count else f" ({summary.n})"),
             f"[bold]{format_number(summary.mean)}[/]",
-            "" if summary.n == 1 else f"{format_number(summary.ci95[0])}–{format_number(summary.ci95[1])}",
+            "" if not summary.has_interval else f"{format_number(summary.ci95[0])}–{format_number(summary.ci95[1])}",
             format_number(modes["teacher_forced"].mean) if "teacher_forced" in modes else "",
             *("" if baseline is None else format_number(baseline.mean) for baseline in of_baselines),
         )

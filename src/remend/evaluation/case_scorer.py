@@ -16,18 +16,15 @@ from remend.evaluation.interventions import (
     SeparateEdits,
     shared_intervention,
 )
-from remend.evaluation.metrics.perplexity import PerplexityText
 from remend.evaluation.metrics.query_measurements import RequestMeasurements, measure
 from remend.evaluation.metrics.scorer import Scorer
+from remend.evaluation.ordinary_text import Elsewhere, OrdinaryText
 from remend.evaluation.reports.report import Case
 from remend.request import EditRequest
 from remend.tasks.base import Task
 
 BASELINES = ("unedited", "in_context")
 """What edits are compared with: the model as it is, and with the fact in its prompt."""
-
-TextPerplexity = tuple[float, float]
-"""The perplexity of a text before and after an edit."""
 
 
 class CaseScorer:
@@ -36,10 +33,10 @@ class CaseScorer:
     Args:
         task: the unedited model.
         scorer: computes the metrics.
-        text: the text on which perplexity is measured, if it is.
+        text: the ordinary text on which edits are measured, if they are.
     """
 
-    def __init__(self, task: Task, scorer: Scorer, text: PerplexityText | None) -> None:
+    def __init__(self, task: Task, scorer: Scorer, text: OrdinaryText | None) -> None:
         self.task, self.scorer, self.text = task, scorer, text
 
     def score_separately(
@@ -81,29 +78,29 @@ class CaseScorer:
         measured = measure(self.task, interventions, queries, self.scorer.max_new_tokens)
         return [
             [
-                self._case(request, start + index, measurements, perplexity)
-                for index, (request, measurements, perplexity) in enumerate(
-                    zip(requests, by_request, self._text_perplexities(intervention, len(requests)), strict=True)
+                self._case(request, start + index, measurements, elsewhere)
+                for index, (request, measurements, elsewhere) in enumerate(
+                    zip(requests, by_request, self._elsewhere(intervention, len(requests)), strict=True)
                 )
             ]
             for intervention, by_request in zip(interventions, measured, strict=True)
         ]
 
-    def _text_perplexities(self, intervention: Intervention, requests: int) -> list[TextPerplexity | None]:
-        """Measure the perplexity of the text before and after each request's edit, where there is a text."""
+    def _elsewhere(self, intervention: Intervention, requests: int) -> list[Elsewhere | None]:
+        """Measure what each request's edit changes on ordinary text, where there is some."""
         if (
             self.text is None
             or not intervention.decode_answers
             or isinstance(intervention, NoIntervention | FactsInContext)
         ):
             return [None] * requests
-        after = self.text.measure(intervention, requests if isinstance(intervention, SeparateEdits) else 1)
-        measured: list[TextPerplexity | None] = [(self.text.perplexity, value) for value in after]
+        measured: list[Elsewhere | None] = []
+        measured += self.text.measure(intervention, requests if isinstance(intervention, SeparateEdits) else 1)
         # An edit that requests share is measured once, and enters the mean over requests once.
         return measured + [None] * (requests - len(measured))
 
     def _case(
-        self, request: EditRequest, number: int, measurements: RequestMeasurements, perplexity: TextPerplexity | None
+        self, request: EditRequest, number: int, measurements: RequestMeasurements, elsewhere: Elsewhere | None
     ) -> Case:
         scorer = self.scorer
         about: dict[str, str | float] = {"target_tokens": scorer.target_length(request)}
@@ -117,9 +114,10 @@ class CaseScorer:
             prompt=str(request.prompt),
             target=request.target,
             before=self.task.decode(scorer.base_answers[request.prompt]),
-            values=scorer.values(request, measurements, perplexity),
+            values=scorer.values(request, measurements, elsewhere),
             about=about,
             answers=scorer.answers(request, measurements),
+            intervals={} if elsewhere is None else elsewhere.intervals,
         )
 
     def baseline_interventions(self, requests: Sequence[EditRequest]) -> list[Intervention]:

@@ -10,8 +10,8 @@ from remend.editors.request_checks import refuse_conflicts, refuse_unreadable
 from remend.errors import ConfigError, RequestError
 from remend.evaluation.checkpoint import EvaluationCheckpoint, evaluation_fingerprint
 from remend.evaluation.metrics.lm_eval import LmEvalTasks, TaskScores, pair_scores
-from remend.evaluation.metrics.perplexity import PerplexityText
 from remend.evaluation.metrics.scorer import Scorer
+from remend.evaluation.ordinary_text import TEXT_TOKENS, OrdinaryText
 from remend.evaluation.reports.report import Case, Report, Run, environment
 from remend.evaluation.runner import EvaluationRunner
 from remend.fingerprint import model_name
@@ -21,8 +21,6 @@ from remend.tasks import Task
 PROTOCOLS = ("single", "batched", "sequential")
 FRONTIER_STRENGTHS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
 """What edits are multiplied with for a frontier; at 0 they do nothing, which need not be measured."""
-TEXT_TOKENS = 1_024
-"""Tokens of a text that perplexity is measured on, by default."""
 
 
 def evaluate(
@@ -64,8 +62,8 @@ def evaluate(
         edits: of ``batched`` and ``sequential``, how many are applied at once; by default all.
         baselines: whether to evaluate the unedited model too, as it is and with the fact in its prompt.
         strengths: of ``single``, multiples of each edit to evaluate too, for the frontier of success and locality.
-        text: passages on which perplexity is measured after each edit.
-        text_tokens: how many tokens of it.
+        text: passages of ordinary text on which each edit is measured; by default what the model writes by itself.
+        text_tokens: how many tokens of it; 0 to leave this out.
         lm_eval: tasks of lm-evaluation-harness in which the model is evaluated without any edit and after all of a
             sequence, after the last batch (of the largest number of edits), or, of ``single``, after the first edit.
         data: where the requests come from, for the report.
@@ -95,10 +93,10 @@ def evaluate(
     # Single edits are evaluated together with the baselines, request by request; other protocols before them.
     baselines_first = baselines and protocol != "single"
     advance = _progress(_total(protocol, sizes, len(requests)) + len(requests) * baselines_first, on_progress)
-    perplexity_text = PerplexityText(task, text, text_tokens) if text else None
+    ordinary_text = OrdinaryText(task, text, text_tokens) if text_tokens else None
     _check_edits(task, requests, sizes if protocol == "batched" else ())
     scorer = Scorer(task, requests, max_new_tokens)
-    runner = EvaluationRunner(task, editor, requests, scorer, perplexity_text, parts, advance)
+    runner = EvaluationRunner(task, editor, requests, scorer, ordinary_text, parts, advance)
     scores_before = {} if lm_eval is None else _scores(parts, "general-before", lambda: lm_eval.measure(task))
     of_baselines = runner.evaluate_baselines() if baselines_first else {}
     frontier: dict[float, list[Case]] = {}
@@ -141,8 +139,8 @@ def evaluate_checkpoints(
         after: the same with all of them.
         requests: what the edits were to do.
         baselines: whether to evaluate the unedited model too, as it is and with the fact in its prompt.
-        text: passages on which perplexity is measured.
-        text_tokens: how many tokens of it.
+        text: passages of ordinary text on which the edits are measured; by default what the model writes by itself.
+        text_tokens: how many tokens of it; 0 to leave this out.
         lm_eval: tasks of lm-evaluation-harness in which both models are evaluated.
         data: where the requests come from, for the report.
         name: of what made the edits, for the report.
@@ -161,9 +159,9 @@ def evaluate_checkpoints(
             "checkpoints of one model"
         )
     advance = _progress(len(requests) * (1 + baselines), on_progress)
-    perplexity_text = PerplexityText(before, text, text_tokens) if text else None
+    ordinary_text = OrdinaryText(before, text, text_tokens) if text_tokens else None
     scorer = Scorer(before, requests, max_new_tokens)
-    runner = EvaluationRunner(before, None, requests, scorer, perplexity_text, EvaluationCheckpoint(None), advance)
+    runner = EvaluationRunner(before, None, requests, scorer, ordinary_text, EvaluationCheckpoint(None), advance)
     of_baselines = runner.evaluate_baselines() if baselines else {}
     general = {} if lm_eval is None else pair_scores(*(lm_eval.measure(task) for task in (before, after)))
     runs = runner.evaluate_checkpoint(after)
@@ -210,7 +208,7 @@ def _report(
         runs=runs,
         baselines=baselines,
         frontier=frontier,
-        text={} if text is None else {"tokens": text.tokens, "perplexity": text.perplexity},
+        text={} if text is None else text.description,
         left_out=runner.left_out,
         general=general,
         environment=environment(runner.task.device),

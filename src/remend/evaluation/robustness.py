@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from remend.core.low_rank_hooks import frozen
 from remend.edit import Edit
+from remend.evaluation.interventions import SharedEdit
+from remend.evaluation.ordinary_text import Elsewhere, OrdinaryText
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task
 
@@ -26,8 +29,6 @@ MIN_PROBABILITY, MIN_AFTER_PREFIX, MIN_UNCHANGED = 0.5, 0.75, 0.98
 """The least values of an edit that can be trusted."""
 MIN_PREFIXES = 4
 """Prefixes after which the unedited model must give its answer, at least, for their share to be reported."""
-OTHER_INPUTS = 128
-"""Other inputs at which the model's choices are compared."""
 ROBUSTNESS_BATCH_SIZE = 32
 
 
@@ -39,16 +40,14 @@ class Robustness:
         probability: of the whole target after the prompt; the mean over the requests.
         in_context: the share of prefixes after which the prompt still gets its target, of those after which the
             unedited model still gives its own answer; None where it never does, and of models that do not write text.
-        elsewhere: the share of the model's choices on other input that stay.
+        elsewhere: what the edit changes on ordinary text.
         beginnings: the number of prefixes that ``in_context`` is a share of.
-        choices: the number of choices that ``elsewhere`` is a share of.
     """
 
     probability: float
     in_context: float | None
-    elsewhere: float
+    elsewhere: Elsewhere
     beginnings: int = 0
-    choices: int = 0
 
     @property
     def doubts(self) -> list[str]:
@@ -58,7 +57,7 @@ class Robustness:
             f"it should hold after {MIN_AFTER_PREFIX:.0%} of beginnings": (
                 self.in_context is not None and self.in_context < MIN_AFTER_PREFIX
             ),
-            f"{MIN_UNCHANGED:.0%} of other choices should stay": self.elsewhere < MIN_UNCHANGED,
+            f"{MIN_UNCHANGED:.0%} of other choices should stay": self.elsewhere.stays.mean < MIN_UNCHANGED,
         }
         return [text for text, applies in too_low.items() if applies]
 
@@ -67,7 +66,7 @@ class Robustness:
         """Whether no value that could be measured is too low."""
         return not self.doubts
 
-    def to_json(self) -> dict[str, float | bool | None]:
+    def to_json(self) -> dict[str, Any]:
         """Return the values as a JSON object."""
         return {**asdict(self), "sure": self.sure}
 
@@ -77,7 +76,7 @@ def measure_robustness(
     task: Task,
     edit: Edit,
     requests: Sequence[EditRequest],
-    text: Sequence[str] = (),
+    text: OrdinaryText | None = None,
     seed: int = 0,
 ) -> Robustness:
     """Measure an edit where its requests name no examples.
@@ -86,26 +85,18 @@ def measure_robustness(
         task: the base model.
         edit: what was made of the requests.
         requests: what it is for.
-        text: other input; by default what the model writes by itself (of models that do not write: random inputs).
+        text: ordinary text; by default what the model writes by itself (of models that do not write: random inputs).
         seed: of what is drawn.
     """
-    # Another seed than editors use: with theirs, the edit would be tested on the inputs that it was fitted to.
-    ordinary = task.ordinary_examples(text, seed + 1, OTHER_INPUTS)
+    text = text or OrdinaryText(task)
     draw = random.Random(f"{seed} assurance")
     prompts = [task.encode(request.prompt, request.target) for request in requests]
     prefixed = []
-    if task.reads_text:
+    if task.generates:  # a classifier judges its whole input, of which a prefix would be a part
         prefixed = [
-            _with_prefix(task, ordinary, prompt, draw) for prompt in prompts for _ in range(PREFIXES_PER_PROMPT)
+            _with_prefix(task, text.examples, prompt, draw) for prompt in prompts for _ in range(PREFIXES_PER_PROMPT)
         ]
-    elsewhere = draw.sample(ordinary, min(OTHER_INPUTS, len(ordinary)))
-    if task.causal:  # it makes a choice after every token, and each of them is compared
-        elsewhere = [Example(example.input[:1], example.input[1:]) for example in elsewhere if len(example.input) > 1]
-    if not task.generates:  # a classifier judges its whole input, of which a prefix would be a part
-        prefixed = []
-    at_prompts, at_prefixed, at_elsewhere = (
-        _compare(task, edit, examples) for examples in (prompts, prefixed, elsewhere)
-    )
+    at_prompts, at_prefixed = (_compare(task, edit, examples) for examples in (prompts, prefixed))
     # After other prefixes the unedited model begins another answer: there the prefix changes what is asked.
     without_prefix = at_prompts.first_before.repeat_interleave(PREFIXES_PER_PROMPT)[: len(prefixed)]
     counted = at_prefixed.first_before == without_prefix
@@ -113,16 +104,15 @@ def measure_robustness(
     return Robustness(
         probability=float(at_prompts.log_p.exp().mean()),
         in_context=float(at_prefixed.correct[counted].float().mean()) if count >= MIN_PREFIXES else None,
-        elsewhere=float(at_elsewhere.unchanged.float().mean()) if len(at_elsewhere.unchanged) else 1.0,
+        elsewhere=text.measure(SharedEdit(task, edit))[0],
         beginnings=count,
-        choices=len(at_elsewhere.unchanged),
     )
 
 
 def _with_prefix(task: Task, ordinary: Sequence[Example], example: Example, draw: random.Random) -> Example:
     """Return an example with the first tokens of an ordinary input before its prompt, if the context holds both."""
     special = set(task.processor.all_special_ids)
-    prefix = [token for token in draw.choice(ordinary).input if token not in special][:PREFIX_LENGTH]
+    prefix = [token for token in task.tokens_read(draw.choice(ordinary)) if token not in special][:PREFIX_LENGTH]
     # Special tokens at the beginning, such as the one that begins a text, stay first.
     lead = next((i for i, token in enumerate(example.input) if token not in special), 0)
     prefixed = Example((*example.input[:lead], *prefix, *example.input[lead:]), example.target)
@@ -134,13 +124,11 @@ class _Comparison:
     """The model's outputs at some examples before and after an edit.
 
     Attributes:
-        unchanged: for each target, whether the first choice is the same before and after.
         first_before: the first choice before the edit at the first target of each example.
         correct: for each example, whether its whole target is the first choice after the edit.
         log_p: log p of the whole target of each example after the edit, in nats.
     """
 
-    unchanged: Bool[Tensor, " target"]
     first_before: Shaped[Tensor, " row"]
     correct: Bool[Tensor, " row"]
     log_p: Float[Tensor, " row"]
@@ -148,7 +136,7 @@ class _Comparison:
 
 def _compare(task: Task, edit: Edit, examples: Sequence[Example]) -> _Comparison:
     """Run the model without and with an edit. Outputs are compared batch by batch, since all together may be large."""
-    unchanged, first_before, correct, log_p = [], [], [], []
+    first_before, correct, log_p = [], [], []
     for start in range(0, len(examples), ROBUSTNESS_BATCH_SIZE):
         batch = task.collate(examples[start : start + ROBUSTNESS_BATCH_SIZE])
         with frozen(task.model):
@@ -159,9 +147,8 @@ def _compare(task: Task, edit: Edit, examples: Sequence[Example]) -> _Comparison
         lengths = torch.bincount(batch.row, minlength=batch.rows)
         first = lengths.cumsum(0) - lengths
         of_targets = task.distribution.log_prob(after, batch.target)
-        unchanged.append(task.distribution.unchanged(before, after).cpu())
         first_before.append(task.distribution.mode(before)[first].cpu())
         correct.append(task.correct(after, batch).cpu())
         log_p.append(torch.zeros(batch.rows, device=after.device).index_add_(0, batch.row, of_targets).cpu())
-    parts = (torch.cat(part) if part else torch.zeros(0) for part in (unchanged, first_before, correct, log_p))
+    parts = (torch.cat(part) if part else torch.zeros(0) for part in (first_before, correct, log_p))
     return _Comparison(*parts)

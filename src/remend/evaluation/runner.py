@@ -18,8 +18,8 @@ from remend.evaluation.case_scorer import BASELINES, CaseScorer
 from remend.evaluation.checkpoint import EvaluationCheckpoint
 from remend.evaluation.conflicting_probes import filter_probes
 from remend.evaluation.interventions import Intervention, shared_intervention
-from remend.evaluation.metrics.perplexity import PerplexityText
 from remend.evaluation.metrics.scorer import Scorer
+from remend.evaluation.ordinary_text import OrdinaryText
 from remend.evaluation.reports.report import Case, Run
 from remend.request import EditRequest
 from remend.tasks.base import Task
@@ -39,7 +39,7 @@ class EvaluationRunner:
         editor: the editor; None where the edits were made already.
         requests: what to edit.
         scorer: computes the metrics.
-        text: the text on which perplexity is measured, if it is.
+        text: the ordinary text on which edits are measured, if they are.
         checkpoint: where finished parts are stored.
         on_progress: called with the number of edits that were evaluated.
 
@@ -54,7 +54,7 @@ class EvaluationRunner:
         editor: EditorLike | None,
         requests: Sequence[EditRequest],
         scorer: Scorer,
-        text: PerplexityText | None,
+        text: OrdinaryText | None,
         checkpoint: EvaluationCheckpoint,
         on_progress: Callable[[int], None],
     ) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from remend.evaluation.reports.report import Report, Summary, peak_memory
+from remend.evaluation.reports.report import Report, peak_memory
+from remend.evaluation.summary import Summary
 
 if TYPE_CHECKING:
     from remend.recipes.inputs import RunInputs
@@ -62,7 +63,7 @@ def _figures(recipe: Recipe, report: Report) -> list[str]:
             modes = metrics.get(name, {})
             figure = modes.get("generated") or modes.get("value")
             lines.append(f"| {title} | {_mean_and_interval(figure)} | {published.get(name, '–')} |")
-    if report.text:
+    if "perplexity" in report.text:
         lines += ["", f"The unedited model's perplexity on the text is {report.text['perplexity']:.2f}."]
     if shared := report.settings.get("shared_with_training"):
         counts = ", ".join(f"{count} {kind}" for kind, count in shared.items())

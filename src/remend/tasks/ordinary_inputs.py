@@ -53,7 +53,7 @@ def text_windows(task: Task, passages: Sequence[str], seed: int) -> list[tuple[i
         body, room = ids[len(begin) :], length - len(begin)
         windows += [(*begin, *body[start : start + room]) for start in range(0, len(body), room)]
     if not windows:
-        raise ConfigError("the text for an editor's statistics is empty: give one that holds words, or none")
+        raise ConfigError("the text is empty: give one that holds words, or none")
     random.Random(f"{seed} text").shuffle(windows)
     drawn: list[tuple[int, ...]] = []
     tokens = 0

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from remend.apps.acceptance.criteria import MAX_PERPLEXITY_TOKENS, STANDARD_CRITERIA, AcceptanceCriteria, Perplexity
+from remend.apps.acceptance.criteria import MAX_PERPLEXITY_TOKENS, STANDARD_CRITERIA, AcceptanceCriteria
 from remend.core.layers import is_quantized, weight_of
 from remend.edit import AppliedEdit, Edit
 from remend.errors import EditError, RequestError
 from remend.evaluation.before_after import AnswerComparison, Asked, before_after, compare_answers
-from remend.evaluation.interventions import Intervention
-from remend.evaluation.metrics.perplexity import PerplexityText
-from remend.evaluation.robustness import measure_robustness
+from remend.evaluation.interventions import SharedEdit
+from remend.evaluation.ordinary_text import TEXT_TOKENS, Elsewhere, OrdinaryText
 from remend.fingerprint import find_modules
 from remend.request import Chat, EditRequest, Message, Probe, Prompt, in_form_of
 from remend.tasks import Task
@@ -32,7 +31,7 @@ CHECK_TITLES = {
     "stays": "what must stay does",
     "near": "near prompts stay",
     "far": "far prompts stay",
-    "elsewhere": "choices on other input stay",
+    "elsewhere": "choices on ordinary text stay",
     "perplexity": "an ordinary text is predicted as before",
     "size": "the change is small",
 }
@@ -77,11 +76,13 @@ class AcceptanceResult:
 
     Attributes:
         checks: the criteria that could be measured.
+        elsewhere: what the edit changes on ordinary text.
         missing: the names of checks for which there was nothing to measure.
         unmet: those of the missing checks that the criteria set explicitly; they count as failed.
     """
 
     checks: tuple[AcceptanceCheck, ...]
+    elsewhere: Elsewhere
     missing: tuple[str, ...]
     unmet: tuple[str, ...] = ()
 
@@ -98,8 +99,13 @@ class AcceptanceResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a JSON object."""
-        checks = [asdict(check) for check in self.checks]
-        return {"ok": self.ok, "checks": checks, "missing": list(self.missing), "unmet": list(self.unmet)}
+        return {
+            "ok": self.ok,
+            "checks": [asdict(check) for check in self.checks],
+            "elsewhere": self.elsewhere.to_json(),
+            "missing": list(self.missing),
+            "unmet": list(self.unmet),
+        }
 
 
 class RejectedError(EditError):
@@ -120,7 +126,6 @@ def check_acceptance(
     criteria: AcceptanceCriteria = STANDARD_CRITERIA,
     active: Sequence[Edit] = (),
     max_new_tokens: int = 32,
-    seed: int = 0,
 ) -> AcceptanceResult:
     """Apply an edit to a model, measure what the criteria ask for, and take it off again.
 
@@ -130,7 +135,6 @@ def check_acceptance(
         criteria: what the edit must meet.
         active: edits that are in use already: the answers before the edit are those of the model with these.
         max_new_tokens: the longest answer that is decoded, in tokens.
-        seed: seed of the input that the model generates.
 
     Raises:
         WrongBaseError: the edit is of another model.
@@ -139,11 +143,12 @@ def check_acceptance(
     with ExitStack() as stack:
         for active_edit in active:
             stack.enter_context(active_edit.applied(task.model))
-        checks = _checks(task, edit, criteria, max_new_tokens, seed)
+        elsewhere = _elsewhere(task, edit, criteria)
+        checks = _checks(task, edit, criteria, elsewhere, max_new_tokens)
     measured = {check.name for check in checks}
     missing = tuple(name for name in CHECK_TITLES if name not in measured and name not in ("changes", "stays"))
     required = {name for name in criteria.model_fields_set if getattr(criteria, name)}  # a share of 0 requires nothing
-    return AcceptanceResult(checks, missing, tuple(name for name in missing if name in required))
+    return AcceptanceResult(checks, elsewhere, missing, tuple(name for name in missing if name in required))
 
 
 def apply_if_accepted(
@@ -170,7 +175,7 @@ def apply_if_accepted(
 
 
 def _checks(
-    task: Task, edit: Edit, criteria: AcceptanceCriteria, max_new_tokens: int, seed: int
+    task: Task, edit: Edit, criteria: AcceptanceCriteria, elsewhere: Elsewhere, max_new_tokens: int
 ) -> tuple[AcceptanceCheck, ...]:
     """Measure everything that can be measured."""
     answers = [answer for row in before_after(task, edit, edit.requests, max_new_tokens) for answer in row]
@@ -185,11 +190,11 @@ def _checks(
         _share_check("near", by_kind["near"], criteria.near),
         _share_check("far", by_kind["far"], criteria.far),
     ]
-    robustness = measure_robustness(task, edit, edit.requests, seed=seed)
-    share, bound = robustness.elsewhere, criteria.elsewhere
-    checks.append(AcceptanceCheck("elsewhere", share, bound, share >= bound, robustness.choices))
-    if criteria.perplexity is not None and task.causal:
-        checks.append(_perplexity_check(task, edit, criteria.perplexity))
+    share, bound = elsewhere.stays.mean, criteria.elsewhere
+    checks.append(AcceptanceCheck("elsewhere", share, bound, share >= bound, elsewhere.choices))
+    if criteria.perplexity is not None and elsewhere.perplexity_ratio is not None:
+        ratio, most = elsewhere.perplexity_ratio.mean, criteria.perplexity.most
+        checks.append(AcceptanceCheck("perplexity", ratio, most, ratio <= most, elsewhere.choices))
     checks.append(_size_check(task.model, edit, criteria.size))
     return tuple(check for check in checks if check is not None)
 
@@ -238,13 +243,11 @@ def _forms(requests: Sequence[EditRequest]) -> list[Prompt | None]:
     return list(forms.values()) or [None]
 
 
-def _perplexity_check(task: Task, edit: Edit, perplexity: Perplexity) -> AcceptanceCheck:
-    """Check the perplexity of a text, as a multiple of the perplexity before the edit."""
-    sample = PerplexityText(task, perplexity.text, MAX_PERPLEXITY_TOKENS)
-    with edit.applied(task.model):
-        after = sample.measure(Intervention(task), 1)[0]
-    ratio = after / sample.perplexity
-    return AcceptanceCheck("perplexity", ratio, perplexity.most, ratio <= perplexity.most, sample.tokens)
+def _elsewhere(task: Task, edit: Edit, criteria: AcceptanceCriteria) -> Elsewhere:
+    """Measure the edit on the text that the criteria give or, without one, on the model's own."""
+    given = criteria.perplexity.text if criteria.perplexity is not None and task.causal else ()
+    text = OrdinaryText(task, given, MAX_PERPLEXITY_TOKENS if given else TEXT_TOKENS)
+    return text.measure(SharedEdit(task, edit))[0]
 
 
 @torch.no_grad()

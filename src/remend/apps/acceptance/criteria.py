@@ -52,14 +52,15 @@ class AcceptanceCriteria(BaseModel):
         follows: the smallest share of the requests' paraphrases that must get the target.
         stays: the smallest share of ``must_stay`` that must keep its answer.
         near, far: the smallest share of the requests' near and far prompts that must keep their answers.
-        elsewhere: the smallest share of the model's first choices on input that it generates that must stay.
+        elsewhere: the smallest share of the model's first choices on ordinary text that must stay: on the text of
+            ``perplexity``, or on what the model writes by itself.
         perplexity: a text that must still be predicted; causal language models only.
         size: the largest ‖ΔW‖ / ‖W‖ (Frobenius norms) that any matrix may have.
 
     A criterion that is set explicitly counts as not met if there is nothing to measure it on; a criterion that has its
     default is then only reported as missing.
 
-    The last three criteria tell an edited model from a ruined one. A large model's choices on generated input hardly
+    The last three criteria tell an edited model from a ruined one. A large model's choices on ordinary text hardly
     change at all, and its edits are far smaller than its matrices, so stricter values than the defaults suit it
     (``elsewhere=0.98`` is strict for a small model).
     """

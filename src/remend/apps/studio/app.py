@@ -297,6 +297,7 @@ def _summary(session: Session, session_edit: SessionEdit) -> str:
     changed = [answer for answer in locality if not answer.ok]
     if changed:
         text += f" {len(changed)} of {len(locality)} prompts that must stay do not."
+    text += f" By itself: {session_edit.elsewhere.description}."
     return f"{text} Edit {session_edit.number}, made in {session_edit.seconds:.2f} s: see *My edits*."
 
 

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from remend.core.low_rank_hooks import frozen
 from remend.edit import Edit
 from remend.errors import EditError, RemendError, RequestError
 from remend.evaluation.before_after import AnswerComparison, ask, before_after
+from remend.evaluation.interventions import SharedEdit
+from remend.evaluation.ordinary_text import Elsewhere, OrdinaryText
 from remend.fingerprint import find_modules
 from remend.registries import FORMATS
 from remend.request import EditRequest, Prompt
@@ -60,6 +63,7 @@ class SessionEdit:
         number: its number in the session.
         edit: the edit.
         answers: the answers to the request's prompts, before and after.
+        elsewhere: what the edit by itself changes on ordinary text.
         seconds: the time that making the edit and asking for the answers took.
         active: whether it is active in its session.
         draft: its number in the patch registry, if it was added there and not accepted.
@@ -68,6 +72,7 @@ class SessionEdit:
     number: int
     edit: Edit
     answers: list[AnswerComparison]
+    elsewhere: Elsewhere
     seconds: float
     active: bool = True
     draft: int | None = None
@@ -107,6 +112,11 @@ class Workspace:
             for edit in edits:
                 stack.enter_context(edit.applied(self.model))
             yield
+
+    @cached_property
+    def ordinary_text(self) -> OrdinaryText:
+        """What the base model writes by itself; first asked for within :meth:`exclusive`, without edits."""
+        return OrdinaryText(self.task)
 
     def active_edits(self) -> dict[int, Edit]:
         """Return the edits that are active for everybody: those of the registry, by number."""
@@ -208,10 +218,12 @@ class Session:
 
         with workspace.exclusive(), count_forward_passes(workspace.model, report("making the edit")):
             edit = workspace.editor.edit(workspace.task, [request])
+        with workspace.exclusive(), count_forward_passes(workspace.model, report("measuring it on ordinary text")):
+            elsewhere = workspace.ordinary_text.measure(SharedEdit(workspace.task, edit))[0]
         active = self.active_edits()
         with workspace.exclusive(active), count_forward_passes(workspace.model, report("asking the edited model")):
             answers = before_after(workspace.task, edit, [request], MAX_NEW_TOKENS)[0]
-        session_edit = SessionEdit(self._next_number, edit, answers, time.perf_counter() - start)
+        session_edit = SessionEdit(self._next_number, edit, answers, elsewhere, time.perf_counter() - start)
         self.edits[session_edit.number] = session_edit
         self._next_number += 1
         return session_edit

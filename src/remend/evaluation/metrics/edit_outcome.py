@@ -16,6 +16,7 @@ from remend.evaluation.metrics.query_measurements import (
     body_length,
 )
 from remend.evaluation.metrics.word_overlap import contains, token_f1
+from remend.evaluation.ordinary_text import Elsewhere
 from remend.request import Chat, EditRequest, Probe, Prompt
 from remend.tasks.base import Answer, Task
 
@@ -48,14 +49,14 @@ class EditOutcome:
         request: the request.
         measurements: what was measured at its prompts.
         base_answers: the unedited model's free answer to every prompt.
-        text_perplexity: the perplexity of a text before and after the edit; None where it was not measured.
+        elsewhere: what the edit changes on ordinary text; None where it was not measured.
     """
 
     task: Task
     request: EditRequest
     measurements: RequestMeasurements
     base_answers: Mapping[Prompt, Answer] = field(repr=False)
-    text_perplexity: tuple[float, float] | None = None
+    elsewhere: Elsewhere | None = None
 
     # -- queries -------------------------------------------------------------------------------------------------
 

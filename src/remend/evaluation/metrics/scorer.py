@@ -18,6 +18,7 @@ from remend.evaluation.metrics.edit_outcome import (
 )
 from remend.evaluation.metrics.query_measurements import Query, RequestMeasurements, body_length
 from remend.evaluation.metrics.word_overlap import contains
+from remend.evaluation.ordinary_text import Elsewhere
 from remend.registries import METRICS, Metric
 from remend.request import EditRequest, Prompt
 from remend.tasks.base import Answer, Task
@@ -119,7 +120,7 @@ class Scorer:
         self,
         request: EditRequest,
         measurements: RequestMeasurements,
-        text_perplexity: tuple[float, float] | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> MetricValues:
         """Compute every metric that the request has data for, by mode, and by kind where its prompts have kinds.
 
@@ -128,12 +129,12 @@ class Scorer:
         Args:
             request: the request.
             measurements: what was measured for it.
-            text_perplexity: the perplexity of a text before and after its edit, where it was measured.
+            elsewhere: what its edit changes on ordinary text, where it was measured.
 
         Raises:
             RegistryError: a metric gives a value of a mode that its registry entry does not list.
         """
-        outcome = self._outcome(request, measurements, text_perplexity)
+        outcome = self._outcome(request, measurements, elsewhere)
         values: MetricValues = {}
         for entry, metric in self._metrics:
             if entry.fields and not any(getattr(request, name, ()) for name in entry.fields):
@@ -158,9 +159,9 @@ class Scorer:
         self,
         request: EditRequest,
         measurements: RequestMeasurements,
-        text_perplexity: tuple[float, float] | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> EditOutcome:
-        return EditOutcome(self.task, request, measurements, self.base_answers, text_perplexity)
+        return EditOutcome(self.task, request, measurements, self.base_answers, elsewhere)
 
     # -- answers in words ----------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from remend.errors import ConfigError
 from remend.evaluation.reports.metric_titles import higher_is_better
-from remend.evaluation.reports.report import Case, Report, Summary, metrics_of
+from remend.evaluation.reports.report import Case, Report, metrics_of
+from remend.evaluation.summary import Summary
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from remend.saved_folders import write_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from remend.evaluation.reports.report import Summary
+    from remend.evaluation.summary import Summary
 
 PLOT_SUFFIXES = (".pdf", ".png", ".svg")
 INK = "#1f2328"

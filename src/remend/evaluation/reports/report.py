@@ -5,49 +5,20 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
 import remend
-from remend.errors import NonFiniteError
 from remend.evaluation.before_after import AnswerComparison
 from remend.evaluation.reports.metric_titles import in_order
+from remend.evaluation.summary import Summary
 from remend.saved_folders import write_json
 
 SCHEMA = "remend.report/2"
-BOOTSTRAP_RESAMPLES = 1_000
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A mean over edits with its 95 % bootstrap confidence interval."""
-
-    mean: float
-    ci95: tuple[float, float]
-    n: int
-
-    @staticmethod
-    def of(values: Sequence[float], seed: int = 0) -> Summary:
-        """Summarize one value per edit (percentile bootstrap over edits, seeded).
-
-        Raises:
-            NonFiniteError: a value is NaN or infinite; it is never dropped.
-        """
-        array = np.asarray(values, dtype=np.float64)
-        if array.size == 0 or not np.isfinite(array).all():
-            raise NonFiniteError(
-                f"{int((~np.isfinite(array)).sum())} of the {array.size} values to average are not finite"
-            )
-        # Three lines of numpy rather than scipy.stats.bootstrap: the package does not depend on scipy, and other draws
-        # would move the intervals of existing reports.
-        draws = np.random.default_rng(seed).integers(0, array.size, (BOOTSTRAP_RESAMPLES, array.size))
-        low, high = np.quantile(array[draws].mean(1), (0.025, 0.975))
-        return Summary(float(array.mean()), (float(low), float(high)), int(array.size))
 
 
 @dataclass(frozen=True)
@@ -64,6 +35,7 @@ class Case:
         about: properties by which results are broken down: ``relation``, ``target_tokens``, and ``confidence``, the
             probability of the unedited model's own answer.
         answers: every prompt's answer before and after.
+        intervals: the 95 % interval over texts of each metric that is a mean over those.
     """
 
     id: str | int
@@ -73,6 +45,7 @@ class Case:
     values: Mapping[str, Mapping[str, float]]
     about: Mapping[str, str | float] = field(default_factory=dict)
     answers: Sequence[AnswerComparison] = ()
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the case as an object of the report."""
@@ -84,12 +57,15 @@ class Case:
             "about": dict(self.about),
             "values": {name: dict(modes) for name, modes in self.values.items()},
             "answers": [answer.to_json() for answer in self.answers],
+            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
         }
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> Case:
         """Make the case of such an object, which must have been validated."""
-        return Case(**{**content, "answers": tuple(AnswerComparison(**answer) for answer in content["answers"])})
+        answers = tuple(AnswerComparison(**answer) for answer in content["answers"])
+        intervals = {name: (low, high) for name, (low, high) in content["intervals"].items()}
+        return Case(**{**content, "answers": answers, "intervals": intervals})
 
 
 @dataclass(frozen=True)
@@ -123,7 +99,8 @@ class Report:
         runs: the results for each number of edits that were applied at once; of single edits there is one run.
         baselines: the results without any edit (``unedited``), and with the fact in the prompt (``in_context``).
         frontier: the cases of single edits at other strengths, by strength, if they were evaluated.
-        text: ``tokens`` of the text that perplexity was measured on, and its ``perplexity`` before any edit.
+        text: of the ordinary text that edits were measured on: ``texts``, ``tokens``, whether it was ``given`` and, of
+            causal models, its ``perplexity`` before any edit.
         settings: further settings, such as ``seed`` and ``limit`` of the command line.
         left_out: how many requests or prompts were not evaluated, by reason.
         environment: versions, device and threads.
@@ -142,6 +119,16 @@ class Report:
     left_out: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     general: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+
+    @property
+    def text_in_words(self) -> str:
+        """The ordinary text that edits were measured on, in words; of older reports, as far as they say it."""
+        text = self.text
+        whose = "" if text.get("given", True) else ", which the model wrote itself"
+        parts = [f"{text['texts']:.0f} texts{whose}"] if "texts" in text else []
+        parts += [f"{text['tokens']:,.0f} choices"] if "tokens" in text else []
+        parts += [f"perplexity {text['perplexity']:.2f} before any edit"] if "perplexity" in text else []
+        return ", ".join(parts)
 
     @property
     def cases(self) -> Sequence[Case]:
@@ -213,12 +200,18 @@ class Report:
 
 
 def metrics_of(cases: Sequence[Case]) -> dict[str, dict[str, Summary]]:
-    """Return the mean over edits of each metric that has data, by mode, in the order of the registry."""
+    """Return the mean over edits of each metric that has data, by mode, in the order of the registry.
+
+    What was measured once, for all edits of the cases together, has its interval over texts.
+    """
     metrics: dict[str, dict[str, Summary]] = {}
     for name in in_order(list(dict.fromkeys(name for case in cases for name in case.values))):
         of_cases = [case.values[name] for case in cases if name in case.values]
         modes = dict.fromkeys(mode for values in of_cases for mode in values)
         metrics[name] = {mode: Summary.of([values[mode] for values in of_cases if mode in values]) for mode in modes}
+        intervals = [case.intervals[name] for case in cases if name in case.intervals]
+        if len(intervals) == len(of_cases) == 1:
+            metrics[name] = {mode: replace(summary, ci95=intervals[0]) for mode, summary in metrics[name].items()}
     return metrics
 
 

@@ -18,9 +18,12 @@ class _Object(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+_Interval = Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
+
+
 class _Summary(_Object):
     mean: FiniteFloat
-    ci95: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
+    ci95: _Interval
     n: Annotated[int, Field(ge=1)]
 
 
@@ -44,6 +47,7 @@ class _Case(_Object):
     about: dict[str, str | FiniteFloat]
     values: dict[str, Numbers]
     answers: list[_Answer]
+    intervals: dict[str, _Interval] = Field(default_factory=dict)  # older reports lack it
 
 
 class _Run(_Object):
