@@ -135,7 +135,7 @@ def test_by_command_with_a_report(saved, tmp_path):
     card = tmp_path / "card.md"
     command = ["push", str(saved), "--to", "me/fix", "--report", str(tmp_path / "verdict.json")]
     assert run([*command, "--card", str(card)]) == 0
-    assert "| choices on other input stay |" in card.read_text()
+    assert "| choices on ordinary text stay |" in card.read_text()
     evaluated = ["evaluate", "atlas", "--editor", "atlas", "--data", "atlas:test", "--limit", "2", "--no-baselines"]
     assert run([*evaluated, "--json", str(tmp_path / "report.json")]) == 0
     command[-1] = str(tmp_path / "report.json")
