@@ -102,9 +102,34 @@ def test_many_prompts_are_decided_together():
     assert len(passes) == 2
     assert {task.separator(prompt) for prompt in prompts} == {""}
     assert sum(passes) == 71
-    requests = [EditRequest(prompt=prompt, target="2", subject=prompt) for prompt in prompts]
-    Episodes(task, requests, 0)
-    assert sum(passes) == 71
+
+
+def test_training_asks_the_model_about_a_sample():
+    task = task_for("byte-level")
+    spaced, bare = first_tokens(task, "b")
+    passes = expecting(task, {spaced: 0.01, bare: 0.9})
+    prompts = [f"{number}{end}" for number in range(70) for end in ("+1=", " is", " -")]
+    episodes = Episodes(task, [EditRequest(prompt=p, target="b", subject=p) for p in prompts], 0)
+    assert sum(passes) == 3 * 24  # every third of each ending
+    assert all(episode.edit == task.encode(p, "b") for p, episode in zip(prompts, episodes.episodes, strict=True))
+    assert sum(passes) == len(prompts), "what was not asked is decided by itself afterwards"
+
+
+def test_where_prompts_that_end_alike_differ_training_asks_about_all():
+    task = task_for("byte-level")
+    spaced, bare = first_tokens(task, "b")
+    (seven,) = task.ids("7", False)
+
+    def outputs(batch):
+        logits = torch.zeros((batch.rows, len(task.tokenizer)))
+        logits[:, bare] = 9.0
+        logits[batch.inputs["input_ids"][:, 0] == seven, spaced] = 99.0
+        return logits
+
+    task.outputs = outputs
+    prompts = [f"{number}+1=" for number in range(70, 150)]
+    between = task.sample_separators(prompts)
+    assert between == {prompt: " " if prompt[0] == "7" else "" for prompt in prompts}
 
 
 @settings(deadline=None, max_examples=30)

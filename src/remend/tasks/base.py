@@ -219,6 +219,14 @@ class Task(ABC):
         """
         return
 
+    def sample_separators(self, prompts: Iterable[Prompt]) -> dict[Prompt, str]:
+        """Return what stands between each of many texts and its answer, where the model decides that.
+
+        The model, which must be the unedited one, is asked for a sample only
+        (:meth:`remend.tasks.separators.Separators.sample`).
+        """
+        return {}
+
     def encode_question(self, prompt: Prompt) -> EncodedInput:
         """Encode an input that the model is to answer.
 

@@ -101,14 +101,26 @@ class CausalLM(GenerativeTask):
 
     def choose_answer_forms(self, prompts: Iterable[Prompt]) -> None:
         """Have the model decide for many prompts together."""
+        encoded = self._encode_texts(prompts)
+        self._separators.choose([ids for prompt, ids in encoded.items() if not isinstance(prompt, Completion)])
+        if self.tokenizer.eos_token_id is not None:
+            self._endings.choose(encoded)
+
+    def sample_separators(self, prompts: Iterable[Prompt]) -> dict[Prompt, str]:
+        """Have the model decide for some of the prompts that end alike; the others follow them."""
+        encoded = self._encode_texts(prompt for prompt in prompts if not isinstance(prompt, Completion))
+        asked = {prompt: ids for prompt, ids in encoded.items() if not self._text(prompt)[-1:].isspace()}
+        between = self._separators.sample(asked.values())
+        return {prompt: between[ids] for prompt, ids in asked.items()}
+
+    def _encode_texts(self, prompts: Iterable[Prompt]) -> dict[str, tuple[int, ...]]:
+        """Encode the prompts that are texts and can be encoded."""
         encoded: dict[str, tuple[int, ...]] = {}
         for prompt in prompts:
             if isinstance(prompt, str) and prompt not in encoded:
                 with suppress(RequestError):  # encoding it for use will say so, with the name of its request
                     encoded[prompt] = self.encode_input(prompt)
-        self._separators.choose([ids for prompt, ids in encoded.items() if not isinstance(prompt, Completion)])
-        if self.tokenizer.eos_token_id is not None:
-            self._endings.choose(encoded)
+        return encoded
 
     def _between(self, prompt: Prompt, encoded: tuple[int, ...]) -> str:
         """Return what stands between a prompt and its answer."""

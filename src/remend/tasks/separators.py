@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,9 @@ after quotation marks, "d'" and "https://". A model that knows nothing has the s
 After a letter of a script that puts spaces between words, a token without one goes on with the same word, which tells
 little of another word that follows (.03 in Arabic): the share must be next to nothing there, as for a model of DNA.
 """
+
+SAMPLED = 32
+"""Of how many prompts that end alike the model is asked, where one passes for all of them."""
 
 LIKELIEST = 256
 """The next tokens that are looked at; the rest has hardly any probability."""
@@ -73,6 +76,24 @@ class Separators:
                 few = FEW_SPACES_AFTER_LETTER if after_letter else FEW_SPACES
                 self._chosen[prompt] = "" if spaced < few else " "
 
+    def sample(self, prompts: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], str]:
+        """Return what stands after each of many prompts; where a sample that ends alike agrees, the others follow it.
+
+        What the model is asked later is not changed by it.
+        """
+        alike: dict[str, list[tuple[int, ...]]] = {}
+        for prompt in dict.fromkeys(prompts):
+            alike.setdefault(_ending(self.task.decode_tokens(prompt)), []).append(prompt)
+        samples = {ending: group[:: -(-len(group) // SAMPLED)] for ending, group in alike.items()}
+        self.choose([prompt for sample in samples.values() for prompt in sample])
+        unsure = {ending for ending, sample in samples.items() if len({self._chosen[prompt] for prompt in sample}) > 1}
+        self.choose([prompt for ending in unsure for prompt in alike[ending]])
+        return {
+            prompt: self._chosen[prompt if ending in unsure else samples[ending][0]]
+            for ending, group in alike.items()
+            for prompt in group
+        }
+
     def _spaced_shares(self, logits: Float[Tensor, "prompt vocabulary"]) -> list[float]:
         """Return the share of the words that may come next that begins with a space; 1, where no words come next."""
         likeliest = logits.float().softmax(-1).topk(min(LIKELIEST, logits.shape[-1]))
@@ -98,6 +119,12 @@ def _spaced(text: str) -> bool | None:
     if text.startswith(" "):
         return True
     return False if text[:1] == "\ufffd" or unicodedata.category(text[:1] or " ")[0] in "LNM" else None
+
+
+def _ending(text: str) -> str:
+    """Return what texts that end alike have in common: the script of the last letter, or the last character."""
+    last = text[-1:]
+    return unicodedata.name(last, last).split()[0] if last.isalnum() else last
 
 
 def without_outer_spaces(text: str) -> str:

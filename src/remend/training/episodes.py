@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from remend.editors.trainable import FactPrompts
 from remend.errors import TrainingError, prefix_request_errors
 from remend.progress import report_progress
-from remend.request import EditRequest
+from remend.request import Completion, EditRequest, Probe, Prompt, as_completion
 from remend.tasks.base import EncodedInput, Example, Task
 
 FEW_PARAPHRASES = 2
@@ -110,15 +110,10 @@ class Episodes:
         self.near, self.in_batch = near, in_batch
         # Requests share locality examples, and tokenizing text is slow.
         self._encode = lru_cache(maxsize=None)(task.encode)
-        task.choose_answer_forms(
-            prompt
-            for request in requests
-            for prompt in (
-                request.prompt,
-                *request.paraphrases,
-                *(p.prompt for p in (*request.locality, *request.near)),
-            )
-        )
+        prompts = [prompt for request in requests for prompt in _prompts(request)]
+        between = task.sample_separators(prompts)
+        requests = with_separators(requests, between.get)
+        task.choose_answer_forms(prompt for request in requests for prompt in _prompts(request))
         self.episodes = [self._prepare(number, request, len(requests)) for number, request in enumerate(requests)]
         if len({episode.subject for episode in self.episodes}) < 2:
             raise TrainingError(
@@ -246,3 +241,37 @@ class Episodes:
             alike = [other for other in others if other.relation is not None and other.relation == episode.relation]
             return draw.choice(alike or others).edit if others else None
         return None
+
+
+def _prompts(request: EditRequest) -> tuple[Prompt, ...]:
+    """Return the prompts of a request that are trained on."""
+    return (request.prompt, *request.paraphrases, *(probe.prompt for probe in (*request.locality, *request.near)))
+
+
+def with_separators(requests: Sequence[EditRequest], between: Callable[[str], str | None]) -> list[EditRequest]:
+    """Return requests with what stands between the texts that are trained on and their answers, where they do not say.
+
+    Args:
+        requests: the requests.
+        between: returns what stands after a text, or None where the model is to decide.
+    """
+
+    def completed(prompt: Prompt) -> Prompt:
+        if isinstance(prompt, Completion) or not isinstance(prompt, str):
+            return prompt
+        return as_completion(prompt, between(prompt))
+
+    def probes(given: tuple[Probe, ...]) -> tuple[Probe, ...]:
+        return tuple(probe.model_copy(update={"prompt": completed(probe.prompt)}) for probe in given)
+
+    return [
+        request.model_copy(
+            update={
+                "prompt": completed(request.prompt),
+                "paraphrases": tuple(map(completed, request.paraphrases)),
+                "locality": probes(request.locality),
+                "near": probes(request.near),
+            }
+        )
+        for request in requests
+    ]

@@ -18,9 +18,10 @@ from remend.errors import EditError, PrecisionError, RemendError
 from remend.fingerprint import find_modules
 from remend.models.blocks import find_stacks, is_inside
 from remend.progress import report_progress
-from remend.request import Completion, EditRequest, Probe, Prompt
+from remend.request import EditRequest
 from remend.tasks.base import Batch, Task
 from remend.training.config import PRESETS, Resources, TrainingConfig
+from remend.training.episodes import with_separators
 from remend.training.memory_estimate import Estimate, available_bytes, resident_bytes
 from remend.training.trainer import Trainer
 
@@ -124,7 +125,9 @@ def examine(
     editor = Mend.create(task, network, modules=modules, layers=layers)
     task = task.with_autocast(resources.autocast)
     chosen = replace(settings, batch_size=min(settings.batch_size, TEST_REQUESTS))
-    memory = Trainer(task, editor, _only_counted(task, requests), settings, resources).estimate_memory()
+    # For an estimate tokens are counted only: one space more or less does not matter, and the model is not asked.
+    counted = with_separators(requests, lambda text: " ") if task.causal else requests
+    memory = Trainer(task, editor, counted, settings, resources).estimate_memory()
     test = _SelfTest(task, editor, requests[:TEST_REQUESTS], chosen, resources, on_check)
     with resources.matmul_precision():
         test.run()
@@ -139,35 +142,6 @@ def examine(
         checks=tuple(test.checks),
         advice=tuple(_advice(task, editor, resources, memory)),
     )
-
-
-def _only_counted(task: Task, requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """Return requests of which nobody asks the model what stands before the answer, which takes a pass for each prompt.
-
-    Their tokens are counted only, and one space more or less does not matter.
-    """
-    if not task.causal:
-        return list(requests)
-
-    def separated(prompt: Prompt) -> Prompt:
-        if isinstance(prompt, Completion) or not isinstance(prompt, str):
-            return prompt
-        return Completion(prompt, " ")
-
-    def probes(given: tuple[Probe, ...]) -> tuple[Probe, ...]:
-        return tuple(probe.model_copy(update={"prompt": separated(probe.prompt)}) for probe in given)
-
-    return [
-        request.model_copy(
-            update={
-                "prompt": separated(request.prompt),
-                "paraphrases": tuple(map(separated, request.paraphrases)),
-                "locality": probes(request.locality),
-                "near": probes(request.near),
-            }
-        )
-        for request in requests
-    ]
 
 
 class _SelfTest:
