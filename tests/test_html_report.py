@@ -26,6 +26,7 @@ def case(number, success, near, answer="Rome"):
     answers = (
         AnswerComparison("prompt", prompt, "Rome", "Oslo", answer, answer == "Rome"),
         AnswerComparison("near", "A </script><b>bold</b> prompt", "Bern", "Bern", "Bern", True),
+        AnswerComparison("adversarial", f"{prompt} Rome. " * 20, "Bern", "Bern", "Bern", True),
     )
     return Case(f"case {number}", prompt, "Rome", "Oslo", values, about, answers)
 
@@ -98,6 +99,8 @@ def test_the_page_sorts_filters_and_expands_in_a_browser(browser, tmp_path, widt
     shown = page.inner_text("#edits tr.more")
     assert "A </script><b>bold</b> prompt" in shown
     assert "✓" in shown
+    too_wide = "[...document.querySelectorAll('#edits td')].filter(td => td.scrollWidth > td.clientWidth).length"
+    assert page.evaluate(too_wide) == 0, "no text runs over the next cell"
     page.fill("#search", "")
     page.select_option("#show", "failed")
     assert page.inner_text("#count") == "12 of 12 edits"
