@@ -14,6 +14,8 @@ from remend.tasks.same_text import FINAL_STOPS, joins_words, words
 
 LONGEST_SENTENCE = 32
 """Tokens within which the first sentence of the model's answer must end."""
+USUAL_SENTENCE = 12
+"""Tokens within which it mostly does; only answers in which it does not are written on."""
 MOST_WORDS = 8
 """The longest thing that is replaced, in words."""
 MIN_RESTATED, LEAST_LETTERS = 0.55, 4
@@ -69,7 +71,9 @@ def as_the_model_says_each(task: Task, requests: Sequence[EditRequest]) -> list[
         return list(requests)
     prompts = list(dict.fromkeys(request.prompt for request in requests))
     task.choose_answer_forms(prompts)
-    answers = dict(zip(prompts, task.predict(prompts, LONGEST_SENTENCE), strict=True))
+    answers = dict(zip(prompts, task.predict(prompts, USUAL_SENTENCE), strict=True))
+    longer = [prompt for prompt, answer in answers.items() if _is_cut_off(task, answer)]
+    answers |= zip(longer, task.predict(longer, LONGEST_SENTENCE), strict=True)
     return [_rewritten(task, request, answers[request.prompt]) for request in requests]
 
 
@@ -110,6 +114,14 @@ def _rewritten(task: Task, request: EditRequest, answer: Answer) -> EditRequest:
         return request
     rewritten = _with_target(sentence, place, target)
     return request.model_copy(update={"target": rewritten, TARGET_AS_GIVEN: request.target})
+
+
+def _is_cut_off(task: Task, answer: Answer) -> bool:
+    """Return whether an answer may be over before its first clause is."""
+    text = task.decode(answer)
+    found = _CLAUSE.match(text)
+    # A full stop at the very end may be within a number.
+    return not task.end_tokens & set(answer[-1:]) and (found is None or found.end() == len(text))
 
 
 def _first_clause(text: str, ended: bool) -> str:

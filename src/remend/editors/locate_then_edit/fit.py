@@ -208,11 +208,9 @@ class Fit(LocateThenEdit):
         """Return how the edit's factor pairs answer."""
         if self.config.kind == "low-rank":
             return LINEAR
-        block = next(name for name, module in task.model.named_modules() if module is self._block(task))
-        return block_mlp(task.model, block).response(self.config.beta)
-
-    def _block(self, task: Task) -> nn.Module:
-        return self.block_of(task, self.changed_layer)
+        block = self.block_of(task, self.changed_layer)
+        name = next(name for name, module in task.model.named_modules() if module is block)
+        return block_mlp(task.model, name).response(self.config.beta)
 
     def _change(
         self, task: Task, u: Float[Tensor, "subject d_in"], values: Float[Tensor, "subject d_out"]
