@@ -19,6 +19,8 @@ from remend.editors.locate_then_edit.fit import FitConfig
 from remend.editors.ridge import Ridge, RidgeConfig
 from remend.registries import EDITORS
 from remend.tasks import wrap
+from remend.tasks.causal_lm import CausalLM
+from remend.tasks.kept_texts import sampled_or_kept
 
 TEXT = [f"The capital of {country} is {city}" for country in worlds.COUNTRIES for city in worlds.CITIES]
 MEASURING = [name for name in EDITORS.registered_names() if "text" in EDITORS.load(name).info.options]
@@ -215,13 +217,27 @@ def test_the_second_command_measures_nothing(cache, tmp_path, capsys, monkeypatc
     edit += ["--keep-failed", "--overwrite", "--out", str(tmp_path / "edit")]
     run(edit)
     assert f"measured once and kept in {cache}" in capsys.readouterr().err
+    assert len(entries(cache)) == 2, "the statistics, and other texts that the model writes, to measure the edit on"
     monkeypatch.setattr(LocateThenEdit, "prepare", None)
+    monkeypatch.setattr(CausalLM, "ordinary_examples", None)
     run(edit)
     assert f"measured before, read from {cache}" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setenv("REMEND_CACHE", "off")
     run(edit)
     assert "for this run alone" in capsys.readouterr().err
+
+
+def test_what_the_model_writes_is_kept(cache, task):
+    first = sampled_or_kept(task, 3, 5)
+    assert first == task.ordinary_examples((), 3, 5)
+    assert sampled_or_kept(task, 3, 5) == first
+    assert len(entries(cache)) == 1
+    assert sampled_or_kept(task, 4, 5) != first
+    for entry in entries(cache):
+        (entry / "tensors.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="measured again"):
+        assert sampled_or_kept(task, 3, 5) == first
 
 
 def test_what_reads_no_text_is_not_kept(cache):

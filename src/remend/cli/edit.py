@@ -81,6 +81,7 @@ def edit(
     from remend.cli.answer_tables import answers_table, as_json
     from remend.edit import Edit
     from remend.evaluation.before_after import before_after
+    from remend.evaluation.ordinary_text import OrdinaryText
     from remend.evaluation.robustness import measure_robustness
     from remend.request import SEPARATOR_NAMES
     from remend.saved_folders import check_replaceable, write_json
@@ -131,7 +132,7 @@ def edit(
     _print_unfollowed(console, answers)
     robustness = None
     if chosen_editor.info.needs != "training":
-        robustness = measure_robustness(task, result, edit_requests, seed=seed)
+        robustness = measure_robustness(task, result, edit_requests, OrdinaryText(task, keep=True), seed)
         _print_robustness(console, robustness, chosen_editor.info.name, model)
     if failed:
         console.print(

@@ -20,6 +20,7 @@ from remend.errors import ConfigError
 from remend.evaluation.interventions import Intervention
 from remend.evaluation.summary import Summary
 from remend.tasks.base import Batch, Example, Task
+from remend.tasks.kept_texts import sampled_or_kept
 from remend.tasks.ordinary_inputs import SAMPLED_TOKENS
 
 TEXT_TOKENS = 1_024
@@ -86,6 +87,7 @@ class OrdinaryText:
         task: the unedited model.
         passages: the text; by default what the model writes by itself (of models that do not write: random inputs).
         tokens: how many tokens of it, at most.
+        keep: whether what the model writes is kept on disk for later runs (:mod:`remend.disk_cache`).
 
     Attributes:
         examples: the inputs; of causal models, the first token of each text with the others as targets.
@@ -96,9 +98,13 @@ class OrdinaryText:
         NonFiniteError: the model's outputs are not finite.
     """
 
-    def __init__(self, task: Task, passages: Sequence[str] = (), tokens: int = TEXT_TOKENS) -> None:
+    def __init__(self, task: Task, passages: Sequence[str] = (), tokens: int = TEXT_TOKENS, keep: bool = False) -> None:
         self.task, self.given = task, bool(passages)
-        drawn = task.ordinary_examples(passages, TEXT_SEED, max(1, tokens // SAMPLED_TOKENS))
+        count = max(1, tokens // SAMPLED_TOKENS)
+        if keep and not passages:
+            drawn = sampled_or_kept(task, TEXT_SEED, count)
+        else:
+            drawn = task.ordinary_examples(passages, TEXT_SEED, count)
         if task.causal:  # it makes a choice after every token, and each of them is compared
             windows = [example.input[:TEXT_WINDOW] for example in drawn]
             drawn = [Example(window[:1], window[1:]) for window in windows if len(window) > 1]
