@@ -90,7 +90,7 @@ CSS = """
 .remend-True { color: #15803d; font-weight: bold; }
 .remend-False { color: #b91c1c; font-weight: bold; }
 .remend-row { display: flex; flex-wrap: wrap; align-items: center; gap: 0.3em 0.8em; margin: 0.3em 0; }
-.remend-row code { flex: 0 0 16em; overflow-wrap: anywhere; }
+.remend-row code { flex: 0 0 18em; overflow-wrap: anywhere; }
 .remend-bar { height: 0.9em; background: #2b6ca3; border-radius: 3px; }
 .remend-token { background: rgb(217 129 42 / calc(var(--share) * 100%)); white-space: pre-wrap; }
 """
