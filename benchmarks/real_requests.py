@@ -134,8 +134,14 @@ def read_phrasings(path: Path) -> dict[str, list[str]]:
 
 def answers_with(task: Task, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
     """Return whether the model goes on from each prompt with its answer, as a whole word."""
-    given = [task.decode(ids) for ids in task.predict(list(prompts), max_new_tokens=8)]
-    return [bool(re.match(rf"{re.escape(a)}(?!\w)", g)) for a, g in zip(answers, given, strict=True)]
+    # One token tells of most that they are wrong, at an eighth of the cost.
+    first = [task.decode(ids).strip() for ids in task.predict(list(prompts), max_new_tokens=1)]
+    likely = [i for i, text in enumerate(first) if answers[i].startswith(text) or text.startswith(answers[i])]
+    right = [False] * len(prompts)
+    given = task.predict([prompts[i] for i in likely], max_new_tokens=8) if likely else []
+    for index, ids in zip(likely, given, strict=True):
+        right[index] = re.match(rf"{re.escape(answers[index])}(?!\w)", task.decode(ids)) is not None
+    return right
 
 
 def build(task: Task, world: World, split: str, count: int) -> list[EditRequest]:
