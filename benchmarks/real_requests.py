@@ -19,7 +19,7 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +37,23 @@ PROBES = 4
 MOST_PER_RELATION = 0.15
 """The largest share of a split's requests that is about one relation."""
 
-SHARED_SUBJECTS = 15
-"""Relations are asked of one kind of subject where so many have both."""
+ASKED_OF: Mapping[str, Sequence[str]] = {
+    "person": "P19 P20 P27 P39 P101 P103 P106 P108 P136 P140 P413 P463 P641 P937 P1303 P1412".split(),
+    "territory": "P30 P36 P37 P47 P138 P190 P530".split(),
+    "capital": "P37 P47 P138 P190 P1376".split(),
+    "place": "P17 P127 P131 P138 P276 P279 P361".split(),
+    "organisation": "P127 P138 P159 P463 P740".split(),
+    "product": "P127 P138 P176 P178 P361 P495".split(),
+    "work": "P136 P138 P364 P407 P449 P495".split(),
+    "concept": "P138 P279 P361 P1001".split(),
+}
+"""The relations that can be asked of each kind of subject."""
 
-SAME_QUESTION = 0.3
-"""Two relations of a subject are one question where this share of those that have both have one object."""
+OTHER_QUESTIONS = 8
+"""Other questions on a subject that the model is asked, to find those to which it has an answer."""
+
+SAME_QUESTION = ({"P103", "P1412"}, {"P364", "P407"}, {"P17", "P131", "P276", "P30"}, {"P127", "P176", "P178"})
+"""Relations of a subject that ask the same, or of which one follows from the other."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +109,11 @@ class World:
         rng.shuffle(others)
         return [*published, *others]
 
-    def others_asked(self, relation: str) -> list[str]:
-        """Return the relations that are asked of the same kind of subject, and are another question."""
-        both: Counter[str] = Counter()
-        same: Counter[str] = Counter()
-        for subject, answer in self.objects[relation].items():
-            for other, its_answer in self.relations[subject].items():
-                both[other] += 1
-                same[other] += its_answer == answer
-        return sorted(
-            other
-            for other, count in both.items()
-            if other != relation and count >= SHARED_SUBJECTS and same[other] < SAME_QUESTION * count
-        )
+
+def others_asked(relation: str) -> list[str]:
+    """Return the relations that are asked of the same kind of subject, and are another question."""
+    alike = {relation}.union(*(group for group in SAME_QUESTION if relation in group))
+    return sorted({other for asked in ASKED_OF.values() if relation in asked for other in asked} - alike)
 
 
 def split_of(subject: str) -> str:
@@ -175,12 +179,7 @@ def make_request(task: Task, world: World, split: str, fact: Fact) -> EditReques
     ):
         for subject in rng.sample(chosen, min(PROBES, len(chosen))):
             near.append(probe(fact.phrasing.format(subject), subjects[subject], kind))
-    asked = world.others_asked(fact.relation)
-    for relation in rng.sample(asked, min(PROBES, len(asked))):
-        phrasing = rng.choice(world.phrasings[relation])
-        near.append(
-            probe(phrasing.format(fact.subject), world.relations[fact.subject].get(relation, "?"), "same_subject")
-        )
+    near += known_otherwise(task, world, fact, rng)
     far: list[Probe] = []
     relations = [r for r in sorted(world.objects) if r != fact.relation]
     while len(far) < PROBES:
@@ -200,6 +199,30 @@ def make_request(task: Task, world: World, split: str, fact: Fact) -> EditReques
         near=tuple(near),
         locality=tuple(far),
     )
+
+
+def known_otherwise(task: Task, world: World, fact: Fact, rng: random.Random) -> list[Probe]:
+    """Return other questions on the subject of a fact to which the model has an answer.
+
+    It has one where two phrasings of a question get the same first word. An answer that names the fact's object is left
+    out: it may follow from the fact.
+    """
+    asked = [other for other in others_asked(fact.relation) if len(world.phrasings[other]) > 1]
+    chosen = rng.sample(asked, min(OTHER_QUESTIONS, len(asked)))
+    phrasings = {other: rng.sample(world.phrasings[other], min(3, len(world.phrasings[other]))) for other in chosen}
+    prompts = [phrasing.format(fact.subject) for other in chosen for phrasing in phrasings[other]]
+    given = dict(zip(prompts, task.predict(prompts, max_new_tokens=8), strict=True)) if prompts else {}
+    found: list[Probe] = []
+    for other in chosen:
+        of_relation = [phrasing.format(fact.subject) for phrasing in phrasings[other]]
+        words = {prompt: task.decode(task.answer_span(prompt, given[prompt])).casefold() for prompt in of_relation}
+        answer, count = Counter(words.values()).most_common(1)[0]
+        names_object = any(fact.object.casefold() in task.decode(given[prompt]).casefold() for prompt in of_relation)
+        if count > 1 and not names_object:
+            prompt = next(prompt for prompt in of_relation if words[prompt] == answer)
+            known = world.relations[fact.subject].get(other)
+            found.append(probe(prompt, known or task.decode(given[prompt]), "same_subject"))
+    return found[:PROBES]
 
 
 def probe(prompt: str, answer: str, kind: str) -> Probe:

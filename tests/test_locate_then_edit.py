@@ -304,7 +304,7 @@ def test_what_cannot_be_edited(decoder):
     experts = families.task("mixtral")
     with pytest.raises(ConfigError, match="several experts"):
         make("rome", experts)
-    with pytest.raises(ConfigError, match=r"layers '1-2' names 2: name one, or use memit"):
+    with pytest.raises(ConfigError, match=r"layers '1-2' names 2: name one"):
         make("rome", decoder, layers="1-2")
     for text in ([], ["", "  "]):
         with pytest.raises(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from remend.core.layers import dimensions
 from remend.core.symmetric_operator import pack_symmetric, unpack_symmetric
+from remend.core.whitening import SecondMoment
 from remend.editors.base import WeightEditor
 from remend.editors.input_moments import second_moments
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts, encode_contexts, random_beginnings
@@ -46,11 +47,13 @@ class LocateThenEdit(WeightEditor):
     Of an encoder-decoder, the matrices are the encoder's, which reads the prompt.
 
     Attributes:
+        one_block: whether it edits one block only.
         covariances: C of each edited matrix's keys, with a floor that lets it be inverted.
         beginnings: random beginnings, behind each of which prompts are read, too.
     """
 
     measured_settings: ClassVar[tuple[str, ...] | None] = ("floor", "beginnings")
+    one_block: ClassVar[bool] = False
     batch_size: ClassVar[int | None] = None  # how many go together depends on the number of beginnings
     covariances: dict[str, Float[Tensor, "d d"]]
     beginnings: tuple[str, ...]
@@ -89,13 +92,17 @@ class LocateThenEdit(WeightEditor):
         """Return the blocks to edit: of the first stack, those that ``layers`` names, or the default ones.
 
         Raises:
-            ConfigError: ``layers`` names no block.
+            ConfigError: ``layers`` names no block, or several for an editor of one.
         """
         blocks = find_stacks(model)[0][1]
         if layers is None:
             return distinct([blocks[index] for index in cls.default_blocks(len(blocks))])
         prefixes = {prefix for prefix, _ in blocks}
-        return distinct([(prefix, block) for prefix, block in select_blocks(model, layers) if prefix in prefixes])
+        selected = distinct([(prefix, block) for prefix, block in select_blocks(model, layers) if prefix in prefixes])
+        if cls.one_block and len(selected) > 1:
+            name = cls.info.name
+            raise ConfigError(f"{name} edits one block, and layers {layers!r} names {len(selected)}: name one")
+        return selected
 
     @property
     def key_layers(self) -> list[str]:
@@ -104,6 +111,10 @@ class LocateThenEdit(WeightEditor):
 
     def prepare(self, task: Task, text: Sequence[str], seed: int) -> None:
         """Measure C over the tokens of the text, and draw the beginnings from it."""
+        self.measure(task, text, seed)
+
+    def measure(self, task: Task, text: Sequence[str], seed: int) -> dict[str, SecondMoment]:
+        """Set C and the beginnings; return the moments of the keys."""
         examples = task.ordinary_examples(text, seed)
         moments = second_moments(task, find_modules(task.model, self.key_layers), examples)
         for name, moment in moments.items():
@@ -111,14 +122,14 @@ class LocateThenEdit(WeightEditor):
                 warnings.warn(
                     f"the text has {moment.tokens} tokens and the keys of {name} have {d} dimensions, most of which "
                     "are not seen there: edits may be worse. Give a longer text",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 break
         self.covariances = {name: moment.covariance(self.config.floor).cpu() for name, moment in moments.items()}
-        self.moments = moments
         # A classifier's own ordinary inputs are no texts that could be written; it reads no beginnings either.
         passages = text or [task.decode(example.input) for example in examples if task.generates]
         self.beginnings = tuple(random_beginnings(passages, self.config.beginnings, seed))
+        return moments
 
     # -- save and load -------------------------------------------------------------------------------------------
 

@@ -79,6 +79,7 @@ class Fit(LocateThenEdit):
         requires=TASK_REQUIREMENTS,
     )
     config_class: ClassVar[type[Config]] = FitConfig
+    one_block: ClassVar[bool] = True
     constant: Float[Tensor, " d_in"]
 
     @staticmethod
@@ -93,15 +94,12 @@ class Fit(LocateThenEdit):
         """Return the layers of one block's MLP that an edit reads and changes: the second one may be the first.
 
         Raises:
-            ConfigError: ``layers`` names several blocks.
             ModelError: the block has no MLP that can be edited so.
         """
-        blocks = cls.select_blocks_of_stack(task.model, layers)
-        if len(blocks) > 1:
-            raise ConfigError(f"fit edits one block, and layers {layers!r} names {len(blocks)}: name one")
         if config.kind == "low-rank":
             return super().select_modules(task, config, modules, layers)
-        mlp = block_mlp(task.model, blocks[0][0])
+        ((block, _),) = cls.select_blocks_of_stack(task.model, layers)
+        mlp = block_mlp(task.model, block)
         return find_modules(task.model, [mlp.reads, mlp.down])
 
     @property
@@ -121,8 +119,7 @@ class Fit(LocateThenEdit):
 
     def prepare(self, task: Task, text: Sequence[str], seed: int) -> None:
         """Measure the inputs of the MLP on the text, or on what the model writes itself, and draw the beginnings."""
-        super().prepare(task, text, seed)
-        moment = self.moments.pop(self.key_layer)
+        moment = self.measure(task, text, seed)[self.key_layer]
         covariance = self.covariances[self.key_layer].double()
         # Least squares: E[(w·x − 1)²] is least at w = C⁻¹ E[x].
         self.constant = torch.linalg.solve(covariance, moment.mean().to(covariance)).float()

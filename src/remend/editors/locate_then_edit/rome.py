@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import nn
+from typing import ClassVar
 
 from remend.config import Config
 from remend.core.low_rank import LowRank
 from remend.editors.info import EditorInfo
 from remend.editors.locate_then_edit.base import TASK_REQUIREMENTS, LocateThenEdit, in_prompt_batches
 from remend.editors.locate_then_edit.value_optimization import LocateConfig, SubjectBatch, optimize_values
-from remend.errors import ConfigError
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import EditRequest
 from remend.tasks.base import Task
@@ -38,27 +35,12 @@ class Rome(LocateThenEdit):
         requires=TASK_REQUIREMENTS,
     )
     config_class: ClassVar[type[Config]] = RomeConfig
+    one_block: ClassVar[bool] = True
 
     @staticmethod
     def default_blocks(count: int) -> list[int]:
         """Return the block at a sixth of the depth: number 5 of 28 or 32, where later work on larger models edits."""
         return [max(0, min(round(count / 6), count - 2))]
-
-    @classmethod
-    def select_modules(
-        cls, task: Task, config: Any, modules: Sequence[str], layers: str | None
-    ) -> dict[str, nn.Module]:
-        """Return the narrowing matrix of the one block to edit.
-
-        Raises:
-            ConfigError: ``layers`` names several blocks.
-        """
-        selected = super().select_modules(task, config, modules, layers)
-        if len(selected) > 1:
-            raise ConfigError(
-                f"rome edits one block, and layers {layers!r} names {len(selected)}: name one, or use memit"
-            )
-        return selected
 
     def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
         """Return the rank-one change of each request (Eq. 2)."""
