@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import random
 import re
 import sys
@@ -23,9 +24,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import remend
+from remend.core.low_rank_hooks import frozen
 from remend.request import EditRequest, Probe, write_requests
-from remend.tasks.base import Task
+from remend.tasks.base import Example, Task
 
 SOURCE = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPLITS = {"train": range(6), "validation": range(6, 8), "test": range(8, 10)}
@@ -37,20 +41,23 @@ PROBES = 4
 MOST_PER_RELATION = 0.15
 """The largest share of a split's requests that is about one relation."""
 
-ASKED_OF: Mapping[str, Sequence[str]] = {
-    "person": "P19 P20 P27 P39 P101 P103 P106 P108 P136 P140 P413 P463 P641 P937 P1303 P1412".split(),
-    "territory": "P30 P36 P37 P47 P138 P190 P530".split(),
-    "capital": "P37 P47 P138 P190 P1376".split(),
-    "place": "P17 P127 P131 P138 P276 P279 P361".split(),
-    "organisation": "P127 P138 P159 P463 P740".split(),
-    "product": "P127 P138 P176 P178 P361 P495".split(),
-    "work": "P136 P138 P364 P407 P449 P495".split(),
-    "concept": "P138 P279 P361 P1001".split(),
+ASKED_OF: Mapping[str, Sequence[int]] = {
+    "person": (19, 20, 27, 39, 101, 103, 106, 108, 136, 140, 413, 463, 641, 937, 1303, 1412),
+    "territory": (30, 36, 37, 47, 138, 190, 530),
+    "capital": (37, 47, 138, 190, 1376),
+    "place": (17, 127, 131, 138, 276, 279, 361),
+    "organisation": (127, 138, 159, 463, 740),
+    "product": (127, 138, 176, 178, 361, 495),
+    "work": (136, 138, 364, 407, 449, 495),
+    "concept": (138, 279, 361, 1001),
 }
-"""The relations that can be asked of each kind of subject."""
+"""The relations that can be asked of each kind of subject, by their number in Wikidata."""
 
 OTHER_QUESTIONS = 8
 """Other questions on a subject that the model is asked, to find those to which it has an answer."""
+
+SURE = 0.2
+"""The least probability of the first word of an answer that the model has."""
 
 SAME_QUESTION = ({"P103", "P1412"}, {"P364", "P407"}, {"P17", "P131", "P276", "P30"}, {"P127", "P176", "P178"})
 """Relations of a subject that ask the same, or of which one follows from the other."""
@@ -113,7 +120,8 @@ class World:
 def others_asked(relation: str) -> list[str]:
     """Return the relations that are asked of the same kind of subject, and are another question."""
     alike = {relation}.union(*(group for group in SAME_QUESTION if relation in group))
-    return sorted({other for asked in ASKED_OF.values() if relation in asked for other in asked} - alike)
+    kinds = [[f"P{number}" for number in asked] for asked in ASKED_OF.values()]
+    return sorted({other for asked in kinds if relation in asked for other in asked} - alike)
 
 
 def split_of(subject: str) -> str:
@@ -204,25 +212,43 @@ def make_request(task: Task, world: World, split: str, fact: Fact) -> EditReques
 def known_otherwise(task: Task, world: World, fact: Fact, rng: random.Random) -> list[Probe]:
     """Return other questions on the subject of a fact to which the model has an answer.
 
-    It has one where two phrasings of a question get the same first word. An answer that names the fact's object is left
-    out: it may follow from the fact.
+    It has one where the first word of its answer has a probability of :data:`SURE` or more: any change of the model
+    changes the first word of others. An answer that names the fact's object is left out: it may follow from the fact.
     """
-    asked = [other for other in others_asked(fact.relation) if len(world.phrasings[other]) > 1]
-    chosen = rng.sample(asked, min(OTHER_QUESTIONS, len(asked)))
-    phrasings = {other: rng.sample(world.phrasings[other], min(3, len(world.phrasings[other]))) for other in chosen}
-    prompts = [phrasing.format(fact.subject) for other in chosen for phrasing in phrasings[other]]
-    given = dict(zip(prompts, task.predict(prompts, max_new_tokens=8), strict=True)) if prompts else {}
-    found: list[Probe] = []
-    for other in chosen:
-        of_relation = [phrasing.format(fact.subject) for phrasing in phrasings[other]]
-        words = {prompt: task.decode(task.answer_span(prompt, given[prompt])).casefold() for prompt in of_relation}
-        answer, count = Counter(words.values()).most_common(1)[0]
-        names_object = any(fact.object.casefold() in task.decode(given[prompt]).casefold() for prompt in of_relation)
-        if count > 1 and not names_object:
-            prompt = next(prompt for prompt in of_relation if words[prompt] == answer)
+    asked = [other for other in others_asked(fact.relation) if world.phrasings[other]]
+    chosen = {
+        phrasing.format(fact.subject): other
+        for other in rng.sample(asked, min(OTHER_QUESTIONS, len(asked)))
+        for phrasing in rng.sample(world.phrasings[other], min(2, len(world.phrasings[other])))
+    }
+    best: dict[str, tuple[float, Probe]] = {}
+    for prompt, (answer, first_word, sure) in own_answers(task, list(chosen)).items():
+        other = chosen[prompt]
+        if sure >= SURE and fact.object.casefold() not in answer.casefold() and sure > best.get(other, (0.0,))[0]:
             known = world.relations[fact.subject].get(other)
-            found.append(probe(prompt, known or task.decode(given[prompt]), "same_subject"))
-    return found[:PROBES]
+            best[other] = sure, probe(prompt, known or first_word, "same_subject")
+    return [found for _, found in sorted(best.values(), key=lambda item: -item[0])][:PROBES]
+
+
+def own_answers(task: Task, prompts: Sequence[str]) -> dict[str, tuple[str, str, float]]:
+    """Return the model's answer to each prompt, its first word and that word's probability; only where it is sure."""
+    if not prompts:
+        return {}
+    inputs = [Example(tuple(task.encode_input(prompt)), (0,)) for prompt in prompts]
+    with torch.no_grad(), frozen(task.model):
+        first = task.outputs(task.collate(inputs)).float().softmax(-1).max(-1).values
+    likely = [prompt for prompt, p in zip(prompts, first.tolist(), strict=True) if p >= SURE]
+    if not likely:
+        return {}
+    given = task.predict(likely, max_new_tokens=8)
+    words = [task.answer_span(prompt, ids) for prompt, ids in zip(likely, given, strict=True)]
+    total = task.log_probabilities(
+        [Example(tuple(task.encode_input(prompt)), word) for prompt, word in zip(likely, words, strict=True)]
+    )
+    return {
+        prompt: (task.decode(ids), task.decode(word), math.exp(sum(log_p)))
+        for prompt, ids, word, log_p in zip(likely, given, words, total, strict=True)
+    }
 
 
 def probe(prompt: str, answer: str, kind: str) -> Probe:

@@ -187,7 +187,7 @@ def test_memit_s_blocks_share_what_is_missing(decoder):
     """Where nothing holds the keys back, the last block's output is what was aimed at."""
     editor = make("memit", decoder, layers="0-2", weight=1e-6, beginnings=0)
     request = worlds.requests(1)[0]
-    batch = SubjectBatch(decoder, [encode_contexts(decoder, request, ())], FrozenPrefix(decoder.model, editor.shapes))
+    batch = SubjectBatch(decoder, [encode_contexts(decoder, request, (), (request.subject,))], FrozenPrefix(decoder.model, editor.shapes))
     last = list(editor.shapes)[-1]
     module, block = find_modules(decoder.model, [last])[last], find_stacks(decoder.model)[0][1][2][1]
 
@@ -264,7 +264,7 @@ def test_beginnings_are_of_the_text_and_leave_out_what_does_not_fit(decoder):
     assert found == random_beginnings(families.TEXT, 4, 0) != random_beginnings(families.TEXT, 4, 1)
     assert all(any(one.rstrip(".") in passage for passage in families.TEXT) for one in found)
     request = worlds.requests(1)[0]
-    contexts = encode_contexts(decoder, request, [found[0], "Rome " * 70])
+    contexts = encode_contexts(decoder, request, [found[0], "Rome " * 70], [request.subject])
     assert contexts.examples[0] == contexts.examples[2]
     assert len(contexts.examples[1].input) > len(contexts.examples[0].input)
     assert contexts.shape == (3, 1)

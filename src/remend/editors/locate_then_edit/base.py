@@ -11,12 +11,14 @@ import itertools
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from remend.core.capture import record_inputs
 from remend.core.layers import dimensions
 from remend.core.symmetric_operator import pack_symmetric, unpack_symmetric
 from remend.core.whitening import SecondMoment
@@ -28,8 +30,9 @@ from remend.errors import ConfigError, ModelError
 from remend.fingerprint import find_modules
 from remend.models.blocks import Blocks, distinct, find_stacks, select_blocks
 from remend.models.editable_matrices import is_down_projection, mlp_layer_names
+from remend.models.frozen_prefix import run_as_far_as
 from remend.request import EditRequest
-from remend.tasks.base import Task
+from remend.tasks.base import Example, Task, in_batches
 
 MAX_KEY_SIZE = 32_768
 """Dimensions of keys up to which C is inverted: 4 GB in float32, 9 in the float64 that its inverse needs."""
@@ -162,7 +165,24 @@ class LocateThenEdit(WeightEditor):
         Raises:
             RequestError: a request names no subject that its prompt holds, or does not fit the context.
         """
-        return [encode_contexts(task, request, self.beginnings) for request in requests]
+        # What follows the subject alone shows what the model takes it to be (ROME, Eq. 4).
+        return [
+            encode_contexts(task, r, self.beginnings, (r.subject,) if task.causal and r.subject else ())
+            for r in requests
+        ]
+
+    def keys_at(self, task: Task, name: str, located: Sequence[tuple[Example, int]]) -> Float[Tensor, "example d_in"]:
+        """Return a matrix's input at a token of each example; blocks above it do not run."""
+        module = find_modules(task.model, [name])
+        positions = iter(position for _, position in located)
+        keys: list[Tensor] = []
+        for part in in_batches([example for example, _ in located]):
+            batch = task.collate(part)
+            run = partial(run_as_far_as, task.model, module.values(), partial(task.outputs, batch))
+            recorded = record_inputs(task.model, module, batch.rows, run)[name]
+            at = torch.tensor([next(positions) for _ in part], device=batch.row.device)
+            keys += recorded.at_tokens(at, batch.inputs["input_ids"].shape[1])[0][:, 0]
+        return torch.stack(keys).float()
 
     def block_of(self, task: Task, name: str) -> nn.Module:
         """Return the block in which an edited matrix lies."""

@@ -18,25 +18,45 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import PositiveFloat
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from remend.config import Config, Factor
 from remend.core.low_rank import LowRank
+from remend.core.mlp import find_mlp
 from remend.core.response import LINEAR, Response
 from remend.editors.info import EditorInfo
 from remend.editors.locate_then_edit.base import TASK_REQUIREMENTS, LocateThenEdit, in_prompt_batches
-from remend.editors.locate_then_edit.same_subject_prompts import QUESTIONS, STATEMENTS
+from remend.editors.locate_then_edit.common_questions import (
+    MOST_PHRASINGS,
+    CommonQuestions,
+    bank_hash,
+    other_questions,
+)
+from remend.editors.locate_then_edit.lookalike_names import lookalikes
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts, encode_contexts, join_contexts
-from remend.editors.locate_then_edit.value_optimization import LocateConfig, SubjectBatch, optimize_values
+from remend.editors.locate_then_edit.value_optimization import (
+    LocateConfig,
+    NormalizedDescent,
+    SubjectBatch,
+    optimize_values,
+)
 from remend.editors.saved_editor import SavedEditor
-from remend.errors import ConfigError
 from remend.fingerprint import find_modules
 from remend.models.editable_matrices import block_mlp
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.request import Chat, EditRequest
+from remend.request import EditRequest, in_form_of
 from remend.tasks.base import Task
+
+LOOKALIKE_WEIGHT = 0.1
+"""How much names that end as the subject does count, together, against one of its own keys."""
+
+MOST_OF_KEY = 0.75
+"""The greatest threshold, as a share of what the key itself gives: w·k is not exactly 1."""
+
+CONSTANT_FROM = 0.5
+"""The least w·k with which w is a constant direction at the key."""
 
 SUM_RIDGE = 0.01
 """λ of the system that the values of several edits solve together: two spellings of a subject have one key."""
@@ -44,23 +64,32 @@ SUM_RIDGE = 0.01
 
 @dataclass(frozen=True)
 class FitConfig(LocateConfig):
-    """Settings of the editor; chosen on validation requests about real facts (benchmarks/real.py).
+    """Settings of the editor.
 
     Attributes:
         kind: what the edit is made of: a hidden unit more in the MLP (``units``), or a change of its narrowing matrix
             (``low-rank``), which can be exported as a LoRA adapter.
+        learning_rate: the length of a step, as a share of that of the block's output.
+        momentum: the share of a step's direction that the next one keeps.
         threshold: a unit answers inputs whose q is above this, with the edit's own key at 1.
         beta: the sharpness of a unit.
     """
 
-    steps: int = 40
-    enough: float = 0.15
-    kl_weight: float = 0.5
-    largest: float = 4.0
-    beginnings: int = 4
+    steps: PositiveInt = 40
+    learning_rate: PositiveFloat = 0.12
+    momentum: Factor = 0.5
+    enough: NonNegativeFloat = 0.7
+    kl_weight: NonNegativeFloat = 2.0
+    largest: PositiveFloat = 4.0
+    beginnings: NonNegativeInt = 4
     kind: Literal["units", "low-rank"] = "units"
-    threshold: Factor = 0.4
+    threshold: Factor = 0.7
     beta: PositiveFloat = 20.0
+    every_prompt: ClassVar[bool] = True
+
+    def optimizer(self, values: Float[Tensor, "request d"]) -> torch.optim.Optimizer:
+        """Return what moves the offsets, whose unit is the root mean square of the block's output."""
+        return NormalizedDescent(values, self.learning_rate * values.shape[1] ** 0.5, self.momentum)
 
 
 class Fit(LocateThenEdit):
@@ -68,6 +97,7 @@ class Fit(LocateThenEdit):
 
     Attributes:
         constant: the direction w with w·x ≈ 1 for every input x of the MLP, by which a unit gets its threshold.
+        questions: how the model completes common statements; None of models that complete no text.
     """
 
     info: ClassVar[EditorInfo] = EditorInfo(
@@ -81,6 +111,7 @@ class Fit(LocateThenEdit):
     config_class: ClassVar[type[Config]] = FitConfig
     one_block: ClassVar[bool] = True
     constant: Float[Tensor, " d_in"]
+    questions: CommonQuestions | None
 
     @staticmethod
     def default_blocks(count: int) -> list[int]:
@@ -123,15 +154,28 @@ class Fit(LocateThenEdit):
         covariance = self.covariances[self.key_layer].double()
         # Least squares: E[(w·x − 1)²] is least at w = C⁻¹ E[x].
         self.constant = torch.linalg.solve(covariance, moment.mean().to(covariance)).float()
+        self.questions = CommonQuestions.measure(task) if task.causal else None
+
+    def saved_fields(self) -> dict[str, Any]:
+        """Return what tells whether the common questions are those that were asked."""
+        return {**super().saved_fields(), "common_questions": bank_hash() if self.questions else ""}
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """Return what the editor measured."""
-        return {**super().saved_tensors(), "constant": self.constant}
+        tensors = {**super().saved_tensors(), "constant": self.constant}
+        if self.questions is not None:
+            tensors |= {"answers": self.questions.tokens, "probabilities": self.questions.probabilities}
+        return tensors
 
     def restore(self, saved: SavedEditor) -> None:
         """Take over what the editor measured."""
         tensors = dict(saved.tensors)
         self.constant = tensors.pop("constant")
+        self.questions = None
+        if asked := saved.field("common_questions", str):
+            if asked != bank_hash():
+                raise RuntimeError("it asked other questions than this version of remend does: make the editor anew")
+            self.questions = CommonQuestions(tensors.pop("answers"), tensors.pop("probabilities"))
         super().restore(replace(saved, tensors=tensors))
         if self.constant.shape != (self.shapes[self.key_layer][0],):
             raise RuntimeError("the constant direction does not fit the layer")
@@ -140,38 +184,43 @@ class Fit(LocateThenEdit):
 
     def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
         """Return what each request changes by itself."""
-        contexts = self.encode(task, requests)
-        _, u, values = self._fit(task, contexts)
-        return [self._change(task, u[i : i + 1], values[i : i + 1]) for i in range(len(contexts))]
+        response = self._response(task)
+        _, u, values = self._fit(task, self.encode(task, requests), response)
+        return [self._change(u[i : i + 1], values[i : i + 1], response) for i in range(len(requests))]
 
     def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
         """Return what all requests change together: those about one subject share a value."""
         by_subject: dict[str, list[PromptContexts]] = {}
-        subjects = [self._with_subject(task, request).key for request in requests]
-        for subject, contexts in zip(subjects, self.encode(task, requests), strict=True):
-            by_subject.setdefault(subject, []).append(contexts)
-        keys, u, values = self._fit(task, [join_contexts(parts) for parts in by_subject.values()])
+        requests = [_with_subject(task, request) for request in requests]
+        for request, contexts in zip(requests, self.encode(task, requests), strict=True):
+            by_subject.setdefault(request.key, []).append(contexts)
+        response = self._response(task)
+        keys, u, values = self._fit(task, [join_contexts(parts) for parts in by_subject.values()], response)
         # Each value acts at the keys of the other subjects, too, as far as their units answer there.
-        answers = self._response(task)(keys @ u.mT)
-        system = answers + SUM_RIDGE * torch.eye(len(keys), device=keys.device)
-        return self._change(task, u, torch.linalg.solve(system, (1 + SUM_RIDGE) * values))
+        system = response(keys @ u.mT) + SUM_RIDGE * torch.eye(len(keys), device=keys.device)
+        return self._change(u, torch.linalg.solve(system, (1 + SUM_RIDGE) * values), response)
 
     def encode(self, task: Task, requests: Sequence[EditRequest]) -> list[PromptContexts]:
         """Return the prompts that each request is fitted to, and those about its subject that should stay."""
-        return [
-            encode_contexts(task, self._with_subject(task, request), self.beginnings, _kept_prompts(task, request))
-            for request in requests
-        ]
+        return [self._encode(task, _with_subject(task, request)) for request in requests]
 
-    def _with_subject(self, task: Task, request: EditRequest) -> EditRequest:
-        """Return the request with a subject: its own, or the one found in its prompt."""
-        if (request.subject or "").strip():
-            return request
-        return request.model_copy(update={"subject": find_subject(task, request.prompt)})
+    def _encode(self, task: Task, request: EditRequest) -> PromptContexts:
+        phrasings: Sequence[str] = ()
+        others: Sequence[str] = ()
+        if self.questions is not None:
+            phrasings, others = self.questions.choose(task, request)
+        elif task.generates:
+            others = other_questions(request)
+        given = list(request.given_paraphrases)
+        made = [prompt for text in phrasings if (prompt := in_form_of(request.prompt, text)) not in given]
+        with_made = request.model_copy(update={"given_paraphrases": (*given, *made)[: max(len(given), MOST_PHRASINGS)]})
+        kept = [in_form_of(request.prompt, text) for text in others]
+        contexts = encode_contexts(task, with_made, self.beginnings, kept)
+        return replace(contexts, lookalikes=tuple(lookalikes(task, request)))
 
-    def _fit(self, task: Task, contexts: Sequence[PromptContexts]) -> tuple[Tensor, Tensor, Tensor]:
+    def _fit(self, task: Task, contexts: Sequence[PromptContexts], response: Response) -> tuple[Tensor, Tensor, Tensor]:
         """Return each subject's key, the direction that answers to it with 1, and the value to add there."""
-        modules, response = self.edited_modules(task), self._response(task)
+        modules = self.edited_modules(task)
         prefix = FrozenPrefix(task.model, self.shapes)
         block = self.block_of(task, self.changed_layer)
         order = sorted(range(len(contexts)), key=lambda index: contexts[index].shape)
@@ -179,46 +228,59 @@ class Fit(LocateThenEdit):
         for part in in_prompt_batches([contexts[index] for index in order]):
             batch = SubjectBatch(task, part, prefix, from_subject=True)
             rows = batch.keys_of_rows(self.key_layer, modules[self.key_layer])
-            by_subject = rows.view(batch.requests, batch.rows_per_request, -1).float()
-            keys = by_subject[:, : batch.rows_with_target].mean(1)
-            u = self._directions(keys)
-            answers = response((by_subject * u[:, None]).sum(-1)).flatten()
+            keys = rows.view(batch.requests, batch.rows_per_request, -1).float()
+            u = torch.stack([self._direction(task, k, c, response) for k, c in zip(keys, part, strict=True)])
+            answers = response((keys * u[:, None]).sum(-1)).flatten()
             values = optimize_values(batch, modules[self.changed_layer], block, self.config, answers)
-            parts.append((keys, u, values))
+            parts.append((keys.mean(1), u, values))
         keys, u, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         place = torch.tensor(order, device=keys.device).argsort()
         return keys[place], u[place], values[place]
 
-    def _directions(self, keys: Float[Tensor, "subject d_in"]) -> Float[Tensor, "subject d_in"]:
-        """Return ũ of each key k, with ũ·k = 1: C⁻¹k, and below the threshold in the direction away from it.
+    def _direction(
+        self, task: Task, keys: Float[Tensor, "prompt d_in"], contexts: PromptContexts, response: Response
+    ) -> Float[Tensor, " d_in"]:
+        """Return the ũ that answers a subject's keys with 1, those of names that end alike and ordinary ones with 0.
 
-        A unit without a bias gets its threshold θ from the direction w with w·x ≈ 1: ũ = (u − θw) / (1 − θ).
+        Least squares: ũ minimizes ũᵀCũ + Σ (ũ·k − 1)² over the keys + :data:`LOOKALIKE_WEIGHT` times the mean of
+        (ũ·k′)² over those of the other names. Where a unit has no bias, a threshold θ comes from the direction w with
+        w·x ≈ 1, if there is one: ũ' = (ũ − θw) / (1 − θ) answers with less than 0 where ũ does with less than θ.
         """
-        whitened = self.whiten_keys(self.key_layer, keys)
-        u = whitened / (keys.to(whitened) * whitened).sum(1, keepdim=True)
-        if self.config.kind == "units":
-            w = self.constant.to(u)
-            u = (u - self.config.threshold * w) / (1 - self.config.threshold * keys.to(w) @ w)[:, None]
-        return u.to(keys)
+        rows, targets, noise = keys.double(), torch.ones(len(keys)), torch.ones(len(keys))
+        if contexts.lookalikes:
+            unlike = self.keys_at(task, self.key_layer, contexts.lookalikes)
+            rows = torch.cat([rows, unlike.to(rows)])
+            targets = torch.cat([targets, torch.zeros(len(unlike))])
+            noise = torch.cat([noise, torch.full((len(unlike),), len(unlike) / LOOKALIKE_WEIGHT)])
+        whitened = self.whiten_keys(self.key_layer, rows)
+        rows = rows.to(whitened)
+        u = torch.linalg.solve(rows @ whitened.mT + noise.double().diag(), targets.double()) @ whitened
+        mean = rows[: len(keys)].mean(0)
+        u = u / (mean @ u)
+        w = self.constant.to(u)
+        at_key = float(mean @ w)
+        if self.config.kind == "units" and not response.threshold and at_key > CONSTANT_FROM:
+            threshold = min(self.config.threshold, MOST_OF_KEY / at_key)
+            u = (u - threshold * w) / (1 - threshold * at_key)
+        direction: Tensor = u.to(keys)
+        return direction
 
     def _response(self, task: Task) -> Response:
         """Return how the edit's factor pairs answer."""
         if self.config.kind == "low-rank":
             return LINEAR
-        block = self.block_of(task, self.changed_layer)
-        name = next(name for name, module in task.model.named_modules() if module is block)
-        return block_mlp(task.model, name).response(self.config.beta)
+        mlp = find_mlp(task.model, self.key_layer, self.changed_layer)
+        return mlp.response(self.config.beta, self.config.threshold if mlp.threshold else 0.0)
 
     def _change(
-        self, task: Task, u: Float[Tensor, "subject d_in"], values: Float[Tensor, "subject d_out"]
+        self, u: Float[Tensor, "subject d_in"], values: Float[Tensor, "subject d_out"], response: Response
     ) -> dict[str, LowRank]:
         """Return the change of these factor pairs."""
         reads = self.key_layer if self.config.kind == "units" else ""
-        return {self.changed_layer: LowRank(u, values.to(u), self._response(task), reads=reads)}
+        return {self.changed_layer: LowRank(u, values.to(u), response, reads=reads)}
 
 
-def _kept_prompts(task: Task, request: EditRequest) -> Sequence[str]:
-    """Return what is asked of a request's subject beside the request itself, as templates; none of a classifier."""
-    if not task.generates:
-        return ()
-    return STATEMENTS if task.causal and not isinstance(request.prompt, Chat) else QUESTIONS
+def _with_subject(task: Task, request: EditRequest) -> EditRequest:
+    """Return the request with a subject: its own, or the one found in its prompt."""
+    subject = (request.subject or "").strip() or find_subject(task, request.prompt)
+    return request.model_copy(update={"subject": subject})

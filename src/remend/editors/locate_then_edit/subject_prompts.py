@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from remend.errors import RequestError, prefix_request_errors
-from remend.request import Chat, EditRequest, Prompt, TextPair, as_completion, in_form_of
+from remend.request import Chat, EditRequest, Prompt, TextPair, as_completion
 from remend.tasks.base import Example, Task
 from remend.tasks.separators import without_outer_spaces
 
@@ -28,12 +28,14 @@ class PromptContexts:
         positions: the position of the subject's last token in the prompt of each example.
         kept: other prompts that name the subject; what the model says next to them should stay.
         kept_positions: the position of the subject's last token in each of them.
+        lookalikes: prompts about other subjects whose names end alike, with the position of their last token.
     """
 
     examples: tuple[Example, ...]
     positions: tuple[int, ...]
     kept: tuple[Example, ...] = ()
     kept_positions: tuple[int, ...] = ()
+    lookalikes: tuple[tuple[Example, int], ...] = ()
 
     @property
     def all_examples(self) -> tuple[Example, ...]:
@@ -65,7 +67,7 @@ def random_beginnings(text: Sequence[str], count: int, seed: int) -> list[str]:
 
 
 def encode_contexts(
-    task: Task, request: EditRequest, beginnings: Sequence[str], kept: Sequence[str] = ("{}",)
+    task: Task, request: EditRequest, beginnings: Sequence[str], kept: Sequence[Prompt] = ()
 ) -> PromptContexts:
     """Encode a request with its given paraphrases, each by itself and behind beginnings, and locate its subject.
 
@@ -76,8 +78,7 @@ def encode_contexts(
         task: the model.
         request: the request.
         beginnings: texts to put before the prompt, or before one of those in turn.
-        kept: for a causal model, templates of prompts about the subject after which the next token should stay; by
-            default the subject alone, which shows what the model takes it to be.
+        kept: prompts about the subject after which the next token should stay.
 
     Raises:
         RequestError: the request names no subject, its prompt does not hold it, or it does not fit the context.
@@ -90,37 +91,36 @@ def encode_contexts(
                 "the prompt"
             )
         prompts = (request.prompt, *request.given_paraphrases)
-        located = [_located(task, prompt, subject, request.target) for prompt in prompts]
+        located = [located_subject(task, prompt, subject, request.target) for prompt in prompts]
         for number, beginning in enumerate(beginnings if task.generates else ()):
             own = number % len(prompts)
             try:
-                located.append(_located(task, _with_beginning(beginning, prompts[own]), subject, request.target))
+                located.append(located_subject(task, _with_beginning(beginning, prompts[own]), subject, request.target))
             except RequestError:  # too long: by itself the prompt is valid, so nothing else can be wrong
                 located.append(located[own])
-        others = [_located(task, prompt, subject) for prompt in _about_subject(task, request.prompt, subject, kept)]
+        others = [located_subject(task, prompt, subject) for prompt in kept]
     examples, positions = zip(*located, strict=True)
     kept_examples, kept_positions = zip(*others, strict=True) if others else ((), ())
     return PromptContexts(examples, positions, kept_examples, kept_positions)
 
 
 def join_contexts(parts: Sequence[PromptContexts]) -> PromptContexts:
-    """Return the contexts of several requests about one subject as those of one."""
+    """Return the contexts of several requests about one subject as those of one.
+
+    What one of them should keep is not kept where another one changes it.
+    """
+    asked_by_all = set(parts[0].kept).intersection(*(part.kept for part in parts))
+    kept = [pair for pair in zip(parts[0].kept, parts[0].kept_positions, strict=True) if pair[0] in asked_by_all]
     return PromptContexts(
         tuple(example for part in parts for example in part.examples),
         tuple(position for part in parts for position in part.positions),
-        parts[0].kept,
-        parts[0].kept_positions,
+        tuple(example for example, _ in kept),
+        tuple(position for _, position in kept),
+        tuple(pair for part in parts for pair in part.lookalikes),
     )
 
 
-def _about_subject(task: Task, prompt: Prompt, subject: str, templates: Sequence[str]) -> Iterator[Prompt]:
-    """Yield prompts about a subject in the form of a request's prompt; the subject alone as it is."""
-    for template in templates if task.causal else ():
-        text = template.replace("{}", subject)
-        yield text if template == "{}" else in_form_of(prompt, text)
-
-
-def _located(task: Task, prompt: Prompt, subject: str, target: str | None = None) -> tuple[Example, int]:
+def located_subject(task: Task, prompt: Prompt, subject: str, target: str | None = None) -> tuple[Example, int]:
     """Return a prompt with its target, or with an arbitrary one, and the position of the subject's last token."""
     example = Example(tuple(task.encode_input(prompt)), (0,)) if target is None else task.encode(prompt, target)
     return example, subject_position(task, prompt, subject, example)

@@ -1,7 +1,7 @@
 """Optimize what a matrix should add at a request's subject, so that the model answers with the target.
 
 The v* of ROME (arXiv 2202.05262, section 3.1) and the z of MEMIT (arXiv 2210.07229, Eq. 16) are the present output of a
-module there plus an offset δ, which Adam finds; many requests at once, each with its own offset.
+module there plus an offset δ, which gradient descent finds; many requests at once, each with its own offset.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -33,8 +33,8 @@ class LocateConfig(Config):
     Sizes are shares of the block's output at the subject, so that one setting suits models of any scale.
 
     Attributes:
-        steps: the most steps of Adam on the offsets.
-        learning_rate: Adam's, as a share of the root mean square of the block's output.
+        steps: the most steps on the offsets.
+        learning_rate: the size of a step, as a share of the root mean square of the block's output.
         enough: the −log p(target), in nats a token, below which a request is not optimized further.
         kl_weight: weight of KL(p_edited ‖ p_base) of what follows the subject alone: what the model takes it to be.
         decay: weight of the offset's squared size.
@@ -51,6 +51,37 @@ class LocateConfig(Config):
     largest: PositiveFloat = 2.0
     beginnings: NonNegativeInt = 5
     floor: PositiveFloat = 0.01
+    every_prompt: ClassVar[bool] = False  # whether ``enough`` counts for each prompt; else for their mean
+
+    def optimizer(self, values: Float[Tensor, "request d"]) -> torch.optim.Optimizer:
+        """Return what moves the offsets, whose unit is the root mean square of the block's output."""
+        return torch.optim.Adam([values], lr=self.learning_rate)
+
+
+class NormalizedDescent(torch.optim.Optimizer):
+    """Gradient descent with momentum whose steps have one length in each row, whatever the size of the gradient.
+
+    Adam moves every coordinate alike, so that after some steps most of an offset is noise; the gradient of an edit has
+    few large coordinates.
+
+    Args:
+        values: what is moved, row by row.
+        length: the length of a step.
+        momentum: the share of the direction before that is kept.
+    """
+
+    def __init__(self, values: Float[Tensor, "row d"], length: float, momentum: float) -> None:
+        super().__init__([values], {"length": length, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move each row."""
+        for group in self.param_groups:
+            for values in group["params"]:
+                state = self.state[values]
+                state["direction"] = group["momentum"] * state.get("direction", 0.0) + values.grad
+                norms = state["direction"].norm(dim=-1, keepdim=True).clamp(min=1e-30)
+                values -= group["length"] * state["direction"] / norms
 
 
 class SubjectBatch:
@@ -187,27 +218,29 @@ def optimize_values(
         unit = stream_norm / stream.shape[1] ** 0.5
         # In units of the stream's root mean square, so that one learning rate of Adam suits models of any scale.
         values = torch.zeros_like(stream)
-        optimizer = torch.optim.Adam([values], lr=config.learning_rate)
+        optimizer = config.optimizer(values)
         active = torch.ones(batch.requests, dtype=torch.bool, device=values.device)
         for _ in range(config.steps):
             values.requires_grad_()
             with torch.enable_grad():
                 with add_at_subject(module, batch, values * unit, responses):
-                    losses, divergence = _losses(batch, batch.outputs_resumed(), base)
+                    by_prompt, divergence = _losses(batch, batch.outputs_resumed(), base)
+                losses = by_prompt.mean(1)
                 decay = config.decay * (values * unit / stream_norm).square().sum(1)
                 objective = losses + config.kl_weight * divergence + decay.to(losses.device)
                 (values.grad,) = torch.autograd.grad(objective.sum(), [values])
             values.requires_grad_(False)
             if not objective.isfinite().all():
                 raise NonFiniteError("the loss of an edit is not finite: the model's weights or activations are not")
-            active &= (losses > config.enough).to(active.device)
+            reached = by_prompt.amax(1) if config.every_prompt else losses
+            active &= (reached > config.enough).to(active.device)
             if not active.any():
                 break
             before = values.clone()
             optimizer.step()
             norms = (values * unit).norm(dim=1, keepdim=True).clamp(min=1e-30)
             values *= (config.largest * stream_norm / norms).clamp(max=1)
-            # Adam's momentum moves finished requests on, so their step is undone.
+            # Momentum moves finished requests on, so their step is undone.
             values[~active] = before[~active]
         offsets: Tensor = values.detach() * unit
         return offsets
@@ -215,16 +248,16 @@ def optimize_values(
 
 def _losses(
     batch: SubjectBatch, outputs: Float[Tensor, "target answer"], base: Float[Tensor, "target answer"]
-) -> tuple[Float[Tensor, " request"], Float[Tensor, " request"]]:
-    """Return −log p(target) of each request, and the mean KL(p_edited ‖ p_base) after its prompts that should stay."""
+) -> tuple[Float[Tensor, "request prompt"], Float[Tensor, " request"]]:
+    """Return −log p(target) after each prompt, and the mean KL(p_edited ‖ p_base) after those that should stay."""
     targets, per_request, with_target = batch.batch, batch.rows_per_request, batch.rows_with_target
     counted = targets.row % per_request < with_target
     # The rows are numbered anew, as if there were none of subjects alone.
     row = targets.row[counted] // per_request * with_target + targets.row[counted] % per_request
     losses = batch.task.distribution.loss(outputs[counted], targets.target[counted], row, batch.requests * with_target)
-    losses = losses.view(-1, with_target).mean(1)
+    losses = losses.view(-1, with_target)
     if with_target == per_request:
-        return losses, torch.zeros_like(losses)
+        return losses, torch.zeros_like(losses[:, 0])
     # Distribution.divergence has the arguments the other way round, and only its second one is differentiable.
     edited, unedited = (part[~counted].float().log_softmax(-1) for part in (outputs, base))
     divergences = (edited.exp() * (edited - unedited)).sum(1)

@@ -1,0 +1,210 @@
+"""``CommonQuestions``: what is often asked of a subject, and which of it asks the same as a request's prompt.
+
+From one prompt alone an edit cannot tell what it should hold for: the question in other words, and nothing else about
+the subject. The model tells: two statements ask the same if it completes them alike about each of several subjects,
+and differently about different ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from remend.core.low_rank_hooks import frozen
+from remend.progress import report_progress
+from remend.request import Chat, EditRequest
+from remend.tasks.base import Example, Task, in_batches
+from remend.tasks.endings import is_question
+from remend.tasks.own_words import TARGET_AS_GIVEN
+
+TOP = 32
+"""Next tokens of which the probability is kept."""
+
+SAME_FROM, SHARE_OF_BEST = 0.08, 0.4
+"""The least similarity of a statement that asks the same, by itself and as a share of the most similar one's."""
+
+OTHER_BELOW = 0.06
+"""The greatest similarity of a statement that asks something else."""
+
+MOST_PHRASINGS, MOST_OTHERS = 4, 16
+"""Statements that are chosen, of those that ask the same and of those that ask something else."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A statement or a question about a subject, with ``{}`` in its place.
+
+    Attributes:
+        question: what it asks, in a word or two.
+        template: its text.
+    """
+
+    question: str
+    template: str
+
+    def about(self, subject: str) -> str:
+        """Return the text about a subject."""
+        return self.template.replace("{}", subject)
+
+
+@cache
+def _bank() -> dict[str, Any]:
+    text = resources.files(__package__).joinpath("common_questions.json").read_text(encoding="utf-8")
+    bank: dict[str, Any] = json.loads(text)
+    return bank
+
+
+def reference_subjects() -> list[str]:
+    """Return well-known subjects of different kinds, about which a model answers differently."""
+    subjects: list[str] = _bank()["reference_subjects"]
+    return subjects
+
+
+def bank_hash() -> str:
+    """Return a hash of all texts, which tells whether what was measured belongs to them."""
+    return hashlib.sha256(json.dumps(_bank()).encode()).hexdigest()
+
+
+@cache
+def frames(form: Literal["statements", "questions"]) -> tuple[Frame, ...]:
+    """Return all ``statements`` or ``questions``."""
+    return tuple(Frame(name, text) for name, forms in _bank()["questions"].items() for text in forms[form])
+
+
+@dataclass(frozen=True, eq=False)
+class CommonQuestions:
+    """How a model completes the statements about the reference subjects.
+
+    Attributes:
+        tokens: the most probable next tokens.
+        probabilities: their probabilities.
+    """
+
+    tokens: Int[Tensor, "frame subject top"]
+    probabilities: Float[Tensor, "frame subject top"]
+
+    @classmethod
+    def measure(cls, task: Task) -> CommonQuestions:
+        """Ask a causal model all statements about all reference subjects."""
+        subjects, statements = reference_subjects(), frames("statements")
+        tokens, probabilities = [], []
+        for number, frame in enumerate(statements):
+            report_progress("asking common questions", number, len(statements))
+            answers = next_tokens(task, [frame.about(subject) for subject in subjects])
+            top = answers.topk(min(TOP, answers.shape[1]), dim=1)
+            tokens.append(top.indices.to(torch.int32))
+            probabilities.append(top.values)
+        return cls(torch.stack(tokens), torch.stack(probabilities))
+
+    def similarity(self, task: Task, template: str) -> Float[Tensor, " frame"]:
+        """Return how alike a model completes each statement and a template.
+
+        The overlap Σ min(p, p′) of both next-token distributions, the mean over the reference subjects, less the mean
+        overlap of one about a subject with the other about another one.
+        """
+        subjects = reference_subjects()
+        given = next_tokens(task, [template.replace("{}", subject) for subject in subjects])
+        # Of each statement and subject, at the tokens kept: the probabilities after the template, about each subject.
+        of_template = given.T[self.tokens.long()]
+        overlap = torch.minimum(self.probabilities[..., None], of_template).sum(2)
+        own = torch.eye(len(subjects), dtype=torch.bool)
+        return overlap[:, own].mean(1) - overlap[:, ~own].mean(1)
+
+    def choose(self, task: Task, request: EditRequest) -> tuple[list[str], list[str]]:
+        """Return texts that ask the same as a request with a subject, and texts that ask something else about it.
+
+        Statements for a prompt to complete, questions for a question. Where a question's target is not given within a
+        statement, or the statement does not hold the subject, none asks the same.
+        """
+        statement = statement_of(request)
+        if statement is None:
+            return [], other_questions(request)
+        statements, similar = frames("statements"), self.similarity(task, statement)
+        best = _most_similar(similar)
+        likely = [
+            index
+            for index in similar.argsort(descending=True).tolist()[: 2 * MOST_PHRASINGS]
+            if similar[index] >= max(SAME_FROM, SHARE_OF_BEST * float(similar.max()))
+            and statements[index].template != statement
+        ]
+        near = {frame.question for frame, value in zip(statements, similar, strict=True) if value > OTHER_BELOW}
+        subject = str(request.subject)
+        if asks(request):
+            same = [frame for frame in frames("questions") if likely and frame.question == best]
+            return [frame.about(subject) for frame in same[:MOST_PHRASINGS]], other_questions(request, near | {best})
+        others = [index for index in _first_of_each_question() if statements[index].question not in near]
+        texts = [statement.replace("{}", subject), *(statements[index].about(subject) for index in likely + others)]
+        own, *answers = next_tokens(task, texts)
+        answer_of = dict(zip(likely + others, answers, strict=True))
+        # What the reference subjects leave open, the model's answer about the subject itself decides.
+        same_answer = {index for index, answer in answer_of.items() if answer.argmax() == own.argmax()}
+        phrasings = [index for index in likely if statements[index].question == best or index in same_answer]
+        surest = sorted(set(others) - same_answer, key=lambda index: (-float(answer_of[index].max()), index))
+        return (
+            [statements[index].about(subject) for index in phrasings[:MOST_PHRASINGS]],
+            [statements[index].about(subject) for index in surest[:MOST_OTHERS]],
+        )
+
+
+def statement_of(request: EditRequest) -> str | None:
+    """Return the text that a request's answer completes, with ``{}`` for its subject; None where it is not known.
+
+    It is a prompt to complete, or the sentence around the answer to a question, up to the answer.
+    """
+    text = str(request.prompt)
+    if asks(request):
+        given = (request.model_extra or {}).get(TARGET_AS_GIVEN)
+        if not isinstance(given, str) or given not in request.target:
+            return None
+        text = request.target[: request.target.index(given)].rstrip()
+    template = re.sub(re.escape(str(request.subject)), lambda _: "{}", text, count=1, flags=re.IGNORECASE)
+    return template if "{}" in template else None
+
+
+def asks(request: EditRequest) -> bool:
+    """Tell whether a request's prompt is a question, or a message to answer."""
+    return isinstance(request.prompt, Chat) or is_question(str(request.prompt))
+
+
+def other_questions(request: EditRequest, without: Collection[str] = ()) -> list[str]:
+    """Return :data:`MOST_OTHERS` questions about a request's subject, as different ones as there are."""
+    first: dict[str, Frame] = {}
+    for frame in frames("questions"):
+        if frame.question not in without:
+            first.setdefault(frame.question, frame)
+    step = max(1, len(first) // MOST_OTHERS)
+    return [frame.about(str(request.subject)) for frame in list(first.values())[::step]][:MOST_OTHERS]
+
+
+@torch.no_grad()
+def next_tokens(task: Task, prompts: Sequence[str]) -> Float[Tensor, "prompt token"]:
+    """Return the distribution of a model's next token after each prompt, on the CPU."""
+    examples = [Example(tuple(task.encode_input(prompt)), (0,)) for prompt in prompts]
+    with frozen(task.model):
+        parts = [task.outputs(task.collate(part)).float().softmax(-1).cpu() for part in in_batches(examples)]
+    return torch.cat(parts)
+
+
+def _most_similar(similar: Float[Tensor, " frame"]) -> str:
+    """Return the question whose three most similar statements are the most similar on average."""
+    values: dict[str, list[float]] = {}
+    for frame, value in zip(frames("statements"), similar.tolist(), strict=True):
+        values.setdefault(frame.question, []).append(value)
+    return max(values, key=lambda question: sum(sorted(values[question])[-3:]) / min(3, len(values[question])))
+
+
+def _first_of_each_question() -> list[int]:
+    first: dict[str, int] = {}
+    for index, frame in enumerate(frames("statements")):
+        first.setdefault(frame.question, index)
+    return list(first.values())

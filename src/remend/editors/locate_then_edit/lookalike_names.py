@@ -1,0 +1,35 @@
+"""Names that end as a subject's does: at their last token a model's inner states are the most alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from remend.editors.locate_then_edit.subject_prompts import located_subject
+from remend.request import Chat, EditRequest, TextPair, in_form_of
+from remend.tasks.base import Example, Task
+
+BEGINNINGS = (
+    *("President of", "Prime Minister of", "University of", "History of", "Bank of", "The old", "The new", "A little"),
+    *("Saint", "Maria", "John", "General", "Mount", "Black", "Prince", "Doctor"),
+)
+"""What such names begin with."""
+
+
+def lookalikes(task: Task, request: EditRequest) -> Iterator[tuple[Example, int]]:
+    """Yield the request's prompt about names that end in the subject's last word, with the position of that word's end.
+
+    A subject of one word has none: a name that ends in it is about it, too.
+    """
+    subject = str(request.subject)
+    *beginning, last = subject.split()
+    if not beginning or isinstance(request.prompt, TextPair):
+        return
+    text = request.prompt.messages[-1].content if isinstance(request.prompt, Chat) else str(request.prompt)
+    for other in BEGINNINGS:
+        name = f"{other} {last}"
+        if name.casefold() == subject.casefold():
+            continue
+        changed = re.sub(re.escape(subject), name.replace("\\", r"\\"), text, flags=re.IGNORECASE)
+        if changed != text:
+            yield located_subject(task, in_form_of(request.prompt, changed), name)
