@@ -187,7 +187,9 @@ def test_memit_s_blocks_share_what_is_missing(decoder):
     """Where nothing holds the keys back, the last block's output is what was aimed at."""
     editor = make("memit", decoder, layers="0-2", weight=1e-6, beginnings=0)
     request = worlds.requests(1)[0]
-    batch = SubjectBatch(decoder, [encode_contexts(decoder, request, (), (request.subject,))], FrozenPrefix(decoder.model, editor.shapes))
+    batch = SubjectBatch(
+        decoder, [encode_contexts(decoder, request, (), (request.subject,))], FrozenPrefix(decoder.model, editor.shapes)
+    )
     last = list(editor.shapes)[-1]
     module, block = find_modules(decoder.model, [last])[last], find_stacks(decoder.model)[0][1][2][1]
 

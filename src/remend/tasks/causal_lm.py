@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from remend.core.low_rank_hooks import frozen
 from remend.errors import RequestError
 from remend.models.blocks import find_stacks
+from remend.models.frozen_prefix import logits_or_none, same_logits
 from remend.request import Chat, Completion, Prompt
 from remend.tasks.base import Answer, Batch, Example
 from remend.tasks.endings import Endings
 from remend.tasks.generative import GenerativeTask, closed, gather_at, has_vocabulary
 from remend.tasks.ordinary_inputs import sampled_texts, text_windows
 from remend.tasks.separators import Separators, without_outer_spaces
+
+PADDING_TRIAL = 8
+"""Tokens, and tokens of padding before them, of the trial whether a model reads padded prompts rightly."""
 
 _ANCHORS = "\n:.0"
 """Characters of which at least one is a token of its own in every tokenizer, whatever follows it."""
@@ -206,23 +212,43 @@ class CausalLM(GenerativeTask):
         blocks = [block for _, stack in find_stacks(self.model) for _, block in stack]
         return len(set(blocks)) == len(blocks)
 
+    @cached_property
+    def pads_left(self) -> bool:
+        """Whether the model's logits after padded prompts are those after the prompts alone; tried on the model."""
+        if not self.keeps_tokens:
+            return False
+        ids = torch.arange(PADDING_TRIAL, device=self.device)[None]
+        padded = [torch.nn.functional.pad(tensor, (PADDING_TRIAL, 0)) for tensor in (ids, torch.ones_like(ids))]
+        with torch.no_grad(), frozen(self.model):
+            alone, with_padding = self.next_logits(ids), self.next_logits(*padded)
+            for last in (None, ids[:, 0]):  # the second token is read with the cache of the first pass
+                expected, found = alone(last).float(), logits_or_none(partial(with_padding, last))
+                if found is None or not same_logits(found, expected):
+                    return False
+        return True
+
     def next_logits(
-        self, prompt_ids: Int[Tensor, "row token"]
+        self, prompt_ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"] | None = None
     ) -> Callable[[Int[Tensor, " row"] | None], Float[Tensor, "row vocabulary"]]:
         """Return a function that gives the logits of each row's next token, with the model's cache where it has one."""
         rows = torch.arange(prompt_ids.shape[0], device=prompt_ids.device)
         inputs: dict[str, Any] = {
             "input_ids": prompt_ids,
-            "attention_mask": torch.ones_like(prompt_ids),
+            "attention_mask": torch.ones_like(prompt_ids) if mask is None else mask,
             "past_key_values": None,
         }
+        padded = mask is not None and not bool(mask.all())
+        takes_positions = padded and "position_ids" in inspect.signature(self.model.forward).parameters
 
         def step(last: Int[Tensor, " row"] | None) -> Float[Tensor, "row vocabulary"]:
             if last is not None:  # without a cache, everything is read again
                 cached = inputs["past_key_values"] is not None
                 inputs["input_ids"] = last[:, None] if cached else torch.cat([inputs["input_ids"], last[:, None]], 1)
                 inputs["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-            with gather_at(self.head, rows, torch.full_like(rows, inputs["input_ids"].shape[1] - 1)):
+            length = inputs["input_ids"].shape[1]
+            if takes_positions:
+                inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)[:, -length:]
+            with gather_at(self.head, rows, torch.full_like(rows, length - 1)):
                 output = self.model(**inputs, use_cache=self.keeps_tokens)
             inputs["past_key_values"] = getattr(output, "past_key_values", None) if self.keeps_tokens else None
             logits: Tensor = output.logits[0]

@@ -60,7 +60,7 @@ class GenerativeTask(Task):
 
     @abstractmethod
     def next_logits(
-        self, prompt_ids: Int[Tensor, "row token"]
+        self, prompt_ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"] | None = None
     ) -> Callable[[Int[Tensor, " row"] | None], Float[Tensor, "row vocabulary"]]:
         """Return a function that gives the logits of the next token of each row, reading each token only once.
 
@@ -69,6 +69,7 @@ class GenerativeTask(Task):
 
         Args:
             prompt_ids: prompts of one length.
+            mask: 0 where there is padding before a prompt (:attr:`pads_left`), else 1; by default there is none.
         """
 
     @property
@@ -164,19 +165,34 @@ class GenerativeTask(Task):
         self, ids: Sequence[tuple[int, ...]], max_new_tokens: int = 32, batch_size: int = 64
     ) -> list[tuple[int, ...]]:
         """Return greedy continuations of encoded prompts, up to the end token and with it, or as far as the limit."""
-        # Prompts of one length go through the model together, so that nothing is padded.
-        by_length: dict[int, list[int]] = {}
-        for index, prompt in enumerate(ids):
-            by_length.setdefault(len(prompt), []).append(index)
         answers: dict[int, tuple[int, ...]] = {}
-        for length, members in by_length.items():
-            room = self.answer_room(length, max_new_tokens)
+        for members, room in self._answered_together(ids, max_new_tokens):
             for start in range(0, len(members), batch_size):
                 chunk = members[start : start + batch_size]
-                tokens = torch.tensor([ids[i] for i in chunk], device=self.device)
+                tokens, mask = _padded_left([ids[index] for index in chunk])
                 with frozen(self.model), torch.no_grad():
-                    answers |= zip(chunk, self._decode(len(chunk), room, self.next_logits(tokens)), strict=True)
-        return [answers[i] for i in range(len(ids))]
+                    step = self.next_logits(tokens.to(self.device), mask.to(self.device))
+                    answers |= zip(chunk, self._decode(len(chunk), room, step), strict=True)
+        return [answers[index] for index in range(len(ids))]
+
+    def _answered_together(
+        self, ids: Sequence[tuple[int, ...]], max_new_tokens: int
+    ) -> Iterator[tuple[list[int], int]]:
+        """Yield the numbers of prompts that can go through the model together, and the room for their answers.
+
+        They are of one length, or of all lengths from short to long where the model reads padded prompts rightly.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index in sorted(range(len(ids)), key=lambda index: len(ids[index])):
+            length = len(ids[index])
+            room = self.answer_room(length, max_new_tokens)
+            groups.setdefault((0 if self.pads_left and room == max_new_tokens else length, room), []).append(index)
+        yield from ((members, room) for (_, room), members in groups.items())
+
+    @property
+    def pads_left(self) -> bool:
+        """Whether :meth:`next_logits` reads prompts with padding before them as it reads them without."""
+        return False
 
     def _decode(
         self, rows: int, room: int, step: Callable[[Tensor | None], Float[Tensor, "row vocabulary"]]
@@ -284,3 +300,13 @@ def gather_at(head: nn.Module, row: Int[Tensor, " target"], position: Int[Tensor
             yield
         finally:
             handle.remove()
+
+
+def _padded_left(rows: Sequence[tuple[int, ...]]) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row token"]]:
+    """Return token ids with zeros before the shorter rows, and the mask of those that are no padding."""
+    longest = max(map(len, rows))
+    tokens, mask = torch.zeros((2, len(rows), longest), dtype=torch.long)
+    for index, row in enumerate(rows):
+        tokens[index, longest - len(row) :] = torch.tensor(row)
+        mask[index, longest - len(row) :] = 1
+    return tokens, mask

@@ -134,10 +134,11 @@ class Seq2SeqLM(GenerativeTask):
         return logits
 
     def next_logits(
-        self, prompt_ids: Int[Tensor, "row token"]
+        self, prompt_ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"] | None = None
     ) -> Callable[[Int[Tensor, " row"] | None], Float[Tensor, "row vocabulary"]]:
         """Return a function that gives the logits of each row's next token; the encoder runs once, here."""
-        rows, mask = torch.arange(prompt_ids.shape[0], device=prompt_ids.device), torch.ones_like(prompt_ids)
+        rows = torch.arange(prompt_ids.shape[0], device=prompt_ids.device)
+        mask = torch.ones_like(prompt_ids) if mask is None else mask
         encoded = self.model.get_encoder()(input_ids=prompt_ids, attention_mask=mask)
         inputs: dict[str, Any] = {"encoder_outputs": encoded, "attention_mask": mask, "past_key_values": None}
         beginning = torch.full_like(rows, self.start)

@@ -1,0 +1,204 @@
+"""What one correction does to a real language model: whether it takes, generalises, and stays on its subject.
+
+    make real && python benchmarks/real_requests.py build/real/smollm2
+    python benchmarks/real.py --split test --count 200 --only 'fit, one pair'
+
+Each request is an edit of its own. An answer is right if it begins with the target at a word boundary, and kept if its
+first word stays. Columns are means over requests of the shares of their prompts, with 95 % bootstrap intervals:
+
+- reliability: the request's own prompt;
+- generality: phrasings that the unedited model answers with the true object, too; "all phrasings" counts the others;
+- near, far: other prompts of each kind (benchmarks/real_requests.py);
+- text: choices on WikiText-2 that stay, and the edited model's perplexity over the unedited one's.
+
+Phrasings that the editor could have been fitted to (given ones, and the common statements of ``fit``) are not scored.
+After each variant the table is written, and a variant that a table holds already is not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import HERE, parser, start, write
+
+import remend
+from remend.core.low_rank_hooks import frozen
+from remend.data.request_files import read_requests
+from remend.editors import editor_class, make
+from remend.editors.locate_then_edit.common_questions import frames
+from remend.edit import Edit
+from remend.request import EditRequest, Prompt
+from remend.tasks.base import Answer, Task
+from remend.tasks.ordinary_inputs import text_windows
+
+KINDS = ("reliability", "generality", "all_phrasings", "same_object", "same_relation", "same_subject", "far")
+"""The columns that are shares of prompts."""
+
+RESAMPLES = 2000
+"""Bootstrap samples of an interval."""
+
+
+def asked_of(request: EditRequest, given: Sequence[str]) -> list[tuple[str, Prompt]]:
+    """Return the prompts of a request that are scored, with their kinds."""
+    subject = str(request.subject)
+    fitted_to = {frame.about(subject) for frame in frames("statements")} | set(given)
+    asked: list[tuple[str, Prompt]] = [("reliability", request.prompt)]
+    asked += [("generality", prompt) for prompt in request.paraphrases if prompt not in fitted_to]
+    asked += [("other_phrasings", prompt) for prompt in request.unseen_paraphrases if prompt not in fitted_to]
+    asked += [(str(probe.kind), probe.prompt) for probe in request.near]
+    asked += [("far", probe.prompt) for probe in request.locality]
+    return asked
+
+
+class Base:
+    """The unedited model's answers and choices, which are computed once for all variants."""
+
+    def __init__(self, task: Task, text: Sequence[str], passages: int, new_tokens: int) -> None:
+        self.task, self.new_tokens = task, new_tokens
+        self.answers: dict[Prompt, Answer] = {}
+        windows = text_windows(task, text)[:passages]
+        self.text = [task.collate([window]) for window in windows]
+        with torch.no_grad(), frozen(task.model):
+            outputs = [task.outputs(batch) for batch in self.text]
+        self.choices = [output.argmax(-1) for output in outputs]
+        self.loss = self._loss(outputs)
+
+    def ask(self, prompts: Sequence[Prompt]) -> None:
+        """Keep the unedited model's answers."""
+        missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.answers))
+        self.answers |= zip(missing, self.task.predict(missing, self.new_tokens), strict=True)
+
+    def on_text(self, edit: Edit) -> tuple[float, float]:
+        """Return the share of choices that stay with an edit, and the ratio of perplexities."""
+        with torch.no_grad(), frozen(self.task.model), edit.applied(self.task.model):
+            outputs = [self.task.outputs(batch) for batch in self.text]
+        same = torch.cat([out.argmax(-1) == old for out, old in zip(outputs, self.choices, strict=True)])
+        return float(same.float().mean()), math.exp(self._loss(outputs) - self.loss)
+
+    def _loss(self, outputs: Sequence[torch.Tensor]) -> float:
+        log_p = [self.task.distribution.log_prob(o, b.target) for o, b in zip(outputs, self.text, strict=True)]
+        return -float(torch.cat(log_p).mean())
+
+
+def measure(
+    base: Base, requests: Sequence[EditRequest], variant: Mapping[str, Any], text: Sequence[str]
+) -> dict[str, Any]:
+    """Return the figures of one editor."""
+    task = base.task
+    kind = editor_class(variant["editor"])
+    config = kind.default_config()
+    if settings := variant.get("settings"):
+        config = type(config)(**{**vars(config), **settings})
+    began = time.process_time()
+    editor = make(
+        variant["editor"],
+        task,
+        text if "text" in kind.info.options else (),
+        config=config,
+        layers=variant.get("layers"),
+    )
+    statistics = time.process_time() - began
+    shares: dict[str, list[float]] = defaultdict(list)
+    seconds: list[float] = []
+    for number, request in enumerate(requests, start=1):
+        given = request.paraphrases[: variant.get("given", 0)]
+        asked = asked_of(request, given)
+        base.ask([prompt for _, prompt in asked])
+        began = time.process_time()
+        bare = EditRequest(
+            prompt=request.prompt, target=request.target, subject=request.subject, given_paraphrases=given
+        )
+        edit = editor.edit(task, [bare])
+        seconds.append(time.process_time() - began)
+        with edit.applied(task.model):
+            answers = task.predict([prompt for _, prompt in asked], base.new_tokens)
+        of_kind: dict[str, list[bool]] = defaultdict(list)
+        for (name, prompt), answer in zip(asked, answers, strict=True):
+            if name in ("reliability", "generality", "other_phrasings"):
+                right = task.gives(prompt, answer, task.encode(prompt, request.target).target)
+            else:
+                right = task.gives(prompt, answer, task.answer_span(prompt, base.answers[prompt]))
+            of_kind[name].append(right)
+        of_kind["all_phrasings"] = of_kind["generality"] + of_kind["other_phrasings"]
+        for name in KINDS:
+            if of_kind[name]:
+                shares[name].append(sum(of_kind[name]) / len(of_kind[name]))
+        stay, ratio = base.on_text(edit)
+        shares["text"].append(stay)
+        shares["perplexity"].append(ratio)
+        if number % 10 == 0 or number == len(requests):
+            now = {name: round(sum(values) / len(values), 3) for name, values in shares.items()}
+            print(f"{variant['name']}: {number} of {len(requests)}: {now}", file=sys.stderr, flush=True)
+    figures = {name: interval(values) for name, values in shares.items()}
+    return {
+        "variant": variant,
+        **figures,
+        "seconds": {"mean": sum(seconds) / len(seconds), "most": max(seconds)},
+        "statistics_seconds": statistics,
+    }
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Return a mean over requests with its 95 % bootstrap interval, and their number."""
+    rng = random.Random(0)
+    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(RESAMPLES))
+    low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+    return {"mean": sum(values) / len(values), "low": low, "high": high, "requests": len(values)}
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the results as a table in Markdown."""
+    names = (*KINDS, "text", "perplexity")
+    head = ["", *(name.replace("_", " ") for name in names), "CPU s an edit"]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for result in results:
+        cells = [result["variant"]["name"]]
+        for name in names:
+            cell = result.get(name)
+            digits = 4 if name in ("text", "perplexity") else 3
+            cells.append("–" if cell is None else f"{cell['mean']:.{digits}f} ({cell['low']:.2f}–{cell['high']:.2f})")
+        lines.append(" | ".join([*cells, f"{result['seconds']['mean']:.1f}"]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def run(config: Mapping[str, Any], out: Path, only: Sequence[str]) -> None:
+    """Measure the variants that are asked for, and write the table after each."""
+    task = remend.load(str(HERE.parent / config["model"]))
+    requests = read_requests(HERE.parent / config["requests"].format(split=config["split"]))[: config["count"]]
+    lines = [
+        (HERE.parent / config[name]).read_text(encoding="utf-8").splitlines() for name in ("text", "perplexity_text")
+    ]
+    text, other = ([line.strip() for line in of_file if len(line) > 200] for of_file in lines)
+    base = Base(task, other, config["passages"], config["new_tokens"])
+    done: list[dict[str, Any]] = json.loads(out.read_text())["results"] if out.exists() else []
+    for variant in config["variants"]:
+        if (only and variant["name"] not in only) or any(result["variant"] == variant for result in done):
+            continue
+        done.append(measure(base, requests, variant, text))
+        write(out, config, {"requests": len(requests), "results": done})
+        out.with_suffix(".md").write_text(table(done) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Run the benchmark."""
+    arguments = parser(__doc__, "real")
+    arguments.add_argument("--split", choices=("validation", "test"))
+    arguments.add_argument("--count", type=int)
+    arguments.add_argument("--only", action="append", default=[], metavar="NAME", help="a variant's name")
+    parsed = arguments.parse_args()
+    config = start(parsed)
+    config |= {name: value for name in ("split", "count") if (value := getattr(parsed, name)) is not None}
+    run(config, parsed.out, parsed.only)
+
+
+if __name__ == "__main__":
+    main()
