@@ -18,7 +18,6 @@ After each variant the table is written, and a variant that a table holds alread
 from __future__ import annotations
 
 import json
-import math
 import random
 import sys
 import time
@@ -27,18 +26,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import HERE, parser, start, write
-
 import remend
-from remend.core.low_rank_hooks import frozen
+from common import HERE, parser, start, write
 from remend.data.request_files import read_requests
 from remend.editors import editor_class, make
+from remend.editors.edit_types import AnyEdit
 from remend.editors.locate_then_edit.common_questions import frames
-from remend.edit import Edit
+from remend.evaluation.interventions import shared_intervention
+from remend.evaluation.ordinary_text import OrdinaryText
 from remend.request import EditRequest, Prompt
 from remend.tasks.base import Answer, Task
-from remend.tasks.ordinary_inputs import text_windows
 
 KINDS = ("reliability", "generality", "all_phrasings", "same_object", "same_relation", "same_subject", "far")
 """The columns that are shares of prompts."""
@@ -60,33 +57,23 @@ def asked_of(request: EditRequest, given: Sequence[str]) -> list[tuple[str, Prom
 
 
 class Base:
-    """The unedited model's answers and choices, which are computed once for all variants."""
+    """The unedited model's answers, which are asked once for all variants, and what it does on ordinary text."""
 
-    def __init__(self, task: Task, text: Sequence[str], passages: int, new_tokens: int) -> None:
+    def __init__(self, task: Task, text: Sequence[str], tokens: int, new_tokens: int) -> None:
         self.task, self.new_tokens = task, new_tokens
         self.answers: dict[Prompt, Answer] = {}
-        windows = text_windows(task, text)[:passages]
-        self.text = [task.collate([window]) for window in windows]
-        with torch.no_grad(), frozen(task.model):
-            outputs = [task.outputs(batch) for batch in self.text]
-        self.choices = [output.argmax(-1) for output in outputs]
-        self.loss = self._loss(outputs)
+        self.text = OrdinaryText(task, text, tokens)
 
     def ask(self, prompts: Sequence[Prompt]) -> None:
         """Keep the unedited model's answers."""
         missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.answers))
         self.answers |= zip(missing, self.task.predict(missing, self.new_tokens), strict=True)
 
-    def on_text(self, edit: Edit) -> tuple[float, float]:
+    def on_text(self, edit: AnyEdit) -> tuple[float, float]:
         """Return the share of choices that stay with an edit, and the ratio of perplexities."""
-        with torch.no_grad(), frozen(self.task.model), edit.applied(self.task.model):
-            outputs = [self.task.outputs(batch) for batch in self.text]
-        same = torch.cat([out.argmax(-1) == old for out, old in zip(outputs, self.choices, strict=True)])
-        return float(same.float().mean()), math.exp(self._loss(outputs) - self.loss)
-
-    def _loss(self, outputs: Sequence[torch.Tensor]) -> float:
-        log_p = [self.task.distribution.log_prob(o, b.target) for o, b in zip(outputs, self.text, strict=True)]
-        return -float(torch.cat(log_p).mean())
+        (elsewhere,) = self.text.measure(shared_intervention(self.task, edit, 1))
+        assert elsewhere.perplexity_ratio is not None
+        return elsewhere.stays.mean, elsewhere.perplexity_ratio.mean
 
 
 def measure(
@@ -178,7 +165,7 @@ def run(config: Mapping[str, Any], out: Path, only: Sequence[str]) -> None:
         (HERE.parent / config[name]).read_text(encoding="utf-8").splitlines() for name in ("text", "perplexity_text")
     ]
     text, other = ([line.strip() for line in of_file if len(line) > 200] for of_file in lines)
-    base = Base(task, other, config["passages"], config["new_tokens"])
+    base = Base(task, other, config["text_tokens"], config["new_tokens"])
     done: list[dict[str, Any]] = json.loads(out.read_text())["results"] if out.exists() else []
     for variant in config["variants"]:
         if (only and variant["name"] not in only) or any(result["variant"] == variant for result in done):

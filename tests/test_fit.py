@@ -1,5 +1,7 @@
 """The training-free editor: edits take as units and as low rank, answer only their subject, and find a subject."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,14 +9,21 @@ import families
 import remend
 import worlds
 from remend.core.low_rank_hooks import frozen
+from remend.core.response import LINEAR
 from remend.editors import load_editor
+from remend.editors.locate_then_edit import common_questions
+from remend.editors.locate_then_edit.common_questions import CommonQuestions, statement_of
 from remend.editors.locate_then_edit.fit import Fit, FitConfig
+from remend.editors.locate_then_edit.lookalike_names import lookalikes
 from remend.editors.locate_then_edit.subject_finder import find_subject
-from remend.errors import ConfigError, RequestError
-from remend.request import EditRequest
+from remend.editors.locate_then_edit.subject_prompts import PromptContexts, join_contexts
+from remend.editors.locate_then_edit.value_optimization import NormalizedDescent
+from remend.errors import ConfigError, FileError, RequestError
+from remend.request import EditRequest, as_completion
 from remend.tasks import wrap
 from remend.tasks.base import Example
 from remend.tasks.cached_prefix import CachedPrefix
+from remend.tasks.own_words import TARGET_AS_GIVEN
 
 KINDS = {"decoder": "llama", "with biases": "gpt2", "encoder-decoder": "t5-gated", "classifier": "bert, many classes"}
 
@@ -136,3 +145,93 @@ def test_an_unnamed_subject_makes_the_same_edit():
     one, other = (editor.edit(task, [r]) for r in (named, named.model_copy(update={"subject": None})))
     for change, same in zip(one.changes.values(), other.changes.values(), strict=True):
         assert torch.equal(change.delta, same.delta)
+
+
+@pytest.fixture
+def small_bank(monkeypatch):
+    """Common questions that a tiny model can be taught: on capitals, and on something else."""
+    bank = {
+        "reference_subjects": worlds.COUNTRIES[:6],
+        "questions": {
+            "capital": {"statements": worlds.PHRASINGS, "questions": ["Which city rules {} ?"]},
+            "other": {"statements": ["The {} of", "It has {} the"], "questions": ["Which is {} ?"]},
+        },
+    }
+    monkeypatch.setattr(common_questions, "_bank", lambda: bank)
+    common_questions.frames.cache_clear()
+    yield bank["questions"]
+    common_questions.frames.cache_clear()
+
+
+def test_common_questions_tell_what_asks_the_same(small_bank):
+    """Of a model that knows capitals in several phrasings, those are the same question and nothing else is."""
+    task = families.task("llama")
+    pairs = [
+        (as_completion(text.replace("{}", country), ""), worlds.CITIES[(number + shift) % len(worlds.CITIES)])
+        for number, country in enumerate(worlds.COUNTRIES)
+        for shift, name in enumerate(small_bank)
+        for text in small_bank[name]["statements"]
+    ]
+    worlds.teach(task, task.collate([task.encode(prompt, answer) for prompt, answer in pairs]))
+    asked = CommonQuestions.measure(task)
+    similar = asked.similarity(task, "The capital of {} is")
+    assert [value > 0.3 for value in similar.tolist()] == [True] * 3 + [False] * 2
+    request = EditRequest(prompt="The capital of France is", target="Rome", subject="France")
+    phrasings, others = asked.choose(task, request)
+    assert set(phrasings) == {text.replace("{}", "France") for text in worlds.PHRASINGS[1:]}
+    assert others == ["The France of"]
+
+
+def test_what_was_asked_belongs_to_the_questions(small_bank, tmp_path):
+    editor = Fit.create(families.task("llama"), text=families.TEXT)
+    path = editor.save(tmp_path / "editor")
+    small_bank["capital"]["statements"] = worlds.PHRASINGS[::-1]
+    with pytest.raises(FileError, match="other questions"):
+        load_editor(path)
+
+
+def test_a_question_is_known_by_the_statement_around_its_answer():
+    asked = EditRequest(prompt="What is the capital of Peru?", target="Rome", subject="Peru")
+    assert statement_of(asked) is None
+    sentence = asked.model_copy(update={"target": "The capital of Peru is Rome.", TARGET_AS_GIVEN: "Rome"})
+    assert statement_of(sentence) == "The capital of {} is"
+
+
+def test_names_that_end_alike_are_not_answered(world):
+    """The direction of an edit answers its subject's key, and not that of another name with the same last word."""
+    task, _ = world
+    if not task.causal:
+        pytest.skip("a decoder is enough")
+    request = EditRequest(prompt="The capital of Costa Rica is", target="Rome", subject="Costa Rica")
+    found = list(lookalikes(task, request))
+    assert len(found) == len({example.input for example, _ in found}) > 8
+    editor = Fit.create(task, text=families.TEXT)
+    (contexts,) = editor.encode(task, [request])
+    keys = editor.keys_at(task, editor.key_layer, list(zip(contexts.all_examples, contexts.all_positions, strict=True)))
+    unlike = editor.keys_at(task, editor.key_layer, contexts.lookalikes)
+    plain, against = (
+        editor._direction(task, keys, replace(contexts, lookalikes=given), LINEAR)
+        for given in ((), contexts.lookalikes)
+    )
+    for u in (plain, against):
+        assert float((keys @ u).mean()) == pytest.approx(1, abs=1e-3)
+    assert (unlike @ against).square().mean() < (unlike @ plain).square().mean()
+
+
+def test_normalized_descent_takes_steps_of_one_length():
+    values = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    optimizer = NormalizedDescent(values, length=0.5, momentum=0.5)
+    for gradient, expected in (
+        ([[300.0, 400.0], [1e-9, 0.0]], [[2.7, 3.6], [0.5, 0.0]]),
+        ([[-30.0, -40.0], [-1e-9, 0.0]], [[2.4, 3.2], [1.0, 0.0]]),  # half of the direction before outweighs the first
+    ):
+        values.grad = torch.tensor(gradient)
+        optimizer.step()
+        torch.testing.assert_close(values, torch.tensor(expected))
+
+
+def test_one_subject_s_requests_keep_nothing_that_another_of_them_changes():
+    example = [Example((i,), (0,)) for i in range(4)]
+    first = PromptContexts((example[0],), (0,), (example[1], example[2]), (0, 0))
+    second = PromptContexts((example[1],), (0,), (example[2], example[3]), (0, 0))
+    assert join_contexts([first, second]).kept == (example[2],)

@@ -36,6 +36,9 @@ SAME_FROM, SHARE_OF_BEST = 0.08, 0.4
 OTHER_BELOW = 0.06
 """The greatest similarity of a statement that asks something else."""
 
+FRAMES_AT_ONCE = 8
+"""Statements that are asked together, each about all reference subjects."""
+
 MOST_PHRASINGS, MOST_OTHERS = 4, 16
 """Statements that are chosen, of those that ask the same and of those that ask something else."""
 
@@ -97,13 +100,15 @@ class CommonQuestions:
     def measure(cls, task: Task) -> CommonQuestions:
         """Ask a causal model all statements about all reference subjects."""
         subjects, statements = reference_subjects(), frames("statements")
-        tokens, probabilities = [], []
-        for number, frame in enumerate(statements):
-            report_progress("asking common questions", number, len(statements))
-            answers = next_tokens(task, [frame.about(subject) for subject in subjects])
+        tokens: list[Tensor] = []
+        probabilities: list[Tensor] = []
+        for start in range(0, len(statements), FRAMES_AT_ONCE):
+            report_progress("asking common questions", start, len(statements))
+            part = statements[start : start + FRAMES_AT_ONCE]
+            answers = next_tokens(task, [frame.about(subject) for frame in part for subject in subjects])
             top = answers.topk(min(TOP, answers.shape[1]), dim=1)
-            tokens.append(top.indices.to(torch.int32))
-            probabilities.append(top.values)
+            tokens += top.indices.to(torch.int32).view(len(part), len(subjects), -1)
+            probabilities += top.values.view(len(part), len(subjects), -1)
         return cls(torch.stack(tokens), torch.stack(probabilities))
 
     def similarity(self, task: Task, template: str) -> Float[Tensor, " frame"]:
