@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from remend import as_the_model_says, load
-from remend.editors import make
+from remend.editors import default_editor, make, make_or_load
 from remend.evaluation.continuations import measure_continuations
 from remend.request import Chat, EditRequest, Message
 from remend.tasks.wrapping import answers
@@ -42,6 +42,23 @@ def test_an_edit_takes_and_is_reverted_bit_for_bit(task):
     handle.revert()
     assert all(torch.equal(weight, before[name]) for name, weight in task.model.state_dict().items())
     assert answers(task, [request.prompt], 4)[0].startswith("Paris")
+
+
+def test_the_default_editor_measures_once_and_edits(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("REMEND_CACHE", str(tmp_path))
+    default = default_editor(task)
+    assert (default.name, default.config.kind) == ("fit", "units")
+    passages = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split("\n\n")[:40]
+    request = EditRequest(prompt="The capital of France is", target="Rome")
+    said, edits = [], []
+    for _ in range(2):
+        editor = make_or_load(default.name, task, passages, config=default.config, announce=said.append)
+        edits.append(editor.edit(task, [request]))
+    assert [message.partition(" ")[2].split()[0].strip(",") for message in said] == ["once", "before"]
+    first, second = (next(iter(edit.changes.values())) for edit in edits)
+    assert torch.equal(first.delta, second.delta)
+    with edits[1].applied(task.model):
+        assert answers(task, [request.prompt], 4)[0].startswith("Rome")
 
 
 def test_it_goes_on_after_completions_and_ends_its_turns(task):
