@@ -217,7 +217,7 @@ class CausalLM(GenerativeTask):
         """Whether the model's logits after padded prompts are those after the prompts alone; tried on the model."""
         if not self.keeps_tokens:
             return False
-        ids = torch.arange(PADDING_TRIAL, device=self.device)[None]
+        ids = torch.arange(PADDING_TRIAL, device=self.device)[None] % self.output_size
         padded = [torch.nn.functional.pad(tensor, (PADDING_TRIAL, 0)) for tensor in (ids, torch.ones_like(ids))]
         with torch.no_grad(), frozen(self.model):
             alone, with_padding = self.next_logits(ids), self.next_logits(*padded)
