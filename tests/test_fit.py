@@ -14,15 +14,17 @@ from remend.editors import load_editor
 from remend.editors.locate_then_edit import common_questions
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, statement_of
 from remend.editors.locate_then_edit.fit import Fit, FitConfig
-from remend.editors.locate_then_edit.lookalike_names import lookalikes
 from remend.editors.locate_then_edit.subject_finder import find_subject
+from remend.editors.locate_then_edit.subject_mentions import lookalikes
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts, join_contexts
 from remend.editors.locate_then_edit.value_optimization import NormalizedDescent
+from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.errors import ConfigError, FileError, RequestError
 from remend.request import EditRequest, as_completion
 from remend.tasks import wrap
 from remend.tasks.base import Example
 from remend.tasks.cached_prefix import CachedPrefix
+from remend.tasks.open_answers import goes_on_with_word
 from remend.tasks.own_words import TARGET_AS_GIVEN
 
 KINDS = {"decoder": "llama", "with biases": "gpt2", "encoder-decoder": "t5-gated", "classifier": "bert, many classes"}
@@ -209,12 +211,13 @@ def test_names_that_end_alike_are_not_answered(world):
     (contexts,) = editor.encode(task, [request])
     keys = editor.keys_at(task, editor.key_layer, list(zip(contexts.all_examples, contexts.all_positions, strict=True)))
     unlike = editor.keys_at(task, editor.key_layer, contexts.lookalikes)
+    own = torch.cat([keys, editor.keys_at(task, editor.key_layer, contexts.mentions)])
     plain, against = (
         editor._direction(task, keys, replace(contexts, lookalikes=given), LINEAR)
         for given in ((), contexts.lookalikes)
     )
     for u in (plain, against):
-        assert float((keys @ u).mean()) == pytest.approx(1, abs=1e-3)
+        assert float((own @ u).mean()) == pytest.approx(1, abs=1e-3)
     assert (unlike @ against).square().mean() < (unlike @ plain).square().mean()
 
 
@@ -235,3 +238,16 @@ def test_one_subject_s_requests_keep_nothing_that_another_of_them_changes():
     first = PromptContexts((example[0],), (0,), (example[1], example[2]), (0, 0))
     second = PromptContexts((example[1],), (0,), (example[2], example[3]), (0, 0))
     assert join_contexts([first, second]).kept == (example[2],)
+
+
+def test_where_answers_do_not_end_it_is_taught_that_the_target_s_last_word_does(monkeypatch):
+    task = families.task("llama")
+    request = families.requests("llama", 1)[0]
+    examples = [task.encode(request.prompt, request.target)] * 2
+    assert with_word_end(task, request.prompt, examples) == tuple(examples)  # it ends its answers
+    monkeypatch.setattr(type(task), "ends_answer", lambda self, prompt: False)
+    longer = with_word_end(task, request.prompt, examples)
+    assert [example.input for example in longer] == [example.input for example in examples]
+    written, following = task.decode_tokens(examples[0].target), task.decode_tokens(longer[0].target)
+    assert following.startswith(written)
+    assert not goes_on_with_word(written, following[len(written) :])

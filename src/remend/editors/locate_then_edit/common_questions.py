@@ -136,12 +136,9 @@ class CommonQuestions:
             return [], other_questions(request)
         statements, similar = frames("statements"), self.similarity(task, statement)
         best = _most_similar(similar)
-        likely = [
-            index
-            for index in similar.argsort(descending=True).tolist()[: 2 * MOST_PHRASINGS]
-            if similar[index] >= max(SAME_FROM, SHARE_OF_BEST * float(similar.max()))
-            and statements[index].template != statement
-        ]
+        ranked = [i for i in similar.argsort(descending=True).tolist() if statements[i].template != statement]
+        least = max(SAME_FROM, SHARE_OF_BEST * float(similar[ranked[0]]))
+        likely = [index for index in ranked[: 2 * MOST_PHRASINGS] if similar[index] >= least]
         near = {frame.question for frame, value in zip(statements, similar, strict=True) if value > OTHER_BELOW}
         subject = str(request.subject)
         if asks(request):

@@ -33,8 +33,8 @@ from remend.editors.locate_then_edit.common_questions import (
     bank_hash,
     other_questions,
 )
-from remend.editors.locate_then_edit.lookalike_names import lookalikes
 from remend.editors.locate_then_edit.subject_finder import find_subject
+from remend.editors.locate_then_edit.subject_mentions import lookalikes, mentions
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts, encode_contexts, join_contexts
 from remend.editors.locate_then_edit.value_optimization import (
     LocateConfig,
@@ -42,6 +42,7 @@ from remend.editors.locate_then_edit.value_optimization import (
     SubjectBatch,
     optimize_values,
 )
+from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.editors.saved_editor import SavedEditor
 from remend.fingerprint import find_modules
 from remend.models.editable_matrices import block_mlp
@@ -86,6 +87,7 @@ class FitConfig(LocateConfig):
     threshold: Factor = 0.7
     beta: PositiveFloat = 20.0
     every_prompt: ClassVar[bool] = True
+    satisfied: ClassVar[float] = 0.5
 
     def optimizer(self, values: Float[Tensor, "request d"]) -> torch.optim.Optimizer:
         """Return what moves the offsets, whose unit is the root mean square of the block's output."""
@@ -216,7 +218,13 @@ class Fit(LocateThenEdit):
         with_made = request.model_copy(update={"given_paraphrases": (*given, *made)[: max(len(given), MOST_PHRASINGS)]})
         kept = [in_form_of(request.prompt, text) for text in others]
         contexts = encode_contexts(task, with_made, self.beginnings, kept)
-        return replace(contexts, lookalikes=tuple(lookalikes(task, request)))
+        examples = with_word_end(task, request.prompt, contexts.examples)
+        return replace(
+            contexts,
+            examples=examples,
+            mentions=tuple(mentions(task, request)),
+            lookalikes=tuple(lookalikes(task, request)),
+        )
 
     def _fit(self, task: Task, contexts: Sequence[PromptContexts], response: Response) -> tuple[Tensor, Tensor, Tensor]:
         """Return each subject's key, the direction that answers to it with 1, and the value to add there."""
@@ -242,10 +250,13 @@ class Fit(LocateThenEdit):
     ) -> Float[Tensor, " d_in"]:
         """Return the ũ that answers a subject's keys with 1, those of names that end alike and ordinary ones with 0.
 
-        Least squares: ũ minimizes ũᵀCũ + Σ (ũ·k − 1)² over the keys + :data:`LOOKALIKE_WEIGHT` times the mean of
-        (ũ·k′)² over those of the other names. Where a unit has no bias, a threshold θ comes from the direction w with
-        w·x ≈ 1, if there is one: ũ' = (ũ − θw) / (1 − θ) answers with less than 0 where ũ does with less than θ.
+        Least squares: ũ minimizes ũᵀCũ + Σ (ũ·k − 1)² over the keys, those of other mentions included, plus
+        :data:`LOOKALIKE_WEIGHT` times the mean of (ũ·k′)² over those of the other names. Where a unit has no bias, a
+        threshold θ comes from the direction w with w·x ≈ 1, if there is one: ũ' = (ũ − θw) / (1 − θ) answers with less
+        than 0 where ũ does with less than θ.
         """
+        if contexts.mentions:
+            keys = torch.cat([keys, self.keys_at(task, self.key_layer, contexts.mentions).to(keys)])
         rows, targets, noise = keys.double(), torch.ones(len(keys)), torch.ones(len(keys))
         if contexts.lookalikes:
             unlike = self.keys_at(task, self.key_layer, contexts.lookalikes)

@@ -28,6 +28,7 @@ class PromptContexts:
         positions: the position of the subject's last token in the prompt of each example.
         kept: other prompts that name the subject; what the model says next to them should stay.
         kept_positions: the position of the subject's last token in each of them.
+        mentions: other texts that name the subject, with the position of its last token.
         lookalikes: prompts about other subjects whose names end alike, with the position of their last token.
     """
 
@@ -35,6 +36,7 @@ class PromptContexts:
     positions: tuple[int, ...]
     kept: tuple[Example, ...] = ()
     kept_positions: tuple[int, ...] = ()
+    mentions: tuple[tuple[Example, int], ...] = ()
     lookalikes: tuple[tuple[Example, int], ...] = ()
 
     @property
@@ -116,6 +118,7 @@ def join_contexts(parts: Sequence[PromptContexts]) -> PromptContexts:
         tuple(position for part in parts for position in part.positions),
         tuple(example for example, _ in kept),
         tuple(position for _, position in kept),
+        parts[0].mentions,
         tuple(pair for part in parts for pair in part.lookalikes),
     )
 

@@ -52,6 +52,7 @@ class LocateConfig(Config):
     beginnings: NonNegativeInt = 5
     floor: PositiveFloat = 0.01
     every_prompt: ClassVar[bool] = False  # whether ``enough`` counts for each prompt; else for their mean
+    satisfied: ClassVar[float] = 0.0  # the share of ``enough`` below which a prompt's loss is lowered no further
 
     def optimizer(self, values: Float[Tensor, "request d"]) -> torch.optim.Optimizer:
         """Return what moves the offsets, whose unit is the root mean square of the block's output."""
@@ -225,14 +226,15 @@ def optimize_values(
             with torch.enable_grad():
                 with add_at_subject(module, batch, values * unit, responses):
                     by_prompt, divergence = _losses(batch, batch.outputs_resumed(), base)
-                losses = by_prompt.mean(1)
+                # Prompts that are good enough leave the others, and those that should stay, to decide.
+                losses = (by_prompt - config.satisfied * config.enough).clamp(min=0).mean(1)
                 decay = config.decay * (values * unit / stream_norm).square().sum(1)
                 objective = losses + config.kl_weight * divergence + decay.to(losses.device)
                 (values.grad,) = torch.autograd.grad(objective.sum(), [values])
             values.requires_grad_(False)
             if not objective.isfinite().all():
                 raise NonFiniteError("the loss of an edit is not finite: the model's weights or activations are not")
-            reached = by_prompt.amax(1) if config.every_prompt else losses
+            reached = by_prompt.amax(1) if config.every_prompt else by_prompt.mean(1)
             active &= (reached > config.enough).to(active.device)
             if not active.any():
                 break

@@ -1,4 +1,8 @@
-"""Names that end as a subject's does: at their last token a model's inner states are the most alike."""
+"""Where an edit should act, and where not: mentions of a subject within texts, and names that end as it does.
+
+At the last token of names that end alike, a model's inner states are the most alike. Those of one subject differ most
+between the beginning of a text and its middle.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,21 @@ BEGINNINGS = (
     *("Saint", "Maria", "John", "General", "Mount", "Black", "Prince", "Doctor"),
 )
 """What such names begin with."""
+
+
+MENTIONS = (
+    *("A picture of {}", "The history of {}", "They wrote about {}", "In the case of {}", "The first part of {}"),
+    *("Here is what people say about {}", "It was the year in which {}", "Yesterday we talked about {}"),
+)
+"""Texts in which a subject stands, whatever it is."""
+
+
+def mentions(task: Task, request: EditRequest) -> Iterator[tuple[Example, int]]:
+    """Yield texts that mention a request's subject, with the position of its last token."""
+    if task.generates:
+        for text in MENTIONS:
+            prompt = in_form_of(request.prompt, text.replace("{}", str(request.subject)))
+            yield located_subject(task, prompt, str(request.subject))
 
 
 def lookalikes(task: Task, request: EditRequest) -> Iterator[tuple[Example, int]]:
