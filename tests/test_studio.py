@@ -14,7 +14,7 @@ import pytest
 import remend
 from remend.apps.acceptance import RejectedError
 from remend.apps.patch_registry import PatchRegistry
-from remend.apps.studio import Session, Workspace, suggest_prompts
+from remend.apps.studio import Session, Workspace, app, suggest_prompts
 from remend.apps.studio.html_fragments import answers_html, matrices_html, text_html, text_markdown, tokens_html
 from remend.apps.studio.workspace import StoppedError, format_choices
 from remend.errors import EditError, RequestError
@@ -59,6 +59,12 @@ def test_two_people_do_not_see_each_others_edits(workspace):
     one.discard(made.number)
     with pytest.raises(EditError, match="no edit 1 in this session"):
         one.get(1)
+
+
+@pytest.mark.parametrize(("target", "already"), [("Ottawa", True), ("Toronto", False)])
+def test_an_answer_that_the_model_gives_already_is_named(workspace, target, already):
+    session = Session(workspace)
+    assert ("answers so already" in app._summary(session, session.create_edit(request(target)))) == already
 
 
 def test_at_the_same_time(workspace):

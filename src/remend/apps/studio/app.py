@@ -291,6 +291,8 @@ def _summary(session: Session, session_edit: SessionEdit) -> str:
     """Say in a line or two what an edit does."""
     success = session_edit.answers[0].ok
     text = "The model takes it." if success else "**The model does not take it.**"
+    if session_edit.answers[0].already:
+        text += " The unedited model answers so already."
     if not success and (contradicting := session.contradicting(session_edit.edit.requests[0])):
         text += f" What acts already says otherwise: {', '.join(contradicting)}. Switch it off, then ask again."
     locality = [answer for answer in session_edit.answers if answer.kind in ("near", "far")]
