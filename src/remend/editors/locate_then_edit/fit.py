@@ -237,18 +237,19 @@ class Fit(LocateThenEdit):
             batch = SubjectBatch(task, part, prefix, from_subject=True)
             rows = batch.keys_of_rows(self.key_layer, modules[self.key_layer])
             keys = rows.view(batch.requests, batch.rows_per_request, -1).float()
-            u = torch.stack([self._direction(task, k, c, response) for k, c in zip(keys, part, strict=True)])
+            found = [self._direction(task, k, c, response) for k, c in zip(keys, part, strict=True)]
+            key, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
             answers = response((keys * u[:, None]).sum(-1)).flatten()
             values = optimize_values(batch, modules[self.changed_layer], block, self.config, answers)
-            parts.append((keys.mean(1), u, values))
+            parts.append((key, u, values))
         keys, u, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         place = torch.tensor(order, device=keys.device).argsort()
         return keys[place], u[place], values[place]
 
     def _direction(
         self, task: Task, keys: Float[Tensor, "prompt d_in"], contexts: PromptContexts, response: Response
-    ) -> Float[Tensor, " d_in"]:
-        """Return the ũ that answers a subject's keys with 1, those of names that end alike and ordinary ones with 0.
+    ) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_in"]]:
+        """Return the mean of a subject's keys, and the ũ that answers it with 1, other names and ordinary text with 0.
 
         Least squares: ũ minimizes ũᵀCũ + Σ (ũ·k − 1)² over the keys, those of other mentions included, plus
         :data:`LOOKALIKE_WEIGHT` times the mean of (ũ·k′)² over those of the other names. Where a unit has no bias, a
@@ -273,8 +274,7 @@ class Fit(LocateThenEdit):
         if self.config.kind == "units" and not response.threshold and at_key > CONSTANT_FROM:
             threshold = min(self.config.threshold, MOST_OF_KEY / at_key)
             u = (u - threshold * w) / (1 - threshold * at_key)
-        direction: Tensor = u.to(keys)
-        return direction
+        return mean.to(keys), u.to(keys)
 
     def _response(self, task: Task) -> Response:
         """Return how the edit's factor pairs answer."""
