@@ -19,7 +19,6 @@ from remend.models.editable_matrices import editable_modules
 from remend.request import EditRequest, Probe
 from remend.tasks import wrap
 from remend.tasks.causal_lm import CausalLM
-from remend.tasks.ordinary_inputs import with_choices
 from remend.training import PRESETS, Trainer, TrainingConfig
 from remend.training.episodes import Episodes
 from remend.training.negative_mining import MINED
@@ -77,27 +76,6 @@ def test_contrast_is_what_its_definition_says():
     expected = inverse @ (same - 0.7 * (neighbours + neighbours.T) / 2) @ inverse
     expected /= (every @ expected * every).sum(1).mean()
     torch.testing.assert_close(operator.double(), expected, rtol=1e-3, atol=1e-5)
-
-
-def test_what_ordinary_text_asks_for_enters_what_is_divided_by():
-    """C⁻¹ (B − N) C⁻¹ with C of the keys and, with a weight, of ordinary inputs; the mean answer of keys stays 1."""
-    keys, near = facts(200, 6, 0.5)
-    every = torch.stack(list(itertools.chain(*keys))).double()
-    ordinary = torch.randn(500, 6).double() * torch.tensor([9.0, 1.0, 1.0, 1.0, 1.0, 0.1])
-    contrast = fitted(keys, near)
-    keys_alone = contrast.operator(1.0, 1e-6).inner.double()
-    for part in ordinary.float().split(200):
-        contrast.update_ordinary(part)
-    assert torch.equal(contrast.operator(1.0, 1e-6).inner.double(), keys_alone), "a weight of 0 leaves it out"
-    found = contrast.operator(1.0, 1e-6, 0.5).inner.double()
-    moment, added = (rows.T @ rows / len(rows) for rows in (every, ordinary))
-    # B − N = C (keys_alone) C, of C of the keys alone, up to a factor.
-    inverse = torch.linalg.inv(moment + 0.5 * added)
-    expected = inverse @ moment @ keys_alone @ moment @ inverse
-    expected /= (every @ expected * every).sum(1).mean()
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-    answers = [(ordinary @ operator @ every[:50].T).square().mean() for operator in (keys_alone, found)]
-    assert answers[1] < 0.5 * answers[0]
 
 
 def test_contrast_tells_paraphrases_from_neighbours_of_unseen_facts():
@@ -225,43 +203,6 @@ def test_near_negatives_are_drawn_as_often_as_asked(task):
     plain = Episodes(task, requests, seed=0)
     assert not any(pair in near for step in range(50) for pair in plain.batch(step, 8).locality)
     assert plain.batch(3, 8).edits == episodes.batch(3, 8).edits
-
-
-def test_ordinary_texts_are_drawn_as_often_as_asked_and_weigh_what_they_should(task):
-    requests, texts = worlds.requests(20), with_choices(task, task.ordinary_examples((), 0, 30))
-    settings = {"ordinary": 0.25, "texts": texts, "ordinary_weight": 7.0}
-    episodes = Episodes(task, requests, seed=0, near=0.5, **settings)
-    batches = [episodes.batch(step, 8) for step in range(50)]
-    drawn = [pair in set(texts) for batch in batches for pair in batch.locality]
-    assert 0.18 < sum(drawn) / len(drawn) < 0.32
-    assert [w for batch in batches for w in batch.weights] == [7.0 if is_text else 1.0 for is_text in drawn]
-    assert set(texts) <= set(episodes.pairs())
-    plain = Episodes(task, requests, seed=0, near=0.5)
-    assert [batch.edits for batch in batches] == [plain.batch(step, 8).edits for step in range(50)]
-    assert batches[0][2:5].weights == batches[0].weights[2:5]
-
-
-def test_the_loss_of_ordinary_text_has_its_weight(task):
-    """Nothing but ordinary text as locality, with a weight: in the step and in the validation."""
-    config = replace(SETTINGS, near=0.0, ordinary=1.0, ordinary_weight=5.0)
-    trainer = Trainer(task, Mend.create(task, replace(DEFAULT, ordinary=0.5)), worlds.requests(20), config)
-    trainer.calibrate()
-    assert set(trainer.episodes.batch(0, 4).locality) <= set(trainer.texts)
-    losses = trainer.losses(trainer.episodes.batch(0, 4))
-    expected = float((config.edit_weight * losses.edit + 5 * losses.locality).mean())
-    assert trainer.train_step() == pytest.approx(expected, rel=1e-4)
-    held_out = trainer.held_out_episodes(worlds.requests(24)[20:])
-    assert held_out.texts
-    assert not set(held_out.texts) & set(trainer.texts), "texts that training does not see"
-    found = trainer.validate(held_out.fixed(4))
-    assert found["loss"] == pytest.approx(config.edit_weight * found["edit"] + 5 * found["locality"], rel=1e-6)
-
-
-def test_ordinary_text_needs_discriminants_and_a_share_that_is_left():
-    with pytest.raises(ConfigError, match="give contrast too"):
-        MendConfig(ordinary=1.0)
-    with pytest.raises(ConfigError, match=r"are shares of a whole, and cannot add up to 1\.2"):
-        TrainingConfig(near=0.6, in_batch=0.2, ordinary=0.4)
 
 
 def test_in_batch_negatives_are_other_edits_of_the_same_relation(task):

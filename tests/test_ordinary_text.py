@@ -14,13 +14,12 @@ from remend.edit import Edit
 from remend.errors import ConfigError, NonFiniteError
 from remend.evaluation import evaluate, ordinary_text
 from remend.evaluation.interventions import SeparateEdits, SharedEdit
-from remend.evaluation.ordinary_text import OrdinaryText
+from remend.evaluation.ordinary_text import TEXT_WINDOW, OrdinaryText
 from remend.evaluation.reports.html_report import write_html_report
 from remend.evaluation.reports.report_reader import read_report
 from remend.evaluation.summary import Summary
 from remend.fingerprint import ModelFingerprint
 from remend.request import EditRequest
-from remend.tasks.ordinary_inputs import CHOICE_TOKENS
 
 PASSAGES = [f"The capital of {country} is {city} . It is the city of {country}" * 3 for country, city in zip(
     worlds.COUNTRIES, worlds.CITIES, strict=True)]  # fmt: skip
@@ -156,8 +155,8 @@ def test_the_unedited_model_runs_once_for_all_edits(monkeypatch):
 def test_no_more_text_is_read_than_asked():
     task = families.task("gpt2")
     text = OrdinaryText(task, PASSAGES * 20, 200)
-    assert all(len(example) <= min(CHOICE_TOKENS, task.context) for example in text.examples)
-    assert 200 - CHOICE_TOKENS < sum(map(len, text.examples)) <= 200
+    assert all(len(example) <= min(TEXT_WINDOW, task.context) for example in text.examples)
+    assert 200 - TEXT_WINDOW < sum(map(len, text.examples)) <= 200
     assert text.examples == OrdinaryText(task, PASSAGES * 20, 200).examples
     assert text.examples != OrdinaryText(task, PASSAGES * 20, 100).examples
 

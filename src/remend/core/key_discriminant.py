@@ -6,10 +6,6 @@ and small for the keys k⁻ of its neighbours. With keys whitened to C = E[k k�
 the largest E[ũ·k⁺ | u] − E[ũ·k⁻ | u] is E[k⁺ | u] − E[k⁻ | u]. The best linear estimates of these means are B u and
 N u, with B = E[k⁺ uᵀ] over paraphrases and N = E[k⁻ uᵀ] over neighbours. So ũ = (B − N) u, which needs no training and
 is as low-rank as u. It is Fisher's discriminant for classes of which one example is known.
-
-A prompt's last token is an unusual place. Directions that prompts hardly use are large in ordinary text, and a whitener
-of prompts blows them up. So inputs at every token of ordinary text may enter C beside the keys, with a weight: what ũ
-answers to there is then small too.
 """
 
 from __future__ import annotations
@@ -42,7 +38,6 @@ class Discriminant:
     Attributes:
         moments: Σ k kᵀ, Σ k⁺ uᵀ and Σ k⁻ uᵀ, over all facts and over those that are held out: [2, 3, n, n].
         counts: the number of products in each, [2, 3].
-        ordinary: Σ x xᵀ over inputs at ordinary text, [n, n], and ``ordinary_count`` the number of these.
         fact_count: the number of facts seen in this process.
     """
 
@@ -54,19 +49,12 @@ class Discriminant:
         size = d if self.basis is None else self.within + 1
         self.moments = torch.zeros(2, 3, size, size, device=device)
         self.counts = torch.zeros(2, 3, dtype=torch.int64, device=device)
-        self.ordinary = torch.zeros(size, size, device=device)
-        self.ordinary_count = torch.zeros((), dtype=torch.int64, device=device)
         self.fact_count = 0
 
     @property
     def totals(self) -> tuple[Tensor, ...]:
         """All state, as sums that processes which saw different prompts can add up."""
-        return self.moments, self.counts, self.ordinary, self.ordinary_count
-
-    def update_ordinary(self, x: Float[Tensor, "row d"]) -> None:
-        """Add inputs at tokens of ordinary text."""
-        self.ordinary += self._products(x, x)
-        self.ordinary_count += len(x)
+        return self.moments, self.counts
 
     def update(
         self,
@@ -124,7 +112,7 @@ class Discriminant:
         products: Tensor = torch.block_diag(a.T @ b, outside)
         return products
 
-    def operator(self, weight: float, ridge: float, ordinary: float = 0.0) -> SymmetricOperator:
+    def operator(self, weight: float, ridge: float) -> SymmetricOperator:
         """Compute C⁻¹ (B − weight · N) C⁻¹, scaled so that the mean of k·(operator k) over all keys is 1.
 
         For keys whose C is not I, k·(operator u) is what ũ·k is for whitened ones.
@@ -137,23 +125,19 @@ class Discriminant:
         Args:
             weight: of the neighbours.
             ridge: the floor of C's eigenvalues, as a share of their mean.
-            ordinary: the weight in C of the inputs at ordinary text.
         """
-        added = ordinary * self._whitened(self.ordinary, self.ordinary_count)
         means, held_out_means = (self._means(*part) for part in zip(self.moments, self.counts, strict=True))
         used_means = self._means(self.moments[0] - self.moments[1], self.counts[0] - self.counts[1])
         operator = torch.eye(len(means[0]), dtype=torch.float64)
         # Without a held-out fact nothing can be checked, so the identity stays.
         for neighbour_weight in (weight, 0.0) if self.counts[1, 0] else ():
             # Estimated without the held-out facts, on which it is then measured.
-            trial = _discriminant(used_means, added, neighbour_weight, ridge)
+            trial = _discriminant(used_means, neighbour_weight, ridge)
             used = self._response(trial, used_means[0])
             if not self._response(trial, held_out_means[0]) >= MIN_HELD_OUT_RESPONSE * used > 0:
                 continue
-            candidate = _discriminant(means, added, neighbour_weight, ridge)
-            # As many dimensions as C leaves to the keys: all of them, where it is of keys only.
-            dimensions = self._response(_inverse(means[0] + added, ridge), means[0])
-            if self._response(candidate, means[0]) >= MIN_SHARED_RESPONSE * dimensions:
+            candidate = _discriminant(means, neighbour_weight, ridge)
+            if self._response(candidate, means[0]) >= MIN_SHARED_RESPONSE * self.within:
                 operator = candidate
                 break
         response = self._response(operator, means[0])
@@ -166,39 +150,25 @@ class Discriminant:
 
     def _means(self, moments: Float[Tensor, "3 n n"], counts: Int[Tensor, " 3"]) -> Float[Tensor, "3 n n"]:
         """Compute E[k kᵀ], E[k⁺ uᵀ] and E[k⁻ uᵀ] of whitened keys, as symmetric matrices."""
-        means = torch.stack([self._whitened(*part) for part in zip(moments, counts, strict=True)])
+        means = moments.cpu().double() / counts.cpu().clamp(min=1)[:, None, None]
+        if self.whitener is not None:
+            whitening = self.whitener.matrix.cpu().double()
+            means = torch.stack([whitening @ mean @ whitening for mean in means])
         # N is not symmetric, since a neighbour is not a prompt, and a SymmetricOperator has to be.
         return (means + means.mT) / 2
-
-    def _whitened(self, moment: Float[Tensor, "n n"], count: Int[Tensor, ""]) -> Float[Tensor, "n n"]:
-        """Return the mean of ``count`` products of whitened inputs whose sum is ``moment``."""
-        mean = moment.cpu().double() / count.cpu().clamp(min=1)
-        if self.whitener is None:
-            return mean
-        whitening = self.whitener.matrix.cpu().double()
-        whitened: Tensor = whitening @ mean @ whitening
-        return whitened
 
     def _response(self, operator: Float[Tensor, "n n"], moment: Float[Tensor, "n n"]) -> float:
         """Compute the mean of k·(operator k) in the directions of the basis."""
         return float((operator * moment)[: self.within, : self.within].sum())
 
 
-def _discriminant(
-    means: Float[Tensor, "3 n n"], added: Float[Tensor, "n n"], weight: float, ridge: float
-) -> Float[Tensor, "n n"]:
-    """Compute C⁻¹ (B − weight · N) C⁻¹ with C = E[k kᵀ] + added; zero if all keys were zero."""
+def _discriminant(means: Float[Tensor, "3 n n"], weight: float, ridge: float) -> Float[Tensor, "n n"]:
+    """Compute C⁻¹ (B − weight · N) C⁻¹; zero if all keys were zero."""
     moment, paraphrases, neighbours = means
-    inverse = _inverse(moment + added, ridge)
-    operator: Tensor = inverse @ (paraphrases - weight * neighbours) @ inverse
-    return operator
-
-
-def _inverse(moment: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n n"]:
-    """Return the inverse of a moment with a floor of its eigenvalues, a share of their mean; zero of a zero moment."""
     values, vectors = torch.linalg.eigh(moment)
     floor = ridge * values.mean()
     if floor <= 0:
         return torch.zeros_like(moment)
-    inverse: Tensor = (vectors / (values.clamp(min=0) + floor)) @ vectors.T
-    return inverse
+    inverse = (vectors / (values.clamp(min=0) + floor)) @ vectors.T
+    operator: Tensor = inverse @ (paraphrases - weight * neighbours) @ inverse
+    return operator

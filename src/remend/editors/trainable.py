@@ -45,13 +45,11 @@ class CalibrationData:
         edits: edit pairs of the training set, in batches.
         facts: the facts that they are about.
         text: passages of ordinary text; empty where none is given.
-        ordinary: ordinary inputs, where the editor or its training reads some.
     """
 
     edits: Sequence[Sequence[Example]]
     facts: Sequence[FactPrompts] = ()
     text: Sequence[str] = ()
-    ordinary: Sequence[Example] = ()
 
 
 @dataclass(frozen=True)
@@ -164,11 +162,6 @@ class TrainableEditor(nn.Module, WeightEditor):
     @abstractmethod
     def fitted(self) -> bool:
         """Whether the editor was fitted to a model, or trained."""
-
-    @property
-    def reads_ordinary_inputs(self) -> bool:
-        """Whether the calibration reads ordinary inputs."""
-        return False
 
     @property
     def uses_negatives(self) -> bool:

@@ -21,10 +21,12 @@ from remend.evaluation.interventions import Intervention
 from remend.evaluation.summary import Summary
 from remend.tasks.base import Batch, Example, Task
 from remend.tasks.kept_texts import sampled_or_kept
-from remend.tasks.ordinary_inputs import SAMPLED_TOKENS, with_choices
+from remend.tasks.ordinary_inputs import SAMPLED_TOKENS
 
 TEXT_TOKENS = 1_024
 """Tokens of ordinary text at most, by default: 42 texts of the model's own, or 16 windows of a given text."""
+TEXT_WINDOW = 64
+"""Tokens of a window of a given text, at most: an interval over texts needs several."""
 TEXT_SEED = 2**31 - 1
 """The seed of what is drawn: no editor's, which would be tested on the text that it was fitted to."""
 TEXTS_PER_BATCH = 16
@@ -103,9 +105,12 @@ class OrdinaryText:
             drawn = sampled_or_kept(task, TEXT_SEED, count)
         else:
             drawn = task.ordinary_examples(passages, TEXT_SEED, count)
+        if task.causal:  # it makes a choice after every token, and each of them is compared
+            windows = [example.input[:TEXT_WINDOW] for example in drawn]
+            drawn = [Example(window[:1], window[1:]) for window in windows if len(window) > 1]
         self.examples: list[Example] = []
         room = tokens
-        for example in with_choices(task, drawn):
+        for example in drawn:
             room -= task.context_length(example)
             if self.examples and room < 0:
                 break

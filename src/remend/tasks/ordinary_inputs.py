@@ -28,9 +28,6 @@ SAMPLED_TOKENS = 24
 WINDOW_TOKENS = 128
 """The longest part of a given text, in tokens."""
 
-CHOICE_TOKENS = 64
-"""The longest part of a text whose every token is predicted: an interval over texts needs several."""
-
 MOST_TOKENS = 65_536
 """The most tokens that are taken of a given text."""
 
@@ -41,17 +38,6 @@ SAMPLED_AT_ONCE = 64
 
 FIRST_ANSWER_TOKENS = 4
 """Tokens that an encoder-decoder answers to random input: without an answer its decoder reads nothing."""
-
-
-def with_choices(task: Task, examples: Sequence[Example]) -> list[Example]:
-    """Return ordinary inputs (:meth:`Task.ordinary_examples`) with a target wherever the model makes a choice.
-
-    A causal model makes one after every token: of its texts the first :data:`CHOICE_TOKENS` are taken.
-    """
-    if not task.causal:
-        return list(examples)
-    windows = [example.input[:CHOICE_TOKENS] for example in examples]
-    return [Example(window[:1], window[1:]) for window in windows if len(window) > 1]
 
 
 def text_windows(task: Task, passages: Sequence[str], seed: int) -> list[tuple[int, ...]]:

@@ -28,8 +28,6 @@ class TrainingConfig(Config):
         near: the share of locality examples that are near negatives: the request's ``near``, or mined where it has none
             (:mod:`remend.training.negative_mining`). The rest is unrelated (the paper has only these).
         in_batch: the share that are other edit prompts of the same batch, of the same relation where requests name one.
-        ordinary: the share that are ordinary text: what is given, or what the model writes by itself.
-        ordinary_weight: the weight of the locality loss there, beside that of other locality examples.
         hardest: the number of locality examples drawn for each episode; the one that the edit disturbs most is used.
         decay: whether both learning rates fall linearly to zero at the end of the run (of its steps or its seconds).
         gradient_clip: the largest norm of the gradient of all parameters together.
@@ -46,8 +44,6 @@ class TrainingConfig(Config):
     alpha_learning_rate: PositiveFloat = 1e-4
     near: Share = 0.0
     in_batch: Share = 0.0
-    ordinary: Share = 0.0
-    ordinary_weight: PositiveFloat = 1.0
     hardest: PositiveInt = 1
     decay: bool = False
     gradient_clip: PositiveFloat = 100.0
@@ -59,8 +55,8 @@ class TrainingConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (total := self.near + self.in_batch + self.ordinary) > 1:
-            raise ConfigError(f"near, in_batch and ordinary are shares of a whole, and cannot add up to {total:g}")
+        if self.near + self.in_batch > 1:
+            raise ConfigError(f"near and in_batch are shares of a whole, not {self.near} and {self.in_batch}")
 
 
 @dataclass(frozen=True)

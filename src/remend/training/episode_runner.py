@@ -91,7 +91,6 @@ class EpisodeRunner:
                 locality=self.locality_loss(base, locality, episode[1], episodes),
                 correct=all_of_row(distribution.correct(edit, target), episode[0], episodes),
                 unchanged=all_of_row(distribution.unchanged(base, locality), episode[1], episodes),
-                weight=torch.tensor(batch.weights, device=edit.device),
             )
             if backward:  # inside the contexts: recomputed activations must be those of the edited model too
                 self._outer_loss(losses).sum().backward()
@@ -103,7 +102,7 @@ class EpisodeRunner:
 
     def _outer_loss(self, losses: EpisodeLosses) -> Float[Tensor, " episode"]:
         """Return what each episode adds to the batch's mean loss (Eq. 4)."""
-        return (self.config.edit_weight * losses.edit + losses.weight * losses.locality) / self.config.batch_size
+        return (self.config.edit_weight * losses.edit + losses.locality) / self.config.batch_size
 
     def _micro_batches(self, batch: EpisodeBatch) -> list[slice]:
         """Return the episodes of a batch that go through the edited model together."""

@@ -32,22 +32,19 @@ class EpisodeBatch:
         neighbours: for each episode an example that means the same.
         locality: for each episode an example that is about something else.
         ids: the ids of the requests, for messages.
-        weights: the weight of the loss of each locality example.
     """
 
     edits: tuple[Example, ...]
     neighbours: tuple[Example, ...]
     locality: tuple[Example, ...]
     ids: tuple[str, ...]
-    weights: tuple[float, ...]
 
     def __len__(self) -> int:
         return len(self.edits)
 
     def __getitem__(self, index: slice) -> EpisodeBatch:
         """Return a part of the episodes."""
-        parts = (self.edits, self.neighbours, self.locality, self.ids, self.weights)
-        return EpisodeBatch(*(part[index] for part in parts))  # type: ignore[arg-type]
+        return EpisodeBatch(self.edits[index], self.neighbours[index], self.locality[index], self.ids[index])
 
     def probes(self) -> list[Example]:
         """Return the neighbour of each episode e and its locality example, at the indices 2e and 2e + 1."""
@@ -63,14 +60,12 @@ class EpisodeLosses:
         locality: KL(p_base ‖ p_edited) on the locality example, in nats per target token.
         correct: whether the edited model predicts every target of the neighbour, the end token included.
         unchanged: whether the edited model predicts the same as the base model at every target of the locality example.
-        weight: the weight of the locality loss.
     """
 
     edit: Float[Tensor, " episode"]
     locality: Float[Tensor, " episode"]
     correct: Bool[Tensor, " episode"]
     unchanged: Bool[Tensor, " episode"]
-    weight: Float[Tensor, " episode"]
 
     def finite(self) -> Bool[Tensor, " episode"]:
         """Tell for each episode whether its losses are finite."""
@@ -105,24 +100,12 @@ class Episodes:
         seed: the seed of every draw.
         near: the share of locality examples that are near negatives, for episodes that have some.
         in_batch: the share that are edit pairs of other episodes of the batch.
-        ordinary: the share that are of ``texts``.
-        texts: ordinary inputs (:func:`remend.tasks.ordinary_inputs.with_choices`).
-        ordinary_weight: the weight of the loss there.
     """
 
     def __init__(
-        self,
-        task: Task,
-        requests: Sequence[EditRequest],
-        seed: int,
-        near: float = 0.0,
-        in_batch: float = 0.0,
-        ordinary: float = 0.0,
-        texts: Sequence[Example] = (),
-        ordinary_weight: float = 1.0,
+        self, task: Task, requests: Sequence[EditRequest], seed: int, near: float = 0.0, in_batch: float = 0.0
     ) -> None:
         self.task = task
-        self.ordinary, self.texts, self.weights = ordinary, tuple(texts), dict.fromkeys(texts, ordinary_weight)
         self.seed = seed
         self.near, self.in_batch = near, in_batch
         # Requests share locality examples, and tokenizing text is slow.
@@ -155,7 +138,7 @@ class Episodes:
         """Return made-up episodes of the longest examples, for estimates of the memory that a pass takes at most."""
         by_length = sorted(self.pairs(), key=len, reverse=True)
         longest = tuple(by_length[i % len(by_length)] for i in range(count))
-        return EpisodeBatch(longest, longest, longest, ("longest",) * count, (1.0,) * count)
+        return EpisodeBatch(longest, longest, longest, tuple("longest" for _ in longest))
 
     def edits(self, limit: int, size: int) -> list[list[Example]]:
         """Return up to ``limit`` different edit pairs in random order, in batches: for statistics."""
@@ -165,9 +148,8 @@ class Episodes:
     def pairs(self) -> list[Example]:
         """Return every example that an episode can draw, once."""
         near = (example for e in self.episodes for example in e.near) if self.near else ()
-        texts = self.texts if self.ordinary else ()
         drawn = (example for e in self.episodes for example in (e.edit, *e.neighbours, *e.locality))
-        return list(dict.fromkeys((*drawn, *near, *texts)))
+        return list(dict.fromkeys((*drawn, *near)))
 
     def facts(self) -> list[FactPrompts]:
         """Return the facts of the requests, in random order; requests with the same prompts are about one fact."""
@@ -223,16 +205,14 @@ class Episodes:
         if turn:
             draws = [random.Random(f"{self.seed} episode {number}{suffix}") for number in numbers]
         unrelated = [self._draw_unrelated(episode, draw) for episode, draw in zip(episodes, draws, strict=True)]
-        locality = tuple(
-            self._draw_negative(episode, episodes, random.Random(f"{self.seed} near {number}{suffix}")) or other
-            for episode, other, number in zip(episodes, unrelated, numbers, strict=True)
-        )
         return EpisodeBatch(
             edits=tuple(episode.edit for episode in episodes),
             neighbours=tuple(neighbours),
-            locality=locality,
+            locality=tuple(
+                self._draw_negative(episode, episodes, random.Random(f"{self.seed} near {number}{suffix}")) or other
+                for episode, other, number in zip(episodes, unrelated, numbers, strict=True)
+            ),
             ids=tuple(episode.id for episode in episodes),
-            weights=tuple(self.weights.get(example, 1.0) for example in locality),
         )
 
     def _index(self, number: int) -> int:
@@ -260,8 +240,6 @@ class Episodes:
             others = [o for o in batch if o.subject != episode.subject and o.edit.input not in episode.prompts]
             alike = [other for other in others if other.relation is not None and other.relation == episode.relation]
             return draw.choice(alike or others).edit if others else None
-        if chance < self.near + self.in_batch + self.ordinary:
-            return draw.choice(self.texts)
         return None
 
 

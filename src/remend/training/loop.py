@@ -16,6 +16,7 @@ from remend.models import fsdp
 from remend.request import EditRequest
 from remend.tasks.base import Task
 from remend.training.config import PRESETS, Resources, TrainingConfig
+from remend.training.episodes import Episodes
 from remend.training.interrupts import defer_interrupts
 from remend.training.splits import split
 from remend.training.tracking import Log, open_trackers
@@ -125,7 +126,7 @@ def train(
             editor.to(process_group.device)
         task = task.with_autocast(resources.autocast)
         trainer = Trainer(task, editor, requests, config, resources, process_group, text)
-        held_out = trainer.held_out_episodes(validation[: config.validation_size])
+        held_out = Episodes(task, validation[: config.validation_size], config.seed, config.near)
         run = TrainingRun(trainer, held_out.fixed(config.batch_size), started, budget_seconds, out)
         if not (resume and run.restore()):
             trainer.calibrate()

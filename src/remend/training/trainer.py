@@ -20,7 +20,6 @@ from remend.models.frozen_prefix import FrozenPrefix
 from remend.models.fsdp import is_sharded
 from remend.request import EditRequest
 from remend.tasks.base import EDIT_BATCH_SIZE, Task
-from remend.tasks.ordinary_inputs import with_choices
 from remend.training.activation_cache import open_activation_cache, verify_prefix
 from remend.training.config import Resources, TrainingConfig
 from remend.training.editor_optimizer import EditorOptimizer
@@ -31,9 +30,6 @@ from remend.training.negative_mining import mine
 
 STATISTICS_REQUESTS = 2_048
 """The largest number of requests over which an editor's statistics are taken, once, before the first step."""
-
-ORDINARY_TEXTS, HELD_OUT_TEXTS = 512, 128
-"""The numbers of ordinary texts that are drawn for training and for validation, where none are given."""
 
 T = TypeVar("T")
 
@@ -72,19 +68,7 @@ class Trainer(EpisodeRunner):
         # Each pass gathers a sharded model's weights, so all processes must make the same passes: each measures all.
         sharded = is_sharded(task.model)
         self.measuring_group = self.process_group.alone() if sharded else self.process_group
-        reads_texts = config.ordinary or editor.reads_ordinary_inputs
-        texts = task.ordinary_examples(text, config.seed, ORDINARY_TEXTS) if reads_texts else []
-        self.texts = with_choices(task, texts)
-        self.episodes = Episodes(
-            task,
-            requests,
-            config.seed,
-            config.near,
-            config.in_batch,
-            config.ordinary,
-            self.texts,
-            config.ordinary_weight,
-        )
+        self.episodes = Episodes(task, requests, config.seed, config.near, config.in_batch)
         self.step = 0
         examples, prefix = self.episodes.pairs(), FrozenPrefix(task.model, editor.shapes)
         verify_prefix(task, prefix, examples[:2])
@@ -117,21 +101,6 @@ class Trainer(EpisodeRunner):
         """Empty the activation cache, so that every example is new again."""
         self.activation_cache = open_activation_cache(
             self.task, self.editor, self.prefix, self.episodes.pairs(), self.resources, self.process_group
-        )
-
-    def held_out_episodes(self, requests: Sequence[EditRequest]) -> Episodes:
-        """Return the episodes of requests for validation, on ordinary text that training does not see."""
-        task, config = self.task, self.config
-        texts = task.ordinary_examples(self.text, config.seed + 1, HELD_OUT_TEXTS) if config.ordinary else []
-        return Episodes(
-            task,
-            requests,
-            config.seed,
-            config.near,
-            0.0,
-            config.ordinary,
-            with_choices(task, texts),
-            config.ordinary_weight,
         )
 
     def _memory_estimator(self) -> MemoryEstimator:
@@ -176,7 +145,6 @@ class Trainer(EpisodeRunner):
         locality = [example for episode in episodes for example in episode.locality]
         locality += [example for episode in episodes for example in episode.near] if self.config.near else []
         locality += edits if self.config.in_batch else []
-        locality += self.texts if self.config.ordinary else []
         epoch_steps = max(1, len(episodes) // self.config.batch_size)
         for step in range(self.step):
             if step % epoch_steps == 0 and self.activation_cache.is_complete(edits, locality, examples):
@@ -186,7 +154,7 @@ class Trainer(EpisodeRunner):
 
     def _calibration_data(self) -> CalibrationData:
         edits = self.episodes.edits(STATISTICS_REQUESTS, min(self.config.batch_size, EDIT_BATCH_SIZE))
-        return CalibrationData(edits, self.episodes.facts(), self.text, self.texts)
+        return CalibrationData(edits, self.episodes.facts(), self.text)
 
     def _mine_negatives(self) -> None:
         if self.config.near or self.editor.uses_negatives:
@@ -233,19 +201,18 @@ class Trainer(EpisodeRunner):
         Raises:
             NonFiniteError: a loss is NaN or infinite.
         """
-        sums = torch.zeros(6, dtype=torch.float64)
+        sums = torch.zeros(5, dtype=torch.float64)
         for batch in batches[self.measuring_group.rank :: self.measuring_group.count]:
             losses = self.losses(batch)
             if not losses.finite().all():
                 self._raise_non_finite([losses], batch)
-            outer = self.config.batch_size * self._outer_loss(losses)
-            one = torch.ones_like(outer)
-            columns = (outer, losses.edit, losses.locality, losses.correct, losses.unchanged, one)
+            columns = (losses.edit, losses.locality, losses.correct, losses.unchanged, torch.ones_like(losses.edit))
             sums += torch.stack([column.cpu().double().sum() for column in columns])
         device = self.process_group.device
         sums = sums.to(device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
         self.measuring_group.sum(sums)
-        return dict(zip(("loss", "edit", "locality", "taken", "kept"), (sums[:5] / sums[5]).tolist(), strict=True))
+        means = dict(zip(("edit", "locality", "taken", "kept"), (sums[:4] / sums[4]).tolist(), strict=True))
+        return {"loss": self.config.edit_weight * means["edit"] + means["locality"], **means}
 
     def _process_batch(self, step: int, turn: int = 0) -> EpisodeBatch:
         """Return this process's part of a step's batch."""
@@ -259,10 +226,7 @@ class Trainer(EpisodeRunner):
             return batches[0]
         losses = torch.stack([self.losses(batch).locality for batch in batches])
         worst = losses.nan_to_num(torch.inf).argmax(0).tolist()  # NaN must be met in the step, which raises
-        locality, weights = (
-            tuple(getattr(batches[turn], name)[e] for e, turn in enumerate(worst)) for name in ("locality", "weights")
-        )
-        return replace(batches[0], locality=locality, weights=weights)
+        return replace(batches[0], locality=tuple(batches[turn].locality[e] for e, turn in enumerate(worst)))
 
     def _backward(self, batch: EpisodeBatch) -> list[EpisodeLosses]:
         """Run forward and backward; leave gradients as factors and, of small parameters, in ``.grad``."""

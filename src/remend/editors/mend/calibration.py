@@ -138,7 +138,7 @@ class MendCalibration:
 
     def _fit_discriminants(self, batches: Batches) -> None:
         pairs = list(zip(self._fact_batches(), batches, strict=True))
-        fit_discriminants(self.editor, self.source, pairs, self.process_group, self.data.ordinary)
+        fit_discriminants(self.editor, self.source, pairs, self.process_group)
 
     def _fit_statistics(self, batches: Batches) -> None:
         for number, examples in enumerate(batches):

@@ -140,7 +140,6 @@ def fit_discriminants(
     source: ActivationSource,
     batches: Sequence[tuple[Sequence[FactPrompts], Sequence[Example]]],
     process_group: ProcessGroup,
-    ordinary: Sequence[Example] = (),
 ) -> None:
     """Set each matrix's discriminant from its keys at the last token of the facts' prompts and of their neighbours.
 
@@ -149,7 +148,6 @@ def fit_discriminants(
         source: the base model.
         batches: facts, with all their prompts followed by all their neighbours, that go through the model together.
         process_group: the processes of the run.
-        ordinary: ordinary inputs, whose every token enters the discriminants where the configuration gives it a weight.
     """
     task = source.task
     modules = editor.edited_modules(task)
@@ -174,31 +172,9 @@ def fit_discriminants(
             numbers = torch.cat([fact_of_prompt, fact_of_near]).to(editor.device)[:, None] * count + experts
             numbers, keys = numbers.reshape(-1), keys.flatten(0, 1)
             moment.update(keys[:prompt_rows], numbers[:prompt_rows], keys[prompt_rows:], numbers[prompt_rows:])
-    if editor.config.ordinary:
-        own = [ordinary[start : start + TEXT_BATCH] for start in range(0, len(ordinary), TEXT_BATCH)]
-        for examples in own[process_group.rank :: process_group.count]:
-            for name, rows in _inputs_at_tokens(task, modules, examples).items():
-                moments[name].update_ordinary(rows.to(editor.device))
     for name, moment in moments.items():
         process_group.sum(*moment.totals)
-        operator = moment.operator(editor.config.contrast, DISCRIMINANT_RIDGE, editor.config.ordinary)
-        editor.set_operator("contrast", name, operator)
-
-
-def _inputs_at_tokens(
-    task: Task, modules: Mapping[str, nn.Module], examples: Sequence[Example]
-) -> dict[str, Float[Tensor, "row d_in"]]:
-    """Return each module's inputs at every token of some examples."""
-    batch = task.collate(examples)
-    forward = partial(run_as_far_as, task.model, modules.values(), partial(task.outputs, batch))
-    inputs = record_inputs(task.model, modules, batch.rows, forward)
-    masks = task.token_masks(batch, modules, predicting=False)
-    rows = {}
-    for name, recorded in inputs.items():
-        mask = masks[name].to(recorded.x.device)
-        # A layer of experts reads each token once for every expert that it goes to.
-        rows[name] = recorded.x[mask.repeat_interleave(recorded.x.shape[1] // mask.shape[1], 1)].float()
-    return rows
+        editor.set_operator("contrast", name, moment.operator(editor.config.contrast, DISCRIMINANT_RIDGE))
 
 
 def update_statistics(editor: GradientTransform, packed: Mapping[str, PackedFactors]) -> None:

@@ -32,8 +32,6 @@ class MendConfig(Config):
         contrast: if not 0, ũ is turned towards what a prompt shares with its paraphrases and away from what it shares
             with its neighbours, with this weight (:mod:`remend.core.key_discriminant`), and scaled so that each token
             responds to its own edit with 1. Needs ``tokens`` = ``target``.
-        ordinary: the weight of the inputs at ordinary text beside the keys, in the moment that ``contrast`` divides by:
-            with more, edits change less of what the model does on such text. Needs ``contrast``.
         settle: if not 0, each edit is scaled by √(settle · s) when it is made, where s is the scale at which the first
             token of its target just becomes the model's answer (:mod:`remend.editors.strength_search`).
         gate: if not 0, edits act only on keys that respond to them with more than this (their own key responds with
@@ -60,7 +58,6 @@ class MendConfig(Config):
     tokens: Literal["all", "target"] = "all"
     limit: NonNegativeFloat = 0.0
     contrast: NonNegativeFloat = 0.0
-    ordinary: NonNegativeFloat = 0.0
     settle: NonNegativeFloat = 0.0
     gate: Factor = 0.0
     share: bool = True
@@ -73,8 +70,6 @@ class MendConfig(Config):
         super().__post_init__()
         if self.gate and not self.contrast:
             raise ConfigError("a gate needs keys that respond to their own edit with 1: give contrast too")
-        if self.ordinary and not self.contrast:
-            raise ConfigError("the weight of ordinary text belongs to the discriminants: give contrast too")
         if self.contrast and self.tokens != "target":
             raise ConfigError(
                 "contrast compares the keys of the tokens that predict a target: give tokens='target' too"

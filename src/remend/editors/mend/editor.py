@@ -109,11 +109,6 @@ class Mend(GradientTransform):
         return bool(self.config.contrast)
 
     @property
-    def reads_ordinary_inputs(self) -> bool:
-        """Whether inputs at ordinary text enter the discriminants."""
-        return bool(self.config.ordinary)
-
-    @property
     def predicting_tokens_only(self) -> bool:
         """Whether only tokens that predict a target take part in an edit."""
         return self.config.tokens == "target"
