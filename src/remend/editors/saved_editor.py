@@ -15,6 +15,8 @@ from remend.saved_folders import get_field, read_folder
 
 EDITOR_FORMAT = "remend.editor/1"
 """The format in the manifest of a saved editor."""
+MOST_DIMENSIONS = 2**31
+"""A bound on d_in and d_out: the square of a damaged number would not fit into 64 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,11 @@ def read_editor(path: str | Path, name: str) -> SavedEditor:
         raise FileError(f"{path} holds the editor {manifest.get('editor')!r}, not {name!r}")
     shapes = get_field(manifest, "shapes", dict, path)
     for module, shape in shapes.items():
-        if not (isinstance(shape, list) and len(shape) == 2 and all(type(d) is int and d > 0 for d in shape)):
+        if not (
+            isinstance(shape, list)
+            and len(shape) == 2
+            and all(type(d) is int and 0 < d < MOST_DIMENSIONS for d in shape)
+        ):
             raise FileError(f"{path}: the shape of {module} should be [d_in, d_out], it is {shape!r}")
     return SavedEditor(
         path,

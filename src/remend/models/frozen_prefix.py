@@ -254,7 +254,11 @@ def logits_or_none(run: Callable[[], Tensor]) -> Tensor | None:
 def same_logits(logits: Tensor, expected: Tensor) -> bool:
     """Return whether two passes gave the same logits, but for rounding; NaN is not the same as anything."""
     scale = float(expected.std())
-    return math.isfinite(scale) and logits.shape == expected.shape and torch.allclose(logits, expected, TOLERANCE, TOLERANCE * scale)
+    return (
+        math.isfinite(scale)
+        and logits.shape == expected.shape
+        and torch.allclose(logits, expected, TOLERANCE, TOLERANCE * scale)
+    )
 
 
 def run_until(module: nn.Module, forward: Callable[[], object]) -> Tensor:

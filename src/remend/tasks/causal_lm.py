@@ -24,7 +24,7 @@ from remend.tasks.ordinary_inputs import sampled_texts, text_windows
 from remend.tasks.separators import Separators, without_outer_spaces
 
 PADDING_TRIAL = 8
-"""Tokens, and tokens of padding before them, of the trial whether a model reads padded prompts rightly."""
+"""Tokens of padding before a prompt in the trial whether a model reads padded prompts rightly."""
 
 _ANCHORS = "\n:.0"
 """Characters of which at least one is a token of its own in every tokenizer, whatever follows it."""
@@ -41,6 +41,7 @@ class CausalLM(GenerativeTask):
 
     kind = "causal-lm"
     causal = True
+    _reads_padding: bool | None = None
 
     @classmethod
     def accepts(cls, model: nn.Module, processor: Any) -> bool:
@@ -212,14 +213,17 @@ class CausalLM(GenerativeTask):
         blocks = [block for _, stack in find_stacks(self.model) for _, block in stack]
         return len(set(blocks)) == len(blocks)
 
-    @cached_property
-    def pads_left(self) -> bool:
-        """Whether the model's logits after padded prompts are those after the prompts alone; tried on the model."""
-        if not self.keeps_tokens:
-            return False
-        ids = torch.arange(PADDING_TRIAL, device=self.device)[None] % self.output_size
+    def reads_padding(self, prompt: tuple[int, ...]) -> bool:
+        """Tell whether the model reads a prompt with padding before it as it does without; tried once, on this one."""
+        if self._reads_padding is None:
+            self._reads_padding = self.keeps_tokens and self._same_with_padding(prompt)
+        return self._reads_padding
+
+    @torch.no_grad()
+    def _same_with_padding(self, prompt: tuple[int, ...]) -> bool:
+        ids = torch.tensor([prompt], device=self.device)
         padded = [torch.nn.functional.pad(tensor, (PADDING_TRIAL, 0)) for tensor in (ids, torch.ones_like(ids))]
-        with torch.no_grad(), frozen(self.model):
+        with frozen(self.model):
             alone, with_padding = self.next_logits(ids), self.next_logits(*padded)
             for last in (None, ids[:, 0]):  # the second token is read with the cache of the first pass
                 expected, found = alone(last).float(), logits_or_none(partial(with_padding, last))

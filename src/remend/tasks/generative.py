@@ -69,7 +69,7 @@ class GenerativeTask(Task):
 
         Args:
             prompt_ids: prompts of one length.
-            mask: 0 where there is padding before a prompt (:attr:`pads_left`), else 1; by default there is none.
+            mask: 0 where there is padding before a prompt (:meth:`reads_padding`), else 1; by default there is none.
         """
 
     @property
@@ -183,15 +183,16 @@ class GenerativeTask(Task):
         They are of one length, or of all lengths from short to long where the model reads padded prompts rightly.
         """
         groups: dict[tuple[int, int], list[int]] = {}
+        lengths = {len(prompt) for prompt in ids}
+        padding = len(lengths) > 1 and self.reads_padding(min(ids, key=len))
         for index in sorted(range(len(ids)), key=lambda index: len(ids[index])):
             length = len(ids[index])
             room = self.answer_room(length, max_new_tokens)
-            groups.setdefault((0 if self.pads_left and room == max_new_tokens else length, room), []).append(index)
+            groups.setdefault((0 if padding and room == max_new_tokens else length, room), []).append(index)
         yield from ((members, room) for (_, room), members in groups.items())
 
-    @property
-    def pads_left(self) -> bool:
-        """Whether :meth:`next_logits` reads prompts with padding before them as it reads them without."""
+    def reads_padding(self, prompt: tuple[int, ...]) -> bool:
+        """Tell whether :meth:`next_logits` reads a prompt with padding before it as it reads it without."""
         return False
 
     def _decode(
