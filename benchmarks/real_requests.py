@@ -53,8 +53,8 @@ ASKED_OF: Mapping[str, Sequence[int]] = {
 }
 """The relations that can be asked of each kind of subject, by their number in Wikidata."""
 
-OTHER_QUESTIONS = 8
-"""Other questions on a subject that the model is asked, to find those to which it has an answer."""
+OTHER_QUESTIONS, OF_EACH = 12, 3
+"""Other questions on a subject that the model is asked, and phrasings of each, to find those that it has answers to."""
 
 SURE = 0.2
 """The least probability of the first word of an answer that the model has."""
@@ -152,8 +152,13 @@ def answers_with(task: Task, prompts: Sequence[str], answers: Sequence[str]) -> 
     right = [False] * len(prompts)
     given = task.predict([prompts[i] for i in likely], max_new_tokens=8) if likely else []
     for index, ids in zip(likely, given, strict=True):
-        right[index] = re.match(rf"{re.escape(answers[index])}(?!\w)", task.decode(ids)) is not None
+        right[index] = begins_with(task.decode(ids), answers[index])
     return right
+
+
+def begins_with(text: str, answer: str) -> bool:
+    """Tell whether a text begins with an answer, as a whole word."""
+    return re.match(rf"{re.escape(answer)}(?!\w)", text) is not None
 
 
 def build(task: Task, world: World, split: str, count: int) -> list[EditRequest]:
@@ -212,26 +217,28 @@ def make_request(task: Task, world: World, split: str, fact: Fact) -> EditReques
 def known_otherwise(task: Task, world: World, fact: Fact, rng: random.Random) -> list[Probe]:
     """Return other questions on the subject of a fact to which the model has an answer.
 
-    It has one where the first word of its answer has a probability of :data:`SURE` or more: any change of the model
-    changes the first word of others. An answer that names the fact's object is left out: it may follow from the fact.
+    It has one where it goes on with an object of that relation, as a whole word, and the first word of it has a
+    probability of :data:`SURE` or more: any change of the model changes the first word of other texts. An answer that
+    names the fact's object is left out: it may follow from the fact.
     """
     asked = [other for other in others_asked(fact.relation) if world.phrasings[other]]
     chosen = {
         phrasing.format(fact.subject): other
         for other in rng.sample(asked, min(OTHER_QUESTIONS, len(asked)))
-        for phrasing in rng.sample(world.phrasings[other], min(2, len(world.phrasings[other])))
+        for phrasing in rng.sample(world.phrasings[other], min(OF_EACH, len(world.phrasings[other])))
     }
     best: dict[str, tuple[float, Probe]] = {}
-    for prompt, (answer, first_word, sure) in own_answers(task, list(chosen)).items():
+    for prompt, (answer, sure) in own_answers(task, list(chosen)).items():
         other = chosen[prompt]
-        if sure >= SURE and fact.object.casefold() not in answer.casefold() and sure > best.get(other, (0.0,))[0]:
-            known = world.relations[fact.subject].get(other)
-            best[other] = sure, probe(prompt, known or first_word, "same_subject")
+        named = next((o for o in sorted(set(world.objects[other].values())) if begins_with(answer, o)), None)
+        follows = fact.object.casefold() in answer.casefold()
+        if named and sure >= SURE and not follows and sure > best.get(other, (0.0,))[0]:
+            best[other] = sure, probe(prompt, world.relations[fact.subject].get(other, named), "same_subject")
     return [found for _, found in sorted(best.values(), key=lambda item: -item[0])][:PROBES]
 
 
-def own_answers(task: Task, prompts: Sequence[str]) -> dict[str, tuple[str, str, float]]:
-    """Return the model's answer to each prompt, its first word and that word's probability; only where it is sure."""
+def own_answers(task: Task, prompts: Sequence[str]) -> dict[str, tuple[str, float]]:
+    """Return the model's answer to each prompt and the probability of its first word; only where it is sure."""
     if not prompts:
         return {}
     inputs = [Example(tuple(task.encode_input(prompt)), (0,)) for prompt in prompts]
@@ -246,8 +253,8 @@ def own_answers(task: Task, prompts: Sequence[str]) -> dict[str, tuple[str, str,
         [Example(tuple(task.encode_input(prompt)), word) for prompt, word in zip(likely, words, strict=True)]
     )
     return {
-        prompt: (task.decode(ids), task.decode(word), math.exp(sum(log_p)))
-        for prompt, ids, word, log_p in zip(likely, given, words, total, strict=True)
+        prompt: (task.decode(ids), math.exp(sum(log_p)))
+        for prompt, ids, log_p in zip(likely, given, total, strict=True)
     }
 
 

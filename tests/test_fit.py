@@ -13,15 +13,15 @@ from remend.core.response import LINEAR
 from remend.editors import load_editor
 from remend.editors.locate_then_edit import common_questions
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, statement_of
-from remend.editors.locate_then_edit.fit import Fit, FitConfig
+from remend.editors.locate_then_edit.fit import KEPT_TOKENS, Fit, FitConfig
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.editors.locate_then_edit.subject_mentions import lookalikes
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts, join_contexts
-from remend.editors.locate_then_edit.value_optimization import NormalizedDescent
+from remend.editors.locate_then_edit.value_optimization import BestValues, NormalizedDescent
 from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.errors import ConfigError, FileError, RequestError
 from remend.request import EditRequest, as_completion
-from remend.tasks import wrap
+from remend.tasks import cached_prefix, wrap
 from remend.tasks.base import Example
 from remend.tasks.cached_prefix import CachedPrefix
 from remend.tasks.open_answers import goes_on_with_word
@@ -122,15 +122,42 @@ def test_a_subject_is_found(prompt, subject):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gemma3", "gpt-neox", "falcon"])
 def test_with_earlier_tokens_kept_the_outputs_are_the_same(kind):
     task = families.task(kind)
-    pairs = [task.encode(r.prompt, r.target) for r in families.requests(kind, 5)]
+    # Within the eight tokens of Gemma's sliding window.
+    pairs = [replace(pair, input=pair.input[-5:]) for pair in _pairs(task, kind)]
     batch = task.collate([*pairs, Example(pairs[0].input[:1], pairs[0].target)])
     start = torch.tensor([len(pair.input) - 1 for pair in pairs] + [0]) // 2
     with torch.no_grad(), frozen(task.model):
         kept = CachedPrefix.of(task, batch, start)
         assert kept is not None
-        assert kept.batch.inputs["input_ids"].shape[1] < batch.inputs["input_ids"].shape[1]
+        assert kept.batch.rows < batch.rows
+        assert kept.batch.mask.sum() == (batch.mask.sum(1) - start).sum()
+        assert torch.equal(kept.text_of_target, batch.row)
         for _ in range(2):  # the second pass finds the same cache
             torch.testing.assert_close(kept.outputs(task), task.outputs(batch), rtol=1e-4, atol=1e-4)
+
+
+def test_texts_that_a_sliding_window_cuts_are_read_as_a_whole():
+    task = families.task("gemma3")
+    pairs = _pairs(task, "gemma3")
+    with torch.no_grad(), frozen(task.model):
+        assert CachedPrefix.of(task, task.collate(pairs), torch.tensor([4] * len(pairs))) is None
+
+
+def _pairs(task, kind):
+    return [task.encode(r.prompt, r.target) for r in families.requests(kind, 5)]
+
+
+def test_texts_that_are_too_many_for_a_row_share_several(monkeypatch):
+    task = families.task("llama")
+    pairs = [task.encode(r.prompt, r.target) for r in families.requests("llama", 6)]
+    batch = task.collate(pairs)
+    start = torch.tensor([1, 2, 3, 1, 2, 3])
+    monkeypatch.setattr(cached_prefix, "ROW_TOKENS", 4)
+    with torch.no_grad(), frozen(task.model):
+        kept = CachedPrefix.of(task, batch, start)
+        assert kept is not None
+        assert kept.row.tolist() == [0, 0, 1, 1, 2, 3]
+        torch.testing.assert_close(kept.outputs(task), task.outputs(batch), rtol=1e-4, atol=1e-4)
 
 
 def test_a_chat_model_is_asked_in_its_own_form():
@@ -138,6 +165,15 @@ def test_a_chat_model_is_asked_in_its_own_form():
     requests = worlds.chat_requests(3)
     edit = Fit.create(task, text=families.TEXT).edit_each(task, requests)[0]
     assert families.losses(task, requests[:1], edit) < families.losses(task, requests[:1])
+
+
+def test_of_answers_in_sentences_more_than_the_first_word_is_kept():
+    task = wrap(worlds.chat_model(), worlds.chat_tokenizer())
+    (contexts,) = Fit.create(task, text=families.TEXT).encode(task, worlds.chat_requests(1))
+    assert contexts.kept
+    for example, _ in contexts.kept:
+        (answer,) = task.continuations([example.input], KEPT_TOKENS)
+        assert example.target == answer
 
 
 def test_an_unnamed_subject_makes_the_same_edit():
@@ -209,7 +245,7 @@ def test_names_that_end_alike_are_not_answered(world):
     assert len(found) == len({example.input for example, _ in found}) > 8
     editor = Fit.create(task, text=families.TEXT)
     (contexts,) = editor.encode(task, [request])
-    keys = editor.keys_at(task, editor.key_layer, list(zip(contexts.all_examples, contexts.all_positions, strict=True)))
+    keys = editor.keys_at(task, editor.key_layer, (*contexts.examples, *contexts.kept))
     unlike = editor.keys_at(task, editor.key_layer, contexts.lookalikes)
     own = torch.cat([keys, editor.keys_at(task, editor.key_layer, contexts.mentions)])
     plain, against = (
@@ -233,10 +269,22 @@ def test_normalized_descent_takes_steps_of_one_length():
         torch.testing.assert_close(values, torch.tensor(expected))
 
 
+def test_the_first_values_that_are_good_enough_are_the_best_or_else_those_that_come_nearest():
+    best = BestValues(torch.zeros(2, 1), FitConfig(enough=0.5))
+    for value, losses in (
+        (1.0, [[0.1, 0.6], [1.0, 2.0]]),
+        (2.0, [[0.4, 0.5], [0.1, 3.0]]),
+        (3.0, [[0.1, 0.1], [4.0, 4.0]]),
+    ):
+        best.update(torch.full((2, 1), value), torch.tensor(losses))
+    assert best.values.flatten().tolist() == [2.0, 1.0]
+    assert best.reached.tolist() == [True, False]
+
+
 def test_one_subject_s_requests_keep_nothing_that_another_of_them_changes():
-    example = [Example((i,), (0,)) for i in range(4)]
-    first = PromptContexts((example[0],), (0,), (example[1], example[2]), (0, 0))
-    second = PromptContexts((example[1],), (0,), (example[2], example[3]), (0, 0))
+    example = [(Example((i,), (0,)), 0) for i in range(4)]
+    first = PromptContexts((example[0],), (example[1], example[2]))
+    second = PromptContexts((example[1],), (example[2], example[3]))
     assert join_contexts([first, second]).kept == (example[2],)
 
 

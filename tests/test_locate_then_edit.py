@@ -19,7 +19,7 @@ from remend.editors.locate_then_edit.subject_prompts import (
     random_beginnings,
     subject_position,
 )
-from remend.editors.locate_then_edit.value_optimization import SubjectBatch, add_at_subject, optimize_values
+from remend.editors.locate_then_edit.value_optimization import add_at_subject, optimize_values, subject_batches
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError, WrongBaseError
 from remend.fingerprint import find_modules
 from remend.models.blocks import find_stacks
@@ -156,9 +156,9 @@ def test_rome_answers_the_key_with_the_value(world):
     editor = make("rome", task)
     ((name, module),) = find_modules(task.model, editor.shapes).items()
     contexts = editor.encode(task, requests[:3])
-    batch = SubjectBatch(task, contexts, FrozenPrefix(task.model, [name]))
+    batch, kept = subject_batches(task, contexts, FrozenPrefix(task.model, [name]))
     keys = batch.keys(name, module)
-    wanted = optimize_values(batch, module, editor.block_of(task, name), editor.config)
+    wanted = optimize_values(batch, kept, module, editor.block_of(task, name), editor.config)
     for e, edit in enumerate(editor.edit_each(task, requests[:3])):
         change = edit.changes[name].dense()
         torch.testing.assert_close(change @ keys[e], wanted[e], rtol=1e-4, atol=1e-5)
@@ -187,7 +187,7 @@ def test_memit_s_blocks_share_what_is_missing(decoder):
     """Where nothing holds the keys back, the last block's output is what was aimed at."""
     editor = make("memit", decoder, layers="0-2", weight=1e-6, beginnings=0)
     request = worlds.requests(1)[0]
-    batch = SubjectBatch(
+    batch, kept = subject_batches(
         decoder, [encode_contexts(decoder, request, (), (request.subject,))], FrozenPrefix(decoder.model, editor.shapes)
     )
     last = list(editor.shapes)[-1]
@@ -198,7 +198,7 @@ def test_memit_s_blocks_share_what_is_missing(decoder):
             batch.outputs()
         return batch.prompts_alone(written[0])
 
-    wanted = given() + optimize_values(batch, module, block, editor.config)
+    wanted = given() + optimize_values(batch, kept, module, block, editor.config)
     with editor.edit(decoder, [request]).applied(decoder.model):
         torch.testing.assert_close(given(), wanted, rtol=1e-2, atol=1e-2)
 

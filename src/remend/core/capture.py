@@ -155,19 +155,23 @@ class LayerInput:
     x: Float[Tensor, "row token d"]
     experts: Int[Tensor, "row token"] | None = None
 
-    def at_tokens(self, tokens: Int[Tensor, " row"], length: int) -> tuple[Tensor, Int[Tensor, "row slot"]]:
-        """Return the inputs [row, slot, d] at one token of each row, and the index of each slot's expert.
+    def at_tokens(
+        self, tokens: Int[Tensor, " place"], length: int, row: Int[Tensor, " place"] | None = None
+    ) -> tuple[Tensor, Int[Tensor, "place slot"]]:
+        """Return the inputs [place, slot, d] at some tokens, and the index of each slot's expert.
 
         Args:
-            tokens: the token's index in each row.
+            tokens: each token's index in its row.
             length: the number of tokens in a row.
+            row: each token's row; by default the rows in order, one token of each.
 
         Returns:
             The inputs, with one slot for each expert of a token (one slot for other layers), and the experts (0 for
             other layers).
         """
         rows, positions, d = self.x.shape
-        slots, row = positions // length, torch.arange(rows, device=self.x.device)
+        slots = positions // length
+        row = torch.arange(rows, device=self.x.device) if row is None else row.to(self.x.device)
         experts = self.x.new_zeros(rows, positions, dtype=torch.long) if self.experts is None else self.experts
         token = tokens.to(self.x.device)
         return self.x.view(rows, length, slots, d)[row, token], experts.view(rows, length, slots)[row, token]

@@ -24,7 +24,12 @@ from remend.core.symmetric_operator import pack_symmetric, unpack_symmetric
 from remend.core.whitening import SecondMoment
 from remend.editors.base import WeightEditor
 from remend.editors.input_moments import second_moments
-from remend.editors.locate_then_edit.subject_prompts import PromptContexts, encode_contexts, random_beginnings
+from remend.editors.locate_then_edit.subject_prompts import (
+    Located,
+    PromptContexts,
+    encode_contexts,
+    random_beginnings,
+)
 from remend.editors.saved_editor import SavedEditor
 from remend.errors import ConfigError, ModelError
 from remend.fingerprint import find_modules
@@ -32,7 +37,7 @@ from remend.models.blocks import Blocks, distinct, find_stacks, select_blocks
 from remend.models.editable_matrices import is_down_projection, mlp_layer_names
 from remend.models.frozen_prefix import run_as_far_as
 from remend.request import EditRequest
-from remend.tasks.base import Example, Task, in_batches
+from remend.tasks.base import Task, in_batches
 
 MAX_KEY_SIZE = 32_768
 """Dimensions of keys up to which C is inverted: 4 GB in float32, 9 in the float64 that its inverse needs."""
@@ -171,7 +176,7 @@ class LocateThenEdit(WeightEditor):
             for r in requests
         ]
 
-    def keys_at(self, task: Task, name: str, located: Sequence[tuple[Example, int]]) -> Float[Tensor, "example d_in"]:
+    def keys_at(self, task: Task, name: str, located: Sequence[Located]) -> Float[Tensor, "example d_in"]:
         """Return a matrix's input at a token of each example; blocks above it do not run."""
         module = find_modules(task.model, [name])
         positions = iter(position for _, position in located)
@@ -201,6 +206,6 @@ def in_prompt_batches(contexts: Sequence[PromptContexts]) -> Iterator[Sequence[P
     """Split requests into parts of about :data:`PROMPTS_AT_ONCE` prompts, within which each has as many prompts."""
     for _, group in itertools.groupby(contexts, key=lambda of_request: of_request.shape):
         alike = list(group)
-        size = max(1, PROMPTS_AT_ONCE // len(alike[0].all_examples))
+        size = max(1, PROMPTS_AT_ONCE // sum(alike[0].shape))
         for start in range(0, len(alike), size):
             yield alike[start : start + size]

@@ -30,6 +30,7 @@ from remend.editors.locate_then_edit.base import TASK_REQUIREMENTS, LocateThenEd
 from remend.editors.locate_then_edit.common_questions import (
     MOST_PHRASINGS,
     CommonQuestions,
+    asks,
     bank_hash,
     other_questions,
 )
@@ -39,8 +40,8 @@ from remend.editors.locate_then_edit.subject_prompts import PromptContexts, enco
 from remend.editors.locate_then_edit.value_optimization import (
     LocateConfig,
     NormalizedDescent,
-    SubjectBatch,
     optimize_values,
+    subject_batches,
 )
 from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.editors.saved_editor import SavedEditor
@@ -58,6 +59,9 @@ MOST_OF_KEY = 0.75
 
 CONSTANT_FROM = 0.5
 """The least w·k with which w is a constant direction at the key."""
+
+KEPT_TOKENS = 8
+"""Tokens of the model's own answer to another question that should stay."""
 
 SUM_RIDGE = 0.01
 """λ of the system that the values of several edits solve together: two spellings of a subject have one key."""
@@ -79,8 +83,8 @@ class FitConfig(LocateConfig):
     steps: PositiveInt = 40
     learning_rate: PositiveFloat = 0.12
     momentum: Factor = 0.5
-    enough: NonNegativeFloat = 0.7
-    kl_weight: NonNegativeFloat = 2.0
+    enough: NonNegativeFloat = 0.35
+    kl_weight: NonNegativeFloat = 4.0
     largest: PositiveFloat = 4.0
     beginnings: NonNegativeInt = 4
     kind: Literal["units", "low-rank"] = "units"
@@ -117,8 +121,8 @@ class Fit(LocateThenEdit):
 
     @staticmethod
     def default_blocks(count: int) -> list[int]:
-        """Return the block at a fifth of the depth: number 6 of 30."""
-        return [max(0, min(round(0.2 * count), count - 2))]
+        """Return the block at a third of the depth: number 10 of 30."""
+        return [max(0, min(round(count / 3), count - 2))]
 
     @classmethod
     def select_modules(
@@ -218,10 +222,15 @@ class Fit(LocateThenEdit):
         with_made = request.model_copy(update={"given_paraphrases": (*given, *made)[: max(len(given), MOST_PHRASINGS)]})
         kept = [in_form_of(request.prompt, text) for text in others]
         contexts = encode_contexts(task, with_made, self.beginnings, kept)
-        examples = with_word_end(task, request.prompt, contexts.examples)
+        if asks(request) and kept:
+            # The first word of a sentence says little of what it will say.
+            answers = task.predict(kept, KEPT_TOKENS)
+            told = zip(contexts.kept, answers, strict=True)
+            contexts = replace(contexts, kept=tuple((replace(e, target=a), place) for (e, place), a in told))
+        examples = with_word_end(task, request.prompt, [example for example, _ in contexts.examples])
         return replace(
             contexts,
-            examples=examples,
+            examples=tuple((e, position) for e, (_, position) in zip(examples, contexts.examples, strict=True)),
             mentions=tuple(mentions(task, request)),
             lookalikes=tuple(lookalikes(task, request)),
         )
@@ -234,13 +243,15 @@ class Fit(LocateThenEdit):
         order = sorted(range(len(contexts)), key=lambda index: contexts[index].shape)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for part in in_prompt_batches([contexts[index] for index in order]):
-            batch = SubjectBatch(task, part, prefix, from_subject=True)
-            rows = batch.keys_of_rows(self.key_layer, modules[self.key_layer])
-            keys = rows.view(batch.requests, batch.rows_per_request, -1).float()
-            found = [self._direction(task, k, c, response) for k, c in zip(keys, part, strict=True)]
+            batch, kept = subject_batches(task, part, prefix, from_subject=True)
+            batches = [batch, kept] if kept is not None else [batch]
+            rows = [of_batch.keys_of_rows(self.key_layer, modules[self.key_layer]).float() for of_batch in batches]
+            by_request = [k.view(b.requests, b.rows_per_request, -1) for k, b in zip(rows, batches, strict=True)]
+            found = [self._direction(task, k, c, response) for k, c in zip(torch.cat(by_request, 1), part, strict=True)]
             key, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
-            answers = response((keys * u[:, None]).sum(-1)).flatten()
-            values = optimize_values(batch, modules[self.changed_layer], block, self.config, answers)
+            of_prompts, *of_kept = (response((k * u[:, None]).sum(-1)).flatten() for k in by_request)
+            responses = (of_prompts, of_kept[0] if of_kept else None)
+            values = optimize_values(batch, kept, modules[self.changed_layer], block, self.config, responses)
             parts.append((key, u, values))
         keys, u, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         place = torch.tensor(order, device=keys.device).argsort()

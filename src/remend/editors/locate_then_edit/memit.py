@@ -23,6 +23,7 @@ from remend.editors.locate_then_edit.value_optimization import (
     SubjectBatch,
     add_at_subject,
     optimize_values,
+    subject_batches,
 )
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import EditRequest
@@ -86,13 +87,13 @@ class Memit(LocateThenEdit):
         prefix, last = FrozenPrefix(task.model, self.shapes), list(self.shapes)[-1]
         block = self.block_of(task, last)
         goals = torch.cat(
-            [_goals(SubjectBatch(task, contexts, prefix), modules[last], block, self.config) for contexts in parts]
+            [_goals(*subject_batches(task, contexts, prefix), modules[last], block, self.config) for contexts in parts]
         )
         changes: dict[str, LowRank] = {}
         for index, name in enumerate(self.shapes):
             keys, outputs = [], []
             for contexts in parts:
-                batch = SubjectBatch(task, contexts, prefix)
+                batch = SubjectBatch(task, [of_request.examples for of_request in contexts], prefix)
                 with changes_applied(modules, changes), add_at_subject(block, batch, None) as recorded:
                     keys.append(batch.keys(name, modules[name]))
                 outputs.append(batch.prompts_alone(recorded[0]))
@@ -116,10 +117,10 @@ class Memit(LocateThenEdit):
 
 
 def _goals(
-    batch: SubjectBatch, module: nn.Module, block: nn.Module, config: LocateConfig
+    batch: SubjectBatch, kept: SubjectBatch | None, module: nn.Module, block: nn.Module, config: LocateConfig
 ) -> Float[Tensor, "request d"]:
     """Return z: the output that the last block should have at the subject of each prompt by itself (Eq. 16)."""
-    offsets = optimize_values(batch, module, block, config)
+    offsets = optimize_values(batch, kept, module, block, config)
     # The block's hook runs after the module's, so that it records the output with the offset.
     with (
         frozen(batch.task.model),

@@ -10,7 +10,7 @@ from remend.config import Config
 from remend.core.low_rank import LowRank
 from remend.editors.info import EditorInfo
 from remend.editors.locate_then_edit.base import TASK_REQUIREMENTS, LocateThenEdit, in_prompt_batches
-from remend.editors.locate_then_edit.value_optimization import LocateConfig, SubjectBatch, optimize_values
+from remend.editors.locate_then_edit.value_optimization import LocateConfig, optimize_values, subject_batches
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import EditRequest
 from remend.tasks.base import Task
@@ -48,9 +48,9 @@ class Rome(LocateThenEdit):
         prefix = FrozenPrefix(task.model, [name])
         changes: list[dict[str, LowRank]] = []
         for contexts in in_prompt_batches(self.encode(task, requests)):
-            batch = SubjectBatch(task, contexts, prefix)
+            batch, kept = subject_batches(task, contexts, prefix)
             keys = batch.keys(name, module)
-            offsets = optimize_values(batch, module, self.block_of(task, name), self.config)  # v* − W k*
+            offsets = optimize_values(batch, kept, module, self.block_of(task, name), self.config)  # v* − W k*
             whitened = self.whiten_keys(name, keys)
             u = (whitened / (keys.to(whitened) * whitened).sum(1, keepdim=True)).to(keys)
             changes += [{name: LowRank(u[i : i + 1], offsets[i : i + 1].to(u))} for i in range(len(contexts))]

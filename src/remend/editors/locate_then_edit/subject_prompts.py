@@ -19,35 +19,25 @@ BEGINNING_WORDS = (3, 8)
 """The least and the most words of a random beginning."""
 
 
+Located = tuple[Example, int]
+"""A text, and the position of the subject's last token in it."""
+
+
 @dataclass(frozen=True)
 class PromptContexts:
-    """The prompts of one subject: those that an edit is fitted to, with their targets, and those that it should keep.
+    """The texts about one subject, each with the position of the subject's last token.
 
     Attributes:
         examples: prompts with targets, first the request's own.
-        positions: the position of the subject's last token in the prompt of each example.
         kept: other prompts that name the subject; what the model says next to them should stay.
-        kept_positions: the position of the subject's last token in each of them.
-        mentions: other texts that name the subject, with the position of its last token.
-        lookalikes: prompts about other subjects whose names end alike, with the position of their last token.
+        mentions: other texts that name the subject.
+        lookalikes: prompts about other subjects whose names end alike.
     """
 
-    examples: tuple[Example, ...]
-    positions: tuple[int, ...]
-    kept: tuple[Example, ...] = ()
-    kept_positions: tuple[int, ...] = ()
-    mentions: tuple[tuple[Example, int], ...] = ()
-    lookalikes: tuple[tuple[Example, int], ...] = ()
-
-    @property
-    def all_examples(self) -> tuple[Example, ...]:
-        """The examples, then the prompts that should stay."""
-        return (*self.examples, *self.kept)
-
-    @property
-    def all_positions(self) -> tuple[int, ...]:
-        """The positions in :attr:`all_examples`."""
-        return (*self.positions, *self.kept_positions)
+    examples: tuple[Located, ...]
+    kept: tuple[Located, ...] = ()
+    mentions: tuple[Located, ...] = ()
+    lookalikes: tuple[Located, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,9 +91,7 @@ def encode_contexts(
             except RequestError:  # too long: by itself the prompt is valid, so nothing else can be wrong
                 located.append(located[own])
         others = [located_subject(task, prompt, subject) for prompt in kept]
-    examples, positions = zip(*located, strict=True)
-    kept_examples, kept_positions = zip(*others, strict=True) if others else ((), ())
-    return PromptContexts(examples, positions, kept_examples, kept_positions)
+    return PromptContexts(tuple(located), tuple(others))
 
 
 def join_contexts(parts: Sequence[PromptContexts]) -> PromptContexts:
@@ -112,18 +100,15 @@ def join_contexts(parts: Sequence[PromptContexts]) -> PromptContexts:
     What one of them should keep is not kept where another one changes it.
     """
     asked_by_all = set(parts[0].kept).intersection(*(part.kept for part in parts))
-    kept = [pair for pair in zip(parts[0].kept, parts[0].kept_positions, strict=True) if pair[0] in asked_by_all]
     return PromptContexts(
-        tuple(example for part in parts for example in part.examples),
-        tuple(position for part in parts for position in part.positions),
-        tuple(example for example, _ in kept),
-        tuple(position for _, position in kept),
+        tuple(located for part in parts for located in part.examples),
+        tuple(located for located in parts[0].kept if located in asked_by_all),
         parts[0].mentions,
-        tuple(pair for part in parts for pair in part.lookalikes),
+        tuple(located for part in parts for located in part.lookalikes),
     )
 
 
-def located_subject(task: Task, prompt: Prompt, subject: str, target: str | None = None) -> tuple[Example, int]:
+def located_subject(task: Task, prompt: Prompt, subject: str, target: str | None = None) -> Located:
     """Return a prompt with its target, or with an arbitrary one, and the position of the subject's last token."""
     example = Example(tuple(task.encode_input(prompt)), (0,)) if target is None else task.encode(prompt, target)
     return example, subject_position(task, prompt, subject, example)

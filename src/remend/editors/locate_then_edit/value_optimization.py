@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from remend.config import Config
 from remend.core.capture import record_inputs
 from remend.core.low_rank_hooks import frozen, remove_hooks
-from remend.editors.locate_then_edit.subject_prompts import PromptContexts
+from remend.editors.locate_then_edit.subject_prompts import Located, PromptContexts
 from remend.errors import NonFiniteError
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.tasks.base import Batch, Task
@@ -85,36 +85,61 @@ class NormalizedDescent(torch.optim.Optimizer):
                 values -= group["length"] * state["direction"] / norms
 
 
-class SubjectBatch:
-    """The prompts of some requests as a batch, with the position of the subject's last token in each row.
+class BestValues:
+    """The values of each request when it was good enough first, or the best until then.
 
-    The rows of one request follow each other, and all requests have as many, as changes of several episodes need it:
-    first those that have the target and then those that should stay.
+    Args:
+        values: the values to begin with.
+        config: the settings.
+
+    Attributes:
+        values: the best values.
+        reached: the requests that were good enough.
+    """
+
+    def __init__(self, values: Float[Tensor, "request d"], config: LocateConfig) -> None:
+        self._config = config
+        self._loss = torch.full_like(values[:, 0], torch.inf)
+        self.values = values.clone()
+        self.reached = torch.zeros_like(self._loss, dtype=torch.bool)
+
+    def update(self, values: Float[Tensor, "request d"], losses: Float[Tensor, "request prompt"]) -> None:
+        """Take over the values of the requests that have not been good enough, where they are the best."""
+        loss = (losses.amax(1) if self._config.every_prompt else losses.mean(1)).to(self._loss)
+        better = (loss < self._loss) & ~self.reached
+        self.values = torch.where(better[:, None], values, self.values)
+        self._loss = torch.where(better, loss, self._loss)
+        self.reached |= loss <= self._config.enough
+
+
+class SubjectBatch:
+    """Texts about the subjects of some requests as a batch, with the position of the subject's last token in each row.
+
+    The rows of one request follow each other, and all requests have as many, as changes of several episodes need it.
 
     Args:
         task: the model.
-        contexts: the prompts of each request.
+        located: the texts of each request.
         prefix: the blocks below the edited ones, which run only once.
         from_subject: whether tokens before the subject's last one run only once, too, where the model can keep them:
             for changes that act there and later.
     """
 
     def __init__(
-        self, task: Task, contexts: Sequence[PromptContexts], prefix: FrozenPrefix, from_subject: bool = False
+        self, task: Task, located: Sequence[Sequence[Located]], prefix: FrozenPrefix, from_subject: bool = False
     ) -> None:
         self.task, self.prefix = task, prefix
-        self.requests, self.rows_with_target = len(contexts), len(contexts[0].examples)
-        examples = [example for of_request in contexts for example in of_request.all_examples]
-        self.rows_per_request = len(examples) // len(contexts)
-        self.batch: Batch = task.collate(examples)
-        positions = [position for of_request in contexts for position in of_request.all_positions]
-        self.positions = torch.tensor(positions, device=self.batch.row.device)
+        self.requests, self.rows_per_request = len(located), len(located[0])
+        self.batch: Batch = task.collate([example for of_request in located for example, _ in of_request])
+        device = self.batch.row.device
+        self.positions = torch.tensor([position for texts in located for _, position in texts], device=device)
+        self.row, self.text_of_target = torch.arange(len(self.positions), device=device), self.batch.row
         self.cached: CachedPrefix | None = None
         if from_subject and task.causal:
             with torch.no_grad(), frozen(task.model):
                 self.cached = CachedPrefix.of(task, self.batch, self.positions)
         if self.cached is not None:
-            self.batch, self.positions = self.cached.batch, torch.zeros_like(self.positions)
+            self.batch, self.row, self.positions = self.cached.batch, self.cached.row, self.cached.position
         self.length = self.batch.inputs["input_ids"].shape[1]
         with torch.no_grad(), frozen(task.model):
             self.states = prefix.compute_states(self.outputs) if prefix.depth else None
@@ -134,23 +159,35 @@ class SubjectBatch:
         The prompt by itself weighs as much as all the others together: it is what must be answered.
         """
         by_request = self.keys_of_rows(name, module).view(self.requests, self.rows_per_request, -1)
-        alone, *others = by_request[:, : self.rows_with_target].unbind(1)
+        alone, *others = by_request.unbind(1)
         return (alone + sum(others) / len(others)) / 2 if others else alone
 
     def keys_of_rows(self, name: str, module: nn.Module) -> Float[Tensor, "row d_in"]:
         """Return a layer's input at the subject of each row."""
         inputs = record_inputs(self.task.model, {name: module}, self.batch.rows, self.outputs_resumed)[name]
-        return inputs.at_tokens(self.positions, self.length)[0][:, 0]
+        return inputs.at_tokens(self.positions, self.length, self.row)[0][:, 0]
 
     def at_subject(self, output: Float[Tensor, "*row_token d"]) -> Float[Tensor, "row d"]:
         """Return a module's output at the subject of each row; some models flatten rows and tokens into one axis."""
-        positions = self.positions.to(output.device)
-        rows = torch.arange(len(positions), device=output.device)
-        return output.reshape(len(positions), self.length, -1)[rows, positions]
+        return output.reshape(-1, output.shape[-1])[self.places.to(output.device)]
+
+    @property
+    def places(self) -> Int[Tensor, " text"]:
+        """The index of each text's token among all tokens of all rows."""
+        return self.row * self.length + self.positions
 
     def prompts_alone(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "request d"]:
         """Return the first row of each request: its prompt by itself."""
         return rows.view(self.requests, self.rows_per_request, -1)[:, 0]
+
+
+def subject_batches(
+    task: Task, contexts: Sequence[PromptContexts], prefix: FrozenPrefix, from_subject: bool = False
+) -> tuple[SubjectBatch, SubjectBatch | None]:
+    """Return the prompts of some requests as a batch, and the texts that should stay, if there are any."""
+    batch = SubjectBatch(task, [of_request.examples for of_request in contexts], prefix, from_subject)
+    kept = [of_request.kept for of_request in contexts]
+    return batch, SubjectBatch(task, kept, prefix, from_subject) if kept[0] else None
 
 
 @contextmanager
@@ -176,7 +213,7 @@ def add_at_subject(
             per_row = per_row * responses.to(per_row)[:, None]
         # In one axis of rows and tokens, since some models flatten them and index_add needs one index.
         flat = hidden.reshape(-1, hidden.shape[-1])
-        index = torch.arange(len(per_row), device=hidden.device) * batch.length + batch.positions.to(hidden.device)
+        index = batch.places.to(hidden.device)
         # In float32, as the offset is: in half precision it would be rounded before it is added.
         return flat.float().index_add(0, index, per_row).to(hidden.dtype).view(hidden.shape)
 
@@ -189,78 +226,81 @@ def add_at_subject(
 
 def optimize_values(
     batch: SubjectBatch,
+    kept: SubjectBatch | None,
     module: nn.Module,
     block: nn.Module,
     config: LocateConfig,
-    responses: Float[Tensor, " row"] | None = None,
+    responses: tuple[Float[Tensor, " prompt"], Float[Tensor, " text"] | None] | None = None,
 ) -> Float[Tensor, "request d_out"]:
     """Return δ of each request: added to the output of ``module`` at the subject, it makes the model say the target.
 
-    Minimizes, for each request, −log p(target) averaged over its contexts, plus ``kl_weight`` times the divergence of
-    what follows the prompts that should stay (ROME, Eq. 4: the subject alone), plus ``decay`` ‖δ‖² / ‖h‖², with h the
-    output of the module's ``block`` there. A request that is good enough stays as it is.
+    Minimizes, for each request, −log p(target) averaged over its prompts, plus ``kl_weight`` times the divergence of
+    what follows the texts that should stay (ROME, Eq. 4: the subject alone), plus ``decay`` ‖δ‖² / ‖h‖², with h the
+    output of the module's ``block`` there.
 
     Args:
-        batch: the requests.
+        batch: the prompts of the requests, with targets.
+        kept: the texts that should stay.
         module: the module whose output is changed.
         block: its block.
         config: the settings.
-        responses: how much of δ is added in each row; by default all of it.
+        responses: how much of δ is added in each of the prompts, and of the texts that should stay; by default all.
 
     Raises:
         NonFiniteError: the model's loss is NaN or infinite.
     """
     with torch.inference_mode(False), torch.no_grad(), frozen(batch.task.model):
         with add_at_subject(block, batch, None) as recorded:
-            base = batch.outputs_resumed()
-        # The size of the prompt by itself counts: all contexts of a request get the same offset.
+            batch.outputs_resumed()
+        unedited = kept.outputs_resumed() if kept is not None else None
+        of_prompts, of_kept = responses or (None, None)
+        # The size of the prompt by itself counts: all prompts of a request get the same offset.
         stream = batch.prompts_alone(recorded[0])
         stream_norm = stream.norm(dim=1, keepdim=True).clamp(min=1e-6)
         unit = stream_norm / stream.shape[1] ** 0.5
         # In units of the stream's root mean square, so that one learning rate of Adam suits models of any scale.
         values = torch.zeros_like(stream)
         optimizer = config.optimizer(values)
-        active = torch.ones(batch.requests, dtype=torch.bool, device=values.device)
+        best = BestValues(values, config)
         for _ in range(config.steps):
             values.requires_grad_()
             with torch.enable_grad():
-                with add_at_subject(module, batch, values * unit, responses):
-                    by_prompt, divergence = _losses(batch, batch.outputs_resumed(), base)
+                offsets = values * unit
+                with add_at_subject(module, batch, offsets, of_prompts):
+                    by_prompt = _losses(batch)
                 # Prompts that are good enough leave the others, and those that should stay, to decide.
-                losses = (by_prompt - config.satisfied * config.enough).clamp(min=0).mean(1)
-                decay = config.decay * (values * unit / stream_norm).square().sum(1)
-                objective = losses + config.kl_weight * divergence + decay.to(losses.device)
+                objective = (by_prompt - config.satisfied * config.enough).clamp(min=0).mean(1)
+                objective = objective + config.decay * (offsets / stream_norm).square().sum(1).to(objective.device)
+                if kept is not None and unedited is not None:
+                    with add_at_subject(module, kept, offsets, of_kept):
+                        objective = objective + config.kl_weight * _divergences(kept, unedited)
                 (values.grad,) = torch.autograd.grad(objective.sum(), [values])
             values.requires_grad_(False)
             if not objective.isfinite().all():
                 raise NonFiniteError("the loss of an edit is not finite: the model's weights or activations are not")
-            reached = by_prompt.amax(1) if config.every_prompt else by_prompt.mean(1)
-            active &= (reached > config.enough).to(active.device)
-            if not active.any():
+            best.update(values, by_prompt.detach())
+            if best.reached.all():
                 break
-            before = values.clone()
             optimizer.step()
             norms = (values * unit).norm(dim=1, keepdim=True).clamp(min=1e-30)
             values *= (config.largest * stream_norm / norms).clamp(max=1)
-            # Momentum moves finished requests on, so their step is undone.
-            values[~active] = before[~active]
-        offsets: Tensor = values.detach() * unit
-        return offsets
+        found: Tensor = best.values * unit
+        return found
 
 
-def _losses(
-    batch: SubjectBatch, outputs: Float[Tensor, "target answer"], base: Float[Tensor, "target answer"]
-) -> tuple[Float[Tensor, "request prompt"], Float[Tensor, " request"]]:
-    """Return −log p(target) after each prompt, and the mean KL(p_edited ‖ p_base) after those that should stay."""
-    targets, per_request, with_target = batch.batch, batch.rows_per_request, batch.rows_with_target
-    counted = targets.row % per_request < with_target
-    # The rows are numbered anew, as if there were none of subjects alone.
-    row = targets.row[counted] // per_request * with_target + targets.row[counted] % per_request
-    losses = batch.task.distribution.loss(outputs[counted], targets.target[counted], row, batch.requests * with_target)
-    losses = losses.view(-1, with_target)
-    if with_target == per_request:
-        return losses, torch.zeros_like(losses[:, 0])
+def _losses(batch: SubjectBatch) -> Float[Tensor, "request prompt"]:
+    """Return −log p(target) after each prompt."""
+    texts = batch.requests * batch.rows_per_request
+    outputs, targets = batch.outputs_resumed(), batch.batch.target
+    losses = batch.task.distribution.loss(outputs, targets, batch.text_of_target, texts)
+    return losses.view(batch.requests, -1)
+
+
+def _divergences(kept: SubjectBatch, base: Float[Tensor, "target answer"]) -> Float[Tensor, " request"]:
+    """Return the mean KL(p_edited ‖ p_base) of the texts of each request, each the mean over its own targets."""
     # Distribution.divergence has the arguments the other way round, and only its second one is differentiable.
-    edited, unedited = (part[~counted].float().log_softmax(-1) for part in (outputs, base))
-    divergences = (edited.exp() * (edited - unedited)).sum(1)
-    return losses, divergences.view(batch.requests, -1).mean(1)
+    edited, unedited = (outputs.float().log_softmax(-1) for outputs in (kept.outputs_resumed(), base))
+    by_target = (edited.exp() * (edited - unedited)).sum(1)
+    text = kept.text_of_target.to(by_target.device)
+    texts = by_target.new_zeros(kept.requests * kept.rows_per_request).index_add(0, text, by_target)
+    return (texts / text.bincount()).view(kept.requests, -1).mean(1)
