@@ -268,7 +268,7 @@ def test_beginnings_are_of_the_text_and_leave_out_what_does_not_fit(decoder):
     request = worlds.requests(1)[0]
     contexts = encode_contexts(decoder, request, [found[0], "Rome " * 70], [request.subject])
     assert contexts.examples[0] == contexts.examples[2]
-    assert len(contexts.examples[1].input) > len(contexts.examples[0].input)
+    assert len(contexts.examples[1][0].input) > len(contexts.examples[0][0].input)
     assert contexts.shape == (3, 1)
 
 
