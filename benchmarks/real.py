@@ -1,17 +1,20 @@
 """What one correction does to a real language model: whether it takes, generalises, and stays on its subject.
 
     make real && python benchmarks/real_requests.py build/real/smollm2
-    python benchmarks/real.py --split test --count 200 --only 'fit, one pair'
+    python benchmarks/real.py --split test --only 'fit, one pair'
+    python benchmarks/real_questions.py build/real/smollm2
+    python benchmarks/real.py --config benchmarks/configs/real_questions.json --split test
 
 Each request is an edit of its own. An answer is right if it begins with the target at a word boundary, and kept if its
-first word stays. Columns are means over requests of the shares of their prompts, with 95 % bootstrap intervals:
+first word stays; a chat model's is right if it holds the target, and kept if it stays as far as it is read. Columns are
+means over requests of the shares of their prompts, with 95 % bootstrap intervals:
 
 - reliability: the request's own prompt;
 - generality: phrasings that the unedited model answers with the true object, too; "all phrasings" counts the others;
 - near, far: other prompts of each kind (benchmarks/real_requests.py);
-- text: choices on WikiText-2 that stay, and the edited model's perplexity over the unedited one's.
+- text, of every fourth edit: choices on WikiText-2 that stay, and the model's perplexity over the unedited one's.
 
-Phrasings that the editor could have been fitted to (given ones, and the common statements of ``fit``) are not scored.
+Phrasings that the editor could have been fitted to (given ones, and the common questions of ``fit``) are not scored.
 After each variant the table is written, and a variant that a table holds already is not measured again.
 """
 
@@ -28,17 +31,22 @@ from typing import Any
 
 import remend
 from common import HERE, parser, start, write
+from real_questions import says
 from remend.data.request_files import read_requests
 from remend.editors import editor_class, make
 from remend.editors.edit_types import AnyEdit
 from remend.editors.locate_then_edit.common_questions import frames
 from remend.evaluation.interventions import shared_intervention
 from remend.evaluation.ordinary_text import OrdinaryText
-from remend.request import EditRequest, Prompt
+from remend.request import Chat, EditRequest, Prompt
+from remend.tasks import as_the_model_says
 from remend.tasks.base import Answer, Task
 
 KINDS = ("reliability", "generality", "all_phrasings", "same_object", "same_relation", "same_subject", "far")
 """The columns that are shares of prompts."""
+
+TEXT_EVERY = 4
+"""Each of so many edits is measured on text, which takes as long as the edit itself."""
 
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""
@@ -47,13 +55,24 @@ RESAMPLES = 2000
 def asked_of(request: EditRequest, given: Sequence[str]) -> list[tuple[str, Prompt]]:
     """Return the prompts of a request that are scored, with their kinds."""
     subject = str(request.subject)
-    fitted_to = {frame.about(subject) for frame in frames("statements")} | set(given)
+    fitted_to = {frame.about(subject) for form in ("statements", "questions") for frame in frames(form)} | set(given)
     asked: list[tuple[str, Prompt]] = [("reliability", request.prompt)]
-    asked += [("generality", prompt) for prompt in request.paraphrases if prompt not in fitted_to]
-    asked += [("other_phrasings", prompt) for prompt in request.unseen_paraphrases if prompt not in fitted_to]
+    asked += [("generality", prompt) for prompt in request.paraphrases if _text(prompt) not in fitted_to]
+    asked += [("other_phrasings", prompt) for prompt in request.unseen_paraphrases if _text(prompt) not in fitted_to]
     asked += [(str(probe.kind), probe.prompt) for probe in request.near]
     asked += [("far", probe.prompt) for probe in request.locality]
     return asked
+
+
+def _text(prompt: Prompt) -> str:
+    return prompt.messages[-1].content if isinstance(prompt, Chat) else str(prompt)
+
+
+def is_right(task: Task, prompt: Prompt, answer: Answer, target: str) -> bool:
+    """Tell whether an answer is the target: in a chat, which answers in sentences, whether it holds the target."""
+    if isinstance(prompt, Chat):
+        return says(task.decode(answer), target)
+    return task.gives(prompt, answer, task.encode(prompt, target).target)
 
 
 class Base:
@@ -104,6 +123,8 @@ def measure(
         bare = EditRequest(
             prompt=request.prompt, target=request.target, subject=request.subject, given_paraphrases=given
         )
+        if isinstance(request.prompt, Chat):
+            bare = as_the_model_says(task, bare)
         edit = editor.edit(task, [bare])
         seconds.append(time.process_time() - began)
         with edit.applied(task.model):
@@ -111,7 +132,7 @@ def measure(
         of_kind: dict[str, list[bool]] = defaultdict(list)
         for (name, prompt), answer in zip(asked, answers, strict=True):
             if name in ("reliability", "generality", "other_phrasings"):
-                right = task.gives(prompt, answer, task.encode(prompt, request.target).target)
+                right = is_right(task, prompt, answer, request.target)
             else:
                 right = task.gives(prompt, answer, task.answer_span(prompt, base.answers[prompt]))
             of_kind[name].append(right)
@@ -119,9 +140,10 @@ def measure(
         for name in KINDS:
             if of_kind[name]:
                 shares[name].append(sum(of_kind[name]) / len(of_kind[name]))
-        stay, ratio = base.on_text(edit)
-        shares["text"].append(stay)
-        shares["perplexity"].append(ratio)
+        if number % TEXT_EVERY == 1:
+            stay, ratio = base.on_text(edit)
+            shares["text"].append(stay)
+            shares["perplexity"].append(ratio)
         if number % 10 == 0 or number == len(requests):
             now = {name: round(sum(values) / len(values), 3) for name, values in shares.items()}
             print(f"{variant['name']}: {number} of {len(requests)}: {now}", file=sys.stderr, flush=True)

@@ -1,0 +1,109 @@
+"""Edit requests on questions that a chat model answers wrongly (zsRE), with near and unrelated questions.
+
+    python benchmarks/real_questions.py build/real/smollm2
+
+The target is zsRE's answer, which the unedited model's own answer does not hold. ``paraphrases`` is zsRE's rephrasing,
+whatever the model answers to it; ``near`` is the same question about other subjects, ``locality`` questions of NQ.
+Splits are by subject, as those of benchmarks/real_requests.py. Written to
+``build/real/requests/MODEL-questions-SPLIT.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import remend
+from real_requests import PROBES, SOURCE, SPLITS, probe, split_of
+from remend.request import Chat, EditRequest, Probe, write_requests
+from remend.tasks.base import Task
+
+ANSWER_TOKENS = 24
+"""Tokens of an answer that are read."""
+
+AT_ONCE = 64
+"""Questions that the model is asked together."""
+
+
+def chat(question: str) -> Chat:
+    """Return a question as a conversation of one message."""
+    text = question.strip()
+    return Chat.of([{"role": "user", "content": text[:1].upper() + text[1:]}])
+
+
+def says(answer: str, target: str) -> bool:
+    """Tell whether an answer holds the target as whole words."""
+    return re.search(rf"(?<!\w){re.escape(target)}(?!\w)", answer, flags=re.IGNORECASE) is not None
+
+
+def build(task: Task, rows: Sequence[Mapping[str, Any]], split: str, count: int) -> list[EditRequest]:
+    """Return requests on questions of a split that the model answers otherwise."""
+    rows = [row for row in rows if split_of(row["subject"]) == split and row["subject"] in row["src"]]
+    alike: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        alike[row["src"].replace(row["subject"], "{}")].append(row)
+    random.Random(split).shuffle(rows)
+    requests: dict[str, EditRequest] = {}
+    for start in range(0, len(rows), AT_ONCE):
+        part = rows[start : start + AT_ONCE]
+        answers = task.predict([chat(row["src"]) for row in part], ANSWER_TOKENS)
+        for row, answer in zip(part, answers, strict=True):
+            if not says(task.decode(answer), row["alt"]) and row["subject"] not in requests:
+                others = alike[row["src"].replace(row["subject"], "{}")]
+                requests[row["subject"]] = make_request(row, others, rows, random.Random(f"{split} {row['case_id']}"))
+        print(f"{len(requests)} of {count}", file=sys.stderr, flush=True)
+        if len(requests) >= count:
+            break
+    return list(requests.values())[:count]
+
+
+def make_request(
+    row: Mapping[str, Any],
+    alike: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    rng: random.Random,
+) -> EditRequest:
+    """Return the request of a question with its probes."""
+    others = [other for other in alike if other["subject"] != row["subject"] and other["alt"] != row["alt"]]
+    near = rng.sample(others, min(PROBES, len(others)))
+    far = rng.sample(rows, PROBES)
+    return EditRequest(
+        prompt=chat(row["src"]),
+        target=row["alt"],
+        subject=row["subject"],
+        id=f"zsre {row['case_id']}",
+        paraphrases=(chat(row["rephrase"]),),
+        near=tuple(probe(chat(other["src"]), other["alt"], "same_relation") for other in near),
+        locality=tuple(
+            Probe(prompt=chat(other["loc"].removeprefix("nq question:").rstrip("? ") + "?"), target=other["loc_ans"])
+            for other in far
+        ),
+    )
+
+
+def main() -> None:
+    """Write the requests of one or more splits."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--source", type=Path, default=SOURCE)
+    parser.add_argument("--split", action="append", choices=SPLITS)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=Path("build/real/requests"))
+    arguments = parser.parse_args()
+    task = remend.load(str(arguments.model))
+    rows = json.loads((arguments.source / "zsre" / "train_10k.json").read_text(encoding="utf-8"))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for split in arguments.split or ["validation", "test"]:
+        requests = build(task, rows, split, arguments.count)
+        write_requests(arguments.out / f"{arguments.model.name}-questions-{split}.jsonl", requests)
+
+
+if __name__ == "__main__":
+    main()
