@@ -461,6 +461,12 @@ EDITORS = Registry(
             needs="training",
         ),
         EditorEntry(
+            name="mend-subject",
+            target="remend.editors.mend.subject:SubjectMend",
+            help="editor networks that transform the gradient where the subject is read, as a hidden unit",
+            needs="training",
+        ),
+        EditorEntry(
             name="ke",
             target="remend.editors.ke:Ke",
             help="KnowledgeEditor: a rank-one gate on the gradient, and a shift (De Cao et al. 2021)",

@@ -21,6 +21,7 @@ from remend.editors.saved_editor import SavedEditor
 from remend.errors import ConfigError
 from remend.fingerprint import ModelFingerprint
 from remend.models.frozen_prefix import FrozenPrefix
+from remend.request import EditRequest
 from remend.tasks.base import Batch, Example, Task
 
 
@@ -191,6 +192,14 @@ class TrainableEditor(nn.Module, WeightEditor):
         """
         return
 
+    def encode_edit(self, task: Task, request: EditRequest) -> Example:
+        """Return a request's edit pair, as :meth:`episode_changes` takes it.
+
+        Raises:
+            RequestError: it does not fit the model's context, or lacks what the editor needs of a request.
+        """
+        return task.encode(request.prompt, request.target)
+
     @abstractmethod
     def episode_changes(
         self, source: ActivationSource, examples: Sequence[Example], factored_gradients: FactoredGradients | None = None
@@ -201,7 +210,7 @@ class TrainableEditor(nn.Module, WeightEditor):
 
         Args:
             source: the base model's activations.
-            examples: the edit pairs.
+            examples: the edit pairs (:meth:`encode_edit`).
             factored_gradients: where the backward pass may put the gradients of large matrices, as factors.
         """
 

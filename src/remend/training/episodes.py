@@ -100,16 +100,24 @@ class Episodes:
         seed: the seed of every draw.
         near: the share of locality examples that are near negatives, for episodes that have some.
         in_batch: the share that are edit pairs of other episodes of the batch.
+        encode_edit: returns a request's edit pair (:meth:`TrainableEditor.encode_edit`); by default prompt and target.
     """
 
     def __init__(
-        self, task: Task, requests: Sequence[EditRequest], seed: int, near: float = 0.0, in_batch: float = 0.0
+        self,
+        task: Task,
+        requests: Sequence[EditRequest],
+        seed: int,
+        near: float = 0.0,
+        in_batch: float = 0.0,
+        encode_edit: Callable[[Task, EditRequest], Example] | None = None,
     ) -> None:
         self.task = task
         self.seed = seed
         self.near, self.in_batch = near, in_batch
         # Requests share locality examples, and tokenizing text is slow.
         self._encode = lru_cache(maxsize=None)(task.encode)
+        self._encode_edit = encode_edit
         prompts = [prompt for request in requests for prompt in _prompts(request)]
         between = task.sample_separators(prompts)
         requests = with_separators(requests, between.get)
@@ -172,7 +180,7 @@ class Episodes:
 
     def _encode_request(self, name: str, request: EditRequest) -> _Episode:
         encode = self._encode
-        edit = encode(request.prompt, request.target)
+        edit = self._encode_edit(self.task, request) if self._encode_edit else encode(request.prompt, request.target)
         neighbours = tuple(encode(paraphrase, request.target) for paraphrase in request.paraphrases)
         # A request without locality examples lends its edit pair: when another request is edited, the model must not
         # change there, whatever it predicts.

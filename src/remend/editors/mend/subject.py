@@ -1,0 +1,302 @@
+"""``SubjectMend``: MEND where ``fit`` acts, at the subject's last token in a block before the middle of the model.
+
+MEND (Mitchell et al., ICLR 2022) reads the gradient of an edit pair at the last blocks and at the tokens that predict
+the target. In a real language model most edits fail there: what is recalled of a subject is settled long before. Here
+the networks read the gradient where :class:`remend.editors.locate_then_edit.fit.Fit` finds its values by optimization,
+and give that value in a few steps. Where an edit acts is found as there; what it adds is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from remend.config import Config, Factor
+from remend.core.capture import capture_gradient_factors
+from remend.core.distributed import ProcessGroup
+from remend.core.editor_gradients import FactoredGradients
+from remend.core.layers import dimensions
+from remend.core.low_rank import LowRank
+from remend.core.low_rank_hooks import changes_applied, frozen
+from remend.core.response import Response
+from remend.editors.info import EditorInfo
+from remend.editors.locate_then_edit.fit import SUM_RIDGE, Fit, FitConfig
+from remend.editors.locate_then_edit.subject_finder import find_subject
+from remend.editors.locate_then_edit.subject_mentions import lookalikes, mentions
+from remend.editors.locate_then_edit.subject_prompts import PromptContexts, located_subject
+from remend.editors.locate_then_edit.value_optimization import SubjectBatch
+from remend.editors.mend.value_network import Inputs, ValueNetwork
+from remend.editors.saved_editor import SavedEditor
+from remend.editors.trainable import ActivationSource, CalibrationData, TrainableEditor
+from remend.errors import ConfigError
+from remend.fingerprint import ModelFingerprint
+from remend.models.blocks import find_stacks
+from remend.models.frozen_prefix import FrozenPrefix, run_until
+from remend.request import EditRequest
+from remend.tasks.base import Example, Task
+
+SITE = "site."
+"""What the names of the site's tensors begin with in a saved editor."""
+
+
+@dataclass(frozen=True)
+class SubjectMendConfig(Config):
+    """Settings of the editor.
+
+    Attributes:
+        steps: how often a gradient is taken and a network turns it into a part of the value.
+        rank: the inner width of the network.
+        alpha: the initial size of a step, as a share of the block's output at the subject.
+        kind: what an edit is made of (:class:`FitConfig`).
+        threshold: as in :class:`FitConfig`.
+        beta: as in :class:`FitConfig`.
+    """
+
+    steps: PositiveInt = 4
+    rank: PositiveInt = 1024
+    alpha: PositiveFloat = 0.5
+    kind: Literal["units", "low-rank"] = "units"
+    threshold: Factor = 0.7
+    beta: PositiveFloat = 20.0
+
+    def of_site(self) -> FitConfig:
+        """Return the settings of where and how edits act; no beginnings are read, and no values are optimized."""
+        return FitConfig(kind=self.kind, threshold=self.threshold, beta=self.beta, beginnings=0)
+
+
+@dataclass(frozen=True)
+class SubjectExample(Example):
+    """An edit pair with its subject.
+
+    Attributes:
+        position: the position of the subject's last token in the input.
+        request: the request, which names the subject.
+    """
+
+    position: int
+    request: EditRequest = field(compare=False)
+
+    @property
+    def subject(self) -> str:
+        """The subject, as the prompt writes it."""
+        return str(self.request.subject)
+
+
+class SubjectMend(TrainableEditor):
+    """MEND at the subject's last token: a few gradients there, each turned into a part of the value by a network.
+
+    Attributes:
+        site: finds the direction that answers to a subject, and makes the change.
+        network: turns gradients into parts of a value.
+    """
+
+    info: ClassVar[EditorInfo] = EditorInfo(
+        "mend-subject",
+        "this package, after Mitchell et al., ICLR 2022 (arXiv 2110.11309)",
+        "training",
+        batches=True,
+        options=("layers",),
+        requires={"causal": "it reads the gradient where a decoder has read the subject"},
+    )
+    config_class: ClassVar[type[Config]] = SubjectMendConfig
+    calibrates_on_text: ClassVar[bool] = True
+
+    config: SubjectMendConfig
+
+    def __init__(
+        self, config: SubjectMendConfig, base: ModelFingerprint, shapes: Mapping[str, tuple[int, int]]
+    ) -> None:
+        super().__init__(config, base, shapes)
+        self.site = Fit(config.of_site(), base, shapes)
+        self.site.questions = None
+        d_in, d_out = self.shapes[self.site.key_layer][0], self.shapes[self.site.changed_layer][1]
+        self.network = ValueNetwork(config.steps, d_in, d_out, config.rank)
+        self.alpha = nn.Parameter(torch.full((config.steps,), config.alpha))
+        self._directions: dict[str, Float[Tensor, " d_in"]] = {}
+
+    @classmethod
+    def select_modules(
+        cls, task: Task, config: Any, modules: Sequence[str], layers: str | None
+    ) -> dict[str, nn.Module]:
+        """Return the layers of one block's MLP that an edit reads and changes, as :class:`Fit` does.
+
+        Raises:
+            ConfigError: the model's embeddings are narrower than its blocks, or ``layers`` does not name one block.
+            ModelError: the block has no MLP that can be edited so.
+        """
+        selected = Fit.select_modules(task, config.of_site(), modules, layers)
+        width, states = task.model.get_input_embeddings().weight.shape[1], dimensions(list(selected.values())[-1])[1]
+        if width != states:
+            raise ConfigError(
+                f"mend-subject reads a target's embedding beside hidden states, and this model's have {width} and "
+                f"{states} dimensions: use fit, or mend"
+            )
+        return selected
+
+    def prepare(self, task: Task, text: Sequence[str], seed: int) -> None:
+        """Move to the model's device."""
+        self.to(task.device)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the site was measured, or the editor trained."""
+        return bool(self.trained) or hasattr(self.site, "covariances")
+
+    def calibrate(self, source: ActivationSource, data: CalibrationData, process_group: ProcessGroup) -> None:
+        """Measure the keys of ordinary text."""
+        self.site.prepare(source.task, data.text, 0)
+        self.site.questions = None  # the networks learn what else is asked of a subject
+        self._directions.clear()
+        # In float32, in which it can be told that tokens may be kept and blocks left out, so that training does both.
+        self.changes(source.task.with_autocast(None), [data.edits[0][0].request])
+
+    def replay_calibration(self, source: ActivationSource, data: CalibrationData, process_group: ProcessGroup) -> None:
+        """Measure the keys of ordinary text again: checkpoints do not hold them."""
+        self.calibrate(source, data, process_group)
+
+    def encode_edit(self, task: Task, request: EditRequest) -> SubjectExample:
+        """Return the edit pair of a request, with its subject: its own, or the one found in its prompt."""
+        if not (request.subject or "").strip():
+            request = request.model_copy(update={"subject": find_subject(task, request.prompt)})
+        example, position = located_subject(task, request.prompt, str(request.subject).strip(), request.target)
+        return SubjectExample(example.input, example.target, position, request)
+
+    def episode_changes(
+        self, source: ActivationSource, examples: Sequence[Example], factored_gradients: FactoredGradients | None = None
+    ) -> dict[str, LowRank]:
+        """Return what each edit pair changes; a subject's direction is found once in a run."""
+        edits = [example for example in examples if isinstance(example, SubjectExample)]
+        assert len(edits) == len(examples), "episodes hold what encode_edit returned"
+        task = source.task
+        response = self.site._response(task)
+        missing = {edit.subject: edit for edit in edits if edit.subject not in self._directions}
+        if missing:
+            # Training has other subjects' names only by chance, so nothing would be learned from those that end alike.
+            _, found = self._find_directions(task, list(missing.values()), response, others=False)
+            self._directions |= dict(zip(missing, found, strict=True))
+        u = torch.stack([self._directions[edit.subject] for edit in edits])
+        values = self._values(task, edits, u, response, source.prefix)
+        return self.site._change(u[:, None], values[:, None], response)
+
+    # -- edit ----------------------------------------------------------------------------------------------------
+
+    def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
+        """Return what each request changes by itself."""
+        response = self.site._response(task)
+        edits = [self.encode_edit(task, request) for request in requests]
+        _, u = self._find_directions(task, edits, response)
+        values = self._values(task, edits, u, response, FrozenPrefix(task.model, self.shapes)).detach()
+        return [self.site._change(u[i : i + 1], values[i : i + 1], response) for i in range(len(requests))]
+
+    def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
+        """Return what all requests change together: the values of those about one subject are added up."""
+        response = self.site._response(task)
+        changed = self.site.changed_layer
+        parts = [part[changed] for part in self._changes_of_each(task, requests)]
+        edits = [self.encode_edit(task, request) for request in requests]
+        of_subject: dict[str, list[int]] = {}
+        for number, edit in enumerate(edits):
+            of_subject.setdefault(edit.request.key, []).append(number)
+        values = torch.cat([torch.stack([parts[i].delta for i in numbers]).sum(0) for numbers in of_subject.values()])
+        keys, u = self._find_directions(task, [edits[numbers[0]] for numbers in of_subject.values()], response)
+        # As in Fit.combine: each value acts at the keys of the other subjects, too, as far as their units answer there.
+        system = response(keys @ u.mT) + SUM_RIDGE * torch.eye(len(keys), device=keys.device)
+        return self.site._change(u, torch.linalg.solve(system, (1 + SUM_RIDGE) * values), response)
+
+    @torch.no_grad()
+    def _find_directions(
+        self, task: Task, edits: Sequence[SubjectExample], response: Response, others: bool = True
+    ) -> tuple[Float[Tensor, "edit d_in"], Float[Tensor, "edit d_in"]]:
+        """Return each subject's key, and the direction that answers to it with 1.
+
+        Args:
+            task: the model.
+            edits: an edit pair of each subject.
+            response: how units answer.
+            others: whether names that end alike are answered with 0.
+        """
+        keys = self.site.keys_at(task, self.site.key_layer, [(edit, edit.position) for edit in edits])
+        found = []
+        for key, edit in zip(keys, edits, strict=True):
+            alike = tuple(lookalikes(task, edit.request)) if others else ()
+            texts = PromptContexts((), (), mentions=tuple(mentions(task, edit.request)), lookalikes=alike)
+            found.append(self.site._direction(task, key[None], texts, response))
+        keys, u = (torch.stack(vectors).to(self.device) for vectors in zip(*found, strict=True))
+        return keys, u
+
+    def _values(
+        self,
+        task: Task,
+        edits: Sequence[SubjectExample],
+        u: Float[Tensor, "edit d_in"],
+        response: Response,
+        prefix: FrozenPrefix,
+    ) -> Float[Tensor, "edit d_out"]:
+        """Return what each edit adds, differentiable in the networks' parameters, not through the gradients."""
+        batch = SubjectBatch(task, [PromptContexts((edit,), (edit.position,)) for edit in edits], prefix, True)
+        rows, at_subject = batch.batch.rows, (torch.arange(batch.batch.rows), batch.positions.cpu())
+        mask = torch.zeros(rows, batch.length, dtype=torch.bool)
+        mask[at_subject] = True
+        modules, changed = self.edited_modules(task), self.site.changed_layer
+        stream, middle = self._states_above(batch)
+        unit = stream[at_subject].float().to(self.device).square().mean(1, keepdim=True).sqrt()
+        answer = middle[at_subject[0], batch.batch.first_position.cpu()].float().to(self.device)
+        target = self._embedded_targets(task, edits)
+
+        def loss() -> Tensor:
+            targets = batch.batch
+            return task.distribution.loss(batch.outputs_resumed(), targets.target, targets.row, rows)
+
+        value = torch.zeros(rows, self.shapes[changed][1], device=self.device)
+        for step in range(self.config.steps):
+            current = self.site._change(u[:, None], (unit * value.detach())[:, None], response)
+            with changes_applied(modules, current):
+                losses, factors = capture_gradient_factors(task.model, modules, dict.fromkeys(modules, mask), loss)
+            key, delta = (
+                factor[at_subject].to(self.device)
+                for factor in (factors[self.site.key_layer].u, factors[changed].delta)
+            )
+            inputs = Inputs(key, unit * delta, value.detach(), target, answer, losses.float().to(self.device))
+            value = value - self.alpha[step] * self.network(inputs, step)
+        return unit * value
+
+    @torch.no_grad()
+    def _states_above(self, batch: SubjectBatch) -> list[Float[Tensor, "row token d"]]:
+        """Return the hidden states that leave the edited block, and those in the middle of the model."""
+        blocks = [block for _, block in find_stacks(batch.task.model)[0][1]]
+        above = min(blocks.index(self.site.block_of(batch.task, self.site.changed_layer)) + 1, len(blocks) - 1)
+        with frozen(batch.task.model):
+            return [run_until(blocks[n], batch.outputs_resumed) for n in (above, max(above, len(blocks) // 2))]
+
+    def _embedded_targets(self, task: Task, edits: Sequence[SubjectExample]) -> Float[Tensor, "request d"]:
+        """Return the mean embedding of each target's tokens."""
+        embeddings = task.model.get_input_embeddings()
+        with torch.no_grad():
+            means = [embeddings(torch.tensor(edit.target, device=task.device)).float().mean(0) for edit in edits]
+        return torch.stack(means).to(self.device)
+
+    # -- save and load -------------------------------------------------------------------------------------------
+
+    def saved_fields(self) -> dict[str, Any]:
+        """Return what training recorded, and what the site holds."""
+        return {**super().saved_fields(), **self.site.saved_fields()}
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Return parameters and buffers, and what the site measured."""
+        site = {f"{SITE}{name}": tensor for name, tensor in self.site.saved_tensors().items()}
+        return {**super().saved_tensors(), **site}
+
+    def restore(self, saved: SavedEditor) -> None:
+        """Take over parameters, buffers, what training recorded and what the site measured."""
+        of_site = {name.removeprefix(SITE): t for name, t in saved.tensors.items() if name.startswith(SITE)}
+        own = {name: tensor for name, tensor in saved.tensors.items() if not name.startswith(SITE)}
+        self.site.restore(replace(saved, tensors=of_site))
+        super().restore(replace(saved, tensors=own))
