@@ -53,6 +53,7 @@ class SubjectMendConfig(Config):
         steps: how often a gradient is taken and a network turns it into a part of the value.
         rank: the inner width of the network.
         alpha: the initial size of a step, as a share of the block's output at the subject.
+        largest: the size to which a value is limited, in the same unit.
         kind: what an edit is made of (:class:`FitConfig`).
         threshold: as in :class:`FitConfig`.
         beta: as in :class:`FitConfig`.
@@ -61,6 +62,7 @@ class SubjectMendConfig(Config):
     steps: PositiveInt = 4
     rank: PositiveInt = 1024
     alpha: PositiveFloat = 0.5
+    largest: PositiveFloat = 4.0
     kind: Literal["units", "low-rank"] = "units"
     threshold: Factor = 0.7
     beta: PositiveFloat = 20.0
@@ -266,6 +268,8 @@ class SubjectMend(TrainableEditor):
             )
             inputs = Inputs(key, unit * delta, value.detach(), target, answer, losses.float().to(self.device))
             value = value - self.alpha[step] * self.network(inputs, step)
+            size = value.square().mean(1, keepdim=True).sqrt()
+            value = value * (self.config.largest / size.clamp(min=self.config.largest))
         return unit * value
 
     @torch.no_grad()
