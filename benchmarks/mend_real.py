@@ -26,7 +26,7 @@ from real_requests import SOURCE, Fact, World, others_asked, probe
 from remend.core.low_rank_hooks import frozen
 from remend.editors.mend.subject import SubjectMend, SubjectMendConfig
 from remend.fingerprint import ModelFingerprint
-from remend.request import EditRequest
+from remend.request import EditRequest, as_completion
 from remend.tasks.base import Example, Task
 from remend.training import Resources, TrainingConfig, train
 from remend.training.loop import TrainingProgress
@@ -55,7 +55,7 @@ def held_out(phrasing: str) -> bool:
 @torch.no_grad()
 def completes(task: Task, facts: Sequence[tuple[str, Fact]]) -> list[bool]:
     """Return whether the model completes each phrasing about a fact's subject with the first token of its object."""
-    pairs = [task.encode(phrasing.format(fact.subject), fact.object) for phrasing, fact in facts]
+    pairs = [task.encode(as_completion(text.format(fact.subject), " "), fact.object) for text, fact in facts]
     right = [False] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index].input))
     with frozen(task.model):

@@ -24,7 +24,7 @@ OTHER = {"decoder": "llama", "encoder-decoder": "bart", "classifier": "roberta, 
 TEXT = [request.prompt for request in worlds.requests(20)] + [
     f"{request.paraphrases[0]} {request.target}" for request in worlds.requests(20)
 ]
-UNHEARD = ("in-context", "rome", "memit", "fit")
+UNHEARD = ("in-context", "rome", "memit", "fit", "mend-subject")
 """A random model cannot read what it is told, and its answer hardly hears of the subject: a trained one's does."""
 SETTINGS = TrainingConfig(
     batch_size=4, learning_rate=1e-3, alpha_learning_rate=1e-2, edit_weight=1.0, max_steps=12, validate_every=6
@@ -50,6 +50,8 @@ def world(kind):
 @pytest.fixture(scope="module")
 def editor(name, world):
     task, requests = world
+    if missing := [need for need in editor_class(name).info.requires if not getattr(task, need)]:
+        pytest.skip(f"a {task.kind} task is not {missing[0]}, which {name} requires")
     return make_editor(name, task, requests)
 
 

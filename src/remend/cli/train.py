@@ -35,7 +35,10 @@ def train(
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="The editor to train: mend, ke (KnowledgeEditor) or enn (editable neural network).")
+        str,
+        typer.Option(
+            help="The editor to train: mend, mend-subject, ke (KnowledgeEditor) or enn (editable neural network)."
+        ),
     ] = "mend",
     preset: options.Preset = "default",
     text: Annotated[

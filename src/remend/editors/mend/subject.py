@@ -39,7 +39,7 @@ from remend.fingerprint import ModelFingerprint
 from remend.models.blocks import find_stacks
 from remend.models.frozen_prefix import FrozenPrefix, run_until
 from remend.request import EditRequest
-from remend.tasks.base import Example, Task
+from remend.tasks.base import EncodedInput, Example, Task
 
 SITE = "site."
 """What the names of the site's tensors begin with in a saved editor."""
@@ -85,9 +85,9 @@ class SubjectExample(Example):
     request: EditRequest = field(compare=False)
 
     @property
-    def subject(self) -> str:
-        """The subject, as the prompt writes it."""
-        return str(self.request.subject)
+    def prompt(self) -> tuple[EncodedInput, int]:
+        """The encoded prompt with the place of the subject."""
+        return self.input, self.position
 
 
 class SubjectMend(TrainableEditor):
@@ -120,7 +120,7 @@ class SubjectMend(TrainableEditor):
         d_in, d_out = self.shapes[self.site.key_layer][0], self.shapes[self.site.changed_layer][1]
         self.network = ValueNetwork(config.steps, d_in, d_out, config.rank)
         self.alpha = nn.Parameter(torch.full((config.steps,), config.alpha))
-        self._directions: dict[str, Float[Tensor, " d_in"]] = {}
+        self._directions: dict[tuple[EncodedInput, int], Float[Tensor, " d_in"]] = {}
 
     @classmethod
     def select_modules(
@@ -174,19 +174,19 @@ class SubjectMend(TrainableEditor):
     def episode_changes(
         self, source: ActivationSource, examples: Sequence[Example], factored_gradients: FactoredGradients | None = None
     ) -> dict[str, LowRank]:
-        """Return what each edit pair changes; a subject's direction is found once in a run."""
+        """Return what each edit pair changes; the direction of a prompt's subject is found once in a run."""
         edits = [example for example in examples if isinstance(example, SubjectExample)]
         assert len(edits) == len(examples), "episodes hold what encode_edit returned"
-        task = source.task
-        response = self.site._response(task)
-        missing = {edit.subject: edit for edit in edits if edit.subject not in self._directions}
-        if missing:
-            # Training has other subjects' names only by chance, so nothing would be learned from those that end alike.
-            _, found = self._find_directions(task, list(missing.values()), response, others=False)
-            self._directions |= dict(zip(missing, found, strict=True))
-        u = torch.stack([self._directions[edit.subject] for edit in edits])
-        values = self._values(task, edits, u, response, source.prefix)
-        return self.site._change(u[:, None], values[:, None], response)
+        source.prefix_states(examples)  # a resumed run looks them up, and must find what this one does
+        response = self.site._response(source.task)
+        for edit in edits:
+            if edit.prompt not in self._directions:
+                # Only by chance do others have names that end alike in training: nothing is learned from those.
+                _, u = self._find_direction(source.task, edit, response, others=False)
+                self._directions[edit.prompt] = u
+        u = torch.stack([self._directions[edit.prompt] for edit in edits])
+        values = self._values(source.task, edits, u, response, source.prefix)
+        return self._change(u[:, None], values[:, None], response)
 
     # -- edit ----------------------------------------------------------------------------------------------------
 
@@ -194,9 +194,9 @@ class SubjectMend(TrainableEditor):
         """Return what each request changes by itself."""
         response = self.site._response(task)
         edits = [self.encode_edit(task, request) for request in requests]
-        _, u = self._find_directions(task, edits, response)
+        u = torch.stack([self._find_direction(task, edit, response)[1] for edit in edits])
         values = self._values(task, edits, u, response, FrozenPrefix(task.model, self.shapes)).detach()
-        return [self.site._change(u[i : i + 1], values[i : i + 1], response) for i in range(len(requests))]
+        return [self._change(u[i : i + 1], values[i : i + 1], response) for i in range(len(requests))]
 
     def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
         """Return what all requests change together: the values of those about one subject are added up."""
@@ -208,31 +208,36 @@ class SubjectMend(TrainableEditor):
         for number, edit in enumerate(edits):
             of_subject.setdefault(edit.request.key, []).append(number)
         values = torch.cat([torch.stack([parts[i].delta for i in numbers]).sum(0) for numbers in of_subject.values()])
-        keys, u = self._find_directions(task, [edits[numbers[0]] for numbers in of_subject.values()], response)
+        found = [self._find_direction(task, edits[numbers[0]], response) for numbers in of_subject.values()]
+        keys, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
         # As in Fit.combine: each value acts at the keys of the other subjects, too, as far as their units answer there.
         system = response(keys @ u.mT) + SUM_RIDGE * torch.eye(len(keys), device=keys.device)
-        return self.site._change(u, torch.linalg.solve(system, (1 + SUM_RIDGE) * values), response)
+        return self._change(u, torch.linalg.solve(system, (1 + SUM_RIDGE) * values), response)
 
     @torch.no_grad()
-    def _find_directions(
-        self, task: Task, edits: Sequence[SubjectExample], response: Response, others: bool = True
-    ) -> tuple[Float[Tensor, "edit d_in"], Float[Tensor, "edit d_in"]]:
-        """Return each subject's key, and the direction that answers to it with 1.
+    def _find_direction(
+        self, task: Task, edit: SubjectExample, response: Response, others: bool = True
+    ) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_in"]]:
+        """Return the key of an edit pair's subject, and the direction that answers to it with 1.
 
         Args:
             task: the model.
-            edits: an edit pair of each subject.
+            edit: the edit pair.
             response: how units answer.
             others: whether names that end alike are answered with 0.
         """
-        keys = self.site.keys_at(task, self.site.key_layer, [(edit, edit.position) for edit in edits])
-        found = []
-        for key, edit in zip(keys, edits, strict=True):
-            alike = tuple(lookalikes(task, edit.request)) if others else ()
-            texts = PromptContexts((), (), mentions=tuple(mentions(task, edit.request)), lookalikes=alike)
-            found.append(self.site._direction(task, key[None], texts, response))
-        keys, u = (torch.stack(vectors).to(self.device) for vectors in zip(*found, strict=True))
-        return keys, u
+        located = [(edit, edit.position), *mentions(task, edit.request)]
+        alike = tuple(lookalikes(task, edit.request)) if others else ()
+        keys = self.site.keys_at(task, self.site.key_layer, located)
+        key, u = self.site._direction(task, keys, PromptContexts((), (), lookalikes=alike), response)
+        return key.to(self.device), u.to(self.device)
+
+    def _change(
+        self, u: Float[Tensor, "*episode pair d_in"], values: Float[Tensor, "*episode pair d_out"], response: Response
+    ) -> dict[str, LowRank]:
+        """Return the change of these factor pairs."""
+        reads = self.site.key_layer if self.config.kind == "units" else ""
+        return {self.site.changed_layer: LowRank(u, values, response, reads=reads)}
 
     def _values(
         self,
@@ -259,7 +264,7 @@ class SubjectMend(TrainableEditor):
 
         value = torch.zeros(rows, self.shapes[changed][1], device=self.device)
         for step in range(self.config.steps):
-            current = self.site._change(u[:, None], (unit * value.detach())[:, None], response)
+            current = self._change(u[:, None], (unit * value.detach())[:, None], response)
             with changes_applied(modules, current):
                 losses, factors = capture_gradient_factors(task.model, modules, dict.fromkeys(modules, mask), loss)
             key, delta = (
