@@ -50,9 +50,13 @@ def world(kind):
 @pytest.fixture(scope="module")
 def editor(name, world):
     task, requests = world
-    if missing := [need for need in editor_class(name).info.requires if not getattr(task, need)]:
-        pytest.skip(f"a {task.kind} task is not {missing[0]}, which {name} requires")
+    skip_unless_editable(name, task)
     return make_editor(name, task, requests)
+
+
+def skip_unless_editable(name, task):
+    if missing := [need for need in editor_class(name).info.requires if not getattr(task, need)]:
+        pytest.skip(f"{name} requires a task that is {missing[0]}, and {task.kind} is not")
 
 
 def make_editor(name, task, requests):
@@ -250,6 +254,7 @@ def test_trained_editors_are_saved_and_read_back(editor, world, name, tmp_path):
 def test_a_stopped_training_goes_on(world, name, tmp_path):
     """A run that is interrupted and gone on with ends with the editor of a run that was not."""
     task, requests = world
+    skip_unless_editable(name, task)
     options = {"config": SETTINGS, "allow_shared": ("subjects", "prompts")}
 
     def run(out, **more):

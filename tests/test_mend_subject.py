@@ -86,24 +86,6 @@ def test_requests_of_one_subject_share_a_unit_and_a_subject_is_found(world, edit
     assert torch.equal(named.delta, unnamed.delta)
 
 
-def test_an_interrupted_run_ends_as_if_it_had_never_stopped(world, tmp_path):
-    settings = replace(SETTINGS, max_steps=6, validate_every=3)
-
-    def interrupt(progress):
-        if progress.step == 4:
-            raise KeyboardInterrupt
-
-    expected = trained(*world, settings=settings, out=tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        trained(*world, settings=settings, out=tmp_path / "parts", checkpoint_minutes=0.0, on_progress=interrupt)
-    found = trained(*world, settings=settings, out=tmp_path / "parts", resume=True)
-    for (name, value), (_, other) in zip(expected.state_dict().items(), found.state_dict().items(), strict=True):
-        assert torch.equal(value, other), name
-    found, expected = (load_editor(tmp_path / name).edit(world[0], world[1][:1]) for name in ("parts", "whole"))
-    for name, change in expected.changes.items():
-        assert torch.equal(change.u, found.changes[name].u)
-
-
 def test_episodes_hold_the_place_of_the_subject(world):
     task, requests = world
     editor = SubjectMend.create(task, NETWORK)
