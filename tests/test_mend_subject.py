@@ -1,4 +1,4 @@
-"""MEND at the subject: it learns, answers only its subject, is saved, resumed and loaded, and refuses what it cannot."""
+"""MEND at the subject: it learns, answers only its subject, is saved and loaded, and refuses what it cannot edit."""
 
 from dataclasses import replace
 

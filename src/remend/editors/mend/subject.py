@@ -158,7 +158,9 @@ class SubjectMend(TrainableEditor):
         self.site.questions = None  # the networks learn what else is asked of a subject
         self._directions.clear()
         # In float32, in which it can be told that tokens may be kept and blocks left out, so that training does both.
-        self.changes(source.task.with_autocast(None), [data.edits[0][0].request])
+        first = data.edits[0][0]
+        assert isinstance(first, SubjectExample), "episodes hold what encode_edit returned"
+        self.changes(source.task.with_autocast(None), [first.request])
 
     def replay_calibration(self, source: ActivationSource, data: CalibrationData, process_group: ProcessGroup) -> None:
         """Measure the keys of ordinary text again: checkpoints do not hold them."""
