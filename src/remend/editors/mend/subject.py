@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from remend.config import Config, Factor
@@ -51,6 +51,8 @@ class SubjectMendConfig(Config):
 
     Attributes:
         steps: how often a gradient is taken and a network turns it into a part of the value.
+        further: the most steps after those, as the last of them, while a prompt is not answered; not in training.
+        enough: the −log p(target), in nats a token, below which a prompt is answered.
         rank: the inner width of the network.
         alpha: the initial size of a step, as a share of the block's output at the subject.
         largest: the size to which a value is limited, in the same unit.
@@ -60,6 +62,8 @@ class SubjectMendConfig(Config):
     """
 
     steps: PositiveInt = 4
+    further: NonNegativeInt = 4
+    enough: NonNegativeFloat = 0.7
     rank: PositiveInt = 1024
     alpha: PositiveFloat = 0.5
     largest: PositiveFloat = 4.0
@@ -197,7 +201,8 @@ class SubjectMend(TrainableEditor):
         response = self.site._response(task)
         edits = [self.encode_edit(task, request) for request in requests]
         u = torch.stack([self._find_direction(task, edit, response)[1] for edit in edits])
-        values = self._values(task, edits, u, response, FrozenPrefix(task.model, self.shapes)).detach()
+        prefix = FrozenPrefix(task.model, self.shapes)
+        values = self._values(task, edits, u, response, prefix, self.config.further).detach()
         return [self._change(u[i : i + 1], values[i : i + 1], response) for i in range(len(requests))]
 
     def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
@@ -248,6 +253,7 @@ class SubjectMend(TrainableEditor):
         u: Float[Tensor, "edit d_in"],
         response: Response,
         prefix: FrozenPrefix,
+        further: int = 0,
     ) -> Float[Tensor, "edit d_out"]:
         """Return what each edit adds, differentiable in the networks' parameters, not through the gradients."""
         batch = SubjectBatch(task, [PromptContexts((edit,), (edit.position,)) for edit in edits], prefix, True)
@@ -265,18 +271,24 @@ class SubjectMend(TrainableEditor):
             return task.distribution.loss(batch.outputs_resumed(), targets.target, targets.row, rows)
 
         value = torch.zeros(rows, self.shapes[changed][1], device=self.device)
-        for step in range(self.config.steps):
+        for step in range(self.config.steps + further):
             current = self._change(u[:, None], (unit * value.detach())[:, None], response)
             with changes_applied(modules, current):
                 losses, factors = capture_gradient_factors(task.model, modules, dict.fromkeys(modules, mask), loss)
+            losses = losses.float().to(self.device)
+            active = (losses > self.config.enough) | (step < self.config.steps)
+            if not active.any():
+                break
             key, delta = (
                 factor[at_subject].to(self.device)
                 for factor in (factors[self.site.key_layer].u, factors[changed].delta)
             )
-            inputs = Inputs(key, unit * delta, value.detach(), target, answer, losses.float().to(self.device))
-            value = value - self.alpha[step] * self.network(inputs, step)
-            size = value.square().mean(1, keepdim=True).sqrt()
-            value = value * (self.config.largest / size.clamp(min=self.config.largest))
+            inputs = Inputs(key, unit * delta, value.detach(), target, answer, losses)
+            network = min(step, self.config.steps - 1)
+            moved = value - self.alpha[network] * self.network(inputs, network)
+            size = moved.square().mean(1, keepdim=True).sqrt()
+            moved = moved * (self.config.largest / size.clamp(min=self.config.largest))
+            value = torch.where(active[:, None], moved, value)
         return unit * value
 
     @torch.no_grad()
