@@ -161,10 +161,6 @@ class SubjectMend(TrainableEditor):
         self.site.prepare(source.task, data.text, 0)
         self.site.questions = None  # the networks learn what else is asked of a subject
         self._directions.clear()
-        # In float32, in which it can be told that tokens may be kept and blocks left out, so that training does both.
-        first = data.edits[0][0]
-        assert isinstance(first, SubjectExample), "episodes hold what encode_edit returned"
-        self.changes(source.task.with_autocast(None), [first.request])
 
     def replay_calibration(self, source: ActivationSource, data: CalibrationData, process_group: ProcessGroup) -> None:
         """Measure the keys of ordinary text again: checkpoints do not hold them."""
@@ -236,7 +232,7 @@ class SubjectMend(TrainableEditor):
         located = [(edit, edit.position), *mentions(task, edit.request)]
         alike = tuple(lookalikes(task, edit.request)) if others else ()
         keys = self.site.keys_at(task, self.site.key_layer, located)
-        key, u = self.site._direction(task, keys, PromptContexts((), (), lookalikes=alike), response)
+        key, u = self.site._direction(task, keys, PromptContexts((), lookalikes=alike), response)
         return key.to(self.device), u.to(self.device)
 
     def _change(
@@ -256,7 +252,7 @@ class SubjectMend(TrainableEditor):
         further: int = 0,
     ) -> Float[Tensor, "edit d_out"]:
         """Return what each edit adds, differentiable in the networks' parameters, not through the gradients."""
-        batch = SubjectBatch(task, [PromptContexts((edit,), (edit.position,)) for edit in edits], prefix, True)
+        batch = SubjectBatch(task, [[(edit, edit.position)] for edit in edits], prefix)
         rows, at_subject = batch.batch.rows, (torch.arange(batch.batch.rows), batch.positions.cpu())
         mask = torch.zeros(rows, batch.length, dtype=torch.bool)
         mask[at_subject] = True
