@@ -21,7 +21,7 @@ SMALLEST_NORM = 1e-12
 """A norm by which vectors may be divided."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """What the network reads of some edit pairs.
 
