@@ -15,7 +15,7 @@ means over requests of the shares of their prompts, with 95 % bootstrap interval
 - text, of every fourth edit: choices on WikiText-2 that stay, and the model's perplexity over the unedited one's.
 
 Phrasings that the editor could have been fitted to (given ones, and the common questions of ``fit``) are not scored.
-After each variant the table is written, and a variant that a table holds already is not measured again.
+What was measured of each request is kept beside the table (``.rows.jsonl``), and not measured again.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ import remend
 from common import HERE, parser, start, write
 from real_questions import says
 from remend.data.request_files import read_requests
-from remend.editors import editor_class, make
-from remend.editors.edit_types import AnyEdit
+from remend.editors import Editor, editor_class, load_editor, make
 from remend.editors.locate_then_edit.common_questions import frames
-from remend.evaluation.interventions import shared_intervention
+from remend.evaluation.interventions import Intervention, shared_intervention
 from remend.evaluation.ordinary_text import OrdinaryText
 from remend.request import Chat, EditRequest, Prompt
 from remend.tasks import as_the_model_says
@@ -44,6 +43,9 @@ from remend.tasks.base import Answer, Task
 
 KINDS = ("reliability", "generality", "all_phrasings", "same_object", "same_relation", "same_subject", "far")
 """The columns that are shares of prompts."""
+
+Row = dict[str, float]
+"""The shares of one request's prompts by kind, and the seconds of its edit."""
 
 TEXT_EVERY = 4
 """Each of so many edits is measured on text, which takes as long as the edit itself."""
@@ -88,71 +90,60 @@ class Base:
         missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.answers))
         self.answers |= zip(missing, self.task.predict(missing, self.new_tokens), strict=True)
 
-    def on_text(self, edit: AnyEdit) -> tuple[float, float]:
+    def on_text(self, intervention: Intervention) -> tuple[float, float]:
         """Return the share of choices that stay with an edit, and the ratio of perplexities."""
-        (elsewhere,) = self.text.measure(shared_intervention(self.task, edit, 1))
+        (elsewhere,) = self.text.measure(intervention)
         assert elsewhere.perplexity_ratio is not None
         return elsewhere.stays.mean, elsewhere.perplexity_ratio.mean
 
 
-def measure(
-    base: Base, requests: Sequence[EditRequest], variant: Mapping[str, Any], text: Sequence[str]
-) -> dict[str, Any]:
-    """Return the figures of one editor."""
-    task = base.task
+def make_editor(task: Task, variant: Mapping[str, Any], text: Sequence[str]) -> Editor:
+    """Return the editor of a variant: a trained one from its folder, or one that needs no training."""
+    if "load" in variant:
+        return load_editor(HERE.parent / variant["load"])
     kind = editor_class(variant["editor"])
     config = kind.default_config()
     if settings := variant.get("settings"):
         config = type(config)(**{**vars(config), **settings})
+    passages = text if "text" in kind.info.options else ()
+    return make(variant["editor"], task, passages, config=config, layers=variant.get("layers"))
+
+
+def measure(base: Base, editor: Editor, request: EditRequest, given: Sequence[Prompt], with_text: bool) -> Row:
+    """Return the shares of a request's prompts, and the seconds of its edit."""
+    task = base.task
+    asked = asked_of(request, given)
+    base.ask([prompt for _, prompt in asked])
+    bare = EditRequest(prompt=request.prompt, target=request.target, subject=request.subject, given_paraphrases=given)
     began = time.process_time()
-    editor = make(
-        variant["editor"],
-        task,
-        text if "text" in kind.info.options else (),
-        config=config,
-        layers=variant.get("layers"),
-    )
-    statistics = time.process_time() - began
-    shares: dict[str, list[float]] = defaultdict(list)
-    seconds: list[float] = []
-    for number, request in enumerate(requests, start=1):
-        given = request.paraphrases[: variant.get("given", 0)]
-        asked = asked_of(request, given)
-        base.ask([prompt for _, prompt in asked])
-        began = time.process_time()
-        bare = EditRequest(
-            prompt=request.prompt, target=request.target, subject=request.subject, given_paraphrases=given
-        )
-        if isinstance(request.prompt, Chat):
-            bare = as_the_model_says(task, bare)
-        edit = editor.edit(task, [bare])
-        seconds.append(time.process_time() - began)
-        with edit.applied(task.model):
-            answers = task.predict([prompt for _, prompt in asked], base.new_tokens)
-        of_kind: dict[str, list[bool]] = defaultdict(list)
-        for (name, prompt), answer in zip(asked, answers, strict=True):
-            if name in ("reliability", "generality", "other_phrasings"):
-                right = is_right(task, prompt, answer, request.target)
-            else:
-                right = task.gives(prompt, answer, task.answer_span(prompt, base.answers[prompt]))
-            of_kind[name].append(right)
-        of_kind["all_phrasings"] = of_kind["generality"] + of_kind["other_phrasings"]
-        for name in KINDS:
-            if of_kind[name]:
-                shares[name].append(sum(of_kind[name]) / len(of_kind[name]))
-        if number % TEXT_EVERY == 1:
-            stay, ratio = base.on_text(edit)
-            shares["text"].append(stay)
-            shares["perplexity"].append(ratio)
-        if number % 10 == 0 or number == len(requests):
-            now = {name: round(sum(values) / len(values), 3) for name, values in shares.items()}
-            print(f"{variant['name']}: {number} of {len(requests)}: {now}", file=sys.stderr, flush=True)
-    figures = {name: interval(values) for name, values in shares.items()}
+    edit = editor.edit(task, [as_the_model_says(task, bare) if isinstance(request.prompt, Chat) else bare])
+    seconds = time.process_time() - began
+    intervention = shared_intervention(task, edit, 1)
+    prompts = [intervention.prompt_for(0, prompt, base.new_tokens) or prompt for _, prompt in asked]
+    with intervention.applied([0]):
+        answers = task.predict(prompts, base.new_tokens)
+    of_kind: dict[str, list[bool]] = defaultdict(list)
+    for (name, prompt), answer in zip(asked, answers, strict=True):
+        if name in ("reliability", "generality", "other_phrasings"):
+            right = is_right(task, prompt, answer, request.target)
+        else:
+            right = task.gives(prompt, answer, task.answer_span(prompt, base.answers[prompt]))
+        of_kind[name].append(right)
+    of_kind["all_phrasings"] = of_kind["generality"] + of_kind["other_phrasings"]
+    row = {name: sum(of_kind[name]) / len(of_kind[name]) for name in KINDS if of_kind[name]}
+    if with_text:
+        row["text"], row["perplexity"] = base.on_text(intervention)
+    return {**row, "seconds": seconds}
+
+
+def summary(variant: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the figures of a variant: means of its requests with intervals."""
+    figures = {name: [row[name] for row in rows if name in row] for name in (*KINDS, "text", "perplexity")}
+    seconds = [row["seconds"] for row in rows]
     return {
         "variant": variant,
-        **figures,
+        **{name: interval(values) for name, values in figures.items() if values},
         "seconds": {"mean": sum(seconds) / len(seconds), "most": max(seconds)},
-        "statistics_seconds": statistics,
     }
 
 
@@ -180,7 +171,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def run(config: Mapping[str, Any], out: Path, only: Sequence[str]) -> None:
-    """Measure the variants that are asked for, and write the table after each."""
+    """Measure the variants that are asked for; what was measured of a request is kept, and not measured again."""
     task = remend.load(str(HERE.parent / config["model"]))
     requests = read_requests(HERE.parent / config["requests"].format(split=config["split"]))[: config["count"]]
     lines = [
@@ -188,13 +179,29 @@ def run(config: Mapping[str, Any], out: Path, only: Sequence[str]) -> None:
     ]
     text, other = ([line.strip() for line in of_file if len(line) > 200] for of_file in lines)
     base = Base(task, other, config["text_tokens"], config["new_tokens"])
-    done: list[dict[str, Any]] = json.loads(out.read_text())["results"] if out.exists() else []
+    kept = out.with_suffix(".rows.jsonl")
+    rows: dict[tuple[str, str], Row] = {}
+    if kept.exists():
+        for line in kept.read_text(encoding="utf-8").splitlines():
+            name, identifier, row = json.loads(line)
+            rows[name, identifier] = row
+    results: list[dict[str, Any]] = []
     for variant in config["variants"]:
-        if (only and variant["name"] not in only) or any(result["variant"] == variant for result in done):
-            continue
-        done.append(measure(base, requests, variant, text))
-        write(out, config, {"requests": len(requests), "results": done})
-        out.with_suffix(".md").write_text(table(done) + "\n", encoding="utf-8")
+        name = variant["name"]
+        missing = [request for request in requests if (name, str(request.id)) not in rows]
+        if missing and (not only or name in only):
+            editor = make_editor(task, variant, text)
+            for number, request in enumerate(missing, start=1):
+                given = request.paraphrases[: variant.get("given", 0)]
+                row = measure(base, editor, request, given, requests.index(request) % TEXT_EVERY == 0)
+                rows[name, str(request.id)] = row
+                with kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([name, str(request.id), row]) + "\n")
+                print(f"{name}: {number} of {len(missing)}: {row}", file=sys.stderr, flush=True)
+        if measured := [rows[name, str(request.id)] for request in requests if (name, str(request.id)) in rows]:
+            results.append(summary(variant, measured))
+            write(out, config, {"requests": len(requests), "results": results})
+            out.with_suffix(".md").write_text(table(results) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -53,6 +53,7 @@ def edit(
     editor: options.EditorFolder = None,
     statistics: options.Statistics = None,
     settings: options.EditorSettings = None,
+    layers: options.EditLayers = None,
     scale: Annotated[
         str, typer.Option(metavar="NUMBER", help="Multiply the edit; 'auto' chooses on the requests' own probes.")
     ] = "1",
@@ -90,7 +91,7 @@ def edit(
     console = Console()
     check_replaceable(out)
     _check_free(out, overwrite)
-    choice = options.find_editor(editor, model, statistics, seed, settings)
+    choice = options.find_editor(editor, model, statistics, seed, settings, layers)
     if choice.info.result == "outside":
         raise ConfigError(
             f"{editor} changes no weight, so there is no edit to save: measure it with remend evaluate, or use it in "

@@ -32,6 +32,7 @@ def evaluate(
     ] = None,
     statistics: options.Statistics = None,
     settings: options.EditorSettings = None,
+    layers: options.EditLayers = None,
     protocol: Annotated[
         str,
         typer.Option(help="single: each edit alone. batched: several at once. sequential: one after another."),
@@ -102,19 +103,30 @@ def evaluate(
     if limit is not None and limit < len(requests):
         requests = [requests[i] for i in sorted(random.Random(seed).sample(range(len(requests)), limit))]
     passages = [] if text is None else read_text(text)
-    if edited_model is not None and (editor or statistics or settings or edits or resume or protocol != "single"):
+    if edited_model is not None and (
+        editor or statistics or settings or layers or edits or resume or protocol != "single"
+    ):
         raise ConfigError(
             "the edits are in --edited-model already: omit --editor, --statistics, --set, --protocol, --edits and "
             "--resume"
         )
     console = Console()
-    chosen = None if edited_model is not None else options.find_editor(editor, model, statistics, seed, settings)
+    chosen = (
+        None if edited_model is not None else options.find_editor(editor, model, statistics, seed, settings, layers)
+    )
     if frontier and chosen is not None and chosen.info.result == "outside":
         console.print(f"edits by {chosen.info.name} have no strength, so there is no frontier of it")
         frontier = False
     if examined is not None and chosen is not None and chosen.info.name == "in-context":
         raise ConfigError("in-context does not change the model, nor its general ability: omit --lm-eval")
-    used = {"limit": limit, "seed": seed, "max_new_tokens": max_new_tokens, "text": text and str(text), "set": settings}
+    used = {
+        "limit": limit,
+        "seed": seed,
+        "max_new_tokens": max_new_tokens,
+        "text": text and str(text),
+        "set": settings,
+        "layers": layers,
+    }
 
     def finish(report: Report) -> Report:
         """Add the options to a report and save it, before anything else can go wrong."""

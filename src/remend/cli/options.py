@@ -56,6 +56,14 @@ Layers = Annotated[
         help="Blocks to edit: last-3, 12-14, 0.6-0.8 of the depth; without it, last-3 or all that --modules name.",
     ),
 ]
+EditLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        metavar="BLOCKS",
+        help="Blocks to edit, for editors without training: 10, 4-8, 0.3-0.4 of the depth (remend doctor shows where).",
+    ),
+]
 Memory = Annotated[
     float | None,
     typer.Option(min=0, help="GB that training may take, the model included; micro-batches are made to fit."),
@@ -232,6 +240,7 @@ def find_editor(
     text: Path | None = None,
     seed: int = 0,
     settings: Sequence[str] | None = None,
+    layers: str | None = None,
 ) -> EditorChoice:
     """Return the editor that a command line names: a trained one, or one that needs no training.
 
@@ -244,6 +253,7 @@ def find_editor(
         text: a file of passages, for editors that measure the model's activations.
         seed: of every random draw.
         settings: of an editor that needs no training, as ``NAME=VALUE``.
+        layers: the blocks that an editor without training edits.
 
     Raises:
         ConfigError: there is no such editor, it takes no text, or it has no such setting.
@@ -270,6 +280,8 @@ def find_editor(
         names = [entry.name for entry in _untrained() if "text" in editor_class(entry.name).info.options]
         raise ConfigError(f"{name} takes no --statistics: {', '.join(names)} do, each by its name")
     if kind is None:
+        if layers is not None:
+            raise ConfigError(f"{name} was trained for blocks of its own, so it takes no --layers")
         return _from_folder(name, settings)
     if kind.info.needs == "training":
         hint = f" (--editor ./{name} is the folder of that name)" if os.path.isdir(name) else ""
@@ -284,10 +296,12 @@ def find_editor(
 
     def made(task: Task) -> Editor:
         if editor is not None:
-            return make_or_load(name, task, passages, seed, config, announce=_print_statistics)
+            return make_or_load(name, task, passages, seed, config, layers=layers, announce=_print_statistics)
         default = default_editor(task, values)
         _print_default(default)
-        return make_or_load(default.name, task, passages, seed, default.config, announce=_print_statistics)
+        return make_or_load(
+            default.name, task, passages, seed, default.config, layers=layers, announce=_print_statistics
+        )
 
     return EditorChoice(kind.info, made)
 
