@@ -71,6 +71,7 @@ def test_every_benchmark_has_a_configuration_and_every_configuration_a_benchmark
     assert configs == {file.stem for file in FOLDER.glob("*.py")} - {
         "common",
         "counterfact_testbed",
+        "mend_real",
         "pararel_testbed",
         "plot_results",
         "real_requests",
