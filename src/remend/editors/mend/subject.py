@@ -39,7 +39,7 @@ from remend.fingerprint import ModelFingerprint
 from remend.models.blocks import find_stacks
 from remend.models.frozen_prefix import FrozenPrefix, run_until
 from remend.request import EditRequest
-from remend.tasks.base import EncodedInput, Example, Task
+from remend.tasks.base import EDIT_BATCH_SIZE, EncodedInput, Example, Task
 
 SITE = "site."
 """What the names of the site's tensors begin with in a saved editor."""
@@ -195,27 +195,39 @@ class SubjectMend(TrainableEditor):
     def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
         """Return what each request changes by itself."""
         response = self.site._response(task)
-        edits = [self.encode_edit(task, request) for request in requests]
-        u = torch.stack([self._find_direction(task, edit, response)[1] for edit in edits])
-        prefix = FrozenPrefix(task.model, self.shapes)
-        values = self._values(task, edits, u, response, prefix, self.config.further).detach()
+        _, _, u, values = self._edits(task, requests, response)
         return [self._change(u[i : i + 1], values[i : i + 1], response) for i in range(len(requests))]
 
     def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
         """Return what all requests change together: the values of those about one subject are added up."""
         response = self.site._response(task)
-        changed = self.site.changed_layer
-        parts = [part[changed] for part in self._changes_of_each(task, requests)]
-        edits = [self.encode_edit(task, request) for request in requests]
+        edits, keys, u, values = self._edits(task, requests, response)
         of_subject: dict[str, list[int]] = {}
         for number, edit in enumerate(edits):
             of_subject.setdefault(edit.request.key, []).append(number)
-        values = torch.cat([torch.stack([parts[i].delta for i in numbers]).sum(0) for numbers in of_subject.values()])
-        found = [self._find_direction(task, edits[numbers[0]], response) for numbers in of_subject.values()]
-        keys, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
+        summed = torch.stack([values[numbers].sum(0) for numbers in of_subject.values()])
+        first = [numbers[0] for numbers in of_subject.values()]
         # As in Fit.combine: each value acts at the keys of the other subjects, too, as far as their units answer there.
-        system = response(keys @ u.mT) + SUM_RIDGE * torch.eye(len(keys), device=keys.device)
-        return self._change(u, torch.linalg.solve(system, (1 + SUM_RIDGE) * values), response)
+        system = response(keys[first] @ u[first].mT) + SUM_RIDGE * torch.eye(len(first), device=keys.device)
+        return self._change(u[first], torch.linalg.solve(system, (1 + SUM_RIDGE) * summed), response)
+
+    def _edits(
+        self, task: Task, requests: Sequence[EditRequest], response: Response
+    ) -> tuple[
+        list[SubjectExample],
+        Float[Tensor, "request d_in"],
+        Float[Tensor, "request d_in"],
+        Float[Tensor, "request d_out"],
+    ]:
+        """Return edit pairs, the keys of their subjects, the directions that answer to them, and what to add there."""
+        edits = [self.encode_edit(task, request) for request in requests]
+        found = [self._find_direction(task, edit, response) for edit in edits]
+        keys, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
+        prefix = FrozenPrefix(task.model, self.shapes)
+        starts = range(0, len(edits), EDIT_BATCH_SIZE)
+        parts = [(edits[i : i + EDIT_BATCH_SIZE], u[i : i + EDIT_BATCH_SIZE]) for i in starts]
+        values = [self._values(task, part, of_part, response, prefix, self.config.further) for part, of_part in parts]
+        return edits, keys, u, torch.cat(values).detach()
 
     @torch.no_grad()
     def _find_direction(
