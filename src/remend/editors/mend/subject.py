@@ -52,8 +52,7 @@ class SubjectMendConfig(Config):
     Attributes:
         steps: how often a gradient is taken and a network turns it into a part of the value.
         further: the most steps after those, as the last of them, while a prompt is not answered; not in training.
-        enough: the −log p(target), in nats a token, below which a prompt is answered and takes no more steps; not in
-            training.
+        enough: the −log p(target), in nats a token, below which a prompt is answered.
         rank: the inner width of the network.
         alpha: the initial size of a step, as a share of the block's output at the subject.
         largest: the size to which a value is limited, in the same unit.
@@ -227,7 +226,7 @@ class SubjectMend(TrainableEditor):
         prefix = FrozenPrefix(task.model, self.shapes)
         starts = range(0, len(edits), EDIT_BATCH_SIZE)
         parts = [(edits[i : i + EDIT_BATCH_SIZE], u[i : i + EDIT_BATCH_SIZE]) for i in starts]
-        values = [self._values(task, part, of_part, response, prefix, True) for part, of_part in parts]
+        values = [self._values(task, part, of_part, response, prefix, self.config.further) for part, of_part in parts]
         return edits, keys, u, torch.cat(values).detach()
 
     @torch.no_grad()
@@ -262,7 +261,7 @@ class SubjectMend(TrainableEditor):
         u: Float[Tensor, "edit d_in"],
         response: Response,
         prefix: FrozenPrefix,
-        until_enough: bool = False,
+        further: int = 0,
     ) -> Float[Tensor, "edit d_out"]:
         """Return what each edit adds, differentiable in the networks' parameters, not through the gradients.
 
@@ -272,7 +271,7 @@ class SubjectMend(TrainableEditor):
             u: the direction that answers to each one's subject.
             response: how units answer.
             prefix: the blocks below the edited one.
-            until_enough: whether a prompt that is answered takes no more steps, and others take some more.
+            further: the most steps after those of training, for prompts that are not answered.
         """
         batch = SubjectBatch(task, [[(edit, edit.position)] for edit in edits], prefix)
         rows, at_subject = batch.batch.rows, (torch.arange(batch.batch.rows), batch.positions.cpu())
@@ -289,12 +288,12 @@ class SubjectMend(TrainableEditor):
             return task.distribution.loss(batch.outputs_resumed(), targets.target, targets.row, rows)
 
         value = torch.zeros(rows, self.shapes[changed][1], device=self.device)
-        for step in range(self.config.steps + self.config.further * until_enough):
+        for step in range(self.config.steps + further):
             current = self._change(u[:, None], (unit * value.detach())[:, None], response)
             with changes_applied(modules, current):
                 losses, factors = capture_gradient_factors(task.model, modules, dict.fromkeys(modules, mask), loss)
             losses = losses.float().to(self.device)
-            active = (losses > self.config.enough) | (not until_enough)
+            active = (losses > self.config.enough) | (step < self.config.steps)
             if not active.any():
                 break
             key, delta = (
