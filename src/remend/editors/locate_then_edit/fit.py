@@ -2,8 +2,9 @@
 
 Where: at the subject's last token, in a block before the middle of the model. There a model has heard whom a prompt is
 about, and not yet what it will say: keys of other subjects are far from the edit's own, also where they have the same
-answer. What: one value, by a few steps of Adam on the request's own prompt, its given paraphrases and random beginnings
-before them, while what the model says to other prompts about the subject should stay.
+answer (:mod:`remend.editors.locate_then_edit.site_survey` draws it). What: one value, by some steps along the
+normalized gradient, for the request's own prompt, others that ask the same and random beginnings before them, while
+what the model says to other prompts about the subject should stay.
 
 How it acts: by default as one hidden unit more in the block's MLP, as in Transformer-Patcher (Huang et al., ICLR 2023,
 arXiv 2301.09785), whose direction is whitened by ordinary text as in ROME. A linear change of a weight answers every
