@@ -11,15 +11,16 @@ import worlds
 from remend.core.low_rank_hooks import frozen
 from remend.core.response import LINEAR
 from remend.editors import load_editor
-from remend.editors.locate_then_edit import common_questions
+from remend.editors.locate_then_edit import common_questions, value_optimization
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, statement_of
 from remend.editors.locate_then_edit.fit import KEPT_TOKENS, Fit, FitConfig
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.editors.locate_then_edit.subject_mentions import lookalikes
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts, join_contexts
-from remend.editors.locate_then_edit.value_optimization import BestValues, NormalizedDescent
+from remend.editors.locate_then_edit.value_optimization import BestValues, NormalizedDescent, subject_batches
 from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.errors import ConfigError, FileError, RequestError
+from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import EditRequest, as_completion
 from remend.tasks import cached_prefix, wrap
 from remend.tasks.base import Example
@@ -279,6 +280,18 @@ def test_the_first_values_that_are_good_enough_are_the_best_or_else_those_that_c
         best.update(torch.full((2, 1), value), torch.tensor(losses))
     assert best.values.flatten().tolist() == [2.0, 1.0]
     assert best.reached.tolist() == [True, False]
+
+
+def test_texts_that_should_stay_take_turns_where_they_are_many(monkeypatch):
+    task = families.task("llama")
+    located = [(task.encode(r.prompt, r.target), 1) for r in families.requests("llama", 7)]
+    monkeypatch.setattr(value_optimization, "KEPT_AT_ONCE", 3)
+    contexts = [PromptContexts(tuple(located[:2]), tuple(located)) for _ in range(2)]
+    batch, kept = subject_batches(task, contexts, FrozenPrefix(task.model, ["model.layers.1.mlp"]))
+    assert (batch.requests, batch.rows_per_request) == (2, 2)
+    assert [(part.requests, part.rows_per_request) for part in kept] == [(2, 2)] * 3
+    none = [replace(of_request, kept=()) for of_request in contexts]
+    assert subject_batches(task, none, FrozenPrefix(task.model, ["model.layers.1.mlp"]))[1] == []
 
 
 def test_one_subject_s_requests_keep_nothing_that_another_of_them_changes():

@@ -39,7 +39,7 @@ OTHER_BELOW = 0.06
 FRAMES_AT_ONCE = 8
 """Statements that are asked together, each about all reference subjects."""
 
-MOST_PHRASINGS, MOST_OTHERS = 4, 16
+MOST_PHRASINGS, MOST_OTHERS = 4, 32
 """Statements that are chosen, of those that ask the same and of those that ask something else."""
 
 

@@ -245,14 +245,13 @@ class Fit(LocateThenEdit):
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for part in in_prompt_batches([contexts[index] for index in order]):
             batch, kept = subject_batches(task, part, prefix, from_subject=True)
-            batches = [batch, kept] if kept is not None else [batch]
+            batches = [batch, *kept]
             rows = [of_batch.keys_of_rows(self.key_layer, modules[self.key_layer]).float() for of_batch in batches]
             by_request = [k.view(b.requests, b.rows_per_request, -1) for k, b in zip(rows, batches, strict=True)]
             found = [self._direction(task, k, c, response) for k, c in zip(torch.cat(by_request, 1), part, strict=True)]
             key, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
-            of_prompts, *of_kept = (response((k * u[:, None]).sum(-1)).flatten() for k in by_request)
-            responses = (of_prompts, of_kept[0] if of_kept else None)
-            values = optimize_values(batch, kept, modules[self.changed_layer], block, self.config, responses)
+            answers = [response((k * u[:, None]).sum(-1)).flatten() for k in by_request]
+            values = optimize_values(batch, kept, modules[self.changed_layer], block, self.config, answers)
             parts.append((key, u, values))
         keys, u, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         place = torch.tensor(order, device=keys.device).argsort()

@@ -117,7 +117,7 @@ class Memit(LocateThenEdit):
 
 
 def _goals(
-    batch: SubjectBatch, kept: SubjectBatch | None, module: nn.Module, block: nn.Module, config: LocateConfig
+    batch: SubjectBatch, kept: Sequence[SubjectBatch], module: nn.Module, block: nn.Module, config: LocateConfig
 ) -> Float[Tensor, "request d"]:
     """Return z: the output that the last block should have at the subject of each prompt by itself (Eq. 16)."""
     offsets = optimize_values(batch, kept, module, block, config)

@@ -6,6 +6,7 @@ module there plus an offset δ, which gradient descent finds; many requests at o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from remend.errors import NonFiniteError
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.tasks.base import Batch, Task
 from remend.tasks.cached_prefix import CachedPrefix
+
+KEPT_AT_ONCE = 16
+"""Texts of a request that should stay in one step; where there are more, steps take turns with them."""
 
 
 @dataclass(frozen=True)
@@ -183,11 +187,14 @@ class SubjectBatch:
 
 def subject_batches(
     task: Task, contexts: Sequence[PromptContexts], prefix: FrozenPrefix, from_subject: bool = False
-) -> tuple[SubjectBatch, SubjectBatch | None]:
-    """Return the prompts of some requests as a batch, and the texts that should stay, if there are any."""
+) -> tuple[SubjectBatch, list[SubjectBatch]]:
+    """Return the prompts of some requests as a batch, and the texts that should stay in batches of a few of each."""
     batch = SubjectBatch(task, [of_request.examples for of_request in contexts], prefix, from_subject)
-    kept = [of_request.kept for of_request in contexts]
-    return batch, SubjectBatch(task, kept, prefix, from_subject) if kept[0] else None
+    count = len(contexts[0].kept)
+    parts = math.ceil(count / KEPT_AT_ONCE)
+    # The first part has the texts 0, parts, 2 parts …, since the surest come first; all parts have as many.
+    kept = [[c.kept[part::parts][: count // parts] for c in contexts] for part in range(parts)]
+    return batch, [SubjectBatch(task, part, prefix, from_subject) for part in kept]
 
 
 @contextmanager
@@ -226,11 +233,11 @@ def add_at_subject(
 
 def optimize_values(
     batch: SubjectBatch,
-    kept: SubjectBatch | None,
+    kept: Sequence[SubjectBatch],
     module: nn.Module,
     block: nn.Module,
     config: LocateConfig,
-    responses: tuple[Float[Tensor, " prompt"], Float[Tensor, " text"] | None] | None = None,
+    responses: Sequence[Float[Tensor, " text"]] | None = None,
 ) -> Float[Tensor, "request d_out"]:
     """Return δ of each request: added to the output of ``module`` at the subject, it makes the model say the target.
 
@@ -240,7 +247,7 @@ def optimize_values(
 
     Args:
         batch: the prompts of the requests, with targets.
-        kept: the texts that should stay.
+        kept: the texts that should stay, in batches that take turns from step to step.
         module: the module whose output is changed.
         block: its block.
         config: the settings.
@@ -252,8 +259,9 @@ def optimize_values(
     with torch.inference_mode(False), torch.no_grad(), frozen(batch.task.model):
         with add_at_subject(block, batch, None) as recorded:
             batch.outputs_resumed()
-        unedited = kept.outputs_resumed() if kept is not None else None
-        of_prompts, of_kept = responses or (None, None)
+        unedited = [part.outputs_resumed() for part in kept]
+        answers: Sequence[Tensor | None] = responses or [None] * (1 + len(kept))
+        of_prompts, *of_kept = answers
         # The size of the prompt by itself counts: all prompts of a request get the same offset.
         stream = batch.prompts_alone(recorded[0])
         stream_norm = stream.norm(dim=1, keepdim=True).clamp(min=1e-6)
@@ -262,7 +270,7 @@ def optimize_values(
         values = torch.zeros_like(stream)
         optimizer = config.optimizer(values)
         best = BestValues(values, config)
-        for _ in range(config.steps):
+        for step in range(config.steps):
             values.requires_grad_()
             with torch.enable_grad():
                 offsets = values * unit
@@ -271,9 +279,10 @@ def optimize_values(
                 # Prompts that are good enough leave the others, and those that should stay, to decide.
                 objective = (by_prompt - config.satisfied * config.enough).clamp(min=0).mean(1)
                 objective = objective + config.decay * (offsets / stream_norm).square().sum(1).to(objective.device)
-                if kept is not None and unedited is not None:
-                    with add_at_subject(module, kept, offsets, of_kept):
-                        objective = objective + config.kl_weight * _divergences(kept, unedited)
+                if kept:
+                    turn = step % len(kept)
+                    with add_at_subject(module, kept[turn], offsets, of_kept[turn]):
+                        objective = objective + config.kl_weight * _divergences(kept[turn], unedited[turn])
                 (values.grad,) = torch.autograd.grad(objective.sum(), [values])
             values.requires_grad_(False)
             if not objective.isfinite().all():
