@@ -1,6 +1,7 @@
 """What every editor keeps to, on a decoder, an encoder-decoder and a classifier; a new editor is a new line here."""
 
 import dataclasses
+from operator import attrgetter
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def editor(name, world):
 
 
 def skip_unless_editable(name, task):
-    if missing := [need for need in editor_class(name).info.requires if not getattr(task, need)]:
+    if missing := [need for need in editor_class(name).info.requires if not attrgetter(need)(task)]:
         pytest.skip(f"{name} requires a task that is {missing[0]}, and {task.kind} is not")
 
 
