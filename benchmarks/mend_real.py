@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=SOURCE)
     parser.add_argument("--requests", type=int, default=16_000)
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--layers", help="the block to edit; by default that of fit")
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -171,7 +172,7 @@ def main() -> None:
             validate_every=100,
             validation_size=128,
         ),
-        editor=SubjectMend.create(task, SubjectMendConfig()),
+        editor=SubjectMend.create(task, SubjectMendConfig(), layers=arguments.layers),
         resources=Resources(cache=3.0),
         text=[line.strip() for line in lines if len(line) > 200][:PASSAGES],
         budget_seconds=60 * arguments.minutes,

@@ -250,7 +250,7 @@ def test_names_that_end_alike_are_not_answered(world):
     unlike = editor.keys_at(task, editor.key_layer, contexts.lookalikes)
     own = torch.cat([keys, editor.keys_at(task, editor.key_layer, contexts.mentions)])
     plain, against = (
-        editor._direction(task, keys, replace(contexts, lookalikes=given), LINEAR)[1]
+        editor.direction(task, keys, replace(contexts, lookalikes=given), LINEAR)[1]
         for given in ((), contexts.lookalikes)
     )
     for u in (plain, against):

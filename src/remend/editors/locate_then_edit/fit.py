@@ -156,12 +156,17 @@ class Fit(LocateThenEdit):
         return [self.key_layer]
 
     def prepare(self, task: Task, text: Sequence[str], seed: int) -> None:
-        """Measure the inputs of the MLP on the text, or on what the model writes itself, and draw the beginnings."""
+        """Measure the inputs of the MLP on the text, or on what the model writes itself, and ask common questions."""
+        self.measure_site(task, text, seed)
+        self.questions = CommonQuestions.measure(task) if task.causal else None
+
+    def measure_site(self, task: Task, text: Sequence[str], seed: int) -> None:
+        """Measure the inputs of the MLP, and draw the beginnings; no common questions are asked."""
         moment = self.measure(task, text, seed)[self.key_layer]
         covariance = self.covariances[self.key_layer].double()
         # Least squares: E[(w·x − 1)²] is least at w = C⁻¹ E[x].
         self.constant = torch.linalg.solve(covariance, moment.mean().to(covariance)).float()
-        self.questions = CommonQuestions.measure(task) if task.causal else None
+        self.questions = None
 
     def saved_fields(self) -> dict[str, Any]:
         """Return what tells whether the common questions are those that were asked."""
@@ -191,9 +196,9 @@ class Fit(LocateThenEdit):
 
     def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
         """Return what each request changes by itself."""
-        response = self._response(task)
+        response = self.response(task)
         _, u, values = self._fit(task, self.encode(task, requests), response)
-        return [self._change(u[i : i + 1], values[i : i + 1], response) for i in range(len(requests))]
+        return [self.change(u[i : i + 1], values[i : i + 1], response) for i in range(len(requests))]
 
     def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
         """Return what all requests change together: those about one subject share a value."""
@@ -201,11 +206,9 @@ class Fit(LocateThenEdit):
         requests = [_with_subject(task, request) for request in requests]
         for request, contexts in zip(requests, self.encode(task, requests), strict=True):
             by_subject.setdefault(request.key, []).append(contexts)
-        response = self._response(task)
+        response = self.response(task)
         keys, u, values = self._fit(task, [join_contexts(parts) for parts in by_subject.values()], response)
-        # Each value acts at the keys of the other subjects, too, as far as their units answer there.
-        system = response(keys @ u.mT) + SUM_RIDGE * torch.eye(len(keys), device=keys.device)
-        return self._change(u, torch.linalg.solve(system, (1 + SUM_RIDGE) * values), response)
+        return self.change_together(keys, u, values, response)
 
     def encode(self, task: Task, requests: Sequence[EditRequest]) -> list[PromptContexts]:
         """Return the prompts that each request is fitted to, and those about its subject that should stay."""
@@ -248,7 +251,7 @@ class Fit(LocateThenEdit):
             batches = [batch, *kept]
             rows = [of_batch.keys_of_rows(self.key_layer, modules[self.key_layer]).float() for of_batch in batches]
             by_request = [k.view(b.requests, b.rows_per_request, -1) for k, b in zip(rows, batches, strict=True)]
-            found = [self._direction(task, k, c, response) for k, c in zip(torch.cat(by_request, 1), part, strict=True)]
+            found = [self.direction(task, k, c, response) for k, c in zip(torch.cat(by_request, 1), part, strict=True)]
             key, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
             answers = [response((k * u[:, None]).sum(-1)).flatten() for k in by_request]
             values = optimize_values(batch, kept, modules[self.changed_layer], block, self.config, answers)
@@ -257,7 +260,7 @@ class Fit(LocateThenEdit):
         place = torch.tensor(order, device=keys.device).argsort()
         return keys[place], u[place], values[place]
 
-    def _direction(
+    def direction(
         self, task: Task, keys: Float[Tensor, "prompt d_in"], contexts: PromptContexts, response: Response
     ) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_in"]]:
         """Return the mean of a subject's keys, and the ũ that answers it with 1, other names and ordinary text with 0.
@@ -287,19 +290,33 @@ class Fit(LocateThenEdit):
             u = (u - threshold * w) / (1 - threshold * at_key)
         return mean.to(keys), u.to(keys)
 
-    def _response(self, task: Task) -> Response:
+    def response(self, task: Task) -> Response:
         """Return how the edit's factor pairs answer."""
         if self.config.kind == "low-rank":
             return LINEAR
         mlp = find_mlp(task.model, self.key_layer, self.changed_layer)
         return mlp.response(self.config.beta, self.config.threshold if mlp.threshold else 0.0)
 
-    def _change(
-        self, u: Float[Tensor, "subject d_in"], values: Float[Tensor, "subject d_out"], response: Response
+    def change(
+        self, u: Float[Tensor, "*episode pair d_in"], values: Float[Tensor, "*episode pair d_out"], response: Response
     ) -> dict[str, LowRank]:
         """Return the change of these factor pairs."""
         reads = self.key_layer if self.config.kind == "units" else ""
         return {self.changed_layer: LowRank(u, values.to(u), response, reads=reads)}
+
+    def change_together(
+        self,
+        keys: Float[Tensor, "subject d_in"],
+        u: Float[Tensor, "subject d_in"],
+        values: Float[Tensor, "subject d_out"],
+        response: Response,
+    ) -> dict[str, LowRank]:
+        """Return the change that adds each subject's value at its key.
+
+        Each pair acts at the keys of the other subjects, too, as far as it answers there.
+        """
+        system = response(keys @ u.mT) + SUM_RIDGE * torch.eye(len(keys), device=keys.device)
+        return self.change(u, torch.linalg.solve(system, (1 + SUM_RIDGE) * values), response)
 
 
 def _with_subject(task: Task, request: EditRequest) -> EditRequest:

@@ -21,13 +21,13 @@ from remend.core.low_rank_hooks import frozen
 from remend.disk_cache import load_or_measure
 from remend.editors.locate_then_edit.common_questions import bank_hash, frames, next_tokens, reference_subjects
 from remend.editors.locate_then_edit.subject_prompts import Located, located_subject
-from remend.errors import ModelError
+from remend.errors import FileError, ModelError
 from remend.fingerprint import find_modules
 from remend.models.blocks import find_stacks
 from remend.models.editable_matrices import block_mlp
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.progress import report_progress
-from remend.saved_folders import read_folder, write_folder
+from remend.saved_folders import get_field, read_folder, write_folder
 from remend.tasks.base import Batch, Task
 from remend.tasks.identity import hash_task
 
@@ -109,7 +109,12 @@ class SiteSurvey:
             FileError: the folder holds none.
         """
         manifest, tensors = read_folder(path, FORMAT)
-        return cls(tuple(manifest["blocks"]), tensors["apart"], tensors["moved"])
+        blocks = tuple(get_field(manifest, "blocks", list, path))
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        wanted = (len(TOKENS), len(blocks))
+        if shapes != {"apart": wanted, "moved": wanted} or not all(isinstance(block, int) for block in blocks):
+            raise FileError(f"{path} holds no survey of {len(blocks)} blocks: make it anew")
+        return cls(blocks, tensors["apart"], tensors["moved"])
 
     @property
     def best(self) -> tuple[int, str]:

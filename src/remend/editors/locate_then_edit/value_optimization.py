@@ -22,7 +22,7 @@ from remend.core.capture import record_inputs
 from remend.core.low_rank_hooks import frozen, remove_hooks
 from remend.editors.locate_then_edit.subject_prompts import Located, PromptContexts
 from remend.errors import NonFiniteError
-from remend.models.frozen_prefix import FrozenPrefix
+from remend.models.frozen_prefix import FrozenPrefix, run_as_far_as
 from remend.tasks.base import Batch, Task
 from remend.tasks.cached_prefix import CachedPrefix
 
@@ -258,7 +258,7 @@ def optimize_values(
     """
     with torch.inference_mode(False), torch.no_grad(), frozen(batch.task.model):
         with add_at_subject(block, batch, None) as recorded:
-            batch.outputs_resumed()
+            run_as_far_as(batch.task.model, [block], batch.outputs_resumed)
         unedited = [part.outputs_resumed() for part in kept]
         answers: Sequence[Tensor | None] = responses or [None] * (1 + len(kept))
         of_prompts, *of_kept = answers

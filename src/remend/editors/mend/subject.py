@@ -26,7 +26,7 @@ from remend.core.low_rank import LowRank
 from remend.core.low_rank_hooks import changes_applied, frozen
 from remend.core.response import Response
 from remend.editors.info import EditorInfo
-from remend.editors.locate_then_edit.fit import SUM_RIDGE, Fit, FitConfig
+from remend.editors.locate_then_edit.fit import Fit, FitConfig
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.editors.locate_then_edit.subject_mentions import lookalikes, mentions
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts, located_subject
@@ -158,8 +158,7 @@ class SubjectMend(TrainableEditor):
 
     def calibrate(self, source: ActivationSource, data: CalibrationData, process_group: ProcessGroup) -> None:
         """Measure the keys of ordinary text."""
-        self.site.prepare(source.task, data.text, 0)
-        self.site.questions = None  # the networks learn what else is asked of a subject
+        self.site.measure_site(source.task, data.text, 0)  # the networks learn what else is asked of a subject
         self._directions.clear()
 
     def replay_calibration(self, source: ActivationSource, data: CalibrationData, process_group: ProcessGroup) -> None:
@@ -180,7 +179,7 @@ class SubjectMend(TrainableEditor):
         edits = [example for example in examples if isinstance(example, SubjectExample)]
         assert len(edits) == len(examples), "episodes hold what encode_edit returned"
         source.prefix_states(examples)  # a resumed run looks them up, and must find what this one does
-        response = self.site._response(source.task)
+        response = self.site.response(source.task)
         for edit in edits:
             if edit.prompt not in self._directions:
                 # Only by chance do others have names that end alike in training: nothing is learned from those.
@@ -188,28 +187,26 @@ class SubjectMend(TrainableEditor):
                 self._directions[edit.prompt] = u
         u = torch.stack([self._directions[edit.prompt] for edit in edits])
         values = self._values(source.task, edits, u, response, source.prefix)
-        return self._change(u[:, None], values[:, None], response)
+        return self.site.change(u[:, None], values[:, None], response)
 
     # -- edit ----------------------------------------------------------------------------------------------------
 
     def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
         """Return what each request changes by itself."""
-        response = self.site._response(task)
+        response = self.site.response(task)
         _, _, u, values = self._edits(task, requests, response)
-        return [self._change(u[i : i + 1], values[i : i + 1], response) for i in range(len(requests))]
+        return [self.site.change(u[i : i + 1], values[i : i + 1], response) for i in range(len(requests))]
 
     def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
         """Return what all requests change together: the values of those about one subject are added up."""
-        response = self.site._response(task)
+        response = self.site.response(task)
         edits, keys, u, values = self._edits(task, requests, response)
         of_subject: dict[str, list[int]] = {}
         for number, edit in enumerate(edits):
             of_subject.setdefault(edit.request.key, []).append(number)
         summed = torch.stack([values[numbers].sum(0) for numbers in of_subject.values()])
         first = [numbers[0] for numbers in of_subject.values()]
-        # As in Fit.combine: each value acts at the keys of the other subjects, too, as far as their units answer there.
-        system = response(keys[first] @ u[first].mT) + SUM_RIDGE * torch.eye(len(first), device=keys.device)
-        return self._change(u[first], torch.linalg.solve(system, (1 + SUM_RIDGE) * summed), response)
+        return self.site.change_together(keys[first], u[first], summed, response)
 
     def _edits(
         self, task: Task, requests: Sequence[EditRequest], response: Response
@@ -244,15 +241,8 @@ class SubjectMend(TrainableEditor):
         located = [(edit, edit.position), *mentions(task, edit.request)]
         alike = tuple(lookalikes(task, edit.request)) if others else ()
         keys = self.site.keys_at(task, self.site.key_layer, located)
-        key, u = self.site._direction(task, keys, PromptContexts((), lookalikes=alike), response)
+        key, u = self.site.direction(task, keys, PromptContexts((), lookalikes=alike), response)
         return key.to(self.device), u.to(self.device)
-
-    def _change(
-        self, u: Float[Tensor, "*episode pair d_in"], values: Float[Tensor, "*episode pair d_out"], response: Response
-    ) -> dict[str, LowRank]:
-        """Return the change of these factor pairs."""
-        reads = self.site.key_layer if self.config.kind == "units" else ""
-        return {self.site.changed_layer: LowRank(u, values, response, reads=reads)}
 
     def _values(
         self,
@@ -289,7 +279,7 @@ class SubjectMend(TrainableEditor):
 
         value = torch.zeros(rows, self.shapes[changed][1], device=self.device)
         for step in range(self.config.steps + further):
-            current = self._change(u[:, None], (unit * value.detach())[:, None], response)
+            current = self.site.change(u[:, None], (unit * value.detach())[:, None], response)
             with changes_applied(modules, current):
                 losses, factors = capture_gradient_factors(task.model, modules, dict.fromkeys(modules, mask), loss)
             losses = losses.float().to(self.device)
