@@ -6,6 +6,7 @@ module there plus an offset δ, which gradient descent finds; many requests at o
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from remend.errors import NonFiniteError
 from remend.models.frozen_prefix import FrozenPrefix, run_as_far_as
 from remend.tasks.base import Batch, Task
 from remend.tasks.cached_prefix import CachedPrefix
+from remend.tasks.narrow_products import narrow_products
 
 KEPT_AT_ONCE = 16
 """Texts of a request that should stay in one step; where there are more, steps take turns with them."""
@@ -148,6 +150,12 @@ class SubjectBatch:
         with torch.no_grad(), frozen(task.model):
             self.states = prefix.compute_states(self.outputs) if prefix.depth else None
 
+    def on(self, task: Task) -> SubjectBatch:
+        """Return the same texts for the same model with another dtype of its products."""
+        batch = copy.copy(self)
+        batch.task = task
+        return batch
+
     def outputs(self) -> Float[Tensor, "target answer"]:
         """Run the model; return the outputs that predict the targets."""
         return self.task.outputs(self.batch) if self.cached is None else self.cached.outputs(self.task)
@@ -256,7 +264,8 @@ def optimize_values(
     Raises:
         NonFiniteError: the model's loss is NaN or infinite.
     """
-    with torch.inference_mode(False), torch.no_grad(), frozen(batch.task.model):
+    with torch.inference_mode(False), torch.no_grad(), frozen(batch.task.model), narrow_products(batch.task) as task:
+        batch, kept = batch.on(task), [part.on(task) for part in kept]
         with add_at_subject(block, batch, None) as recorded:
             run_as_far_as(batch.task.model, [block], batch.outputs_resumed)
         unedited = [part.outputs_resumed() for part in kept]

@@ -40,6 +40,7 @@ from remend.models.blocks import find_stacks
 from remend.models.frozen_prefix import FrozenPrefix, run_until
 from remend.request import EditRequest
 from remend.tasks.base import EDIT_BATCH_SIZE, EncodedInput, Example, Task
+from remend.tasks.narrow_products import narrow_products
 
 SITE = "site."
 """What the names of the site's tensors begin with in a saved editor."""
@@ -273,29 +274,32 @@ class SubjectMend(TrainableEditor):
         answer = middle[at_subject[0], batch.batch.first_position.cpu()].float().to(self.device)
         target = self._embedded_targets(task, edits)
 
-        def loss() -> Tensor:
-            targets = batch.batch
-            return task.distribution.loss(batch.outputs_resumed(), targets.target, targets.row, rows)
-
         value = torch.zeros(rows, self.shapes[changed][1], device=self.device)
-        for step in range(self.config.steps + further):
-            current = self.site.change(u[:, None], (unit * value.detach())[:, None], response)
-            with changes_applied(modules, current):
-                losses, factors = capture_gradient_factors(task.model, modules, dict.fromkeys(modules, mask), loss)
-            losses = losses.float().to(self.device)
-            active = (losses > self.config.enough) | (step < self.config.steps)
-            if not active.any():
-                break
-            key, delta = (
-                factor[at_subject].to(self.device)
-                for factor in (factors[self.site.key_layer].u, factors[changed].delta)
-            )
-            inputs = Inputs(key, unit * delta, value.detach(), target, answer, losses)
-            network = min(step, self.config.steps - 1)
-            moved = value - self.alpha[network] * self.network(inputs, network)
-            size = moved.square().mean(1, keepdim=True).sqrt()
-            moved = moved * (self.config.largest / size.clamp(min=self.config.largest))
-            value = torch.where(active[:, None], moved, value)
+        with narrow_products(task) as narrow:
+            batch = batch.on(narrow)
+
+            def loss() -> Tensor:
+                targets = batch.batch
+                return task.distribution.loss(batch.outputs_resumed(), targets.target, targets.row, rows)
+
+            for step in range(self.config.steps + further):
+                current = self.site.change(u[:, None], (unit * value.detach())[:, None], response)
+                with changes_applied(modules, current):
+                    losses, factors = capture_gradient_factors(task.model, modules, dict.fromkeys(modules, mask), loss)
+                losses = losses.float().to(self.device)
+                active = (losses > self.config.enough) | (step < self.config.steps)
+                if not active.any():
+                    break
+                key, delta = (
+                    factor[at_subject].to(self.device)
+                    for factor in (factors[self.site.key_layer].u, factors[changed].delta)
+                )
+                inputs = Inputs(key, unit * delta, value.detach(), target, answer, losses)
+                network = min(step, self.config.steps - 1)
+                moved = value - self.alpha[network] * self.network(inputs, network)
+                size = moved.square().mean(1, keepdim=True).sqrt()
+                moved = moved * (self.config.largest / size.clamp(min=self.config.largest))
+                value = torch.where(active[:, None], moved, value)
         return unit * value
 
     @torch.no_grad()
