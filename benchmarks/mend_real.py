@@ -162,7 +162,7 @@ def main() -> None:
         task,
         make_requests(task, world, arguments.requests, 0),
         config=TrainingConfig(
-            edit_weight=0.5,
+            edit_weight=0.3,
             batch_size=16,
             learning_rate=1e-3,
             alpha_learning_rate=1e-3,

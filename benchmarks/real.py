@@ -48,6 +48,9 @@ KINDS = ("reliability", "generality", "all_phrasings", "same_object", "same_rela
 Row = dict[str, float]
 """The shares of one request's prompts by kind, and the seconds of its edit."""
 
+OTHER_PHRASINGS = 4
+"""Phrasings that the unedited model does not answer with the true object, of each request."""
+
 TEXT_EVERY = 4
 """Each of so many edits is measured on text, which takes as long as the edit itself."""
 
@@ -61,7 +64,8 @@ def asked_of(request: EditRequest, given: Sequence[str]) -> list[tuple[str, Prom
     fitted_to = {frame.about(subject) for form in ("statements", "questions") for frame in frames(form)} | set(given)
     asked: list[tuple[str, Prompt]] = [("reliability", request.prompt)]
     asked += [("generality", prompt) for prompt in request.paraphrases if _text(prompt) not in fitted_to]
-    asked += [("other_phrasings", prompt) for prompt in request.unseen_paraphrases if _text(prompt) not in fitted_to]
+    other = [("other_phrasings", prompt) for prompt in request.unseen_paraphrases if _text(prompt) not in fitted_to]
+    asked += random.Random(str(request.id)).sample(other, min(OTHER_PHRASINGS, len(other)))
     asked += [(str(probe.kind), probe.prompt) for probe in request.near]
     asked += [("far", probe.prompt) for probe in request.locality]
     return asked

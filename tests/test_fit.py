@@ -216,9 +216,10 @@ def test_common_questions_tell_what_asks_the_same(small_bank):
     similar = asked.similarity(task, "The capital of {} is")
     assert [value > 0.3 for value in similar.tolist()] == [True] * 3 + [False] * 2
     request = EditRequest(prompt="The capital of France is", target="Rome", subject="France")
-    phrasings, others = asked.choose(task, request)
-    assert set(phrasings) == {text.replace("{}", "France") for text in worlds.PHRASINGS[1:]}
-    assert others == ["The France of"]
+    chosen = asked.choose(task, request)
+    assert set(chosen.phrasings) == {text.replace("{}", "France") for text in worlds.PHRASINGS[1:]}
+    assert chosen.others == ["The France of"]
+    assert chosen.near == {"capital"}
 
 
 def test_what_was_asked_belongs_to_the_questions(small_bank, tmp_path):

@@ -85,6 +85,21 @@ def frames(form: Literal["statements", "questions"]) -> tuple[Frame, ...]:
     return tuple(Frame(name, text) for name, forms in _bank()["questions"].items() for text in forms[form])
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What is asked of a request's subject beside its prompt.
+
+    Attributes:
+        phrasings: texts that ask the same.
+        others: texts that ask something else.
+        near: the questions that ask the same, or nearly so.
+    """
+
+    phrasings: Sequence[str] = ()
+    others: Sequence[str] = ()
+    near: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, eq=False)
 class CommonQuestions:
     """How a model completes the statements about the reference subjects.
@@ -126,7 +141,7 @@ class CommonQuestions:
         own = torch.eye(len(subjects), dtype=torch.bool)
         return overlap[:, own].mean(1) - overlap[:, ~own].mean(1)
 
-    def choose(self, task: Task, request: EditRequest) -> tuple[list[str], list[str]]:
+    def choose(self, task: Task, request: EditRequest) -> Chosen:
         """Return texts that ask the same as a request with a subject, and texts that ask something else about it.
 
         Statements for a prompt to complete, questions for a question. Where a question's target is not given within a
@@ -134,28 +149,32 @@ class CommonQuestions:
         """
         statement = statement_of(request)
         if statement is None:
-            return [], other_questions(request)
+            return Chosen(others=other_questions(request))
         statements, similar = frames("statements"), self.similarity(task, statement)
         best = _most_similar(similar)
         ranked = [i for i in similar.argsort(descending=True).tolist() if statements[i].template != statement]
         least = max(SAME_FROM, SHARE_OF_BEST * float(similar[ranked[0]]))
         likely = [index for index in ranked[: 2 * MOST_PHRASINGS] if similar[index] >= least]
-        near = {frame.question for frame, value in zip(statements, similar, strict=True) if value > OTHER_BELOW}
+        near = frozenset(
+            frame.question for frame, value in zip(statements, similar, strict=True) if value > OTHER_BELOW
+        )
         subject = str(request.subject)
         if asks(request):
             same = [frame for frame in frames("questions") if likely and frame.question == best]
-            return [frame.about(subject) for frame in same[:MOST_PHRASINGS]], other_questions(request, near | {best})
+            phrasings = [frame.about(subject) for frame in same[:MOST_PHRASINGS]]
+            return Chosen(phrasings, other_questions(request, near | {best}), near)
         others = [index for index in _first_of_each_question() if statements[index].question not in near]
         texts = [statement.replace("{}", subject), *(statements[index].about(subject) for index in likely + others)]
         own, *answers = next_tokens(task, texts)
         answer_of = dict(zip(likely + others, answers, strict=True))
         # What the reference subjects leave open, the model's answer about the subject itself decides.
         same_answer = {index for index, answer in answer_of.items() if answer.argmax() == own.argmax()}
-        phrasings = [index for index in likely if statements[index].question == best or index in same_answer]
+        same = [index for index in likely if statements[index].question == best or index in same_answer]
         surest = sorted(set(others) - same_answer, key=lambda index: (-float(answer_of[index].max()), index))
-        return (
-            [statements[index].about(subject) for index in phrasings[:MOST_PHRASINGS]],
+        return Chosen(
+            [statements[index].about(subject) for index in same[:MOST_PHRASINGS]],
             [statements[index].about(subject) for index in surest[:MOST_OTHERS]],
+            near,
         )
 
 

@@ -3,8 +3,9 @@
 Where: at the subject's last token, in a block before the middle of the model. There a model has heard whom a prompt is
 about, and not yet what it will say: keys of other subjects are far from the edit's own, also where they have the same
 answer (:mod:`remend.editors.locate_then_edit.site_survey` draws it). What: one value, by some steps along the
-normalized gradient, for the request's own prompt, others that ask the same and random beginnings before them, while
-what the model says to other prompts about the subject should stay.
+normalized natural gradient (:mod:`remend.editors.locate_then_edit.answer_sensitivity`), for the request's own prompt,
+others that ask the same and random beginnings before them, while what the model says to other prompts about the subject
+should stay.
 
 How it acts: by default as one hidden unit more in the block's MLP, as in Transformer-Patcher (Huang et al., ICLR 2023,
 arXiv 2301.09785), whose direction is whitened by ordinary text as in ROME. A linear change of a weight answers every
@@ -13,7 +14,7 @@ other input with about 1/√d of its own answer; a unit with a threshold does no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -27,9 +28,11 @@ from remend.core.low_rank import LowRank
 from remend.core.mlp import find_mlp
 from remend.core.response import LINEAR, Response
 from remend.editors.info import EditorInfo
+from remend.editors.locate_then_edit.answer_sensitivity import AnswerSensitivity
 from remend.editors.locate_then_edit.base import TASK_REQUIREMENTS, LocateThenEdit, in_prompt_batches
 from remend.editors.locate_then_edit.common_questions import (
     MOST_PHRASINGS,
+    Chosen,
     CommonQuestions,
     asks,
     bank_hash,
@@ -77,6 +80,7 @@ class FitConfig(LocateConfig):
             (``low-rank``), which can be exported as a LoRA adapter.
         learning_rate: the length of a step, as a share of that of the block's output.
         momentum: the share of a step's direction that the next one keeps.
+        damping: λ of the natural gradient, as a share of the mean eigenvalue of F.
         threshold: a unit answers inputs whose q is above this, with the edit's own key at 1.
         beta: the sharpness of a unit.
     """
@@ -84,6 +88,7 @@ class FitConfig(LocateConfig):
     steps: PositiveInt = 40
     learning_rate: PositiveFloat = 0.12
     momentum: Factor = 0.5
+    damping: PositiveFloat = 0.1
     enough: NonNegativeFloat = 0.35
     kl_weight: NonNegativeFloat = 4.0
     largest: PositiveFloat = 4.0
@@ -104,6 +109,7 @@ class Fit(LocateThenEdit):
 
     Attributes:
         constant: the direction w with w·x ≈ 1 for every input x of the MLP, by which a unit gets its threshold.
+        sensitivity: how much answers to common questions move with a value; None of models that complete no text.
         questions: how the model completes common statements; None of models that complete no text.
     """
 
@@ -118,6 +124,7 @@ class Fit(LocateThenEdit):
     config_class: ClassVar[type[Config]] = FitConfig
     one_block: ClassVar[bool] = True
     constant: Float[Tensor, " d_in"]
+    sensitivity: AnswerSensitivity | None
     questions: CommonQuestions | None
 
     @staticmethod
@@ -161,20 +168,28 @@ class Fit(LocateThenEdit):
         self.questions = CommonQuestions.measure(task) if task.causal else None
 
     def measure_site(self, task: Task, text: Sequence[str], seed: int) -> None:
-        """Measure the inputs of the MLP, and draw the beginnings; no common questions are asked."""
+        """Measure the MLP's inputs, and how answers move with its output, and draw the beginnings.
+
+        What the model answers to common questions is not kept.
+        """
         moment = self.measure(task, text, seed)[self.key_layer]
         covariance = self.covariances[self.key_layer].double()
         # Least squares: E[(w·x − 1)²] is least at w = C⁻¹ E[x].
         self.constant = torch.linalg.solve(covariance, moment.mean().to(covariance)).float()
+        changed = self.edited_modules(task)[self.changed_layer]
+        self.sensitivity = AnswerSensitivity.measure(task, changed, seed) if task.causal else None
         self.questions = None
 
     def saved_fields(self) -> dict[str, Any]:
         """Return what tells whether the common questions are those that were asked."""
-        return {**super().saved_fields(), "common_questions": bank_hash() if self.questions else ""}
+        asked = bank_hash() if self.questions else ""
+        return {**super().saved_fields(), "common_questions": asked, "sensitivity": self.sensitivity is not None}
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """Return what the editor measured."""
         tensors = {**super().saved_tensors(), "constant": self.constant}
+        if self.sensitivity is not None:
+            tensors["sensitivity"] = self.sensitivity.gradients
         if self.questions is not None:
             tensors |= {"answers": self.questions.tokens, "probabilities": self.questions.probabilities}
         return tensors
@@ -183,7 +198,9 @@ class Fit(LocateThenEdit):
         """Take over what the editor measured."""
         tensors = dict(saved.tensors)
         self.constant = tensors.pop("constant")
-        self.questions = None
+        self.sensitivity = self.questions = None
+        if saved.field("sensitivity", bool):
+            self.sensitivity = AnswerSensitivity(tensors.pop("sensitivity"))
         if asked := saved.field("common_questions", str):
             if asked != bank_hash():
                 raise RuntimeError("it asked other questions than this version of remend does: make the editor anew")
@@ -191,6 +208,8 @@ class Fit(LocateThenEdit):
         super().restore(replace(saved, tensors=tensors))
         if self.constant.shape != (self.shapes[self.key_layer][0],):
             raise RuntimeError("the constant direction does not fit the layer")
+        if self.sensitivity and self.sensitivity.gradients.shape[2:] != (self.shapes[self.changed_layer][1],):
+            raise RuntimeError("the sensitivity of answers does not fit the layer")
 
     # -- edit ----------------------------------------------------------------------------------------------------
 
@@ -215,16 +234,13 @@ class Fit(LocateThenEdit):
         return [self._encode(task, _with_subject(task, request)) for request in requests]
 
     def _encode(self, task: Task, request: EditRequest) -> PromptContexts:
-        phrasings: Sequence[str] = ()
-        others: Sequence[str] = ()
+        chosen = Chosen(others=other_questions(request) if task.generates else ())
         if self.questions is not None:
-            phrasings, others = self.questions.choose(task, request)
-        elif task.generates:
-            others = other_questions(request)
+            chosen = self.questions.choose(task, request)
         given = list(request.given_paraphrases)
-        made = [prompt for text in phrasings if (prompt := in_form_of(request.prompt, text)) not in given]
+        made = [prompt for text in chosen.phrasings if (prompt := in_form_of(request.prompt, text)) not in given]
         with_made = request.model_copy(update={"given_paraphrases": (*given, *made)[: max(len(given), MOST_PHRASINGS)]})
-        kept = [in_form_of(request.prompt, text) for text in others]
+        kept = [in_form_of(request.prompt, text) for text in chosen.others]
         contexts = encode_contexts(task, with_made, self.beginnings, kept)
         if asks(request) and kept:
             # The first word of a sentence says little of what it will say.
@@ -237,6 +253,7 @@ class Fit(LocateThenEdit):
             examples=tuple((e, position) for e, (_, position) in zip(examples, contexts.examples, strict=True)),
             mentions=tuple(mentions(task, request)),
             lookalikes=tuple(lookalikes(task, request)),
+            near=chosen.near,
         )
 
     def _fit(self, task: Task, contexts: Sequence[PromptContexts], response: Response) -> tuple[Tensor, Tensor, Tensor]:
@@ -254,11 +271,19 @@ class Fit(LocateThenEdit):
             found = [self.direction(task, k, c, response) for k, c in zip(torch.cat(by_request, 1), part, strict=True)]
             key, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
             answers = [response((k * u[:, None]).sum(-1)).flatten() for k in by_request]
-            values = optimize_values(batch, kept, modules[self.changed_layer], block, self.config, answers)
+            directions = [self.natural_gradient(of_request.near) for of_request in part]
+            changed = modules[self.changed_layer]
+            values = optimize_values(batch, kept, changed, block, self.config, answers, directions)
             parts.append((key, u, values))
         keys, u, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         place = torch.tensor(order, device=keys.device).argsort()
         return keys[place], u[place], values[place]
+
+    def natural_gradient(self, near: Collection[str] = ()) -> Callable[[Tensor], Tensor]:
+        """Return what turns the gradient of a value into the direction of a step; ``near`` questions do not count."""
+        if self.sensitivity is None:
+            return lambda gradient: gradient
+        return self.sensitivity.natural_gradient(self.config.damping, near)
 
     def direction(
         self, task: Task, keys: Float[Tensor, "prompt d_in"], contexts: PromptContexts, response: Response

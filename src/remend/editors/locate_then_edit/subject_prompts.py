@@ -32,12 +32,14 @@ class PromptContexts:
         kept: other prompts that name the subject; what the model says next to them should stay.
         mentions: other texts that name the subject.
         lookalikes: prompts about other subjects whose names end alike.
+        near: the common questions that may be answered otherwise, too, by name.
     """
 
     examples: tuple[Located, ...]
     kept: tuple[Located, ...] = ()
     mentions: tuple[Located, ...] = ()
     lookalikes: tuple[Located, ...] = ()
+    near: frozenset[str] = frozenset()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -105,6 +107,7 @@ def join_contexts(parts: Sequence[PromptContexts]) -> PromptContexts:
         tuple(located for located in parts[0].kept if located in asked_by_all),
         parts[0].mentions,
         tuple(located for part in parts for located in part.lookalikes),
+        frozenset().union(*(part.near for part in parts)),
     )
 
 

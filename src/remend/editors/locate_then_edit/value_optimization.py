@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -246,6 +246,7 @@ def optimize_values(
     block: nn.Module,
     config: LocateConfig,
     responses: Sequence[Float[Tensor, " text"]] | None = None,
+    directions: Sequence[Callable[[Tensor], Tensor]] | None = None,
 ) -> Float[Tensor, "request d_out"]:
     """Return δ of each request: added to the output of ``module`` at the subject, it makes the model say the target.
 
@@ -260,6 +261,7 @@ def optimize_values(
         block: its block.
         config: the settings.
         responses: how much of δ is added in each of the prompts, and of the texts that should stay; by default all.
+        directions: what gives the direction of a step from a gradient, for each request; by default itself.
 
     Raises:
         NonFiniteError: the model's loss is NaN or infinite.
@@ -292,13 +294,16 @@ def optimize_values(
                     turn = step % len(kept)
                     with add_at_subject(module, kept[turn], offsets, of_kept[turn]):
                         objective = objective + config.kl_weight * _divergences(kept[turn], unedited[turn])
-                (values.grad,) = torch.autograd.grad(objective.sum(), [values])
+                (gradients,) = torch.autograd.grad(objective.sum(), [values])
             values.requires_grad_(False)
             if not objective.isfinite().all():
                 raise NonFiniteError("the loss of an edit is not finite: the model's weights or activations are not")
             best.update(values, by_prompt.detach())
             if best.reached.all():
                 break
+            values.grad = gradients
+            if directions is not None:
+                values.grad = torch.stack([turn(row) for turn, row in zip(directions, gradients, strict=True)])
             optimizer.step()
             norms = (values * unit).norm(dim=1, keepdim=True).clamp(min=1e-30)
             values *= (config.largest * stream_norm / norms).clamp(max=1)

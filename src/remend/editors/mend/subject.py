@@ -57,6 +57,7 @@ class SubjectMendConfig(Config):
         rank: the inner width of the network.
         alpha: the initial size of a step, as a share of the block's output at the subject.
         largest: the size to which a value is limited, in the same unit.
+        damping: as in :class:`FitConfig`; the network can turn back what it does to a gradient.
         kind: what an edit is made of (:class:`FitConfig`).
         threshold: as in :class:`FitConfig`.
         beta: as in :class:`FitConfig`.
@@ -68,13 +69,14 @@ class SubjectMendConfig(Config):
     rank: PositiveInt = 1024
     alpha: PositiveFloat = 0.5
     largest: PositiveFloat = 4.0
+    damping: PositiveFloat = 0.3
     kind: Literal["units", "low-rank"] = "units"
     threshold: Factor = 0.7
     beta: PositiveFloat = 20.0
 
     def of_site(self) -> FitConfig:
         """Return the settings of where and how edits act; no beginnings are read, and no values are optimized."""
-        return FitConfig(kind=self.kind, threshold=self.threshold, beta=self.beta, beginnings=0)
+        return FitConfig(kind=self.kind, threshold=self.threshold, beta=self.beta, damping=self.damping, beginnings=0)
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,7 @@ class SubjectMend(TrainableEditor):
         unit = stream[at_subject].float().to(self.device).square().mean(1, keepdim=True).sqrt()
         answer = middle[at_subject[0], batch.batch.first_position.cpu()].float().to(self.device)
         target = self._embedded_targets(task, edits)
+        natural_gradient = self.site.natural_gradient()
 
         value = torch.zeros(rows, self.shapes[changed][1], device=self.device)
         with narrow_products(task) as narrow:
@@ -294,7 +297,7 @@ class SubjectMend(TrainableEditor):
                     factor[at_subject].to(self.device)
                     for factor in (factors[self.site.key_layer].u, factors[changed].delta)
                 )
-                inputs = Inputs(key, unit * delta, value.detach(), target, answer, losses)
+                inputs = Inputs(key, natural_gradient(unit * delta), value.detach(), target, answer, losses)
                 network = min(step, self.config.steps - 1)
                 moved = value - self.alpha[network] * self.network(inputs, network)
                 size = moved.square().mean(1, keepdim=True).sqrt()

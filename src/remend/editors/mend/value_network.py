@@ -27,7 +27,7 @@ class Inputs:
 
     Attributes:
         key: the input of the MLP at the subject's last token.
-        delta: the gradient of the loss with respect to the MLP's output there, in units of the stream.
+        delta: the natural gradient of the loss with respect to the MLP's output there, in units of the stream.
         value: the sum of the parts before, in units of the stream.
         target: the embedding of the target.
         answer: the hidden state in the middle of the model where the target's first token is predicted.
