@@ -44,7 +44,8 @@ def test_samples_have_the_fisher_information_as_second_moment(editor):
 def test_all_statements_are_read_about_several_subjects(editor):
     gradients = editor.sensitivity.gradients
     assert gradients.shape == (len(frames("statements")), SUBJECTS, 16)
-    assert gradients.isfinite().all() and (gradients.norm(dim=-1) > 0).all()
+    assert gradients.isfinite().all()
+    assert (gradients.norm(dim=-1) > 0).all()
 
 
 @pytest.mark.parametrize("d", [400, 800])  # fewer dimensions than samples, and more

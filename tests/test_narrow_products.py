@@ -1,4 +1,4 @@
-"""Products in bfloat16 for a while: what is computed, for which models, and that weights are the same ones afterwards."""
+"""Products in bfloat16 for a while: what is computed, for which models, and that weights come back unchanged."""
 
 import pytest
 import torch
@@ -34,7 +34,8 @@ def test_outputs_are_nearly_the_same_and_weights_are_the_same_ones_afterwards(fa
         rounded = outputs(narrow)
     assert torch.bfloat16 in inside.values()
     embeddings = task.model.get_input_embeddings().weight
-    assert embeddings.dtype == torch.float32 and embeddings is before[next(iter(before))][0]
+    assert embeddings.dtype == torch.float32
+    assert embeddings is before[next(iter(before))][0]
     assert not torch.equal(rounded, exact)
     assert torch.allclose(rounded, exact, atol=0.05 * float(exact.std()))
     after = dict(task.model.named_parameters())

@@ -160,8 +160,8 @@ class CommonQuestions:
         )
         subject = str(request.subject)
         if asks(request):
-            same = [frame for frame in frames("questions") if likely and frame.question == best]
-            phrasings = [frame.about(subject) for frame in same[:MOST_PHRASINGS]]
+            asking = [frame for frame in frames("questions") if likely and frame.question == best]
+            phrasings = [frame.about(subject) for frame in asking[:MOST_PHRASINGS]]
             return Chosen(phrasings, other_questions(request, near | {best}), near)
         others = [index for index in _first_of_each_question() if statements[index].question not in near]
         texts = [statement.replace("{}", subject), *(statements[index].about(subject) for index in likely + others)]

@@ -298,12 +298,16 @@ class SubjectMend(TrainableEditor):
                     for factor in (factors[self.site.key_layer].u, factors[changed].delta)
                 )
                 inputs = Inputs(key, natural_gradient(unit * delta), value.detach(), target, answer, losses)
-                network = min(step, self.config.steps - 1)
-                moved = value - self.alpha[network] * self.network(inputs, network)
-                size = moved.square().mean(1, keepdim=True).sqrt()
-                moved = moved * (self.config.largest / size.clamp(min=self.config.largest))
-                value = torch.where(active[:, None], moved, value)
+                value = torch.where(active[:, None], self._moved(value, inputs, step), value)
         return unit * value
+
+    def _moved(self, value: Float[Tensor, "edit d_out"], inputs: Inputs, step: int) -> Float[Tensor, "edit d_out"]:
+        """Return values after a step, in units of the stream."""
+        network = min(step, self.config.steps - 1)
+        moved = value - self.alpha[network] * self.network(inputs, network)
+        size = moved.square().mean(1, keepdim=True).sqrt()
+        limited: Tensor = moved * (self.config.largest / size.clamp(min=self.config.largest))
+        return limited
 
     @torch.no_grad()
     def _states_above(self, batch: SubjectBatch) -> list[Float[Tensor, "row token d"]]:
