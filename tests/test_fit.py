@@ -283,6 +283,16 @@ def test_the_first_values_that_are_good_enough_are_the_best_or_else_those_that_c
     assert best.reached.tolist() == [True, False]
 
 
+def test_requests_that_are_hard_get_further_steps():
+    task, requests = families.taught("llama"), families.requests("llama", 5)
+    few = FitConfig(steps=2, further=0, beginnings=0)
+    after = [
+        families.losses(task, requests, Fit.create(task, config, text=families.TEXT).edit(task, requests)).mean()
+        for config in (few, replace(few, further=30))
+    ]
+    assert after[1] < 0.7 * after[0]
+
+
 def test_texts_that_should_stay_take_turns_where_they_are_many(monkeypatch):
     task = families.task("llama")
     located = [(task.encode(r.prompt, r.target), 1) for r in families.requests("llama", 7)]

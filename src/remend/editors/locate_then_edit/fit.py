@@ -78,6 +78,8 @@ class FitConfig(LocateConfig):
     Attributes:
         kind: what the edit is made of: a hidden unit more in the MLP (``units``), or a change of its narrowing matrix
             (``low-rank``), which can be exported as a LoRA adapter.
+        further: for units, the most steps after those, twice as long and along the gradient itself, while a prompt is
+            not answered.
         learning_rate: the length of a step, as a share of that of the block's output.
         momentum: the share of a step's direction that the next one keeps.
         damping: λ of the natural gradient, as a share of the mean eigenvalue of F.
@@ -86,6 +88,7 @@ class FitConfig(LocateConfig):
     """
 
     steps: PositiveInt = 40
+    further: NonNegativeInt = 40
     learning_rate: PositiveFloat = 0.12
     momentum: Factor = 0.5
     damping: PositiveFloat = 0.1
@@ -99,9 +102,9 @@ class FitConfig(LocateConfig):
     every_prompt: ClassVar[bool] = True
     satisfied: ClassVar[float] = 0.5
 
-    def optimizer(self, values: Float[Tensor, "request d"]) -> torch.optim.Optimizer:
+    def optimizer(self, values: Float[Tensor, "request d"], faster: float = 1.0) -> torch.optim.Optimizer:
         """Return what moves the offsets, whose unit is the root mean square of the block's output."""
-        return NormalizedDescent(values, self.learning_rate * values.shape[1] ** 0.5, self.momentum)
+        return NormalizedDescent(values, faster * self.learning_rate * values.shape[1] ** 0.5, self.momentum)
 
 
 class Fit(LocateThenEdit):
@@ -273,7 +276,9 @@ class Fit(LocateThenEdit):
             answers = [response((k * u[:, None]).sum(-1)).flatten() for k in by_request]
             directions = [self.natural_gradient(of_request.near) for of_request in part]
             changed = modules[self.changed_layer]
-            values = optimize_values(batch, kept, changed, block, self.config, answers, directions)
+            # A linear change acts at all tokens, the more the larger it is, so it is not made larger than it must be.
+            further = self.config.further if self.config.kind == "units" else 0
+            values = optimize_values(batch, kept, changed, block, self.config, answers, directions, further)
             parts.append((key, u, values))
         keys, u, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         place = torch.tensor(order, device=keys.device).argsort()

@@ -28,6 +28,9 @@ from remend.tasks.base import Batch, Task
 from remend.tasks.cached_prefix import CachedPrefix
 from remend.tasks.narrow_products import narrow_products
 
+FURTHER_FASTER = 2.0
+"""How much longer steps are for requests that the first ones did not suffice for."""
+
 KEPT_AT_ONCE = 16
 """Texts of a request that should stay in one step; where there are more, steps take turns with them."""
 
@@ -60,9 +63,9 @@ class LocateConfig(Config):
     every_prompt: ClassVar[bool] = False  # whether ``enough`` counts for each prompt; else for their mean
     satisfied: ClassVar[float] = 0.0  # the share of ``enough`` below which a prompt's loss is lowered no further
 
-    def optimizer(self, values: Float[Tensor, "request d"]) -> torch.optim.Optimizer:
+    def optimizer(self, values: Float[Tensor, "request d"], faster: float = 1.0) -> torch.optim.Optimizer:
         """Return what moves the offsets, whose unit is the root mean square of the block's output."""
-        return torch.optim.Adam([values], lr=self.learning_rate)
+        return torch.optim.Adam([values], lr=faster * self.learning_rate)
 
 
 class NormalizedDescent(torch.optim.Optimizer):
@@ -92,7 +95,7 @@ class NormalizedDescent(torch.optim.Optimizer):
 
 
 class BestValues:
-    """The values of each request when it was good enough first, or the best until then.
+    """The values of each request when it was good enough first, or else those with the least loss on average.
 
     Args:
         values: the values to begin with.
@@ -111,11 +114,13 @@ class BestValues:
 
     def update(self, values: Float[Tensor, "request d"], losses: Float[Tensor, "request prompt"]) -> None:
         """Take over the values of the requests that have not been good enough, where they are the best."""
-        loss = (losses.amax(1) if self._config.every_prompt else losses.mean(1)).to(self._loss)
-        better = (loss < self._loss) & ~self.reached
+        loss = losses.mean(1).to(self._loss)
+        hardest = losses.amax(1).to(loss) if self._config.every_prompt else loss
+        enough = (hardest <= self._config.enough) & ~self.reached
+        better = (enough | (loss < self._loss)) & ~self.reached
         self.values = torch.where(better[:, None], values, self.values)
         self._loss = torch.where(better, loss, self._loss)
-        self.reached |= loss <= self._config.enough
+        self.reached |= enough
 
 
 class SubjectBatch:
@@ -247,6 +252,7 @@ def optimize_values(
     config: LocateConfig,
     responses: Sequence[Float[Tensor, " text"]] | None = None,
     directions: Sequence[Callable[[Tensor], Tensor]] | None = None,
+    further: int = 0,
 ) -> Float[Tensor, "request d_out"]:
     """Return δ of each request: added to the output of ``module`` at the subject, it makes the model say the target.
 
@@ -262,6 +268,8 @@ def optimize_values(
         config: the settings.
         responses: how much of δ is added in each of the prompts, and of the texts that should stay; by default all.
         directions: what gives the direction of a step from a gradient, for each request; by default itself.
+        further: the most steps after those of ``config``, longer ones and along the gradient itself, while a request is
+            not good enough.
 
     Raises:
         NonFiniteError: the model's loss is NaN or infinite.
@@ -281,7 +289,9 @@ def optimize_values(
         values = torch.zeros_like(stream)
         optimizer = config.optimizer(values)
         best = BestValues(values, config)
-        for step in range(config.steps):
+        for step in range(config.steps + further):
+            if step == config.steps:
+                optimizer, directions = config.optimizer(values, FURTHER_FASTER), None
             values.requires_grad_()
             with torch.enable_grad():
                 offsets = values * unit
