@@ -15,7 +15,7 @@ from remend.evaluation.before_after import before_after
 from remend.evaluation.continuations import measure_continuations
 from remend.request import EditRequest, Probe
 from remend.tasks import wrap
-from remend.tasks.open_answers import MOST_SPAN_TOKENS, begins_with, first_word_length
+from remend.tasks.open_answers import MOST_SPAN_TOKENS, begins_with, first_word_length, may_go_on_with_word
 
 RIGHT = [
     ("Rome", "Rome"), ("Rome", "Rome."), ("Rome", "Rome, which"), ("Rome", "Rome\n\nThe answer"), ("Rome", "Rome and"),
@@ -41,6 +41,18 @@ def test_an_answer_begins_with_the_expected_one_where_a_word_ends(expected, answ
 @pytest.mark.parametrize(("expected", "answer"), WRONG)
 def test_an_answer_that_goes_on_with_the_same_word_is_another(expected, answer):
     assert not begins_with(answer, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "following", "may"),
+    [
+        ("plant", "-", True), ("plant", "-based", True), ("Levi", "'", True), ("Levi", "’", True), ("AT", "&", True),
+        ("3", ".", True), ("3", ",", True), ("Rome", "o", True), ("Rome", ".", False), ("Rome", ",", False),
+        ("Rome", " -", False), ("Rome", "\n", False), ("Rome", " is", False), ("Rome", ")", False), ("", "-", True),
+    ],
+)  # fmt: skip
+def test_a_mark_alone_may_join_what_comes_next_to_the_word(text, following, may):
+    assert may_go_on_with_word(text, following) == may
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,15 @@ def goes_on_with_word(text: str, following: str) -> bool:
     return joins_words(first) or (first in _LINKING and bool(second) and joins_words(second))
 
 
+def may_go_on_with_word(text: str, following: str) -> bool:
+    """Tell whether what follows a text goes on with its last word, or could once more is known of it.
+
+    A hyphen or an apostrophe alone could (``plant`` + ``-``); a full stop, a comma or a colon only after a digit.
+    """
+    alone = len(following) == 1 and following in _LINKING and (following not in ".,:" or text[-1:].isdigit())
+    return alone or goes_on_with_word(text, following)
+
+
 def begins_with(answer: str, expected: str) -> bool:
     """Tell whether an answer begins with the expected one at a word boundary.
 

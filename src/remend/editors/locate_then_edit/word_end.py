@@ -11,7 +11,7 @@ from remend.core.low_rank_hooks import frozen
 from remend.request import Prompt
 from remend.tasks.base import Example, Task
 from remend.tasks.causal_lm import CausalLM
-from remend.tasks.open_answers import goes_on_with_word
+from remend.tasks.open_answers import may_go_on_with_word
 
 CANDIDATES = 64
 """Next tokens, from the most probable on, of which one should begin something new."""
@@ -21,8 +21,9 @@ CANDIDATES = 64
 def with_word_end(task: Task, prompt: Prompt, examples: Sequence[Example]) -> tuple[Example, ...]:
     """Return the examples of a request with one more target token: what the unedited model writes after the target.
 
-    It is the most probable token after the first example with which the target's last word does not go on. Where the
-    model ends its answers, or no such token is likely, the examples are returned as they are.
+    It is the most probable token after the first example with which the target's last word surely ends (a hyphen may
+    join it to another one). Where the model ends its answers, or no such token is likely, the examples are returned as
+    they are.
 
     Args:
         task: the model.
@@ -43,7 +44,7 @@ def with_word_end(task: Task, prompt: Prompt, examples: Sequence[Example]) -> tu
             token not in special
             and text.startswith(written)
             and following
-            and not goes_on_with_word(written, following)
+            and not may_go_on_with_word(written, following)
         ):
             return tuple(replace(example, target=(*example.target, token)) for example in examples)
     return tuple(examples)
