@@ -22,7 +22,7 @@ SETTINGS = TrainingConfig(
     learning_rate=3e-3,
     alpha_learning_rate=3e-3,
     edit_weight=1.0,
-    max_steps=30,
+    max_steps=60,
     validate_every=15,
 )
 
@@ -53,16 +53,13 @@ def test_an_edit_is_one_unit_that_answers_its_subject(world, editor):
     task, requests = world
     weights = [parameter.clone() for parameter in task.model.parameters()]
     plain = families.losses(task, requests)
-    own, elsewhere = [], []
     for number, edit in enumerate(editor.edit_each(task, requests[:5])):
         (change,) = edit.changes.values()
         assert (change.rank, bool(change.reads)) == (1, editor.config.kind == "units")
         moved = (families.losses(task, requests, edit) - plain).abs()
         others = [i for i, request in enumerate(requests) if request.subject != requests[number].subject]
-        own.append(float(moved[number]))
-        elsewhere.append(float(moved[others].median()))
-    if editor.config.kind == "units":  # a linear change of a matrix of 16 columns answers every other key, too
-        assert sum(elsewhere) < 0.25 * sum(own)
+        if editor.config.kind == "units":  # a linear change of a matrix of 16 columns answers every other key, too
+            assert moved[others].median() < 0.5 * moved[number]
     assert all(torch.equal(p, w) for p, w in zip(task.model.parameters(), weights, strict=True))
 
 
