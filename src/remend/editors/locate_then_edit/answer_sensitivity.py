@@ -24,7 +24,7 @@ from remend.editors.locate_then_edit.value_optimization import SubjectBatch, add
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.progress import report_progress
 from remend.tasks.base import Task
-from remend.tasks.narrow_products import narrow_products
+from remend.tasks.bfloat16_products import bfloat16_products
 
 SUBJECTS = 4
 """Reference subjects about which all statements are read."""
@@ -52,7 +52,7 @@ class AnswerSensitivity:
         statements, subjects = frames("statements"), reference_subjects()[::2][:SUBJECTS]
         generator = torch.Generator(device=task.device).manual_seed(seed)
         parts: list[Tensor] = []
-        with frozen(task.model), narrow_products(task) as narrow:
+        with frozen(task.model), bfloat16_products(task) as narrow:
             for start in range(0, len(statements), FRAMES_AT_ONCE):
                 report_progress("measuring how answers move", start, len(statements))
                 part = statements[start : start + FRAMES_AT_ONCE]

@@ -24,8 +24,8 @@ from remend.core.low_rank_hooks import frozen
 from remend.progress import report_progress
 from remend.request import Chat, EditRequest
 from remend.tasks.base import Example, Task, in_batches
+from remend.tasks.bfloat16_products import bfloat16_products
 from remend.tasks.endings import is_question
-from remend.tasks.narrow_products import narrow_products
 from remend.tasks.own_words import TARGET_AS_GIVEN
 
 TOP = 32
@@ -212,7 +212,7 @@ def other_questions(request: EditRequest, without: Collection[str] = ()) -> list
 def next_tokens(task: Task, prompts: Sequence[str]) -> Float[Tensor, "prompt token"]:
     """Return the distribution of a model's next token after each prompt, on the CPU."""
     examples = [Example(tuple(task.encode_input(prompt)), (0,)) for prompt in prompts]
-    with frozen(task.model), narrow_products(task) as narrow:
+    with frozen(task.model), bfloat16_products(task) as narrow:
         parts = [narrow.outputs(narrow.collate(part)).float().softmax(-1).cpu() for part in in_batches(examples)]
     return torch.cat(parts)
 

@@ -25,8 +25,8 @@ from remend.editors.locate_then_edit.subject_prompts import Located, PromptConte
 from remend.errors import NonFiniteError
 from remend.models.frozen_prefix import FrozenPrefix, run_as_far_as
 from remend.tasks.base import Batch, Task
+from remend.tasks.bfloat16_products import bfloat16_products
 from remend.tasks.cached_prefix import CachedPrefix
-from remend.tasks.narrow_products import narrow_products
 
 FURTHER_FASTER = 2.0
 """How much longer steps are for requests that the first ones did not suffice for."""
@@ -274,7 +274,7 @@ def optimize_values(
     Raises:
         NonFiniteError: the model's loss is NaN or infinite.
     """
-    with torch.inference_mode(False), torch.no_grad(), frozen(batch.task.model), narrow_products(batch.task) as task:
+    with torch.inference_mode(False), torch.no_grad(), frozen(batch.task.model), bfloat16_products(batch.task) as task:
         batch, kept = batch.on(task), [part.on(task) for part in kept]
         with add_at_subject(block, batch, None) as recorded:
             run_as_far_as(batch.task.model, [block], batch.outputs_resumed)

@@ -40,7 +40,7 @@ from remend.models.blocks import find_stacks
 from remend.models.frozen_prefix import FrozenPrefix, run_until
 from remend.request import EditRequest
 from remend.tasks.base import EDIT_BATCH_SIZE, EncodedInput, Example, Task
-from remend.tasks.narrow_products import narrow_products
+from remend.tasks.bfloat16_products import bfloat16_products
 
 SITE = "site."
 """What the names of the site's tensors begin with in a saved editor."""
@@ -278,7 +278,7 @@ class SubjectMend(TrainableEditor):
         natural_gradient = self.site.natural_gradient()
 
         value = torch.zeros(rows, self.shapes[changed][1], device=self.device)
-        with narrow_products(task) as narrow:
+        with bfloat16_products(task) as narrow:
             batch = batch.on(narrow)
 
             def loss() -> Tensor:

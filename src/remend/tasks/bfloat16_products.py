@@ -16,7 +16,7 @@ from remend.core.layers import is_conv1d
 from remend.tasks.base import Task
 
 LEAST_WEIGHTS = 10_000_000
-"""Weights of a model from which narrow products are worth it; a pass of a smaller one takes milliseconds."""
+"""Weights of a model from which such products are worth it; a pass of a smaller one takes milliseconds."""
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -28,7 +28,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 @contextmanager
-def narrow_products(task: Task, least: int = LEAST_WEIGHTS) -> Iterator[Task]:
+def bfloat16_products(task: Task, least: int = LEAST_WEIGHTS) -> Iterator[Task]:
     """Within the block, let a float32 model's linear layers hold bfloat16 copies of their weights; yield its task.
 
     All else of the model stays float32, as do sums of hidden states. Where the device has no such instructions, the

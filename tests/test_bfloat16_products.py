@@ -7,9 +7,9 @@ from torch import nn
 import families
 import worlds
 from remend.core.low_rank_hooks import frozen
-from remend.tasks import narrow_products as module
+from remend.tasks import bfloat16_products as module
 from remend.tasks import wrap
-from remend.tasks.narrow_products import multiplies_bfloat16, narrow_products
+from remend.tasks.bfloat16_products import bfloat16_products, multiplies_bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def test_outputs_are_nearly_the_same_and_weights_are_the_same_ones_afterwards(fa
     task = wrap(families.DECODERS[family]().eval(), worlds.tokenizer())
     before = {name: (parameter, parameter.clone()) for name, parameter in task.model.named_parameters()}
     exact = outputs(task)
-    with narrow_products(task, least=1) as narrow:
+    with bfloat16_products(task, least=1) as narrow:
         inside = {name: parameter.dtype for name, parameter in task.model.named_parameters(remove_duplicate=False)}
         rounded = outputs(narrow)
     assert torch.bfloat16 in inside.values()
@@ -49,7 +49,7 @@ def test_outputs_are_nearly_the_same_and_weights_are_the_same_ones_afterwards(fa
 def test_weights_come_back_after_an_error():
     task = worlds.task(worlds.llama())
     weights = [id(parameter) for parameter in task.model.parameters()]
-    with pytest.raises(KeyboardInterrupt), narrow_products(task, least=1):
+    with pytest.raises(KeyboardInterrupt), bfloat16_products(task, least=1):
         raise KeyboardInterrupt
     assert [id(parameter) for parameter in task.model.parameters()] == weights
 
@@ -59,7 +59,7 @@ def test_hidden_states_are_summed_in_float32():
     seen = []
     block = next(module for name, module in task.model.named_modules() if name.endswith("layers.1"))
     handle = block.register_forward_hook(lambda module, args, output: seen.append((args[0].dtype, output)))
-    with narrow_products(task, least=1) as narrow:
+    with bfloat16_products(task, least=1) as narrow:
         outputs(narrow)
     handle.remove()
     output = seen[0][1][0] if isinstance(seen[0][1], tuple) else seen[0][1]
@@ -78,7 +78,7 @@ def test_nothing_changes_where_nothing_is_gained(why, monkeypatch):
     else:
         monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: False)
     weights = [id(parameter) for parameter in task.model.parameters()]
-    with narrow_products(task, least) as same:
+    with bfloat16_products(task, least) as same:
         assert same is task
         assert [id(parameter) for parameter in task.model.parameters()] == weights
 
@@ -87,7 +87,7 @@ def test_a_layer_that_computes_its_weight_is_left_alone():
     task = worlds.task(worlds.llama())
     layer = next(layer for layer in task.model.modules() if isinstance(layer, nn.Linear))
     nn.utils.parametrizations.weight_norm(layer)
-    with narrow_products(task, least=1):
+    with bfloat16_products(task, least=1):
         assert layer.weight.dtype == torch.float32
 
 
