@@ -1,6 +1,10 @@
-"""Train ``mend-subject`` on a real language model, for benchmarks/real.py to measure.
+r"""Train ``mend-subject`` on a real language model, for benchmarks/real.py to measure.
 
-    python benchmarks/mend_real.py build/real/smollm2 --out build/real/mend-smollm2 --minutes 60
+    python benchmarks/mend_real.py build/real/smollm2 --out build/real/mend-smollm2 --minutes 75
+    python benchmarks/mend_real.py build/real/smollm2 --out build/real/mend-smollm2-2 --minutes 90 \
+        --start-from build/real/mend-smollm2
+
+The second run goes on with the networks of the first one, at half of its learning rate.
 
 The requests are about the subjects of the train split of benchmarks/real_requests.py, which neither validation nor test
 share. A request need not be about a fact that the model knows: any object of a relation can be its target, the
@@ -24,6 +28,7 @@ import torch
 import remend
 from real_requests import SOURCE, Fact, World, others_asked, probe
 from remend.core.low_rank_hooks import frozen
+from remend.editors import load_editor
 from remend.editors.mend.subject import SubjectMend, SubjectMendConfig
 from remend.fingerprint import ModelFingerprint
 from remend.request import EditRequest, as_completion
@@ -45,6 +50,9 @@ LEAST = 0.05
 
 PARAPHRASES, NEAR = 2, 3
 """The most other phrasings, and the other questions, of a request."""
+
+LEARNING_RATE = 1e-3
+"""The learning rate at first; it falls to zero with the time."""
 
 
 def held_out(phrasing: str) -> bool:
@@ -146,9 +154,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--source", type=Path, default=SOURCE)
-    parser.add_argument("--requests", type=int, default=16_000)
+    parser.add_argument("--requests", type=int, default=12_000)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--layers", help="the block to edit; by default that of fit")
+    parser.add_argument("--start-from", type=Path, metavar="EDITOR", help="go on with the networks of a trained editor")
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -158,21 +167,27 @@ def main() -> None:
     task = remend.load(str(arguments.model), dtype="bfloat16")
     task.model.set_attn_implementation("eager")
     lines = (arguments.source / "wikitext2" / "valid.txt").read_text(encoding="utf-8").splitlines()
+    editor = SubjectMend.create(task, SubjectMendConfig(), layers=arguments.layers)
+    rate = LEARNING_RATE
+    if arguments.start_from:
+        rate /= 2
+        trained = load_editor(arguments.start_from)
+        editor.load_state_dict(trained.state_dict())
     editor = train(
         task,
         make_requests(task, world, arguments.requests, 0),
         config=TrainingConfig(
-            edit_weight=0.3,
+            edit_weight=0.4,
             batch_size=16,
-            learning_rate=1e-3,
-            alpha_learning_rate=1e-3,
+            learning_rate=rate,
+            alpha_learning_rate=rate,
             near=1.0,
             decay=True,
             gradient_clip=1.0,
             validate_every=100,
             validation_size=128,
         ),
-        editor=SubjectMend.create(task, SubjectMendConfig(), layers=arguments.layers),
+        editor=editor,
         resources=Resources(cache=3.0),
         text=[line.strip() for line in lines if len(line) > 200][:PASSAGES],
         budget_seconds=60 * arguments.minutes,

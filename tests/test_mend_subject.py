@@ -89,11 +89,24 @@ def test_requests_of_one_subject_share_a_unit_and_a_subject_is_found(world, edit
 def test_episodes_hold_the_place_of_the_subject(world):
     task, requests = world
     editor = SubjectMend.create(task, NETWORK)
-    edit = Episodes(task, requests, seed=0, encode_edit=editor.encode_edit).episodes[0].edit
+    edit = Episodes(task, requests, seed=0, editor=editor).episodes[0].edit
     assert isinstance(edit, SubjectExample)
     assert task.decode(edit.input[: edit.position + 1]).endswith(str(requests[0].subject))
     with pytest.raises(RequestError, match="does not hold its subject"):
         editor.encode_edit(task, requests[0].model_copy(update={"subject": "Atlantis"}))
+
+
+def test_where_answers_do_not_end_paraphrases_teach_the_same_word_end_as_the_edit_pair(world, monkeypatch):
+    task, requests = world
+    editor = SubjectMend.create(task, NETWORK)
+    before = Episodes(task, requests, seed=0, editor=editor).episodes
+    assert all(other.target == episode.edit.target for episode in before for other in episode.neighbours)
+    monkeypatch.setattr(type(task), "ends_answer", lambda self, prompt: False)
+    for episode, request in zip(Episodes(task, requests, seed=0, editor=editor).episodes, requests, strict=True):
+        taught = task.encode(request.prompt, request.target).target
+        assert episode.edit.target[:-1] == taught
+        assert [other.target for other in episode.neighbours] == [episode.edit.target] * len(episode.neighbours)
+        assert isinstance(episode.edit, SubjectExample)
 
 
 def test_an_untrained_network_is_the_identity_on_the_gradient():

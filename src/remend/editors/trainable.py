@@ -21,7 +21,7 @@ from remend.editors.saved_editor import SavedEditor
 from remend.errors import ConfigError
 from remend.fingerprint import ModelFingerprint
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.request import EditRequest
+from remend.request import EditRequest, Prompt
 from remend.tasks.base import Batch, Example, Task
 
 
@@ -199,6 +199,13 @@ class TrainableEditor(nn.Module, WeightEditor):
             RequestError: it does not fit the model's context, or lacks what the editor needs of a request.
         """
         return task.encode(request.prompt, request.target)
+
+    def end_targets(self, task: Task, prompts: Sequence[Prompt], edits: Sequence[Example]) -> list[Example]:
+        """Return the edit pairs of some prompts with targets as long as an edit teaches them; by default as they are.
+
+        In training, what is added to a target is taught of a request's paraphrases, too.
+        """
+        return list(edits)
 
     @abstractmethod
     def episode_changes(

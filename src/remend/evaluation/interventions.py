@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from remend.core.low_rank import LowRank, layer_names, stack
 from remend.core.low_rank_hooks import changes_applied
@@ -34,6 +35,8 @@ class Intervention:
     """Whether outputs differ from those before."""
     known_answers: Mapping[Prompt, Answer] = MappingProxyType({})
     """Free answers afterwards that are known without decoding."""
+    units: Mapping[str, nn.Module] = MappingProxyType({})
+    """Where all that is changed are hidden units: the layers that they read and change, by name. Else empty."""
 
     def __init__(self, task: Task, decode_answers: bool = True) -> None:
         self.task = task
@@ -85,6 +88,8 @@ class SeparateEdits(Intervention):
         # Stacked once here: `applied` is entered for every batch, and only selects the rows of its requests.
         self.changes = {name: change.scaled(strength) for name, change in _stack_changes(edits).items()}
         self.modules = find_modules(task.model, layer_names(self.changes))
+        if not any(change.response.linear for change in self.changes.values()):
+            self.units = self.modules
 
     @contextmanager
     def applied(self, numbers: Sequence[int]) -> Iterator[None]:
@@ -101,6 +106,8 @@ class SharedEdit(Intervention):
     def __init__(self, task: Task, edit: Edit | LookupEdit, decode_answers: bool = True) -> None:
         super().__init__(task, decode_answers)
         self.edit = edit
+        if isinstance(edit, Edit) and not any(change.response.linear for change in edit.changes.values()):
+            self.units = find_modules(task.model, layer_names(edit.changes))
 
     @contextmanager
     def applied(self, numbers: Sequence[int]) -> Iterator[None]:

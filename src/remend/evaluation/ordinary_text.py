@@ -19,8 +19,9 @@ from remend.core.low_rank_hooks import frozen
 from remend.errors import ConfigError
 from remend.evaluation.interventions import Intervention
 from remend.evaluation.summary import Summary
+from remend.evaluation.unit_answers import rows_acted_on
 from remend.tasks.base import Batch, Example, Task
-from remend.tasks.kept_texts import sampled_or_kept
+from remend.tasks.kept_texts import log_p_or_kept, sampled_or_kept
 from remend.tasks.ordinary_inputs import SAMPLED_TOKENS
 
 TEXT_TOKENS = 1_024
@@ -87,7 +88,8 @@ class OrdinaryText:
         task: the unedited model.
         passages: the text; by default what the model writes by itself (of models that do not write: random inputs).
         tokens: how many tokens of it, at most.
-        keep: whether what the model writes is kept on disk for later runs (:mod:`remend.disk_cache`).
+        keep: whether what the model writes, and its perplexity there, is kept on disk for later runs
+            (:mod:`remend.disk_cache`).
 
     Attributes:
         examples: the inputs; of causal models, the first token of each text with the others as targets.
@@ -99,9 +101,9 @@ class OrdinaryText:
     """
 
     def __init__(self, task: Task, passages: Sequence[str] = (), tokens: int = TEXT_TOKENS, keep: bool = False) -> None:
-        self.task, self.given = task, bool(passages)
+        self.task, self.given, self.keep = task, bool(passages), keep and not passages
         count = max(1, tokens // SAMPLED_TOKENS)
-        if keep and not passages:
+        if self.keep:
             drawn = sampled_or_kept(task, TEXT_SEED, count)
         else:
             drawn = task.ordinary_examples(passages, TEXT_SEED, count)
@@ -126,16 +128,22 @@ class OrdinaryText:
         return sum(len(example.target) for example in self.examples)
 
     @cached_property
-    @torch.no_grad()
     def perplexity(self) -> float | None:
         """The unedited model's perplexity; None of models that do not continue text."""
-        if not self.task.causal:
-            return None
-        log_p = [
-            self.task.distribution.log_prob(self._before(start, batch), batch.target)
-            for start, batch in self._batches(self.task)
-        ]
-        return _exp(-float(torch.cat(log_p).double().mean()))
+        return _exp(-float(self._log_p.sum() / self.choices)) if self.task.causal else None
+
+    @cached_property
+    def _log_p(self) -> Float[Tensor, " text"]:
+        """The sum of the unedited model's log p of each text's tokens, which is kept on disk where texts are."""
+        return log_p_or_kept(self.task, self.examples, self._measure_log_p) if self.keep else self._measure_log_p()
+
+    @torch.no_grad()
+    def _measure_log_p(self) -> Float[Tensor, " text"]:
+        sums = torch.zeros(len(self.examples), dtype=torch.float64)
+        for start, batch in self._batches(self.task):
+            log_p = self.task.distribution.log_prob(self._before(start, batch), batch.target)
+            sums.index_add_(0, start + batch.row.cpu(), log_p.double().cpu())
+        return sums
 
     @property
     def description(self) -> Mapping[str, float]:
@@ -151,11 +159,20 @@ class OrdinaryText:
         # Sums over the choices of each text: those that stay, the divergence, log p before and after.
         sums = torch.zeros(requests, 4, len(lengths), dtype=torch.float64)
         for start, batch in self._batches(task):
-            before = self._before(start, batch)
-            target, each = batch.target.to(before.device), torch.arange(len(batch.row), device=before.device)
-            for number in range(requests):
-                with frozen(task.model), intervention.applied([number] * batch.rows):
-                    after = task.outputs(batch).to(before.device)
+            for number, acted_on in enumerate(rows_acted_on(intervention, batch, requests)):
+                texts, others = (start + rows.nonzero()[:, 0] for rows in (acted_on, ~acted_on))
+                if len(others):
+                    sums[number, 0, others] = lengths[others].double()
+                    if task.causal:
+                        sums[number, 2:, others] = self._log_p[others]
+                if not len(texts):
+                    continue
+                # Texts alone are run anew without the edit, too: rounding depends on what is computed together.
+                part = task.collate([self.examples[text] for text in texts]) if len(others) else batch
+                before = self._run(part) if len(others) else self._before(start, batch)
+                target, each = part.target.to(before.device), torch.arange(len(part.row), device=before.device)
+                with frozen(task.model), intervention.applied([number] * part.rows):
+                    after = task.outputs(part).to(before.device)
                 columns = [
                     distribution.unchanged(before, after),
                     distribution.divergence(before, after, each, len(each)),
@@ -163,7 +180,7 @@ class OrdinaryText:
                 if task.causal:
                     columns += [distribution.log_prob(outputs, target) for outputs in (before, after)]
                 values = torch.stack([column.double().cpu() for column in columns])
-                sums[number, : len(values)].index_add_(1, start + batch.row.cpu(), values)
+                sums[number, : len(values)].index_add_(1, texts[part.row.cpu()], values)
         return [self._summarize(of_request, lengths) for of_request in sums]
 
     def _batches(self, task: Task) -> list[tuple[int, Batch]]:
@@ -175,11 +192,14 @@ class OrdinaryText:
         """Return the unedited model's outputs at a batch, which are computed once as far as there is room for them."""
         if start in self._stored:
             return self._stored[start]
-        with frozen(self.task.model):
-            outputs = self.task.outputs(batch)
+        outputs = self._run(batch)
         if sum(stored.numel() for stored in self._stored.values()) + outputs.numel() <= STORED_OUTPUTS:
             self._stored[start] = outputs
         return outputs
+
+    def _run(self, batch: Batch) -> Float[Tensor, "target output"]:
+        with frozen(self.task.model):
+            return self.task.outputs(batch)
 
     def _summarize(self, sums: Float[Tensor, "4 text"], lengths: Int[Tensor, " text"]) -> Elsewhere:
         """Return the means over all choices of some sums over the choices of each text."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from remend.editors.trainable import FactPrompts
+from remend.editors.trainable import FactPrompts, TrainableEditor
 from remend.errors import TrainingError, prefix_request_errors
 from remend.progress import report_progress
 from remend.request import Completion, EditRequest, Probe, Prompt, as_completion
@@ -100,7 +100,8 @@ class Episodes:
         seed: the seed of every draw.
         near: the share of locality examples that are near negatives, for episodes that have some.
         in_batch: the share that are edit pairs of other episodes of the batch.
-        encode_edit: returns a request's edit pair (:meth:`TrainableEditor.encode_edit`); by default prompt and target.
+        editor: says what an edit pair is (:meth:`TrainableEditor.encode_edit`, :meth:`TrainableEditor.end_targets`); by
+            default prompt and target.
     """
 
     def __init__(
@@ -110,19 +111,19 @@ class Episodes:
         seed: int,
         near: float = 0.0,
         in_batch: float = 0.0,
-        encode_edit: Callable[[Task, EditRequest], Example] | None = None,
+        editor: TrainableEditor | None = None,
     ) -> None:
         self.task = task
         self.seed = seed
         self.near, self.in_batch = near, in_batch
         # Requests share locality examples, and tokenizing text is slow.
         self._encode = lru_cache(maxsize=None)(task.encode)
-        self._encode_edit = encode_edit
+        self.editor = editor
         prompts = [prompt for request in requests for prompt in _prompts(request)]
         between = task.sample_separators(prompts)
         requests = with_separators(requests, between.get)
         task.choose_answer_forms(prompt for request in requests for prompt in _prompts(request))
-        self.episodes = [self._prepare(number, request, len(requests)) for number, request in enumerate(requests)]
+        self.episodes = self._end_targets(requests, [self._prepare(*of, len(requests)) for of in enumerate(requests)])
         if len({episode.subject for episode in self.episodes}) < 2:
             raise TrainingError(
                 f"no two of the requests ({len(requests)}) are about different subjects: locality needs examples about "
@@ -180,7 +181,7 @@ class Episodes:
 
     def _encode_request(self, name: str, request: EditRequest) -> _Episode:
         encode = self._encode
-        edit = self._encode_edit(self.task, request) if self._encode_edit else encode(request.prompt, request.target)
+        edit = self.editor.encode_edit(self.task, request) if self.editor else encode(request.prompt, request.target)
         neighbours = tuple(encode(paraphrase, request.target) for paraphrase in request.paraphrases)
         # A request without locality examples lends its edit pair: when another request is edited, the model must not
         # change there, whatever it predicts.
@@ -190,6 +191,24 @@ class Episodes:
         if len(neighbours) < FEW_PARAPHRASES:  # otherwise edits learn to act on the paraphrase, not on their own prompt
             neighbours = (edit, *neighbours)
         return _Episode(edit, neighbours, locality, near, request.key, relation, name)
+
+    def _end_targets(self, requests: Sequence[EditRequest], episodes: Sequence[_Episode]) -> list[_Episode]:
+        """Return the episodes with targets as long as the editor teaches them."""
+        if self.editor is None:
+            return list(episodes)
+        edits = [episode.edit for episode in episodes]
+        longer = self.editor.end_targets(self.task, [request.prompt for request in requests], edits)
+        return [
+            replace(
+                episode,
+                edit=edit,
+                neighbours=tuple(
+                    replace(other, target=edit.target) if other.target == episode.edit.target else other
+                    for other in episode.neighbours
+                ),
+            )
+            for episode, edit in zip(episodes, longer, strict=True)
+        ]
 
     def _shuffle(self, epoch: int) -> list[int]:
         order = list(range(len(self.episodes)))

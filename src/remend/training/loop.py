@@ -126,9 +126,7 @@ def train(
             editor.to(process_group.device)
         task = task.with_autocast(resources.autocast)
         trainer = Trainer(task, editor, requests, config, resources, process_group, text)
-        held_out = Episodes(
-            task, validation[: config.validation_size], config.seed, config.near, encode_edit=editor.encode_edit
-        )
+        held_out = Episodes(task, validation[: config.validation_size], config.seed, config.near, editor=editor)
         run = TrainingRun(trainer, held_out.fixed(config.batch_size), started, budget_seconds, out)
         if not (resume and run.restore()):
             trainer.calibrate()

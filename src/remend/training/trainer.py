@@ -68,7 +68,7 @@ class Trainer(EpisodeRunner):
         # Each pass gathers a sharded model's weights, so all processes must make the same passes: each measures all.
         sharded = is_sharded(task.model)
         self.measuring_group = self.process_group.alone() if sharded else self.process_group
-        self.episodes = Episodes(task, requests, config.seed, config.near, config.in_batch, editor.encode_edit)
+        self.episodes = Episodes(task, requests, config.seed, config.near, config.in_batch, editor)
         self.step = 0
         examples, prefix = self.episodes.pairs(), FrozenPrefix(task.model, editor.shapes)
         verify_prefix(task, prefix, examples[:2])

@@ -31,6 +31,7 @@ from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.editors.locate_then_edit.subject_mentions import lookalikes, mentions
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts, located_subject
 from remend.editors.locate_then_edit.value_optimization import SubjectBatch
+from remend.editors.locate_then_edit.word_end import with_word_ends
 from remend.editors.mend.value_network import Inputs, ValueNetwork
 from remend.editors.saved_editor import SavedEditor
 from remend.editors.trainable import ActivationSource, CalibrationData, TrainableEditor
@@ -38,7 +39,7 @@ from remend.errors import ConfigError
 from remend.fingerprint import ModelFingerprint
 from remend.models.blocks import find_stacks
 from remend.models.frozen_prefix import FrozenPrefix, run_until
-from remend.request import EditRequest
+from remend.request import EditRequest, Prompt
 from remend.tasks.base import EDIT_BATCH_SIZE, EncodedInput, Example, Task
 from remend.tasks.bfloat16_products import bfloat16_products
 
@@ -175,6 +176,10 @@ class SubjectMend(TrainableEditor):
         example, position = located_subject(task, request.prompt, str(request.subject).strip(), request.target)
         return SubjectExample(example.input, example.target, position, request)
 
+    def end_targets(self, task: Task, prompts: Sequence[Prompt], edits: Sequence[Example]) -> list[Example]:
+        """Return the edit pairs with the token with which the target's last word ends (:func:`with_word_ends`)."""
+        return with_word_ends(task, prompts, edits)
+
     def episode_changes(
         self, source: ActivationSource, examples: Sequence[Example], factored_gradients: FactoredGradients | None = None
     ) -> dict[str, LowRank]:
@@ -220,7 +225,8 @@ class SubjectMend(TrainableEditor):
         Float[Tensor, "request d_out"],
     ]:
         """Return edit pairs, the keys of their subjects, the directions that answer to them, and what to add there."""
-        edits = [self.encode_edit(task, request) for request in requests]
+        pairs = [self.encode_edit(task, request) for request in requests]
+        edits = with_word_ends(task, [request.prompt for request in requests], pairs)
         found = [self._find_direction(task, edit, response) for edit in edits]
         keys, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
         prefix = FrozenPrefix(task.model, self.shapes)
