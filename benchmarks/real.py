@@ -5,6 +5,8 @@
     python benchmarks/mend_real.py build/real/smollm2 --out build/real/mend-smollm2 --minutes 75
     python benchmarks/real_questions.py build/real/smollm2
     python benchmarks/real.py --config benchmarks/configs/real_questions.json --split test
+    python benchmarks/real_classifier.py build/real/minilm
+    python benchmarks/real.py --config benchmarks/configs/real_classifier.json --split test
 
 Each request is an edit of its own. An answer is right if it begins with the target at a word boundary, and kept if its
 first word stays; a chat model's is right if it holds the target, and kept if it stays as far as it is read. Columns are
@@ -60,8 +62,9 @@ RESAMPLES = 2000
 
 def asked_of(request: EditRequest, given: Sequence[str]) -> list[tuple[str, Prompt]]:
     """Return the prompts of a request that are scored, with their kinds."""
-    subject = str(request.subject)
-    fitted_to = {frame.about(subject) for form in ("statements", "questions") for frame in frames(form)} | set(given)
+    fitted_to = set(given)
+    if request.subject:
+        fitted_to |= {frame.about(request.subject) for form in ("statements", "questions") for frame in frames(form)}
     asked: list[tuple[str, Prompt]] = [("reliability", request.prompt)]
     asked += [("generality", prompt) for prompt in request.paraphrases if _text(prompt) not in fitted_to]
     other = [("other_phrasings", prompt) for prompt in request.unseen_paraphrases if _text(prompt) not in fitted_to]
@@ -95,11 +98,11 @@ class Base:
         missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.answers))
         self.answers |= zip(missing, self.task.predict(missing, self.new_tokens), strict=True)
 
-    def on_text(self, intervention: Intervention) -> tuple[float, float]:
-        """Return the share of choices that stay with an edit, and the ratio of perplexities."""
+    def on_text(self, intervention: Intervention) -> Row:
+        """Return the share of choices that stay with an edit and, of language models, the ratio of perplexities."""
         (elsewhere,) = self.text.measure(intervention)
-        assert elsewhere.perplexity_ratio is not None
-        return elsewhere.stays.mean, elsewhere.perplexity_ratio.mean
+        ratio = elsewhere.perplexity_ratio
+        return {"text": elsewhere.stays.mean} | ({} if ratio is None else {"perplexity": ratio.mean})
 
 
 def make_editor(task: Task, variant: Mapping[str, Any], text: Sequence[str]) -> Editor:
@@ -137,7 +140,7 @@ def measure(base: Base, editor: Editor, request: EditRequest, given: Sequence[Pr
     of_kind["all_phrasings"] = of_kind["generality"] + of_kind["other_phrasings"]
     row = {name: sum(of_kind[name]) / len(of_kind[name]) for name in KINDS if of_kind[name]}
     if with_text:
-        row["text"], row["perplexity"] = base.on_text(intervention)
+        row |= base.on_text(intervention)
     return {**row, "seconds": seconds}
 
 
