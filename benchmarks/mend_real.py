@@ -1,10 +1,11 @@
 r"""Train ``mend-subject`` on a real language model, for benchmarks/real.py to measure.
 
-    python benchmarks/mend_real.py build/real/smollm2 --out build/real/mend-smollm2 --minutes 75
-    python benchmarks/mend_real.py build/real/smollm2 --out build/real/mend-smollm2-2 --minutes 90 \
-        --start-from build/real/mend-smollm2
+    python benchmarks/mend_real.py build/real/smollm2 --out build/real/mend-first --minutes 75 --edit-weight 0.3
+    python benchmarks/mend_real.py build/real/smollm2 --out build/real/mend-smollm2 --minutes 90 \
+        --start-from build/real/mend-first
 
-The second run goes on with the networks of the first one, at half of its learning rate.
+The second run goes on with the networks of the first one, at half of its learning rate. A larger weight of the edit
+makes more phrasings follow, and fewer other answers about the subject stay.
 
 The requests are about the subjects of the train split of benchmarks/real_requests.py, which neither validation nor test
 share. A request need not be about a fact that the model knows: any object of a relation can be its target, the
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=12_000)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--layers", help="the block to edit; by default that of fit")
+    parser.add_argument("--edit-weight", type=float, default=0.4, help="the weight of an edit against what should stay")
     parser.add_argument("--start-from", type=Path, metavar="EDITOR", help="go on with the networks of a trained editor")
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
@@ -177,7 +179,7 @@ def main() -> None:
         task,
         make_requests(task, world, arguments.requests, 0),
         config=TrainingConfig(
-            edit_weight=0.4,
+            edit_weight=arguments.edit_weight,
             batch_size=16,
             learning_rate=rate,
             alpha_learning_rate=rate,

@@ -2,7 +2,7 @@
 
     make real && python benchmarks/real_requests.py build/real/smollm2
     python benchmarks/real.py --split test --only 'fit, one pair'
-    python benchmarks/mend_real.py build/real/smollm2 --out build/real/mend-smollm2 --minutes 75
+    python benchmarks/mend_real.py build/real/smollm2 --out build/real/mend-smollm2  # in two runs: see there
     python benchmarks/real_questions.py build/real/smollm2
     python benchmarks/real.py --config benchmarks/configs/real_questions.json --split test
     python benchmarks/real_classifier.py build/real/minilm
