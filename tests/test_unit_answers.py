@@ -47,12 +47,14 @@ def test_what_is_left_out_changes_nothing(family, monkeypatch):
     block = block_of(task, 0, stack=0)
     edits = [unit_at(task, last_key(task, text.examples[n], block), block, threshold=0.95) for n in (0, 5)]
     interventions = [SharedEdit(task, edits[0]), SeparateEdits(task, edits)]
-    acted_on = rows_acted_on(interventions[1], task.collate(text.examples[:16]), 2)
+    acted_on = rows_acted_on(interventions[1], text.examples[:16], 2)
     assert acted_on[0, 0]
     assert acted_on[1, 5]
     assert not acted_on.all()
     found = [text.measure(intervention, number) for number, intervention in enumerate(interventions, start=1)]
-    monkeypatch.setattr(ordinary_text, "rows_acted_on", lambda i, b, n: torch.ones(n, b.rows, dtype=torch.bool))
+    monkeypatch.setattr(
+        ordinary_text, "rows_acted_on", lambda i, examples, n: torch.ones(n, len(examples), dtype=torch.bool)
+    )
     for of_some, intervention in zip(found, interventions, strict=True):
         for one, other in zip(of_some, text.measure(intervention, len(of_some)), strict=True):
             assert one.stays == other.stays
@@ -78,23 +80,23 @@ def test_a_unit_that_answers_nothing_takes_no_pass_through_the_blocks_above():
 
 def test_where_it_cannot_be_told_all_texts_count(monkeypatch):
     task = families.task("llama")
-    batch = task.collate(OrdinaryText(task).examples[:4])
+    examples = OrdinaryText(task).examples[:4]
     key = torch.ones(16)
     above_all = unit_at(task, key, block_of(task, -1))
-    assert rows_acted_on(SharedEdit(task, above_all), batch, 1).all()
+    assert rows_acted_on(SharedEdit(task, above_all), examples, 1).all()
     low = unit_at(task, 1e6 * key, block_of(task, 0))
-    assert not rows_acted_on(SharedEdit(task, low), batch, 1).any()
+    assert not rows_acted_on(SharedEdit(task, low), examples, 1).any()
     weight = task.model.get_submodule(name := block_mlp(task.model, block_of(task, 0)).down).weight
     nothing = LowRank(torch.zeros(1, weight.shape[1]), torch.zeros(1, weight.shape[0]))
     linear = Edit({name: nothing}, ModelFingerprint.of(task.model, [name]))
-    assert rows_acted_on(SharedEdit(task, linear), batch, 1).all()
-    assert rows_acted_on(NoIntervention(task, {}), batch, 1).all()
+    assert rows_acted_on(SharedEdit(task, linear), examples, 1).all()
+    assert rows_acted_on(NoIntervention(task, {}), examples, 1).all()
     # The last of an encoder's blocks: the next block of the model reads something else.
     t5 = families.task("t5-gated")
     at_end = unit_at(t5, 1e6 * key, block_of(t5, -1, stack=0))
-    assert rows_acted_on(SharedEdit(t5, at_end), t5.collate(OrdinaryText(t5).examples[:4]), 1).all()
+    assert rows_acted_on(SharedEdit(t5, at_end), OrdinaryText(t5).examples[:4], 1).all()
     # A stack that runs twice.
     again = families.task("llama")
     outputs = type(again).outputs
     monkeypatch.setattr(type(again), "outputs", lambda self, batch: [outputs(self, batch) for _ in range(2)][1])
-    assert rows_acted_on(SharedEdit(again, unit_at(again, 1e6 * key, block_of(again, 0))), batch, 1).all()
+    assert rows_acted_on(SharedEdit(again, unit_at(again, 1e6 * key, block_of(again, 0))), examples, 1).all()

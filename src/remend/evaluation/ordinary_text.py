@@ -159,7 +159,8 @@ class OrdinaryText:
         # Sums over the choices of each text: those that stay, the divergence, log p before and after.
         sums = torch.zeros(requests, 4, len(lengths), dtype=torch.float64)
         for start, batch in self._batches(task):
-            for number, acted_on in enumerate(rows_acted_on(intervention, batch, requests)):
+            of_batch = self.examples[start : start + batch.rows]
+            for number, acted_on in enumerate(rows_acted_on(intervention, of_batch, requests)):
                 texts, others = (start + rows.nonzero()[:, 0] for rows in (acted_on, ~acted_on))
                 if len(others):
                     sums[number, 0, others] = lengths[others].double()

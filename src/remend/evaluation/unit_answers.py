@@ -6,7 +6,7 @@ all that leaves the highest edited block is the same, bit for bit, so is all tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from weakref import WeakSet
 
 import torch
@@ -18,14 +18,16 @@ from remend.errors import ModelError
 from remend.evaluation.interventions import Intervention
 from remend.models.blocks import find_stacks
 from remend.models.frozen_prefix import FrozenPrefix, run_until
-from remend.tasks.base import Batch, Task
+from remend.tasks.base import Example, Task
 
 _run_once: WeakSet[nn.Module] = WeakSet()
 """Blocks that are known to run once in a pass."""
 
 
 @torch.no_grad()
-def rows_acted_on(intervention: Intervention, batch: Batch, requests: int) -> Bool[Tensor, "request row"]:
+def rows_acted_on(
+    intervention: Intervention, examples: Sequence[Example], requests: int
+) -> Bool[Tensor, "request example"]:
     """Return for each of an intervention's requests at which inputs it may change the model's outputs.
 
     False is sure. True is also returned where it cannot be told: of anything but hidden units, and of models whose
@@ -33,14 +35,15 @@ def rows_acted_on(intervention: Intervention, batch: Batch, requests: int) -> Bo
 
     Args:
         intervention: what acts.
-        batch: the inputs.
+        examples: the inputs, which run together.
         requests: how many requests the intervention tells apart.
     """
     task, units = intervention.task, intervention.units
-    acted_on = torch.ones(requests, batch.rows, dtype=torch.bool)
-    above = _block_above(task, units.values(), batch)
+    acted_on = torch.ones(requests, len(examples), dtype=torch.bool)
+    above = _block_above(task, units.values(), examples[0])
     if above is None:
         return acted_on
+    batch = task.collate(examples)
 
     def states() -> Tensor:
         return run_until(above, lambda: task.outputs(batch))
@@ -59,7 +62,7 @@ def rows_acted_on(intervention: Intervention, batch: Batch, requests: int) -> Bo
     return acted_on
 
 
-def _block_above(task: Task, modules: Iterable[nn.Module], batch: Batch) -> nn.Module | None:
+def _block_above(task: Task, modules: Iterable[nn.Module], example: Example) -> nn.Module | None:
     """Return the block that reads what the highest of those with these modules computes; None where none surely does.
 
     It must run after them in the same stack, and all blocks once in a pass.
@@ -71,12 +74,13 @@ def _block_above(task: Task, modules: Iterable[nn.Module], batch: Batch) -> nn.M
         inside = {module for number in holding for module in blocks[number].modules()}
         if changed and changed <= inside and holding[-1] + 1 < len(blocks) and len(set(blocks)) == len(blocks):
             above = blocks[holding[-1] + 1]
-            return above if above in _run_once or _runs_once(task, above, batch) else None
+            return above if above in _run_once or _runs_once(task, above, example) else None
     return None
 
 
-def _runs_once(task: Task, block: nn.Module, batch: Batch) -> bool:
-    """Return whether a block runs once in a pass, with hidden states."""
+def _runs_once(task: Task, block: nn.Module, example: Example) -> bool:
+    """Return whether a block runs once in a pass, with hidden states; a model may run all its blocks several times."""
+    batch = task.collate([example])
     calls: list[int] = []
     handle = block.register_forward_pre_hook(lambda module, args: calls.append(1))
     try:
