@@ -49,6 +49,7 @@ from remend.editors.locate_then_edit.value_optimization import (
 )
 from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.editors.saved_editor import SavedEditor
+from remend.errors import FileError
 from remend.fingerprint import find_modules
 from remend.models.editable_matrices import block_mlp
 from remend.models.frozen_prefix import FrozenPrefix
@@ -206,7 +207,9 @@ class Fit(LocateThenEdit):
             self.sensitivity = AnswerSensitivity(tensors.pop("sensitivity"))
         if asked := saved.field("common_questions", str):
             if asked != bank_hash():
-                raise RuntimeError("it asked other questions than this version of remend does: make the editor anew")
+                raise FileError(
+                    "the editor was made with other common questions than this version of remend asks: make it anew"
+                )
             self.questions = CommonQuestions(tensors.pop("answers"), tensors.pop("probabilities"))
         super().restore(replace(saved, tensors=tensors))
         if self.constant.shape != (self.shapes[self.key_layer][0],):
