@@ -86,6 +86,28 @@ def test_requests_of_one_subject_share_a_unit_and_a_subject_is_found(world, edit
     assert torch.equal(named.delta, unnamed.delta)
 
 
+def test_given_paraphrases_are_read_with_the_prompt(world, editor):
+    task, requests = world
+    first, second = requests[:2]
+    with_given = [r.model_copy(update={"given_paraphrases": r.paraphrases[:1], "paraphrases": ()}) for r in requests]
+    asked = [request.model_copy(update={"prompt": request.paraphrases[0]}) for request in requests]
+    after = []
+    for made_of in (with_given, requests):
+        edits = editor.edit_each(task, made_of)
+        after.append(torch.cat([families.losses(task, [of], e) for of, e in zip(asked, edits, strict=True)]).mean())
+    assert after[0] < after[1]  # on average: the networks were trained for seconds
+    given = with_given[0]
+    read, alone = (editor.edit(task, [request]) for request in (given, first))
+    ((name, change),) = read.changes.items()
+    assert not torch.equal(change.delta, alone.changes[name].delta)
+    # Requests with and without are edited together as each alone.
+    together = editor.edit_each(task, [given, second])
+    for one, other in zip(together, (read, editor.edit(task, [second])), strict=True):
+        torch.testing.assert_close(one.changes[name].delta, other.changes[name].delta, rtol=1e-3, atol=1e-4)
+    with pytest.raises(RequestError, match="does not hold its subject"):
+        editor.edit(task, [first.model_copy(update={"given_paraphrases": ("Another question",)})])
+
+
 def test_episodes_hold_the_place_of_the_subject(world):
     task, requests = world
     editor = SubjectMend.create(task, NETWORK)

@@ -29,7 +29,7 @@ from remend.editors.info import EditorInfo
 from remend.editors.locate_then_edit.fit import Fit, FitConfig
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.editors.locate_then_edit.subject_mentions import lookalikes, mentions
-from remend.editors.locate_then_edit.subject_prompts import PromptContexts, located_subject
+from remend.editors.locate_then_edit.subject_prompts import Located, PromptContexts, located_subject
 from remend.editors.locate_then_edit.value_optimization import SubjectBatch
 from remend.editors.locate_then_edit.word_end import with_word_ends
 from remend.editors.mend.value_network import Inputs, ValueNetwork
@@ -91,6 +91,11 @@ class SubjectExample(Example):
 
     position: int
     request: EditRequest = field(compare=False)
+
+    @property
+    def located(self) -> Located:
+        """The edit pair with the place of the subject."""
+        return self, self.position
 
     @property
     def prompt(self) -> tuple[EncodedInput, int]:
@@ -194,7 +199,8 @@ class SubjectMend(TrainableEditor):
                 _, u = self._find_direction(source.task, edit, response, others=False)
                 self._directions[edit.prompt] = u
         u = torch.stack([self._directions[edit.prompt] for edit in edits])
-        values = self._values(source.task, edits, u, response, source.prefix)
+        batch = SubjectBatch(source.task, [[edit.located] for edit in edits], source.prefix)
+        values = self._values(source.task, edits, batch, u, response)
         return self.site.change(u[:, None], values[:, None], response)
 
     # -- edit ----------------------------------------------------------------------------------------------------
@@ -227,17 +233,40 @@ class SubjectMend(TrainableEditor):
         """Return edit pairs, the keys of their subjects, the directions that answer to them, and what to add there."""
         pairs = [self.encode_edit(task, request) for request in requests]
         edits = with_word_ends(task, [request.prompt for request in requests], pairs)
-        found = [self._find_direction(task, edit, response) for edit in edits]
+        given = [self._given(task, edit) for edit in edits]
+        found = [
+            self._find_direction(task, edit, response, given=of_edit)
+            for edit, of_edit in zip(edits, given, strict=True)
+        ]
         keys, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
         prefix = FrozenPrefix(task.model, self.shapes)
-        starts = range(0, len(edits), EDIT_BATCH_SIZE)
-        parts = [(edits[i : i + EDIT_BATCH_SIZE], u[i : i + EDIT_BATCH_SIZE]) for i in starts]
-        values = [self._values(task, part, of_part, response, prefix, self.config.further) for part, of_part in parts]
-        return edits, keys, u, torch.cat(values).detach()
+        values = torch.zeros(len(edits), self.shapes[self.site.changed_layer][1], device=self.device)
+        # Those with as many given paraphrases go together.
+        for count in sorted({len(of_edit) for of_edit in given}):
+            alike = [number for number, of_edit in enumerate(given) if len(of_edit) == count]
+            for start in range(0, len(alike), size := max(1, EDIT_BATCH_SIZE // (1 + count))):
+                part = alike[start : start + size]
+                texts = [[edits[number].located, *given[number]] for number in part]
+                batch = SubjectBatch(task, texts, prefix)
+                of_part = [edits[number] for number in part]
+                values[part] = self._values(task, of_part, batch, u[part], response, self.config.further).detach()
+        return edits, keys, u, values
+
+    @staticmethod
+    def _given(task: Task, edit: SubjectExample) -> list[Located]:
+        """Return a request's given paraphrases, with the target of its edit pair, and the places of its subject."""
+        subject, target = str(edit.request.subject).strip(), edit.request.target
+        located = [located_subject(task, prompt, subject, target) for prompt in edit.request.given_paraphrases]
+        return [(replace(example, target=edit.target), position) for example, position in located]
 
     @torch.no_grad()
     def _find_direction(
-        self, task: Task, edit: SubjectExample, response: Response, others: bool = True
+        self,
+        task: Task,
+        edit: SubjectExample,
+        response: Response,
+        others: bool = True,
+        given: Sequence[Located] = (),
     ) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_in"]]:
         """Return the key of an edit pair's subject, and the direction that answers to it with 1.
 
@@ -246,8 +275,9 @@ class SubjectMend(TrainableEditor):
             edit: the edit pair.
             response: how units answer.
             others: whether names that end alike are answered with 0.
+            given: paraphrases that are given with it.
         """
-        located = [(edit, edit.position), *mentions(task, edit.request)]
+        located = [edit.located, *given, *mentions(task, edit.request)]
         alike = tuple(lookalikes(task, edit.request)) if others else ()
         keys = self.site.keys_at(task, self.site.key_layer, located)
         key, u = self.site.direction(task, keys, PromptContexts((), lookalikes=alike), response)
@@ -257,33 +287,39 @@ class SubjectMend(TrainableEditor):
         self,
         task: Task,
         edits: Sequence[SubjectExample],
+        batch: SubjectBatch,
         u: Float[Tensor, "edit d_in"],
         response: Response,
-        prefix: FrozenPrefix,
         further: int = 0,
     ) -> Float[Tensor, "edit d_out"]:
         """Return what each edit adds, differentiable in the networks' parameters, not through the gradients.
 
+        Of several prompts of an edit the networks read the mean gradient, and all of them have to be answered.
+
         Args:
             task: the model.
             edits: the edit pairs.
+            batch: the prompts of each: its own, and given paraphrases.
             u: the direction that answers to each one's subject.
             response: how units answer.
-            prefix: the blocks below the edited one.
             further: the most steps after those of training, for prompts that are not answered.
         """
-        batch = SubjectBatch(task, [[(edit, edit.position)] for edit in edits], prefix)
-        rows, at_subject = batch.batch.rows, (torch.arange(batch.batch.rows), batch.positions.cpu())
+        rows, count = batch.batch.rows, batch.rows_per_request
+        at_subject = (torch.arange(rows), batch.positions.cpu())
         mask = torch.zeros(rows, batch.length, dtype=torch.bool)
         mask[at_subject] = True
         modules, changed = self.edited_modules(task), self.site.changed_layer
+
+        def mean(of_rows: Float[Tensor, "row d"]) -> Float[Tensor, "edit d"]:
+            return of_rows.float().to(self.device).view(len(edits), count, -1).mean(1)
+
         stream, middle = self._states_above(batch)
-        unit = stream[at_subject].float().to(self.device).square().mean(1, keepdim=True).sqrt()
-        answer = middle[at_subject[0], batch.batch.first_position.cpu()].float().to(self.device)
+        unit = batch.prompts_alone(stream[at_subject].float().to(self.device)).square().mean(1, keepdim=True).sqrt()
+        answer = mean(middle[at_subject[0], batch.batch.first_position.cpu()])
         target = self._embedded_targets(task, edits)
         natural_gradient = self.site.natural_gradient()
 
-        value = torch.zeros(rows, self.shapes[changed][1], device=self.device)
+        value = torch.zeros(len(edits), self.shapes[changed][1], device=self.device)
         with bfloat16_products(task) as narrow:
             batch = batch.on(narrow)
 
@@ -292,18 +328,18 @@ class SubjectMend(TrainableEditor):
                 return task.distribution.loss(batch.outputs_resumed(), targets.target, targets.row, rows)
 
             for step in range(self.config.steps + further):
-                current = self.site.change(u[:, None], (unit * value.detach())[:, None], response)
+                u_of_rows, added = (each.repeat_interleave(count, 0) for each in (u, unit * value.detach()))
+                current = self.site.change(u_of_rows[:, None], added[:, None], response)
                 with changes_applied(modules, current):
                     losses, factors = capture_gradient_factors(task.model, modules, dict.fromkeys(modules, mask), loss)
-                losses = losses.float().to(self.device)
-                active = (losses > self.config.enough) | (step < self.config.steps)
+                losses = losses.float().to(self.device).view(len(edits), count)
+                active = (losses > self.config.enough).any(1) | (step < self.config.steps)
                 if not active.any():
                     break
                 key, delta = (
-                    factor[at_subject].to(self.device)
-                    for factor in (factors[self.site.key_layer].u, factors[changed].delta)
+                    mean(factor[at_subject]) for factor in (factors[self.site.key_layer].u, factors[changed].delta)
                 )
-                inputs = Inputs(key, natural_gradient(unit * delta), value.detach(), target, answer, losses)
+                inputs = Inputs(key, natural_gradient(unit * delta), value.detach(), target, answer, losses.mean(1))
                 value = torch.where(active[:, None], self._moved(value, inputs, step), value)
         return unit * value
 
