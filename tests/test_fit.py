@@ -11,7 +11,7 @@ import worlds
 from remend.core.low_rank_hooks import frozen
 from remend.core.response import LINEAR
 from remend.editors import load_editor
-from remend.editors.locate_then_edit import common_questions, fit, value_optimization
+from remend.editors.locate_then_edit import common_questions, value_optimization
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, statement_of
 from remend.editors.locate_then_edit.fit import KEPT_TOKENS, Fit, FitConfig
 from remend.editors.locate_then_edit.subject_finder import find_subject
@@ -83,15 +83,6 @@ def test_saved_and_loaded(world, tmp_path):
     for name, change in one.items():
         assert torch.equal(change.u, other[name].u)
         assert torch.equal(change.delta, other[name].delta)
-
-
-def test_an_editor_that_asked_other_questions_says_so(world, tmp_path, monkeypatch):
-    task, _ = world
-    folder = Fit.create(task, text=families.TEXT).save(tmp_path / "editor")
-    monkeypatch.setattr(fit, "bank_hash", lambda: "of another version")
-    if task.causal:
-        with pytest.raises(FileError, match="made with other common questions than this version of remend asks"):
-            load_editor(folder)
 
 
 def test_without_a_text_it_measures_what_the_model_writes():
@@ -235,7 +226,7 @@ def test_what_was_asked_belongs_to_the_questions(small_bank, tmp_path):
     editor = Fit.create(families.task("llama"), text=families.TEXT)
     path = editor.save(tmp_path / "editor")
     small_bank["capital"]["statements"] = worlds.PHRASINGS[::-1]
-    with pytest.raises(FileError, match="other questions"):
+    with pytest.raises(FileError, match="editor: the editor asked other questions"):
         load_editor(path)
 
 

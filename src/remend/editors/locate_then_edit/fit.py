@@ -207,9 +207,7 @@ class Fit(LocateThenEdit):
             self.sensitivity = AnswerSensitivity(tensors.pop("sensitivity"))
         if asked := saved.field("common_questions", str):
             if asked != bank_hash():
-                raise FileError(
-                    "the editor was made with other common questions than this version of remend asks: make it anew"
-                )
+                raise FileError("the editor asked other questions than this version of remend does: make it anew")
             self.questions = CommonQuestions(tensors.pop("answers"), tensors.pop("probabilities"))
         super().restore(replace(saved, tensors=tensors))
         if self.constant.shape != (self.shapes[self.key_layer][0],):
