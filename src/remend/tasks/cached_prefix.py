@@ -155,4 +155,6 @@ def _share_rows(starts: Sequence[int], room: int) -> Iterator[list[tuple[int, in
 @torch.no_grad()
 def _keys_and_values(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
     """Return the model's own cache of some tokens; None where it keeps none."""
-    return getattr(model(**inputs, use_cache=True), "past_key_values", None)
+    # The logits of these tokens are not needed: with a large vocabulary they would take a third of the pass.
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return getattr(model(**inputs, **few, use_cache=True), "past_key_values", None)
