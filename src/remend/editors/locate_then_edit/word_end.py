@@ -56,12 +56,12 @@ def with_word_ends(task: Task, prompts: Sequence[Prompt], examples: Sequence[Any
             for index, after in zip(part, task.outputs(task.collate(texts)), strict=True):
                 candidates = after.topk(min(CANDIDATES, len(after))).indices.tolist()
                 target = examples[index].target
-                if (end := _ends_word(task, target, candidates)) is not None:
+                if (end := _find_word_end(task, target, candidates)) is not None:
                     ended[index] = replace(examples[index], target=(*target, end))
     return ended
 
 
-def _ends_word(task: CausalLM, target: Sequence[int], candidates: Sequence[int]) -> int | None:
+def _find_word_end(task: CausalLM, target: Sequence[int], candidates: Sequence[int]) -> int | None:
     """Return the first of the tokens with which the target's last word ends."""
     written = task.decode_tokens(target)
     special = set(task.processor.all_special_ids)
