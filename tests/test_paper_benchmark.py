@@ -398,6 +398,7 @@ def test_the_command_of_a_table_can_be_typed_again():
     options = TestbedOptions(Path("build/my writer"), Path("../text.txt"), device="cuda:1")
     line = "--quick --out build/tables --writer 'build/my writer' --text ../text.txt --device cuda:1"
     assert _command(Path("build/tables"), options, True, None) == f"python -m benchmarks.paper {line}"
+    assert _command(Path("build/tables"), options, True, None, 250) == f"python -m benchmarks.paper {line} --steps 250"
 
 
 def test_figures_do_not_depend_on_the_number_of_processes(claims, tmp_path, monkeypatch):

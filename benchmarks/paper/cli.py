@@ -66,6 +66,7 @@ def paper(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Every cell, on less data and in minutes.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many times each cell is measured.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of every training, at most.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that compute cells, on one thread each.")] = None,
     device: options.Device = "auto",
 ) -> None:
@@ -77,7 +78,7 @@ def paper(
     if unknown := [name for name in names if name not in (*TABLES, MEMORY)]:
         raise ConfigError(f"there is no table {unknown[0]!r} here; there are {', '.join(TABLES)} and {MEMORY}")
     scale = cell_definitions.QUICK if quick else cell_definitions.FULL
-    scale = replace(scale, seeds=seeds or scale.seeds)
+    scale = replace(scale, seeds=seeds or scale.seeds, steps=steps or scale.steps)
     testbed_options = TestbedOptions(writer, text, testbed, device)
     if cell is not None:
         _refuse_options({"tables": tables, "seeds": seeds, "jobs": jobs}, "of several cells; --cell names one")
@@ -89,7 +90,7 @@ def paper(
     available = {name: bed for name, bed in runner.results.testbeds.items() if bed.available}
     cells = _in_order([cell for name in table_names for cell in TABLES[name].cells(scale, available)])
     compute_all(console, runner, cells, jobs or 1, testbed_options)
-    command = _command(out, testbed_options, quick, seeds)
+    command = _command(out, testbed_options, quick, seeds, steps)
     write_tables(console, runner.results, table_names, MEMORY in names, command)
 
 
@@ -213,9 +214,11 @@ def compute_one(name: str, out: Path, scale: Scale, testbed_options: TestbedOpti
     Console().print(table)
 
 
-def _command(out: Path, testbed_options: TestbedOptions, quick: bool, seeds: int | None) -> str:
+def _command(
+    out: Path, testbed_options: TestbedOptions, quick: bool, seeds: int | None, steps: int | None = None
+) -> str:
     """Return the command that computes all this again, for the folder in which it was typed."""
-    values: dict[str, Any] = {"out": out, **vars(testbed_options), "seeds": seeds}
+    values: dict[str, Any] = {"out": out, **vars(testbed_options), "seeds": seeds, "steps": steps}
     return shell_command(["python", "-m", "benchmarks.paper", *(["--quick"] if quick else [])], values)
 
 
@@ -225,7 +228,7 @@ def write_tables(console: Console, folder: ResultFolder, names: Sequence[str], m
     tables = [render.fill(TABLES[name], results, f"{command} --tables {name}") for name in names]
     machine = f"Python {platform.python_version()}, {platform.machine()}"
     about = {"seeds": scale.seeds, "requests": scale.requests, "many": scale.many, "machine": machine}
-    about["trial"] = scale.steps < cell_definitions.FULL.steps
+    about["trial"] = scale.requests < cell_definitions.FULL.requests
     render.write(folder.folder, tables, [], about)
     if about["trial"]:
         console.print("[yellow]a quick run[/]: it shows that everything works, and says nothing of any editor")

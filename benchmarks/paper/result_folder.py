@@ -38,8 +38,8 @@ class ResultFolder:
         described = asdict(replace(scale, seeds=0, memory=[]))
         if file.exists() and _read(file) != described:
             raise ConfigError(
-                f"{folder} holds results of another size of run (with --quick or without): choose another folder for "
-                "this one, or give the same"
+                f"{folder} holds results of another size of run (--quick, --steps): choose another folder for this "
+                "one, or give the same"
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, described)
