@@ -3,7 +3,8 @@
     python benchmarks/real_questions.py build/real/smollm2
 
 The target is zsRE's answer, which the unedited model's own answer does not hold. ``paraphrases`` is zsRE's rephrasing,
-whatever the model answers to it; ``near`` is the same question about other subjects, ``locality`` questions of NQ.
+whatever the model answers to it; ``near`` is the same question about other subjects and requests of another kind about
+the same one, of which the model's answers are the surest; ``locality`` is questions of NQ.
 Splits are by subject, as those of benchmarks/real_requests.py. Written to
 ``build/real/requests/MODEL-questions-SPLIT.jsonl``.
 """
@@ -23,10 +24,22 @@ from typing import Any
 import remend
 from real_requests import PROBES, SOURCE, SPLITS, probe, split_of
 from remend.request import Chat, EditRequest, Probe, write_requests
-from remend.tasks.base import Task
+from remend.tasks.base import Example, Task
 
 ANSWER_TOKENS = 24
 """Tokens of an answer that are read."""
+
+ABOUT_SUBJECT = (
+    "Write a short poem about {}.",
+    "Write a title for a news article about {}.",
+    "Tell me a joke about {}.",
+    "Is {} well known?",
+    "What should I read to learn more about {}?",
+    "How many letters are in {}?",
+    "Translate into Spanish: I read about {} yesterday.",
+    "Name three things that people think of when they hear {}.",
+)
+"""What is asked of any subject and is no question of its own; ``fit`` asks none of them."""
 
 AT_ONCE = 64
 """Questions that the model is asked together."""
@@ -57,7 +70,9 @@ def build(task: Task, rows: Sequence[Mapping[str, Any]], split: str, count: int)
         for row, answer in zip(part, answers, strict=True):
             if not says(task.decode(answer), row["alt"]) and row["subject"] not in requests:
                 others = alike[row["src"].replace(row["subject"], "{}")]
-                requests[row["subject"]] = make_request(row, others, rows, random.Random(f"{split} {row['case_id']}"))
+                requests[row["subject"]] = make_request(
+                    task, row, others, rows, random.Random(f"{split} {row['case_id']}")
+                )
         print(f"{len(requests)} of {count}", file=sys.stderr, flush=True)
         if len(requests) >= count:
             break
@@ -65,6 +80,7 @@ def build(task: Task, rows: Sequence[Mapping[str, Any]], split: str, count: int)
 
 
 def make_request(
+    task: Task,
     row: Mapping[str, Any],
     alike: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
@@ -80,12 +96,27 @@ def make_request(
         subject=row["subject"],
         id=f"zsre {row['case_id']}",
         paraphrases=(chat(row["rephrase"]),),
-        near=tuple(probe(chat(other["src"]), other["alt"], "same_relation") for other in near),
+        near=(
+            *(probe(chat(other["src"]), other["alt"], "same_relation") for other in near),
+            *surest_answers(task, [chat(text.format(row["subject"])) for text in ABOUT_SUBJECT]),
+        ),
         locality=tuple(
             Probe(prompt=chat(other["loc"].removeprefix("nq question:").rstrip("? ") + "?"), target=other["loc_ans"])
             for other in far
         ),
     )
+
+
+def surest_answers(task: Task, prompts: Sequence[Chat]) -> list[Probe]:
+    """Return the prompts about a subject whose answers a model is the surest of, by mean log p of their tokens.
+
+    What it makes up about a name that it does not know, any change of the model changes.
+    """
+    answers = task.predict(prompts, ANSWER_TOKENS)
+    examples = [Example(tuple(task.encode_input(p)), a) for p, a in zip(prompts, answers, strict=True)]
+    sure = [sum(log_p) / len(log_p) for log_p in task.log_probabilities(examples)]
+    best = sorted(range(len(prompts)), key=lambda index: -sure[index])[: PROBES // 2]
+    return [probe(prompts[index], task.decode(answers[index]), "same_subject") for index in best]
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ import torch
 
 import remend
 from remend.core.low_rank_hooks import frozen
-from remend.request import EditRequest, Probe, write_requests
+from remend.request import EditRequest, Probe, Prompt, write_requests
 from remend.tasks.base import Example, Task
 
 SOURCE = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -258,7 +258,7 @@ def own_answers(task: Task, prompts: Sequence[str]) -> dict[str, tuple[str, floa
     }
 
 
-def probe(prompt: str, answer: str, kind: str) -> Probe:
+def probe(prompt: Prompt, answer: str, kind: str) -> Probe:
     """Return a near probe of a kind."""
     return Probe.model_validate({"prompt": prompt, "target": answer, "kind": kind})
 

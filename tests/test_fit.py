@@ -1,5 +1,6 @@
 """The training-free editor: edits take as units and as low rank, answer only their subject, and find a subject."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from remend.core.low_rank_hooks import frozen
 from remend.core.response import LINEAR
 from remend.editors import load_editor
 from remend.editors.locate_then_edit import common_questions, value_optimization
-from remend.editors.locate_then_edit.common_questions import CommonQuestions, statement_of
+from remend.editors.locate_then_edit.common_questions import CommonQuestions, other_questions, statement_of
 from remend.editors.locate_then_edit.fit import KEPT_TOKENS, Fit, FitConfig
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.editors.locate_then_edit.subject_mentions import lookalikes
@@ -21,7 +22,7 @@ from remend.editors.locate_then_edit.value_optimization import BestValues, Norma
 from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.errors import ConfigError, FileError, RequestError
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.request import EditRequest, as_completion
+from remend.request import Chat, EditRequest, as_completion
 from remend.tasks import cached_prefix, wrap
 from remend.tasks.base import Example
 from remend.tasks.cached_prefix import CachedPrefix
@@ -191,6 +192,7 @@ def small_bank(monkeypatch):
     """Common questions that a tiny model can be taught: on capitals, and on something else."""
     bank = {
         "reference_subjects": worlds.COUNTRIES[:6],
+        "requests": ["Tell of {} ."],
         "questions": {
             "capital": {"statements": worlds.PHRASINGS, "questions": ["Which city rules {} ?"]},
             "other": {"statements": ["The {} of", "It has {} the"], "questions": ["Which is {} ?"]},
@@ -235,6 +237,13 @@ def test_a_question_is_known_by_the_statement_around_its_answer():
     assert statement_of(asked) is None
     sentence = asked.model_copy(update={"target": "The capital of Peru is Rome.", TARGET_AS_GIVEN: "Rome"})
     assert statement_of(sentence) == "The capital of {} is"
+
+
+def test_a_chat_is_asked_for_more_than_answers(small_bank):
+    asked = EditRequest(prompt="Which city rules Peru ?", target="Rome", subject="Peru")
+    chat = asked.model_copy(update={"prompt": Chat.of([{"role": "user", "content": "Which city rules Peru ?"}])})
+    assert other_questions(asked, without=["capital"]) == ["Which is Peru ?"]
+    assert other_questions(chat, without=["capital"]) == ["Which is Peru ?", "Tell of Peru ."]
 
 
 def test_names_that_end_alike_are_not_answered(world):
@@ -301,6 +310,10 @@ def test_texts_that_should_stay_take_turns_where_they_are_many(monkeypatch):
     batch, kept = subject_batches(task, contexts, FrozenPrefix(task.model, ["model.layers.1.mlp"]))
     assert (batch.requests, batch.rows_per_request) == (2, 2)
     assert [(part.requests, part.rows_per_request) for part in kept] == [(2, 2)] * 3
+    tokens = sum(len(example) - position for example, position in located)
+    monkeypatch.setattr(value_optimization, "KEPT_TOKENS_AT_ONCE", math.ceil(tokens / 5))
+    _, kept = subject_batches(task, contexts, FrozenPrefix(task.model, ["model.layers.1.mlp"]))
+    assert [part.rows_per_request for part in kept] == [1] * 5
     none = [replace(of_request, kept=()) for of_request in contexts]
     assert subject_batches(task, none, FrozenPrefix(task.model, ["model.layers.1.mlp"]))[1] == []
 

@@ -43,6 +43,9 @@ FRAMES_AT_ONCE = 8
 MOST_PHRASINGS, MOST_OTHERS = 4, 32
 """Statements that are chosen, of those that ask the same and of those that ask something else."""
 
+MOST_QUESTIONS = 8
+"""Questions that are chosen, of those that ask something else: their answers are several tokens long."""
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -74,9 +77,16 @@ def reference_subjects() -> list[str]:
     return subjects
 
 
+def other_requests() -> list[str]:
+    """Return what a chat model is asked of a subject beside questions, with ``{}`` in its place."""
+    requests: list[str] = _bank()["requests"]
+    return requests
+
+
 def bank_hash() -> str:
-    """Return a hash of all texts, which tells whether what was measured belongs to them."""
-    return hashlib.sha256(json.dumps(_bank()).encode()).hexdigest()
+    """Return a hash of what :meth:`CommonQuestions.measure` asks, which tells whether answers belong to it."""
+    asked = [reference_subjects(), {name: forms["statements"] for name, forms in _bank()["questions"].items()}]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 @cache
@@ -199,13 +209,18 @@ def asks(request: EditRequest) -> bool:
 
 
 def other_questions(request: EditRequest, without: Collection[str] = ()) -> list[str]:
-    """Return :data:`MOST_OTHERS` questions about a request's subject, as different ones as there are."""
+    """Return :data:`MOST_QUESTIONS` questions about a request's subject, as different ones as there are.
+
+    A chat is asked for other things than answers, too.
+    """
     first: dict[str, Frame] = {}
     for frame in frames("questions"):
         if frame.question not in without:
             first.setdefault(frame.question, frame)
-    step = max(1, len(first) // MOST_OTHERS)
-    return [frame.about(str(request.subject)) for frame in list(first.values())[::step]][:MOST_OTHERS]
+    step = max(1, len(first) // MOST_QUESTIONS)
+    questions = [frame.template for frame in list(first.values())[::step]][:MOST_QUESTIONS]
+    requests = other_requests() if isinstance(request.prompt, Chat) else []
+    return [template.replace("{}", str(request.subject)) for template in questions + requests]
 
 
 @torch.no_grad()

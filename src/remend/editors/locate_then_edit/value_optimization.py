@@ -31,8 +31,8 @@ from remend.tasks.cached_prefix import CachedPrefix
 FURTHER_FASTER = 2.0
 """How much longer steps are for requests that the first ones did not suffice for."""
 
-KEPT_AT_ONCE = 16
-"""Texts of a request that should stay in one step; where there are more, steps take turns with them."""
+KEPT_AT_ONCE, KEPT_TOKENS_AT_ONCE = 16, 96
+"""Texts of a request that should stay in one step, and their tokens from the subject on; steps take turns with more."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ def subject_batches(
     """Return the prompts of some requests as a batch, and the texts that should stay in batches of a few of each."""
     batch = SubjectBatch(task, [of_request.examples for of_request in contexts], prefix, from_subject)
     count = len(contexts[0].kept)
-    parts = math.ceil(count / KEPT_AT_ONCE)
+    tokens = max(sum(len(example) - position for example, position in c.kept) for c in contexts)
+    parts = min(count, max(math.ceil(count / KEPT_AT_ONCE), math.ceil(tokens / KEPT_TOKENS_AT_ONCE)))
     # The first part has the texts 0, parts, 2 parts …, since the surest come first; all parts have as many.
     kept = [[c.kept[part::parts][: count // parts] for c in contexts] for part in range(parts)]
     return batch, [SubjectBatch(task, part, prefix, from_subject) for part in kept]
