@@ -65,7 +65,7 @@ MOST_OF_KEY = 0.75
 CONSTANT_FROM = 0.5
 """The least w·k with which w is a constant direction at the key."""
 
-KEPT_TOKENS = 6
+KEPT_TOKENS = 4
 """Tokens of the model's own answer to another question that should stay."""
 
 SUM_RIDGE = 0.01
