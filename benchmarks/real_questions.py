@@ -11,19 +11,18 @@ Splits are by subject, as those of benchmarks/real_requests.py. Written to
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import remend
-from real_requests import PROBES, SOURCE, SPLITS, probe, split_of
-from remend.request import Chat, EditRequest, Probe, write_requests
+from real_requests import PROBES, probe, split_of, write_splits
+from remend.request import Chat, EditRequest, Probe
 from remend.tasks.base import Example, Task
 
 ANSWER_TOKENS = 24
@@ -119,22 +118,11 @@ def surest_answers(task: Task, prompts: Sequence[Chat]) -> list[Probe]:
     return [probe(prompts[index], task.decode(answers[index]), "same_subject") for index in best]
 
 
-def main() -> None:
-    """Write the requests of one or more splits."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--source", type=Path, default=SOURCE)
-    parser.add_argument("--split", action="append", choices=SPLITS)
-    parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=Path("build/real/requests"))
-    arguments = parser.parse_args()
-    task = remend.load(str(arguments.model))
-    rows = json.loads((arguments.source / "zsre" / "train_10k.json").read_text(encoding="utf-8"))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for split in arguments.split or ["validation", "test"]:
-        requests = build(task, rows, split, arguments.count)
-        write_requests(arguments.out / f"{arguments.model.name}-questions-{split}.jsonl", requests)
+def read_questions(source: Path) -> list[dict[str, Any]]:
+    """Return the rows of zsRE."""
+    rows: list[dict[str, Any]] = json.loads((source / "zsre" / "train_10k.json").read_text(encoding="utf-8"))
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    write_splits(__doc__, "-questions", 100, lambda task, source: partial(build, task, read_questions(source)))

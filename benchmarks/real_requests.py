@@ -20,8 +20,9 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -263,21 +264,32 @@ def probe(prompt: Prompt, answer: str, kind: str) -> Probe:
     return Probe.model_validate({"prompt": prompt, "target": answer, "kind": kind})
 
 
-def main() -> None:
-    """Write the requests of one or more splits."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write_splits(
+    description: str | None,
+    kind: str,
+    count: int,
+    builder: Callable[[Task, Path], Callable[[str, int], list[EditRequest]]],
+) -> None:
+    """Write the requests of one or more splits, as the command line asks.
+
+    Args:
+        description: of the command.
+        kind: what the files are called after the model, before the split.
+        count: the default number of requests of a split.
+        builder: given a model and the folder of sources, returns what makes so many requests of a split.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--source", type=Path, default=SOURCE)
     parser.add_argument("--split", action="append", choices=SPLITS)
-    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--count", type=int, default=count)
     parser.add_argument("--out", type=Path, default=Path("build/real/requests"))
     arguments = parser.parse_args()
-    task, world = remend.load(str(arguments.model)), World(arguments.source)
+    make = builder(remend.load(str(arguments.model)), arguments.source)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for split in arguments.split or ["validation", "test"]:
-        requests = build(task, world, split, arguments.count)
-        write_requests(arguments.out / f"{arguments.model.name}-{split}.jsonl", requests)
+        write_requests(arguments.out / f"{arguments.model.name}{kind}-{split}.jsonl", make(split, arguments.count))
 
 
 if __name__ == "__main__":
-    main()
+    write_splits(__doc__, "", 200, lambda task, source: partial(build, task, World(source)))
