@@ -67,15 +67,16 @@ def build(task: Task, rows: Sequence[Mapping[str, Any]], split: str, count: int)
         part = rows[start : start + AT_ONCE]
         answers = task.predict([chat(row["src"]) for row in part], ANSWER_TOKENS)
         for row, answer in zip(part, answers, strict=True):
-            if not says(task.decode(answer), row["alt"]) and row["subject"] not in requests:
+            taken = row["subject"] in requests or len(requests) == count
+            if not taken and not says(task.decode(answer), row["alt"]):
                 others = alike[row["src"].replace(row["subject"], "{}")]
                 requests[row["subject"]] = make_request(
                     task, row, others, rows, random.Random(f"{split} {row['case_id']}")
                 )
         print(f"{len(requests)} of {count}", file=sys.stderr, flush=True)
-        if len(requests) >= count:
+        if len(requests) == count:
             break
-    return list(requests.values())[:count]
+    return list(requests.values())
 
 
 def make_request(
