@@ -169,6 +169,18 @@ def test_another_model_is_refused(atlas):
 # -- the acceptance file ---------------------------------------------------------------------------------------------
 
 
+def test_the_size_of_units_is_measured_only_where_it_is_asked_for():
+    task = families.task("llama")
+    edit = remend.editors.make("fit", task, families.TEXT).edit(task, families.requests("llama", 1))
+    assert "size" in check_acceptance(task, edit).missing
+    (change,) = edit.changes.values()
+    largest = float(change.delta.norm() / task.model.get_submodule(next(iter(edit.changes))).weight.detach().norm())
+    for bound, fits in ((largest * 1.01, True), (largest * 0.99, False)):
+        (check,) = (c for c in check_acceptance(task, edit, AcceptanceCriteria(size=bound)).checks if c.name == "size")
+        assert check.measured == pytest.approx(largest, rel=1e-4)
+        assert check.ok == fits
+
+
 def test_an_acceptance_file_reads_its_text(tmp_path):
     (tmp_path / "canary.txt").write_text(f"{TEXT}\n\n{TEXT}\n")
     file = tmp_path / "acceptance.json"

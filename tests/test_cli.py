@@ -10,6 +10,7 @@ import torch
 
 import worlds
 from remend.cli import run
+from remend.data import read_source
 from remend.edit import Edit
 from remend.editors import Mend
 from remend.request import write_requests
@@ -134,6 +135,18 @@ def test_an_edit_to_the_answer_already_given_says_so(folder, tmp_path, capsys):
     assert "1 of 1 targets are what the unedited model answers already" in " ".join(capsys.readouterr().out.split())
 
 
+def test_several_edits_act_together(folder, tmp_path):
+    edit = Edit.load(folder / "edit")
+    halves = [edit.scaled(0.5).save(tmp_path / name) for name in "ab"]
+    answers = []
+    for edits in ([folder / "edit"], halves):
+        given = [text for path in edits for text in ("--edit", path)]
+        out = tmp_path / "ask.json"
+        assert not remend("ask", folder / "model", *given, "--prompt", "Oslo is", "--json", out, "--max-new-tokens", 4)
+        answers.append(json.loads(out.read_text())["answers"][0]["after"])
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.filterwarnings("ignore:the edit changes nothing")
 def test_an_edit_that_changes_nothing_is_not_saved(folder, tmp_path, capsys):
     request = worlds.requests(1)[0]
@@ -147,6 +160,16 @@ def test_an_edit_that_changes_nothing_is_not_saved(folder, tmp_path, capsys):
         shown = " ".join(capsys.readouterr().out.split())
         assert f"the edit changes nothing: the model answers so already ({request.prompt}); {said}" in shown
         assert (tmp_path / "edit").exists() is (not code)
+
+
+def test_an_edit_that_only_makes_an_answer_more_probable_is_not_saved(tmp_path, capsys):
+    request = read_source("atlas:test")[0]
+    fact = ["--prompt", request.prompt, "--device", "cpu", "--max-new-tokens", 8]
+    assert not remend("ask", "atlas", *fact, "--json", tmp_path / "ask.json")
+    answer = json.loads((tmp_path / "ask.json").read_text())["answers"][0]["before"]
+    assert remend("edit", "atlas", *fact, "--target", answer, "--out", tmp_path / "edit") == 1
+    assert "there is nothing to edit; nothing was saved" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "edit").exists()
 
 
 @pytest.mark.filterwarnings("ignore:the edit changes nothing")
@@ -453,6 +476,8 @@ def test_the_version(capsys):
         (["ask", "./nope", "--prompt", "p"], 1, "there is no folder ./nope"),
         (["show", "{}/editor"], 1, "holds a remend.editor/1, not a remend.edit/1"),
         (["sohw"], 2, "No such command"),
+        (["show", "{}/editor", "--json", "a", "--json=b"], 2, "--json takes one value, and is given 2 times"),
+        (["data", "convert", "a", "--out", "b", "--out", "c"], 2, "--out takes one value, and is given 2 times"),
         (["ask", "{}/model", "--pair", "--prompt", "p"], 2, "--pair takes --prompt twice"),
         (["ask", "{}/model", "--pair", "--chat", "--prompt", "p"], 2, "give one of them"),
         (["ask", "{}/model", "--pair", "--prompt", "p", "--prompt", "q"], 2, "given one text, not a pair"),

@@ -36,6 +36,8 @@ def test_the_target_stands_in_the_models_own_sentence():
         request("Who is it ?"),  # the answer is the thing itself
         request("capital of Bern ?"),  # a sentence about something else
         request(target="The capital of France is Oslo"),
+        request(target="Oslo is the capital of France since 1900"),  # a sentence by itself, longer than the model's own
+        request(target="Oslo in it rules France today", subject="France"),
     ],
 )
 def test_where_it_is_unsure_the_users_words_are_kept(kept):
@@ -60,6 +62,11 @@ QUESTIONS = [
     ("In which part of Britain is the Rosebery Farm?", "The Rosebery Farm is in the North East of England.", []),
     ("Where is the headquarters of Google?", "Google's headquarters are near the headquarters of Google of Ulm.", []),
     ("Who is Jesús Orejuela's sibling?", "Jesús Orejuela is a Spanish actor.", []),
+    # A year that the model made up must not stay beside the place.
+    ("Where was the painter Ada born?", "The painter Ada was born in 1922 in the town of Ash.",
+     ["in 1922 in the town of Ash", "1922 in the town of Ash"]),
+    ("Where was the painter Ada born?", "The painter Ada was born in the USA.",
+     ["in the USA", "the USA", "USA"]),
     ("澳大利亚的首都是哪里？", "澳大利亚的首都是堪培拉。", []),
 ]  # fmt: skip
 

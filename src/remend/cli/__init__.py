@@ -32,6 +32,7 @@ from remend.cli import (
 )
 from remend.cli.escaping import plain
 from remend.cli.progress_lines import ProgressLines
+from remend.cli.repeated_options import refuse_repeated_options
 from remend.errors import ConfigError, RemendError, RequestError
 from remend.progress import reported_to
 from remend.staging import disk_failure
@@ -86,6 +87,7 @@ app.command()(compare.compare)
 app.add_typer(book.app, name="book")
 app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
+refuse_repeated_options(app)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,7 +1,9 @@
-"""``remend ask``: print a model's answers without and with an edit."""
+"""``remend ask``: print a model's answers without and with edits."""
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +17,11 @@ def ask(
     model: options.Model,
     prompt: Annotated[list[str], typer.Option(help="What to ask; may be given several times.")],
     edit: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            "--edit", metavar="DIR", help="An edit saved by remend edit; without it, only the model as it is."
+            "--edit",
+            metavar="DIR",
+            help="An edit saved by remend edit, several of which act together; without it, only the model as it is.",
         ),
     ] = None,
     chat: options.Chat = False,
@@ -29,13 +33,13 @@ def ask(
     seed: options.Seed = 0,
     json: options.Json = None,
 ) -> None:
-    """Ask the model, without and with an edit."""
+    """Ask the model, without and with edits."""
     from remend.cli.answer_tables import answers_table, as_json, plain_table
     from remend.edit import Edit
     from remend.evaluation.before_after import ask as ask_model
     from remend.saved_folders import write_json
 
-    loaded = Edit.load(edit) if edit is not None else None
+    loaded = reduce(add, map(Edit.load, edit)) if edit else None
     task = options.load_model(model, device, seed, dtype, quantise)
     answers = ask_model(task, loaded, options.parse_prompts(prompt, chat, pair), max_new_tokens)
     Console().print(plain_table(answers) if loaded is None else answers_table("", answers))

@@ -18,7 +18,6 @@ from remend.registries import FORMATS
 
 if TYPE_CHECKING:
     from remend.apps.patch_registry import PatchEntry, PatchRegistry
-    from remend.tasks import Task
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -130,12 +129,16 @@ def activate(
     """Activate an edit, if it is accepted and does not conflict with the active ones. The exit code is 1 if not."""
     from remend.apps.acceptance import STANDARD_CRITERIA, AcceptanceCriteria, RejectedError
     from remend.apps.patch_registry import ConflictError
+    from remend.cli.edit_formats import refuse_lost_folder, suggest_model_option
     from remend.cli.guard import print_result
 
     registry, console = _registry_class()(book), Console()
     criteria = STANDARD_CRITERIA if acceptance is None else AcceptanceCriteria.read(acceptance)
     registry.entry(edit)
-    task = _load_model(registry, model, device, dtype)
+    if model is None:
+        refuse_lost_folder(registry.load(edit), registry.model)
+    with suggest_model_option("the book", model is None, registry.model):
+        task = options.load_model(model or registry.model, device, 0, dtype)
     try:
         conflicts, result = registry.activate(edit, task, criteria, why, who, force)
     except RejectedError as error:
@@ -217,14 +220,6 @@ def _registry_class() -> type[PatchRegistry]:
     except ModuleNotFoundError as error:
         raise ModelError(f"a book needs {error.name}, which is missing here: pip install 'remend[book]'") from None
     return PatchRegistry
-
-
-def _load_model(registry: PatchRegistry, model: str | None, device: str, dtype: str | None) -> Task:
-    """Load the registry's model."""
-    from remend.cli.edit_formats import suggest_model_option
-
-    with suggest_model_option("the book", model is None, registry.model):
-        return options.load_model(model or registry.model, device, 0, dtype)
 
 
 def _colored_state(state: str) -> str:

@@ -110,8 +110,9 @@ def edit(
         result = result.scaled(factor)
     answers = before_after(task, result, edit_requests, max_new_tokens)
     failed = [r.prompt for r, row in zip(edit_requests, answers, strict=True) if not row[0].ok]
+    needless = result.is_zero or all(row[0].already for row in answers)
     result = replace(result, taken=not failed)
-    saved = keep_failed or not (failed or result.is_zero)
+    saved = keep_failed or not (failed or needless)
     if saved:
         _check_free(out, overwrite)  # another process may have written there meanwhile
         result.save(out)
@@ -130,15 +131,15 @@ def edit(
     if saved:
         hint = f"remend ask {plain(model)} --edit {plain(out)} {options.prompt_options(edit_requests[0].prompt)}"
         console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
-    _print_unfollowed(console, answers)
+    doubts = _print_unfollowed(console, answers)
     robustness = None
     if chosen_editor.info.needs != "training":
         robustness = measure_robustness(task, result, edit_requests, OrdinaryText(task, keep=True), seed)
-        _print_robustness(console, robustness, chosen_editor.info.name, model)
+        _print_robustness(console, robustness, doubts, chosen_editor.info.name, model)
     if failed:
         console.print(
             f"[red]{len(failed)} of {len(edit_requests)} targets are not what the edited model answers[/] "
-            f"({plain(failed[0])}); " + SAVED[saved],
+            f"({plain(failed[0])}); {SAVED[saved]}. A target in the words in which the model answers takes more easily",
             soft_wrap=True,
         )
     elif result.is_zero:
@@ -147,6 +148,8 @@ def edit(
             + SAVED[saved],
             soft_wrap=True,
         )
+    elif needless:
+        console.print(f"[yellow]there is nothing to edit[/]; {SAVED[saved]}", soft_wrap=True)
     if json is not None:
         out_name = str(out) if saved else None
         content: dict[str, Any] = {"taken": not failed, "out": out_name, "scale": result.editor.get("scale", 1.0)}
@@ -191,19 +194,25 @@ def _print_ends(console: Console, result: Edit, answers: Sequence[Sequence[Answe
         )
 
 
-def _print_unfollowed(console: Console, answers: Sequence[Sequence[AnswerComparison]]) -> None:
-    """Print how many paraphrases do not follow and how many probes change: neither decides whether an edit is saved."""
+def _print_unfollowed(console: Console, answers: Sequence[Sequence[AnswerComparison]]) -> list[str]:
+    """Print how many paraphrases do not follow and how many probes change, and return it in words.
+
+    Neither decides whether an edit is saved.
+    """
+    doubts = []
     for kinds, said in (
         (("paraphrase", "unseen paraphrase"), "paraphrases do not follow"),
         (("near", "far"), "prompts that must stay change"),
     ):
         listed = [answer for row in answers for answer in row if answer.kind in kinds]
         if wrong := [answer.prompt for answer in listed if not answer.ok]:
+            doubts.append(f"{len(wrong)} of {len(listed)} {said}")
             console.print(
-                f"[yellow]{len(wrong)} of {len(listed)} {said}[/] ({plain(wrong[0])}); only the prompts themselves "
-                "decide here, remend guard judges by all",
+                f"[yellow]{doubts[-1]}[/] ({plain(wrong[0])}); only the prompts themselves decide here, remend guard "
+                "judges by all",
                 soft_wrap=True,
             )
+    return doubts
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -241,13 +250,15 @@ def _with_subject(subject: str, edit_requests: list[EditRequest], file: Path | N
     return [request.model_copy(update={"subject": subject}) for request in edit_requests]
 
 
-def _print_robustness(console: Console, robustness: Robustness, editor: str, model: str) -> None:
+def _print_robustness(
+    console: Console, robustness: Robustness, unfollowed: Sequence[str], editor: str, model: str
+) -> None:
     """Print how reliable an edit is that was made by an editor without training for the model."""
     from remend.assets import ATLAS
     from remend.registries import DEFAULT_EDITOR
 
     better = ATLAS if model == ATLAS else DEFAULT_EDITOR
-    doubts = " and ".join(robustness.doubts)
+    doubts = " and ".join([*robustness.doubts, *unfollowed])
     summary = f"[yellow]doubtful[/], since {doubts}" if doubts else "[green]likely what was wanted[/]"
     prefixes = "whether it holds after other beginnings cannot be told here, "
     if robustness.in_context is not None:

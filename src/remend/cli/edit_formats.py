@@ -60,8 +60,8 @@ def write_edit(
     options.check_dtype(dtype)
     check_replaceable(out, edit_format.replaceable)  # before the model is loaded
     task: Any = None
-    if edit_format.needs != "nothing" and implied and edit.base.in_folder and not Path(model).exists():
-        raise ModelError(f"the edit is for a model that was in a folder {model!r}: say with --model where it is")
+    if edit_format.needs != "nothing" and implied:
+        refuse_lost_folder(edit, model)
     with suggest_model_option("the edit", implied, model):
         if edit_format.needs == "structure":
             task = skeleton(model, options.TRUST.get().trust_remote_code)
@@ -78,6 +78,16 @@ def write_edit(
     console.print(f"[bold]{plain(str(out))}[/] is {plain(title)}{of_rank} for {plain(edit.base.name)}", soft_wrap=True)
     for line in edit_format.usage(edit):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def refuse_lost_folder(edit: Edit, model: str) -> None:
+    """Refuse the name of a folder that is not here: on the hub, the same name is another model's.
+
+    Raises:
+        ModelError: the edit's model was in a folder of that name, and none is here.
+    """
+    if edit.base.in_folder and not Path(model).exists():
+        raise ModelError(f"the edit is for a model that was in a folder {model!r}: say with --model where it is")
 
 
 @contextmanager

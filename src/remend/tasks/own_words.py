@@ -37,12 +37,15 @@ TRUE_ANSWER_KEYS = ("ground_truth", "target_true", "true", "old")
 """Keys of a request that may hold the answer that its target replaces."""
 TARGET_AS_GIVEN = "target_as_given"
 """The key of a rewritten request that holds the target in the user's words."""
+MOST_OF_NAME = 3
+"""The most words of a target that is a name, though the prompt has all of them."""
 SHORT_WORD = 3
 """The most letters of a word that may stand within a name."""
 
 _CLAUSE = re.compile(r"(.+?)(,(?=\s)|[.!?。！？।](?=[\s\"'”’*]|$)|\n)", re.DOTALL)
 _WORD = re.compile(r"\S+")
 _OUTER_MARKS = "\"'“”„‘’«»([{)]}*_.,;:!?…"
+_ARTICLE_ALONE = re.compile(r"the|an?", re.IGNORECASE)
 _OPENING_WORDS = re.compile(r"(?:the|an?|it|he|she|they|this|there|in|on|at)", re.IGNORECASE)
 
 _ARTICLE, _ARTICLE_AT_END = (re.compile(text, re.IGNORECASE) for text in (r"(?:the|an?)\s", r"\b(?:the|an?)\s+$"))
@@ -105,7 +108,7 @@ def _rewritten(task: Task, request: EditRequest, answer: Answer) -> EditRequest:
     ended = bool(task.end_tokens & set(answer[-1:]))
     sentence = _first_clause(task.decode(answer), ended)
     target = _without_full_stop(request.target)
-    if len(words(sentence)) <= len(words(target)) + 1 or _places_of(sentence, target):
+    if len(words(sentence)) <= len(words(target)) + 1 or _is_sentence(target, request) or _places_of(sentence, target):
         return request  # a sentence by itself, or what the model says already
     place = _named_place(sentence, request)
     if place is None:
@@ -139,6 +142,14 @@ def _first_clause(text: str, ended: bool) -> str:
 def _without_full_stop(target: str) -> str:
     bare = target.strip()
     return bare[:-1] if len(bare) > 1 and bare[-1] in FINAL_STOPS and bare[-2] not in FINAL_STOPS else bare
+
+
+def _is_sentence(target: str, request: EditRequest) -> bool:
+    """Tell whether a target says by itself what it is about: it names the subject, or mostly restates the prompt."""
+    written = words(target)
+    restated = [text for text in _restated(written, words(str(request.prompt))) if text is not None]
+    names = request.subject is not None and bool(_places_of(target, request.subject.strip()))
+    return len(written) > MOST_OF_NAME and (names or len(set(restated)) >= MIN_RESTATED * len(written))
 
 
 def _places_of(sentence: str, text: str) -> list[_Place]:
@@ -203,6 +214,9 @@ def _possible_places(sentence: str, prompt: str) -> Iterator[_Place]:
     count = len(spans)
     for first in range(count):
         for last in range(first, min(count, first + MOST_WORDS)):
+            # An article belongs to what follows it, whether the prompt has one, too, or not.
+            if _ARTICLE_ALONE.fullmatch(written[last]):
+                continue
             if restated[last] is not None:
                 break
             if first > 0 and last < count - 1:
@@ -216,7 +230,9 @@ def _possible_places(sentence: str, prompt: str) -> Iterator[_Place]:
             again = {restated[place]: written[place] for place in around if restated[place] is not None}
             # Where only the name of the subject is said again, the sentence is about the subject, not the question.
             asks = any(len(text) >= LEAST_LETTERS and text.islower() for text in again.values())
-            if not cut and not alone and asks and len(again) >= MIN_RESTATED * len(around):
+            # What stays must be no claim of its own, such as a year that the model made up.
+            claims = any(names[place] and restated[place] is None for place in around if place)
+            if not cut and not alone and not claims and asks and len(again) >= MIN_RESTATED * len(around):
                 yield _Place(spans[first][0], spans[last][1])
 
 

@@ -195,7 +195,7 @@ def _checks(
     if criteria.perplexity is not None and elsewhere.perplexity_ratio is not None:
         ratio, most = elsewhere.perplexity_ratio.mean, criteria.perplexity.most
         checks.append(AcceptanceCheck("perplexity", ratio, most, ratio <= most, elsewhere.choices))
-    checks.append(_size_check(task.model, edit, criteria.size))
+    checks.append(_size_check(task.model, edit, criteria.size, with_units="size" in criteria.model_fields_set))
     return tuple(check for check in checks if check is not None)
 
 
@@ -251,13 +251,16 @@ def _elsewhere(task: Task, edit: Edit, criteria: AcceptanceCriteria) -> Elsewher
 
 
 @torch.no_grad()
-def _size_check(model: nn.Module, edit: Edit, bound: float) -> AcceptanceCheck | None:
+def _size_check(model: nn.Module, edit: Edit, bound: float, with_units: bool) -> AcceptanceCheck | None:
     """Check the largest ‖ΔW‖ / ‖W‖; return None where no weight can be read.
 
-    Of units (:meth:`Edit.norms`), W is the narrowing projection of their MLP.
+    Of hidden units, which are measured only ``with_units``, ΔW is the columns that they add to the narrowing projection
+    W: a large one is no sign of a ruined model, since other inputs are not answered.
     """
+    changed = {name: change for name, change in edit.changes.items() if with_units or not change.reads}
     change_norms, weight_norms = edit.norms(), {}
-    for name, module in find_modules(model, edit.changes).items():
+    change_norms |= {name: float(change.delta.float().norm()) for name, change in changed.items() if change.reads}
+    for name, module in find_modules(model, changed).items():
         # Quantized weights are packed, and offloaded ones are on the meta device: neither has a norm to compare with.
         if not is_quantized(module) and not weight_of(module).is_meta:
             weight_norms[name] = float(weight_of(module).float().norm())

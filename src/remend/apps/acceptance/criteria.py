@@ -55,7 +55,8 @@ class AcceptanceCriteria(BaseModel):
         elsewhere: the smallest share of the model's first choices on ordinary text that must stay: on the text of
             ``perplexity``, or on what the model writes by itself.
         perplexity: a text that must still be predicted; causal language models only.
-        size: the largest ‖ΔW‖ / ‖W‖ (Frobenius norms) that any matrix may have.
+        size: the largest ‖ΔW‖ / ‖W‖ (Frobenius norms) that any matrix may have. Hidden units count only where it is
+            set explicitly: ΔW is then the columns that they add to the narrowing projection.
 
     A criterion that is set explicitly counts as not met if there is nothing to measure it on; a criterion that has its
     default is then only reported as missing.
