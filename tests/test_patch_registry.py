@@ -22,7 +22,7 @@ import remend
 from remend.apps.acceptance import AcceptanceCriteria, RejectedError, check_acceptance
 from remend.apps.patch_registry import ConflictError, PatchRegistry
 from remend.apps.patch_registry.database import active_after
-from remend.cli import run
+from remend.cli import options, run
 from remend.core.layers import dimensions
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
@@ -515,6 +515,22 @@ def test_bytes_of_a_book_that_were_changed_at_random(registry, task, tmp_path):
 
 
 # -- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_s_name_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, capsys):
+    task = families.task("llama")
+    task.model.save_pretrained(tmp_path / "small")
+    task.processor.save_pretrained(tmp_path / "small")
+    loaded = remend.load(str(tmp_path / "small"))
+    remend.editors.make("finetune", loaded).edit(loaded, families.requests("llama", 1)).save(tmp_path / "edit")
+    monkeypatch.chdir(tmp_path)
+    assert run(["book", "init", "book", "--model", "./small"]) == 0
+    assert run(["book", "add", "book", "edit"]) == 0
+    monkeypatch.setattr(options, "load_model", lambda *given: pytest.fail("it was looked for"))
+    monkeypatch.chdir(tmp_path.parent)
+    assert run(["book", "activate", str(tmp_path / "book"), "1"]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the edit is for a model that was in a folder 'small': say with --model where it is" in told
 
 
 def test_a_book_by_command(atlas, tmp_path, capsys):
