@@ -480,8 +480,9 @@ def test_a_book_and_the_studio_take_units(model, tmp_path):
     found = reactions(Workspace(task, Mend.create(task)), first, "The capital of Norway is")
     assert max(share for _, share in found) == pytest.approx(1)
     assert "2 units (gated silu, beta 4)" in matrices_html(first)
-    size = check_acceptance(task, first, AcceptanceCriteria(must_stay=("The capital of Peru is",))).checks[-1]
-    ratios = {n: norm / float(model.get_submodule(n).weight.detach().norm()) for n, norm in first.norms().items()}
+    size = check_acceptance(task, first, AcceptanceCriteria(must_stay=("The capital of Peru is",), size=1.0)).checks[-1]
+    added = {name: change.delta.norm() for name, change in first.changes.items()}
+    ratios = {n: float(norm / model.get_submodule(n).weight.detach().norm()) for n, norm in added.items()}
     assert size.measured == pytest.approx(max(ratios.values()))
 
 
