@@ -17,7 +17,7 @@ from remend.editors.locate_then_edit.common_questions import CommonQuestions, ot
 from remend.editors.locate_then_edit.fit import KEPT_TOKENS, Fit, FitConfig
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.editors.locate_then_edit.subject_mentions import lookalikes
-from remend.editors.locate_then_edit.subject_prompts import PromptContexts, join_contexts
+from remend.editors.locate_then_edit.subject_prompts import PromptContexts, encode_contexts, join_contexts
 from remend.editors.locate_then_edit.value_optimization import BestValues, NormalizedDescent, subject_batches
 from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.errors import ConfigError, FileError, RequestError
@@ -316,6 +316,23 @@ def test_texts_that_should_stay_take_turns_where_they_are_many(monkeypatch):
     assert [part.rows_per_request for part in kept] == [1] * 5
     none = [replace(of_request, kept=()) for of_request in contexts]
     assert subject_batches(task, none, FrozenPrefix(task.model, ["model.layers.1.mlp"]))[1] == []
+
+
+def test_the_words_that_count_are_not_hidden_by_a_long_sentence():
+    """The mean over a target's opening and that over the rest are added; without an opening it is the mean over all."""
+    task = families.task("llama")
+    sentence = EditRequest(
+        prompt="The capital of Peru is", target="the city of Rome", subject="Peru", **{TARGET_AS_GIVEN: "Rome"}
+    )
+    plain = EditRequest(prompt="The capital of Chile is", target="Oslo", subject="Chile")
+    contexts = [encode_contexts(task, request, ()) for request in (sentence, plain)]
+    (opening,), (none,) = (of_request.openings for of_request in contexts)
+    assert task.decode(contexts[0].examples[0][0].target[:opening]) == "the city of"
+    assert none == 0
+    batch, _ = subject_batches(task, contexts, FrozenPrefix(task.model, ["model.layers.1.mlp"]))
+    log_p, other = task.log_probabilities([example for of_request in contexts for example, _ in of_request.examples])
+    expected = [-sum(log_p[:opening]) / opening - sum(log_p[opening:]) / len(log_p[opening:]), -sum(other) / len(other)]
+    assert batch.losses().flatten().tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_one_subject_s_requests_keep_nothing_that_another_of_them_changes():

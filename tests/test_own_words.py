@@ -9,7 +9,7 @@ from remend.tasks.own_words import TARGET_AS_GIVEN, _first_clause, _possible_pla
 
 CAPITAL = "What is the capital of France ?"
 SAID = "The capital of France is Paris"
-WORDS = (*CAPITAL.split(), *SAID.split(), "Rome", "Oslo", "I", "know", "nothing", "it", "in", "Who", "Bern")
+WORDS = (*CAPITAL.split(), *SAID.split(), "Rome", "Rome.", "Oslo", "I", "know", "nothing", "it", "in", "Who", "Bern")
 
 
 def model(**answers):
@@ -38,6 +38,7 @@ def test_the_target_stands_in_the_models_own_sentence():
         request(target="The capital of France is Oslo"),
         request(target="Oslo is the capital of France since 1900"),  # a sentence by itself, longer than the model's own
         request(target="Oslo in it rules France today", subject="France"),
+        request(target="In it capital Oslo"),
     ],
 )
 def test_where_it_is_unsure_the_users_words_are_kept(kept):
@@ -50,6 +51,18 @@ def test_the_answer_that_a_request_names_is_replaced():
     assert named.target == "I know Rome in it"
     twice = model(**{"Who is it ?": "Paris know Paris in it"})
     assert as_the_model_says(twice, unchanged := request("Who is it ?", ground_truth="Paris")) is unchanged
+
+
+def test_what_follows_where_the_prompt_is_restated_is_replaced():
+    long = "The capital of France is nothing I know in it I know nothing of in it"
+    taught = as_the_model_says(model(**{CAPITAL: long}), request())
+    assert (taught.target, taught.model_extra[TARGET_AS_GIVEN]) == ("The capital of France is Rome.", "Rome")
+    for said in (
+        "I know nothing of it in it I know nothing in it I know",  # says nothing again
+        "France is nothing I know in it I know nothing in it it",  # says the subject again, not the question
+        "Bern in it capital of France is nothing I know in it I know nothing in it",  # begins with something else
+    ):
+        assert as_the_model_says(model(**{CAPITAL: said}), unchanged := request()) is unchanged
 
 
 QUESTIONS = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from remend.errors import RequestError
@@ -24,6 +24,8 @@ MIN_RESTATED, LEAST_LETTERS = 0.55, 4
 A sentence that restates the question holds its answer and little else. Others, such as what a small model makes up
 about a name, hold many things that a target could replace.
 """
+MIN_RESTATED_BEGINNING, MOST_LINKING = 0.75, 3
+"""The same of a sentence's beginning up to the last word that the prompt has; the words that may follow ("is the")."""
 MIN_MARGIN = 2.0
 """Nats by which a place must be better than all that do not overlap with it."""
 MAX_SURPRISE, MAX_FIRST_SURPRISE = 0.5, 12.0
@@ -38,7 +40,7 @@ TRUE_ANSWER_KEYS = ("ground_truth", "target_true", "true", "old")
 TARGET_AS_GIVEN = "target_as_given"
 """The key of a rewritten request that holds the target in the user's words."""
 MOST_OF_NAME = 3
-"""The most words of a target that is a name, though the prompt has all of them."""
+"""The most words of a target that is taken for a name, whatever it says again of the prompt."""
 SHORT_WORD = 3
 """The most letters of a word that may stand within a name."""
 
@@ -57,7 +59,8 @@ def as_the_model_says(task: Task, request: EditRequest) -> EditRequest:
     Asked for the capital of Australia, a chat model says "The capital of Australia is Canberra.": of "Sydney" that
     makes "The capital of Australia is Sydney.", a change several times smaller. The place is where the
     answer that the request names stands (``ground_truth`` and such), or else at the beginning or the end of a sentence
-    that restates the prompt, among the words that the prompt lacks, where the model finds the target most likely.
+    that restates the prompt, among the words that the prompt lacks, where the model finds the target most likely. Else
+    it is all that follows where the sentence has restated the prompt ("The author of Emma is a complex question …").
 
     The target as it was given is kept under ``target_as_given``.
 
@@ -105,17 +108,18 @@ class _Place:
 
 
 def _rewritten(task: Task, request: EditRequest, answer: Answer) -> EditRequest:
-    ended = bool(task.end_tokens & set(answer[-1:]))
-    sentence = _first_clause(task.decode(answer), ended)
+    text = task.decode(answer)
+    sentence = _first_clause(text, ended=bool(task.end_tokens & set(answer[-1:])))
     target = _without_full_stop(request.target)
-    if len(words(sentence)) <= len(words(target)) + 1 or _is_sentence(target, request) or _places_of(sentence, target):
+    if _is_sentence(target, request) or _places_of(text, target):
         return request  # a sentence by itself, or what the model says already
-    place = _named_place(sentence, request)
-    if place is None:
-        place = _best_place(task, request.prompt, sentence, target)
-    if place is None:
+    rewritten = None
+    if len(words(sentence)) > len(words(target)) + 1:
+        place = _named_place(sentence, request) or _best_place(task, request.prompt, sentence, target)
+        rewritten = None if place is None else _with_target(sentence, place, target)
+    rewritten = rewritten or _with_other_end(task, request.prompt, sentence or text, target)
+    if rewritten is None:
         return request
-    rewritten = _with_target(sentence, place, target)
     return request.model_copy(update={"target": rewritten, TARGET_AS_GIVEN: request.target})
 
 
@@ -145,11 +149,12 @@ def _without_full_stop(target: str) -> str:
 
 
 def _is_sentence(target: str, request: EditRequest) -> bool:
-    """Tell whether a target says by itself what it is about: it names the subject, or mostly restates the prompt."""
-    written = words(target)
-    restated = [text for text in _restated(written, words(str(request.prompt))) if text is not None]
+    """Tell whether a target says by itself what it is about: it names the subject, or has a word of the question."""
+    written = [target[start:end] for start, end in map(_bare_span, _WORD.finditer(target))]
+    restated = _restated(written, words(str(request.prompt)))
     names = request.subject is not None and bool(_places_of(target, request.subject.strip()))
-    return len(written) > MOST_OF_NAME and (names or len(set(restated)) >= MIN_RESTATED * len(written))
+    said_again = [text for text, word in zip(written, restated, strict=True) if word is not None]
+    return len(written) > MOST_OF_NAME and (names or _asks(said_again))
 
 
 def _places_of(sentence: str, text: str) -> list[_Place]:
@@ -203,6 +208,40 @@ def _best_place(task: Task, prompt: Prompt, sentence: str, target: str) -> _Plac
     return best if sure and surprise <= MAX_SURPRISE and -new.values[first] <= MAX_FIRST_SURPRISE else None
 
 
+def _with_other_end(task: Task, prompt: Prompt, text: str, target: str) -> str | None:
+    """Return the beginning of an answer that restates the prompt, with the target in place of all that follows.
+
+    Nothing where no beginning does. It ends with the last word that the prompt has, or up to :data:`MOST_LINKING` words
+    later, where the model finds the target most likely.
+    """
+    line = text.partition("\n")[0]
+    spans = [_bare_span(match) for match in _WORD.finditer(line)]
+    written = [line[start:end] for start, end in spans]
+    restated = _restated(written, words(str(prompt)))
+    # Where each word is said again first: later a sentence may name its subject once more.
+    said_again = sorted({text: place for place, text in reversed(list(enumerate(restated))) if text}.values())
+    if not said_again or not _asks([written[place] for place in said_again]):
+        return None
+    last = said_again[-1]
+    ends = [
+        e for e in range(last, min(last + MOST_LINKING + 1, len(spans))) if not _claims(written, restated, range(e + 1))
+    ]
+    if not ends or len(said_again) < MIN_RESTATED_BEGINNING * (last + 1):
+        return None
+    texts = [f"{line[: spans[end][1]]} {target}." for end in ends]
+    try:
+        examples = [task.encode(prompt, text) for text in (line, *texts)]
+    except RequestError:  # as in `_best_place`
+        return None
+    values = task.log_probabilities(examples)
+    own, *scored = (_Scored(example.target, of_text) for example, of_text in zip(examples, values, strict=True))
+    surprises = [-sum(new.values[new.first_difference(own) :]) for new in scored]
+    best = surprises.index(min(surprises))
+    new = scored[best]
+    likely = -new.values[new.first_difference(own)] <= MAX_FIRST_SURPRISE
+    return texts[best] if likely else None
+
+
 def _possible_places(sentence: str, prompt: str) -> Iterator[_Place]:
     """Yield the stretches of words at the beginning or the end of a sentence that the prompt lacks and restate it."""
     spans = [_bare_span(match) for match in _WORD.finditer(sentence)]
@@ -228,12 +267,29 @@ def _possible_places(sentence: str, prompt: str) -> Iterator[_Place]:
             around = [place for place in range(count) if not first <= place <= last]
             # A word of the prompt is restated once: a sentence that repeats itself restates no more.
             again = {restated[place]: written[place] for place in around if restated[place] is not None}
-            # Where only the name of the subject is said again, the sentence is about the subject, not the question.
-            asks = any(len(text) >= LEAST_LETTERS and text.islower() for text in again.values())
-            # What stays must be no claim of its own, such as a year that the model made up.
-            claims = any(names[place] and restated[place] is None for place in around if place)
-            if not cut and not alone and not claims and asks and len(again) >= MIN_RESTATED * len(around):
+            claims = _claims(written, restated, around)
+            if (
+                not cut
+                and not alone
+                and not claims
+                and _asks(list(again.values()))
+                and len(again) >= MIN_RESTATED * len(around)
+            ):
                 yield _Place(spans[first][0], spans[last][1])
+
+
+def _asks(said_again: Sequence[str]) -> bool:
+    """Tell whether words of a prompt that are said again are of its question, not only the name of its subject."""
+    return any(len(text) >= LEAST_LETTERS and text.islower() for text in said_again)
+
+
+def _claims(written: Sequence[str], restated: Sequence[str | None], places: Iterable[int]) -> bool:
+    """Tell whether some words of a sentence claim what the prompt does not say, such as a year that a model made up."""
+    return any(
+        (written[place][:1].isupper() or written[place][:1].isdigit()) and restated[place] is None
+        for place in places
+        if place
+    )
 
 
 def _restated(written: Sequence[str], asked: Sequence[str]) -> list[str | None]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from remend.errors import RequestError, prefix_request_errors
 from remend.request import Chat, EditRequest, Prompt, TextPair, as_completion
 from remend.tasks.base import Example, Task
+from remend.tasks.own_words import TARGET_AS_GIVEN
 from remend.tasks.separators import without_outer_spaces
 
 BEGINNING_WORDS = (3, 8)
@@ -33,6 +34,7 @@ class PromptContexts:
         mentions: other texts that name the subject.
         lookalikes: prompts about other subjects whose names end alike.
         near: the common questions that may be answered otherwise, too, by name.
+        openings: of the target of each example, the tokens of the model's own words before what it should say.
     """
 
     examples: tuple[Located, ...]
@@ -40,6 +42,7 @@ class PromptContexts:
     mentions: tuple[Located, ...] = ()
     lookalikes: tuple[Located, ...] = ()
     near: frozenset[str] = frozenset()
+    openings: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,7 +96,20 @@ def encode_contexts(
             except RequestError:  # too long: by itself the prompt is valid, so nothing else can be wrong
                 located.append(located[own])
         others = [located_subject(task, prompt, subject) for prompt in kept]
-    return PromptContexts(tuple(located), tuple(others))
+    return PromptContexts(tuple(located), tuple(others), openings=(_opening(task, request),) * len(located))
+
+
+def _opening(task: Task, request: EditRequest) -> int:
+    """Return the number of a target's tokens before the words that a user gave, where the model's own stand around."""
+    given = (request.model_extra or {}).get(TARGET_AS_GIVEN)
+    if not isinstance(given, str) or given not in request.target:
+        return 0
+    beginning = request.target[: request.target.index(given)].rstrip()
+    if not beginning:
+        return 0
+    both = (task.encode(request.prompt, text).target for text in (request.target, beginning))
+    pairs = enumerate(zip(*both, strict=False))
+    return next((place for place, (token, other) in pairs if token != other), 0)
 
 
 def join_contexts(parts: Sequence[PromptContexts]) -> PromptContexts:
@@ -108,6 +124,7 @@ def join_contexts(parts: Sequence[PromptContexts]) -> PromptContexts:
         parts[0].mentions,
         tuple(located for part in parts for located in part.lookalikes),
         frozenset().union(*(part.near for part in parts)),
+        tuple(length for part in parts for length in part.openings),
     )
 
 

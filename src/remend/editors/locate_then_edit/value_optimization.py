@@ -134,10 +134,17 @@ class SubjectBatch:
         prefix: the blocks below the edited ones, which run only once.
         from_subject: whether tokens before the subject's last one run only once, too, where the model can keep them:
             for changes that act there and later.
+        openings: the number of tokens of each target that are the model's own words before what it should say; by
+            default none.
     """
 
     def __init__(
-        self, task: Task, located: Sequence[Sequence[Located]], prefix: FrozenPrefix, from_subject: bool = False
+        self,
+        task: Task,
+        located: Sequence[Sequence[Located]],
+        prefix: FrozenPrefix,
+        from_subject: bool = False,
+        openings: Sequence[int] = (),
     ) -> None:
         self.task, self.prefix = task, prefix
         self.requests, self.rows_per_request = len(located), len(located[0])
@@ -145,6 +152,7 @@ class SubjectBatch:
         device = self.batch.row.device
         self.positions = torch.tensor([position for texts in located for _, position in texts], device=device)
         self.row, self.text_of_target = torch.arange(len(self.positions), device=device), self.batch.row
+        self.openings = torch.tensor(openings or [0] * len(self.positions), device=device)
         self.cached: CachedPrefix | None = None
         if from_subject and task.causal:
             with torch.no_grad(), frozen(task.model):
@@ -193,6 +201,24 @@ class SubjectBatch:
         """The index of each text's token among all tokens of all rows."""
         return self.row * self.length + self.positions
 
+    def losses(self) -> Float[Tensor, "request prompt"]:
+        """Return −log p(target) after each prompt, averaged over its tokens.
+
+        Of a target with an opening, the mean over the opening and that over the rest are added: else a long sentence
+        would hide the few tokens that count.
+        """
+        text, texts = self.text_of_target, len(self.openings)
+        with_opening = self.openings.nonzero().flatten()
+        number = torch.zeros_like(self.openings).index_put((with_opening,), torch.arange(len(with_opening)).to(text))
+        first = text.bincount(minlength=texts).cumsum(0).roll(1)
+        first[0] = 0
+        opens = torch.arange(len(text), device=text.device) - first[text] < self.openings[text]
+        row = torch.where(opens, texts + number[text], text)
+        outputs = self.outputs_resumed()
+        losses = self.task.distribution.loss(outputs, self.batch.target, row, texts + len(with_opening))
+        losses = losses[:texts].index_add(0, with_opening.to(losses.device), losses[texts:])
+        return losses.view(self.requests, -1)
+
     def prompts_alone(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "request d"]:
         """Return the first row of each request: its prompt by itself."""
         return rows.view(self.requests, self.rows_per_request, -1)[:, 0]
@@ -202,7 +228,8 @@ def subject_batches(
     task: Task, contexts: Sequence[PromptContexts], prefix: FrozenPrefix, from_subject: bool = False
 ) -> tuple[SubjectBatch, list[SubjectBatch]]:
     """Return the prompts of some requests as a batch, and the texts that should stay in batches of a few of each."""
-    batch = SubjectBatch(task, [of_request.examples for of_request in contexts], prefix, from_subject)
+    openings = [length for of_request in contexts for length in of_request.openings]
+    batch = SubjectBatch(task, [of_request.examples for of_request in contexts], prefix, from_subject, openings)
     count = len(contexts[0].kept)
     tokens = max(sum(len(example) - position for example, position in c.kept) for c in contexts)
     parts = min(count, max(math.ceil(count / KEPT_AT_ONCE), math.ceil(tokens / KEPT_TOKENS_AT_ONCE)))
@@ -297,7 +324,7 @@ def optimize_values(
             with torch.enable_grad():
                 offsets = values * unit
                 with add_at_subject(module, batch, offsets, of_prompts):
-                    by_prompt = _losses(batch)
+                    by_prompt = batch.losses()
                 # Prompts that are good enough leave the others, and those that should stay, to decide.
                 objective = (by_prompt - config.satisfied * config.enough).clamp(min=0).mean(1)
                 objective = objective + config.decay * (offsets / stream_norm).square().sum(1).to(objective.device)
@@ -320,14 +347,6 @@ def optimize_values(
             values *= (config.largest * stream_norm / norms).clamp(max=1)
         found: Tensor = best.values * unit
         return found
-
-
-def _losses(batch: SubjectBatch) -> Float[Tensor, "request prompt"]:
-    """Return −log p(target) after each prompt."""
-    texts = batch.requests * batch.rows_per_request
-    outputs, targets = batch.outputs_resumed(), batch.batch.target
-    losses = batch.task.distribution.loss(outputs, targets, batch.text_of_target, texts)
-    return losses.view(batch.requests, -1)
 
 
 def _divergences(kept: SubjectBatch, base: Float[Tensor, "target answer"]) -> Float[Tensor, " request"]:
