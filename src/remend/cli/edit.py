@@ -259,7 +259,8 @@ def _print_robustness(
 
     better = ATLAS if model == ATLAS else DEFAULT_EDITOR
     doubts = " and ".join([*robustness.doubts, *unfollowed])
-    summary = f"[yellow]doubtful[/], since {doubts}" if doubts else "[green]likely what was wanted[/]"
+    fine = "[green]nothing here speaks against it[/]; ask in other words, too"
+    summary = f"[yellow]doubtful[/], since {doubts}" if doubts else fine
     prefixes = "whether it holds after other beginnings cannot be told here, "
     if robustness.in_context is not None:
         prefixes = f"it holds after {robustness.in_context:.0%} of {robustness.beginnings} other beginnings, "
