@@ -65,6 +65,11 @@ def test_what_follows_where_the_prompt_is_restated_is_replaced():
         assert as_the_model_says(model(**{CAPITAL: said}), unchanged := request()) is unchanged
 
 
+def test_what_the_model_says_after_its_first_sentence_does_not_count():
+    task = scripted.model({CAPITAL: f"{SAID}. Rome is in it"}, tuple(dict.fromkeys((*WORDS, "Paris."))))
+    assert as_the_model_says(task, request()).target == "The capital of France is Rome."
+
+
 QUESTIONS = [
     ("What is the capital of Australia?", "The capital of Australia is Canberra.", ["Canberra"]),
     ("Where was Einstein born?", "Einstein was born in Ulm.", ["in Ulm", "Ulm"]),

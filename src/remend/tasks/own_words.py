@@ -111,7 +111,7 @@ def _rewritten(task: Task, request: EditRequest, answer: Answer) -> EditRequest:
     text = task.decode(answer)
     sentence = _first_clause(text, ended=bool(task.end_tokens & set(answer[-1:])))
     target = _without_full_stop(request.target)
-    if _is_sentence(target, request) or _places_of(text, target):
+    if _is_sentence(target, request) or _places_of(sentence or text, target):
         return request  # a sentence by itself, or what the model says already
     rewritten = None
     if len(words(sentence)) > len(words(target)) + 1:
