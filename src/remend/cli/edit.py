@@ -137,9 +137,11 @@ def edit(
         robustness = measure_robustness(task, result, edit_requests, OrdinaryText(task, keep=True), seed)
         _print_robustness(console, robustness, doubts, chosen_editor.info.name, model)
     if failed:
+        # A classifier's labels have no other words.
+        advice = ". A target in words that the model itself would use is learned more easily" if task.generates else ""
         console.print(
             f"[red]{len(failed)} of {len(edit_requests)} targets are not what the edited model answers[/] "
-            f"({plain(failed[0])}); {SAVED[saved]}. A target in the words in which the model answers takes more easily",
+            f"({plain(failed[0])}); {SAVED[saved]}{advice}",
             soft_wrap=True,
         )
     elif result.is_zero:

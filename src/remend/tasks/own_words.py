@@ -193,12 +193,9 @@ def _best_place(task: Task, prompt: Prompt, sentence: str, target: str) -> _Plac
     if not places:
         return None
     texts = [sentence, *(_with_target(sentence, place, target) for place in places)]
-    try:
-        examples = [task.encode(prompt, text) for text in texts]
-    except RequestError:  # too long for the context, or not written by the tokenizer: edits say so of the request
+    if not (scored := _score(task, prompt, texts)):
         return None
-    values = task.log_probabilities(examples)
-    own, *scored = (_Scored(example.target, of_text) for example, of_text in zip(examples, values, strict=True))
+    own, *scored = scored
     (best, new), *others = sorted(zip(places, scored, strict=True), key=lambda pair: -sum(pair[1].values))
     rivals = [sum(other.values) for place, other in others if not place.overlaps(best)]
     sure = not rivals or sum(new.values) >= max(rivals) + MIN_MARGIN
@@ -206,6 +203,19 @@ def _best_place(task: Task, prompt: Prompt, sentence: str, target: str) -> _Plac
     beside = new.values[:first] + new.values[first + 1 :]
     surprise = sum(own.values) / len(own.values) - sum(beside) / max(len(beside), 1)
     return best if sure and surprise <= MAX_SURPRISE and -new.values[first] <= MAX_FIRST_SURPRISE else None
+
+
+def _score(task: Task, prompt: Prompt, texts: Sequence[str]) -> list[_Scored]:
+    """Return log p of the tokens of each text after a prompt; nothing where one of them cannot be taught.
+
+    It may be too long for the context, or not be written by the tokenizer: edits say so of the request.
+    """
+    try:
+        examples = [task.encode(prompt, text) for text in texts]
+    except RequestError:
+        return []
+    values = task.log_probabilities(examples)
+    return [_Scored(example.target, of_text) for example, of_text in zip(examples, values, strict=True)]
 
 
 def _with_other_end(task: Task, prompt: Prompt, text: str, target: str) -> str | None:
@@ -229,12 +239,9 @@ def _with_other_end(task: Task, prompt: Prompt, text: str, target: str) -> str |
     if not ends or len(said_again) < MIN_RESTATED_BEGINNING * (last + 1):
         return None
     texts = [f"{line[: spans[end][1]]} {target}." for end in ends]
-    try:
-        examples = [task.encode(prompt, text) for text in (line, *texts)]
-    except RequestError:  # as in `_best_place`
+    if not (scored := _score(task, prompt, [line, *texts])):
         return None
-    values = task.log_probabilities(examples)
-    own, *scored = (_Scored(example.target, of_text) for example, of_text in zip(examples, values, strict=True))
+    own, *scored = scored
     surprises = [-sum(new.values[new.first_difference(own) :]) for new in scored]
     best = surprises.index(min(surprises))
     new = scored[best]
