@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from remend.edit import Edit
     from remend.evaluation.before_after import AnswerComparison
     from remend.evaluation.robustness import Robustness
-    from remend.request import EditRequest
+    from remend.request import EditRequest, Prompt
     from remend.tasks import Task
 
 SAVED = {True: "saved all the same", False: "nothing was saved (--keep-failed saves it all the same)"}
@@ -79,12 +79,11 @@ def edit(
     if subject is not None:
         edit_requests = _with_subject(subject, edit_requests, requests)
     factor = _parse_scale(scale)
-    from remend.cli.answer_tables import answers_table, as_json
+    from remend.cli.answer_tables import as_json
     from remend.edit import Edit
     from remend.evaluation.before_after import before_after
     from remend.evaluation.ordinary_text import OrdinaryText
     from remend.evaluation.robustness import measure_robustness
-    from remend.request import SEPARATOR_NAMES
     from remend.saved_folders import check_replaceable, write_json
     from remend.tasks.own_words import as_the_model_says_each
 
@@ -109,26 +108,12 @@ def edit(
     elif factor != 1:
         result = result.scaled(factor)
     answers = before_after(task, result, edit_requests, max_new_tokens)
-    failed = [r.prompt for r, row in zip(edit_requests, answers, strict=True) if not row[0].ok]
-    needless = result.is_zero or all(row[0].already for row in answers)
-    result = replace(result, taken=not failed)
-    saved = keep_failed or not (failed or needless)
-    if saved:
+    made = _MadeEdit(edit_requests, result, answers, keep_failed)
+    if made.saved:
         _check_free(out, overwrite)  # another process may have written there meanwhile
-        result.save(out)
-    for request, row in zip(edit_requests, answers, strict=True):
-        console.print(answers_table(f"{plain(request.prompt)} → {plain(request.target)}", row))
-    if any(between is not None for between in result.separators):
-        named = dict.fromkeys(SEPARATOR_NAMES[between] for between in result.separators if between is not None)
-        console.print(f"between prompt and target: {' or '.join(named)}")
-    _print_ends(console, result, answers)
-    if not result.is_zero and (unchanged := [row[0].prompt for row in answers if row[0].already]):
-        console.print(
-            f"[yellow]{len(unchanged)} of {len(edit_requests)} targets are what the unedited model answers already[/] "
-            f"({plain(unchanged[0])}): nothing had to change there",
-            soft_wrap=True,
-        )
-    if saved:
+        made.edit.save(out)
+    _print_answers(console, made)
+    if made.saved:
         hint = f"remend ask {plain(model)} --edit {plain(out)} {options.prompt_options(edit_requests[0].prompt)}"
         console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
     doubts = _print_unfollowed(console, answers)
@@ -136,34 +121,101 @@ def edit(
     if chosen_editor.info.needs != "training":
         robustness = measure_robustness(task, result, edit_requests, OrdinaryText(task, keep=True), seed)
         _print_robustness(console, robustness, doubts, chosen_editor.info.name, model)
-    if failed:
-        # A classifier's labels have no other words.
-        advice = ". A target in words that the model itself would use is learned more easily" if task.generates else ""
-        console.print(
-            f"[red]{len(failed)} of {len(edit_requests)} targets are not what the edited model answers[/] "
-            f"({plain(failed[0])}); {SAVED[saved]}{advice}",
-            soft_wrap=True,
-        )
-    elif result.is_zero:
-        console.print(
-            f"[yellow]the edit changes nothing[/]: the model answers so already ({plain(edit_requests[0].prompt)}); "
-            + SAVED[saved],
-            soft_wrap=True,
-        )
-    elif needless:
-        console.print(f"[yellow]there is nothing to edit[/]; {SAVED[saved]}", soft_wrap=True)
+    _print_failure(console, made, task)
     if json is not None:
-        out_name = str(out) if saved else None
-        content: dict[str, Any] = {"taken": not failed, "out": out_name, "scale": result.editor.get("scale", 1.0)}
-        content |= {
+        content: dict[str, Any] = {
+            "taken": not made.failed,
+            "out": str(out) if made.saved else None,
+            "scale": result.editor.get("scale", 1.0),
             "editor": chosen_editor.info.name,
             "separators": list(result.separators),
             "ends": list(result.ends),
             **({} if robustness is None else {"assurance": robustness.to_json()}),
+            "answers": [as_json(row) for row in answers],
         }
-        write_json(json, {**content, "answers": [as_json(row) for row in answers]})
-    if not saved:
+        write_json(json, content)
+    if not made.saved:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _MadeEdit:
+    """An edit and what the model answers with it.
+
+    Attributes:
+        requests: what was asked for.
+        result: the edit as it was made.
+        answers: the answers to each request's prompts, its own first.
+        keep_failed: whether it is saved although the model does not take it, or nothing changes.
+    """
+
+    requests: Sequence[EditRequest]
+    result: Edit
+    answers: Sequence[Sequence[AnswerComparison]]
+    keep_failed: bool
+
+    @property
+    def failed(self) -> list[Prompt]:
+        """The prompts whose targets the edited model does not answer."""
+        return [r.prompt for r, row in zip(self.requests, self.answers, strict=True) if not row[0].ok]
+
+    @property
+    def already(self) -> list[str]:
+        """The prompts whose targets the unedited model answers."""
+        return [row[0].prompt for row in self.answers if row[0].already]
+
+    @property
+    def needless(self) -> bool:
+        """Whether it changes nothing, or nothing that had to change."""
+        return self.result.is_zero or len(self.already) == len(self.requests)
+
+    @property
+    def saved(self) -> bool:
+        """Whether it is saved."""
+        return self.keep_failed or not (self.failed or self.needless)
+
+    @property
+    def edit(self) -> Edit:
+        """The edit that is saved, which says whether it was taken."""
+        return replace(self.result, taken=not self.failed)
+
+
+def _print_answers(console: Console, made: _MadeEdit) -> None:
+    """Print the answers before and after, and how the targets were taught."""
+    from remend.cli.answer_tables import answers_table
+    from remend.request import SEPARATOR_NAMES
+
+    for request, row in zip(made.requests, made.answers, strict=True):
+        console.print(answers_table(f"{plain(request.prompt)} → {plain(request.target)}", row))
+    if named := {SEPARATOR_NAMES[between]: None for between in made.result.separators if between is not None}:
+        console.print(f"between prompt and target: {' or '.join(named)}")
+    _print_ends(console, made.result, made.answers)
+    if made.already and not made.result.is_zero:
+        console.print(
+            f"[yellow]{len(made.already)} of {len(made.requests)} targets are what the unedited model answers "
+            f"already[/] ({plain(made.already[0])}): nothing had to change there",
+            soft_wrap=True,
+        )
+
+
+def _print_failure(console: Console, made: _MadeEdit, task: Task) -> None:
+    """Print why an edit is of no use, if it is not."""
+    if made.failed:
+        # A classifier's labels have no other words.
+        advice = ". A target in words that the model itself would use is learned more easily" if task.generates else ""
+        console.print(
+            f"[red]{len(made.failed)} of {len(made.requests)} targets are not what the edited model answers[/] "
+            f"({plain(made.failed[0])}); {SAVED[made.saved]}{advice}",
+            soft_wrap=True,
+        )
+    elif made.result.is_zero:
+        console.print(
+            "[yellow]the edit changes nothing[/]: the model answers so already "
+            f"({plain(made.requests[0].prompt)}); {SAVED[made.saved]}",
+            soft_wrap=True,
+        )
+    elif made.needless:
+        console.print(f"[yellow]there is nothing to edit[/]; {SAVED[made.saved]}", soft_wrap=True)
 
 
 def _print_own_words(console: Console, edit_requests: Sequence[EditRequest]) -> None:
