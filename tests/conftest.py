@@ -137,8 +137,6 @@ def unchecked(monkeypatch):
     hooks = (low_rank_hooks.LowRankHook, low_rank_hooks._ReadHook, low_rank_hooks.ReachCheck)
     for holder in (low_rank_hooks, Response, LowRank, *hooks):
         for name, value in list(vars(holder).items()):
-            # What is not compiled at all (torch.compiler.disable) stays as it is: unwrapped, it would be traced.
-            traced = inspect.isfunction(value) and not hasattr(value, "_torchdynamo_disable")
-            plain = inspect.unwrap(value) if traced else value
+            plain = inspect.unwrap(value) if inspect.isfunction(value) else value
             if plain is not value and not inspect.isgeneratorfunction(plain):
                 monkeypatch.setattr(holder, name, plain)

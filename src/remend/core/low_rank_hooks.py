@@ -70,7 +70,7 @@ class _ReadHook:
 
     def __init__(self, adder: LowRankHook) -> None:
         self.adder = adder
-        self._responses: dict[int | None, Tensor] = {}
+        self._of_thread = threading.local()  # DataParallel, and servers, run one model in several threads at once
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Compute the responses to the layer's input."""
@@ -78,9 +78,7 @@ class _ReadHook:
         x, _ = layer_inputs(module, args, kwargs)
         with torch.autocast(output.device.type, enabled=False):
             responses = change.responses(x.to(output.device, change.u.dtype))
-        # By thread: DataParallel, and servers, run one model in several at once. What is compiled cannot ask for its
-        # thread; it mostly holds both layers.
-        self._responses[None if torch.compiler.is_compiling() else threading.get_ident()] = responses
+        self._of_thread.responses = responses
 
     def take(self) -> Tensor:
         """Return the responses of the pass that runs in this thread, and forget them.
@@ -88,13 +86,8 @@ class _ReadHook:
         Raises:
             EditError: the layer was not called since the changed one was called last.
         """
-        if not torch.compiler.is_compiling():
-            responses = self._responses.pop(threading.get_ident(), None)
-            responses = self._responses.pop(None, None) if responses is None else responses
-        elif None in self._responses:
-            responses = self._responses.pop(None)
-        else:
-            responses = self._take_of_thread()
+        responses: Tensor | None = getattr(self._of_thread, "responses", None)
+        self._of_thread.responses = None
         if responses is None:
             raise EditError(
                 f"{self.adder.change.reads} is not called before each call of the layer that an edit changes: hidden "
@@ -102,14 +95,13 @@ class _ReadHook:
             )
         return responses
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _take_of_thread(self) -> Tensor | None:
-        """Return what the layer, which was not compiled together with the changed one, computed in this thread."""
-        return self._responses.pop(threading.get_ident(), None)
-
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> LowRankHook:
         """Leave out what belongs to passes that are running now."""
-        return {**self.__dict__, "_responses": {}}
+        return self.adder
+
+    def __setstate__(self, adder: LowRankHook) -> None:
+        """Take over what a copy was made of."""
+        self.__init__(adder)  # type: ignore[misc]
 
 
 class ReachCheck:

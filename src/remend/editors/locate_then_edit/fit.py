@@ -103,7 +103,7 @@ class FitConfig(LocateConfig):
     every_prompt: ClassVar[bool] = True
     satisfied: ClassVar[float] = 0.5
 
-    def optimizer(self, values: Float[Tensor, "request d"], faster: float = 1.0) -> torch.optim.Optimizer:
+    def optimizer(self, values: Float[Tensor, "request d"], faster: float = 1.0) -> NormalizedDescent:
         """Return what moves the offsets, whose unit is the root mean square of the block's output."""
         return NormalizedDescent(values, faster * self.learning_rate * values.shape[1] ** 0.5, self.momentum)
 

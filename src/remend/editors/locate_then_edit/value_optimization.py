@@ -63,12 +63,14 @@ class LocateConfig(Config):
     every_prompt: ClassVar[bool] = False  # whether ``enough`` counts for each prompt; else for their mean
     satisfied: ClassVar[float] = 0.0  # the share of ``enough`` below which a prompt's loss is lowered no further
 
-    def optimizer(self, values: Float[Tensor, "request d"], faster: float = 1.0) -> torch.optim.Optimizer:
+    def optimizer(
+        self, values: Float[Tensor, "request d"], faster: float = 1.0
+    ) -> torch.optim.Adam | NormalizedDescent:
         """Return what moves the offsets, whose unit is the root mean square of the block's output."""
         return torch.optim.Adam([values], lr=faster * self.learning_rate)
 
 
-class NormalizedDescent(torch.optim.Optimizer):
+class NormalizedDescent:
     """Gradient descent with momentum whose steps have one length in each row, whatever the size of the gradient.
 
     Adam moves every coordinate alike, so that after some steps most of an offset is noise; the gradient of an edit has
@@ -81,17 +83,15 @@ class NormalizedDescent(torch.optim.Optimizer):
     """
 
     def __init__(self, values: Float[Tensor, "row d"], length: float, momentum: float) -> None:
-        super().__init__([values], {"length": length, "momentum": momentum})
+        self.values, self.length, self.momentum = values, length, momentum
+        self._direction = torch.zeros_like(values)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move each row."""
-        for group in self.param_groups:
-            for values in group["params"]:
-                state = self.state[values]
-                state["direction"] = group["momentum"] * state.get("direction", 0.0) + values.grad
-                norms = state["direction"].norm(dim=-1, keepdim=True).clamp(min=1e-30)
-                values -= group["length"] * state["direction"] / norms
+    def step(self) -> None:
+        """Move each row against its gradient, ``values.grad``."""
+        assert self.values.grad is not None
+        self._direction = self.momentum * self._direction + self.values.grad
+        self.values -= self.length * self._direction / self._direction.norm(dim=-1, keepdim=True).clamp(min=1e-30)
 
 
 class BestValues:
