@@ -18,7 +18,12 @@ from remend.editors.locate_then_edit.fit import KEPT_TOKENS, Fit, FitConfig
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.editors.locate_then_edit.subject_mentions import lookalikes
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts, encode_contexts, join_contexts
-from remend.editors.locate_then_edit.value_optimization import BestValues, NormalizedDescent, subject_batches
+from remend.editors.locate_then_edit.value_optimization import (
+    BestValues,
+    NormalizedDescent,
+    add_at_subject,
+    subject_batches,
+)
 from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.errors import ConfigError, FileError, RequestError
 from remend.models.frozen_prefix import FrozenPrefix
@@ -133,7 +138,9 @@ def test_with_earlier_tokens_kept_the_outputs_are_the_same(kind):
         assert kept is not None
         assert kept.batch.rows < batch.rows
         assert kept.batch.mask.sum() == (batch.mask.sum(1) - start).sum()
-        assert torch.equal(kept.text_of_target, batch.row)
+        count = len(start)
+        assert torch.equal(kept.text_of_token[kept.row, kept.position], torch.arange(count))
+        assert torch.equal(kept.text_of_token[kept.batch.mask].bincount(), batch.mask.sum(1) - start)
         for _ in range(2):  # the second pass finds the same cache
             torch.testing.assert_close(kept.outputs(task), task.outputs(batch), rtol=1e-4, atol=1e-4)
 
@@ -333,6 +340,29 @@ def test_the_words_that_count_are_not_hidden_by_a_long_sentence():
     log_p, other = task.log_probabilities([example for of_request in contexts for example, _ in of_request.examples])
     expected = [-sum(log_p[:opening]) / opening - sum(log_p[opening:]) / len(log_p[opening:]), -sum(other) / len(other)]
     assert batch.losses().flatten().tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
+def test_a_value_is_found_as_it_will_act_where_the_target_names_the_subject_again(kind):
+    task = families.taught(kind)
+    request = families.requests(kind, 1)[0]
+    request = request.model_copy(update={"target": f"{request.target} is the capital of {request.subject} is"})
+    editor = Fit.create(task, text=families.TEXT)
+    (change,) = editor.edit(task, [request]).changes.values()
+    (contexts,) = editor.encode(task, [request])
+    modules = editor.edited_modules(task)
+    read, changed = modules[editor.key_layer], modules[editor.changed_layer]
+    batch, _ = subject_batches(task, [contexts], FrozenPrefix(task.model, editor.shapes), from_subject=True)
+    answers = batch.answers(batch.inputs(editor.key_layer, read), change.u, change.response)
+    strong = answers.response > 0.5
+    assert int(strong.sum()) > batch.rows_per_request  # the subject in the prompts, and in the targets
+    with torch.no_grad(), frozen(task.model):
+        with add_at_subject(changed, batch, change.delta, answers):
+            expected = batch.outputs_resumed()
+        with editor.edit(task, [request]).applied(task.model):
+            found = task.outputs(task.collate([contexts.examples[0][0]]))
+    # Of the prompt by itself: tokens before a subject, such as the other countries of beginnings, are not read again.
+    torch.testing.assert_close(expected[: len(found)], found, rtol=1e-3, atol=1e-3)
 
 
 def test_one_subject_s_requests_keep_nothing_that_another_of_them_changes():

@@ -37,12 +37,14 @@ class CachedPrefix:
         batch: the tokens from that one on, several texts in a row.
         row: the row of each text.
         position: the position of that token in it.
-        text_of_target: the text of each target.
+        text_of_token: the text of each token; −1 of padding.
     """
 
-    def __init__(self, batch: Batch, row: Tensor, position: Tensor, text_of_target: Tensor, cache: Any) -> None:
+    def __init__(
+        self, batch: Batch, row: Tensor, position: Tensor, text_of_token: Int[Tensor, "row token"], cache: Any
+    ) -> None:
         self.batch, self._cache = batch, cache
-        self.row, self.position, self.text_of_target = row, position, text_of_target
+        self.row, self.position, self.text_of_token = row, position, text_of_token
 
     @staticmethod
     def of(task: Task, batch: Batch, start: Int[Tensor, " text"]) -> CachedPrefix | None:
@@ -77,7 +79,7 @@ class CachedPrefix:
             (position[text] + batch.position.cpu() - start.cpu()[text]).to(task.device),
             batch.target,
         )
-        prefix = CachedPrefix(rest, row.to(task.device), position.to(task.device), batch.row, cached)
+        prefix = CachedPrefix(rest, row.to(task.device), position.to(task.device), after.text.to(task.device), cached)
         return prefix if task.model in _verified or prefix._verify(task, batch) else None
 
     def outputs(self, task: Task) -> Float[Tensor, "target output"]:

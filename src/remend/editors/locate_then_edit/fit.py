@@ -270,11 +270,12 @@ class Fit(LocateThenEdit):
         for part in in_prompt_batches([contexts[index] for index in order]):
             batch, kept = subject_batches(task, part, prefix, from_subject=True)
             batches = [batch, *kept]
-            rows = [of_batch.keys_of_rows(self.key_layer, modules[self.key_layer]).float() for of_batch in batches]
-            by_request = [k.view(b.requests, b.rows_per_request, -1) for k, b in zip(rows, batches, strict=True)]
+            inputs = [of_batch.inputs(self.key_layer, modules[self.key_layer]) for of_batch in batches]
+            read = list(zip(batches, inputs, strict=True))
+            by_request = [b.at_subjects(x).float().view(b.requests, b.rows_per_request, -1) for b, x in read]
             found = [self.direction(task, k, c, response) for k, c in zip(torch.cat(by_request, 1), part, strict=True)]
             key, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
-            answers = [response((k * u[:, None]).sum(-1)).flatten() for k in by_request]
+            answers = [of_batch.answers(x, u, response) for of_batch, x in read]
             directions = [self.natural_gradient(of_request.near) for of_request in part]
             changed = modules[self.changed_layer]
             # A linear change acts at all tokens, the more the larger it is, so it is not made larger than it must be.

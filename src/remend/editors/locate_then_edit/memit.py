@@ -95,7 +95,7 @@ class Memit(LocateThenEdit):
             for contexts in parts:
                 batch = SubjectBatch(task, [of_request.examples for of_request in contexts], prefix)
                 with changes_applied(modules, changes), add_at_subject(block, batch, None) as recorded:
-                    keys.append(batch.keys(name, modules[name]))
+                    keys.append(batch.keys(name, modules[name], until=block))
                 outputs.append(batch.prompts_alone(recorded[0]))
             # Each block adds its share; what the lower ones did not reach is spread over those that are left.
             missing = (goals - torch.cat(outputs)) / (len(self.shapes) - index)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +20,9 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor, nn
 
 from remend.config import Config
-from remend.core.capture import record_inputs
+from remend.core.capture import LayerInput, record_inputs
 from remend.core.low_rank_hooks import frozen, remove_hooks
+from remend.core.response import Response
 from remend.editors.locate_then_edit.subject_prompts import Located, PromptContexts
 from remend.errors import NonFiniteError
 from remend.models.frozen_prefix import FrozenPrefix, run_as_far_as
@@ -30,6 +32,9 @@ from remend.tasks.cached_prefix import CachedPrefix
 
 FURTHER_FASTER = 2.0
 """How much longer steps are for requests that the first ones did not suffice for."""
+
+LEAST_RESPONSE = 1e-4
+"""The share of a value below which what a change adds is left out while the value is searched for."""
 
 KEPT_AT_ONCE, KEPT_TOKENS_AT_ONCE = 16, 96
 """Texts of a request that should stay in one step, and their tokens from the subject on; steps take turns with more."""
@@ -123,6 +128,21 @@ class BestValues:
         self.reached |= enough
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Where a change answers in a batch of texts, and how much.
+
+    Attributes:
+        place: the index of each such token among all tokens of all rows.
+        request: the request whose change answers there.
+        response: the share of its value that it adds.
+    """
+
+    place: Int[Tensor, " place"]
+    request: Int[Tensor, " place"]
+    response: Float[Tensor, " place"]
+
+
 class SubjectBatch:
     """Texts about the subjects of some requests as a batch, with the position of the subject's last token in each row.
 
@@ -157,8 +177,10 @@ class SubjectBatch:
         if from_subject and task.causal:
             with torch.no_grad(), frozen(task.model):
                 self.cached = CachedPrefix.of(task, self.batch, self.positions)
+        self.text_of_token = self.row[:, None].where(self.batch.mask.to(device), -1)
         if self.cached is not None:
             self.batch, self.row, self.positions = self.cached.batch, self.cached.row, self.cached.position
+            self.text_of_token = self.cached.text_of_token
         self.length = self.batch.inputs["input_ids"].shape[1]
         with torch.no_grad(), frozen(task.model):
             self.states = prefix.compute_states(self.outputs) if prefix.depth else None
@@ -178,19 +200,42 @@ class SubjectBatch:
         with self.prefix.resume_from(self.states):
             return self.outputs()
 
-    def keys(self, name: str, module: nn.Module) -> Float[Tensor, "request d_in"]:
+    def keys(self, name: str, module: nn.Module, until: nn.Module | None = None) -> Float[Tensor, "request d_in"]:
         """Return k*: a matrix's input at the subject, the mean over the contexts of each request (ROME, Eq. 3).
 
         The prompt by itself weighs as much as all the others together: it is what must be answered.
         """
-        by_request = self.keys_of_rows(name, module).view(self.requests, self.rows_per_request, -1)
+        by_request = self.at_subjects(self.inputs(name, module, until)).view(self.requests, self.rows_per_request, -1)
         alone, *others = by_request.unbind(1)
         return (alone + sum(others) / len(others)) / 2 if others else alone
 
-    def keys_of_rows(self, name: str, module: nn.Module) -> Float[Tensor, "row d_in"]:
-        """Return a layer's input at the subject of each row."""
-        inputs = record_inputs(self.task.model, {name: module}, self.batch.rows, self.outputs_resumed)[name]
+    def inputs(self, name: str, module: nn.Module, until: nn.Module | None = None) -> LayerInput:
+        """Return a layer's input; what comes after ``until``, by default after the layer, does not run."""
+        run = partial(run_as_far_as, self.task.model, [until or module], self.outputs_resumed)
+        return record_inputs(self.task.model, {name: module}, self.batch.rows, run)[name]
+
+    def at_subjects(self, inputs: LayerInput) -> Float[Tensor, "text d_in"]:
+        """Return a layer's input at the subject of each text."""
         return inputs.at_tokens(self.positions, self.length, self.row)[0][:, 0]
+
+    def answers(self, inputs: LayerInput, u: Float[Tensor, "request d_in"], response: Response) -> Answers:
+        """Return where the change of each request answers in its own texts.
+
+        Hidden units do at the subject, and also where the text or its target names the subject again. A linear change
+        answers everywhere, also before the subject, where tokens are not read again: only the subject counts.
+
+        Args:
+            inputs: the input of the layer that the changes read (:meth:`inputs`).
+            u: the direction that each request's change reads.
+            response: how much it answers.
+        """
+        text = self.text_of_token.flatten()
+        place = self.places if response.linear else (text >= 0).nonzero().flatten()
+        request = text[place] // self.rows_per_request
+        x = inputs.x.view(len(self.text_of_token), self.length, -1, inputs.x.shape[-1])[:, :, 0].flatten(0, 1)
+        found = response((x[place.to(x.device)] * u.to(x.device)[request.to(x.device)]).sum(-1)).to(place.device)
+        acts = found.abs() >= LEAST_RESPONSE
+        return Answers(place[acts], request[acts], found[acts])
 
     def at_subject(self, output: Float[Tensor, "*row_token d"]) -> Float[Tensor, "row d"]:
         """Return a module's output at the subject of each row; some models flatten rows and tokens into one axis."""
@@ -243,9 +288,9 @@ def add_at_subject(
     module: nn.Module,
     batch: SubjectBatch,
     offsets: Float[Tensor, "request d"] | None,
-    responses: Float[Tensor, " row"] | None = None,
+    answers: Answers | None = None,
 ) -> Iterator[list[Tensor]]:
-    """Within the context, add an offset to a module's output at each subject, times ``responses`` of each row.
+    """Within the context, add an offset to a module's output at each subject, or as much of it where ``answers`` say.
 
     Yields the list to which each forward pass appends the module's output there, before the offset is added.
     """
@@ -256,14 +301,15 @@ def add_at_subject(
         recorded.append(batch.at_subject(hidden).detach().float())
         if offsets is None:
             return None
-        per_row = offsets.to(hidden.device).repeat_interleave(batch.rows_per_request, 0)
-        if responses is not None:
-            per_row = per_row * responses.to(per_row)[:, None]
+        if answers is None:
+            index, added = batch.places, offsets.to(hidden.device).repeat_interleave(batch.rows_per_request, 0)
+        else:
+            index, added = answers.place, offsets.to(hidden.device)[answers.request.to(hidden.device)]
+            added = added * answers.response.to(added)[:, None]
         # In one axis of rows and tokens, since some models flatten them and index_add needs one index.
         flat = hidden.reshape(-1, hidden.shape[-1])
-        index = batch.places.to(hidden.device)
         # In float32, as the offset is: in half precision it would be rounded before it is added.
-        return flat.float().index_add(0, index, per_row).to(hidden.dtype).view(hidden.shape)
+        return flat.float().index_add(0, index.to(hidden.device), added).to(hidden.dtype).view(hidden.shape)
 
     handle = module.register_forward_hook(add)
     try:
@@ -278,7 +324,7 @@ def optimize_values(
     module: nn.Module,
     block: nn.Module,
     config: LocateConfig,
-    responses: Sequence[Float[Tensor, " text"]] | None = None,
+    answers: Sequence[Answers] | None = None,
     directions: Sequence[Callable[[Tensor], Tensor]] | None = None,
     further: int = 0,
 ) -> Float[Tensor, "request d_out"]:
@@ -294,7 +340,8 @@ def optimize_values(
         module: the module whose output is changed.
         block: its block.
         config: the settings.
-        responses: how much of δ is added in each of the prompts, and of the texts that should stay; by default all.
+        answers: where δ is added in the prompts, and in each batch of texts that should stay, and how much of it; by
+            default all of it at the subject.
         directions: what gives the direction of a step from a gradient, for each request; by default itself.
         further: the most steps after those of ``config``, longer ones and along the gradient itself, while a request is
             not good enough.
@@ -307,8 +354,8 @@ def optimize_values(
         with add_at_subject(block, batch, None) as recorded:
             run_as_far_as(batch.task.model, [block], batch.outputs_resumed)
         unedited = [part.outputs_resumed() for part in kept]
-        answers: Sequence[Tensor | None] = responses or [None] * (1 + len(kept))
-        of_prompts, *of_kept = answers
+        everywhere: Sequence[Answers | None] = answers or [None] * (1 + len(kept))
+        of_prompts, *of_kept = everywhere
         # The size of the prompt by itself counts: all prompts of a request get the same offset.
         stream = batch.prompts_alone(recorded[0])
         stream_norm = stream.norm(dim=1, keepdim=True).clamp(min=1e-6)
