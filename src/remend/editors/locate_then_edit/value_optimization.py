@@ -128,7 +128,7 @@ class BestValues:
         self.reached |= enough
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answers:
     """Where a change answers in a batch of texts, and how much.
 
@@ -221,8 +221,9 @@ class SubjectBatch:
     def answers(self, inputs: LayerInput, u: Float[Tensor, "request d_in"], response: Response) -> Answers:
         """Return where the change of each request answers in its own texts.
 
-        Hidden units do at the subject, and also where the text or its target names the subject again. A linear change
-        answers everywhere, also before the subject, where tokens are not read again: only the subject counts.
+        In a decoder, hidden units do at the subject and where a target names it again; an encoder reads no target. A
+        linear change answers everywhere, also before the subject, where tokens are not read again: of it, only the
+        subject counts.
 
         Args:
             inputs: the input of the layer that the changes read (:meth:`inputs`).
@@ -230,7 +231,8 @@ class SubjectBatch:
             response: how much it answers.
         """
         text = self.text_of_token.flatten()
-        place = self.places if response.linear else (text >= 0).nonzero().flatten()
+        at_subjects_only = response.linear or not self.task.causal
+        place = self.places if at_subjects_only else (text >= 0).nonzero().flatten()
         request = text[place] // self.rows_per_request
         x = inputs.x.view(len(self.text_of_token), self.length, -1, inputs.x.shape[-1])[:, :, 0].flatten(0, 1)
         found = response((x[place.to(x.device)] * u.to(x.device)[request.to(x.device)]).sum(-1)).to(place.device)
