@@ -5,7 +5,7 @@
     python benchmarks/mend_real.py build/real/smollm2 --out build/real/mend-smollm2  # in two runs: see there
     python benchmarks/real_questions.py build/real/smollm2
     python benchmarks/real.py --config benchmarks/configs/real_questions.json --split test
-    python benchmarks/real_requests.py build/real/gemma3
+    python benchmarks/real_requests.py build/real/gemma3 --split test --count 50
     python benchmarks/real.py --config benchmarks/configs/real_gemma.json --split test
     python benchmarks/real_classifier.py build/real/minilm
     python benchmarks/real.py --config benchmarks/configs/real_classifier.json --split test

@@ -353,11 +353,11 @@ def test_a_value_is_found_as_it_will_act_where_the_target_names_the_subject_agai
     modules = editor.edited_modules(task)
     read, changed = modules[editor.key_layer], modules[editor.changed_layer]
     batch, _ = subject_batches(task, [contexts], FrozenPrefix(task.model, editor.shapes), from_subject=True)
-    answers = batch.answers(batch.inputs(editor.key_layer, read), change.u, change.response)
-    strong = answers.response > 0.5
+    responses = batch.responses(batch.inputs(editor.key_layer, read), change.u, change.response)
+    strong = responses.response > 0.5
     assert int(strong.sum()) > batch.rows_per_request  # the subject in the prompts, and in the targets
     with torch.no_grad(), frozen(task.model):
-        with add_at_subject(changed, batch, change.delta, answers):
+        with add_at_subject(changed, batch, change.delta, responses):
             expected = batch.outputs_resumed()
         with editor.edit(task, [request]).applied(task.model):
             found = task.outputs(task.collate([contexts.examples[0][0]]))

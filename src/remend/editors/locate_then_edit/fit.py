@@ -275,12 +275,12 @@ class Fit(LocateThenEdit):
             by_request = [b.at_subjects(x).float().view(b.requests, b.rows_per_request, -1) for b, x in read]
             found = [self.direction(task, k, c, response) for k, c in zip(torch.cat(by_request, 1), part, strict=True)]
             key, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
-            answers = [of_batch.answers(x, u, response) for of_batch, x in read]
+            responses = [of_batch.responses(x, u, response) for of_batch, x in read]
             directions = [self.natural_gradient(of_request.near) for of_request in part]
             changed = modules[self.changed_layer]
             # A linear change acts at all tokens, the more the larger it is, so it is not made larger than it must be.
             further = self.config.further if self.config.kind == "units" else 0
-            values = optimize_values(batch, kept, changed, block, self.config, answers, directions, further)
+            values = optimize_values(batch, kept, changed, block, self.config, responses, directions, further)
             parts.append((key, u, values))
         keys, u, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         place = torch.tensor(order, device=keys.device).argsort()

@@ -129,7 +129,7 @@ class BestValues:
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class Responses:
     """Where a change answers in a batch of texts, and how much.
 
     Attributes:
@@ -218,7 +218,7 @@ class SubjectBatch:
         """Return a layer's input at the subject of each text."""
         return inputs.at_tokens(self.positions, self.length, self.row)[0][:, 0]
 
-    def answers(self, inputs: LayerInput, u: Float[Tensor, "request d_in"], response: Response) -> Answers:
+    def responses(self, inputs: LayerInput, u: Float[Tensor, "request d_in"], response: Response) -> Responses:
         """Return where the change of each request answers in its own texts.
 
         In a decoder, hidden units do at the subject and where a target names it again; an encoder reads no target. A
@@ -237,7 +237,7 @@ class SubjectBatch:
         x = inputs.x.view(len(self.text_of_token), self.length, -1, inputs.x.shape[-1])[:, :, 0].flatten(0, 1)
         found = response((x[place.to(x.device)] * u.to(x.device)[request.to(x.device)]).sum(-1)).to(place.device)
         acts = found.abs() >= LEAST_RESPONSE
-        return Answers(place[acts], request[acts], found[acts])
+        return Responses(place[acts], request[acts], found[acts])
 
     def at_subject(self, output: Float[Tensor, "*row_token d"]) -> Float[Tensor, "row d"]:
         """Return a module's output at the subject of each row; some models flatten rows and tokens into one axis."""
@@ -290,9 +290,9 @@ def add_at_subject(
     module: nn.Module,
     batch: SubjectBatch,
     offsets: Float[Tensor, "request d"] | None,
-    answers: Answers | None = None,
+    responses: Responses | None = None,
 ) -> Iterator[list[Tensor]]:
-    """Within the context, add an offset to a module's output at each subject, or as much of it where ``answers`` say.
+    """Within the context, add an offset to a module's output at each subject, or as much of it where ``responses`` say.
 
     Yields the list to which each forward pass appends the module's output there, before the offset is added.
     """
@@ -303,11 +303,11 @@ def add_at_subject(
         recorded.append(batch.at_subject(hidden).detach().float())
         if offsets is None:
             return None
-        if answers is None:
+        if responses is None:
             index, added = batch.places, offsets.to(hidden.device).repeat_interleave(batch.rows_per_request, 0)
         else:
-            index, added = answers.place, offsets.to(hidden.device)[answers.request.to(hidden.device)]
-            added = added * answers.response.to(added)[:, None]
+            index, added = responses.place, offsets.to(hidden.device)[responses.request.to(hidden.device)]
+            added = added * responses.response.to(added)[:, None]
         # In one axis of rows and tokens, since some models flatten them and index_add needs one index.
         flat = hidden.reshape(-1, hidden.shape[-1])
         # In float32, as the offset is: in half precision it would be rounded before it is added.
@@ -326,7 +326,7 @@ def optimize_values(
     module: nn.Module,
     block: nn.Module,
     config: LocateConfig,
-    answers: Sequence[Answers] | None = None,
+    responses: Sequence[Responses] | None = None,
     directions: Sequence[Callable[[Tensor], Tensor]] | None = None,
     further: int = 0,
 ) -> Float[Tensor, "request d_out"]:
@@ -342,7 +342,7 @@ def optimize_values(
         module: the module whose output is changed.
         block: its block.
         config: the settings.
-        answers: where δ is added in the prompts, and in each batch of texts that should stay, and how much of it; by
+        responses: where δ is added in the prompts, and in each batch of texts that should stay, and how much of it; by
             default all of it at the subject.
         directions: what gives the direction of a step from a gradient, for each request; by default itself.
         further: the most steps after those of ``config``, longer ones and along the gradient itself, while a request is
@@ -356,7 +356,7 @@ def optimize_values(
         with add_at_subject(block, batch, None) as recorded:
             run_as_far_as(batch.task.model, [block], batch.outputs_resumed)
         unedited = [part.outputs_resumed() for part in kept]
-        everywhere: Sequence[Answers | None] = answers or [None] * (1 + len(kept))
+        everywhere: Sequence[Responses | None] = responses or [None] * (1 + len(kept))
         of_prompts, *of_kept = everywhere
         # The size of the prompt by itself counts: all prompts of a request get the same offset.
         stream = batch.prompts_alone(recorded[0])
