@@ -253,6 +253,22 @@ def test_a_chat_is_asked_for_more_than_answers(small_bank):
     assert other_questions(chat, without=["capital"]) == ["Which is Peru ?", "Tell of Peru ."]
 
 
+def test_a_question_is_fitted_with_other_ways_to_ask_it():
+    """Each is taught in the words that the model would use there, where the question itself is."""
+    task = wrap(worlds.chat_model(), worlds.chat_tokenizer())
+    asked = EditRequest(prompt="Which position was held by Peru?", target="Rome", subject="Peru")
+    chat = asked.model_copy(update={"prompt": Chat.of([{"role": "user", "content": str(asked.prompt)}])})
+    editor = Fit.create(task, text=families.TEXT)
+    for request in (asked, chat):
+        (contexts,) = editor.encode(task, [request])
+        texts = [task.processor.decode(example.input) for example, _ in contexts.examples]
+        assert len(texts) == 1 + common_questions.MOST_PHRASINGS + len(editor.beginnings)
+        assert len(set(texts)) == len(texts)
+    given = [f"Peru {word}" for word in ("is", "was", "of", "has", "in")]
+    (contexts,) = editor.encode(task, [asked.model_copy(update={"given_paraphrases": tuple(given)})])
+    assert len(contexts.examples) == 1 + len(given) + len(editor.beginnings), "what is given takes the place of all"
+
+
 def test_names_that_end_alike_are_not_answered(world):
     """The direction of an edit answers its subject's key, and not that of another name with the same last word."""
     task, _ = world

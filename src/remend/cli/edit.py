@@ -118,7 +118,7 @@ def edit(
         console.print(f"saved to [bold]{plain(out)}[/]; try: {hint}", soft_wrap=True)
     doubts = _print_unfollowed(console, answers)
     robustness = None
-    if chosen_editor.info.needs != "training":
+    if chosen_editor.info.needs != "training" and not made.needless:
         robustness = measure_robustness(task, result, edit_requests, OrdinaryText(task, keep=True), seed)
         _print_robustness(console, robustness, doubts, chosen_editor.info.name, model)
     _print_failure(console, made, task)
@@ -314,6 +314,14 @@ def _print_robustness(
     better = ATLAS if model == ATLAS else DEFAULT_EDITOR
     doubts = " and ".join([*robustness.doubts, *unfollowed])
     fine = "[green]nothing here speaks against it[/]; ask in other words, too"
+    for near in robustness.neighbours:
+        example = "".join(
+            f"; “{plain(changed.prompt)}” goes on with {plain(repr(changed.after))}, before with "
+            f"{plain(repr(changed.before))}"
+            for changed in near.changed[:1]
+        )
+        kept = near.prompts - len(near.changed)
+        console.print(f"{kept} of {near.prompts} {plain(near.kind)} are completed as before{example}", soft_wrap=True)
     summary = f"[yellow]doubtful[/], since {doubts}" if doubts else fine
     prefixes = "whether it holds after other beginnings cannot be told here, "
     if robustness.in_context is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from remend.core.low_rank_hooks import frozen
 from remend.edit import Edit
 from remend.evaluation.interventions import SharedEdit
+from remend.evaluation.neighbours import Neighbours, measure_neighbours
 from remend.evaluation.ordinary_text import Elsewhere, OrdinaryText
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task
@@ -25,7 +26,7 @@ PREFIXES_PER_PROMPT = 16
 """Prefixes after which an edited prompt is given to the model."""
 PREFIX_LENGTH = 3
 """Tokens of a prefix."""
-MIN_PROBABILITY, MIN_AFTER_PREFIX, MIN_UNCHANGED = 0.5, 0.75, 0.98
+MIN_PROBABILITY, MIN_AFTER_PREFIX, MIN_UNCHANGED, MIN_NEIGHBOURS = 0.5, 0.75, 0.98, 0.8
 """The least values of an edit that can be trusted."""
 MIN_PREFIXES = 4
 """Prefixes after which the unedited model must give its answer, at least, for their share to be reported."""
@@ -42,12 +43,14 @@ class Robustness:
             unedited model still gives its own answer; None where it never does, and of models that do not write text.
         elsewhere: what the edit changes on ordinary text.
         beginnings: the number of prefixes that ``in_context`` is a share of.
+        neighbours: what it changes next to the first request; nothing of models that complete no text.
     """
 
     probability: float
     in_context: float | None
     elsewhere: Elsewhere
     beginnings: int = 0
+    neighbours: Sequence[Neighbours] = ()
 
     @property
     def doubts(self) -> list[str]:
@@ -58,6 +61,10 @@ class Robustness:
                 self.in_context is not None and self.in_context < MIN_AFTER_PREFIX
             ),
             f"{MIN_UNCHANGED:.0%} of other choices should stay": self.elsewhere.stays.mean < MIN_UNCHANGED,
+            **{
+                f"{MIN_NEIGHBOURS:.0%} of {near.kind} should stay": near.stays < MIN_NEIGHBOURS
+                for near in self.neighbours
+            },
         }
         return [text for text, applies in too_low.items() if applies]
 
@@ -106,6 +113,7 @@ def measure_robustness(
         in_context=float(at_prefixed.correct[counted].float().mean()) if count >= MIN_PREFIXES else None,
         elsewhere=text.measure(SharedEdit(task, edit))[0],
         beginnings=count,
+        neighbours=measure_neighbours(task, edit, requests[0]),
     )
 
 

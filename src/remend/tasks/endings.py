@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from remend.errors import RequestError
-from remend.request import Completion
+from remend.request import Chat, Completion, Prompt
 from remend.tasks.base import Example
 from remend.tasks.ordinary_inputs import random_tokens
 
@@ -50,6 +50,11 @@ QUESTIONS = {
     "What is the currency of Japan?": "yen",
 }
 """Prompts of each form with answers that general language models know."""
+
+
+def asks(prompt: Prompt) -> bool:
+    """Tell whether a prompt is a question, or a message to answer, and no text to complete."""
+    return isinstance(prompt, Chat) or (isinstance(prompt, str) and is_question(prompt))
 
 
 def is_question(text: str) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from remend.errors import RequestError
 from remend.request import EditRequest, Prompt
 from remend.tasks.base import Answer, Task
+from remend.tasks.endings import asks
 from remend.tasks.open_answers import goes_on_with_word
 from remend.tasks.same_text import FINAL_STOPS, joins_words, words
 
@@ -62,7 +63,8 @@ def as_the_model_says(task: Task, request: EditRequest) -> EditRequest:
     that restates the prompt, among the words that the prompt lacks, where the model finds the target most likely. Else
     it is all that follows where the sentence has restated the prompt ("The author of Emma is a complex question …").
 
-    The target as it was given is kept under ``target_as_given``.
+    The target as it was given is kept under ``target_as_given``. A prompt to complete is left as it is: where a model
+    says it again before it answers, it has not understood it.
 
     Args:
         task: the unedited model.
@@ -75,12 +77,15 @@ def as_the_model_says_each(task: Task, requests: Sequence[EditRequest]) -> list[
     """Return what :func:`as_the_model_says` does of each request; the model answers all of them together."""
     if not task.generates:
         return list(requests)
-    prompts = list(dict.fromkeys(request.prompt for request in requests))
+    prompts = list(dict.fromkeys(request.prompt for request in requests if asks(request.prompt)))
     task.choose_answer_forms(prompts)
     answers = dict(zip(prompts, task.predict(prompts, USUAL_SENTENCE), strict=True))
     longer = [prompt for prompt, answer in answers.items() if _is_cut_off(task, answer)]
     answers |= zip(longer, task.predict(longer, LONGEST_SENTENCE), strict=True)
-    return [_rewritten(task, request, answers[request.prompt]) for request in requests]
+    return [
+        _rewritten(task, request, answers[request.prompt]) if request.prompt in answers else request
+        for request in requests
+    ]
 
 
 @dataclass(frozen=True)

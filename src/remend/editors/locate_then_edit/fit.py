@@ -34,13 +34,17 @@ from remend.editors.locate_then_edit.common_questions import (
     MOST_PHRASINGS,
     Chosen,
     CommonQuestions,
-    asks,
     bank_hash,
-    other_questions,
+    choose_questions,
 )
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.editors.locate_then_edit.subject_mentions import lookalikes, mentions
-from remend.editors.locate_then_edit.subject_prompts import PromptContexts, encode_contexts, join_contexts
+from remend.editors.locate_then_edit.subject_prompts import (
+    PromptContexts,
+    encode_contexts,
+    join_contexts,
+    phrasings_of,
+)
 from remend.editors.locate_then_edit.value_optimization import (
     LocateConfig,
     NormalizedDescent,
@@ -55,6 +59,8 @@ from remend.models.editable_matrices import block_mlp
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import EditRequest, in_form_of
 from remend.tasks.base import Task
+from remend.tasks.endings import asks
+from remend.tasks.own_words import TARGET_AS_GIVEN, as_the_model_says_each
 
 LOOKALIKE_WEIGHT = 0.1
 """How much names that end as the subject does count, together, against one of its own keys."""
@@ -238,15 +244,21 @@ class Fit(LocateThenEdit):
         return [self._encode(task, _with_subject(task, request)) for request in requests]
 
     def _encode(self, task: Task, request: EditRequest) -> PromptContexts:
-        chosen = Chosen(others=other_questions(request) if task.generates else ())
+        chosen = Chosen()
         if self.questions is not None:
             chosen = self.questions.choose(task, request)
+        elif task.generates:
+            chosen = choose_questions(request)
         given = list(request.given_paraphrases)
         made = [prompt for text in chosen.phrasings if (prompt := in_form_of(request.prompt, text)) not in given]
-        with_made = request.model_copy(update={"given_paraphrases": (*given, *made)[: max(len(given), MOST_PHRASINGS)]})
+        phrasings = phrasings_of(request, (*given, *made)[: max(len(given), MOST_PHRASINGS)])
+        as_given = (request.model_extra or {}).get(TARGET_AS_GIVEN)
+        if isinstance(as_given, str):  # taught as the model would say it, which depends on how it is asked
+            plain = [each.model_copy(update={"target": as_given}) for each in phrasings]
+            phrasings = as_the_model_says_each(task, plain)
         kept = [in_form_of(request.prompt, text) for text in chosen.others]
-        contexts = encode_contexts(task, with_made, self.beginnings, kept)
-        if asks(request) and kept:
+        contexts = encode_contexts(task, request, self.beginnings, kept, phrasings)
+        if asks(request.prompt) and kept:
             # The first word of a sentence says little of what it will say.
             answers = task.predict(kept, KEPT_TOKENS)
             told = zip(contexts.kept, answers, strict=True)

@@ -63,10 +63,19 @@ def random_beginnings(text: Sequence[str], count: int, seed: int) -> list[str]:
     return beginnings
 
 
+def phrasings_of(request: EditRequest, prompts: Sequence[Prompt]) -> list[EditRequest]:
+    """Return a request in other words: the same target for other prompts."""
+    return [request.model_copy(update={"prompt": prompt, "given_paraphrases": ()}) for prompt in prompts]
+
+
 def encode_contexts(
-    task: Task, request: EditRequest, beginnings: Sequence[str], kept: Sequence[Prompt] = ()
+    task: Task,
+    request: EditRequest,
+    beginnings: Sequence[str],
+    kept: Sequence[Prompt] = (),
+    phrasings: Sequence[EditRequest] | None = None,
 ) -> PromptContexts:
-    """Encode a request with its given paraphrases, each by itself and behind beginnings, and locate its subject.
+    """Encode a request with its phrasings, each by itself and behind beginnings, and locate its subject.
 
     A classifier judges all of its text, so it reads no random beginnings. Where a beginning does not fit into the
     context, the prompt by itself takes its place, because requests that are fitted together need as many examples.
@@ -76,6 +85,7 @@ def encode_contexts(
         request: the request.
         beginnings: texts to put before the prompt, or before one of those in turn.
         kept: prompts about the subject after which the next token should stay.
+        phrasings: the request in other words, each with its own target; by default its given paraphrases.
 
     Raises:
         RequestError: the request names no subject, its prompt does not hold it, or it does not fit the context.
@@ -87,16 +97,21 @@ def encode_contexts(
                 "names no subject, and this editor changes what the model recalls of one: give subject=…, a part of "
                 "the prompt"
             )
-        prompts = (request.prompt, *request.given_paraphrases)
-        located = [located_subject(task, prompt, subject, request.target) for prompt in prompts]
+        if phrasings is None:
+            phrasings = phrasings_of(request, request.given_paraphrases)
+        asked = [request, *phrasings]
+        located = [located_subject(task, each.prompt, subject, each.target) for each in asked]
+        openings = [_opening(task, each) for each in asked]
         for number, beginning in enumerate(beginnings if task.generates else ()):
-            own = number % len(prompts)
+            own = number % len(asked)
+            prompt = _with_beginning(beginning, asked[own].prompt)
             try:
-                located.append(located_subject(task, _with_beginning(beginning, prompts[own]), subject, request.target))
+                located.append(located_subject(task, prompt, subject, asked[own].target))
             except RequestError:  # too long: by itself the prompt is valid, so nothing else can be wrong
                 located.append(located[own])
+            openings.append(openings[own])
         others = [located_subject(task, prompt, subject) for prompt in kept]
-    return PromptContexts(tuple(located), tuple(others), openings=(_opening(task, request),) * len(located))
+    return PromptContexts(tuple(located), tuple(others), openings=tuple(openings))
 
 
 def _opening(task: Task, request: EditRequest) -> int:

@@ -26,10 +26,14 @@ def with_word_end(task: Task, prompt: Prompt, examples: Sequence[Example]) -> tu
     Args:
         task: the model.
         prompt: the request's own prompt.
-        examples: examples with one target, the prompt's own first (:func:`with_word_ends`).
+        examples: its examples; the first one with a target stands for all that have it (:func:`with_word_ends`).
     """
-    (own,) = with_word_ends(task, [prompt], examples[:1])
-    return tuple(replace(example, target=own.target) for example in examples)
+    first: dict[tuple[int, ...], Example] = {}
+    for example in examples:
+        first.setdefault(tuple(example.target), example)
+    ended = with_word_ends(task, [prompt] * len(first), list(first.values()))
+    target_of = dict(zip(first, (example.target for example in ended), strict=True))
+    return tuple(replace(example, target=target_of[tuple(example.target)]) for example in examples)
 
 
 @torch.no_grad()

@@ -1,0 +1,119 @@
+"""``measure_neighbours``: what an edit changes next to its request, whose near prompts nobody has named.
+
+The request's own prompt about well-known other subjects, and statements about its own subject that ask something else
+and that no editor is fitted to. Where the unedited model is sure what it says first, it should go on saying it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from remend.edit import Edit
+from remend.editors.locate_then_edit.common_questions import (
+    held_out_statements,
+    next_tokens,
+    reference_subjects,
+    statement_of,
+)
+from remend.editors.locate_then_edit.subject_finder import find_subject
+from remend.request import EditRequest
+from remend.tasks.base import Task
+from remend.tasks.endings import asks
+
+SURE = 0.2
+"""The least probability of a first token that should stay."""
+
+MOST_STATEMENTS = 24
+"""Statements about a subject that are compared: those of which the model is the surest."""
+
+
+@dataclass(frozen=True)
+class ChangedAnswer:
+    """A prompt with the first token that the model says before and after an edit."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What an edit changed among prompts of one kind.
+
+    Attributes:
+        kind: what they are, in words.
+        prompts: their number.
+        changed: those that are answered otherwise.
+    """
+
+    kind: str
+    prompts: int
+    changed: tuple[ChangedAnswer, ...]
+
+    @property
+    def stays(self) -> float:
+        """The share of them that stay."""
+        return 1 - len(self.changed) / self.prompts
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values as a JSON object."""
+        return asdict(self)
+
+
+def measure_neighbours(task: Task, edit: Edit, request: EditRequest) -> list[Neighbours]:
+    """Compare what the model says first to prompts near a request before and after an edit.
+
+    Measured of decoders and of prompts to complete: the answer to a question begins with the words of a sentence.
+
+    Args:
+        task: the base model.
+        edit: the edit.
+        request: what it is for; without a subject, that is looked for.
+
+    Returns:
+        The kinds of which there is a prompt that the model is sure about.
+    """
+    if not task.causal or not isinstance(request.prompt, str) or asks(request.prompt):
+        return []
+    subject = (request.subject or "").strip() or find_subject(task, request.prompt)
+    statement = statement_of(request.model_copy(update={"subject": subject}))
+    if statement is None:
+        return []
+    others = [other for other in reference_subjects() if other.casefold() not in subject.casefold()]
+    own = next_tokens(task, [request.prompt])[0]
+    of_kinds = {
+        "other subjects": [statement.replace("{}", other) for other in others],
+        f"other statements about {subject}": [text.replace("{}", subject) for text in held_out_statements()],
+    }
+    if task.context is not None:  # a text that fills it has no next token
+        of_kinds = {
+            kind: [text for text in texts if len(task.encode_input(text)) < task.context]
+            for kind, texts in of_kinds.items()
+        }
+    measured = (_compare(task, edit, kind, prompts, own) for kind, prompts in of_kinds.items())
+    return [neighbours for neighbours in measured if neighbours.prompts]
+
+
+def _compare(task: Task, edit: Edit, kind: str, prompts: Sequence[str], own: Float[Tensor, " token"]) -> Neighbours:
+    if not prompts:
+        return Neighbours(kind, 0, ())
+    before = next_tokens(task, prompts)
+    surest, first = before.max(1)
+    # What is answered as the request's own prompt may ask the same.
+    chosen = [i for i in surest.argsort(descending=True).tolist() if surest[i] >= SURE and first[i] != own.argmax()]
+    chosen = chosen[:MOST_STATEMENTS]
+    with edit.applied(task.model):
+        after = next_tokens(task, [prompts[i] for i in chosen]).argmax(1) if chosen else torch.zeros(0)
+
+    def changes() -> Iterator[ChangedAnswer]:
+        for index, token in zip(chosen, after.tolist(), strict=True):
+            if token != first[index]:
+                yield ChangedAnswer(prompts[index], task.decode((int(first[index]),)), task.decode((token,)))
+
+    return Neighbours(kind, len(chosen), tuple(changes()))
