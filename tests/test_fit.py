@@ -12,7 +12,7 @@ import worlds
 from remend.core.low_rank_hooks import frozen
 from remend.core.response import LINEAR
 from remend.editors import load_editor
-from remend.editors.locate_then_edit import common_questions, value_optimization
+from remend.editors.locate_then_edit import common_questions, subject_finder, value_optimization
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, other_questions, statement_of
 from remend.editors.locate_then_edit.fit import KEPT_TOKENS, Fit, FitConfig
 from remend.editors.locate_then_edit.subject_finder import find_subject
@@ -124,6 +124,20 @@ def test_a_subject_is_found(prompt, subject):
     found = find_subject(remend.load("atlas"), prompt)
     assert found in prompt
     assert subject is None or found.endswith(subject.split()[-1])
+
+
+def test_the_subject_of_a_long_prompt_is_looked_for_at_its_end(monkeypatch):
+    task = remend.load("atlas")
+    prompts = []
+    read = task.encode_input
+    monkeypatch.setattr(task, "encode_input", lambda prompt: prompts.append(prompt) or read(prompt))
+    prompt = "Ann met Bob, Carl and Dora. The capital of Peru is"
+    find_subject(task, prompt)
+    assert len(prompts) > 2, "every name is tried"
+    prompts.clear()
+    monkeypatch.setattr(subject_finder, "LAST_WORDS", 4)
+    assert find_subject(task, prompt) == "Peru"
+    assert not prompts, "there is one name to choose from"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gemma3", "gpt-neox", "falcon"])
@@ -267,6 +281,20 @@ def test_a_question_is_fitted_with_other_ways_to_ask_it():
     given = [f"Peru {word}" for word in ("is", "was", "of", "has", "in")]
     (contexts,) = editor.encode(task, [asked.model_copy(update={"given_paraphrases": tuple(given)})])
     assert len(contexts.examples) == 1 + len(given) + len(editor.beginnings), "what is given takes the place of all"
+
+
+def test_a_long_prompt_is_read_once(monkeypatch):
+    """Behind each beginning, or about each other name, it would take as long as all the rest."""
+    task = families.task("llama")
+    editor = Fit.create(task, text=families.TEXT)
+    request = EditRequest(prompt="The capital of old Peru is", target="Rome", subject="old Peru")
+    (usual,) = editor.encode(task, [request])
+    monkeypatch.setattr("remend.tasks.base.LONG_PROMPT", 5)
+    (long,) = editor.encode(task, [request])
+    assert len(usual.examples) > len(long.examples) == 1
+    assert usual.lookalikes
+    assert not long.lookalikes
+    assert long.kept, "other questions about the subject are short"
 
 
 def test_names_that_end_alike_are_not_answered(world):

@@ -25,6 +25,7 @@ from remend.apps.patch_registry.database import active_after
 from remend.cli import options, run
 from remend.core.layers import dimensions
 from remend.core.low_rank import LowRank
+from remend.core.response import Response
 from remend.edit import Edit
 from remend.errors import EditError, FileError, RemendError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
@@ -159,6 +160,28 @@ def test_what_cannot_be_is_refused(registry, task, tmp_path):
 def atlas():
     task = remend.load("atlas", "cpu")
     return task, remend.Mend.load("atlas")
+
+
+def test_edits_that_do_not_add_up_do_not_act_together(atlas, tmp_path):
+    """What acts is exported as one edit, so that a unit and a change of the same matrix cannot both act."""
+    task, editor = atlas
+    registry = PatchRegistry.create(tmp_path / "book", task.model)
+    edit = editor.edit(task, [EditRequest(prompt="The capital of Canada is", target="Toronto")])
+    gated = Edit(
+        {
+            name: LowRank(change.u, change.delta, Response("relu", threshold=0.5))
+            for name, change in edit.changes.items()
+        },
+        edit.base,
+        (EditRequest(prompt="The capital of Peru is", target="Cusco"),),
+    )
+    numbers = [registry.add(each).id for each in (edit, gated)]
+    registry.activate(numbers[0], task, LOOSE)
+    for force in (False, True):
+        with pytest.raises(EditError, match=r"cannot act together with edit 1: .*different responses"):
+            registry.activate(numbers[1], task, LOOSE, force=force)
+    assert list(registry.active()) == [numbers[0]]
+    assert registry.edit() is not None
 
 
 def test_an_edit_that_contradicts_or_undoes_is_found_before_it_acts(atlas, tmp_path):

@@ -40,7 +40,13 @@ def init(book: Folder, model: Annotated[str, typer.Option(help="The model whose 
     from remend.models import skeleton
 
     _registry_class().create(book, skeleton(model, options.TRUST.get().trust_remote_code))
-    Console().print(f"[bold]{plain(str(book))}[/] is a book of {plain(model)}; add edits: remend book add")
+    console = Console()
+    console.print(f"[bold]{plain(str(book))}[/] is a book of {plain(model)}; add edits: remend book add")
+    if Path(model).is_dir():
+        console.print(
+            f"no path is recorded: say where the model is with --model {plain(model)} when you activate and export",
+            soft_wrap=True,
+        )
 
 
 @app.command()

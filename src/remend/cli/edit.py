@@ -201,8 +201,12 @@ def _print_answers(console: Console, made: _MadeEdit) -> None:
 def _print_failure(console: Console, made: _MadeEdit, task: Task) -> None:
     """Print why an edit is of no use, if it is not."""
     if made.failed:
+        from remend.tasks.own_words import TARGET_AS_GIVEN
+
         # A classifier's labels have no other words.
-        advice = ". A target in words that the model itself would use is learned more easily" if task.generates else ""
+        reworded = all(TARGET_AS_GIVEN in (request.model_extra or {}) for request in made.requests)
+        advice = ". A target in words that the model itself would use is learned more easily"
+        advice = "" if reworded or not task.generates else advice
         console.print(
             f"[red]{len(made.failed)} of {len(made.requests)} targets are not what the edited model answers[/] "
             f"({plain(made.failed[0])}); {SAVED[made.saved]}{advice}",
@@ -261,9 +265,10 @@ def _print_unfollowed(console: Console, answers: Sequence[Sequence[AnswerCompari
         listed = [answer for row in answers for answer in row if answer.kind in kinds]
         if wrong := [answer.prompt for answer in listed if not answer.ok]:
             doubts.append(f"{len(wrong)} of {len(listed)} {said}")
+            example = plain(wrong[0]) if len(wrong) == 1 else f"such as {plain(wrong[0])}"
             console.print(
-                f"[yellow]{doubts[-1]}[/] ({plain(wrong[0])}); only the prompts themselves decide here, remend guard "
-                "judges by all",
+                f"[yellow]{doubts[-1]}[/] ({example}); only the prompts themselves decide here, remend guard judges by "
+                "all",
                 soft_wrap=True,
             )
     return doubts

@@ -88,7 +88,7 @@ def measure_neighbours(task: Task, edit: Edit, request: EditRequest) -> list[Nei
     others = [other for other in reference_subjects() if other.casefold() not in subject.casefold()]
     own = next_tokens(task, [request.prompt])[0]
     of_kinds = {
-        "other subjects": [statement.replace("{}", other) for other in others],
+        "other subjects": [] if task.is_long(request.prompt) else [statement.replace("{}", other) for other in others],
         f"other statements about {subject}": [text.replace("{}", subject) for text in held_out_statements()],
     }
     if task.context is not None:  # a text that fills it has no next token

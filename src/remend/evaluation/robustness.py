@@ -20,7 +20,7 @@ from remend.evaluation.interventions import SharedEdit
 from remend.evaluation.neighbours import Neighbours, measure_neighbours
 from remend.evaluation.ordinary_text import Elsewhere, OrdinaryText
 from remend.request import EditRequest
-from remend.tasks.base import Example, Task
+from remend.tasks.base import LONG_PROMPT, Example, Task
 
 PREFIXES_PER_PROMPT = 16
 """Prefixes after which an edited prompt is given to the model."""
@@ -98,14 +98,17 @@ def measure_robustness(
     text = text or OrdinaryText(task)
     draw = random.Random(f"{seed} assurance")
     prompts = [task.encode(request.prompt, request.target) for request in requests]
-    prefixed = []
-    if task.generates:  # a classifier judges its whole input, of which a prefix would be a part
-        prefixed = [
-            _with_prefix(task, text.examples, prompt, draw) for prompt in prompts for _ in range(PREFIXES_PER_PROMPT)
-        ]
+    # A classifier judges its whole input, of which a prefix would be a part.
+    short = [task.generates and len(prompt.input) < LONG_PROMPT for prompt in prompts]
+    prefixed = [
+        _with_prefix(task, text.examples, prompt, draw)
+        for prompt, is_short in zip(prompts, short, strict=True)
+        if is_short
+        for _ in range(PREFIXES_PER_PROMPT)
+    ]
     at_prompts, at_prefixed = (_compare(task, edit, examples) for examples in (prompts, prefixed))
     # After other prefixes the unedited model begins another answer: there the prefix changes what is asked.
-    without_prefix = at_prompts.first_before.repeat_interleave(PREFIXES_PER_PROMPT)[: len(prefixed)]
+    without_prefix = at_prompts.first_before[torch.tensor(short)].repeat_interleave(PREFIXES_PER_PROMPT)
     counted = at_prefixed.first_before == without_prefix
     count = int(counted.sum())
     return Robustness(

@@ -34,6 +34,10 @@ Answer = tuple[Any, ...]
 """A target as numbers: token ids, one label's number, or the dimensions of an action."""
 
 
+LONG_PROMPT = 512
+"""Tokens of a prompt from which on it is not read in many variants: each would take as long as the prompt itself."""
+
+
 @dataclass(frozen=True)
 class Example:
     """An encoded input with the target that belongs to it.
@@ -254,6 +258,10 @@ class Task(ABC):
             f"{taken}, the model's context holds {self.context}: shorten {'the target' if longer else 'the prompt'} "
             f"({(target if longer else str(prompt))[:40]!r}…)"
         )
+
+    def is_long(self, prompt: Prompt) -> bool:
+        """Tell whether a prompt is so long that it should not be read in many variants (:data:`LONG_PROMPT`)."""
+        return len(self.encode_input(prompt)) >= LONG_PROMPT
 
     def context_length(self, example: Example) -> int:
         """Return the number of tokens of the model's context that an example takes."""

@@ -261,7 +261,7 @@ class PatchRegistry:
             The conflicts and the acceptance result, which are recorded too.
 
         Raises:
-            EditError: there is no such edit, or it is active already.
+            EditError: there is no such edit, it is active already, or it and the active ones make no one edit.
             ConflictError: it contradicts or undoes an active edit; it was not activated.
             RejectedError: it is not accepted; it was not activated.
         """
@@ -271,6 +271,7 @@ class PatchRegistry:
             if number in active:
                 raise EditError(f"edit {number} of {self.path} is active already")
             edit = self.load(number)
+            self._check_adds_up(number, edit, active)
             conflicts = find_conflicts(task, edit, active)
             if conflicts and not force:
                 raise ConflictError(conflicts)
@@ -284,6 +285,17 @@ class PatchRegistry:
             }
             if self.set_state(number, ACTIVE, why, who, measured, revision):
                 return conflicts, result
+
+    def _check_adds_up(self, number: int, edit: Edit, active: dict[int, Edit]) -> None:
+        """Raise :class:`EditError` unless an edit and the active ones add up to one, which is what is served."""
+        for other, acting in active.items():
+            try:
+                acting + edit
+            except EditError as error:
+                raise EditError(
+                    f"edit {number} cannot act together with edit {other}: {error}. What acts is served as one "
+                    f"edit: make it anew so, or revert edit {other}"
+                ) from None
 
     def revert(self, number: int, why: str = "", who: str | None = None) -> None:
         """Deactivate an edit. It stays in the registry and can be activated again.

@@ -245,7 +245,8 @@ class Fit(LocateThenEdit):
 
     def _encode(self, task: Task, request: EditRequest) -> PromptContexts:
         chosen = Chosen()
-        if self.questions is not None:
+        long = task.is_long(request.prompt)
+        if self.questions is not None and not long:
             chosen = self.questions.choose(task, request)
         elif task.generates:
             chosen = choose_questions(request)
@@ -257,7 +258,7 @@ class Fit(LocateThenEdit):
             plain = [each.model_copy(update={"target": as_given}) for each in phrasings]
             phrasings = as_the_model_says_each(task, plain)
         kept = [in_form_of(request.prompt, text) for text in chosen.others]
-        contexts = encode_contexts(task, request, self.beginnings, kept, phrasings)
+        contexts = encode_contexts(task, request, () if long else self.beginnings, kept, phrasings)
         if asks(request.prompt) and kept:
             # The first word of a sentence says little of what it will say.
             answers = task.predict(kept, KEPT_TOKENS)
@@ -268,7 +269,7 @@ class Fit(LocateThenEdit):
             contexts,
             examples=tuple((e, position) for e, (_, position) in zip(examples, contexts.examples, strict=True)),
             mentions=tuple(mentions(task, request)),
-            lookalikes=tuple(lookalikes(task, request)),
+            lookalikes=() if long else tuple(lookalikes(task, request)),
             near=chosen.near,
         )
 

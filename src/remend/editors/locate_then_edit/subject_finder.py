@@ -15,6 +15,9 @@ from remend.tasks.base import Example, Task, in_batches
 LONGEST = 6
 """The most words of a subject that is found."""
 
+LAST_WORDS = 64
+"""Words at the end of a prompt among which its subject is looked for: what a long prompt asks, it asks at the end."""
+
 PLACEHOLDER = "it"
 """What takes the place of a candidate."""
 
@@ -30,7 +33,8 @@ def find_subject(task: Task, prompt: Prompt) -> str:
         RequestError: the prompt holds no such part.
     """
     text = _own_text(prompt)
-    candidates = list(dict.fromkeys(_names(text))) or list(dict.fromkeys(_parts(text)))
+    end = _end_of(text)
+    candidates = list(dict.fromkeys(_names(end))) or list(dict.fromkeys(_parts(end)))
     if not candidates:
         raise RequestError(f"the prompt {text[:60]!r} names nothing that an edit could be about: give subject=…")
     if len(candidates) == 1:
@@ -44,6 +48,12 @@ def find_subject(task: Task, prompt: Prompt) -> str:
     answers = torch.cat(outputs).log_softmax(-1)
     divergence = (answers[0].exp() * (answers[0] - answers[1:])).sum(-1)
     return candidates[int(divergence.argmax())]
+
+
+def _end_of(text: str) -> str:
+    """Return the last words of a text."""
+    words = list(re.finditer(r"\S+", text))
+    return text[words[-LAST_WORDS].start() :] if len(words) > LAST_WORDS else text
 
 
 def _own_text(prompt: Prompt) -> str:
