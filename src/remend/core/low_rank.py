@@ -272,8 +272,8 @@ def _in_common(changes: Sequence[LowRank]) -> tuple[Response, str]:
     if len(kinds) > 1:
         names = ", ".join(f"{response}{f' of {reads}' if reads else ''}" for response, reads in kinds)
         raise EditError(
-            f"changes of one matrix with different responses ({names}) do not add up to one: make them with one "
-            "editor and kind, or apply one after the other (in Python)"
+            f"changes with different responses ({names}) cannot be combined: make them with one editor and kind, or "
+            "apply the edits one after the other (in Python)"
         )
     return kinds[0]
 
