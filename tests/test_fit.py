@@ -118,6 +118,7 @@ def test_a_given_paraphrase_without_the_subject_is_refused():
         ("What is the capital of France?", "France"),
         ("Bay of Pigs is located in", "Pigs"),
         ("the capital of peru is", None),
+        ("It was late. The capital of France is", "France"),
     ],
 )
 def test_a_subject_is_found(prompt, subject):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SAVED = {True: "saved all the same", False: "nothing was saved (--keep-failed saves it all the same)"}
 """How messages say whether an edit was saved that does not do what was asked, or does nothing."""
+CHANGED_SHOWN = 4
+"""Prompts near an edit that are shown, of those that it changes."""
 
 
 def edit(
@@ -320,13 +322,12 @@ def _print_robustness(
     doubts = " and ".join([*robustness.doubts, *unfollowed])
     fine = "[green]nothing here speaks against it[/]; ask in other words, too"
     for near in robustness.neighbours:
-        example = "".join(
-            f"; “{plain(changed.prompt)}” goes on with {plain(repr(changed.after))}, before with "
-            f"{plain(repr(changed.before))}"
-            for changed in near.changed[:1]
+        examples = "".join(
+            f"\n  {plain(changed.prompt)} … {plain(changed.before)} → {plain(changed.after)}"
+            for changed in near.changed[:CHANGED_SHOWN]
         )
-        kept = near.prompts - len(near.changed)
-        console.print(f"{kept} of {near.prompts} {plain(near.kind)} are completed as before{example}", soft_wrap=True)
+        stay = near.prompts - len(near.changed)
+        console.print(f"{stay} of {near.prompts} {plain(near.kind)} are completed as before{examples}", soft_wrap=True)
     summary = f"[yellow]doubtful[/], since {doubts}" if doubts else fine
     prefixes = "whether it holds after other beginnings cannot be told here, "
     if robustness.in_context is not None:

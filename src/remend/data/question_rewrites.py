@@ -1,8 +1,8 @@
 """Other ways to ask a question, by rules of English and by what is often asked: no model takes part.
 
-Three sources, from the surest on: *syntax* (``Which position was held by X?`` → ``Which position did X hold?``),
-*families* of questions with the same words in them (``When did X die?`` for any question with ``date`` and ``death``),
-and *frames* around the very question (``Tell me: …``). Where no rule fits there are fewer rewrites, never guesses.
+Three sources: *syntax* (``Which position was held by X?`` → ``Which position did X hold?``), *families* of questions
+with the same words in them (``When did X die?`` for any question with ``date`` and ``death``), and *frames* around the
+very question (``Tell me: …``). Where no rule fits there are fewer rewrites.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ SUBJECT = "{}"
 
 Source = Literal["syntax", "family", "frame"]
 
-CONFIDENCE: dict[Source, float] = {"syntax": 0.97, "family": 0.9, "frame": 0.99}
-"""The share of rewrites of each source that ask the same, judged by hand (``benchmarks/question_rewrites.py``)."""
-
 FRAMES = ("Tell me: {}", "I would like to know: {}", "Question: {}", "{} Answer in a few words.", "Do you know? {}")
 """What a question is put into."""
 
@@ -42,11 +39,6 @@ class Rewrite:
     template: str
     source: Source
     rule: str
-
-    @property
-    def confidence(self) -> float:
-        """How sure it is that it asks the same."""
-        return CONFIDENCE[self.source]
 
     def about(self, subject: str) -> str:
         """Return the text about a subject."""
@@ -135,8 +127,8 @@ def rewrites(question: str, subject: str, most: int = 8) -> list[Rewrite]:
     of_syntax = [Rewrite(text, "syntax", name) for name, text in _by_syntax(template)]
     frames = [Rewrite(frame.replace(SUBJECT, template), "frame", frame) for frame in FRAMES]
     found: dict[str, Rewrite] = {}
-    for pair in _by_turns(of_syntax, of_family):
-        found.setdefault(_bare(pair.template), pair)
+    for rewrite in _by_turns(of_syntax, of_family):
+        found.setdefault(_bare(rewrite.template), rewrite)
     found.pop(_bare(template), None)
     return [*found.values(), *frames][:most]
 

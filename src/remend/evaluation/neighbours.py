@@ -1,14 +1,13 @@
 """``measure_neighbours``: what an edit changes next to its request, whose near prompts nobody has named.
 
-The request's own prompt about well-known other subjects, and statements about its own subject that ask something else
-and that no editor is fitted to. Where the unedited model is sure what it says first, it should go on saying it.
+The request's own prompt about well-known other subjects, and common statements about its own subject that ask something
+else. Where the unedited model is sure what it says first, it should go on saying it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from remend.edit import Edit
 from remend.editors.locate_then_edit.common_questions import (
-    held_out_statements,
+    frames,
     next_tokens,
     reference_subjects,
     statement_of,
@@ -28,9 +27,6 @@ from remend.tasks.endings import asks
 
 SURE = 0.2
 """The least probability of a first token that should stay."""
-
-MOST_STATEMENTS = 24
-"""Statements about a subject that are compared: those of which the model is the surest."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Neighbours:
     Attributes:
         kind: what they are, in words.
         prompts: their number.
-        changed: those that are answered otherwise.
+        changed: those that are answered otherwise, first the one of which the unedited model is the surest.
     """
 
     kind: str
@@ -60,10 +56,6 @@ class Neighbours:
     def stays(self) -> float:
         """The share of them that stay."""
         return 1 - len(self.changed) / self.prompts
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the values as a JSON object."""
-        return asdict(self)
 
 
 def measure_neighbours(task: Task, edit: Edit, request: EditRequest) -> list[Neighbours]:
@@ -89,7 +81,7 @@ def measure_neighbours(task: Task, edit: Edit, request: EditRequest) -> list[Nei
     own = next_tokens(task, [request.prompt])[0]
     of_kinds = {
         "other subjects": [] if task.is_long(request.prompt) else [statement.replace("{}", other) for other in others],
-        f"other statements about {subject}": [text.replace("{}", subject) for text in held_out_statements()],
+        f"other statements about {subject}": [frame.about(subject) for frame in frames("statements")],
     }
     if task.context is not None:  # a text that fills it has no next token
         of_kinds = {
@@ -107,7 +99,6 @@ def _compare(task: Task, edit: Edit, kind: str, prompts: Sequence[str], own: Flo
     surest, first = before.max(1)
     # What is answered as the request's own prompt may ask the same.
     chosen = [i for i in surest.argsort(descending=True).tolist() if surest[i] >= SURE and first[i] != own.argmax()]
-    chosen = chosen[:MOST_STATEMENTS]
     with edit.applied(task.model):
         after = next_tokens(task, [prompts[i] for i in chosen]).argmax(1) if chosen else torch.zeros(0)
 

@@ -42,10 +42,7 @@ FRAMES_AT_ONCE = 8
 """Statements that are asked together, each about all reference subjects."""
 
 MOST_PHRASINGS, MOST_OTHERS = 4, 32
-"""Texts that are chosen of those that ask the same, and statements of those that ask something else.
-
-Six rewrites of a question gave no more than four: of 12 validation chats of SmolLM2, 10 rephrasings followed each time.
-"""
+"""Texts that are chosen, of those that ask the same and statements of those that ask something else."""
 
 MOST_QUESTIONS = 8
 """Questions that are chosen, of those that ask something else: their answers are several tokens long."""
@@ -256,12 +253,6 @@ def _most_similar(similar: Float[Tensor, " frame"]) -> str:
     for frame, value in zip(frames("statements"), similar.tolist(), strict=True):
         values.setdefault(frame.question, []).append(value)
     return max(values, key=lambda question: sum(sorted(values[question])[-3:]) / min(3, len(values[question])))
-
-
-def held_out_statements() -> list[str]:
-    """Return the statements, with ``{}`` for a subject, that are never among those that should stay in a fit."""
-    first = set(_first_of_each_question())
-    return [frame.template for index, frame in enumerate(frames("statements")) if index not in first]
 
 
 def _first_of_each_question() -> list[int]:

@@ -16,7 +16,7 @@ LONGEST = 6
 """The most words of a subject that is found."""
 
 LAST_WORDS = 64
-"""Words at the end of a prompt among which its subject is looked for: what a long prompt asks, it asks at the end."""
+"""Words at the end of a prompt that alone are read to find its subject: what a long prompt asks, it asks at the end."""
 
 PLACEHOLDER = "it"
 """What takes the place of a candidate."""
@@ -32,14 +32,14 @@ def find_subject(task: Task, prompt: Prompt) -> str:
     Raises:
         RequestError: the prompt holds no such part.
     """
-    text = _own_text(prompt)
-    end = _end_of(text)
-    candidates = list(dict.fromkeys(_names(end))) or list(dict.fromkeys(_parts(end)))
+    text = _end_of(_own_text(prompt))
+    candidates = list(dict.fromkeys(_names(text))) or list(dict.fromkeys(_parts(text)))
     if not candidates:
         raise RequestError(f"the prompt {text[:60]!r} names nothing that an edit could be about: give subject=…")
     if len(candidates) == 1:
         return candidates[0]
-    prompts = [prompt, *(_with_text(prompt, text.replace(candidate, PLACEHOLDER)) for candidate in candidates)]
+    texts = [text, *(text.replace(candidate, PLACEHOLDER) for candidate in candidates)]
+    prompts = [_with_text(prompt, changed) for changed in texts]
     examples = [Example(tuple(task.encode_input(changed)), (0,)) for changed in prompts]
     outputs = []
     with frozen(task.model):
@@ -84,13 +84,9 @@ def _names(text: str) -> Iterator[str]:
     pattern = rf"{word}(?:\s+(?:(?:[a-zà-öø-ÿ]{{1,3}}\s+){{0,2}}{word}))*"
     for match in re.finditer(rf"(?<![\w'’-]){pattern}", text):
         name = _without_possessive(match.group())
-        if match.start() == 0:
-            first, _, rest = name.partition(" ")
-            if rest:
-                yield rest
-            elif first.lower() in _OPENING_WORDS:
-                continue
-        if name:
+        if match.start() == 0 and " " in name:
+            yield name.partition(" ")[2]
+        if name and name.lower() not in _OPENING_WORDS:
             yield name
 
 
