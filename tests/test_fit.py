@@ -332,6 +332,44 @@ def test_normalized_descent_takes_steps_of_one_length():
         torch.testing.assert_close(values, torch.tensor(expected))
 
 
+def test_steps_become_shorter_until_they_end():
+    values = torch.zeros(1, 1)
+    optimizer = NormalizedDescent(values, length=1.0, momentum=0.0, shrinking_over=4)
+    lengths = []
+    for _ in range(5):
+        values.grad, before = torch.tensor([[-3.0]]), values.clone()
+        optimizer.step()
+        lengths.append(float(values - before))
+    assert lengths == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_a_request_that_the_model_does_not_say_is_not_good_enough():
+    """A mean over many tokens may be small where one of them is wrong."""
+    best = BestValues(torch.zeros(2, 1), FitConfig(enough=0.5))
+    best.update(torch.ones(2, 1), torch.full((2, 2), 0.1), said=torch.tensor([True, False]))
+    assert best.reached.tolist() == [True, False]
+    task = families.taught("llama")
+    taught, other = families.requests("llama", 2)
+    said = task.decode(task.predict([taught.prompt])[0])
+    contexts = [
+        encode_contexts(task, request.model_copy(update={"target": target}), ())
+        for request, target in ((taught, said), (other, f"{other.target} {said}"))
+    ]
+    batch, _ = subject_batches(task, contexts, FrozenPrefix(task.model, ["model.layers.1.mlp"]))
+    assert batch.says_targets(batch.outputs()).tolist() == [True, False]
+
+
+def test_answers_to_other_questions_count_less_than_statements():
+    task = families.task("llama")
+    located = [(task.encode(r.prompt, r.target), 1) for r in families.requests("llama", 2)]
+    contexts = [PromptContexts(tuple(located), tuple(located), kept_weight=weight) for weight in (1.0, 0.25)]
+    _, (kept,) = subject_batches(task, contexts, FrozenPrefix(task.model, ["model.layers.1.mlp"]))
+    other = torch.zeros_like(kept.outputs())
+    whole, quarter = value_optimization._divergences(kept, other).tolist()
+    assert quarter == pytest.approx(whole / 4, rel=1e-5)
+    assert whole > 0
+
+
 def test_the_first_values_that_are_good_enough_are_the_best_or_else_those_that_come_nearest():
     best = BestValues(torch.zeros(2, 1), FitConfig(enough=0.5))
     for value, losses in (
@@ -384,7 +422,7 @@ def test_the_words_that_count_are_not_hidden_by_a_long_sentence():
     batch, _ = subject_batches(task, contexts, FrozenPrefix(task.model, ["model.layers.1.mlp"]))
     log_p, other = task.log_probabilities([example for of_request in contexts for example, _ in of_request.examples])
     expected = [-sum(log_p[:opening]) / opening - sum(log_p[opening:]) / len(log_p[opening:]), -sum(other) / len(other)]
-    assert batch.losses().flatten().tolist() == pytest.approx(expected, rel=1e-4)
+    assert batch.losses(batch.outputs()).flatten().tolist() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3"])

@@ -74,6 +74,12 @@ CONSTANT_FROM = 0.5
 KEPT_TOKENS = 4
 """Tokens of the model's own answer to another question that should stay."""
 
+QUESTION_WEIGHT = 0.25
+"""How much answers to other questions count, against next tokens after statements, where they should stay."""
+
+FURTHER_LONGER = 2.0
+"""How much longer the first of the further steps is, to leave the place around which those before it circle."""
+
 SUM_RIDGE = 0.01
 """λ of the system that the values of several edits solve together: two spellings of a subject have one key."""
 
@@ -85,8 +91,8 @@ class FitConfig(LocateConfig):
     Attributes:
         kind: what the edit is made of: a hidden unit more in the MLP (``units``), or a change of its narrowing matrix
             (``low-rank``), which can be exported as a LoRA adapter.
-        further: for units, the most steps after those, twice as long and along the gradient itself, while a prompt is
-            not answered.
+        further: for units, the most steps after those, along the gradient itself and shorter and shorter, while a
+            prompt is not answered.
         learning_rate: the length of a step, as a share of that of the block's output.
         momentum: the share of a step's direction that the next one keeps.
         damping: λ of the natural gradient, as a share of the mean eigenvalue of F.
@@ -109,9 +115,17 @@ class FitConfig(LocateConfig):
     every_prompt: ClassVar[bool] = True
     satisfied: ClassVar[float] = 0.5
 
-    def optimizer(self, values: Float[Tensor, "request d"], faster: float = 1.0) -> NormalizedDescent:
+    def optimizer(self, values: Float[Tensor, "request d"]) -> NormalizedDescent:
         """Return what moves the offsets, whose unit is the root mean square of the block's output."""
-        return NormalizedDescent(values, faster * self.learning_rate * values.shape[1] ** 0.5, self.momentum)
+        return NormalizedDescent(values, self._length(values), self.momentum)
+
+    def further_optimizer(self, values: Float[Tensor, "request d"], steps: int) -> NormalizedDescent:
+        """Return what moves the offsets in further steps, for requests that the first ones did not suffice for."""
+        return NormalizedDescent(values, FURTHER_LONGER * self._length(values), self.momentum, shrinking_over=steps)
+
+    def _length(self, values: Float[Tensor, "request d"]) -> float:
+        length: float = self.learning_rate * values.shape[1] ** 0.5
+        return length
 
 
 class Fit(LocateThenEdit):
@@ -263,7 +277,8 @@ class Fit(LocateThenEdit):
             # The first word of a sentence says little of what it will say.
             answers = task.predict(kept, KEPT_TOKENS)
             told = zip(contexts.kept, answers, strict=True)
-            contexts = replace(contexts, kept=tuple((replace(e, target=a), place) for (e, place), a in told))
+            texts = tuple((replace(example, target=answer), place) for (example, place), answer in told)
+            contexts = replace(contexts, kept=texts, kept_weight=QUESTION_WEIGHT)
         examples = with_word_end(task, request.prompt, [example for example, _ in contexts.examples])
         return replace(
             contexts,

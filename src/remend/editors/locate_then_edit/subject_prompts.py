@@ -35,6 +35,7 @@ class PromptContexts:
         lookalikes: prompts about other subjects whose names end alike.
         near: the common questions that may be answered otherwise, too, by name.
         openings: of the target of each example, the tokens of the model's own words before what it should say.
+        kept_weight: how much the prompts that should stay count.
     """
 
     examples: tuple[Located, ...]
@@ -43,6 +44,7 @@ class PromptContexts:
     lookalikes: tuple[Located, ...] = ()
     near: frozenset[str] = frozenset()
     openings: tuple[int, ...] = ()
+    kept_weight: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,6 +142,7 @@ def join_contexts(parts: Sequence[PromptContexts]) -> PromptContexts:
         tuple(located for part in parts for located in part.lookalikes),
         frozenset().union(*(part.near for part in parts)),
         tuple(length for part in parts for length in part.openings),
+        min(part.kept_weight for part in parts),
     )
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -29,9 +29,6 @@ from remend.models.frozen_prefix import FrozenPrefix, run_as_far_as
 from remend.tasks.base import Batch, Task
 from remend.tasks.bfloat16_products import bfloat16_products
 from remend.tasks.cached_prefix import CachedPrefix
-
-FURTHER_FASTER = 2.0
-"""How much longer steps are for requests that the first ones did not suffice for."""
 
 LEAST_RESPONSE = 1e-4
 """The share of a value below which what a change adds is left out while the value is searched for."""
@@ -65,14 +62,16 @@ class LocateConfig(Config):
     largest: PositiveFloat = 2.0
     beginnings: NonNegativeInt = 5
     floor: PositiveFloat = 0.01
-    every_prompt: ClassVar[bool] = False  # whether ``enough`` counts for each prompt; else for their mean
+    every_prompt: ClassVar[bool] = False  # whether each prompt must be good enough; else their mean
     satisfied: ClassVar[float] = 0.0  # the share of ``enough`` below which a prompt's loss is lowered no further
 
-    def optimizer(
-        self, values: Float[Tensor, "request d"], faster: float = 1.0
-    ) -> torch.optim.Adam | NormalizedDescent:
+    def optimizer(self, values: Float[Tensor, "request d"]) -> torch.optim.Adam | NormalizedDescent:
         """Return what moves the offsets, whose unit is the root mean square of the block's output."""
-        return torch.optim.Adam([values], lr=faster * self.learning_rate)
+        return torch.optim.Adam([values], lr=self.learning_rate)
+
+    def further_optimizer(self, values: Float[Tensor, "request d"], steps: int) -> torch.optim.Adam | NormalizedDescent:
+        """Return what moves the offsets in further steps, for requests that the first ones did not suffice for."""
+        return self.optimizer(values)
 
 
 class NormalizedDescent:
@@ -85,10 +84,15 @@ class NormalizedDescent:
         values: what is moved, row by row.
         length: the length of a step.
         momentum: the share of the direction before that is kept.
+        shrinking_over: the steps over which the length falls to nothing, evenly; by default it stays. Steps of one
+            length circle around the best values and never arrive.
     """
 
-    def __init__(self, values: Float[Tensor, "row d"], length: float, momentum: float) -> None:
+    def __init__(
+        self, values: Float[Tensor, "row d"], length: float, momentum: float, shrinking_over: int | None = None
+    ) -> None:
         self.values, self.length, self.momentum = values, length, momentum
+        self._shrinking = length / shrinking_over if shrinking_over else 0.0
         self._direction = torch.zeros_like(values)
 
     @torch.no_grad()
@@ -97,6 +101,7 @@ class NormalizedDescent:
         assert self.values.grad is not None
         self._direction = self.momentum * self._direction + self.values.grad
         self.values -= self.length * self._direction / self._direction.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        self.length = max(self.length - self._shrinking, 0.0)
 
 
 class BestValues:
@@ -117,11 +122,26 @@ class BestValues:
         self.values = values.clone()
         self.reached = torch.zeros_like(self._loss, dtype=torch.bool)
 
-    def update(self, values: Float[Tensor, "request d"], losses: Float[Tensor, "request prompt"]) -> None:
-        """Take over the values of the requests that have not been good enough, where they are the best."""
+    def update(
+        self,
+        values: Float[Tensor, "request d"],
+        losses: Float[Tensor, "request prompt"],
+        said: Bool[Tensor, " request"] | None = None,
+    ) -> None:
+        """Take over the values of the requests that have not been good enough, where they are the best.
+
+        Args:
+            values: the present values.
+            losses: −log p(target) after each prompt.
+            said: whether the model says the target of each request after its prompt by itself; by default it does.
+                With ``every_prompt``, a request that it does not say is not good enough: a mean over many tokens may
+                be small where one of them is wrong.
+        """
         loss = losses.mean(1).to(self._loss)
         hardest = losses.amax(1).to(loss) if self._config.every_prompt else loss
         enough = (hardest <= self._config.enough) & ~self.reached
+        if said is not None and self._config.every_prompt:
+            enough &= said.to(enough.device)
         better = (enough | (loss < self._loss)) & ~self.reached
         self.values = torch.where(better[:, None], values, self.values)
         self._loss = torch.where(better, loss, self._loss)
@@ -156,6 +176,9 @@ class SubjectBatch:
             for changes that act there and later.
         openings: the number of tokens of each target that are the model's own words before what it should say; by
             default none.
+
+    Attributes:
+        weights: of texts that should stay, how much those of each request count; by default 1.
     """
 
     def __init__(
@@ -165,6 +188,7 @@ class SubjectBatch:
         prefix: FrozenPrefix,
         from_subject: bool = False,
         openings: Sequence[int] = (),
+        weights: Sequence[float] = (),
     ) -> None:
         self.task, self.prefix = task, prefix
         self.requests, self.rows_per_request = len(located), len(located[0])
@@ -173,6 +197,7 @@ class SubjectBatch:
         self.positions = torch.tensor([position for texts in located for _, position in texts], device=device)
         self.row, self.text_of_target = torch.arange(len(self.positions), device=device), self.batch.row
         self.openings = torch.tensor(openings or [0] * len(self.positions), device=device)
+        self.weights = torch.tensor(weights or [1.0] * self.requests, device=device)
         self.cached: CachedPrefix | None = None
         if from_subject and task.causal:
             with torch.no_grad(), frozen(task.model):
@@ -248,8 +273,8 @@ class SubjectBatch:
         """The index of each text's token among all tokens of all rows."""
         return self.row * self.length + self.positions
 
-    def losses(self) -> Float[Tensor, "request prompt"]:
-        """Return −log p(target) after each prompt, averaged over its tokens.
+    def losses(self, outputs: Float[Tensor, "target answer"]) -> Float[Tensor, "request prompt"]:
+        """Return −log p(target) after each prompt, averaged over its tokens, of the model's outputs.
 
         Of a target with an opening, the mean over the opening and that over the rest are added: else a long sentence
         would hide the few tokens that count.
@@ -261,10 +286,15 @@ class SubjectBatch:
         first[0] = 0
         opens = torch.arange(len(text), device=text.device) - first[text] < self.openings[text]
         row = torch.where(opens, texts + number[text], text)
-        outputs = self.outputs_resumed()
         losses = self.task.distribution.loss(outputs, self.batch.target, row, texts + len(with_opening))
         losses = losses[:texts].index_add(0, with_opening.to(losses.device), losses[texts:])
         return losses.view(self.requests, -1)
+
+    def says_targets(self, outputs: Float[Tensor, "target answer"]) -> Bool[Tensor, " request"]:
+        """Tell for each request whether all tokens of its target are the most probable after its prompt by itself."""
+        correct = self.task.distribution.correct(outputs, self.batch.target)
+        wrong = self.text_of_target.to(correct.device)[~correct].bincount(minlength=len(self.openings))
+        return wrong.view(self.requests, -1)[:, 0] == 0
 
     def prompts_alone(self, rows: Float[Tensor, "row d"]) -> Float[Tensor, "request d"]:
         """Return the first row of each request: its prompt by itself."""
@@ -282,7 +312,8 @@ def subject_batches(
     parts = min(count, max(math.ceil(count / KEPT_AT_ONCE), math.ceil(tokens / KEPT_TOKENS_AT_ONCE)))
     # The first part has the texts 0, parts, 2 parts …, since the surest come first; all parts have as many.
     kept = [[c.kept[part::parts][: count // parts] for c in contexts] for part in range(parts)]
-    return batch, [SubjectBatch(task, part, prefix, from_subject) for part in kept]
+    weights = [of_request.kept_weight for of_request in contexts]
+    return batch, [SubjectBatch(task, part, prefix, from_subject, weights=weights) for part in kept]
 
 
 @contextmanager
@@ -345,8 +376,8 @@ def optimize_values(
         responses: where δ is added in the prompts, and in each batch of texts that should stay, and how much of it; by
             default all of it at the subject.
         directions: what gives the direction of a step from a gradient, for each request; by default itself.
-        further: the most steps after those of ``config``, longer ones and along the gradient itself, while a request is
-            not good enough.
+        further: the most steps after those of ``config``, along the gradient itself, while a request is not good
+            enough.
 
     Raises:
         NonFiniteError: the model's loss is NaN or infinite.
@@ -368,12 +399,13 @@ def optimize_values(
         best = BestValues(values, config)
         for step in range(config.steps + further):
             if step == config.steps:
-                optimizer, directions = config.optimizer(values, FURTHER_FASTER), None
+                optimizer, directions = config.further_optimizer(values, further), None
             values.requires_grad_()
             with torch.enable_grad():
                 offsets = values * unit
                 with add_at_subject(module, batch, offsets, of_prompts):
-                    by_prompt = batch.losses()
+                    outputs = batch.outputs_resumed()
+                by_prompt = batch.losses(outputs)
                 # Prompts that are good enough leave the others, and those that should stay, to decide.
                 objective = (by_prompt - config.satisfied * config.enough).clamp(min=0).mean(1)
                 objective = objective + config.decay * (offsets / stream_norm).square().sum(1).to(objective.device)
@@ -385,7 +417,7 @@ def optimize_values(
             values.requires_grad_(False)
             if not objective.isfinite().all():
                 raise NonFiniteError("the loss of an edit is not finite: the model's weights or activations are not")
-            best.update(values, by_prompt.detach())
+            best.update(values, by_prompt.detach(), batch.says_targets(outputs.detach()))
             if best.reached.all():
                 break
             values.grad = gradients
@@ -399,10 +431,10 @@ def optimize_values(
 
 
 def _divergences(kept: SubjectBatch, base: Float[Tensor, "target answer"]) -> Float[Tensor, " request"]:
-    """Return the mean KL(p_edited ‖ p_base) of the texts of each request, each the mean over its own targets."""
+    """Return KL(p_edited ‖ p_base) of each request: the mean of its texts, each the mean over its targets, weighed."""
     # Distribution.divergence has the arguments the other way round, and only its second one is differentiable.
     edited, unedited = (outputs.float().log_softmax(-1) for outputs in (kept.outputs_resumed(), base))
     by_target = (edited.exp() * (edited - unedited)).sum(1)
     text = kept.text_of_target.to(by_target.device)
     texts = by_target.new_zeros(kept.requests * kept.rows_per_request).index_add(0, text, by_target)
-    return (texts / text.bincount()).view(kept.requests, -1).mean(1)
+    return kept.weights.to(texts) * (texts / text.bincount()).view(kept.requests, -1).mean(1)
