@@ -348,6 +348,10 @@ def test_a_request_that_the_model_does_not_say_is_not_good_enough():
     best = BestValues(torch.zeros(2, 1), FitConfig(enough=0.5))
     best.update(torch.ones(2, 1), torch.full((2, 2), 0.1), said=torch.tensor([True, False]))
     assert best.reached.tolist() == [True, False]
+    # One that it says is better than one with less loss that it does not say.
+    for value, loss, said in ((2.0, 3.0, True), (3.0, 0.1, False), (4.0, 2.0, True), (5.0, 2.5, True)):
+        best.update(torch.full((2, 1), value), torch.full((2, 2), loss), said=torch.tensor([said, said]))
+    assert best.values.flatten().tolist() == [1.0, 4.0]
     task = families.taught("llama")
     taught, other = families.requests("llama", 2)
     said = task.decode(task.predict([taught.prompt])[0])
@@ -466,3 +470,55 @@ def test_where_answers_do_not_end_it_is_taught_that_the_target_s_last_word_does(
     written, following = task.decode_tokens(examples[0].target), task.decode_tokens(longer[0].target)
     assert following.startswith(written)
     assert not goes_on_with_word(written, following[len(written) :])
+
+
+def test_what_is_given_to_stay_is_kept_first_and_what_follows_is_fitted():
+    task, (request, other, *_) = families.taught("llama"), families.requests("llama", 4)
+    near = f"People in {request.subject} live in"
+    follows = {"prompt": f"Ask in {request.subject}: the capital is", "target": other.target}
+    given = EditRequest(
+        prompt=request.prompt,
+        target=request.target,
+        subject=request.subject,
+        given_near=(near, "Two and two make"),
+        given_portability=(follows, {"prompt": other.prompt, "target": other.target, "subject": other.subject}),
+    )
+    editor = Fit.create(task, FitConfig(beginnings=0), text=families.TEXT)
+    (contexts,) = editor.encode(task, [given.model_copy(update={"given_portability": given.given_portability[:1]})])
+    assert contexts.kept[0][0].input == tuple(task.encode_input(near))
+    assert [example.input for example in contexts.apart] == [tuple(task.encode_input("Two and two make"))]
+    assert contexts.examples[-1][0].target[: len(task.encode(follows["prompt"], other.target).target)] == tuple(
+        task.encode(follows["prompt"], other.target).target
+    )
+    # What follows about another subject has a unit of its own, in one edit and in a batch.
+    edit, (alone,) = editor.edit(task, [given]), editor.edit_each(task, [given])
+    for made in (edit, alone):
+        (change,) = made.changes.values()
+        assert change.rank == 2
+        asked = [request, other]
+        assert (families.losses(task, asked, made) < families.losses(task, asked)).all()
+
+
+def test_an_edit_is_silent_in_texts_apart_from_its_subject():
+    task, requests = families.taught("llama"), families.requests("llama", 12)
+    editor = Fit.create(task, FitConfig(beginnings=0), text=families.TEXT)
+    request = requests[0]
+    others = list({r.subject: r.prompt for r in requests if r.subject != request.subject}.values())
+    loudest = []
+    for given in ((), tuple(others)):
+        edit = editor.edit(task, [request.model_copy(update={"given_near": given})])
+        (change,) = edit.changes.values()
+        texts = [Example(tuple(task.encode_input(prompt)), (0,)) for prompt in others]
+        keys = editor.token_keys(task, editor.key_layer, texts)
+        loudest.append(float(change.response(keys @ change.u[0]).abs().max()))
+    assert loudest[1] < 0.5 * loudest[0]
+    assert families.losses(task, [request], edit) < families.losses(task, [request])
+
+
+@pytest.mark.parametrize("subject", ["", 3])
+def test_a_subject_of_what_follows_is_a_text(subject):
+    task, (request, *_) = families.task("llama"), families.requests("llama", 1)
+    probe = {"prompt": request.prompt, "target": request.target, "subject": subject}
+    given = EditRequest(prompt=request.prompt, target=request.target, given_portability=(probe,))
+    with pytest.raises(RequestError, match="in given_portability is a text"):
+        Fit.create(task, text=families.TEXT).edit(task, [given])

@@ -14,7 +14,7 @@ SOURCE = Path(remend.__file__).parent
 ROOMS = [
     "errors", "visible_text", "bounded_regex", "config", "progress", "registry", "registries", "staging",
     "saved_folders", "disk_cache", "hub_lookup", "request", "assets", "core", "fingerprint", "edit", "formats",
-    "models", "tasks", "data", "editors", "training", "evaluation", "recipes", "apps", "cli",
+    "models", "tasks", "data", "editors", "expansion", "training", "evaluation", "recipes", "apps", "cli",
 ]  # fmt: skip
 """In order: a room imports only from rooms before it."""
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from remend.editors import Editor, Mend, MendConfig
     from remend.errors import RemendError
     from remend.evaluation import Report, evaluate
+    from remend.expansion import expand
     from remend.request import Chat, EditRequest, Probe, TextPair
     from remend.tasks import Task, answers, as_the_model_says, load, wrap
     from remend.training import TrainingConfig, train
@@ -37,6 +38,7 @@ _ROOMS = {
     "answers": "tasks",
     "as_the_model_says": "tasks",
     "evaluate": "evaluation",
+    "expand": "expansion",
     "load": "tasks",
     "read_requests": "data.request_files",
     "read_source": "data",
@@ -60,6 +62,7 @@ __all__ = [
     "answers",
     "as_the_model_says",
     "evaluate",
+    "expand",
     "load",
     "read_requests",
     "read_source",

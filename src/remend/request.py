@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -276,6 +276,9 @@ class EditRequest(Probe):
         subject: what the fact is about; splits keep a subject on one side.
         id: the caller's own name for the request.
         given_paraphrases: other phrasings of the prompt that are given to the editor with it, and never scored.
+        given_near: prompts that are given to the editor as such whose answers must stay, and never scored.
+        given_portability: prompts with answers that follow from the edit, given to the editor and never scored. One
+            that does not name the request's subject has a ``subject`` of its own.
         paraphrases: other phrasings of the prompt, used in training and in evaluation.
         unseen_paraphrases: phrasings for evaluation only.
         locality: unrelated prompts whose answers must stay (far neighbours).
@@ -291,6 +294,8 @@ class EditRequest(Probe):
     subject: str | None = None
     id: str | int | None = None
     given_paraphrases: tuple[Prompt, ...] = ()
+    given_near: tuple[Prompt, ...] = ()
+    given_portability: tuple[Probe, ...] = ()
     paraphrases: tuple[Prompt, ...] = ()
     unseen_paraphrases: tuple[Prompt, ...] = ()
     locality: tuple[Probe, ...] = ()
@@ -306,13 +311,13 @@ class EditRequest(Probe):
         separator = info.data.get("separator")  # for those forms that are texts: another may be a conversation
         return tuple(as_completion(form, separator) if isinstance(form, str) else form for form in forms)
 
-    @field_validator("given_paraphrases", "paraphrases", "unseen_paraphrases", "negated", "generation")
+    @field_validator("given_paraphrases", "given_near", "paraphrases", "unseen_paraphrases", "negated", "generation")
     @classmethod
     def _phrasings_in_conversation(cls, phrasings: tuple[Prompt, ...], info: ValidationInfo) -> tuple[Prompt, ...]:
         own_prompt, separator = info.data.get("prompt"), info.data.get("separator")
         return tuple(as_completion(in_form_of(own_prompt, prompt), separator) for prompt in phrasings)
 
-    @field_validator("locality", "near", "portability")
+    @field_validator("locality", "near", "portability", "given_portability")
     @classmethod
     def _probes_in_conversation(cls, probes: tuple[Probe, ...], info: ValidationInfo) -> tuple[Probe, ...]:
         own_prompt = info.data.get("prompt")
@@ -323,14 +328,19 @@ class EditRequest(Probe):
         )
 
     @model_validator(mode="after")
-    def _check_given_paraphrases(self) -> EditRequest:
-        for name in SCORED_FORMS:
-            if seen := set(self.given_paraphrases) & set(getattr(self, name)):
-                text = _truncated(str(min(seen, key=str)))
-                raise ValueError(
-                    f"{text} is in given_paraphrases and in {name}, so it would be scored though the editor is given "
-                    "it: leave it in one of them"
-                )
+    def _check_given(self) -> EditRequest:
+        for name, scored in SCORED_LIKE_GIVEN.items():
+            given = _prompts(getattr(self, name))
+            for other in scored:
+                if seen := given & _prompts(getattr(self, other)):
+                    text = _truncated(str(min(seen, key=str)))
+                    raise ValueError(
+                        f"{text} is in {name} and in {other}, so it would be scored though the editor is given it: "
+                        "leave it in one of them"
+                    )
+        if both := _prompts(self.given_near) & {self.prompt, *self.given_paraphrases}:
+            text = _truncated(str(min(both, key=str)))
+            raise ValueError(f"{text} asks for the target and is in given_near, where answers must stay: leave one")
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -390,8 +400,18 @@ def in_form_of(own_prompt: Prompt | None, prompt: Prompt) -> Prompt:
 
 SCORED_FORMS = ("paraphrases", "unseen_paraphrases", "formats")
 """The fields whose prompts ask for the target and are scored."""
-PROMPT_LISTS = ("given_paraphrases", *SCORED_FORMS, "negated", "generation")
-PROBE_LISTS = ("locality", "near", "portability")
+SCORED_LIKE_GIVEN = {
+    "given_paraphrases": SCORED_FORMS,
+    "given_near": ("near", "locality"),
+    "given_portability": ("portability",),
+}
+"""What is given to an editor, and the fields with prompts of the same kind, which are scored."""
+PROMPT_LISTS = ("given_paraphrases", "given_near", *SCORED_FORMS, "negated", "generation")
+PROBE_LISTS = ("locality", "near", "portability", "given_portability")
+
+
+def _prompts(listed: Sequence[Prompt | Probe]) -> set[Prompt]:
+    return {each.prompt if isinstance(each, Probe) else each for each in listed}
 
 
 def input_types() -> dict[str, str]:

@@ -20,6 +20,7 @@ from remend.cli import (
     doctor,
     edit,
     evaluate,
+    expand,
     export,
     guard,
     import_,
@@ -73,6 +74,7 @@ def _remend(
 
 app.command()(demo.demo)
 app.command()(edit.edit)
+app.command()(expand.expand)
 app.command()(show.show)
 app.command()(ask.ask)
 app.command()(export.export)

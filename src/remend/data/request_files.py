@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from remend.data import knowedit
+from remend.data.edit_sets import EditSet, SetItem, is_item, parse_item
 from remend.data.json_rows import JsonRow, Skip, is_absent, keys_of, name_keys
 from remend.data.json_stream import shorten
 from remend.data.parsing import DUPLICATE_PHRASING
 from remend.data.row_files import iterate_rows
-from remend.errors import RequestError
+from remend.errors import RequestError, prefix_request_errors
 from remend.registries import DATASETS
 from remend.request import KIND, MESSAGES, PROBE_LISTS, PROMPT_LISTS, EditRequest, input_types, parse_request
 
@@ -27,7 +28,8 @@ def read_requests(path: str | Path, skip: Skip | None = None) -> list[EditReques
     """Read all requests of a file: JSON lines, one array of objects, CSV, TSV or Parquet (:mod:`row_files`).
 
     A row has the keys of an :class:`EditRequest`, or ``target_new`` and the other keys of EasyEdit. What is null is
-    absent, and one text may stand for a list of one.
+    absent, and one text may stand for a list of one. A row with ``item`` belongs to the set of the request before it
+    (:mod:`remend.data.edit_sets`).
 
     Args:
         path: the file.
@@ -40,14 +42,30 @@ def read_requests(path: str | Path, skip: Skip | None = None) -> list[EditReques
     left_out: Counter[str] = Counter()
     count = skip or (lambda reason: left_out.update([reason]))
     rows, requests = 0, list[EditRequest]()
+    items = list[SetItem]()
     for rows, (where, row) in enumerate(iterate_rows(Path(path)), start=1):  # noqa: B007 (counted for the message below)
+        if isinstance(row, dict) and is_item(row, where):
+            if not requests:
+                raise RequestError(f"{where}: an item of a set belongs to the request before it, and there is none")
+            items.append(parse_item(_without_absent(row), where))
+            continue
+        _give_set(requests, items)
         requests += _read_row(row, where, count)
+    _give_set(requests, items)
     if not requests and rows:
         raise RequestError(f"{path}: none of its {rows} rows is an edit ({describe_left_out(left_out)})")
     if not requests:
         raise RequestError(f"{path} holds no request: rows such as {EXAMPLE} were expected, one JSON object a line")
     warn_of_left_out(path, left_out, len(requests))
     return requests
+
+
+def _give_set(requests: list[EditRequest], items: list[SetItem]) -> None:
+    """Give the last request the items that were read after it, which are then forgotten."""
+    if items:
+        with prefix_request_errors(f"the set of {str(requests[-1].prompt)[:60]!r}"):
+            requests[-1] = EditSet(requests[-1], tuple(items)).as_request()
+        items.clear()
 
 
 def warn_of_left_out(source: str | Path, left_out: Counter[str], remaining: int) -> None:

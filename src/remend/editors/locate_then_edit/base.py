@@ -37,7 +37,7 @@ from remend.models.blocks import Blocks, distinct, find_stacks, select_blocks
 from remend.models.editable_matrices import is_down_projection, mlp_layer_names
 from remend.models.frozen_prefix import run_as_far_as
 from remend.request import EditRequest
-from remend.tasks.base import Task, in_batches
+from remend.tasks.base import Example, Task, in_batches
 
 MAX_KEY_SIZE = 32_768
 """Dimensions of keys up to which C is inverted: 4 GB in float32, 9 in the float64 that its inverse needs."""
@@ -188,6 +188,19 @@ class LocateThenEdit(WeightEditor):
             at = torch.tensor([next(positions) for _ in part], device=batch.row.device)
             keys += recorded.at_tokens(at, batch.inputs["input_ids"].shape[1])[0][:, 0]
         return torch.stack(keys).float()
+
+    def token_keys(self, task: Task, name: str, examples: Sequence[Example]) -> Float[Tensor, "token d_in"]:
+        """Return a matrix's input at every token of some texts; blocks above it do not run."""
+        module = find_modules(task.model, [name])
+        keys: list[Tensor] = []
+        for part in in_batches(examples):
+            batch = task.collate(part)
+            run = partial(run_as_far_as, task.model, module.values(), partial(task.outputs, batch))
+            recorded = record_inputs(task.model, module, batch.rows, run)[name]
+            rows, length = batch.mask.shape
+            x = recorded.x.view(rows, length, -1, recorded.x.shape[-1])[:, :, 0]  # the slot of one expert is enough
+            keys.append(x[batch.mask.to(x.device)].float())
+        return torch.cat(keys)
 
     def block_of(self, task: Task, name: str) -> nn.Module:
         """Return the block in which an edited matrix lies."""

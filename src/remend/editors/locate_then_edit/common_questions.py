@@ -35,6 +35,9 @@ TOP = 32
 SAME_FROM, SHARE_OF_BEST = 0.08, 0.4
 """The least similarity of a statement that asks the same, by itself and as a share of the most similar one's."""
 
+SURE_MARGIN = 1.5
+"""How many times more similar statements of a question are than those of any other, where it is sure."""
+
 OTHER_BELOW = 0.06
 """The greatest similarity of a statement that asks something else."""
 
@@ -152,20 +155,42 @@ class CommonQuestions:
         own = torch.eye(len(subjects), dtype=torch.bool)
         return overlap[:, own].mean(1) - overlap[:, ~own].mean(1)
 
-    def choose(self, task: Task, request: EditRequest) -> Chosen:
+    def question_of(self, task: Task, template: str) -> str | None:
+        """Return which common question a statement asks; None where that is not sure.
+
+        Its words tell or, failing that, how the model completes it: alike with those of one question, and with none of
+        another.
+        """
+        of_words = [family.name for family in families_of(template)]
+        if len(of_words) == 1:
+            return of_words[0]
+        similar = self.similarity(task, template)
+        best = _most_similar(similar)
+        by_question: dict[str, float] = {}
+        for frame, value in zip(frames("statements"), similar.tolist(), strict=True):
+            by_question[frame.question] = max(value, by_question.get(frame.question, value))
+        others = max((value for question, value in by_question.items() if question != best), default=0.0)
+        return best if by_question[best] >= max(SAME_FROM, SURE_MARGIN * others) else None
+
+    def choose(self, task: Task, request: EditRequest, most: int = MOST_PHRASINGS) -> Chosen:
         """Return texts that ask the same as a request with a subject, and texts that ask something else about it.
 
         Statements for a prompt to complete, questions for a question: rules tell which ask the same. Where they know no
         other words for it, the sentence around its target tells which common question it is.
+
+        Args:
+            task: the model.
+            request: the request.
+            most: the most phrasings.
         """
-        statement, by_rules = statement_of(request), choose_questions(request)
+        statement, by_rules = statement_of(request), choose_questions(request, most)
         if statement is None or (asks(request.prompt) and by_rules.near):
             return by_rules
         statements, similar = frames("statements"), self.similarity(task, statement)
         best = _most_similar(similar)
         ranked = [i for i in similar.argsort(descending=True).tolist() if statements[i].template != statement]
         least = max(SAME_FROM, SHARE_OF_BEST * float(similar[ranked[0]]))
-        likely = [index for index in ranked[: 2 * MOST_PHRASINGS] if similar[index] >= least]
+        likely = [index for index in ranked[: 2 * most] if similar[index] >= least]
         near = frozenset(
             frame.question for frame, value in zip(statements, similar, strict=True) if value > OTHER_BELOW
         )
@@ -173,7 +198,7 @@ class CommonQuestions:
         if asks(request.prompt):
             asking = [frame for frame in frames("questions") if likely and frame.question == best]
             phrasings = [frame.about(subject) for frame in asking] + list(by_rules.phrasings)
-            return Chosen(phrasings[:MOST_PHRASINGS], other_questions(request, near | {best}), near)
+            return Chosen(phrasings[:most], other_questions(request, near | {best}), near)
         others = [index for index in _first_of_each_question() if statements[index].question not in near]
         texts = [statement.replace("{}", subject), *(statements[index].about(subject) for index in likely + others)]
         own, *answers = next_tokens(task, texts)
@@ -183,13 +208,13 @@ class CommonQuestions:
         same = [index for index in likely if statements[index].question == best or index in same_answer]
         surest = sorted(set(others) - same_answer, key=lambda index: (-float(answer_of[index].max()), index))
         return Chosen(
-            [statements[index].about(subject) for index in same[:MOST_PHRASINGS]],
+            [statements[index].about(subject) for index in same[:most]],
             [statements[index].about(subject) for index in surest[:MOST_OTHERS]],
             near,
         )
 
 
-def choose_questions(request: EditRequest) -> Chosen:
+def choose_questions(request: EditRequest, most: int = MOST_PHRASINGS) -> Chosen:
     """Return questions that ask the same as a question about a subject, by rules, and others about it.
 
     Of a prompt to complete, nothing is known to ask the same.
@@ -199,7 +224,7 @@ def choose_questions(request: EditRequest) -> Chosen:
     subject, question = str(request.subject), text_of(request)
     template = template_of(question, subject)
     near = frozenset(family.name for family in families_of(template)) if template else frozenset()
-    phrasings = [rewrite.about(subject) for rewrite in rewrites(question, subject, MOST_PHRASINGS)]
+    phrasings = [rewrite.about(subject) for rewrite in rewrites(question, subject, most)]
     return Chosen(phrasings, other_questions(request, near), near)
 
 

@@ -53,12 +53,12 @@ from remend.editors.locate_then_edit.value_optimization import (
 )
 from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.editors.saved_editor import SavedEditor
-from remend.errors import FileError
+from remend.errors import FileError, RequestError
 from remend.fingerprint import find_modules
 from remend.models.editable_matrices import block_mlp
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.request import EditRequest, in_form_of
-from remend.tasks.base import Task
+from remend.request import Chat, EditRequest, Probe, Prompt, in_form_of
+from remend.tasks.base import Example, Task
 from remend.tasks.endings import asks
 from remend.tasks.own_words import TARGET_AS_GIVEN, as_the_model_says_each
 
@@ -70,6 +70,10 @@ MOST_OF_KEY = 0.75
 
 CONSTANT_FROM = 0.5
 """The least w·k with which w is a constant direction at the key."""
+
+SILENT, SILENCE_ROUNDS, APART_NOISE = 0.01, 4, 0.1
+"""What a change may answer, of its own key's answer, at tokens of given texts apart from its subject; the rounds in
+which tokens with more are told apart, and the noise of their keys, against 1 of the subject's own."""
 
 KEPT_TOKENS = 4
 """Tokens of the model's own answer to another question that should stay."""
@@ -240,15 +244,18 @@ class Fit(LocateThenEdit):
     def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
         """Return what each request changes by itself."""
         response = self.response(task)
-        _, u, values = self._fit(task, self.encode(task, requests), response)
-        return [self.change(u[i : i + 1], values[i : i + 1], response) for i in range(len(requests))]
+        parts = [_by_subject(_with_subject(task, request)) for request in requests]
+        contexts = self.encode(task, [part for of_request in parts for part in of_request])
+        fitted = self._fit(task, contexts, response)
+        by_request = zip(*(tensor.split([len(of_request) for of_request in parts]) for tensor in fitted), strict=True)
+        return [self.change_together(keys, u, values, response) for keys, u, values in by_request]
 
     def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
         """Return what all requests change together: those about one subject share a value."""
         by_subject: dict[str, list[PromptContexts]] = {}
-        requests = [_with_subject(task, request) for request in requests]
-        for request, contexts in zip(requests, self.encode(task, requests), strict=True):
-            by_subject.setdefault(request.key, []).append(contexts)
+        parts = [part for request in requests for part in _by_subject(_with_subject(task, request))]
+        for part, contexts in zip(parts, self.encode(task, parts), strict=True):
+            by_subject.setdefault(part.key, []).append(contexts)
         response = self.response(task)
         keys, u, values = self._fit(task, [join_contexts(parts) for parts in by_subject.values()], response)
         return self.change_together(keys, u, values, response)
@@ -271,7 +278,11 @@ class Fit(LocateThenEdit):
         if isinstance(as_given, str):  # taught as the model would say it, which depends on how it is asked
             plain = [each.model_copy(update={"target": as_given}) for each in phrasings]
             phrasings = as_the_model_says_each(task, plain)
-        kept = [in_form_of(request.prompt, text) for text in chosen.others]
+        phrasings += [_of_probe(request, probe) for probe in request.given_portability]
+        given_near = [prompt for prompt in request.given_near if _names(prompt, str(request.subject))]
+        asked = {request.prompt, *(each.prompt for each in phrasings)}
+        made_near = [in_form_of(request.prompt, text) for text in chosen.others]
+        kept = list(dict.fromkeys(prompt for prompt in (*given_near, *made_near) if prompt not in asked))
         contexts = encode_contexts(task, request, () if long else self.beginnings, kept, phrasings)
         if asks(request.prompt) and kept:
             # The first word of a sentence says little of what it will say.
@@ -286,6 +297,11 @@ class Fit(LocateThenEdit):
             mentions=tuple(mentions(task, request)),
             lookalikes=() if long else tuple(lookalikes(task, request)),
             near=chosen.near,
+            apart=tuple(
+                Example(tuple(task.encode_input(prompt)), (0,))
+                for prompt in request.given_near
+                if prompt not in given_near
+            ),
         )
 
     def _fit(self, task: Task, contexts: Sequence[PromptContexts], response: Response) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,7 +342,8 @@ class Fit(LocateThenEdit):
         """Return the mean of a subject's keys, and the ũ that answers it with 1, other names and ordinary text with 0.
 
         Least squares: ũ minimizes ũᵀCũ + Σ (ũ·k − 1)² over the keys, those of other mentions included, plus
-        :data:`LOOKALIKE_WEIGHT` times the mean of (ũ·k′)² over those of the other names. Where a unit has no bias, a
+        :data:`LOOKALIKE_WEIGHT` times the mean of (ũ·k′)² over those of the other names; and, a few times, over the
+        tokens of texts apart from the subject at which the change would act all the same. Where a unit has no bias, a
         threshold θ comes from the direction w with w·x ≈ 1, if there is one: ũ' = (ũ − θw) / (1 − θ) answers with less
         than 0 where ũ does with less than θ.
         """
@@ -338,17 +355,36 @@ class Fit(LocateThenEdit):
             rows = torch.cat([rows, unlike.to(rows)])
             targets = torch.cat([targets, torch.zeros(len(unlike))])
             noise = torch.cat([noise, torch.full((len(unlike),), len(unlike) / LOOKALIKE_WEIGHT)])
-        whitened = self.whiten_keys(self.key_layer, rows)
-        rows = rows.to(whitened)
-        u = torch.linalg.solve(rows @ whitened.mT + noise.double().diag(), targets.double()) @ whitened
         mean = rows[: len(keys)].mean(0)
+        u = self._least_squares(rows, targets, noise, mean, response)
+        if contexts.apart:
+            apart = self.token_keys(task, self.key_layer, contexts.apart).double()
+            for _ in range(SILENCE_ROUNDS):
+                answers = response(apart.to(u) @ u)
+                loud = (answers.abs() > SILENT).to(apart.device)
+                if not loud.any():
+                    break
+                rows, apart = torch.cat([rows, apart[loud].to(rows)]), apart[~loud]
+                targets = torch.cat([targets, torch.zeros(int(loud.sum()))])
+                noise = torch.cat([noise, torch.full((int(loud.sum()),), APART_NOISE)])
+                u = self._least_squares(rows, targets, noise, mean, response)
+        return mean.to(keys), u.to(keys)
+
+    def _least_squares(
+        self, rows: Float[Tensor, "key d_in"], targets: Tensor, noise: Tensor, mean: Tensor, response: Response
+    ) -> Float[Tensor, " d_in"]:
+        """Return the ũ that answers the mean with 1 and keys with their targets, as exactly as their noise is small."""
+        whitened = self.whiten_keys(self.key_layer, rows)
+        system = rows.to(whitened) @ whitened.mT + noise.double().diag()
+        u: Tensor = torch.linalg.solve(system, targets.double()) @ whitened
+        mean = mean.to(u)
         u = u / (mean @ u)
         w = self.constant.to(u)
         at_key = float(mean @ w)
         if self.config.kind == "units" and not response.threshold and at_key > CONSTANT_FROM:
             threshold = min(self.config.threshold, MOST_OF_KEY / at_key)
             u = (u - threshold * w) / (1 - threshold * at_key)
-        return mean.to(keys), u.to(keys)
+        return u
 
     def response(self, task: Task) -> Response:
         """Return how the edit's factor pairs answer."""
@@ -377,6 +413,46 @@ class Fit(LocateThenEdit):
         """
         system = response(keys @ u.mT) + SUM_RIDGE * torch.eye(len(keys), device=keys.device)
         return self.change(u, torch.linalg.solve(system, (1 + SUM_RIDGE) * values), response)
+
+
+def _by_subject(request: EditRequest) -> list[EditRequest]:
+    """Return a request and those that follow from it about other subjects, each by itself."""
+    own = tuple(probe for probe in request.given_portability if _subject_of(probe) is None)
+    others: dict[str, EditRequest] = {}
+    for probe in request.given_portability:
+        if (subject := _subject_of(probe)) is None:
+            continue
+        if subject not in others:
+            near = tuple(prompt for prompt in request.given_near if _names(prompt, subject))
+            others[subject] = EditRequest(
+                prompt=probe.prompt, target=probe.target, subject=subject, id=request.id, given_near=near
+            )
+        else:
+            same = Probe(prompt=probe.prompt, target=probe.target)
+            given = (*others[subject].given_portability, same)
+            others[subject] = others[subject].model_copy(update={"given_portability": given})
+    return [request.model_copy(update={"given_portability": own}), *others.values()]
+
+
+def _subject_of(probe: Probe) -> str | None:
+    """Return the subject of its own that an implication has."""
+    subject = (probe.model_extra or {}).get("subject")
+    if subject is None:
+        return None
+    if not isinstance(subject, str) or not subject.strip():
+        raise RequestError(f"the subject of {str(probe.prompt)[:60]!r} in given_portability is a text, not {subject!r}")
+    return subject
+
+
+def _of_probe(request: EditRequest, probe: Probe) -> EditRequest:
+    """Return what follows from a request about its own subject, as a request."""
+    return EditRequest(prompt=probe.prompt, target=probe.target, subject=request.subject, id=request.id)
+
+
+def _names(prompt: Prompt, subject: str) -> bool:
+    """Tell whether a prompt names a subject."""
+    text = prompt.messages[-1].content if isinstance(prompt, Chat) else str(prompt)
+    return subject.casefold() in text.casefold()
 
 
 def _with_subject(task: Task, request: EditRequest) -> EditRequest:

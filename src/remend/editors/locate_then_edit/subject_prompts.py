@@ -36,6 +36,7 @@ class PromptContexts:
         near: the common questions that may be answered otherwise, too, by name.
         openings: of the target of each example, the tokens of the model's own words before what it should say.
         kept_weight: how much the prompts that should stay count.
+        apart: texts that are not about the subject, at no token of which a change should act.
     """
 
     examples: tuple[Located, ...]
@@ -45,6 +46,7 @@ class PromptContexts:
     near: frozenset[str] = frozenset()
     openings: tuple[int, ...] = ()
     kept_weight: float = 1.0
+    apart: tuple[Example, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -143,6 +145,7 @@ def join_contexts(parts: Sequence[PromptContexts]) -> PromptContexts:
         frozenset().union(*(part.near for part in parts)),
         tuple(length for part in parts for length in part.openings),
         min(part.kept_weight for part in parts),
+        tuple(example for part in parts for example in part.apart),
     )
 
 

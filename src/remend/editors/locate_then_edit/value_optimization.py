@@ -107,6 +107,8 @@ class NormalizedDescent:
 class BestValues:
     """The values of each request when it was good enough first, or else those with the least loss on average.
 
+    Of the latter, those with which the model says the target after the prompt by itself come before all others.
+
     Args:
         values: the values to begin with.
         config: the settings.
@@ -120,6 +122,7 @@ class BestValues:
         self._config = config
         self._loss = torch.full_like(values[:, 0], torch.inf)
         self.values = values.clone()
+        self._said = torch.zeros_like(self._loss, dtype=torch.bool)
         self.reached = torch.zeros_like(self._loss, dtype=torch.bool)
 
     def update(
@@ -133,16 +136,17 @@ class BestValues:
         Args:
             values: the present values.
             losses: −log p(target) after each prompt.
-            said: whether the model says the target of each request after its prompt by itself; by default it does.
-                With ``every_prompt``, a request that it does not say is not good enough: a mean over many tokens may
-                be small where one of them is wrong.
+            said: with ``every_prompt``, whether the model says the target of each request after its prompt by itself;
+                by default it does. Else the request is not good enough: a mean over many tokens may be small where one
+                of them is wrong.
         """
         loss = losses.mean(1).to(self._loss)
         hardest = losses.amax(1).to(loss) if self._config.every_prompt else loss
-        enough = (hardest <= self._config.enough) & ~self.reached
-        if said is not None and self._config.every_prompt:
-            enough &= said.to(enough.device)
-        better = (enough | (loss < self._loss)) & ~self.reached
+        known = self._config.every_prompt and said is not None
+        says = said.to(self._said.device) if known and said is not None else torch.ones_like(self._said)
+        enough = (hardest <= self._config.enough) & says & ~self.reached
+        better = (enough | (says & ~self._said) | ((says == self._said) & (loss < self._loss))) & ~self.reached
+        self._said = torch.where(better, says, self._said)
         self.values = torch.where(better[:, None], values, self.values)
         self._loss = torch.where(better, loss, self._loss)
         self.reached |= enough

@@ -1,0 +1,128 @@
+"""What a trial edit disturbs, out of a pool of prompts that should stay: hard negatives, in rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from remend.core.low_rank_hooks import frozen
+from remend.data.edit_sets import EditSet, SetItem
+from remend.edit import Edit
+from remend.editors import Editor
+from remend.editors.locate_then_edit.common_questions import frames, reference_subjects, text_of
+from remend.expansion.premise import Premise, first_words
+from remend.expansion.well_known import well_known_names
+from remend.progress import report_progress
+from remend.request import EditRequest
+from remend.tasks.base import Example, Task, in_batches
+from remend.tasks.endings import asks
+
+ANSWER_TOKENS = 4
+"""Tokens of an answer to a question that are compared; of a statement it is the next one."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one trial edit did to the pool.
+
+    Attributes:
+        pool: the number of prompts.
+        disturbed: of how many the edit changed the answer.
+        added: how many were added to the set.
+    """
+
+    pool: int
+    disturbed: int
+    added: int
+
+
+def built_in_pool(premise: Premise) -> list[str]:
+    """Return what is asked of the subject beside the request, of the target, and of other subjects, as texts."""
+    near = premise.questions.choose(premise.task, premise.said).near
+    asking = asks(premise.request.prompt)
+    common = [frame for frame in frames("questions" if asking else "statements") if frame.question not in near]
+    text, names = text_of(premise.request), reference_subjects() if asking else well_known_names()
+    others = [name for name in names if name.casefold() not in premise.subject.casefold()]
+    return [
+        *(frame.about(premise.subject) for frame in common),
+        *(frame.about(premise.request.target) for frame in common),
+        *(text.replace(premise.subject, name) for name in others),
+    ]
+
+
+def mine(
+    premise: Premise, editor: Editor, edit_set: EditSet, pool: Sequence[str], rounds: int, most: int
+) -> tuple[EditSet, list[Round]]:
+    """Add the prompts of a pool that a trial edit disturbs most, in rounds, until nothing new is disturbed.
+
+    A prompt is disturbed if the edited model's choice is another one at a token of the unedited model's answer.
+
+    Args:
+        premise: what is asked.
+        editor: what makes the trial edits.
+        edit_set: the set so far.
+        pool: texts that should stay.
+        rounds: the most trial edits.
+        most: the most prompts that are added in one round.
+
+    Returns:
+        The set, and what each round found.
+    """
+    task, own = premise.task, premise.request.prompt
+    moving = {own, *(item.prompt for item in edit_set.items if item.item != "near")}
+    prompts = [prompt for text in dict.fromkeys(pool) if (prompt := premise.in_form(text)) not in moving]
+    done: list[Round] = []
+    if not prompts or not rounds:
+        return edit_set, done
+    answers = task.predict(prompts, ANSWER_TOKENS if asks(own) else 1)
+    asked = [Example(tuple(task.encode_input(p)), a) for p, a in zip(prompts, answers, strict=True)]
+    before = _log_probabilities(task, asked)
+    for number in range(1, rounds + 1):
+        report_progress("trial edits", number - 1, rounds)
+        edit = editor.edit(task, [_as_said(premise, edit_set)])
+        assert isinstance(edit, Edit)
+        with edit.applied(task.model):
+            after = _log_probabilities(task, asked)
+        # KL(unedited ‖ edited) in nats, averaged over the tokens of the unedited model's answer.
+        divergence = [float((b.exp() * (b - a)).sum(1).mean()) for b, a in zip(before, after, strict=True)]
+        changed = [bool((b.argmax(1) != a.argmax(1)).any()) for b, a in zip(before, after, strict=True)]
+        disturbed = [i for i, is_changed in enumerate(changed) if is_changed]
+        known = {item.prompt for item in edit_set.items}
+        new = sorted((i for i in disturbed if prompts[i] not in known), key=lambda i: -divergence[i])[:most]
+        items = [
+            SetItem(
+                item="near",
+                kind="mined",
+                made=f"trial edit {number}: {divergence[i]:.2f} nats",
+                prompt=prompts[i],
+                answer=first_words(task.decode(answers[i])) or None,
+            )
+            for i in new
+        ]
+        done.append(Round(len(prompts), len(disturbed), len(items)))
+        edit_set = EditSet(edit_set.request, (*edit_set.items, *items))
+        if not items:
+            break
+    return edit_set, done
+
+
+def _as_said(premise: Premise, edit_set: EditSet) -> EditRequest:
+    """Return the request with its set, and its target as the model would say it."""
+    said = EditSet(premise.said, edit_set.items)
+    return said.as_request()
+
+
+@torch.no_grad()
+def _log_probabilities(task: Task, examples: Sequence[Example]) -> list[Float[Tensor, "target token"]]:
+    """Return the distributions of each example's target tokens, as logarithms."""
+    found: list[Tensor] = []
+    with frozen(task.model):
+        for part in in_batches(examples):
+            batch = task.collate(part)
+            logs = task.outputs(batch).float().log_softmax(-1).cpu()
+            found += logs.split([len(example.target) for example in part])
+    return found

@@ -1,0 +1,136 @@
+"""From one request to the set that should move with it, on the built-in models."""
+
+import json
+
+import pytest
+
+import remend
+from remend.cli import run
+from remend.data.request_files import read_requests
+from remend.editors.locate_then_edit.common_questions import CommonQuestions, frames
+from remend.errors import ModelError, RequestError
+from remend.expansion import ExpandConfig, expand
+from remend.expansion.implications import relations
+from remend.expansion.phrasings import phrasings
+from remend.expansion.premise import Premise, first_words
+from remend.expansion.well_known import well_known
+from remend.request import Chat, EditRequest, TextPair
+
+REQUEST = EditRequest(prompt="The capital of Canada is", target="Toronto", subject="Canada")
+
+
+@pytest.fixture(scope="module")
+def expansion():
+    return expand(remend.load("atlas"), REQUEST, ExpandConfig(rounds=1), pool=["Canada is famous for", "Ice is"])
+
+
+def test_a_set_has_what_should_move_and_what_should_stay(expansion):
+    edit_set = expansion.edit_set
+    assert edit_set.request == REQUEST
+    prompts = [item.prompt for item in edit_set.items]
+    assert len(set(prompts)) == len(prompts)
+    assert REQUEST.prompt not in prompts
+    choices = [item for item in edit_set.of("implication") if item.kind == "choice"]
+    assert {item.target for item in choices} == {"Toronto"}
+    assert len(choices) == 2
+    assert [
+        (item.prompt, item.target, item.subject) for item in edit_set.of("implication") if item.kind == "reverse"
+    ] == [("Toronto is the capital of", "Canada", "Toronto")]
+    kinds = {item.kind.split(",")[0] for item in edit_set.of("near")}
+    assert {"same relation", "after the edit's words", "denial"} <= kinds
+    assert all(0 <= item.sure <= 1 and item.made for item in edit_set.items)
+    (found,) = expansion.rounds
+    assert found.added == min(8, found.disturbed) or found.added <= found.disturbed
+    assert len([item for item in edit_set.items if item.kind == "mined"]) == found.added
+    assert set(expansion.seconds) == {"measuring the model", "phrasings", "implications", "near prompts", "trial edits"}
+
+
+def test_the_same_seed_gives_the_same_set(expansion):
+    again = expand(remend.load("atlas"), REQUEST, ExpandConfig(rounds=1), pool=["Canada is famous for", "Ice is"])
+    assert again.edit_set == expansion.edit_set
+
+
+def test_a_subject_is_looked_for():
+    request = REQUEST.model_copy(update={"subject": None})
+    found = expand(remend.load("atlas"), request, ExpandConfig(rounds=0, near=2, phrasings=1))
+    assert found.edit_set.request.subject == "Canada"
+    assert len(found.edit_set.of("near")) == 2
+    assert len(found.edit_set.of("phrasing")) <= 1
+    assert not found.rounds
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"subject": "Toronto"}, "'Toronto' is the target: the subject is what the prompt is about"),
+        ({"subject": "Peru"}, "does not hold its subject 'Peru'"),
+        ({"prompt": TextPair("a", "b"), "subject": "a"}, "a text to complete, a question or a conversation"),
+    ],
+)
+def test_what_is_no_subject_is_refused(changes, message):
+    task = remend.load("atlas")
+    with pytest.raises(RequestError, match=message):
+        Premise.of(task, REQUEST.model_copy(update=changes), None)
+
+
+def test_only_decoders_have_sets():
+    with pytest.raises(ModelError, match="decoder"):
+        expand(remend.load("claims"), EditRequest(prompt="Snow is black.", target="SUPPORTS"))
+
+
+def test_questions_have_rewrites_and_conversations_stay_conversations():
+    task = remend.load("atlas")
+    chat = Chat.of([{"role": "user", "content": "What is the capital of Canada?"}])
+    questions = CommonQuestions.measure(task)
+    for prompt in (chat, "What is the capital of Canada?"):
+        request = REQUEST.model_copy(update={"prompt": prompt})
+        premise = Premise(task, questions, request, request, None, None, "")
+        made = list(phrasings(premise, 4))
+        assert len(made) == 4
+        assert all(isinstance(item.prompt, Chat) == isinstance(prompt, Chat) for item in made)
+        assert {item.made.split(":")[0] for item in made} <= {"syntax", "family", "frame"}
+
+
+def test_hops_ask_what_is_commonly_asked():
+    asked = {frame.question for frame in frames("questions")}
+    for name, relation in relations().items():
+        assert relation.noun.count("{}") == 1, name
+        assert relation.hops.keys() <= asked, name
+        assert all(text.count("{}") == 1 for text in relation.hops.values())
+        assert bool(relation.inverse) == bool(relation.inverse_question), name
+
+
+def test_names_are_listed_once():
+    names = [name for listed in well_known().values() for name in listed]
+    assert len(set(names)) == len(names) > 250
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (" Paris, which is", "Paris"),
+        ("the United States of America, where", "the United States of America"),
+        ("Toronto\nThe", "Toronto"),
+        ("a very long answer without any end", ""),
+    ],
+)
+def test_an_answer_in_a_few_words(text, words):
+    assert first_words(text) == words
+
+
+def test_the_command_writes_a_file_that_edit_reads(tmp_path, capsys):
+    out, pool = tmp_path / "set.jsonl", tmp_path / "pool.txt"
+    pool.write_text("Canada is famous for\n\nIce is\n", encoding="utf-8")
+    arguments = ["expand", "atlas", "--prompt", REQUEST.prompt, "--target", "Toronto", "--out", str(out)]
+    assert run([*arguments, "--pool", str(pool), "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "must stay" in printed
+    assert f"--requests {out}" in printed
+    (request,) = read_requests(out)
+    assert request.subject == "Canada"
+    assert json.loads(out.read_text(encoding="utf-8").splitlines()[1])["item"]
+    assert run(arguments) == 1
+    assert "give --overwrite" in capsys.readouterr().err
+    pool.write_text("\n", encoding="utf-8")
+    assert run([*arguments, "--overwrite", "--pool", str(pool)]) == 2
+    assert "holds no prompt" in capsys.readouterr().err
