@@ -19,7 +19,9 @@ means over requests of the shares of their prompts, with 95 % bootstrap interval
 - near, far: other prompts of each kind (benchmarks/real_requests.py);
 - text, of every fourth edit: choices on WikiText-2 that stay, and the model's perplexity over the unedited one's.
 
-Phrasings that the editor could have been fitted to (given ones, and the common questions of ``fit``) are not scored.
+Phrasings that the editor could have been fitted to (given ones, and the common questions of ``fit``) are not scored,
+nor is what a set gives to it (``expand`` of a variant: the sizes of :class:`remend.expansion.ExpandConfig`, ``without``
+the kinds of items that it leaves out).
 What was measured of each request is kept beside the table (``.rows.jsonl``), and not measured again.
 """
 
@@ -30,18 +32,21 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import remend
 from common import HERE, parser, start, write
 from real_questions import says
+from remend.data.edit_sets import EditSet
 from remend.data.request_files import read_requests
 from remend.editors import Editor, editor_class, load_editor, make
 from remend.editors.locate_then_edit.common_questions import frames
 from remend.evaluation.interventions import Intervention, shared_intervention
 from remend.evaluation.ordinary_text import OrdinaryText
+from remend.expansion import ExpandConfig, expand
 from remend.request import Chat, EditRequest, Prompt
 from remend.tasks import as_the_model_says
 from remend.tasks.base import Answer, Task
@@ -62,9 +67,9 @@ RESAMPLES = 2000
 """Bootstrap samples of an interval."""
 
 
-def asked_of(request: EditRequest, given: Sequence[str]) -> list[tuple[str, Prompt]]:
+def asked_of(request: EditRequest, given: Sequence[Prompt]) -> list[tuple[str, Prompt]]:
     """Return the prompts of a request that are scored, with their kinds."""
-    fitted_to = set(given)
+    fitted_to = set(map(_text, given))
     if request.subject:
         fitted_to |= {frame.about(request.subject) for form in ("statements", "questions") for frame in frames(form)}
     asked: list[tuple[str, Prompt]] = [("reliability", request.prompt)]
@@ -119,12 +124,36 @@ def make_editor(task: Task, variant: Mapping[str, Any], text: Sequence[str]) -> 
     return make(variant["editor"], task, passages, config=config, layers=variant.get("layers"))
 
 
-def measure(base: Base, editor: Editor, request: EditRequest, given: Sequence[Prompt], with_text: bool) -> Row:
-    """Return the shares of a request's prompts, and the seconds of its edit."""
+def with_set(task: Task, bare: EditRequest, sizes: Mapping[str, Any], text: Sequence[str]) -> EditRequest:
+    """Return a request with the set that is made from it, without the kinds of items that a variant leaves out."""
+    left_out = sizes.get("without", ())
+    config = ExpandConfig(**{name: value for name, value in sizes.items() if name != "without"})
+    made = expand(task, bare, config, text=text).edit_set
+    return EditSet(made.request, tuple(item for item in made.items if item.kind not in left_out)).as_request()
+
+
+def measure(
+    base: Base,
+    editor: Editor,
+    request: EditRequest,
+    given: Sequence[Prompt],
+    with_text: bool,
+    make_set: Callable[[EditRequest], EditRequest] | None = None,
+) -> Row:
+    """Return the shares of a request's prompts, and the seconds of its edit.
+
+    With a set, what it gives to the editor is not scored, and making it counts as ``set_seconds``.
+    """
     task = base.task
-    asked = asked_of(request, given)
-    base.ask([prompt for _, prompt in asked])
     bare = EditRequest(prompt=request.prompt, target=request.target, subject=request.subject, given_paraphrases=given)
+    extra: Row = {}
+    if make_set is not None:
+        began = time.process_time()
+        bare = make_set(bare)
+        extra["set_seconds"] = time.process_time() - began
+    told = {*bare.given_near, *(probe.prompt for probe in bare.given_portability)}
+    asked = [(name, prompt) for name, prompt in asked_of(request, bare.given_paraphrases) if prompt not in told]
+    base.ask([prompt for _, prompt in asked])
     began = time.process_time()
     edit = editor.edit(task, [as_the_model_says(task, bare) if isinstance(request.prompt, Chat) else bare])
     seconds = time.process_time() - began
@@ -143,7 +172,7 @@ def measure(base: Base, editor: Editor, request: EditRequest, given: Sequence[Pr
     row = {name: sum(of_kind[name]) / len(of_kind[name]) for name in KINDS if of_kind[name]}
     if with_text:
         row |= base.on_text(intervention)
-    return {**row, "seconds": seconds}
+    return {**row, "seconds": seconds, **extra}
 
 
 def summary(variant: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
@@ -201,9 +230,11 @@ def run(config: Mapping[str, Any], out: Path, only: Sequence[str]) -> None:
         missing = [request for request in requests if (name, str(request.id)) not in rows]
         if missing and (not only or name in only):
             editor = make_editor(task, variant, text)
+            sizes = variant.get("expand")
+            make_set = None if sizes is None else partial(with_set, task, sizes=sizes, text=text)
             for number, request in enumerate(missing, start=1):
                 given = request.paraphrases[: variant.get("given", 0)]
-                row = measure(base, editor, request, given, requests.index(request) % TEXT_EVERY == 0)
+                row = measure(base, editor, request, given, requests.index(request) % TEXT_EVERY == 0, make_set)
                 rows[name, str(request.id)] = row
                 with kept.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([name, str(request.id), row]) + "\n")

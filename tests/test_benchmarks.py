@@ -68,8 +68,8 @@ def facts(tmp_path):
 
 def test_every_benchmark_has_a_configuration_and_every_configuration_a_benchmark():
     configs = {file.stem for file in (FOLDER / "configs").glob("*.json")}
-    # real_gemma is for real.py, with another model.
-    assert configs - {"real_gemma"} == {file.stem for file in FOLDER.glob("*.py")} - {
+    # real_gemma and real_sets are for real.py, with another model and with sets.
+    assert configs - {"real_gemma", "real_sets"} == {file.stem for file in FOLDER.glob("*.py")} - {
         "common",
         "counterfact_testbed",
         "mend_real",
