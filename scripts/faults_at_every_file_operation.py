@@ -59,6 +59,7 @@ class Case:
 
 _EDIT = "edit {made}/model --editor finetune --set steps=2 --keep-failed --max-new-tokens 2 --device cpu"
 _NEW = f"{_EDIT} --requests {{made}}/other.jsonl --out {{here}}/edit"
+_EXPAND = "expand {made}/model --prompt Peru --target Rome --rounds 0 --device cpu"
 _TRAIN = "train {made}/model --data {made}/requests.jsonl --validation {made}/held_out.jsonl --out {here}/editor "
 _TRAIN += "--max-steps 2 --checkpoint-minutes 0 --allow-shared facts --device cpu"
 _EVALUATE = "evaluate {made}/model --editor finetune --set steps=1 --data {made}/requests.jsonl --limit 2 "
@@ -68,6 +69,9 @@ _RECIPE += "".join(f" --{split} fever:{{made}}/{split}.jsonl" for split in ("tra
 CASES = {
     "edit": Case(f"{_NEW} --json {{here}}/edit.json", again=f"{_NEW} --json {{here}}/edit.json --overwrite"),
     "edit --overwrite": Case(f"{_NEW} --overwrite", ("edit",)),
+    "expand": Case(
+        f"{_EXPAND} --out {{here}}/set.jsonl", again=f"{_EXPAND} --out {{here}}/set.jsonl --overwrite"
+    ),
     "export": Case("export {made}/edit --model {made}/model --to peft --out {here}/adapter"),
     "export, again": Case("export {made}/other_edit --model {made}/model --to peft --out {here}/adapter", ("adapter",)),
     "export merged": Case("export {made}/edit --model {made}/model --to merged --out {here}/merged --device cpu"),

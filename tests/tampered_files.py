@@ -14,6 +14,7 @@ from remend.apps.acceptance import AcceptanceCriteria
 from remend.apps.hub.evaluation_rows import evaluation_rows
 from remend.apps.patch_registry import PatchRegistry
 from remend.data import read_source
+from remend.data.edit_sets import EditSet, SetItem
 from remend.data.request_files import read_requests
 from remend.data.text_files import read_text
 from remend.editors import Mend, MendConfig, make
@@ -34,6 +35,11 @@ CRITERIA = {
     "must_change": [{"prompt": "a", "target": "b"}], "must_stay": ["c", {"prompt": "d", "target": "e"}], "takes": 1.0,
     "near": 0.5, "perplexity": {"text": ["f g"], "most": 1.5}, "size": 0.5,
 }  # fmt: skip
+ITEMS = (
+    SetItem(item="phrasing", kind="statement", made="by rule", sure=0.9, prompt="a b"),
+    SetItem(item="implication", kind="reverse", prompt="c", target="d", subject="e"),
+    SetItem(item="near", prompt="f", answer="g"),
+)
 VERDICT = {
     "ok": False,
     "checks": [{"name": "takes", "measured": 0.5, "bound": 1.0, "ok": False, "count": 2, "failed": []}],
@@ -61,6 +67,7 @@ def file_kinds(task, requests, edit):
     containers |= {f"{name}.gz": gzip.compress(containers[name], mtime=0) for name in ("array.json", "table.csv")}
     if parquet := _parquet(requests):
         containers["table.parquet"] = parquet
+    containers["set.jsonl"] = "\n".join(EditSet(requests[0], ITEMS).lines()).encode()
     kinds = {f"requests, {name}": of_file(name, content, read_rows) for name, content in containers.items()}
     for name, (row, _) in PLACES.items():
         source = name.partition(":")[0]

@@ -134,3 +134,18 @@ def test_the_command_writes_a_file_that_edit_reads(tmp_path, capsys):
     pool.write_text("\n", encoding="utf-8")
     assert run([*arguments, "--overwrite", "--pool", str(pool)]) == 2
     assert "holds no prompt" in capsys.readouterr().err
+
+
+def test_statements_are_of_the_same_question_only():
+    task = remend.load("atlas")
+    questions = CommonQuestions.measure(task)
+    for prompt, question, expected in (
+        ("Emma was written by", "author", "The author of Emma is"),
+        ("Emma was created by", "creator", "The creator of Emma is"),
+    ):
+        request = EditRequest(prompt=prompt, target="Toronto", subject="Emma")
+        premise = Premise.of(task, request, questions)
+        assert premise.question == question
+        texts = [item.prompt for item in phrasings(premise, 12)]
+        assert expected in texts
+        assert "Emma was directed by" not in texts

@@ -76,3 +76,29 @@ def test_forms_of_verbs():
     assert (past("write"), participle("write"), lemma_of("written")) == ("wrote", "written", "write")
     assert (past("marry"), participle("star"), lemma_of("Created")) == ("married", "starred", "create")
     assert (past("zog"), lemma_of("zogged")) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("question", "subject", "expected", "unwanted"),
+    [
+        (
+            "What language do people speak in Suriname?",
+            "Suriname",
+            "Which language is official in Suriname?",
+            "grow up",
+        ),
+        ("Which river flows through Budapest?", "Budapest", "Tell me: Which river flows through Budapest?", "into"),
+        ("What is the highest mountain in Tanzania?", "Tanzania", "Tell me the highest mountain in Tanzania.", "range"),
+        (
+            "Which religion does the Dalai Lama follow?",
+            "the Dalai Lama",
+            "The Dalai Lama follows which religion?",
+            "{}",
+        ),
+        ("Which religion does eBay follow?", "eBay", "eBay follows which religion?", "EBay"),
+    ],
+)
+def test_questions_that_look_like_another_one(question, subject, expected, unwanted):
+    texts = [rewrite.about(subject) for rewrite in rewrites(question, subject, 12)]
+    assert expected in texts
+    assert not [text for text in texts if unwanted in text]

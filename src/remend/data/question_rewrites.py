@@ -41,8 +41,9 @@ class Rewrite:
     rule: str
 
     def about(self, subject: str) -> str:
-        """Return the text about a subject."""
-        return self.template.replace(SUBJECT, subject)
+        """Return the text about a subject; an article at its beginning is written with a capital."""
+        text = self.template.replace(SUBJECT, subject)
+        return _capital(text) if re.match(r"(?:the|an?)\s", text) else text
 
 
 @dataclass(frozen=True)
