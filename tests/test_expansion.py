@@ -84,7 +84,7 @@ def test_questions_have_rewrites_and_conversations_stay_conversations():
     questions = CommonQuestions.measure(task)
     for prompt in (chat, "What is the capital of Canada?"):
         request = REQUEST.model_copy(update={"prompt": prompt})
-        premise = Premise(task, questions, request, request, None, None, "")
+        premise = Premise(task, questions, request, request, None, None, frozenset(), "")
         made = list(phrasings(premise, 4))
         assert len(made) == 4
         assert all(isinstance(item.prompt, Chat) == isinstance(prompt, Chat) for item in made)

@@ -333,6 +333,7 @@ def test_a_recipe_of_one_s_own(tmp_path):
         ({"dtype": "float23"}, "dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
         ({"model": None}, "give a model, or say in 'needs' what has to be given"),
         ({"task": "seq2seq"}, "perplexity is measured only for causal language models"),
+        ({"config": {"n_embd": float("inf")}}, "config: a number in the model's configuration is not finite"),
         ({"edits": 0}, "edits: Input should be greater than or equal to 1"),
     ],
 )

@@ -12,8 +12,9 @@ import pytest
 import families
 import tampering
 import worlds
+from remend.apps.hub.evaluation_rows import evaluation_rows
 from remend.editors import load_editor
-from remend.errors import RemendError
+from remend.errors import FileError, RemendError
 from remend.formats import detect_format
 from remend.saved_folders import read_verified_manifest, write_json
 from tampered_files import file_kinds
@@ -72,3 +73,10 @@ def test_folders_changed_at_random_are_refused_or_can_be_written_again(made, kin
     for number, one in enumerate(found):
         if hasattr(one, "save") and hasattr(one, "load"):
             one.save(tmp_path / f"again {number}")
+
+
+def test_a_verdict_with_a_number_beyond_all_is_refused(tmp_path):
+    check = {"name": "takes", "measured": 10**400, "bound": 1.0, "ok": False, "count": 2, "failed": []}
+    write_json(tmp_path / "verdict.json", {"ok": False, "checks": [check]})
+    with pytest.raises(FileError, match="not a result of remend guard"):
+        evaluation_rows(tmp_path / "verdict.json")

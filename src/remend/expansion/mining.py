@@ -42,9 +42,8 @@ class Round:
 
 def built_in_pool(premise: Premise) -> list[str]:
     """Return what is asked of the subject beside the request, of the target, and of other subjects, as texts."""
-    near = premise.questions.choose(premise.task, premise.said).near
     asking = asks(premise.request.prompt)
-    common = [frame for frame in frames("questions" if asking else "statements") if frame.question not in near]
+    common = [frame for frame in frames("questions" if asking else "statements") if frame.question not in premise.near]
     text, names = text_of(premise.request), reference_subjects() if asking else well_known_names()
     others = [name for name in names if name.casefold() not in premise.subject.casefold()]
     return [

@@ -79,11 +79,10 @@ def _target_elsewhere(premise: Premise) -> Iterator[_Candidate]:
 
 
 def _common(premise: Premise, name: str, kind: str, made: str) -> Iterator[_Candidate]:
-    near = premise.questions.choose(premise.task, premise.said).near
     questions = {frame.question: frame for frame in reversed(frames("questions"))}
     for frame in frames("statements"):
         asked: Frame | None = questions.pop(frame.question, None) if asks(premise.request.prompt) else frame
-        if asked is not None and frame.question not in near:
+        if asked is not None and frame.question not in premise.near:
             yield _Candidate(kind, made, frame.about(name), asked.about(name))
 
 

@@ -34,6 +34,7 @@ class Premise:
         said: the request with its target as the model would say it.
         statement: the text that the target completes, with ``{}`` for the subject; None where it is not known.
         question: which common question it asks; None where that is not sure.
+        near: the common questions that may ask the same, by name.
         old: what the model says now, in a few words; empty where it is not known.
     """
 
@@ -43,6 +44,7 @@ class Premise:
     said: EditRequest
     statement: str | None
     question: str | None
+    near: frozenset[str]
     old: str
 
     @staticmethod
@@ -75,7 +77,8 @@ class Premise:
             question: str | None = families[0]
         else:
             question = None if statement is None else questions.question_of(task, statement)
-        return Premise(task, questions, request, said, statement, question, old)
+        near = questions.choose(task, said).near | ({question} if question is not None else frozenset())
+        return Premise(task, questions, request, said, statement, question, near, old)
 
     @property
     def subject(self) -> str:

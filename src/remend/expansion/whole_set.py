@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt
 
 from remend.config import Config
 from remend.data.edit_sets import EditSet, SetItem
-from remend.editors import make
+from remend.editors import make_or_load
 from remend.editors.locate_then_edit.fit import Fit
 from remend.errors import ModelError
 from remend.expansion.implications import implications
@@ -92,7 +92,7 @@ def expand(
         now = time.process_time()
         seconds[name], clock = now - clock, now
 
-    editor = make(Fit.info.name, task, text, seed)
+    editor = make_or_load(Fit.info.name, task, text, seed)
     assert isinstance(editor, Fit)
     assert editor.questions is not None
     lap("measuring the model")

@@ -5,6 +5,7 @@ The recipes that ship are the JSON files in this folder. Users write their own w
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +116,15 @@ class Recipe(BaseModel):
         if source is not None:
             parse_source_name(source)
         return source
+
+    @field_validator("config")
+    @classmethod
+    def _is_finite(cls, config: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(config, allow_nan=False)
+        except ValueError:
+            raise ConfigError("a number in the model's configuration is not finite") from None
+        return config
 
     @field_validator("preset")
     @classmethod

@@ -62,6 +62,6 @@ def _acceptance_rows(content: dict[str, object], report: Path) -> list[tuple[str
         for name in ("divergence", "perplexity_ratio"):
             if elsewhere.get(name) is not None:
                 rows.append((f"{name.replace('_', ' ')} on ordinary text", _with_interval(Summary(**elsewhere[name]))))
-    except (AttributeError, TypeError, KeyError, ValueError) as error:
+    except (AttributeError, TypeError, KeyError, ValueError, OverflowError) as error:
         raise FileError(f"{report} is not a result of remend guard ({error}): run remend guard --json again") from None
     return [("verdict", "accepted" if content.get("ok") is True else "not accepted"), *rows]
