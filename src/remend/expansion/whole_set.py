@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt
 from remend.config import Config
 from remend.data.edit_sets import EditSet, SetItem
 from remend.editors import make_or_load
-from remend.editors.locate_then_edit.fit import Fit
+from remend.editors.locate_then_edit.fit import Fit, FitConfig
 from remend.errors import ModelError
 from remend.expansion.implications import implications
 from remend.expansion.mining import Round, built_in_pool, mine
@@ -92,7 +92,8 @@ def expand(
         now = time.process_time()
         seconds[name], clock = now - clock, now
 
-    editor = make_or_load(Fit.info.name, task, text, seed)
+    # Trial edits tell what is disturbed, and need not answer the last phrasing.
+    editor = make_or_load(Fit.info.name, task, text, seed, FitConfig(further=0))
     assert isinstance(editor, Fit)
     assert editor.questions is not None
     lap("measuring the model")
