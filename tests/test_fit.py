@@ -352,6 +352,9 @@ def test_a_request_that_the_model_does_not_say_is_not_good_enough():
     for value, loss, said in ((2.0, 3.0, True), (3.0, 0.1, False), (4.0, 2.0, True), (5.0, 2.5, True)):
         best.update(torch.full((2, 1), value), torch.full((2, 2), loss), said=torch.tensor([said, said]))
     assert best.values.flatten().tolist() == [1.0, 4.0]
+    for value, loss, expected in ((6.0, 1.9, 4.0), (7.0, 1.8, 7.0)):
+        best.update(torch.full((2, 1), value), torch.full((2, 2), loss), torch.tensor([True, True]), gain=0.06)
+        assert best.values.flatten().tolist() == [1.0, expected]
     task = families.taught("llama")
     taught, other = families.requests("llama", 2)
     said = task.decode(task.predict([taught.prompt])[0])

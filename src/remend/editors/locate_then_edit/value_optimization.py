@@ -30,6 +30,9 @@ from remend.tasks.base import Batch, Task
 from remend.tasks.bfloat16_products import bfloat16_products
 from remend.tasks.cached_prefix import CachedPrefix
 
+NOTABLE_GAIN = 0.05
+"""The share by which further steps must lower a loss for their values to be taken: else they only move about."""
+
 LEAST_RESPONSE = 1e-4
 """The share of a value below which what a change adds is left out while the value is searched for."""
 
@@ -130,6 +133,7 @@ class BestValues:
         values: Float[Tensor, "request d"],
         losses: Float[Tensor, "request prompt"],
         said: Bool[Tensor, " request"] | None = None,
+        gain: float = 0.0,
     ) -> None:
         """Take over the values of the requests that have not been good enough, where they are the best.
 
@@ -139,13 +143,15 @@ class BestValues:
             said: with ``every_prompt``, whether the model says the target of each request after its prompt by itself;
                 by default it does. Else the request is not good enough: a mean over many tokens may be small where one
                 of them is wrong.
+            gain: the share by which the loss must become less for other values to be better.
         """
         loss = losses.mean(1).to(self._loss)
         hardest = losses.amax(1).to(loss) if self._config.every_prompt else loss
         known = self._config.every_prompt and said is not None
         says = said.to(self._said.device) if known and said is not None else torch.ones_like(self._said)
         enough = (hardest <= self._config.enough) & says & ~self.reached
-        better = (enough | (says & ~self._said) | ((says == self._said) & (loss < self._loss))) & ~self.reached
+        less = loss < (1 - gain) * self._loss
+        better = (enough | (says & ~self._said) | ((says == self._said) & less)) & ~self.reached
         self._said = torch.where(better, says, self._said)
         self.values = torch.where(better[:, None], values, self.values)
         self._loss = torch.where(better, loss, self._loss)
@@ -421,7 +427,8 @@ def optimize_values(
             values.requires_grad_(False)
             if not objective.isfinite().all():
                 raise NonFiniteError("the loss of an edit is not finite: the model's weights or activations are not")
-            best.update(values, by_prompt.detach(), batch.says_targets(outputs.detach()))
+            gain = NOTABLE_GAIN if step >= config.steps else 0.0
+            best.update(values, by_prompt.detach(), batch.says_targets(outputs.detach()), gain)
             if best.reached.all():
                 break
             values.grad = gradients
