@@ -16,8 +16,10 @@ from remend.errors import FileError, RequestError
 if TYPE_CHECKING:
     from remend.expansion import Expansion
 
-ROLE_NAMES = {"phrasing": "ask the same", "implication": "follow from it", "near": "must stay"}
+ROLE_WORDS = {"phrasing": "ask the same", "implication": "follow from it", "near": "must stay"}
+"""What the prompts of each role do, in words."""
 EXAMPLES_SHOWN = 3
+"""Prompts of each role that are printed."""
 
 
 def expand(
@@ -91,7 +93,7 @@ def _print(console: Console, expansion: Expansion) -> None:
     console.print(
         f"[bold]{plain(request.prompt)}[/] → [green]{plain(request.target)}[/], about {plain(request.subject)}"
     )
-    for role, words in ROLE_NAMES.items():
+    for role, words in ROLE_WORDS.items():
         items = [item for item in expansion.edit_set.items if item.item == role]
         kinds = ", ".join(f"{count} {plain(kind)}" for kind, count in Counter(item.kind for item in items).items())
         console.print(f"{len(items)} {words}{': ' + kinds if items else ''}", soft_wrap=True)

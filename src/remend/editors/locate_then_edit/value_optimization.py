@@ -147,8 +147,9 @@ class BestValues:
         """
         loss = losses.mean(1).to(self._loss)
         hardest = losses.amax(1).to(loss) if self._config.every_prompt else loss
-        known = self._config.every_prompt and said is not None
-        says = said.to(self._said.device) if known and said is not None else torch.ones_like(self._said)
+        if said is None or not self._config.every_prompt:
+            said = torch.ones_like(self._said)
+        says = said.to(self._said.device)
         enough = (hardest <= self._config.enough) & says & ~self.reached
         less = loss < (1 - gain) * self._loss
         better = (enough | (says & ~self._said) | ((says == self._said) & less)) & ~self.reached
