@@ -43,7 +43,7 @@ from real_questions import says
 from remend.data.edit_sets import EditSet
 from remend.data.request_files import read_requests
 from remend.editors import Editor, editor_class, load_editor, make
-from remend.editors.locate_then_edit.common_questions import frames
+from remend.editors.locate_then_edit.common_questions import frames, statements_of
 from remend.evaluation.interventions import Intervention, shared_intervention
 from remend.evaluation.ordinary_text import OrdinaryText
 from remend.expansion import ExpandConfig, expand
@@ -71,7 +71,13 @@ def asked_of(request: EditRequest, given: Sequence[Prompt]) -> list[tuple[str, P
     """Return the prompts of a request that are scored, with their kinds."""
     fitted_to = set(map(_text, given))
     if request.subject:
-        fitted_to |= {frame.about(request.subject) for form in ("statements", "questions") for frame in frames(form)}
+        common = [*frames("statements"), *frames("questions")]
+        fitted_to |= {frame.about(request.subject) for frame in common}
+        fitted_to |= {
+            text.replace("{}", request.subject)
+            for name in {of.question for of in common}
+            for text in statements_of(name)
+        }
     asked: list[tuple[str, Prompt]] = [("reliability", request.prompt)]
     asked += [("generality", prompt) for prompt in request.paraphrases if _text(prompt) not in fitted_to]
     other = [("other_phrasings", prompt) for prompt in request.unseen_paraphrases if _text(prompt) not in fitted_to]

@@ -241,7 +241,8 @@ def test_common_questions_tell_what_asks_the_same(small_bank):
     assert [value > 0.3 for value in similar.tolist()] == [True] * 3 + [False] * 2
     request = EditRequest(prompt="The capital of France is", target="Rome", subject="France")
     chosen = asked.choose(task, request)
-    assert set(chosen.phrasings) == {text.replace("{}", "France") for text in worlds.PHRASINGS[1:]}
+    of_words = "The capital city of France is"  # which this model was not taught
+    assert set(chosen.phrasings) == {text.replace("{}", "France") for text in worlds.PHRASINGS[1:]} | {of_words}
     assert chosen.others == ["The France of"]
     assert chosen.near == {"capital"}
 
@@ -387,6 +388,16 @@ def test_the_first_values_that_are_good_enough_are_the_best_or_else_those_that_c
         best.update(torch.full((2, 1), value), torch.tensor(losses))
     assert best.values.flatten().tolist() == [2.0, 1.0]
     assert best.reached.tolist() == [True, False]
+
+
+def test_in_further_steps_prompts_are_good_enough_together():
+    """The request's own prompt, which is the first, has to be by itself."""
+    best = BestValues(torch.zeros(3, 1), FitConfig(enough=0.5))
+    losses = torch.tensor([[0.4, 0.9, 0.1], [0.6, 0.1, 0.1], [0.4, 0.9, 0.3]])
+    best.update(torch.ones(3, 1), losses)
+    assert best.reached.tolist() == [False, False, False]
+    best.update(torch.ones(3, 1), losses, on_average=True)
+    assert best.reached.tolist() == [True, False, False]
 
 
 def test_requests_that_are_hard_get_further_steps():

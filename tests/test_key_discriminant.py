@@ -111,6 +111,26 @@ def test_contrast_that_does_not_hold_of_other_facts_is_left_alone():
     assert (many - many.diag().mean() * torch.eye(d)).norm() > 0.1 * many.norm(), "of more facts it holds"
 
 
+def test_ordinary_inputs_are_answered_less_the_more_they_count():
+    d = 48
+    keys, near = facts(600, d, 0.7)
+    torch.manual_seed(7)
+    ordinary = torch.randn(4000, d) * torch.where(torch.arange(d) < d // 2, 3.0, 0.1)
+    u = torch.stack([group[0] for group in keys])
+    answers = []
+    for share in (0.0, 1.0, 10.0):
+        contrast = fitted(keys, near)
+        contrast.update_ordinary(ordinary[:1000])
+        contrast.update_ordinary(ordinary[1000:])
+        direction = u @ contrast.operator(1.0, 1e-3, share).inner
+        direction = direction / (direction * u).sum(1, keepdim=True)  # 1 at its own key
+        answers.append(float((ordinary @ direction.T).square().mean().sqrt()))
+    plain, some, more = answers
+    assert more < some < 0.7 * plain
+    unseen = fitted(keys, near)
+    torch.testing.assert_close(unseen.operator(1.0, 1e-3, 1.0).inner, unseen.operator(1.0, 1e-3).inner)
+
+
 def test_without_paraphrases_keys_are_left_as_they_are():
     contrast = Discriminant(4, CPU)
     keys = torch.randn(50, 4)
@@ -182,6 +202,8 @@ def test_a_setting_that_makes_no_sense_is_refused():
         MendConfig(contrast=1.0)
     with pytest.raises(ConfigError, match="tokens must be one of all, target, not 'last'"):
         from_json(MendConfig, {"version": 1, "tokens": "last"})
+    with pytest.raises(ConfigError, match="give contrast too"):
+        MendConfig(ordinary=1.0)
     with pytest.raises(ConfigError, match="settle must be a finite number of at least 0"):
         MendConfig(settle=-1.0)
     with pytest.raises(ConfigError, match="shares of a whole"):

@@ -84,9 +84,20 @@ def test_forms_of_verbs():
         (
             "What language do people speak in Suriname?",
             "Suriname",
-            "Which language is official in Suriname?",
+            "Which language is spoken in Suriname?",
             "grow up",
         ),
+        (
+            "What language do people speak in Suriname?",
+            "Suriname",
+            "Tell me: What language do people speak in Suriname?",
+            "official",
+        ),
+        ("What is the official language of Suriname?", "Suriname", "Which language is official in Suriname?", "people"),
+        ("When did the Titanic sink?", "the Titanic", "Tell me: When did the Titanic sink?", "time"),
+        ("Where was Paul Klee born?", "Paul Klee", "Paul Klee was born where?", "town"),
+        ("What is the largest city of Turkey?", "Turkey", "Tell me the largest city of Turkey.", "home"),
+        ("Who invented the zipper?", "the zipper", "Whose invention is the zipper?", "discover"),
         ("Which river flows through Budapest?", "Budapest", "Tell me: Which river flows through Budapest?", "into"),
         ("What is the highest mountain in Tanzania?", "Tanzania", "Tell me the highest mountain in Tanzania.", "range"),
         (

@@ -6,6 +6,9 @@ and small for the keys k⁻ of its neighbours. With keys whitened to C = E[k k�
 the largest E[ũ·k⁺ | u] − E[ũ·k⁻ | u] is E[k⁺ | u] − E[k⁻ | u]. The best linear estimates of these means are B u and
 N u, with B = E[k⁺ uᵀ] over paraphrases and N = E[k⁻ uᵀ] over neighbours. So ũ = (B − N) u, which needs no training and
 is as low-rank as u. It is Fisher's discriminant for classes of which one example is known.
+
+An edit acts on every token of ordinary text, too, with the strength ũ·x. Keys are alike in many ways, so ũ may be large
+in directions that they hardly use and other inputs do. With C = E[k kᵀ] + c E[x xᵀ] in its place, ũ is small there.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ class Discriminant:
     Attributes:
         moments: Σ k kᵀ, Σ k⁺ uᵀ and Σ k⁻ uᵀ, over all facts and over those that are held out: [2, 3, n, n].
         counts: the number of products in each, [2, 3].
+        ordinary: Σ x xᵀ of ordinary inputs, [n, n].
         fact_count: the number of facts seen in this process.
     """
 
@@ -49,12 +53,13 @@ class Discriminant:
         size = d if self.basis is None else self.within + 1
         self.moments = torch.zeros(2, 3, size, size, device=device)
         self.counts = torch.zeros(2, 3, dtype=torch.int64, device=device)
+        self.ordinary = torch.zeros(size, size, device=device)
         self.fact_count = 0
 
     @property
     def totals(self) -> tuple[Tensor, ...]:
         """All state, as sums that processes which saw different prompts can add up."""
-        return self.moments, self.counts
+        return self.moments, self.counts, self.ordinary
 
     def update(
         self,
@@ -79,6 +84,10 @@ class Discriminant:
         self._add(0, keys, facts, near, near_facts)
         rows, near_rows = held_out[facts], held_out[near_facts]
         self._add(1, keys[rows], facts[rows], near[near_rows], near_facts[near_rows])
+
+    def update_ordinary(self, inputs: Float[Tensor, "token d"]) -> None:
+        """Add the inputs at tokens of ordinary text."""
+        self.ordinary += self._products(inputs, inputs)
 
     def _add(
         self,
@@ -112,7 +121,7 @@ class Discriminant:
         products: Tensor = torch.block_diag(a.T @ b, outside)
         return products
 
-    def operator(self, weight: float, ridge: float) -> SymmetricOperator:
+    def operator(self, weight: float, ridge: float, ordinary: float = 0.0) -> SymmetricOperator:
         """Compute C⁻¹ (B − weight · N) C⁻¹, scaled so that the mean of k·(operator k) over all keys is 1.
 
         For keys whose C is not I, k·(operator u) is what ũ·k is for whitened ones.
@@ -125,6 +134,7 @@ class Discriminant:
         Args:
             weight: of the neighbours.
             ridge: the floor of C's eigenvalues, as a share of their mean.
+            ordinary: how much ordinary inputs add to C, as a share of what the keys do.
         """
         means, held_out_means = (self._means(*part) for part in zip(self.moments, self.counts, strict=True))
         used_means = self._means(self.moments[0] - self.moments[1], self.counts[0] - self.counts[1])
@@ -138,7 +148,7 @@ class Discriminant:
                 continue
             candidate = _discriminant(means, neighbour_weight, ridge)
             if self._response(candidate, means[0]) >= MIN_SHARED_RESPONSE * self.within:
-                operator = candidate
+                operator = _discriminant(self._with_ordinary(means, ordinary), neighbour_weight, ridge)
                 break
         response = self._response(operator, means[0])
         if response <= 0:  # a matrix whose input is always zero
@@ -150,12 +160,23 @@ class Discriminant:
 
     def _means(self, moments: Float[Tensor, "3 n n"], counts: Int[Tensor, " 3"]) -> Float[Tensor, "3 n n"]:
         """Compute E[k kᵀ], E[k⁺ uᵀ] and E[k⁻ uᵀ] of whitened keys, as symmetric matrices."""
-        means = moments.cpu().double() / counts.cpu().clamp(min=1)[:, None, None]
-        if self.whitener is not None:
-            whitening = self.whitener.matrix.cpu().double()
-            means = torch.stack([whitening @ mean @ whitening for mean in means])
+        means = self._whitened(moments.cpu().double() / counts.cpu().clamp(min=1)[:, None, None])
         # N is not symmetric, since a neighbour is not a prompt, and a SymmetricOperator has to be.
         return (means + means.mT) / 2
+
+    def _with_ordinary(self, means: Float[Tensor, "3 n n"], share: float) -> Float[Tensor, "3 n n"]:
+        """Add ordinary inputs to E[k kᵀ]: so much that their squared size is ``share`` of that of the keys."""
+        inputs = self._whitened(self.ordinary.cpu().double()[None])[0]
+        size, keys_size = (float(moment.diagonal()[: self.within].sum()) for moment in (inputs, means[0]))
+        if not share or size <= 0:
+            return means
+        return torch.stack([means[0] + share * keys_size / size * inputs, *means[1:]])
+
+    def _whitened(self, moments: Float[Tensor, "moment n n"]) -> Float[Tensor, "moment n n"]:
+        if self.whitener is None:
+            return moments
+        whitening = self.whitener.matrix.cpu().double()
+        return whitening @ moments @ whitening
 
     def _response(self, operator: Float[Tensor, "n n"], moment: Float[Tensor, "n n"]) -> float:
         """Compute the mean of k·(operator k) in the directions of the basis."""

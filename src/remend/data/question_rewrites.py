@@ -20,6 +20,13 @@ from remend.data.verb_forms import lemma_of, participle, past
 SUBJECT = "{}"
 """What stands for the subject in a template."""
 
+_ONE_OF_SEVERAL = re.compile(
+    r"\b(?:largest|biggest|smallest|highest|tallest|lowest|longest|shortest|oldest|youngest|newest|latest|earliest|best|worst"
+    r"|richest|deepest|greatest|nearest|closest|most|least|second|third|last|previous|former)\b",
+    re.IGNORECASE,
+)
+"""Words with which a question asks for one of the things that a family's question may be answered with."""
+
 Source = Literal["syntax", "family", "frame"]
 
 FRAMES = ("Tell me: {}", "I would like to know: {}", "Question: {}", "{} Answer in a few words.", "Do you know? {}")
@@ -102,7 +109,9 @@ def families() -> tuple[Family, ...]:
 
 
 def families_of(template: str) -> list[Family]:
-    """Return the families of a question."""
+    """Return the families of a question; none of one that asks for one among several, such as the largest."""
+    if _ONE_OF_SEVERAL.search(template):
+        return []
     return [family for family in families() if family.asks(template)]
 
 
@@ -314,9 +323,9 @@ def _wh_did(f: Fields) -> Iterator[str]:
         yield f"{{}} {past(lemma)}{tail} {wh.casefold()}?"
         yield f"Tell me {wh.casefold()} {{}} {past(lemma)}{tail}."
         yield f"Do you know {wh.casefold()} {{}} {past(lemma)}{tail}?"
-    place = {"when": ("At what time", "On which date"), "where": ("In which place", "At what location")}
-    for beginning in place.get(wh.casefold(), ()):
-        yield f"{beginning} did {{}} {lemma}{tail}?"
+    if wh.casefold() == "where":  # "when" may ask for a year as well as for an hour
+        for beginning in ("In which place", "At what location"):
+            yield f"{beginning} did {{}} {lemma}{tail}?"
 
 
 def _split_off(f: Fields) -> Iterator[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from remend.data.edit_sets import SetItem
-from remend.data.question_rewrites import families, families_of, rewrites
-from remend.editors.locate_then_edit.common_questions import frames, text_of
+from remend.data.question_rewrites import rewrites
+from remend.editors.locate_then_edit.common_questions import statements_of, text_of
 from remend.expansion.premise import Premise
 from remend.tasks.endings import asks
 
 SURE = {"syntax": 0.97, "family": 0.95, "frame": 1.0}
-"""How sure rewrites by rules are."""
+"""How sure rewrites by rules are: the shares of those that a person judged (``benchmarks/judge_phrasings.py``), with
+one right and one wrong added."""
 
 
 def phrasings(premise: Premise, most: int) -> Iterator[SetItem]:
@@ -22,13 +23,14 @@ def phrasings(premise: Premise, most: int) -> Iterator[SetItem]:
         most: the most phrasings.
     """
     if not asks(premise.request.prompt):
-        for text in _statements(premise.question)[:most]:
+        texts = [text.replace("{}", premise.subject) for text in statements_of(premise.question)]
+        for text in [text for text in texts if text != premise.request.prompt][:most]:
             yield SetItem(
                 item="phrasing",
                 kind="statement",
                 made=f"family: {premise.question}",
                 sure=SURE["family"],
-                prompt=text.replace("{}", premise.subject),
+                prompt=text,
             )
         return
     chosen = premise.questions.choose(premise.task, premise.said, most)
@@ -45,14 +47,3 @@ def phrasings(premise: Premise, most: int) -> Iterator[SetItem]:
             sure=SURE["family" if rewrite is None else rewrite.source],
             prompt=premise.in_form(text),
         )
-
-
-def _statements(question: str | None) -> list[str]:
-    """Return statements that a common question is the answer to, with ``{}`` for the subject.
-
-    Of the common ones, those whose words are those of another question too are left out.
-    """
-    common = [frame.template for frame in frames("statements") if frame.question == question]
-    own = [text for text in common if all(family.name == question for family in families_of(text))]
-    nouns = [noun for family in families() if family.name == question for noun in family.nouns]
-    return list(dict.fromkeys([*own, *(f"The {noun} of {{}} is" for noun in nouns)]))

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from remend.core.low_rank_hooks import frozen
-from remend.data.question_rewrites import families_of, rewrites, template_of
+from remend.data.question_rewrites import families, families_of, rewrites, template_of
 from remend.progress import report_progress
 from remend.request import Chat, EditRequest
 from remend.tasks.base import Example, Task, in_batches
@@ -155,16 +155,21 @@ class CommonQuestions:
         own = torch.eye(len(subjects), dtype=torch.bool)
         return overlap[:, own].mean(1) - overlap[:, ~own].mean(1)
 
-    def question_of(self, task: Task, template: str) -> str | None:
+    def question_of(self, task: Task, template: str, similar: Float[Tensor, " frame"] | None = None) -> str | None:
         """Return which common question a statement asks; None where that is not sure.
 
         Its words tell or, failing that, how the model completes it: alike with those of one question, and with none of
         another.
+
+        Args:
+            task: the model.
+            template: the statement, with ``{}`` for its subject.
+            similar: its :meth:`similarity`, where it is known.
         """
         of_words = [family.name for family in families_of(template)]
         if len(of_words) == 1:
             return of_words[0]
-        similar = self.similarity(task, template)
+        similar = self.similarity(task, template) if similar is None else similar
         best = _most_similar(similar)
         by_question: dict[str, float] = {}
         for frame, value in zip(frames("statements"), similar.tolist(), strict=True):
@@ -175,7 +180,8 @@ class CommonQuestions:
     def choose(self, task: Task, request: EditRequest, most: int = MOST_PHRASINGS) -> Chosen:
         """Return texts that ask the same as a request with a subject, and texts that ask something else about it.
 
-        Statements for a prompt to complete, questions for a question: rules tell which ask the same. Where they know no
+        Statements for a prompt to complete: those of its common question, where it is sure which that is, and those
+        that the model completes alike. Questions for a question: rules tell which ask the same. Where they know no
         other words for it, the sentence around its target tells which common question it is.
 
         Args:
@@ -206,12 +212,25 @@ class CommonQuestions:
         # What the reference subjects leave open, the model's answer about the subject itself decides.
         same_answer = {index for index, answer in answer_of.items() if answer.argmax() == own.argmax()}
         same = [index for index in likely if statements[index].question == best or index in same_answer]
+        phrasings = [text.replace("{}", subject) for text in statements_of(self.question_of(task, statement, similar))]
+        phrasings += [statements[index].about(subject) for index in same]
         surest = sorted(set(others) - same_answer, key=lambda index: (-float(answer_of[index].max()), index))
         return Chosen(
-            [statements[index].about(subject) for index in same[:most]],
+            [text for text in dict.fromkeys(phrasings) if text != texts[0]][:most],
             [statements[index].about(subject) for index in surest[:MOST_OTHERS]],
             near,
         )
+
+
+def statements_of(question: str | None) -> list[str]:
+    """Return statements that the answer to a common question completes, with ``{}`` for the subject.
+
+    Of no question there are none. Of the common ones, those whose words are those of another question too are left out.
+    """
+    common = [frame.template for frame in frames("statements") if frame.question == question]
+    own = [text for text in common if all(family.name == question for family in families_of(text))]
+    nouns = [noun for family in families() if family.name == question for noun in family.nouns]
+    return list(dict.fromkeys([*own, *(f"The {noun} of {{}} is" for noun in nouns)]))
 
 
 def choose_questions(request: EditRequest, most: int = MOST_PHRASINGS) -> Chosen:

@@ -134,6 +134,7 @@ class BestValues:
         losses: Float[Tensor, "request prompt"],
         said: Bool[Tensor, " request"] | None = None,
         gain: float = 0.0,
+        on_average: bool = False,
     ) -> None:
         """Take over the values of the requests that have not been good enough, where they are the best.
 
@@ -144,9 +145,13 @@ class BestValues:
                 by default it does. Else the request is not good enough: a mean over many tokens may be small where one
                 of them is wrong.
             gain: the share by which the loss must become less for other values to be better.
+            on_average: with ``every_prompt``, whether the request's own prompt must be good enough by itself, and the
+                others together with it on average: one that is hard to move would cost all of them.
         """
         loss = losses.mean(1).to(self._loss)
-        hardest = losses.amax(1).to(loss) if self._config.every_prompt else loss
+        hardest = loss
+        if self._config.every_prompt:
+            hardest = (torch.maximum(losses[:, 0], losses.mean(1)) if on_average else losses.amax(1)).to(loss)
         if said is None or not self._config.every_prompt:
             said = torch.ones_like(self._said)
         says = said.to(self._said.device)
@@ -428,8 +433,9 @@ def optimize_values(
             values.requires_grad_(False)
             if not objective.isfinite().all():
                 raise NonFiniteError("the loss of an edit is not finite: the model's weights or activations are not")
-            gain = NOTABLE_GAIN if step >= config.steps else 0.0
-            best.update(values, by_prompt.detach(), batch.says_targets(outputs.detach()), gain)
+            hard = step >= config.steps
+            gain = NOTABLE_GAIN if hard else 0.0
+            best.update(values, by_prompt.detach(), batch.says_targets(outputs.detach()), gain, on_average=hard)
             if best.reached.all():
                 break
             values.grad = gradients

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from remend.core.distributed import ProcessGroup
 from remend.core.sketched_moment import sketch_width
@@ -18,6 +19,7 @@ from remend.editors.mend.calibration_measurements import (
     measure_units,
     merge_statistics,
     new_moments,
+    ordinary_inputs,
     set_whiteners,
     update_moments,
     update_statistics,
@@ -101,7 +103,7 @@ class MendCalibration:
         config, rank, count = self.editor.config, self.process_group.rank, self.process_group.count
         edits = self.data.edits[rank::count]
         passes = []
-        if config.ridge and self.data.text:
+        if config.ridge and (self.data.text or config.ordinary):
             passes.append(CalibrationPass(self._fit_whiteners_to_text, []))  # a text is not cached
         elif config.ridge:
             passes.append(CalibrationPass(self._fit_whiteners, edits))
@@ -115,6 +117,11 @@ class MendCalibration:
             # Every process measures all of these batches, so nothing has to be merged.
             passes.append(CalibrationPass(self._measure_units, self.data.edits[:UNIT_BATCHES]))
         return passes
+
+    @cached_property
+    def ordinary(self) -> list[Example]:
+        """The ordinary inputs, to which whiteners and discriminants are fitted."""
+        return ordinary_inputs(self.source.task, self.data.text)
 
     def _fit_whiteners(self, batches: Batches) -> None:
         """Set whiteners from the inputs at every token; keep as many packed factors as there is room for."""
@@ -130,7 +137,7 @@ class MendCalibration:
         set_whiteners(self.editor, moments, self.process_group)
 
     def _fit_whiteners_to_text(self, batches: Batches) -> None:
-        fit_whiteners_to_text(self.editor, self.source.task, self.data.text, self.process_group)
+        fit_whiteners_to_text(self.editor, self.source.task, self.ordinary, self.process_group)
 
     def _fit_limits(self, batches: Batches) -> None:
         packed = (self._pack_unwhitened(number, examples) for number, examples in enumerate(batches))
@@ -138,7 +145,8 @@ class MendCalibration:
 
     def _fit_discriminants(self, batches: Batches) -> None:
         pairs = list(zip(self._fact_batches(), batches, strict=True))
-        fit_discriminants(self.editor, self.source, pairs, self.process_group)
+        ordinary = self.ordinary if self.editor.config.ordinary else ()
+        fit_discriminants(self.editor, self.source, pairs, ordinary, self.process_group)
 
     def _fit_statistics(self, batches: Batches) -> None:
         for number, examples in enumerate(batches):
@@ -191,7 +199,7 @@ def moments_bytes(editor: GradientTransform) -> int:
         k = editor.directions.get(name)
         columns = sketch_width(d, k) if k else d
         inputs += d * columns if editor.config.ridge else 0
-        keys += 6 * (k + 1 if k else d) ** 2 if editor.config.contrast else 0
+        keys += 7 * (k + 1 if k else d) ** 2 if editor.config.contrast else 0
         test_matrices[d] = d * columns if k else 0  # matrices of one width share the random vectors
         largest = max(largest, d * columns)
     # Moments of inputs and of keys exist one after the other. A decomposition needs workspace beside them.

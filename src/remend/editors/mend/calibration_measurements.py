@@ -7,11 +7,11 @@ and spread by which the networks normalize their inputs, and the unit in which e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from remend.core.capture import GradientFactors, record_inputs
@@ -44,6 +44,10 @@ TEXT_BATCH = 16
 """The number of windows that go through the base model together."""
 
 
+ORDINARY_INPUTS, ORDINARY_SEED = 1_024, 0
+"""The number of ordinary inputs where no text is given, and the seed of their draw."""
+
+
 def new_moments(editor: GradientTransform) -> dict[str, SecondMoment]:
     """Return an empty second moment for the inputs of each matrix; sketched for wide ones."""
     test_matrix = cache(random_test_matrix)  # matrices of one width share the random vectors
@@ -71,11 +75,34 @@ def set_whiteners(editor: GradientTransform, moments: Mapping[str, SecondMoment]
 
 
 def fit_whiteners_to_text(
-    editor: GradientTransform, task: Task, text: Sequence[str], process_group: ProcessGroup
+    editor: GradientTransform, task: Task, windows: Sequence[Example], process_group: ProcessGroup
 ) -> None:
-    """Set each matrix's whitener from its inputs at the first tokens of a text, in windows of one length."""
+    """Set each matrix's whitener from its inputs at all tokens of ordinary text."""
     modules = editor.edited_modules(task)
     moments = new_moments(editor)
+    directions = max(editor.directions.get(name, d_in) for name, (d_in, _) in editor.shapes.items())
+    if (tokens := sum(map(task.context_length, windows))) < directions:
+        warnings.warn(
+            f"the text has {tokens} tokens, and inputs are whitened in {directions} directions: most are not seen "
+            "there, and whitening does little. Give a longer text",
+            stacklevel=2,
+        )
+    for inputs in _inputs_at_tokens(task, modules, windows, process_group):
+        for name, moment in moments.items():
+            moment.update(*inputs[name])
+    set_whiteners(editor, moments, process_group)
+
+
+def ordinary_inputs(task: Task, text: Sequence[str]) -> list[Example]:
+    """Return the first tokens of a text in windows of one length or, without one, what the model writes by itself.
+
+    Of models that write nothing, random inputs.
+
+    Raises:
+        TrainingError: the text holds no words, or is given to an encoder-decoder.
+    """
+    if not text:
+        return task.ordinary_examples((), ORDINARY_SEED, ORDINARY_INPUTS)
     windows = _text_windows(task, text)
     if not windows:
         raise TrainingError("the text to take second moments over is empty: give one that holds words, or none")
@@ -84,26 +111,7 @@ def fit_whiteners_to_text(
             "a text tells nothing of the inputs of an encoder-decoder's decoder, which reads answers: train without "
             "text"
         )
-    directions = max(editor.directions.get(name, d_in) for name, (d_in, _) in editor.shapes.items())
-    if (tokens := sum(len(window.input) for window in windows)) < directions:
-        warnings.warn(
-            f"the text has {tokens} tokens, and inputs are whitened in {directions} directions: most are not seen "
-            "there, and whitening does little. Give a longer text",
-            stacklevel=2,
-        )
-    batches = [windows[start : start + TEXT_BATCH] for start in range(0, len(windows), TEXT_BATCH)]
-    own_batches = batches[process_group.rank :: process_group.count]
-    for number, examples in enumerate(own_batches):
-        report_progress("measuring the inputs of matrices over the text", number, len(own_batches))
-        batch = task.collate(examples)
-        forward = partial(run_as_far_as, task.model, modules.values(), partial(task.outputs, batch))
-        inputs = record_inputs(task.model, modules, batch.rows, forward)
-        masks = task.token_masks(batch, moments, predicting=False)
-        for name, moment in moments.items():
-            x, mask = inputs[name].x, masks[name].to(inputs[name].x.device)
-            # A layer of experts reads each token once for every expert that it goes to.
-            moment.update(x, mask.repeat_interleave(x.shape[1] // mask.shape[1], 1))
-    set_whiteners(editor, moments, process_group)
+    return windows
 
 
 def _text_windows(task: Task, text: Sequence[str]) -> list[Example]:
@@ -116,6 +124,26 @@ def _text_windows(task: Task, text: Sequence[str]) -> list[Example]:
         if len(windows) * length >= TEXT_TOKENS:
             break
     return windows
+
+
+def _inputs_at_tokens(
+    task: Task, modules: Mapping[str, nn.Module], examples: Sequence[Example], process_group: ProcessGroup
+) -> Iterator[dict[str, tuple[Float[Tensor, "row token d_in"], Bool[Tensor, "row token"]]]]:
+    """Yield the inputs of layers in each batch of this process, with the mask of tokens that are not padding."""
+    batches = [examples[start : start + TEXT_BATCH] for start in range(0, len(examples), TEXT_BATCH)]
+    own_batches = batches[process_group.rank :: process_group.count]
+    for number, of_batch in enumerate(own_batches):
+        report_progress("measuring the inputs of matrices over the text", number, len(own_batches))
+        batch = task.collate(of_batch)
+        forward = partial(run_as_far_as, task.model, modules.values(), partial(task.outputs, batch))
+        inputs = record_inputs(task.model, modules, batch.rows, forward)
+        masks = task.token_masks(batch, modules, predicting=False)
+        at_tokens = {}
+        for name in modules:
+            x, mask = inputs[name].x, masks[name].to(inputs[name].x.device)
+            # A layer of experts reads each token once for every expert that it goes to.
+            at_tokens[name] = x, mask.repeat_interleave(x.shape[1] // mask.shape[1], 1)
+        yield at_tokens
 
 
 def fit_limits(
@@ -139,6 +167,7 @@ def fit_discriminants(
     editor: GradientTransform,
     source: ActivationSource,
     batches: Sequence[tuple[Sequence[FactPrompts], Sequence[Example]]],
+    ordinary: Sequence[Example],
     process_group: ProcessGroup,
 ) -> None:
     """Set each matrix's discriminant from its keys at the last token of the facts' prompts and of their neighbours.
@@ -147,6 +176,7 @@ def fit_discriminants(
         editor: the editor.
         source: the base model.
         batches: facts, with all their prompts followed by all their neighbours, that go through the model together.
+        ordinary: ordinary inputs, all of whose tokens count, too; none where the editor's settings weigh them with 0.
         process_group: the processes of the run.
     """
     task = source.task
@@ -172,9 +202,13 @@ def fit_discriminants(
             numbers = torch.cat([fact_of_prompt, fact_of_near]).to(editor.device)[:, None] * count + experts
             numbers, keys = numbers.reshape(-1), keys.flatten(0, 1)
             moment.update(keys[:prompt_rows], numbers[:prompt_rows], keys[prompt_rows:], numbers[prompt_rows:])
+    for at_tokens in _inputs_at_tokens(task, modules, ordinary, process_group):
+        for name, (x, mask) in at_tokens.items():
+            moments[name].update_ordinary(x[mask].to(editor.device))
     for name, moment in moments.items():
         process_group.sum(*moment.totals)
-        editor.set_operator("contrast", name, moment.operator(editor.config.contrast, DISCRIMINANT_RIDGE))
+        operator = moment.operator(editor.config.contrast, DISCRIMINANT_RIDGE, editor.config.ordinary)
+        editor.set_operator("contrast", name, operator)
 
 
 def update_statistics(editor: GradientTransform, packed: Mapping[str, PackedFactors]) -> None:

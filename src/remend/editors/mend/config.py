@@ -32,6 +32,9 @@ class MendConfig(Config):
         contrast: if not 0, ũ is turned towards what a prompt shares with its paraphrases and away from what it shares
             with its neighbours, with this weight (:mod:`remend.core.key_discriminant`), and scaled so that each token
             responds to its own edit with 1. Needs ``tokens`` = ``target``.
+        ordinary: how much ordinary inputs count, against prompts, among those that ũ is turned away from: the more,
+            the less an edit changes of ordinary text. They are the text that training is given, or what the model
+            writes by itself; inputs are whitened over them. Needs ``contrast``.
         settle: if not 0, each edit is scaled by √(settle · s) when it is made, where s is the scale at which the first
             token of its target just becomes the model's answer (:mod:`remend.editors.strength_search`).
         gate: if not 0, edits act only on keys that respond to them with more than this (their own key responds with
@@ -58,6 +61,7 @@ class MendConfig(Config):
     tokens: Literal["all", "target"] = "all"
     limit: NonNegativeFloat = 0.0
     contrast: NonNegativeFloat = 0.0
+    ordinary: NonNegativeFloat = 0.0
     settle: NonNegativeFloat = 0.0
     gate: Factor = 0.0
     share: bool = True
@@ -70,6 +74,8 @@ class MendConfig(Config):
         super().__post_init__()
         if self.gate and not self.contrast:
             raise ConfigError("a gate needs keys that respond to their own edit with 1: give contrast too")
+        if self.ordinary and not self.contrast:
+            raise ConfigError("ordinary inputs count among what contrast turns away from: give contrast too")
         if self.contrast and self.tokens != "target":
             raise ConfigError(
                 "contrast compares the keys of the tokens that predict a target: give tokens='target' too"
