@@ -29,6 +29,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	MYPYPATH=src:scripts $(BIN)/mypy scripts/*_trainer.py scripts/real_models.py scripts/train_text_model.py scripts/atlas/*.py
 
 docs: install ## build the pages into build/site
 	$(BIN)/python -m mkdocs build --quiet

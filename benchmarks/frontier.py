@@ -43,6 +43,7 @@ METRICS = {
     "locality_near_same_object": "same object",
     "locality_near_same_relation": "same relation",
     "locality_near_same_subject": "same subject",
+    "elsewhere": "ordinary text",
 }
 """The metrics of the table, with the headings of their columns."""
 
@@ -91,9 +92,10 @@ def train_and_evaluate(
         {
             "scale": scale,
             **{
-                name: {"mean": metrics[name]["generated"].mean, "ci95": metrics[name]["generated"].ci95}
+                name: {"mean": value.mean, "ci95": value.ci95}
                 for name in (*METRICS, "generality_unseen")
                 if name in metrics
+                for value in [metrics[name].get("generated") or metrics[name]["value"]]
             },
         }
         for scale, metrics in report.frontier_metrics().items()
@@ -120,7 +122,12 @@ def at_best_strengths(report: remend.Report) -> dict[str, float]:
     best_values: dict[str, list[float]] = {}
     for cases in zip(*report.frontier.values(), strict=True):
         values = [
-            {name: modes["generated"] for name, modes in case.values.items() if name in METRICS} for case in cases
+            {
+                name: modes["generated"]
+                for name, modes in case.values.items()
+                if name in METRICS and "generated" in modes
+            }
+            for case in cases
         ]
         sums = [
             sum(metrics.get(name, 0) for name in ("reliability", "generality", "locality_near")) for metrics in values

@@ -307,8 +307,8 @@ def report(trainer: FactTrainer, results: list[tuple[str, bool]], size: int, sec
     """Print and write the share of questions that are answered rightly, by relation and in all; return the latter."""
     args, measure = trainer.args, trainer.measure
     by_relation = defaultdict(list)
-    for relation, hit in results:
-        by_relation[relation].append(hit)
+    for identifier, hit in results:
+        by_relation[identifier].append(hit)
     table = Table("relation", "name", "questions", measure)
     for identifier, relation in trainer.fact_set.relations.items():
         if hits := by_relation.get(identifier):

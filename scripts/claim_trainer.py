@@ -88,7 +88,8 @@ class ClaimTrainer(FactTrainer):
 
     def blocks(self) -> Iterable[nn.Module]:
         """Return the encoder's blocks."""
-        return self.model.bert.encoder.layer
+        blocks: Iterable[nn.Module] = self.model.bert.encoder.layer
+        return blocks
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, claim: Claim, phrasing: str) -> Example:
         """Return a claim as tokens, with its label and the true object."""

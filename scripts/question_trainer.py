@@ -52,6 +52,8 @@ class QuestionTrainer(FactTrainer):
 
     def build(self) -> Any:
         """Return a T5 with as many blocks in the encoder as in the decoder."""
+        # It begins answers with the padding token, but the configuration's signature does not name that setting.
+        start: dict[str, Any] = {"decoder_start_token_id": self.tokenizer.pad_token_id}
         return T5ForConditionalGeneration(
             T5Config(
                 vocab_size=len(self.tokenizer),
@@ -63,7 +65,7 @@ class QuestionTrainer(FactTrainer):
                 dropout_rate=0.0,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self.tokenizer.eos_token_id,
-                decoder_start_token_id=self.tokenizer.pad_token_id,
+                **start,
             )
         )
 

@@ -21,6 +21,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,11 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     for name in arguments.models or MODELS:
-        bring(name, arguments.out / name, lambda line, name=name: print(f"{name}: {line}", flush=True))
+        bring(name, arguments.out / name, partial(_report, name))
+
+
+def _report(name: str, line: str) -> None:
+    print(f"{name}: {line}", flush=True)
 
 
 def bring(name: str, folder: Path, report: Callable[[str], None]) -> None:

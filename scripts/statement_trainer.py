@@ -99,7 +99,8 @@ class StatementTrainer(FactTrainer):
 
     def blocks(self) -> Iterable[nn.Module]:
         """Return the transformer's blocks."""
-        return self.model.transformer.h
+        blocks: Iterable[nn.Module] = self.model.transformer.h
+        return blocks
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[list[Statement]]:
         """Return the statements about each fact, one for each phrasing."""

@@ -9,7 +9,7 @@ from remend.cli import run
 from remend.data.request_files import read_requests
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, frames
 from remend.errors import ModelError, RequestError
-from remend.expansion import ExpandConfig, expand
+from remend.expansion import ExpandConfig, add_probes, expand
 from remend.expansion.implications import relations
 from remend.expansion.phrasings import phrasings
 from remend.expansion.premise import Premise, first_words
@@ -43,6 +43,47 @@ def test_a_set_has_what_should_move_and_what_should_stay(expansion):
     assert found.added == min(8, found.disturbed) or found.added <= found.disturbed
     assert len([item for item in edit_set.items if item.kind == "mined"]) == found.added
     assert set(expansion.seconds) == {"measuring the model", "phrasings", "implications", "near prompts", "trial edits"}
+
+
+def test_probes_ask_what_follows_and_what_must_stay(expansion):
+    given = expansion.edit_set.of("near")[0].prompt
+    paraphrase = "Rome or Ottawa? The capital of Canada is"
+    request = REQUEST.model_copy(update={"given_near": (given,), "unseen_paraphrases": (paraphrase,)})
+    unknown = EditRequest(prompt=TextPair("a", "b"), target="c")
+    found, same = add_probes(remend.load("atlas"), [request, unknown])
+    assert same == unknown
+    follows = {(probe.kind, str(probe.prompt)): probe.target for probe in found.portability}
+    assert follows["reverse", "Toronto is the capital of"] == "Canada"
+    assert follows["choice", "Ottawa or Toronto? The capital of Canada is"] == "Toronto"
+    true = "Question: Is it true that the capital of Canada is {}? Answer yes or no.\nAnswer:"
+    assert follows["yes_no", true.format("Toronto")] == "Yes"
+    assert follows["yes_no", true.format("Ottawa")] == "No"
+    assert [(p.kind, p.prompt, p.target) for p in found.outdated if p.kind == "reverse"] == [
+        ("reverse", "Ottawa is the capital of", "Canada")
+    ]
+    assert found.negated == ("The capital of Canada is not",)
+    kinds = {probe.kind for probe in found.near}
+    assert kinds & {"same_relation", "same_answer"}
+    scored = [probe.prompt for probe in (*found.portability, *found.outdated, *found.near)]
+    assert not {request.prompt, given, paraphrase} & set(scored)
+    assert EditRequest.from_json(json.dumps(found.to_json())) == found, "requests can be written and read"
+    with pytest.raises(ModelError, match="decoder"):
+        add_probes(remend.load("claims"), [])
+
+
+def test_the_full_suite_is_asked_for_by_name(tmp_path, capsys):
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text(json.dumps(REQUEST.to_json()) + "\n")
+    options = ["--data", str(requests), "--editor", "ridge", "--no-frontier", "--text-tokens", "0"]
+    report = tmp_path / "report.json"
+    assert run(["evaluate", "atlas", *options, "--suite", "full", "--json", str(report)]) == 0
+    saved = json.loads(report.read_text())
+    (case,) = saved["runs"][0]["cases"]
+    wanted = {"portability_reverse", "portability_yes_no", "outdated_reverse", "pair_consistency", "locality_near"}
+    assert wanted <= case["values"].keys()
+    assert saved["settings"]["suite"] == "full"
+    assert run(["evaluate", "atlas", *options, "--suite", "all"]) == 2
+    assert "there is no suite 'all'; it is one of given, full" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_set(expansion):

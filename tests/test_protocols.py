@@ -66,6 +66,8 @@ REQUESTS = (
               Probe(prompt="capital of D is", target="red", kind="same_object")),
         portability=(Probe(prompt="language of A is", target="green", kind="reasoning"),
                      Probe(prompt="capital of C is", target="red", kind="aliasing")),
+        outdated=(Probe(prompt="capital of A is not", target="red", kind="reverse"),
+                  Probe(prompt="capital of B is not", target="blue", kind="reverse")),
         negated=("capital of A is not", "capital of B is not"),
         generation=("z A",),
     ),
@@ -112,6 +114,7 @@ def test_every_metric_of_single_edits(world):
         "locality_near_same_object": 1.0,
         "locality_adversarial": 0.0,  # one of two says nothing before and after, which is not kept
         "accuracy_drawdown": 0.5,
+        "pair_consistency": 0.5,
     }
     assert {name: own["generated"] for name, own in first.values.items() if "generated" in own} == pytest.approx(exact)
     forced = {**exact, "generality_unseen": 0.5, "portability": 1.0, "portability_reasoning": 1.0, "locality_far": 1.0}
@@ -121,7 +124,7 @@ def test_every_metric_of_single_edits(world):
     )
     contained = {**exact, "generality": 1.0, "generality_unseen": 0.5, "edit_success": 1.0, "locality_far": 1.0}
     contained |= {"portability": 1.0, "portability_reasoning": 1.0}
-    del contained["accuracy_drawdown"]
+    del contained["accuracy_drawdown"], contained["pair_consistency"]
     assert {n: own["contains"] for n, own in first.values.items() if "contains" in own} == pytest.approx(contained)
     assert first.values["generality"]["token_f1"] == pytest.approx(
         (1 + 2 / 3) / 2
@@ -137,6 +140,8 @@ def test_every_metric_of_single_edits(world):
             "kl_near_same_object": 0.0,
             "kl_adversarial": divergence(size) / 4,
             "portability_negated": 0.5,
+            "outdated": 0.5,
+            "outdated_reverse": 0.5,
             "target_probability": scripted.SURE,
             "target_rank": 1.0,
             # "x y x y x y x": bigrams half and half; trigrams three to two, three of five seen before
@@ -154,6 +159,7 @@ def test_every_metric_of_single_edits(world):
     assert answers["unseen paraphrase", "x A is"] == ("red", "blue", "red and on", False)
     assert answers["near", "capital of C is"] == ("long green", "long green", "red", False)
     assert answers["negated", "capital of A is not"] == (None, "green", "red", False)
+    assert answers["outdated", "capital of A is not"] == (None, "green", "red", False)
     assert answers["generation", "z A"][2] == "x y x y x y x"
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import remend
 from remend.assets import ATLAS_FOLDER
-from remend.training import PRESETS, Progress
+from remend.training import PRESETS, TrainingProgress
 
 MAX_BYTES = 8_000_000
 """The largest editor that the package may contain."""
@@ -36,31 +36,31 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     console = Console()
 
-    def print_progress(progress: Progress) -> None:
+    def print_progress(progress: TrainingProgress) -> None:
         if progress.validation is not None:
             figures = ", ".join(f"{name} {value:.4f}" for name, value in progress.validation.items())
             console.print(f"step {progress.step}, {progress.share:.0%}: {figures}", highlight=False)
 
     settings = PRESETS["default"][1]
     settings = replace(settings, seed=arguments.seed, max_steps=arguments.max_steps or settings.max_steps)
-    model, tokenizer = remend.load("atlas", arguments.device)
-    editor = remend.train(
-        model,
-        tokenizer,
+    task = remend.load("atlas", arguments.device)
+    editor = remend.Mend.create(task, PRESETS["default"][0], seed=arguments.seed)
+    remend.train(
+        task,
         remend.read_source("atlas:train"),
         remend.read_source("atlas:validation"),
         config=settings,
+        editor=editor,
         budget_seconds=arguments.budget_seconds,
         on_progress=print_progress,
     )
     editor.save(arguments.out, dtype=torch.float16)
     size = sum(file.stat().st_size for file in arguments.out.iterdir())
     stored = remend.Mend.load(arguments.out).to(editor.device)
-    report = remend.evaluate(model, tokenizer, stored, remend.read_source("atlas:validation"), data="atlas:validation")
+    report = remend.evaluate(task, stored, remend.read_source("atlas:validation"), data="atlas:validation")
     for name, modes in report.metrics().items():
-        if "generated" not in modes:
-            continue
-        console.print(f"{name}: {modes['generated'].mean:.4f} (n = {modes['generated'].n})", highlight=False)
+        value = modes.get("generated") or next(iter(modes.values()))
+        console.print(f"{name}: {value.mean:.4f} (n = {value.n})", highlight=False)
     console.print(f"{editor.trained['seconds']:.0f} s, {size / 1e6:.1f} MB in {arguments.out}", soft_wrap=True)
     if size > MAX_BYTES:
         raise SystemExit(f"the package may contain an editor of {MAX_BYTES / 1e6:.0f} MB: choose a smaller rank")

@@ -317,6 +317,19 @@ METRICS = Registry(
             fields=("negated",),
         ),
         Metric(
+            name="outdated",
+            target="remend.evaluation.metrics.success:outdated",
+            help="prompts that the old fact answered are not answered with it any more",
+            fields=("outdated",),
+        ),
+        Metric(
+            name="pair_consistency",
+            target="remend.evaluation.metrics.success:pair_consistency",
+            help="the prompt gets its target, and with another subject it keeps its answer, both together",
+            modes=("generated", "teacher_forced"),
+            fields=("near",),
+        ),
+        Metric(
             name="locality_far",
             target="remend.evaluation.metrics.locality:locality_far",
             help="unrelated prompts keep their answer",

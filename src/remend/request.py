@@ -284,6 +284,7 @@ class EditRequest(Probe):
         locality: unrelated prompts whose answers must stay (far neighbours).
         near: related prompts whose answers must stay (another subject, or another relation of the same subject).
         portability: prompts whose answers follow from the edit; with a ``kind``, each kind is measured.
+        outdated: prompts that the old fact answered; their targets, which it gave, must not be the answer any more.
         formats: the same request in another form: a question for a completion, a conversation for a text.
         negated: prompts that deny the fact ("The capital of Canada is not"), whose answer must not be the target.
         generation: prompts to be continued freely, for the fluency of what follows.
@@ -301,6 +302,7 @@ class EditRequest(Probe):
     locality: tuple[Probe, ...] = ()
     near: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
+    outdated: tuple[Probe, ...] = ()
     formats: tuple[Prompt, ...] = ()
     negated: tuple[Prompt, ...] = ()
     generation: tuple[Prompt, ...] = ()
@@ -317,7 +319,7 @@ class EditRequest(Probe):
         own_prompt, separator = info.data.get("prompt"), info.data.get("separator")
         return tuple(as_completion(in_form_of(own_prompt, prompt), separator) for prompt in phrasings)
 
-    @field_validator("locality", "near", "portability", "given_portability")
+    @field_validator("locality", "near", "portability", "outdated", "given_portability")
     @classmethod
     def _probes_in_conversation(cls, probes: tuple[Probe, ...], info: ValidationInfo) -> tuple[Probe, ...]:
         own_prompt = info.data.get("prompt")
@@ -407,7 +409,7 @@ SCORED_LIKE_GIVEN = {
 }
 """What is given to an editor, and the fields with prompts of the same kind, which are scored."""
 PROMPT_LISTS = ("given_paraphrases", "given_near", *SCORED_FORMS, "negated", "generation")
-PROBE_LISTS = ("locality", "near", "portability", "given_portability")
+PROBE_LISTS = ("locality", "near", "portability", "outdated", "given_portability")
 
 
 def _prompts(listed: Sequence[Prompt | Probe]) -> set[Prompt]:

@@ -34,7 +34,7 @@ MAX_SHOWN = 5
 """The largest number of probes of a kind, or of shared items, that is printed."""
 REQUEST_LISTS = (
     *("given_paraphrases", "paraphrases", "unseen_paraphrases", "locality", "near"),
-    *("portability", "formats", "negated", "generation"),
+    *("portability", "outdated", "formats", "negated", "generation"),
 )
 """The fields of a request that hold several prompts or probes."""
 

@@ -18,6 +18,8 @@ from remend.cli.escaping import plain
 from remend.cli.report_tables import print_report
 from remend.errors import ConfigError
 
+SUITES = ("given", "full")
+
 if TYPE_CHECKING:
     from remend.evaluation import LmEvalTasks, Report
 
@@ -43,6 +45,13 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Evaluate only this many requests, drawn with the seed.")
     ] = None,
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="given: what the requests name. full: also what rules make of each: what follows, what must no longer "
+            "be said, denial, yes or no, and related prompts."
+        ),
+    ] = "given",
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -92,6 +101,7 @@ def evaluate(
     from remend.evaluation.reports.figure_style import check_matplotlib
     from remend.evaluation.reports.html_report import write_html_report
     from remend.evaluation.reports.plots import save_plots
+    from remend.expansion import add_probes
 
     frontier = frontier and protocol == "single" and edited_model is None
     if html is not None or pictures is not None:
@@ -103,6 +113,8 @@ def evaluate(
     if limit is not None and limit < len(requests):
         requests = [requests[i] for i in sorted(random.Random(seed).sample(range(len(requests)), limit))]
     passages = [] if text is None else read_text(text)
+    if suite not in SUITES:
+        raise ConfigError(f"there is no suite {suite!r}; it is one of {', '.join(SUITES)}")
     if edited_model is not None and (
         editor or statistics or settings or layers or edits or resume or protocol != "single"
     ):
@@ -121,6 +133,7 @@ def evaluate(
         raise ConfigError("in-context does not change the model, nor its general ability: omit --lm-eval")
     used = {
         "limit": limit,
+        "suite": None if suite == "given" else suite,
         "seed": seed,
         "max_new_tokens": max_new_tokens,
         "text": text and str(text),
@@ -144,6 +157,8 @@ def evaluate(
             "on_progress": lambda done, total: bar.update(progress, completed=done, total=total),
         }  # fmt: skip
         task = options.load_model(model, device, seed, dtype, quantise)
+        if suite == "full":
+            requests = add_probes(task, requests, seed)
         if chosen is None:
             edited = options.load_model(str(edited_model), device, seed, dtype, quantise)
             name = Path(str(edited_model)).name

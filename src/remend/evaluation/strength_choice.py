@@ -16,7 +16,7 @@ CANDIDATE_STRENGTHS = tuple(round(0.5 * 2 ** (step / 4), 3) for step in range(9)
 """0.5 to 2, in steps of a fourth of an octave."""
 
 LOCALITY_METRICS = ("locality_near", "locality_far")
-EVALUATION_ONLY = ("unseen_paraphrases", "portability", "formats", "negated", "generation")
+EVALUATION_ONLY = ("unseen_paraphrases", "portability", "outdated", "formats", "negated", "generation")
 """Fields of a request that are kept for evaluation, so nothing is chosen by them."""
 
 

@@ -125,4 +125,5 @@ def _hops(premise: Premise, relation: Relation) -> Iterator[SetItem]:
             sure=round(sure, 2),
             prompt=premise.in_form(text[:1].upper() + text[1:]),
             target=answer,
+            answer=was or None,
         )

@@ -118,6 +118,7 @@ PRESETS: dict[str, tuple[MendConfig, TrainingConfig]] = {
             tokens="target",
             limit=4.0,
             contrast=1.0,
+            ordinary=1.0,
             settle=2.0,
             aggregate="least-squares",
         ),

@@ -103,7 +103,7 @@ class MendCalibration:
         config, rank, count = self.editor.config, self.process_group.rank, self.process_group.count
         edits = self.data.edits[rank::count]
         passes = []
-        if config.ridge and (self.data.text or config.ordinary):
+        if config.ridge and (self.data.text or self._counts_ordinary):
             passes.append(CalibrationPass(self._fit_whiteners_to_text, []))  # a text is not cached
         elif config.ridge:
             passes.append(CalibrationPass(self._fit_whiteners, edits))
@@ -117,6 +117,11 @@ class MendCalibration:
             # Every process measures all of these batches, so nothing has to be merged.
             passes.append(CalibrationPass(self._measure_units, self.data.edits[:UNIT_BATCHES]))
         return passes
+
+    @property
+    def _counts_ordinary(self) -> bool:
+        """Whether there are ordinary inputs, other than random ones, and they count."""
+        return self.editor.config.ordinary > 0 and (self.source.task.causal or bool(self.data.text))
 
     @cached_property
     def ordinary(self) -> list[Example]:
@@ -145,7 +150,7 @@ class MendCalibration:
 
     def _fit_discriminants(self, batches: Batches) -> None:
         pairs = list(zip(self._fact_batches(), batches, strict=True))
-        ordinary = self.ordinary if self.editor.config.ordinary else ()
+        ordinary = self.ordinary if self._counts_ordinary else ()
         fit_discriminants(self.editor, self.source, pairs, ordinary, self.process_group)
 
     def _fit_statistics(self, batches: Batches) -> None:

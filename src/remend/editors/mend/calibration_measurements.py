@@ -94,9 +94,7 @@ def fit_whiteners_to_text(
 
 
 def ordinary_inputs(task: Task, text: Sequence[str]) -> list[Example]:
-    """Return the first tokens of a text in windows of one length or, without one, what the model writes by itself.
-
-    Of models that write nothing, random inputs.
+    """Return the first tokens of a text in windows of one length or, without one, what a decoder writes by itself.
 
     Raises:
         TrainingError: the text holds no words, or is given to an encoder-decoder.

@@ -33,8 +33,9 @@ class MendConfig(Config):
             with its neighbours, with this weight (:mod:`remend.core.key_discriminant`), and scaled so that each token
             responds to its own edit with 1. Needs ``tokens`` = ``target``.
         ordinary: how much ordinary inputs count, against prompts, among those that ũ is turned away from: the more,
-            the less an edit changes of ordinary text. They are the text that training is given, or what the model
-            writes by itself; inputs are whitened over them. Needs ``contrast``.
+            the less an edit changes of ordinary text. They are the text that training is given or, of a decoder, what
+            it writes by itself; inputs are whitened over them. Other models without a text have none. Needs
+            ``contrast``.
         settle: if not 0, each edit is scaled by √(settle · s) when it is made, where s is the scale at which the first
             token of its target just becomes the model's answer (:mod:`remend.editors.strength_search`).
         gate: if not 0, edits act only on keys that respond to them with more than this (their own key responds with

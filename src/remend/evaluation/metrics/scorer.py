@@ -90,6 +90,7 @@ class Scorer:
                 *(probe.prompt for probe in probes),
                 *adversarial_prompts(self.task, request),
                 *request.negated,
+                *(probe.prompt for probe in request.outdated),
                 *request.generation,
             ),
         )
@@ -111,7 +112,8 @@ class Scorer:
         """Return every prompt that is given to the model for a request."""
         prompts: list[Prompt] = [request.prompt, *request.paraphrases, *request.unseen_paraphrases, *request.formats]
         prompts += [*request.negated, *request.generation]
-        prompts += [probe.prompt for probe in (*request.portability, *request.locality, *request.near)]
+        probes = (*request.portability, *request.outdated, *request.locality, *request.near)
+        prompts += [probe.prompt for probe in probes]
         return prompts + adversarial_prompts(self.task, request)
 
     # -- values --------------------------------------------------------------------------------------------------
@@ -174,6 +176,7 @@ class Scorer:
         rows += [(f"as a {prompt_form(prompt)}", prompt, target) for prompt in request.formats]
         rows += [(kind_of(probe) or "portability", probe.prompt, probe.target) for probe in request.portability]
         rows += [("negated", prompt, None) for prompt in request.negated]
+        rows += [("outdated", probe.prompt, None) for probe in request.outdated]
         for kind, probes in (("near", request.near), ("far", request.locality)):
             rows += [(kind, probe.prompt, decode(self.base_answers[probe.prompt])) for probe in probes]
         adversarial = adversarial_prompts(self.task, request)
@@ -199,6 +202,9 @@ class Scorer:
         """Tell whether the edited model's answer is right; None where no answer is expected."""
         if kind == "negated":
             return not contains(self.task.decode(answer), outcome.request.target)
+        if kind == "outdated":
+            old = [probe.target for probe in outcome.request.outdated if probe.prompt == prompt]
+            return not any(contains(self.task.decode(answer), target) for target in old)
         if expected is None:
             return None
         if kind in MUST_STAY:

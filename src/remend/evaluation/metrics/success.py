@@ -8,6 +8,11 @@ from remend.evaluation.metrics.edit_outcome import VALUE, EditOutcome, PromptSco
 from remend.evaluation.metrics.word_overlap import contains
 from remend.request import Prompt
 
+SUBJECT_REPLACED = ("same_object", "same_relation", "same_answer")
+"""The kinds of near prompts that ask the same about another subject."""
+
+PAIR_MODES = ("generated", "teacher_forced")
+
 
 def reliability(outcome: EditOutcome) -> Iterator[PromptScore]:
     """Score the prompt: whether it is answered with the target."""
@@ -46,6 +51,27 @@ def portability_negated(outcome: EditOutcome) -> Iterator[PromptScore]:
     for prompt in outcome.request.negated:
         if (answer := outcome.answer(prompt)) is not None:
             yield PromptScore({VALUE: 1 - contains(outcome.task.decode(answer), outcome.request.target)})
+
+
+def outdated(outcome: EditOutcome) -> Iterator[PromptScore]:
+    """Score each prompt that the old fact answered: 1 where its answer does not hold that any more, by kind."""
+    for probe in outcome.request.outdated:
+        if (answer := outcome.answer(probe.prompt)) is not None:
+            yield PromptScore({VALUE: 1 - contains(outcome.task.decode(answer), probe.target)}, kind_of(probe))
+
+
+def pair_consistency(outcome: EditOutcome) -> Iterator[PromptScore]:
+    """Score the prompt and the same about another subject together: 1 where both are answered rightly.
+
+    Changing the subject is the least change of a prompt that changes its right answer (Kaushik et al., ICLR 2020).
+    """
+    edited = outcome.correctness(outcome.target_query)
+    for probe in outcome.request.near:
+        if kind_of(probe) in SUBJECT_REPLACED:
+            kept = outcome.unchanged(probe.prompt, outcome.probe_query(probe))
+            yield PromptScore(
+                {mode: edited[mode] * kept[mode] for mode in PAIR_MODES if mode in edited and mode in kept}
+            )
 
 
 def _target_given(outcome: EditOutcome, prompts: Iterable[Prompt]) -> Iterator[PromptScore]:
