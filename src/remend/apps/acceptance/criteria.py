@@ -75,7 +75,7 @@ class AcceptanceCriteria(BaseModel):
     stays: Share = 1.0
     near: Share = 0.75
     far: Share = 0.95
-    elsewhere: Share = 0.5
+    elsewhere: Share = 0.9
     perplexity: Perplexity | None = None
     size: Annotated[float, Field(gt=0)] = 1.0
 
