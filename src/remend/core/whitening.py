@@ -19,7 +19,9 @@ class SecondMoment:
     """
 
     def __init__(self, d: int, device: torch.device, columns: int | None = None) -> None:
-        self.total = torch.zeros(d, columns or d, device=device)
+        # In double precision on the CPU, so that sums do not depend on how many processes took part.
+        precision = torch.float64 if device.type == "cpu" else torch.float32
+        self.total = torch.zeros(d, columns or d, device=device, dtype=precision)
         self.sum = torch.zeros(d, device=device)
         self.fourth = torch.zeros((), device=device)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
