@@ -208,5 +208,5 @@ def moments_bytes(editor: GradientTransform) -> int:
         test_matrices[d] = d * columns if k else 0  # matrices of one width share the random vectors
         largest = max(largest, d * columns)
     # Moments of inputs and of keys exist one after the other. A decomposition needs workspace beside them.
-    # The former are summed in double precision on the CPU.
-    return 4 * max(2 * inputs + sum(test_matrices.values()), keys) + 4 * 8 * largest
+    doubled = 2 if editor.device.type == "cpu" else 1  # the former are summed in double precision there
+    return 4 * max(doubled * inputs + sum(test_matrices.values()), keys) + 4 * 8 * largest
