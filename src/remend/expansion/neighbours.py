@@ -123,5 +123,13 @@ def _with_the_words_of_the_edit(premise: Premise) -> Iterator[SetItem]:
         yield SetItem(
             item="near", kind="after the edit's words", made="an unrelated prompt", prompt=premise.in_form(text)
         )
-    if _VERB_AT_END.search(own) and not asks(premise.request.prompt):
+    yield from denials(premise)
+
+
+def denials(premise: Premise) -> Iterator[SetItem]:
+    """Yield the request's statement denied, where it is one and ends with a form of *to be*."""
+    if premise.statement is None or asks(premise.request.prompt):
+        return
+    own = premise.statement.replace("{}", premise.subject)
+    if _VERB_AT_END.search(own):
         yield SetItem(item="near", kind="denial", made="the statement denied", prompt=f"{own} not")

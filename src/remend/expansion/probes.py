@@ -13,7 +13,7 @@ from remend.editors import make_or_load
 from remend.editors.locate_then_edit.fit import Fit
 from remend.errors import ModelError, RequestError
 from remend.expansion.implications import implications, relation_of
-from remend.expansion.neighbours import neighbours
+from remend.expansion.neighbours import denials, neighbours
 from remend.expansion.premise import Premise
 from remend.progress import report_progress
 from remend.request import EditRequest, Probe, Prompt
@@ -78,11 +78,12 @@ def _with_probes(premise: Premise, request: EditRequest) -> EditRequest:
         asked = scored | {probe.prompt for probe in own}
         return (*own, *{probe.prompt: probe for probe in probes if probe.prompt not in asked}.values())
 
-    negated = [item.prompt for item in neighbours(premise, MOST_NEAR * 4) if item.kind == "denial"]
+    follows = implications(premise, MOST_IMPLICATIONS)
+    negated = [item.prompt for item in denials(premise)]
     return request.model_copy(
         update={
-            "portability": new(_follows(premise), request.portability),
-            "outdated": new(_outdated(premise), request.outdated),
+            "portability": new(_follows(premise, follows), request.portability),
+            "outdated": new(_outdated(premise, follows), request.outdated),
             "near": new(_near(premise), request.near),
             "negated": tuple(dict.fromkeys([*request.negated, *(p for p in negated if p not in scored)])),
         }
@@ -93,9 +94,9 @@ def _probe(prompt: Prompt, target: str, kind: str) -> Probe:
     return Probe.model_validate({"prompt": prompt, "target": target, "kind": kind})
 
 
-def _follows(premise: Premise) -> Iterator[Probe]:
-    """Yield what follows from the edit."""
-    for item in implications(premise, MOST_IMPLICATIONS):
+def _follows(premise: Premise, follows: Sequence[SetItem]) -> Iterator[Probe]:
+    """Yield what follows from the edit, and whether the new fact is true, and the old one."""
+    for item in follows:
         assert item.target is not None
         yield _probe(item.prompt, item.target, item.kind)
     yield from _yes_or_no(premise)
@@ -117,12 +118,12 @@ def _yes_or_no(premise: Premise) -> Iterator[Probe]:
         yield _probe(premise.in_form(question), truth, "yes_no")
 
 
-def _outdated(premise: Premise) -> Iterator[Probe]:
+def _outdated(premise: Premise, follows: Sequence[SetItem]) -> Iterator[Probe]:
     """Yield what the old fact answered: what followed from it, and its reverse."""
     relation = relation_of(premise)
     if relation is None or not premise.old or premise.old.casefold() == premise.request.target.casefold():
         return
-    for item in implications(premise, MOST_IMPLICATIONS):
+    for item in follows:
         if item.kind == "hop" and item.answer:
             yield _probe(item.prompt, item.answer, "hop")
     text = relation.inverse_question if asks(premise.request.prompt) else relation.inverse
@@ -132,7 +133,6 @@ def _outdated(premise: Premise) -> Iterator[Probe]:
 
 def _near(premise: Premise) -> Iterator[Probe]:
     """Yield what must stay, with the answers of the unedited model."""
-    items: list[SetItem] = neighbours(premise, MOST_NEAR)
-    for item in items:
+    for item in neighbours(premise, MOST_NEAR):
         if item.kind in KINDS and item.answer:
             yield _probe(item.prompt, item.answer, KINDS[item.kind])

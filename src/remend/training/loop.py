@@ -77,8 +77,9 @@ def train(
         config: training settings, in place of the preset's.
         editor: an untrained editor, in place of the preset's.
         resources: how the run uses memory and precision.
-        text: passages of ordinary text over whose tokens the inputs' second moments for whitening are taken; by default
-            over those of the requests' prompts and targets.
+        text: passages of ordinary text over whose tokens inputs are whitened, and which edits are to leave alone
+            (:class:`~remend.editors.MendConfig`, ``ordinary``); by default what a decoder writes by itself or, where
+            that does not count, the requests' prompts and targets.
         budget_seconds: the time after which the run ends at the latest (of all its sessions together).
         out: a new folder that always holds the best state so far (for :func:`remend.editors.load_trained`).
         resume: continue the interrupted run of ``out``; a run without a checkpoint starts from the beginning.

@@ -43,7 +43,6 @@ TEXT_WINDOW = 256
 TEXT_BATCH = 16
 """The number of windows that go through the base model together."""
 
-
 ORDINARY_INPUTS, ORDINARY_SEED = 1_024, 0
 """The number of ordinary inputs where no text is given, and the seed of their draw."""
 

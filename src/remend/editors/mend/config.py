@@ -34,8 +34,8 @@ class MendConfig(Config):
             responds to its own edit with 1. Needs ``tokens`` = ``target``.
         ordinary: how much ordinary inputs count, against prompts, among those that ũ is turned away from: the more,
             the less an edit changes of ordinary text. They are the text that training is given or, of a decoder, what
-            it writes by itself; inputs are whitened over them. Other models without a text have none. Nothing
-            without whitening and ``contrast``.
+            it writes by itself; inputs are whitened over them. Other models have none without a text. Has no effect
+            where inputs are not whitened and there is no ``contrast``.
         settle: if not 0, each edit is scaled by √(settle · s) when it is made, where s is the scale at which the first
             token of its target just becomes the model's answer (:mod:`remend.editors.strength_search`).
         gate: if not 0, edits act only on keys that respond to them with more than this (their own key responds with
