@@ -41,6 +41,7 @@ import remend
 from common import HERE, parser, start, write
 from real_questions import says
 from remend.data.edit_sets import EditSet
+from remend.data.question_rewrites import families
 from remend.data.request_files import read_requests
 from remend.editors import Editor, editor_class, load_editor, make
 from remend.editors.locate_then_edit.common_questions import frames, statements_of
@@ -75,7 +76,7 @@ def asked_of(request: EditRequest, given: Sequence[Prompt]) -> list[tuple[str, P
         fitted_to |= {frame.about(request.subject) for frame in common}
         fitted_to |= {
             text.replace("{}", request.subject)
-            for name in {of.question for of in common}
+            for name in {*(frame.question for frame in common), *(family.name for family in families())}
             for text in statements_of(name)
         }
     asked: list[tuple[str, Prompt]] = [("reliability", request.prompt)]

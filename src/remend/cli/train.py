@@ -44,7 +44,8 @@ def train(
     text: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Plain text over which inputs are whitened; by default the requests' prompts."
+            metavar="FILE",
+            help="Plain text over which inputs are whitened, and which edits leave alone; by default a decoder's own.",
         ),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="End after this many steps.")] = None,
