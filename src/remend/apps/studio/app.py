@@ -53,12 +53,15 @@ def build_page(workspace: Workspace, title: str) -> gr.Blocks:
     with gr.Blocks(title=f"remend studio: {title}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         key = gr.State(lambda: uuid.uuid4().hex)
         changed = gr.State(0)
+        # Filled in the same response that shows a new edit: whoever sees it can accept it at once.
+        active = gr.CheckboxGroup(label="These act", choices=[], elem_id="on", render=False)
+        selected = gr.Dropdown(label="The edit to accept, discard or export", choices=[], elem_id="which", render=False)
         name = html_fragments.text_markdown(title)
         gr.Markdown(f"# remend studio\nThe model is **{name}**. What you make is yours alone until you accept it.")
         with gr.Tab("Fix"):
-            _fix_tab(sessions, key, changed)
+            _fix_tab(sessions, key, [active, selected])
         with gr.Tab("My edits"):
-            _edits_tab(sessions, key, changed)
+            _edits_tab(sessions, key, changed, active, selected)
         with gr.Tab("The book") as tab:
             _registry_tab(sessions, key, changed, tab)
     blocks: gr.Blocks = page
@@ -105,8 +108,8 @@ def serve(
 # -- the parts of the page -------------------------------------------------------------------------------------------
 
 
-def _fix_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
-    """Build the tab for asking the model, making an edit and seeing what it does."""
+def _fix_tab(sessions: Sessions, key: gr.State, lists: list[gr.CheckboxGroup | gr.Dropdown]) -> None:
+    """Build the tab for asking the model, making an edit and seeing what it does; ``lists`` are of *My edits*."""
     prompt = gr.Textbox(value="", label="Ask the model", placeholder="The capital of Canada is", elem_id="prompt")
     ask = gr.Button("Ask", elem_id="ask")
     answers = gr.HTML(elem_id="said")
@@ -137,11 +140,11 @@ def _fix_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
         return prompts.subject or subject, paraphrases, near, far
 
     def create_edit(
-        key: str, count: int, prompt: str, target: str, subject: str, paraphrases: str, near: str, far: str
+        key: str, prompt: str, target: str, subject: str, paraphrases: str, near: str, far: str
     ) -> Iterator[tuple[Any, ...]]:
         session = sessions(key)
         request = _read_request(session, prompt, target, subject, paraphrases, near, far)
-        unchanged = (gr.skip(),) * 4
+        unchanged = (gr.skip(),) * 5
         progress = ("making the edit", 0)
 
         def on_progress(step: str, passes: int) -> None:
@@ -162,26 +165,28 @@ def _fix_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
         yield (
             _summary(session, session_edit), html_fragments.answers_html(session_edit.answers),
             html_fragments.matrices_html(session_edit.edit),
-            html_fragments.tokens_html(session.reactions(session_edit.edit, request.prompt)), count + 1,
+            html_fragments.tokens_html(session.reactions(session_edit.edit, request.prompt)), *_list_edits(session),
         )  # fmt: skip
 
     ask.click(_with_messages(ask_model), [key, prompt], answers)
     prompt.submit(_with_messages(ask_model), [key, prompt], answers)
     suggest.click(_with_messages(fill_suggestions), [prompt, subject], [subject, paraphrases, near, far])
-    inputs = [key, changed, prompt, target, subject, paraphrases, near, far]
-    outputs = [status, comparison, matrices, reactions, changed]
+    inputs = [key, prompt, target, subject, paraphrases, near, far]
+    outputs = [status, comparison, matrices, reactions, *lists]
     edit.click(_with_messages_generator(create_edit), inputs, outputs, show_progress="hidden")
     stop.click(lambda key: sessions(key).stop(), key, None)
 
 
-def _edits_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
+def _edits_tab(
+    sessions: Sessions, key: gr.State, changed: gr.State, active: gr.CheckboxGroup, selected: gr.Dropdown
+) -> None:
     """Build the tab of the session's edits: switch them on and off, compare, accept, discard, export."""
     gr.Markdown("What you made in this session. Those that are ticked act when you ask, for you alone.")
-    active = gr.CheckboxGroup(label="These act", choices=[], elem_id="on")
+    active.render()  # type: ignore[no-untyped-call]
     prompts = gr.Textbox(value="", label="Ask again, one prompt a line", lines=2, elem_id="again")
     ask = gr.Button("Compare", elem_id="compare")
     comparison = gr.HTML(elem_id="compared")
-    selected = gr.Dropdown(label="The edit to accept, discard or export", choices=[], elem_id="which")
+    selected.render()  # type: ignore[no-untyped-call]
     why = gr.Textbox(value="", label="Why it is right (kept in the book)", elem_id="why")
     with gr.Row():
         accept = gr.Button("Accept into the book", variant="primary", elem_id="accept")
@@ -191,12 +196,6 @@ def _edits_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
     format_name = gr.Dropdown(label="Export as", choices=format_choices(), value="native", elem_id="form")
     export = gr.Button("Export", elem_id="export")
     file = gr.File(label="The file", elem_id="file")
-
-    def list_edits(key: str, count: int) -> tuple[Any, Any]:
-        edits = sessions(key).edits
-        choices = [(mark_invisible(session_edit.name), number) for number, session_edit in edits.items()]
-        numbers = [number for number, session_edit in edits.items() if session_edit.active]
-        return gr.update(choices=choices, value=numbers), gr.update(choices=choices, value=max(edits, default=None))
 
     def set_active(key: str, numbers: list[int]) -> None:
         for number, session_edit in sessions(key).edits.items():
@@ -222,7 +221,7 @@ def _edits_tab(sessions: Sessions, key: gr.State, changed: gr.State) -> None:
         session = sessions(key)
         return str(session.export(session.get(_selected(number)).edit, format_name))
 
-    changed.change(list_edits, [key, changed], [active, selected])
+    changed.change(lambda key: _list_edits(sessions(key)), key, [active, selected])
     active.input(set_active, [key, active], None)
     ask.click(_with_messages(compare), [key, prompts], comparison)
     accept.click(_with_messages(accept_edit), [key, changed, selected, why, force], [status, changed])
@@ -285,6 +284,13 @@ def _registry_tab(sessions: Sessions, key: gr.State, changed: gr.State, tab: gr.
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _list_edits(session: Session) -> tuple[Any, Any]:
+    """Return the updates of the lists of *My edits*: those that act, and the one to accept, at first the newest."""
+    choices = [(mark_invisible(session_edit.name), number) for number, session_edit in session.edits.items()]
+    active = [number for number, session_edit in session.edits.items() if session_edit.active]
+    return gr.update(choices=choices, value=active), gr.update(choices=choices, value=max(session.edits, default=None))
 
 
 def _summary(session: Session, session_edit: SessionEdit) -> str:
