@@ -9,6 +9,8 @@
     python benchmarks/real.py --config benchmarks/configs/real_gemma.json --split test
     python benchmarks/real_classifier.py build/real/minilm
     python benchmarks/real.py --config benchmarks/configs/real_classifier.json --split test
+    python benchmarks/real_compositions.py build/real/smollm2 && python benchmarks/real_knowedit.py
+    python benchmarks/real.py --config benchmarks/configs/real_compositions.json --split test
 
 Each request is an edit of its own. An answer is right if it begins with the target at a word boundary, and kept if its
 first word stays; a chat model's is right if it holds the target, and kept if it stays as far as it is read. Columns are
@@ -16,6 +18,8 @@ means over requests of the shares of their prompts, with 95 % bootstrap interval
 
 - reliability: the request's own prompt;
 - generality: phrasings that the unedited model answers with the true object, too; "all phrasings" counts the others;
+- composition, chain, reverse, alias: what follows, which the editor was not told (benchmarks/real_compositions.py,
+  benchmarks/real_knowedit.py);
 - near, far: other prompts of each kind (benchmarks/real_requests.py);
 - text, of every fourth edit: choices on WikiText-2 that stay, and the model's perplexity over the unedited one's.
 
@@ -52,7 +56,10 @@ from remend.request import Chat, EditRequest, Prompt
 from remend.tasks import as_the_model_says
 from remend.tasks.base import Answer, Task
 
-KINDS = ("reliability", "generality", "all_phrasings", "same_object", "same_relation", "same_subject", "far")
+RIGHT = ("reliability", "generality", "all_phrasings", "composition", "chain", "reverse", "alias")
+"""The columns that are shares of prompts that must be answered with a target."""
+
+KINDS = (*RIGHT, "same_object", "same_relation", "same_subject", "far")
 """The columns that are shares of prompts."""
 
 Row = dict[str, float]
@@ -68,8 +75,11 @@ RESAMPLES = 2000
 """Bootstrap samples of an interval."""
 
 
-def asked_of(request: EditRequest, given: Sequence[Prompt]) -> list[tuple[str, Prompt]]:
-    """Return the prompts of a request that are scored, with their kinds."""
+def asked_of(request: EditRequest, given: Sequence[Prompt]) -> list[tuple[str, Prompt, str]]:
+    """Return the prompts of a request that are scored, with their kinds and the answers that are right.
+
+    The right answer of what must stay is the unedited model's, whatever is written here.
+    """
     fitted_to = set(map(_text, given))
     if request.subject:
         common = [*frames("statements"), *frames("questions")]
@@ -79,12 +89,14 @@ def asked_of(request: EditRequest, given: Sequence[Prompt]) -> list[tuple[str, P
             for name in {*(frame.question for frame in common), *(family.name for family in families())}
             for text in statements_of(name)
         }
-    asked: list[tuple[str, Prompt]] = [("reliability", request.prompt)]
-    asked += [("generality", prompt) for prompt in request.paraphrases if _text(prompt) not in fitted_to]
-    other = [("other_phrasings", prompt) for prompt in request.unseen_paraphrases if _text(prompt) not in fitted_to]
-    asked += random.Random(str(request.id)).sample(other, min(OTHER_PHRASINGS, len(other)))
-    asked += [(str(probe.kind), probe.prompt) for probe in request.near]
-    asked += [("far", probe.prompt) for probe in request.locality]
+    target = request.target
+    asked = [("reliability", request.prompt, target)]
+    asked += [("generality", prompt, target) for prompt in request.paraphrases if _text(prompt) not in fitted_to]
+    other = [prompt for prompt in request.unseen_paraphrases if _text(prompt) not in fitted_to]
+    drawn = random.Random(str(request.id)).sample(other, min(OTHER_PHRASINGS, len(other)))
+    asked += [("other_phrasings", prompt, target) for prompt in drawn]
+    asked += [(str(probe.kind), probe.prompt, probe.target) for probe in (*request.portability, *request.near)]
+    asked += [("far", probe.prompt, probe.target) for probe in request.locality]
     return asked
 
 
@@ -159,19 +171,19 @@ def measure(
         bare = make_set(bare)
         extra["set_seconds"] = time.process_time() - began
     told = {*bare.given_near, *(probe.prompt for probe in bare.given_portability)}
-    asked = [(name, prompt) for name, prompt in asked_of(request, bare.given_paraphrases) if prompt not in told]
-    base.ask([prompt for _, prompt in asked])
+    asked = [scored for scored in asked_of(request, bare.given_paraphrases) if scored[1] not in told]
+    base.ask([prompt for _, prompt, _ in asked])
     began = time.process_time()
     edit = editor.edit(task, [as_the_model_says(task, bare) if isinstance(request.prompt, Chat) else bare])
     seconds = time.process_time() - began
     intervention = shared_intervention(task, edit, 1)
-    prompts = [intervention.prompt_for(0, prompt, base.new_tokens) or prompt for _, prompt in asked]
+    prompts = [intervention.prompt_for(0, prompt, base.new_tokens) or prompt for _, prompt, _ in asked]
     with intervention.applied([0]):
         answers = task.predict(prompts, base.new_tokens)
     of_kind: dict[str, list[bool]] = defaultdict(list)
-    for (name, prompt), answer in zip(asked, answers, strict=True):
-        if name in ("reliability", "generality", "other_phrasings"):
-            right = is_right(task, prompt, answer, request.target)
+    for (name, prompt, target), answer in zip(asked, answers, strict=True):
+        if name == "other_phrasings" or name in RIGHT:
+            right = is_right(task, prompt, answer, target)
         else:
             right = task.gives(prompt, answer, task.answer_span(prompt, base.answers[prompt]))
         of_kind[name].append(right)
@@ -203,7 +215,7 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the results as a table in Markdown."""
-    names = (*KINDS, "text", "perplexity")
+    names = [name for name in (*KINDS, "text", "perplexity") if any(name in result for result in results)]
     head = ["", *(name.replace("_", " ") for name in names), "CPU s an edit"]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for result in results:
