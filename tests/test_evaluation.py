@@ -14,9 +14,11 @@ from remend.edit import Edit
 from remend.errors import ConfigError, FileError, NonFiniteError, RequestError
 from remend.evaluation import evaluate
 from remend.evaluation.before_after import before_after
+from remend.evaluation.perturbed_edits import with_mask, with_noise
 from remend.evaluation.reports.figure_style import check_plot, save_figure
 from remend.evaluation.reports.plots import frontier, groups
 from remend.evaluation.reports.report import Case, Report, Run
+from remend.evaluation.reports.report_reader import read_report
 from remend.evaluation.strength_choice import CANDIDATE_STRENGTHS, choose_strength
 from remend.evaluation.summary import Summary
 from remend.fingerprint import ModelFingerprint
@@ -253,6 +255,46 @@ def test_the_frontier_is_what_scaled_edits_do(task, editor, tmp_path):
     saved = json.loads((tmp_path / "report.json").read_text())
     assert [point["scale"] for point in saved["frontier"]] == [0.5, 1.0, 2.0]
     assert saved["frontier"][1]["metrics"]["reliability"] == saved["runs"][0]["metrics"]["reliability"]
+
+
+def test_edits_are_evaluated_with_inexact_numbers(task, editor, tmp_path):
+    requests = worlds.requests(8)
+    report = evaluate(task, editor, requests, max_new_tokens=5, perturbed=True, text_tokens=64)
+    assert list(report.baselines) == ["unedited", "in_context", "noise_10%", "mask_10%"]
+    assert "elsewhere" not in report.baselines["noise_10%"][0].values
+    edits = editor.edit_each(task, requests)
+
+    class Inexact:
+        def __init__(self, perturb):
+            self.perturb = perturb
+
+        def edit_each(self, task, some):
+            return [self.perturb(edit, number) for number, edit in enumerate(edits)]
+
+    for name, perturb in (("noise_10%", with_noise), ("mask_10%", with_mask)):
+        alone = evaluate(task, Inexact(perturb), requests, max_new_tokens=5, baselines=False, text_tokens=0)
+        assert [case.values for case in alone.cases] == [case.values for case in report.baselines[name]]
+    again = evaluate(task, editor, requests, max_new_tokens=5, perturbed=True, text_tokens=0)
+    assert again.baselines["mask_10%"] == report.baselines["mask_10%"]
+    report.save(tmp_path / "report.json")
+    assert read_report(tmp_path / "report.json").baselines.keys() == report.baselines.keys()
+    with pytest.raises(ConfigError, match="single edits are perturbed"):
+        evaluate(task, editor, requests, protocol="batched", perturbed=True)
+
+
+def test_noise_and_masks_change_a_tenth():
+    torch.manual_seed(0)
+    change = LowRank(torch.randn(4, 3000), torch.randn(4, 2000))
+    model = torch.nn.ModuleDict({"m": torch.nn.Linear(3000, 2000)})
+    edit = Edit({"m": change}, ModelFingerprint.of(model, ["m"]))
+    noisy, masked = with_noise(edit, 0).changes["m"], with_mask(edit, 0).changes["m"]
+    assert ((noisy.u / change.u).std() - 0.1).abs() < 0.005
+    assert ((noisy.delta / change.delta).mean() - 1).abs() < 0.005
+    for factor, before in ((masked.u, change.u), (masked.delta, change.delta)):
+        assert ((factor == 0).float().mean() - 0.1).abs() < 0.01
+        assert torch.equal(factor[factor != 0], before[factor != 0])
+    assert torch.equal(with_mask(edit, 0).changes["m"].u, masked.u)
+    assert not torch.equal(with_mask(edit, 1).changes["m"].u, masked.u)
 
 
 def test_near_probes_are_also_reported_by_their_kind(task, editor):

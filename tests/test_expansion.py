@@ -82,6 +82,7 @@ def test_the_full_suite_is_asked_for_by_name(tmp_path, capsys):
     wanted = {"portability_reverse", "portability_yes_no", "outdated_reverse", "pair_consistency", "locality_near"}
     assert wanted <= case["values"].keys()
     assert saved["settings"]["suite"] == "full"
+    assert {"noise_10%", "mask_10%"} <= saved["baselines"].keys()
     assert run(["evaluate", "atlas", *options, "--suite", "all"]) == 2
     assert "there is no suite 'all'; it is one of given, full" in capsys.readouterr().err
 

@@ -49,7 +49,7 @@ def evaluate(
         str,
         typer.Option(
             help="given: what the requests name. full: also what rules make of each: what follows, what must no longer "
-            "be said, denial, yes or no, and related prompts."
+            "be said, denial, yes or no, and related prompts; single edits also with noise, and with a part left out."
         ),
     ] = "given",
     max_new_tokens: options.NewTokens = 32,
@@ -168,6 +168,7 @@ def evaluate(
             report = evaluate_edits(
                 task, made, requests,
                 protocol=protocol, edits=_numbers(edits), strengths=FRONTIER_STRENGTHS if frontier else (),
+                perturbed=suite == "full" and protocol == "single" and made.info.result != "outside",
                 name=Path(editor or made.info.name).name, checkpoint=partial, resume=resume,
                 on_report=finish, **common,
             )  # fmt: skip

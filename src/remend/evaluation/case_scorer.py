@@ -19,6 +19,7 @@ from remend.evaluation.interventions import (
 from remend.evaluation.metrics.query_measurements import RequestMeasurements, measure
 from remend.evaluation.metrics.scorer import Scorer
 from remend.evaluation.ordinary_text import Elsewhere, OrdinaryText
+from remend.evaluation.perturbed_edits import PERTURBATIONS
 from remend.evaluation.reports.report import Case
 from remend.request import EditRequest
 from remend.tasks.base import Task
@@ -46,22 +47,29 @@ class CaseScorer:
         edits: Sequence[AnyEdit],
         strengths: Iterable[float],
         baselines: bool,
+        perturbed: bool,
     ) -> list[list[Case]]:
-        """Return the cases of each request's edit at each strength, then of the baselines.
+        """Return the cases of each request's edit at each strength, then of the baselines, then perturbed.
 
-        Low-rank edits are measured in one pass, others one after the other.
+        Edits of weights or units are measured in one pass, others, which cannot be perturbed, one after the other.
         """
         low_rank = [edit for edit in edits if isinstance(edit, Edit)]
         if len(low_rank) == len(edits):
             # Free answers are decoded at full strength only: decoding takes most of the time.
             interventions: list[Intervention] = [
-                SeparateEdits(self.task, low_rank, strength, decode_answers=strength == 1) for strength in strengths
+                SeparateEdits(self.task, low_rank, strength, decode_answers=strength == 1, on_text=strength == 1)
+                for strength in strengths
             ]
             interventions += self.baseline_interventions(requests) if baselines else []
+            for perturb in PERTURBATIONS.values() if perturbed else ():
+                inexact = [perturb(edit, start + index) for index, edit in enumerate(low_rank)]
+                interventions.append(SeparateEdits(self.task, inexact, on_text=False))
             return self.score(requests, start, interventions)
         # Other edits change the whole model or its prompts, so that each needs a pass of its own.
         if list(strengths) != [1.0]:
             raise ConfigError(f"a {type(edits[0]).__name__} has no strength: omit the strengths (--no-frontier)")
+        if perturbed:
+            raise ConfigError(f"a {type(edits[0]).__name__} has no numbers that could be inexact: omit perturbed")
         rows = []
         for index, (request, edit) in enumerate(zip(requests, edits, strict=True)):
             interventions = [shared_intervention(self.task, edit, 1)]
@@ -88,11 +96,7 @@ class CaseScorer:
 
     def _elsewhere(self, intervention: Intervention, requests: int) -> list[Elsewhere | None]:
         """Measure what each request's edit changes on ordinary text, where there is some."""
-        if (
-            self.text is None
-            or not intervention.decode_answers
-            or isinstance(intervention, NoIntervention | FactsInContext)
-        ):
+        if self.text is None or not intervention.on_text:
             return [None] * requests
         measured: list[Elsewhere | None] = []
         measured += self.text.measure(intervention, requests if isinstance(intervention, SeparateEdits) else 1)

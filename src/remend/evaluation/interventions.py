@@ -37,6 +37,8 @@ class Intervention:
     """Free answers afterwards that are known without decoding."""
     units: Mapping[str, nn.Module] = MappingProxyType({})
     """Where all that is changed are hidden units: the layers that they read and change, by name. Else empty."""
+    on_text = True
+    """Whether it is measured on ordinary text."""
 
     def __init__(self, task: Task, decode_answers: bool = True) -> None:
         self.task = task
@@ -67,6 +69,7 @@ class NoIntervention(Intervention):
     """
 
     changes_outputs = False
+    on_text = False
 
     def __init__(self, task: Task, answers: Mapping[Prompt, Answer]) -> None:
         super().__init__(task)
@@ -81,10 +84,19 @@ class SeparateEdits(Intervention):
         edits: one for each request.
         strength: what they are multiplied with.
         decode_answers: whether free answers are decoded too.
+        on_text: whether they are measured on ordinary text.
     """
 
-    def __init__(self, task: Task, edits: Sequence[Edit], strength: float = 1.0, decode_answers: bool = True) -> None:
+    def __init__(
+        self,
+        task: Task,
+        edits: Sequence[Edit],
+        strength: float = 1.0,
+        decode_answers: bool = True,
+        on_text: bool = True,
+    ) -> None:
         super().__init__(task, decode_answers)
+        self.on_text = on_text
         # Stacked once here: `applied` is entered for every batch, and only selects the rows of its requests.
         self.changes = {name: change.scaled(strength) for name, change in _stack_changes(edits).items()}
         self.modules = find_modules(task.model, layer_names(self.changes))
@@ -123,6 +135,8 @@ class FactsInContext(Intervention):
         task: the base model.
         edits: the facts for each request.
     """
+
+    on_text = False
 
     def __init__(self, task: Task, edits: Sequence[ContextEdit]) -> None:
         super().__init__(task)

@@ -32,6 +32,7 @@ def evaluate(
     edits: Sequence[int] = (),
     baselines: bool = True,
     strengths: Sequence[float] = (),
+    perturbed: bool = False,
     text: Sequence[str] = (),
     text_tokens: int = TEXT_TOKENS,
     lm_eval: LmEvalTasks | None = None,
@@ -62,6 +63,8 @@ def evaluate(
         edits: of ``batched`` and ``sequential``, how many are applied at once; by default all.
         baselines: whether to evaluate the unedited model too, as it is and with the fact in its prompt.
         strengths: of ``single``, multiples of each edit to evaluate too, for the frontier of success and locality.
+        perturbed: of ``single``, whether to evaluate each edit with noise, and with a part left out, too
+            (:mod:`remend.evaluation.perturbed_edits`).
         text: passages of ordinary text on which each edit is measured; by default what the model writes by itself.
         text_tokens: how many tokens of it; 0 to leave this out.
         lm_eval: tasks of lm-evaluation-harness in which the model is evaluated without any edit and after all of a
@@ -83,9 +86,9 @@ def evaluate(
     """
     if not requests:
         raise RequestError("there is no request to evaluate: give at least one")
-    sizes = _check_sizes(protocol, edits, strengths, len(requests))
+    sizes = _check_sizes(protocol, edits, strengths, perturbed, len(requests))
     settings = {"protocol": protocol, "edits": sizes, "scales": list(strengths), "limit": max_new_tokens}
-    settings |= {"baselines": baselines, "text": list(text), "text_tokens": text_tokens}
+    settings |= {"baselines": baselines, "perturbed": perturbed, "text": list(text), "text_tokens": text_tokens}
     if lm_eval is not None:
         settings["ability"] = [list(lm_eval.tasks), str(lm_eval.folder), lm_eval.limit]
     fingerprint = evaluation_fingerprint(task.model, editor, requests, settings) if checkpoint else ""
@@ -101,7 +104,7 @@ def evaluate(
     of_baselines = runner.evaluate_baselines() if baselines_first else {}
     frontier: dict[float, list[Case]] = {}
     if protocol == "single":
-        runs, frontier, of_baselines = runner.evaluate_single(strengths, baselines)
+        runs, frontier, of_baselines = runner.evaluate_single(strengths, baselines, perturbed)
     else:
         runs = runner.evaluate_batched(sizes) if protocol == "batched" else runner.evaluate_sequential(sizes)
     general = {}
@@ -215,7 +218,9 @@ def _report(
     )
 
 
-def _check_sizes(protocol: str, edits: Sequence[int], strengths: Sequence[float], requests: int) -> list[int]:
+def _check_sizes(
+    protocol: str, edits: Sequence[int], strengths: Sequence[float], perturbed: bool, requests: int
+) -> list[int]:
     """Check the settings of a protocol; return how many edits are applied at once, in order."""
     if protocol not in PROTOCOLS:
         raise ConfigError(f"there is no protocol {protocol!r}; it is one of {', '.join(PROTOCOLS)}")
@@ -225,6 +230,8 @@ def _check_sizes(protocol: str, edits: Sequence[int], strengths: Sequence[float]
         return [1]
     if strengths:
         raise ConfigError(f"strengths are for single edits: omit them with the protocol {protocol}")
+    if perturbed:
+        raise ConfigError(f"single edits are perturbed: omit it with the protocol {protocol}")
     if wrong := [size for size in edits if not 1 <= size <= requests]:
         raise ConfigError(
             f"there are {requests} requests, so from 1 to {requests} edits can be applied at once, not {wrong[0]}"

@@ -20,6 +20,7 @@ from remend.evaluation.conflicting_probes import filter_probes
 from remend.evaluation.interventions import Intervention, shared_intervention
 from remend.evaluation.metrics.scorer import Scorer
 from remend.evaluation.ordinary_text import OrdinaryText
+from remend.evaluation.perturbed_edits import PERTURBATIONS
 from remend.evaluation.reports.report import Case, Run
 from remend.request import EditRequest
 from remend.tasks.base import Task
@@ -74,19 +75,21 @@ class EvaluationRunner:
     # -- protocols -----------------------------------------------------------------------------------------------
 
     def evaluate_single(
-        self, strengths: Sequence[float], baselines: bool
+        self, strengths: Sequence[float], baselines: bool, perturbed: bool
     ) -> tuple[list[Run], dict[float, list[Case]], dict[str, list[Case]]]:
         """Evaluate each edit of the unedited model alone.
 
         Args:
             strengths: multiples of each edit that are evaluated too.
             baselines: whether to evaluate :data:`BASELINES` too.
+            perturbed: whether to evaluate each edit with :data:`PERTURBATIONS` too.
 
         Returns:
-            The run, the cases at each strength, and those of each baseline.
+            The run, the cases at each strength, and those of each baseline and perturbation.
         """
         all_strengths = dict.fromkeys((1.0, *strengths))
-        names = (*all_strengths, *(BASELINES if baselines else ()))
+        others = [*(BASELINES if baselines else ()), *(PERTURBATIONS if perturbed else ())]
+        names = (*all_strengths, *others)
         cases: dict[float | str, list[Case]] = {name: [] for name in names}
         total = 0.0
         for start in range(0, len(self.requests), REQUESTS_PER_PART):
@@ -94,17 +97,16 @@ class EvaluationRunner:
             part = self._load_part(f"single-{start}")
             if part is None:
                 seconds, edits = _timed(self.editor.edit_each, self.task, chunk)
-                # Strengths and baselines are measured in the same pass: the outputs before any edit are the same.
-                scored = self._cases.score_separately(chunk, start, edits, all_strengths, baselines)
+                # All are measured in the same pass: the outputs before any edit are the same.
+                scored = self._cases.score_separately(chunk, start, edits, all_strengths, baselines, perturbed)
                 part = self._save_part(f"single-{start}", seconds, scored)
             total += part[0]
-            # A part lists the cases in the order in which the interventions were given: strengths, then baselines.
+            # A part lists the cases in the order in which the interventions were given.
             for listed, new in zip(cases.values(), part[1], strict=True):
                 listed += new
             self.on_progress(len(chunk))
         frontier = {strength: cases[strength] for strength in sorted(all_strengths)} if strengths else {}
-        of_baselines = {name: cases[name] for name in BASELINES} if baselines else {}
-        return [Run(1, cases[1.0], total / len(self.requests))], frontier, of_baselines
+        return [Run(1, cases[1.0], total / len(self.requests))], frontier, {name: cases[name] for name in others}
 
     def evaluate_batched(self, sizes: Sequence[int]) -> list[Run]:
         """Evaluate edits in batches of each of the sizes, all edits of a batch applied at once."""

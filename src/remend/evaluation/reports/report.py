@@ -97,7 +97,8 @@ class Report:
         editor: the name of the editor.
         protocol: ``single``, ``batched``, ``sequential``, or ``checkpoints`` where two models were given.
         runs: the results for each number of edits that were applied at once; of single edits there is one run.
-        baselines: the results without any edit (``unedited``), and with the fact in the prompt (``in_context``).
+        baselines: what the edits are compared with: the results without any edit (``unedited``), with the fact in the
+            prompt (``in_context``), and of single edits with inexact numbers (``noise_10%``, ``mask_10%``).
         frontier: the cases of single edits at other strengths, by strength, if they were evaluated.
         text: of the ordinary text that edits were measured on: ``texts``, ``tokens``, whether it was ``given`` and, of
             causal models, its ``perplexity`` before any edit.
