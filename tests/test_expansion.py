@@ -136,9 +136,13 @@ def test_questions_have_rewrites_and_conversations_stay_conversations():
 def test_hops_ask_what_is_commonly_asked():
     asked = {frame.question for frame in frames("questions")}
     for name, relation in relations().items():
-        assert relation.noun.count("{}") == 1, name
-        assert relation.hops.keys() <= asked, name
-        assert all(text.count("{}") == 1 for text in relation.hops.values())
+        assert relation.nouns, name
+        assert all(noun.count("{}") == 1 for noun in relation.nouns), name
+        assert {hop.question for hop in relation.hops} <= asked, name
+        assert relation.direct <= {hop.question for hop in relation.hops}, name
+        for hop in relation.hops:
+            assert hop.statement.count("{}") == 1
+            assert hop.after_examples(hop.examples[0][0]).count(hop.examples[0][0]) == 1
         assert bool(relation.inverse) == bool(relation.inverse_question), name
 
 

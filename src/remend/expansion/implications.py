@@ -9,12 +9,35 @@ from functools import cache
 from importlib import resources
 
 from remend.data.edit_sets import SetItem
-from remend.editors.locate_then_edit.common_questions import frames, next_tokens, text_of
+from remend.editors.locate_then_edit.common_questions import frames, next_tokens, statements_of, text_of
 from remend.expansion.premise import Premise, short_answers
 from remend.tasks.endings import asks
 
-KNOWN_FROM = 0.3
-"""The least probability of its first token with which the model knows a fact about the target."""
+KNOWN_FROM = 0.5
+"""The least probability of its first token, after examples, with which the model knows a fact about the target."""
+
+PROMPTS_OF_HOP = 2
+"""Prompts that ask one fact about the target, of the subject by a phrase."""
+
+
+@dataclass(frozen=True)
+class Hop:
+    """A fact about answers of one kind.
+
+    Attributes:
+        question: what it asks, in a word or two.
+        statement: the statement that it completes, with ``{}`` for the answer that it is about.
+        examples: well-known answers with it. A small model that knows a fact says it after some of the same kind.
+    """
+
+    question: str
+    statement: str
+    examples: tuple[tuple[str, str], ...]
+
+    def after_examples(self, name: str) -> str:
+        """Return the statement about a name after those about the examples, without the name's own."""
+        told = [f"{self.statement.replace('{}', of)} {fact}." for of, fact in self.examples if of != name]
+        return " ".join([*told, self.statement.replace("{}", name)])
 
 
 @dataclass(frozen=True)
@@ -22,14 +45,16 @@ class Relation:
     """What rules know of a relation between a subject and its answer.
 
     Attributes:
-        noun: the answer as a phrase, with ``{}`` for the subject.
-        hops: statements about such answers, with ``{}`` for the answer, by the name of what they ask.
+        nouns: the answer as phrases, with ``{}`` for the subject.
+        hops: facts about such answers.
+        direct: what of them holds of the subject itself: where a country is, there is what lies in it.
         inverse: the statement about the answer that the subject completes, and
         inverse_question: the question; both are empty where many subjects have one answer.
     """
 
-    noun: str
-    hops: dict[str, str]
+    nouns: tuple[str, ...]
+    hops: tuple[Hop, ...]
+    direct: frozenset[str] = frozenset()
     inverse: str = ""
     inverse_question: str = ""
 
@@ -39,10 +64,18 @@ def relations() -> dict[str, Relation]:
     """Return the relations that rules know, by the name of the question."""
     text = resources.files(__package__).joinpath("relations.json").read_text(encoding="utf-8")
     content = json.loads(text)
+    hops = {
+        kind: tuple(
+            Hop(question, entry["statement"], tuple((of, fact) for of, fact in entry["examples"]))
+            for question, entry in entries.items()
+        )
+        for kind, entries in content["hops"].items()
+    }
     return {
         name: Relation(
-            entry["noun"],
-            content["hops"][entry["answer"]],
+            tuple(entry["nouns"]),
+            hops[entry["answer"]],
+            frozenset(entry.get("direct", ())),
             entry.get("inverse", ""),
             entry.get("inverse_question", ""),
         )
@@ -65,7 +98,7 @@ def implications(premise: Premise, most: int) -> list[SetItem]:
     relation = relation_of(premise)
     found = list(_choices(premise))
     if relation is not None:
-        found += [*_reverse(premise, relation), *_hops(premise, relation)]
+        found += [*_hops(premise, relation), *_reverse(premise, relation)]
     return found[:most]
 
 
@@ -107,23 +140,32 @@ def _hops(premise: Premise, relation: Relation) -> Iterator[SetItem]:
     task, new, old = premise.task, premise.request.target, premise.old
     if not relation.hops:
         return
-    about_new = [text.replace("{}", new) for text in relation.hops.values()]
-    about_old = [text.replace("{}", old) if old else "" for text in relation.hops.values()]
+    about_new = [hop.after_examples(new) for hop in relation.hops]
     known = next_tokens(task, about_new).amax(1).tolist()
     answers = short_answers(task, about_new)
-    before = short_answers(task, about_old) if old else [""] * len(answers)
-    noun = relation.noun.replace("{}", premise.subject)
-    questions = {frame.question: frame for frame in reversed(frames("questions"))}
-    for (name, statement), sure, answer, was in zip(relation.hops.items(), known, answers, before, strict=True):
+    before = short_answers(task, [hop.after_examples(old) for hop in relation.hops]) if old else [""] * len(answers)
+    for hop, sure, answer, was in zip(relation.hops, known, answers, before, strict=True):
         if sure < KNOWN_FROM or not answer or answer.casefold() in (was.casefold(), new.casefold()):
             continue
-        text = questions[name].about(noun) if asks(premise.request.prompt) else statement.replace("{}", noun)
-        yield SetItem(
-            item="implication",
-            kind="hop",
-            made=f"{name} of the answer, as the model knows it",
-            sure=round(sure, 2),
-            prompt=premise.in_form(text[:1].upper() + text[1:]),
-            target=answer,
-            answer=was or None,
-        )
+        for text in _asked(premise, relation, hop):
+            yield SetItem(
+                item="implication",
+                kind="hop",
+                made=f"{hop.question} of the answer, as the model knows it",
+                sure=round(sure, 2),
+                prompt=premise.in_form(text[:1].upper() + text[1:]),
+                target=answer,
+                answer=was or None,
+            )
+
+
+def _asked(premise: Premise, relation: Relation, hop: Hop) -> list[str]:
+    """Return how a fact about the target is asked of the subject: by phrases, each in another form."""
+    names = [noun.replace("{}", premise.subject) for noun in relation.nouns]
+    if hop.question in relation.direct:
+        names.insert(1, premise.subject)
+    if asks(premise.request.prompt):
+        forms = [frame.template for frame in frames("questions") if frame.question == hop.question]
+    else:
+        forms = [hop.statement, *(text for text in statements_of(hop.question) if text != hop.statement)]
+    return [forms[i % len(forms)].replace("{}", name) for i, name in enumerate(names[:PROMPTS_OF_HOP])]

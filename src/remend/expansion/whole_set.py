@@ -35,7 +35,7 @@ class ExpandConfig(Config):
     """
 
     phrasings: NonNegativeInt = 8
-    implications: NonNegativeInt = 8
+    implications: NonNegativeInt = 12
     near: NonNegativeInt = 24
     rounds: NonNegativeInt = 2
     mined: NonNegativeInt = 8
