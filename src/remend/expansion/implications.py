@@ -74,7 +74,7 @@ def relations() -> dict[str, Relation]:
     return {
         name: Relation(
             tuple(entry["nouns"]),
-            hops[entry["answer"]],
+            tuple(hop for kind in entry["answers"] for hop in hops[kind]),
             frozenset(entry.get("direct", ())),
             entry.get("inverse", ""),
             entry.get("inverse_question", ""),
