@@ -69,6 +69,10 @@ def edit(
     quantise: options.Quantise = None,
     seed: options.Seed = 0,
     json: options.Json = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page with a picture: what followed, what stayed, and what did not."),
+    ] = None,
 ) -> None:
     """Make one edit, check that the model takes it, and save it as a folder.
 
@@ -92,6 +96,8 @@ def edit(
     console = Console()
     check_replaceable(out)
     _check_free(out, overwrite)
+    if html is not None and not html.parent.is_dir():
+        raise FileError(f"{html.parent} is no folder, so {html.name} cannot be written there")
     choice = options.find_editor(editor, model, statistics, seed, settings, layers)
     if choice.info.result == "outside":
         raise ConfigError(
@@ -136,8 +142,23 @@ def edit(
             "answers": [as_json(row) for row in answers],
         }
         write_json(json, content)
+    if html is not None:
+        _write_page(console, html, task, result, edit_requests, max_new_tokens)
     if not made.saved:
         raise typer.Exit(1)
+
+
+def _write_page(
+    console: Console, html: Path, task: Task, result: Edit, edit_requests: Sequence[EditRequest], max_new_tokens: int
+) -> None:
+    """Write what an edit did around its requests as a page."""
+    from remend.evaluation.neighbourhood import measure_neighbourhood
+    from remend.evaluation.reports.neighbourhood_page import write_neighbourhood_page
+    from remend.fingerprint import model_name
+
+    found = [(request, measure_neighbourhood(task, result, request, max_new_tokens)) for request in edit_requests]
+    write_neighbourhood_page(found, html, model_name(task.model))
+    console.print(f"what followed and what stayed is in [bold]{plain(html)}[/]", soft_wrap=True)
 
 
 @dataclass(frozen=True)

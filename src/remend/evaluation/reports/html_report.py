@@ -36,7 +36,7 @@ def write_html_report(report: Report, path: str | Path) -> None:
     """
     check_matplotlib()
     environment = Environment(
-        autoescape=True, finalize=_visible, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, finalize=visible, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     source = resources.files("remend.evaluation.reports").joinpath("html_report.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
@@ -103,7 +103,7 @@ def _cases(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def _visible(value: Any) -> Any:
+def visible(value: Any) -> Any:
     """Return a text with invisible characters marked, and anything else as it is."""
     return mark_invisible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 

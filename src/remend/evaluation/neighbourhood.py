@@ -1,0 +1,162 @@
+"""``measure_neighbourhood``: what an edit did to each prompt of a request's set, and how near to it each prompt lies.
+
+The pair is in the middle; around it lie what should follow and what should stay. How near a prompt lies is read where
+the edit acts: a token at which the edited layer's input holds as much of what the edit listens to as the request's own
+prompt does is at distance 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from remend.core.capture import record_inputs
+from remend.core.low_rank_hooks import frozen
+from remend.edit import Edit
+from remend.editors.locate_then_edit.common_questions import frames, reference_subjects, statement_of
+from remend.editors.locate_then_edit.subject_finder import find_subject
+from remend.errors import RequestError
+from remend.evaluation.before_after import AnswerComparison, compare_answers
+from remend.fingerprint import find_modules
+from remend.request import Chat, EditRequest, Prompt
+from remend.tasks.base import Example, Task, in_batches
+from remend.tasks.endings import asks
+
+Place = Literal["the pair", "other ways to ask", "what follows", "the same subject", "the answer elsewhere", "others"]
+PLACES: tuple[Place, ...] = get_args(Place)
+
+MOST_FRAMES = 24
+"""Statements about the subject that are asked where a request names nothing that must stay."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """One prompt of a request's set, and what an edit did to it.
+
+    Attributes:
+        place: what the prompt is to the request.
+        answer: the answers before and after, the wanted one, and whether it is given.
+        distance: how far the prompt is from the request's own where the edit acts: 0 as near, 1 and more where nothing
+            of what the edit listens to is in it.
+        effect: KL(unedited ‖ edited) of what follows the prompt first, in nats.
+    """
+
+    place: Place
+    answer: AnswerComparison
+    distance: float
+    effect: float
+
+    @property
+    def moves(self) -> bool:
+        """Whether the answer should become another one."""
+        return self.place in ("the pair", "other ways to ask", "what follows")
+
+    @property
+    def outcome(self) -> str:
+        """What the answer did, in a word or two."""
+        if self.moves:
+            return "followed" if self.answer.ok else "did not follow"
+        return "stayed" if self.answer.ok else "changed"
+
+
+def measure_neighbourhood(task: Task, edit: Edit, request: EditRequest, max_new_tokens: int = 12) -> list[Neighbour]:
+    """Measure an edit at every prompt that a request names, what it gives to the editor included.
+
+    Where a request names nothing that must stay, common statements about its subject and its own prompt about
+    well-known others are asked, if it is a statement for a decoder to complete.
+
+    Args:
+        task: the unedited model.
+        edit: the edit.
+        request: the request.
+        max_new_tokens: the longest answer.
+    """
+    asked = list(_asked(task, request))
+    prompts = [prompt for _, prompt, _ in asked]
+    answers = compare_answers(task, edit, asked, max_new_tokens)
+    inputs = [tuple(task.encode_input(prompt)) for prompt in prompts]
+    nearness = [_nearness(task, edit, tokens) for tokens in inputs]
+    own = max(nearness[0], 1e-6)
+    effects = _effects(task, edit, inputs)
+    return [
+        Neighbour(place, answer, max(0.0, 1 - near / own), effect)
+        for (place, _, _), answer, near, effect in zip(asked, answers, nearness, effects, strict=True)
+    ]
+
+
+def _asked(task: Task, request: EditRequest) -> Iterator[tuple[Place, Prompt, str | None]]:
+    """Yield each prompt of a request once, with what it is to the request and the answer that is wanted."""
+    subject = (request.subject or "").strip()
+    if not subject and isinstance(request.prompt, str | Chat) and not task.is_long(request.prompt):
+        with suppress(RequestError):  # a prompt that names nothing has no neighbours by its subject
+            subject = find_subject(task, request.prompt)
+    target = request.target
+    listed: list[tuple[Place, Prompt, str | None]] = [("the pair", request.prompt, target)]
+    phrasings = (*request.given_paraphrases, *request.paraphrases, *request.unseen_paraphrases)
+    listed += [("other ways to ask", prompt, target) for prompt in phrasings]
+    follows = (*request.given_portability, *request.portability)
+    listed += [("what follows", probe.prompt, probe.target) for probe in follows]
+    stays = [*request.given_near, *(probe.prompt for probe in (*request.near, *request.locality))]
+    listed += [(_place(prompt, subject, target), prompt, None) for prompt in stays or _common(task, request, subject)]
+    seen: set[Prompt] = set()
+    for place, prompt, wanted in listed:
+        if prompt not in seen:
+            seen.add(prompt)
+            yield place, prompt, wanted
+
+
+def _place(prompt: Prompt, subject: str, target: str) -> Place:
+    text = (prompt.messages[-1].content if isinstance(prompt, Chat) else str(prompt)).casefold()
+    if subject and subject.casefold() in text:
+        return "the same subject"
+    return "the answer elsewhere" if target.casefold() in text else "others"
+
+
+def _common(task: Task, request: EditRequest, subject: str) -> list[Prompt]:
+    """Return common statements about the subject of a request, and its own about well-known others."""
+    if not task.causal or not isinstance(request.prompt, str) or asks(request.prompt) or task.is_long(request.prompt):
+        return []
+    statement = statement_of(request.model_copy(update={"subject": subject}))
+    if statement is None:
+        return []
+    of_question = {frame.question: frame.about(subject) for frame in reversed(frames("statements"))}
+    others = [statement.replace("{}", name) for name in reference_subjects() if name.casefold() != subject.casefold()]
+    return [*list(of_question.values())[:MOST_FRAMES], *others]
+
+
+@torch.no_grad()
+def _nearness(task: Task, edit: Edit, tokens: tuple[int, ...]) -> float:
+    """Return how much of what an edit listens to is in a text: the greatest |u·x| of its tokens, over all pairs."""
+    names = {name: change.reads or name for name, change in edit.changes.items()}
+    modules = find_modules(task.model, list(dict.fromkeys(names.values())))
+    batch = task.collate([Example(tokens, (0,))])
+    inputs = record_inputs(task.model, modules, batch.rows, partial(task.outputs, batch))
+    found = 0.0
+    for name, change in edit.changes.items():
+        x = inputs[names[name]].x
+        answers: Float[Tensor, "token pair"] = x.reshape(-1, x.shape[-1]) @ change.u.to(x).mT
+        # Of changes of several weights each counts as far as its pairs add to the output.
+        weights = change.delta.to(x).norm(dim=-1) if len(edit.changes) > 1 else torch.ones(change.rank, device=x.device)
+        found = max(found, float((answers.abs() * weights).max()))
+    return found
+
+
+@torch.no_grad()
+def _effects(task: Task, edit: Edit, inputs: Sequence[tuple[int, ...]]) -> list[float]:
+    """Return the divergence of what follows each text first."""
+    found: list[float] = []
+    for part in in_batches([Example(tokens, (0,)) for tokens in inputs]):
+        batch = task.collate(part)
+        with frozen(task.model):
+            before = task.outputs(batch)
+            with edit.applied(task.model):
+                after = task.outputs(batch)
+        found += task.divergence(before, after, batch).tolist()
+    return found
