@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from remend.data.edit_sets import EditSet, SetItem
 from remend.edit import Edit
 from remend.editors import Editor
 from remend.editors.locate_then_edit.common_questions import frames, reference_subjects, text_of
+from remend.expansion.neighbours import SURE_FROM
 from remend.expansion.premise import Premise, first_words
 from remend.expansion.well_known import well_known_names
 from remend.progress import report_progress
@@ -59,12 +61,13 @@ def mine(
     """Add the prompts of a pool that a trial edit disturbs most, in rounds, until nothing new is disturbed.
 
     A prompt is disturbed if the edited model's choice is another one at a token of the unedited model's answer.
+    Built-in prompts of whose answers the unedited model is not sure are left out: any change changes those.
 
     Args:
         premise: what is asked.
         editor: what makes the trial edits.
         edit_set: the set so far.
-        pool: texts that should stay.
+        pool: texts that should stay, beside built-in ones.
         rounds: the most trial edits.
         most: the most prompts that are added in one round.
 
@@ -73,13 +76,18 @@ def mine(
     """
     task, own = premise.task, premise.request.prompt
     moving = {own, *(item.prompt for item in edit_set.items if item.item != "near")}
-    prompts = [prompt for text in dict.fromkeys(pool) if (prompt := premise.in_form(text)) not in moving]
+    texts = dict.fromkeys([*pool, *(built_in_pool(premise) if rounds else ())])
+    prompts = [prompt for text in texts if (prompt := premise.in_form(text)) not in moving]
     done: list[Round] = []
     if not prompts or not rounds:
         return edit_set, done
     answers = task.predict(prompts, ANSWER_TOKENS if asks(own) else 1)
     asked = [Example(tuple(task.encode_input(p)), a) for p, a in zip(prompts, answers, strict=True)]
     before = _log_probabilities(task, asked)
+    given = {premise.in_form(text) for text in pool}
+    counted = [i for i, prompt in enumerate(prompts) if prompt in given or _sure(before[i])]
+    prompts, answers = [prompts[i] for i in counted], [answers[i] for i in counted]
+    asked, before = [asked[i] for i in counted], [before[i] for i in counted]
     for number in range(1, rounds + 1):
         report_progress("trial edits", number - 1, rounds)
         edit = editor.edit(task, [_as_said(premise, edit_set)])
@@ -107,6 +115,11 @@ def mine(
         if not items:
             break
     return edit_set, done
+
+
+def _sure(answer: Float[Tensor, "target token"]) -> bool:
+    """Tell whether a model is sure of an answer, of whose tokens these are the distributions, as logarithms."""
+    return bool((answer.amax(1) >= math.log(SURE_FROM)).all())
 
 
 def _as_said(premise: Premise, edit_set: EditSet) -> EditRequest:

@@ -84,6 +84,9 @@ QUESTION_WEIGHT = 0.25
 FURTHER_LONGER = 2.0
 """How much longer the first of the further steps is, to leave the place around which those before it circle."""
 
+SETTLING_LENGTH = 0.5
+"""How long the first of the last steps is, against those before."""
+
 SUM_RIDGE = 0.01
 """λ of the system that the values of several edits solve together: two spellings of a subject have one key."""
 
@@ -112,6 +115,7 @@ class FitConfig(LocateConfig):
     enough: NonNegativeFloat = 0.35
     kl_weight: NonNegativeFloat = 4.0
     largest: PositiveFloat = 4.0
+    settle: NonNegativeInt = 10
     beginnings: NonNegativeInt = 4
     kind: Literal["units", "low-rank"] = "units"
     threshold: Factor = 0.7
@@ -126,6 +130,11 @@ class FitConfig(LocateConfig):
     def further_optimizer(self, values: Float[Tensor, "request d"], steps: int) -> NormalizedDescent:
         """Return what moves the offsets in further steps, for requests that the first ones did not suffice for."""
         return NormalizedDescent(values, FURTHER_LONGER * self._length(values), self.momentum, shrinking_over=steps)
+
+    def settling_optimizer(self, values: Float[Tensor, "request d"]) -> NormalizedDescent:
+        """Return what moves the offsets in the last steps, while values that are good enough remain so."""
+        length = SETTLING_LENGTH * self._length(values)
+        return NormalizedDescent(values, length, self.momentum, shrinking_over=self.settle)
 
     def _length(self, values: Float[Tensor, "request d"]) -> float:
         length: float = self.learning_rate * values.shape[1] ** 0.5

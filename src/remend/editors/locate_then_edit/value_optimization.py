@@ -53,6 +53,8 @@ class LocateConfig(Config):
         kl_weight: weight of KL(p_edited ‖ p_base) of what follows the subject alone: what the model takes it to be.
         decay: weight of the offset's squared size.
         largest: the size to which an offset is limited.
+        settle: where texts should stay, the steps after those, shorter and shorter, in which values that are good
+            enough remain so and the texts are disturbed less.
         beginnings: the number of random stretches of text behind each of which the prompt is read, beside by itself.
         floor: the least that is added to every eigenvalue of the keys' second moment, as a share of their mean.
     """
@@ -63,6 +65,7 @@ class LocateConfig(Config):
     kl_weight: NonNegativeFloat = 0.0625
     decay: NonNegativeFloat = 0.002
     largest: PositiveFloat = 2.0
+    settle: NonNegativeInt = 0
     beginnings: NonNegativeInt = 5
     floor: PositiveFloat = 0.01
     every_prompt: ClassVar[bool] = False  # whether each prompt must be good enough; else their mean
@@ -74,6 +77,10 @@ class LocateConfig(Config):
 
     def further_optimizer(self, values: Float[Tensor, "request d"], steps: int) -> torch.optim.Adam | NormalizedDescent:
         """Return what moves the offsets in further steps, for requests that the first ones did not suffice for."""
+        return self.optimizer(values)
+
+    def settling_optimizer(self, values: Float[Tensor, "request d"]) -> torch.optim.Adam | NormalizedDescent:
+        """Return what moves the offsets in the last steps, while values that are good enough remain so."""
         return self.optimizer(values)
 
 
@@ -119,6 +126,7 @@ class BestValues:
     Attributes:
         values: the best values.
         reached: the requests that were good enough.
+        averaged: those of them of which the prompts were so on average only.
     """
 
     def __init__(self, values: Float[Tensor, "request d"], config: LocateConfig) -> None:
@@ -127,6 +135,7 @@ class BestValues:
         self.values = values.clone()
         self._said = torch.zeros_like(self._loss, dtype=torch.bool)
         self.reached = torch.zeros_like(self._loss, dtype=torch.bool)
+        self.averaged = torch.zeros_like(self.reached)
 
     def update(
         self,
@@ -149,19 +158,37 @@ class BestValues:
                 others together with it on average: one that is hard to move would cost all of them.
         """
         loss = losses.mean(1).to(self._loss)
-        hardest = loss
-        if self._config.every_prompt:
-            hardest = (torch.maximum(losses[:, 0], losses.mean(1)) if on_average else losses.amax(1)).to(loss)
         if said is None or not self._config.every_prompt:
             said = torch.ones_like(self._said)
         says = said.to(self._said.device)
-        enough = (hardest <= self._config.enough) & says & ~self.reached
+        enough = self._good_enough(losses, on_average) & says & ~self.reached
         less = loss < (1 - gain) * self._loss
         better = (enough | (says & ~self._said) | ((says == self._said) & less)) & ~self.reached
         self._said = torch.where(better, says, self._said)
         self.values = torch.where(better[:, None], values, self.values)
         self._loss = torch.where(better, loss, self._loss)
         self.reached |= enough
+        if on_average:
+            self.averaged |= enough
+
+    def settle(
+        self,
+        values: Float[Tensor, "request d"],
+        losses: Float[Tensor, "request prompt"],
+        said: Bool[Tensor, " request"],
+    ) -> None:
+        """Take over the values of the requests that were good enough, where these are good enough, too."""
+        good = torch.where(self.averaged, self._good_enough(losses, True), self._good_enough(losses, False))
+        if self._config.every_prompt:
+            good = good & said.to(good.device)
+        self.values = torch.where((good & self.reached)[:, None], values, self.values)
+
+    def _good_enough(self, losses: Float[Tensor, "request prompt"], on_average: bool) -> Bool[Tensor, " request"]:
+        """Tell of each request whether its prompts are good enough."""
+        hardest = losses.mean(1)
+        if self._config.every_prompt:
+            hardest = torch.maximum(losses[:, 0], hardest) if on_average else losses.amax(1)
+        return (hardest <= self._config.enough).to(self._loss.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -413,9 +440,9 @@ def optimize_values(
         values = torch.zeros_like(stream)
         optimizer = config.optimizer(values)
         best = BestValues(values, config)
-        for step in range(config.steps + further):
-            if step == config.steps:
-                optimizer, directions = config.further_optimizer(values, further), None
+
+        def losses(step: int) -> tuple[Float[Tensor, "request prompt"], Bool[Tensor, " request"]]:
+            """Compute the gradient of the present values; return the loss of each prompt, and who says its target."""
             values.requires_grad_()
             with torch.enable_grad():
                 offsets = values * unit
@@ -429,21 +456,37 @@ def optimize_values(
                     turn = step % len(kept)
                     with add_at_subject(module, kept[turn], offsets, of_kept[turn]):
                         objective = objective + config.kl_weight * _divergences(kept[turn], unedited[turn])
-                (gradients,) = torch.autograd.grad(objective.sum(), [values])
+                (values.grad,) = torch.autograd.grad(objective.sum(), [values])
             values.requires_grad_(False)
             if not objective.isfinite().all():
                 raise NonFiniteError("the loss of an edit is not finite: the model's weights or activations are not")
-            hard = step >= config.steps
-            gain = NOTABLE_GAIN if hard else 0.0
-            best.update(values, by_prompt.detach(), batch.says_targets(outputs.detach()), gain, on_average=hard)
-            if best.reached.all():
-                break
-            values.grad = gradients
-            if directions is not None:
-                values.grad = torch.stack([turn(row) for turn, row in zip(directions, gradients, strict=True)])
+            return by_prompt.detach(), batch.says_targets(outputs.detach())
+
+        def move(optimizer: Any, natural: bool) -> None:
+            """Move the values against their gradient."""
+            if natural and directions is not None:
+                assert values.grad is not None
+                values.grad = torch.stack([turn(row) for turn, row in zip(directions, values.grad, strict=True)])
             optimizer.step()
             norms = (values * unit).norm(dim=1, keepdim=True).clamp(min=1e-30)
-            values *= (config.largest * stream_norm / norms).clamp(max=1)
+            values.mul_((config.largest * stream_norm / norms).clamp(max=1))
+
+        for step in range(config.steps + further):
+            hard = step >= config.steps
+            if step == config.steps:
+                optimizer = config.further_optimizer(values, further)
+            by_prompt, said = losses(step)
+            best.update(values, by_prompt, said, NOTABLE_GAIN if hard else 0.0, on_average=hard)
+            if best.reached.all():
+                break
+            move(optimizer, natural=not hard)
+        if kept and config.settle and best.reached.any():
+            values.copy_(best.values)
+            optimizer = config.settling_optimizer(values)
+            for step in range(config.settle):
+                best.settle(values, *losses(step))
+                move(optimizer, natural=True)
+            best.settle(values, *losses(config.settle))
         found: Tensor = best.values * unit
         return found
 
