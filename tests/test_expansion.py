@@ -83,6 +83,9 @@ def test_the_full_suite_is_asked_for_by_name(tmp_path, capsys):
     assert wanted <= case["values"].keys()
     assert saved["settings"]["suite"] == "full"
     assert {"noise_10%", "mask_10%"} <= saved["baselines"].keys()
+    printed = capsys.readouterr().out
+    assert "edits with noise of 10%: reliability" in printed
+    assert "edits without 10% of their numbers: reliability" in printed
     assert run(["evaluate", "atlas", *options, "--suite", "all"]) == 2
     assert "there is no suite 'all'; it is one of given, full" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -14,11 +15,16 @@ if TYPE_CHECKING:
     from remend.evaluation import Report
     from remend.evaluation.reports.report import Run
 
+PERTURBED_SHOWN = ("reliability", "generality", "locality_near")
+"""Metrics that are printed of edits with inexact numbers."""
+
 
 def print_report(report: Report, console: Console) -> None:
     """Print the results of a report as tables."""
     for run in report.runs:
         console.print(_metrics_table(report, run))
+        for line in _perturbed_lines(report, run):
+            console.print(line, soft_wrap=True)
     if retention := report.retention():
         counts = ", ".join(f"{sum(row):.0f} of {len(row)}" for row in retention)
         console.print(f"retained edits (their prompt is still answered with the target): {counts}")
@@ -34,8 +40,27 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"{1000 * seconds:.1f} ms an edit")
 
 
+def _perturbed_lines(report: Report, run: Run) -> Iterator[str]:
+    """Yield what edits with inexact numbers do, in a line each; every metric of theirs is in the report's file."""
+    from remend.evaluation.perturbed_edits import PERTURBATIONS
+    from remend.evaluation.reports.html_report import format_number
+    from remend.evaluation.reports.metric_titles import main_value, title_of
+
+    for name, metrics in report.baseline_metrics(run).items():
+        if name in PERTURBATIONS:
+            kind, share = name.split("_")
+            found = [
+                f"{title_of(metric)} {format_number(main_value(metrics[metric]).mean)}"
+                for metric in PERTURBED_SHOWN
+                if metric in metrics
+            ]
+            with_words = {"noise": f"with noise of {share}", "mask": f"without {share} of their numbers"}
+            yield f"edits {with_words[kind]}: {', '.join(found)}"
+
+
 def _metrics_table(report: Report, run: Run) -> Table:
     """Return the table of a run's metrics, beside those of the baselines."""
+    from remend.evaluation.perturbed_edits import PERTURBATIONS
     from remend.evaluation.reports.html_report import format_number
     from remend.evaluation.reports.metric_titles import main_value
 
@@ -49,7 +74,7 @@ def _metrics_table(report: Report, run: Run) -> Table:
     by = f" by {plain(report.editor)}" if report.editor else ""
     title = f"{count} edit{'s' if count > 1 else ''} of {plain(report.model)}{by}, {plain(report.data)}: {how}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    baselines = report.baseline_metrics(run)
+    baselines = {name: found for name, found in report.baseline_metrics(run).items() if name not in PERTURBATIONS}
     columns = (
         "metric",
         "generated\nor value",

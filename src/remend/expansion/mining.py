@@ -27,6 +27,10 @@ ANSWER_TOKENS = 4
 """Tokens of an answer to a question that are compared; of a statement it is the next one."""
 
 
+TRIAL_PHRASINGS = 3
+"""Phrasings to which a trial edit is fitted."""
+
+
 @dataclass(frozen=True)
 class Round:
     """What one trial edit did to the pool.
@@ -56,7 +60,13 @@ def built_in_pool(premise: Premise) -> list[str]:
 
 
 def mine(
-    premise: Premise, editor: Editor, edit_set: EditSet, pool: Sequence[str], rounds: int, most: int
+    premise: Premise,
+    editor: Editor,
+    edit_set: EditSet,
+    pool: Sequence[str],
+    built_in: Sequence[str],
+    rounds: int,
+    most: int,
 ) -> tuple[EditSet, list[Round]]:
     """Add the prompts of a pool that a trial edit disturbs most, in rounds, until nothing new is disturbed.
 
@@ -67,7 +77,8 @@ def mine(
         premise: what is asked.
         editor: what makes the trial edits.
         edit_set: the set so far.
-        pool: texts that should stay, beside built-in ones.
+        pool: texts that should stay.
+        built_in: others, of which those count of whose answers the model is sure.
         rounds: the most trial edits.
         most: the most prompts that are added in one round.
 
@@ -76,7 +87,7 @@ def mine(
     """
     task, own = premise.task, premise.request.prompt
     moving = {own, *(item.prompt for item in edit_set.items if item.item != "near")}
-    texts = dict.fromkeys([*pool, *(built_in_pool(premise) if rounds else ())])
+    texts = dict.fromkeys([*pool, *built_in])
     prompts = [prompt for text in texts if (prompt := premise.in_form(text)) not in moving]
     done: list[Round] = []
     if not prompts or not rounds:
@@ -90,7 +101,7 @@ def mine(
     asked, before = [asked[i] for i in counted], [before[i] for i in counted]
     for number in range(1, rounds + 1):
         report_progress("trial edits", number - 1, rounds)
-        edit = editor.edit(task, [_as_said(premise, edit_set)])
+        edit = editor.edit(task, [_trial(premise, edit_set)])
         assert isinstance(edit, Edit)
         with edit.applied(task.model):
             after = _log_probabilities(task, asked)
@@ -122,10 +133,13 @@ def _sure(answer: Float[Tensor, "target token"]) -> bool:
     return bool((answer.amax(1) >= math.log(SURE_FROM)).all())
 
 
-def _as_said(premise: Premise, edit_set: EditSet) -> EditRequest:
-    """Return the request with its set, and its target as the model would say it."""
-    said = EditSet(premise.said, edit_set.items)
-    return said.as_request()
+def _trial(premise: Premise, edit_set: EditSet) -> EditRequest:
+    """Return what a trial edit is made of: the request as the model would say it, some phrasings, and what must stay.
+
+    What follows from the edit costs most, and moves no more than the edit itself does.
+    """
+    phrasings = edit_set.of("phrasing")[:TRIAL_PHRASINGS]
+    return EditSet(premise.said, (*phrasings, *edit_set.of("near"))).as_request()
 
 
 @torch.no_grad()

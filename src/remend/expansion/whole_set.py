@@ -14,7 +14,7 @@ from remend.editors import make_or_load
 from remend.editors.locate_then_edit.fit import Fit, FitConfig
 from remend.errors import ModelError
 from remend.expansion.implications import implications
-from remend.expansion.mining import Round, mine
+from remend.expansion.mining import Round, built_in_pool, mine
 from remend.expansion.neighbours import neighbours
 from remend.expansion.phrasings import phrasings
 from remend.expansion.premise import Premise
@@ -105,7 +105,7 @@ def expand(
     near = neighbours(premise, config.near)
     lap("near prompts")
     edit_set = EditSet(premise.request, _distinct(premise, [*asked, *follows, *near]))
-    edit_set, rounds = mine(premise, editor, edit_set, pool, config.rounds, config.mined)
+    edit_set, rounds = mine(premise, editor, edit_set, pool, built_in_pool(premise), config.rounds, config.mined)
     lap("trial edits")
     return Expansion(edit_set, rounds, _missing(premise, edit_set), seconds)
 
