@@ -4,9 +4,9 @@
 
 Of each validation request the built-in pool (other questions about the subject and the answer, the same of others) is
 split in two. From one half, prompts are drawn at random, or mined in rounds of trial edits (``remend.expansion``), and
-given to ``fit`` as such that must stay; how many are disturbed is counted in both. The other half tells whether what was
-mined carries over. A prompt counts of whose answer the unedited model is sure; it is disturbed if the edited model's
-first choice is another one. Generality is the share of ``paraphrases`` that no editor was given.
+given to ``fit`` as such that must stay; how many are disturbed is counted in both. The other half tells whether what
+was mined carries over. A prompt counts of whose answer the unedited model is sure; it is disturbed if the edited
+model's first choice is another one. Generality is the share of ``paraphrases`` that no editor was given.
 """
 
 from __future__ import annotations

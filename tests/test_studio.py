@@ -17,6 +17,7 @@ from remend.apps.patch_registry import PatchRegistry
 from remend.apps.studio import Session, Workspace, app, suggest_prompts
 from remend.apps.studio.html_fragments import answers_html, matrices_html, text_html, text_markdown, tokens_html
 from remend.apps.studio.workspace import StoppedError, format_choices
+from remend.data.edit_sets import SetItem
 from remend.errors import EditError, RequestError
 from remend.formats import EditFormat
 from remend.registries import FORMATS
@@ -195,6 +196,26 @@ def test_suggestions():
     other = suggest_prompts("Our opening hours are", "opening hours")
     assert other.subject == "opening hours"
     assert all(prompt.endswith("Our opening hours are") for prompt in other.paraphrases)
+
+
+def test_lines_of_the_page_are_items_of_a_set():
+    app = pytest.importorskip("remend.apps.studio.app")
+    reverse = SetItem(
+        item="implication", kind="reverse", prompt="Toronto is the capital of", target="Canada", subject="Toronto"
+    )
+    lines = {"phrasings": "Canada is governed from", "stays": "Canada is famous for\n"}
+    assert app._item_line(reverse) == "Toronto is the capital of → Canada"
+    found = list(app._read_items(follows=app._item_line(reverse), made=(reverse,), **lines))
+    assert found[1] is reverse, "what was made keeps its subject"
+    assert [(item.item, item.prompt, item.target) for item in (found[0], found[2])] == [
+        ("phrasing", "Canada is governed from", None),
+        ("near", "Canada is famous for", None),
+    ]
+    (mended,) = app._read_items("", "Toronto is the capital of→Ontario", "", (reverse,))
+    assert (mended.target, mended.made, mended.subject) == ("Ontario", "by hand", None)
+    for line in ("Toronto is the capital of", "→ Canada", "Toronto is →"):
+        with pytest.raises(RequestError, match="has no answer: write the prompt, an arrow"):
+            list(app._read_items("", line, "", ()))
 
 
 def test_nobodys_text_is_taken_for_markup(workspace):
@@ -426,6 +447,31 @@ def test_ask_edit_accept_switch_off_and_export(opened):
     page.wait_for_function("document.querySelector('#book').innerText.includes('active')", timeout=60_000)
     page.click("#revert")
     page.wait_for_function("document.querySelector('#book-said').innerText.includes('no more')", timeout=60_000)
+
+
+def test_an_edit_is_fitted_to_a_set(browser):
+    started, address = command("--editor", "fit")
+    context = browser.new_context()
+    try:
+        page = context.new_page()
+        page.goto(address)
+        page.fill("#prompt textarea", CANADA)
+        page.fill("#target textarea", "Toronto")
+        page.click("text=The set that the edit is fitted to")
+        page.click("#expand")
+        page.wait_for_function("document.querySelector('#stays textarea').value.length > 0", timeout=90_000)
+        assert "Toronto is the capital of → Canada" in page.input_value("#follows textarea")
+        assert "Canada" in page.input_value("#phrasings textarea")
+        page.fill("#follows textarea", "Toronto is the capital of")
+        page.click("#edit")
+        page.wait_for_selector("text=has no answer", timeout=60_000)
+        page.fill("#follows textarea", "Toronto is the capital of → Canada")
+        page.click("#edit")
+        page.wait_for_selector("#shown table", timeout=90_000)
+        assert "The model takes it" in page.inner_text("#told")
+    finally:
+        context.close()
+        ended(started)
 
 
 def test_two_pages_at_once(opened):

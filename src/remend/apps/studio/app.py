@@ -17,12 +17,16 @@ from remend.apps.studio import html_fragments
 from remend.apps.studio.prompt_suggestions import suggest_prompts
 from remend.apps.studio.request_guard import RequestGuard
 from remend.apps.studio.workspace import Session, SessionEdit, StoppedError, Workspace, check_size, format_choices
+from remend.data.edit_sets import ROLES, EditSet, SetItem
 from remend.errors import RemendError, RequestError
 from remend.request import EditRequest, Probe
 from remend.visible_text import mark_invisible
 
 SESSION_LIFETIME = 6 * 3600
 """Seconds without use after which a session is deleted."""
+
+ARROW = "→"
+"""What stands between a prompt and the answer that follows."""
 
 
 class Sessions:
@@ -121,6 +125,16 @@ def _fix_tab(sessions: Sessions, key: gr.State, lists: list[gr.CheckboxGroup | g
         paraphrases = gr.Textbox(value="", label="Other phrasings", lines=3, elem_id="paraphrases")
         near = gr.Textbox(value="", label="Near prompts", lines=3, elem_id="near")
         far = gr.Textbox(value="", label="Far prompts", lines=3, elem_id="far")
+    with gr.Accordion("The set that the edit is fitted to", open=False, visible=sessions.workspace.takes_sets):
+        gr.Markdown(
+            "One prompt does not say what else should move, and what should not. Make a set, and strike or mend what "
+            "is wrong. One prompt a line; after what follows, its answer behind an arrow."
+        )
+        expand = gr.Button("Make a set", elem_id="expand")
+        phrasings = gr.Textbox(value="", label="Asks the same", lines=3, elem_id="phrasings")
+        follows = gr.Textbox(value="", label=f"Follows from it: prompt {ARROW} answer", lines=3, elem_id="follows")
+        stays = gr.Textbox(value="", label="Must stay", lines=3, elem_id="stays")
+    made = gr.State(())
     with gr.Row():
         edit = gr.Button("Edit", variant="primary", elem_id="edit")
         stop = gr.Button("Stop", elem_id="stop")
@@ -139,11 +153,19 @@ def _fix_tab(sessions: Sessions, key: gr.State, lists: list[gr.CheckboxGroup | g
         paraphrases, near, far = ("\n".join(lines) for lines in (prompts.paraphrases, prompts.near, prompts.far))
         return prompts.subject or subject, paraphrases, near, far
 
+    def make_set(key: str, prompt: str, target: str, subject: str) -> tuple[Any, ...]:
+        session = sessions(key)
+        edit_set = session.make_set(_read_request(session, prompt, target, subject, "", "", ""))
+        texts = ["\n".join(_item_line(item) for item in edit_set.of(role)) for role in ROLES]
+        return (edit_set.request.subject, *texts, edit_set.items)
+
     def create_edit(
-        key: str, prompt: str, target: str, subject: str, paraphrases: str, near: str, far: str
-    ) -> Iterator[tuple[Any, ...]]:
+        key: str, prompt: str, target: str, subject: str, paraphrases: str, near: str, far: str,
+        phrasings: str, follows: str, stays: str, made: Sequence[SetItem],
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         session = sessions(key)
         request = _read_request(session, prompt, target, subject, paraphrases, near, far)
+        request = EditSet(request, tuple(_read_items(phrasings, follows, stays, made))).as_request()
         unchanged = (gr.skip(),) * 5
         progress = ("making the edit", 0)
 
@@ -171,7 +193,8 @@ def _fix_tab(sessions: Sessions, key: gr.State, lists: list[gr.CheckboxGroup | g
     ask.click(_with_messages(ask_model), [key, prompt], answers)
     prompt.submit(_with_messages(ask_model), [key, prompt], answers)
     suggest.click(_with_messages(fill_suggestions), [prompt, subject], [subject, paraphrases, near, far])
-    inputs = [key, prompt, target, subject, paraphrases, near, far]
+    expand.click(_with_messages(make_set), [key, prompt, target, subject], [subject, phrasings, follows, stays, made])
+    inputs = [key, prompt, target, subject, paraphrases, near, far, phrasings, follows, stays, made]
     outputs = [status, comparison, matrices, reactions, *lists]
     edit.click(_with_messages_generator(create_edit), inputs, outputs, show_progress="hidden")
     stop.click(lambda key: sessions(key).stop(), key, None)
@@ -331,6 +354,27 @@ def _read_request(
         )  # fmt: skip
     except ValidationError as error:
         raise RequestError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def _item_line(item: SetItem) -> str:
+    """Return an item of a set as a line of the page."""
+    return f"{item.prompt} {ARROW} {item.target}" if item.target is not None else str(item.prompt)
+
+
+def _read_items(phrasings: str, follows: str, stays: str, made: Sequence[SetItem]) -> Iterator[SetItem]:
+    """Yield the items of the page's lines; those that were made, and are still there, say how.
+
+    Raises:
+        RequestError: a line of what follows has no answer.
+    """
+    known = {(item.item, _item_line(item)): item for item in made}
+    for role, text in zip(ROLES, (phrasings, follows, stays), strict=True):
+        for line in _lines(text):
+            prompt, arrow, target = line.rpartition(ARROW) if role == "implication" else (line, "", "")
+            if role == "implication" and not (arrow and prompt.strip() and target.strip()):
+                raise RequestError(f"{line[:60]!r} has no answer: write the prompt, an arrow (→) and what follows")
+            new = {"item": role, "prompt": prompt.strip()} | ({"target": target.strip()} if target else {})
+            yield known.get((role, line)) or SetItem.model_validate(new)
 
 
 def _lines(text: str | None) -> list[str]:

@@ -22,11 +22,14 @@ from remend.apps.acceptance import STANDARD_CRITERIA, AcceptanceCriteria, Accept
 from remend.apps.patch_registry import Conflict, PatchEntry, PatchRegistry
 from remend.core.capture import record_inputs
 from remend.core.low_rank_hooks import frozen
+from remend.data.edit_sets import EditSet
 from remend.edit import Edit
+from remend.editors.locate_then_edit.fit import Fit
 from remend.errors import EditError, RemendError, RequestError
 from remend.evaluation.before_after import AnswerComparison, ask, before_after
 from remend.evaluation.interventions import SharedEdit
 from remend.evaluation.ordinary_text import Elsewhere, OrdinaryText
+from remend.expansion import ExpandConfig, expand
 from remend.fingerprint import find_modules
 from remend.registries import FORMATS
 from remend.request import EditRequest, Prompt
@@ -118,6 +121,11 @@ class Workspace:
         """What the base model writes by itself; first asked for within :meth:`exclusive`, without edits."""
         return OrdinaryText(self.task)
 
+    @property
+    def takes_sets(self) -> bool:
+        """Whether the editor is fitted to what is given with a request, and the model can make that."""
+        return isinstance(self.editor, Fit) and self.task.causal
+
     def active_edits(self) -> dict[int, Edit]:
         """Return the edits that are active for everybody: those of the registry, by number."""
         return self.registry.active() if self.registry is not None else {}
@@ -189,6 +197,17 @@ class Session:
             AnswerComparison(a.kind, a.prompt, None, a.before, b.after, None) for a, b in zip(base, edited, strict=True)
         ]
 
+    def make_set(self, request: EditRequest) -> EditSet:
+        """Make the set of a request: other ways to ask, what follows, and what must stay; without trial edits.
+
+        Raises:
+            ModelError: the model is no decoder.
+            RequestError: the prompt names no subject.
+        """
+        check_size([str(request.prompt), request.target])
+        with self.workspace.exclusive():
+            return expand(self.workspace.task, request, ExpandConfig(rounds=0)).edit_set
+
     def create_edit(
         self, request: EditRequest, on_progress: Callable[[str, int], None] = lambda step, passes: None
     ) -> SessionEdit:
@@ -203,7 +222,9 @@ class Session:
             StoppedError: :meth:`stop` was called.
         """
         probes = [probe.prompt for probe in (*request.near, *request.locality)]
-        check_size([str(text) for text in (request.prompt, request.target, *request.paraphrases, *probes)])
+        probes += [*request.given_near, *(probe.prompt for probe in request.given_portability)]
+        phrasings = (*request.paraphrases, *request.given_paraphrases)
+        check_size([str(text) for text in (request.prompt, request.target, *phrasings, *probes)])
         self._stop.clear()
         start = time.perf_counter()
         workspace = self.workspace
