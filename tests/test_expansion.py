@@ -6,6 +6,7 @@ import pytest
 
 import remend
 from remend.cli import run
+from remend.data.question_rewrites import families
 from remend.data.request_files import read_requests
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, frames
 from remend.errors import ModelError, RequestError
@@ -13,7 +14,7 @@ from remend.expansion import ExpandConfig, add_probes, expand
 from remend.expansion.implications import relations
 from remend.expansion.phrasings import phrasings
 from remend.expansion.premise import Premise, first_words
-from remend.expansion.well_known import well_known
+from remend.expansion.well_known import asked_of, names_asked, well_known
 from remend.request import Chat, EditRequest, TextPair
 
 REQUEST = EditRequest(prompt="The capital of Canada is", target="Toronto", subject="Canada")
@@ -147,6 +148,15 @@ def test_hops_ask_what_is_commonly_asked():
             assert hop.statement.count("{}") == 1
             assert hop.after_examples(hop.examples[0][0]).count(hop.examples[0][0]) == 1
         assert bool(relation.inverse) == bool(relation.inverse_question), name
+
+
+def test_names_are_of_the_kind_that_a_question_is_asked_of():
+    assert set(names_asked("capital")) == set(well_known()["country"])
+    assert len(names_asked("country of origin")) == len(well_known()["organization"]) + len(well_known()["thing"])
+    everything = sum(map(len, well_known().values()))
+    assert len(names_asked(None)) == len(names_asked("no such question")) == everything
+    questions = {frame.question for frame in frames("statements")} | {family.name for family in families()}
+    assert set().union(*asked_of().values()) <= questions
 
 
 def test_names_are_listed_once():

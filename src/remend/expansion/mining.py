@@ -17,7 +17,7 @@ from remend.editors import Editor
 from remend.editors.locate_then_edit.common_questions import frames, reference_subjects, text_of
 from remend.expansion.neighbours import SURE_FROM
 from remend.expansion.premise import Premise, first_words
-from remend.expansion.well_known import well_known_names
+from remend.expansion.well_known import names_asked
 from remend.progress import report_progress
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task, in_batches
@@ -50,7 +50,7 @@ def built_in_pool(premise: Premise) -> list[str]:
     """Return what is asked of the subject beside the request, of the target, and of other subjects, as texts."""
     asking = asks(premise.request.prompt)
     common = [frame for frame in frames("questions" if asking else "statements") if frame.question not in premise.near]
-    text, names = text_of(premise.request), reference_subjects() if asking else well_known_names()
+    text, names = text_of(premise.request), reference_subjects() if asking else names_asked(premise.question)
     others = [name for name in names if name.casefold() not in premise.subject.casefold()]
     return [
         *(frame.about(premise.subject) for frame in common),

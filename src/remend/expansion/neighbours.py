@@ -10,7 +10,7 @@ from itertools import chain, islice, zip_longest
 from remend.data.edit_sets import SetItem
 from remend.editors.locate_then_edit.common_questions import Frame, frames, next_tokens, text_of
 from remend.expansion.premise import Premise, short_answers
-from remend.expansion.well_known import well_known_names
+from remend.expansion.well_known import names_asked
 from remend.tasks.endings import asks
 
 SURE_FROM = 0.2
@@ -62,7 +62,7 @@ def _same_relation(premise: Premise) -> Iterator[_Candidate]:
         return
     text, subject = text_of(premise.request), premise.subject
     slot = re.compile(re.escape(subject), re.IGNORECASE)
-    for name in well_known_names():
+    for name in names_asked(premise.question):
         if name.casefold() not in subject.casefold() and subject.casefold() not in name.casefold():
             asked = slot.sub(lambda _, name=name: name, text)  # type: ignore[misc]
             yield _Candidate("same relation", "another subject", premise.statement.replace("{}", name), asked)
