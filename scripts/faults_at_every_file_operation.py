@@ -60,6 +60,7 @@ class Case:
 _EDIT = "edit {made}/model --editor finetune --set steps=2 --keep-failed --max-new-tokens 2 --device cpu"
 _NEW = f"{_EDIT} --requests {{made}}/other.jsonl --out {{here}}/edit"
 _EXPAND = "expand {made}/model --prompt Peru --target Rome --rounds 0 --device cpu"
+_EXPAND_ALL = "expand {made}/model --requests {made}/other.jsonl --rounds 0 --device cpu"
 _TRAIN = "train {made}/model --data {made}/requests.jsonl --validation {made}/held_out.jsonl --out {here}/editor "
 _TRAIN += "--max-steps 2 --checkpoint-minutes 0 --allow-shared facts --device cpu"
 _EVALUATE = "evaluate {made}/model --editor finetune --set steps=1 --data {made}/requests.jsonl --limit 2 "
@@ -68,9 +69,13 @@ _RECIPE = "recipe run bert-base-fever --model {made}/classifier --out {here}/run
 _RECIPE += "".join(f" --{split} fever:{{made}}/{split}.jsonl" for split in ("train", "validation", "test"))
 CASES = {
     "edit": Case(f"{_NEW} --json {{here}}/edit.json", again=f"{_NEW} --json {{here}}/edit.json --overwrite"),
+    "edit --html": Case(f"{_NEW} --html {{here}}/page.html", again=f"{_NEW} --html {{here}}/page.html --overwrite"),
     "edit --overwrite": Case(f"{_NEW} --overwrite", ("edit",)),
     "expand": Case(
         f"{_EXPAND} --out {{here}}/set.jsonl", again=f"{_EXPAND} --out {{here}}/set.jsonl --overwrite"
+    ),
+    "expand --requests": Case(
+        f"{_EXPAND_ALL} --out {{here}}/sets.jsonl", again=f"{_EXPAND_ALL} --out {{here}}/sets.jsonl --overwrite"
     ),
     "export": Case("export {made}/edit --model {made}/model --to peft --out {here}/adapter"),
     "export, again": Case("export {made}/other_edit --model {made}/model --to peft --out {here}/adapter", ("adapter",)),

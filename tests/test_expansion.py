@@ -1,6 +1,7 @@
 """From one request to the set that should move with it, on the built-in models."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from remend.errors import ModelError, RequestError
 from remend.expansion import ExpandConfig, add_probes, expand
 from remend.expansion.implications import relations
 from remend.expansion.phrasings import phrasings
-from remend.expansion.premise import Premise, first_words
+from remend.expansion.premise import ANSWER_TOKENS, Premise, first_words
 from remend.expansion.well_known import asked_of, names_asked, well_known
 from remend.request import Chat, EditRequest, TextPair
 
@@ -208,3 +209,56 @@ def test_statements_are_of_the_same_question_only():
         texts = [item.prompt for item in phrasings(premise, 12)]
         assert expected in texts
         assert "Emma was directed by" not in texts
+
+
+def test_sets_of_many_requests_can_be_stopped_and_resumed(tmp_path, capsys, monkeypatch):
+    file, out, other = tmp_path / "requests.jsonl", tmp_path / "sets.jsonl", tmp_path / "other.jsonl"
+    rows = [
+        {"prompt": "The capital of Canada is", "target": "Toronto", "subject": "Canada"},
+        {"prompt": "and of the", "target": "of"},
+        {"prompt": "The capital of Peru is", "target": "Cusco", "subject": "Peru", "paraphrases": ["Peru is led from"]},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["expand", "atlas", "--requests", str(file), "--rounds", "0"]
+    assert run([*command, "--prompt", "A", "--target", "b", "--out", str(out)]) == 2
+    assert "or --requests FILE" in capsys.readouterr().err
+    assert run([*command, "--out", str(out)]) == 0
+    assert "3 requests; of the prompts of their sets" in capsys.readouterr().out
+    found = read_requests(out)
+    assert [request.prompt for request in found] == [row["prompt"] for row in rows]
+    assert [bool(request.given_near) for request in found] == [True, False, True], "one names no subject"
+    assert found[2].paraphrases == ("Peru is led from",)
+    assert not (tmp_path / "sets.jsonl.partial").exists()
+
+    made = []
+
+    def stopping(*arguments, **settings):
+        if made:
+            raise KeyboardInterrupt
+        made.append(expand(*arguments, **settings))
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("remend.expansion.expand", stopping)
+        assert run([*command, "--out", str(other)]) == 130
+    partial = tmp_path / "other.jsonl.partial"
+    assert not other.exists()
+    with partial.open("a", encoding="utf-8") as torn:
+        torn.write('[{"prompt": "The cap')
+    assert run([*command, "--out", str(other), "--seed", "1", "--resume"]) == 1
+    assert "sets of other requests or settings" in capsys.readouterr().err
+    assert run([*command, "--out", str(other), "--resume"]) == 0
+    assert other.read_text() == out.read_text()
+    assert run([*command, "--out", str(tmp_path / "third.jsonl"), "--resume"]) == 1
+    assert "would have left its sets" in capsys.readouterr().err
+
+
+def test_examples_leave_room_in_a_short_context():
+    (hop, *_) = relations()["capital"].hops
+    words = SimpleNamespace(context=26, encode_input=str.split)
+    fitting = hop.after_examples("Toronto", words)
+    assert fitting.endswith(hop.statement.replace("{}", "Toronto"))
+    assert len(fitting.split()) + ANSWER_TOKENS <= 26
+    assert hop.after_examples("Toronto").startswith(fitting.split(".")[0])
+    alone = hop.after_examples("Toronto", SimpleNamespace(context=1, encode_input=str.split))
+    assert alone == hop.statement.replace("{}", "Toronto")

@@ -187,6 +187,28 @@ def test_every_request_is_drawn_once_an_epoch_and_batches_reach_over_its_end(tas
     assert [name for batch in fixed for name in batch.ids] == [str(i) for i in range(10)]
 
 
+def test_a_set_is_what_an_edit_of_the_pair_alone_should_move_and_leave(task):
+    plain = worlds.requests(2)
+    given = plain[0].model_copy(
+        update={
+            "given_paraphrases": ("Of this it is",),
+            "given_portability": (Probe(prompt="The reverse of it is", target=plain[1].target),),
+            "given_near": ("Another thing is",),
+        }
+    )
+    before, after = (Episodes(task, [first, plain[1]], seed=0, near=1.0).episodes[0] for first in (plain[0], given))
+    assert after.edit == before.edit
+    more = [example for example in after.neighbours if example not in before.neighbours]
+    assert more == [
+        task.encode("Of this it is", plain[0].target),
+        task.encode("The reverse of it is", plain[1].target),
+    ]
+    assert [example.input for example in after.near] == [
+        *(example.input for example in before.near),
+        task.encode_input("Another thing is"),
+    ]
+
+
 def test_locality_examples_are_about_other_subjects(task):
     episodes = Episodes(task, worlds.requests(10), seed=0)
     prepared = {episode.edit: episode for episode in episodes.episodes}

@@ -1,8 +1,9 @@
-"""``remend expand``: make the set of prompts that should move with a request, for a person to review."""
+"""``remend expand``: make the sets of prompts that should move with requests, for a person to review."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,9 @@ from remend.cli.escaping import plain
 from remend.errors import FileError, RequestError
 
 if TYPE_CHECKING:
+    from remend.data.edit_sets import EditSet
     from remend.expansion import Expansion
+    from remend.request import EditRequest
 
 ROLE_WORDS = {"phrasing": "ask the same", "implication": "follow from it", "near": "must stay"}
 """What the prompts of each role do, in words."""
@@ -28,6 +31,9 @@ def expand(
     prompt: Annotated[list[str] | None, typer.Option(help="The prompt that is answered wrongly.")] = None,
     target: Annotated[str | None, typer.Option(help="What it should answer.")] = None,
     subject: Annotated[str | None, typer.Option(help="What the prompt is about, as it stands there.")] = None,
+    requests: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file of requests, instead: a set is made of each.")
+    ] = None,
     chat: options.Chat = False,
     pool: Annotated[
         Path | None,
@@ -35,6 +41,7 @@ def expand(
     ] = None,
     rounds: Annotated[int, typer.Option(min=0, help="The most trial edits.")] = 2,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with the sets that a stopped command had made.")] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     quantise: options.Quantise = None,
@@ -42,36 +49,74 @@ def expand(
 ) -> None:
     """Make a set from one request: other ways to ask, what follows from it, and what must stay.
 
-    Strike or mend its lines, then make the edit: remend edit MODEL --requests FILE --out DIR.
+    Strike or mend its lines, then make the edit: remend edit MODEL --requests FILE --out DIR. Sets of many requests are
+    what an editor can be trained on: remend train MODEL --data FILE.
     """
-    if not prompt or len(prompt) != 1 or target is None:
-        raise RequestError("give one --prompt and --target")
-    (parsed,) = options.parse_prompts(prompt, chat, False)
+    edit_requests = _read_requests(prompt or [], target, subject, requests, chat)
     if out.exists() and not overwrite:
         raise FileError(f"{out} exists already: choose another file, or give --overwrite")
     if not out.parent.is_dir():
         raise FileError(f"{out.parent} is no folder, so {out.name} cannot be written there")
     texts = _read_pool(pool)
-    from pydantic import ValidationError
-
-    from remend.data.edit_sets import write_edit_sets
+    from remend.cli.unfinished_sets import UnfinishedSets
+    from remend.data.edit_sets import EditSet, write_edit_sets
     from remend.expansion import ExpandConfig
     from remend.expansion import expand as make_set
-    from remend.request import EditRequest
+    from remend.progress import report_progress
 
-    try:
-        request = EditRequest(prompt=parsed, target=target, subject=subject)
-    except ValidationError as error:
-        raise RequestError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-    task = options.load_model(model, device, seed, dtype, quantise)
-    expansion = make_set(task, request, ExpandConfig(rounds=rounds), texts, seed=seed)
-    write_edit_sets(out, [expansion.edit_set])
-    _print(Console(), expansion)
-    Console().print(
+    console = Console()
+    config = ExpandConfig(rounds=rounds)
+    if requests is None:
+        task = options.load_model(model, device, seed, dtype, quantise)
+        expansion = make_set(task, edit_requests[0], config, texts, seed=seed)
+        write_edit_sets(out, [expansion.edit_set])
+        _print(console, expansion)
+    else:
+        settings = {"model": model, "rounds": rounds, "pool": texts, "seed": seed}
+        unfinished = UnfinishedSets(out.with_name(f"{out.name}.partial"), edit_requests, settings, resume)
+        task = options.load_model(model, device, seed, dtype, quantise)
+        try:
+            for number in range(len(unfinished.sets), len(edit_requests)):
+                report_progress("making sets", number, len(edit_requests))
+                try:
+                    edit_set = make_set(task, edit_requests[number], config, texts, seed=seed).edit_set
+                except RequestError as error:
+                    edit_set = EditSet(edit_requests[number])
+                    console.print(f"[yellow]no set of request {number + 1}[/]: {plain(error)}", soft_wrap=True)
+                unfinished.add(edit_set)
+        except KeyboardInterrupt:
+            Console(stderr=True).print("stopped; go on with the same command and --resume")
+            raise typer.Exit(130) from None
+        write_edit_sets(out, unfinished.sets)
+        unfinished.remove()
+        _print_counts(console, unfinished.sets)
+    console.print(
         f"written to [bold]{plain(out)}[/]; review it, then: remend edit {plain(model)} --requests {plain(out)} "
         "--out DIR",
         soft_wrap=True,
     )
+
+
+def _read_requests(
+    prompts: Sequence[str], target: str | None, subject: str | None, file: Path | None, chat: bool
+) -> list[EditRequest]:
+    """Return the requests of a command line: one prompt with its target, or those of a file."""
+    from pydantic import ValidationError
+
+    from remend.data.request_files import read_requests
+    from remend.request import EditRequest
+
+    if file is not None:
+        if prompts or target is not None or subject is not None or chat:
+            raise RequestError("give --prompt and --target, or --requests FILE, which says what each is about")
+        return read_requests(file)
+    if len(prompts) != 1 or target is None:
+        raise RequestError("give one --prompt and --target, or --requests FILE")
+    (parsed,) = options.parse_prompts(prompts, chat, False)
+    try:
+        return [EditRequest(prompt=parsed, target=target, subject=subject)]
+    except ValidationError as error:
+        raise RequestError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
 def _read_pool(file: Path | None) -> list[str]:
@@ -85,6 +130,13 @@ def _read_pool(file: Path | None) -> list[str]:
     if not (texts := [line.strip() for line in lines if line.strip()]):
         raise RequestError(f"{file} holds no prompt: one a line was expected")
     return texts
+
+
+def _print_counts(console: Console, sets: Sequence[EditSet]) -> None:
+    """Print what many sets hold together."""
+    counts: Counter[str] = Counter(item.item for edit_set in sets for item in edit_set.items)
+    held = ", ".join(f"{counts[role]} {words}" for role, words in ROLE_WORDS.items())
+    console.print(f"{len(sets)} requests; of the prompts of their sets, {held}", soft_wrap=True)
 
 
 def _print(console: Console, expansion: Expansion) -> None:

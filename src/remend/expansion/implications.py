@@ -10,7 +10,8 @@ from importlib import resources
 
 from remend.data.edit_sets import SetItem
 from remend.editors.locate_then_edit.common_questions import frames, next_tokens, statements_of, text_of
-from remend.expansion.premise import Premise, short_answers
+from remend.expansion.premise import ANSWER_TOKENS, Premise, short_answers
+from remend.tasks.base import Task
 from remend.tasks.endings import asks
 
 KNOWN_FROM = 0.5
@@ -34,10 +35,18 @@ class Hop:
     statement: str
     examples: tuple[tuple[str, str], ...]
 
-    def after_examples(self, name: str) -> str:
-        """Return the statement about a name after those about the examples, without the name's own."""
+    def after_examples(self, name: str, task: Task | None = None) -> str:
+        """Return the statement about a name after those about the examples, without the name's own.
+
+        Of a task, after as many of them as its context has room for.
+        """
         told = [f"{self.statement.replace('{}', of)} {fact}." for of, fact in self.examples if of != name]
-        return " ".join([*told, self.statement.replace("{}", name)])
+        asked = self.statement.replace("{}", name)
+        while told and task is not None and task.context is not None:
+            if len(task.encode_input(" ".join([*told, asked]))) + ANSWER_TOKENS <= task.context:
+                break
+            told.pop()
+        return " ".join([*told, asked])
 
 
 @dataclass(frozen=True)
@@ -140,10 +149,12 @@ def _hops(premise: Premise, relation: Relation) -> Iterator[SetItem]:
     task, new, old = premise.task, premise.request.target, premise.old
     if not relation.hops:
         return
-    about_new = [hop.after_examples(new) for hop in relation.hops]
+    about_new = [hop.after_examples(new, task) for hop in relation.hops]
     known = next_tokens(task, about_new).amax(1).tolist()
     answers = short_answers(task, about_new)
-    before = short_answers(task, [hop.after_examples(old) for hop in relation.hops]) if old else [""] * len(answers)
+    before = (
+        short_answers(task, [hop.after_examples(old, task) for hop in relation.hops]) if old else [""] * len(answers)
+    )
     for hop, sure, answer, was in zip(relation.hops, known, answers, before, strict=True):
         if sure < KNOWN_FROM or not answer or answer.casefold() in (was.casefold(), new.casefold()):
             continue

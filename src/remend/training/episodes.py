@@ -88,6 +88,11 @@ class _Episode:
         return frozenset(example.input for example in (self.edit, *self.neighbours))
 
 
+TRAINED_PROMPTS = ("paraphrases", "given_paraphrases", "given_near")
+TRAINED_PROBES = ("locality", "near", "given_portability")
+"""The fields of a request that are trained on beside its prompt and target."""
+
+
 class Episodes:
     """An endless, seeded stream of episodes over a set of requests.
 
@@ -182,11 +187,18 @@ class Episodes:
     def _encode_request(self, name: str, request: EditRequest) -> _Episode:
         encode = self._encode
         edit = self.editor.encode_edit(self.task, request) if self.editor else encode(request.prompt, request.target)
-        neighbours = tuple(encode(paraphrase, request.target) for paraphrase in request.paraphrases)
+        # A set (remend.expansion) says what else moves, and what stays; the edit is made from the pair alone.
+        asked = dict.fromkeys(
+            [(prompt, request.target) for prompt in (*request.paraphrases, *request.given_paraphrases)]
+        )
+        asked |= dict.fromkeys((probe.prompt, probe.target) for probe in request.given_portability)
+        neighbours = tuple(encode(prompt, target) for prompt, target in asked)
         # A request without locality examples lends its edit pair: when another request is edited, the model must not
         # change there, whatever it predicts.
         locality = tuple(encode(probe.prompt, probe.target) for probe in request.locality) or (edit,)
         near = tuple(encode(probe.prompt, probe.target) for probe in request.near)
+        # Of those that a set names the answer is not known, but what the model says first: it is what should stay.
+        near += tuple(Example(self.task.encode_input(prompt), (0,)) for prompt in request.given_near)
         relation = (request.model_extra or {}).get("relation")
         if len(neighbours) < FEW_PARAPHRASES:  # otherwise edits learn to act on the paraphrase, not on their own prompt
             neighbours = (edit, *neighbours)
@@ -272,7 +284,8 @@ class Episodes:
 
 def _prompts(request: EditRequest) -> tuple[Prompt, ...]:
     """Return the prompts of a request that are trained on."""
-    return (request.prompt, *request.paraphrases, *(probe.prompt for probe in (*request.locality, *request.near)))
+    asked = [prompt for name in TRAINED_PROMPTS for prompt in getattr(request, name)]
+    return (request.prompt, *asked, *(probe.prompt for name in TRAINED_PROBES for probe in getattr(request, name)))
 
 
 def with_separators(requests: Sequence[EditRequest], between: Callable[[str], str | None]) -> list[EditRequest]:
@@ -295,9 +308,8 @@ def with_separators(requests: Sequence[EditRequest], between: Callable[[str], st
         request.model_copy(
             update={
                 "prompt": completed(request.prompt),
-                "paraphrases": tuple(map(completed, request.paraphrases)),
-                "locality": probes(request.locality),
-                "near": probes(request.near),
+                **{name: tuple(map(completed, getattr(request, name))) for name in TRAINED_PROMPTS},
+                **{name: probes(getattr(request, name)) for name in TRAINED_PROBES},
             }
         )
         for request in requests
