@@ -12,15 +12,18 @@ from rich.console import Console
 
 from remend.cli import options
 from remend.cli.escaping import plain
-from remend.errors import FileError, RequestError
+from remend.errors import ConfigError, FileError, RequestError
 
 if TYPE_CHECKING:
     from remend.data.edit_sets import EditSet
     from remend.expansion import Expansion
+    from remend.expansion.writers import Writer
     from remend.request import EditRequest
 
 ROLE_WORDS = {"phrasing": "ask the same", "implication": "follow from it", "near": "must stay"}
 """What the prompts of each role do, in words."""
+ADDRESS = ("http://", "https://")
+"""How an address of a writer begins."""
 EXAMPLES_SHOWN = 3
 """Prompts of each role that are printed."""
 
@@ -40,6 +43,17 @@ def expand(
         typer.Option(metavar="FILE", help="Prompts that must stay, one a line: those that a trial edit disturbs join."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=0, help="The most trial edits.")] = 2,
+    writer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|URL",
+            help="A chat model that writes phrasings, too: a folder, a name on the hub, or an OpenAI-compatible "
+            "address (its key in $REMEND_WRITER_KEY).",
+        ),
+    ] = None,
+    writer_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's name at the address of --writer.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with the sets that a stopped command had made.")] = False,
     device: options.Device = "auto",
@@ -66,20 +80,24 @@ def expand(
 
     console = Console()
     config = ExpandConfig(rounds=rounds)
+    if writer_model is not None and (writer is None or not writer.startswith(ADDRESS)):
+        raise ConfigError("--writer-model is the name of a model at an address: give that as --writer")
     if requests is None:
+        writes = _load_writer(writer, writer_model, device, seed)
         task = options.load_model(model, device, seed, dtype, quantise)
-        expansion = make_set(task, edit_requests[0], config, texts, seed=seed)
+        expansion = make_set(task, edit_requests[0], config, texts, seed=seed, writer=writes)
         write_edit_sets(out, [expansion.edit_set])
         _print(console, expansion)
     else:
-        settings = {"model": model, "rounds": rounds, "pool": texts, "seed": seed}
+        settings = {"model": model, "rounds": rounds, "pool": texts, "seed": seed, "writer": [writer, writer_model]}
         unfinished = UnfinishedSets(out.with_name(f"{out.name}.partial"), edit_requests, settings, resume)
+        writes = _load_writer(writer, writer_model, device, seed)
         task = options.load_model(model, device, seed, dtype, quantise)
         try:
             for number in range(len(unfinished.sets), len(edit_requests)):
                 report_progress("making sets", number, len(edit_requests))
                 try:
-                    edit_set = make_set(task, edit_requests[number], config, texts, seed=seed).edit_set
+                    edit_set = make_set(task, edit_requests[number], config, texts, seed=seed, writer=writes).edit_set
                 except RequestError as error:
                     edit_set = EditSet(edit_requests[number])
                     console.print(f"[yellow]no set of request {number + 1}[/]: {plain(error)}", soft_wrap=True)
@@ -95,6 +113,17 @@ def expand(
         "--out DIR",
         soft_wrap=True,
     )
+
+
+def _load_writer(writer: str | None, name: str | None, device: str, seed: int) -> Writer | None:
+    """Return the writer that the options name, if they name one."""
+    from remend.expansion.writers import LocalWriter, remote_writer
+
+    if writer is None:
+        return None
+    if writer.startswith(ADDRESS):
+        return remote_writer(writer, name)
+    return LocalWriter(options.load_model(writer, device, seed), Path(writer).name)
 
 
 def _read_requests(

@@ -2,6 +2,7 @@
 
 - :mod:`~remend.expansion.whole_set`: the set of a request, whole;
 - :mod:`~remend.expansion.phrasings`: other ways to ask the same;
+- :mod:`~remend.expansion.writers`: those that another model writes;
 - :mod:`~remend.expansion.implications`: what follows from the edit;
 - :mod:`~remend.expansion.neighbours`: what is near and must stay;
 - :mod:`~remend.expansion.mining`: what a trial edit disturbs;

@@ -18,6 +18,7 @@ from remend.expansion.mining import Round, built_in_pool, mine
 from remend.expansion.neighbours import neighbours
 from remend.expansion.phrasings import phrasings
 from remend.expansion.premise import Premise
+from remend.expansion.writers import Writer, written_phrasings
 from remend.request import EditRequest, Prompt
 from remend.tasks.base import Task
 
@@ -65,10 +66,11 @@ def expand(
     pool: Sequence[str] = (),
     text: Sequence[str] = (),
     seed: int = 0,
+    writer: Writer | None = None,
 ) -> Expansion:
     """Make the set of prompts that should move with a request, and of those that should not.
 
-    No model but the one that is edited takes part. The same seed gives the same set.
+    No model but the one that is edited takes part, unless a writer is given. The same seed gives the same set.
 
     Args:
         task: the unedited model, a decoder.
@@ -77,9 +79,10 @@ def expand(
         pool: texts that should stay, of which those that a trial edit disturbs join the set, beside built-in ones.
         text: ordinary text, on which the editor of trial edits measures the model; by default the model writes it.
         seed: of every random draw.
+        writer: a model that writes phrasings, beside those that rules make; as many at the most.
 
     Raises:
-        ModelError: the model is no decoder.
+        ModelError: the model is no decoder, or the writer does not answer.
         RequestError: the prompt is no text, names no subject, or what is given as one is not.
     """
     config = config or ExpandConfig()
@@ -99,6 +102,8 @@ def expand(
     lap("measuring the model")
     premise = Premise.of(task, request, editor.questions)
     asked = list(phrasings(premise, config.phrasings))
+    if writer is not None:
+        asked += written_phrasings(premise, writer, config.phrasings)
     lap("phrasings")
     follows = implications(premise, config.implications)
     lap("implications")

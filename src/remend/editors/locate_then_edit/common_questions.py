@@ -282,6 +282,22 @@ def other_questions(request: EditRequest, without: Collection[str] = ()) -> list
     return [template.replace("{}", str(request.subject)) for template in questions + requests]
 
 
+def asks_the_same(task: Task, template: str, other: str) -> bool:
+    """Tell whether a model completes two statements alike about each reference subject, and otherwise about others.
+
+    By the measure of :meth:`CommonQuestions.similarity`, against that of the first statement with itself.
+    """
+    subjects = reference_subjects()
+    one, two = (next_tokens(task, [text.replace("{}", name) for name in subjects]) for text in (template, other))
+    own = torch.eye(len(subjects), dtype=torch.bool)
+
+    def similarity(answers: Float[Tensor, "subject token"]) -> float:
+        overlap = torch.minimum(one[:, None], answers[None]).sum(2)
+        return float(overlap[own].mean() - overlap[~own].mean())
+
+    return similarity(two) >= max(SAME_FROM, SHARE_OF_BEST * similarity(one))
+
+
 @torch.no_grad()
 def next_tokens(task: Task, prompts: Sequence[str]) -> Float[Tensor, "prompt token"]:
     """Return the distribution of a model's next token after each prompt, on the CPU."""
