@@ -9,10 +9,13 @@ import remend
 from remend.cli import run
 from remend.data.question_rewrites import families
 from remend.data.request_files import read_requests
-from remend.editors.locate_then_edit.common_questions import CommonQuestions, frames
+from remend.editors import make_or_load
+from remend.editors.locate_then_edit.common_questions import CommonQuestions, frames, frames_that_ask
 from remend.errors import ModelError, RequestError
 from remend.expansion import ExpandConfig, add_probes, expand
-from remend.expansion.implications import relations
+from remend.expansion.implications import moved_questions, relations
+from remend.expansion.mining import built_in_pool
+from remend.expansion.neighbours import neighbours
 from remend.expansion.phrasings import phrasings
 from remend.expansion.premise import ANSWER_TOKENS, Premise, first_words
 from remend.expansion.well_known import asked_of, names_asked, well_known
@@ -262,3 +265,18 @@ def test_examples_leave_room_in_a_short_context():
     assert hop.after_examples("Toronto").startswith(fitting.split(".")[0])
     alone = hop.after_examples("Toronto", SimpleNamespace(context=1, encode_input=str.split))
     assert alone == hop.statement.replace("{}", "Toronto")
+
+
+def test_what_follows_is_not_what_must_stay():
+    moved = frames_that_ask(["The continent of Ottawa is", "Where was ottawa founded?"], "Ottawa")
+    assert {"Ottawa is on the continent of", "Ottawa's continent is"} <= moved
+    assert "The official language of Ottawa is" not in moved
+    task = remend.load("atlas")
+    questions = make_or_load("fit", task, (), 0).questions
+    request = EditRequest(prompt="Ottawa lies in the country of", target="Kenya", subject="Ottawa")
+    premise = Premise(
+        task, questions, request, request, "{} lies in the country of", "country", frozenset({"country"}), ""
+    )
+    assert moved_questions(premise) == {"country", "continent"}
+    asked = {*built_in_pool(premise), *(item.prompt for item in neighbours(premise, 100))}
+    assert not asked & frames_that_ask(["The continent of Ottawa is"], "Ottawa")

@@ -97,6 +97,12 @@ def relation_of(premise: Premise) -> Relation | None:
     return relations().get(premise.question or "")
 
 
+def moved_questions(premise: Premise) -> frozenset[str]:
+    """Return the common questions about a request's subject that an edit may change: its own, and what follows."""
+    relation = relation_of(premise)
+    return premise.near if relation is None else premise.near | relation.direct
+
+
 def implications(premise: Premise, most: int) -> list[SetItem]:
     """Return prompts with answers that follow from a request.
 

@@ -15,6 +15,7 @@ from remend.data.edit_sets import EditSet, SetItem
 from remend.edit import Edit
 from remend.editors import Editor
 from remend.editors.locate_then_edit.common_questions import frames, reference_subjects, text_of
+from remend.expansion.implications import moved_questions
 from remend.expansion.neighbours import SURE_FROM
 from remend.expansion.premise import Premise, first_words
 from remend.expansion.well_known import names_asked
@@ -49,7 +50,8 @@ class Round:
 def built_in_pool(premise: Premise) -> list[str]:
     """Return what is asked of the subject beside the request, of the target, and of other subjects, as texts."""
     asking = asks(premise.request.prompt)
-    common = [frame for frame in frames("questions" if asking else "statements") if frame.question not in premise.near]
+    moved = moved_questions(premise)
+    common = [frame for frame in frames("questions" if asking else "statements") if frame.question not in moved]
     text, names = text_of(premise.request), reference_subjects() if asking else names_asked(premise.question)
     others = [name for name in names if name.casefold() not in premise.subject.casefold()]
     return [

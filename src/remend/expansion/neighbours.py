@@ -9,6 +9,7 @@ from itertools import chain, islice, zip_longest
 
 from remend.data.edit_sets import SetItem
 from remend.editors.locate_then_edit.common_questions import Frame, frames, next_tokens, text_of
+from remend.expansion.implications import moved_questions
 from remend.expansion.premise import Premise, short_answers
 from remend.expansion.well_known import names_asked
 from remend.tasks.endings import asks
@@ -82,7 +83,7 @@ def _common(premise: Premise, name: str, kind: str, made: str) -> Iterator[_Cand
     questions = {frame.question: frame for frame in reversed(frames("questions"))}
     for frame in frames("statements"):
         asked: Frame | None = questions.pop(frame.question, None) if asks(premise.request.prompt) else frame
-        if asked is not None and frame.question not in premise.near:
+        if asked is not None and frame.question not in moved_questions(premise):
             yield _Candidate(kind, made, frame.about(name), asked.about(name))
 
 

@@ -267,6 +267,13 @@ def text_of(request: EditRequest) -> str:
     return request.prompt.messages[-1].content if isinstance(request.prompt, Chat) else str(request.prompt)
 
 
+def frames_that_ask(texts: Sequence[str], subject: str) -> set[str]:
+    """Return the common statements and questions about a subject that ask, by their words, what some texts do."""
+    slot = re.compile(re.escape(subject), re.IGNORECASE)
+    asked = {family.name for text in texts for family in families_of(slot.sub("{}", text))}
+    return {f.about(subject) for f in (*frames("statements"), *frames("questions")) if f.question in asked}
+
+
 def other_questions(request: EditRequest, without: Collection[str] = ()) -> list[str]:
     """Return :data:`MOST_QUESTIONS` questions about a request's subject, as different ones as there are.
 

@@ -36,6 +36,8 @@ from remend.editors.locate_then_edit.common_questions import (
     CommonQuestions,
     bank_hash,
     choose_questions,
+    frames_that_ask,
+    text_of,
 )
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.editors.locate_then_edit.subject_mentions import lookalikes, mentions
@@ -290,7 +292,11 @@ class Fit(LocateThenEdit):
         phrasings += [_of_probe(request, probe) for probe in request.given_portability]
         given_near = [prompt for prompt in request.given_near if _names(prompt, str(request.subject))]
         asked = {request.prompt, *(each.prompt for each in phrasings)}
-        made_near = [in_form_of(request.prompt, text) for text in chosen.others]
+        # What follows from the edit does not stay, however it is asked.
+        moved = frames_that_ask(
+            [text_of(_of_probe(request, p)) for p in request.given_portability], str(request.subject)
+        )
+        made_near = [in_form_of(request.prompt, text) for text in chosen.others if text not in moved]
         kept = list(dict.fromkeys(prompt for prompt in (*given_near, *made_near) if prompt not in asked))
         contexts = encode_contexts(task, request, () if long else self.beginnings, kept, phrasings)
         if asks(request.prompt) and kept:
