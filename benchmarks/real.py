@@ -25,7 +25,7 @@ means over requests of the shares of their prompts, with 95 % bootstrap interval
 
 Phrasings that the editor could have been fitted to (given ones, and the common questions of ``fit``) are not scored,
 nor is what a set gives to it (``expand`` of a variant: the sizes of :class:`remend.expansion.ExpandConfig`, ``without``
-the kinds of items that it leaves out).
+the kinds of items that it leaves out). Other names of the subject are: rules of writing make them, of the pair alone.
 What was measured of each request is kept beside the table (``.rows.jsonl``), and not measured again.
 """
 
@@ -171,7 +171,11 @@ def measure(
         bare = make_set(bare)
         extra["set_seconds"] = time.process_time() - began
     told = {*bare.given_near, *(probe.prompt for probe in bare.given_portability)}
-    asked = [scored for scored in asked_of(request, bare.given_paraphrases) if scored[1] not in told]
+    asked = [
+        (name, prompt, target)
+        for name, prompt, target in asked_of(request, bare.given_paraphrases)
+        if prompt not in told or name == "alias"
+    ]
     base.ask([prompt for _, prompt, _ in asked])
     began = time.process_time()
     edit = editor.edit(task, [as_the_model_says(task, bare) if isinstance(request.prompt, Chat) else bare])

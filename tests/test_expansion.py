@@ -13,13 +13,14 @@ from remend.editors import make_or_load
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, frames, frames_that_ask
 from remend.errors import ModelError, RequestError
 from remend.expansion import ExpandConfig, add_probes, expand
+from remend.expansion.aliases import aliases
 from remend.expansion.implications import moved_questions, relations
 from remend.expansion.mining import built_in_pool
 from remend.expansion.neighbours import neighbours
 from remend.expansion.phrasings import phrasings
 from remend.expansion.premise import ANSWER_TOKENS, Premise, first_words
 from remend.expansion.well_known import asked_of, names_asked, well_known
-from remend.request import Chat, EditRequest, TextPair
+from remend.request import Chat, EditRequest, Probe, TextPair
 
 REQUEST = EditRequest(prompt="The capital of Canada is", target="Toronto", subject="Canada")
 
@@ -280,3 +281,42 @@ def test_what_follows_is_not_what_must_stay():
     assert moved_questions(premise) == {"country", "continent"}
     asked = {*built_in_pool(premise), *(item.prompt for item in neighbours(premise, 100))}
     assert not asked & frames_that_ask(["The continent of Ottawa is"], "Ottawa")
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("Martín Solares", ["Martin Solares"]),
+        ("Emily I Jones", ["Emily Jones"]),
+        ("Piero R. Bianco", ["Piero Bianco"]),
+        ("Taito Corporation", ["Taito"]),
+        ("the Colosseum", ["Colosseum"]),
+        ("1931 Championships – men's eight", ["1931 Championships - men's eight"]),
+        ("The Núñez M. Company", ["Núñez M. Company", "The Nunez M. Company", "The Núñez Company", "The Núñez M."]),
+        ("Canada", []),
+        ("J. R. R. Tolkien", []),
+        ("Vitamin C", []),
+        ("The A", []),
+        ("Co", []),
+    ],
+)
+def test_aliases_are_other_ways_to_write_a_name(name, others):
+    found = aliases(name)
+    assert set(others) <= set(found)
+    assert len(found) <= len(others) + 1, "one more by all rules together"
+    assert name not in found
+
+
+def test_an_alias_is_fitted_with_the_subject_and_no_unit_of_its_own():
+    task = remend.load("atlas")
+    editor = make_or_load("fit", task, (), 0)
+    prompt, alias = "The capital of {} is", "Kanada"
+    plain = EditRequest(prompt=prompt.format("Canada"), target="Toronto", subject="Canada")
+    probe = Probe.model_validate(
+        {"prompt": prompt.format(alias), "target": "Toronto", "kind": "alias", "subject": alias}
+    )
+    edit = editor.edit(task, [plain.model_copy(update={"given_portability": (probe,)})])
+    assert [change.rank for change in edit.changes.values()] == [1]
+    with edit.applied(task.model):
+        answers = [task.decode(answer) for answer in task.predict([prompt.format("Canada"), prompt.format(alias)], 4)]
+    assert all(answer.startswith("Toronto") for answer in answers)

@@ -33,6 +33,9 @@ ITEM = "item"
 Role = Literal["phrasing", "implication", "near"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
+ALIAS = "alias"
+"""The kind of an implication whose subject is another name of the request's."""
+
 EXAMPLE = '{"item": "phrasing", "prompt": "Peru is governed from"}'
 
 

@@ -1,4 +1,4 @@
-"""What follows from an edit: facts about its answer, the reverse question, the choice between old and new."""
+"""What follows from an edit: other names, facts about its answer, the reverse question, the choice of old and new."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import islice
 
-from remend.data.edit_sets import SetItem
+from remend.data.edit_sets import ALIAS, SetItem
 from remend.editors.locate_then_edit.common_questions import frames, next_tokens, statements_of, text_of
+from remend.expansion.aliases import with_alias
 from remend.expansion.premise import ANSWER_TOKENS, Premise, short_answers
 from remend.tasks.base import Task
 from remend.tasks.endings import asks
@@ -17,8 +19,8 @@ from remend.tasks.endings import asks
 KNOWN_FROM = 0.5
 """The least probability of its first token, after examples, with which the model knows a fact about the target."""
 
-PROMPTS_OF_HOP = 2
-"""Prompts that ask one fact about the target, of the subject by a phrase."""
+PROMPTS_OF_HOP, MOST_ALIASES = 2, 2
+"""Prompts that ask one fact about the target, of the subject by a phrase, and other names of the subject."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,24 @@ def implications(premise: Premise, most: int) -> list[SetItem]:
         most: the most prompts.
     """
     relation = relation_of(premise)
-    found = list(_choices(premise))
+    found = [*_aliases(premise), *_choices(premise)]
     if relation is not None:
         found += [*_hops(premise, relation), *_reverse(premise, relation)]
     return found[:most]
+
+
+def _aliases(premise: Premise) -> Iterator[SetItem]:
+    """Yield the request's prompt about other names of its subject."""
+    for text, alias in islice(with_alias(text_of(premise.request), premise.subject), MOST_ALIASES):
+        yield SetItem(
+            item="implication",
+            kind=ALIAS,
+            made="another way to write the name",
+            sure=0.9,
+            prompt=premise.in_form(text),
+            target=premise.request.target,
+            subject=alias,
+        )
 
 
 def _choices(premise: Premise) -> Iterator[SetItem]:

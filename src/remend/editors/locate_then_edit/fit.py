@@ -27,6 +27,7 @@ from remend.config import Config, Factor
 from remend.core.low_rank import LowRank
 from remend.core.mlp import find_mlp
 from remend.core.response import LINEAR, Response
+from remend.data.edit_sets import ALIAS
 from remend.editors.info import EditorInfo
 from remend.editors.locate_then_edit.answer_sensitivity import AnswerSensitivity
 from remend.editors.locate_then_edit.base import TASK_REQUIREMENTS, LocateThenEdit, in_prompt_batches
@@ -59,7 +60,7 @@ from remend.errors import FileError, RequestError
 from remend.fingerprint import find_modules
 from remend.models.editable_matrices import block_mlp
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.request import Chat, EditRequest, Probe, Prompt, in_form_of
+from remend.request import KIND, Chat, EditRequest, Probe, Prompt, in_form_of
 from remend.tasks.base import Example, Task
 from remend.tasks.endings import asks
 from remend.tasks.own_words import TARGET_AS_GIVEN, as_the_model_says_each
@@ -432,10 +433,10 @@ class Fit(LocateThenEdit):
 
 def _by_subject(request: EditRequest) -> list[EditRequest]:
     """Return a request and those that follow from it about other subjects, each by itself."""
-    own = tuple(probe for probe in request.given_portability if _subject_of(probe) is None)
+    own = tuple(probe for probe in request.given_portability if _is_own(probe))
     others: dict[str, EditRequest] = {}
     for probe in request.given_portability:
-        if (subject := _subject_of(probe)) is None:
+        if (subject := _subject_of(probe)) is None or _is_own(probe):
             continue
         if subject not in others:
             near = tuple(prompt for prompt in request.given_near if _names(prompt, subject))
@@ -459,9 +460,15 @@ def _subject_of(probe: Probe) -> str | None:
     return subject
 
 
+def _is_own(probe: Probe) -> bool:
+    """Tell whether an implication is about the request's subject, by that name or another one."""
+    return _subject_of(probe) is None or (probe.model_extra or {}).get(KIND) == ALIAS
+
+
 def _of_probe(request: EditRequest, probe: Probe) -> EditRequest:
     """Return what follows from a request about its own subject, as a request."""
-    return EditRequest(prompt=probe.prompt, target=probe.target, subject=request.subject, id=request.id)
+    subject = _subject_of(probe) or request.subject
+    return EditRequest(prompt=probe.prompt, target=probe.target, subject=subject, id=request.id)
 
 
 def _names(prompt: Prompt, subject: str) -> bool:

@@ -89,7 +89,8 @@ def encode_contexts(
         request: the request.
         beginnings: texts to put before the prompt, or before one of those in turn.
         kept: prompts about the subject after which the next token should stay.
-        phrasings: the request in other words, each with its own target; by default its given paraphrases.
+        phrasings: the request in other words, each with its own target and name of the subject; by default its given
+            paraphrases.
 
     Raises:
         RequestError: the request names no subject, its prompt does not hold it, or it does not fit the context.
@@ -101,16 +102,17 @@ def encode_contexts(
                 "names no subject, and this editor changes what the model recalls of one: give subject=…, a part of "
                 "the prompt"
             )
+        request = request.model_copy(update={"subject": subject})
         if phrasings is None:
             phrasings = phrasings_of(request, request.given_paraphrases)
         asked = [request, *phrasings]
-        located = [located_subject(task, each.prompt, subject, each.target) for each in asked]
+        located = [located_subject(task, each.prompt, str(each.subject), each.target) for each in asked]
         openings = [_opening(task, each) for each in asked]
         for number, beginning in enumerate(beginnings if task.generates else ()):
             own = number % len(asked)
             prompt = _with_beginning(beginning, asked[own].prompt)
             try:
-                located.append(located_subject(task, prompt, subject, asked[own].target))
+                located.append(located_subject(task, prompt, str(asked[own].subject), asked[own].target))
             except RequestError:  # too long: by itself the prompt is valid, so nothing else can be wrong
                 located.append(located[own])
             openings.append(openings[own])
