@@ -12,6 +12,7 @@ from PIL import Image as PillowImage
 import remend
 from remend.editors import Mend, make
 from remend.errors import RequestError
+from remend.evaluation.neighbourhood import measure_neighbourhood
 from remend.request import parse_request
 from remend.tasks.image_classification import Image
 from remend.training import PRESETS
@@ -106,6 +107,9 @@ def test_an_edit_of_one_image_is_verified_reverted_saved_and_loaded(task, images
     with edit.applied(task):
         assert remend.answers(task, [request.prompt]) == [request.target]
     assert remend.answers(task, [request.prompt]) == old
+    pair = measure_neighbourhood(task, edit, request)[0]
+    assert (pair.outcome, pair.distance) == ("followed", 0)
+    assert pair.effect > 0
     edit.save(tmp_path / "edit")
     loaded = remend.Edit.load(tmp_path / "edit")
     assert loaded.requests == (request,)

@@ -12,6 +12,7 @@ from remend.core.output_distributions import Gaussian
 from remend.editors import Mend, make
 from remend.editors.ke import Ke
 from remend.errors import ConfigError, ModelError, RequestError
+from remend.evaluation.neighbourhood import measure_neighbourhood
 from remend.request import parse_request
 from remend.tasks.policy import DiscreteActions, GaussianActions, Observation
 from remend.training import PRESETS
@@ -76,6 +77,9 @@ def test_an_edit_of_one_state_is_verified_reverted_saved_and_loaded(task, tmp_pa
     with edit.applied(task):
         assert is_taken(task, request)
     assert not is_taken(task, request)
+    pair = measure_neighbourhood(task, edit, request)[0]
+    assert (pair.outcome, pair.distance) == ("followed", 0)
+    assert pair.effect > 0
     edit.save(tmp_path / "edit")
     loaded = remend.Edit.load(tmp_path / "edit")
     assert loaded.requests == (request,)

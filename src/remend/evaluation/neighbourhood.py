@@ -81,8 +81,10 @@ def measure_neighbourhood(task: Task, edit: Edit, request: EditRequest, max_new_
     asked = list(_asked(task, request))
     prompts = [prompt for _, prompt, _ in asked]
     answers = compare_answers(task, edit, asked, max_new_tokens)
-    inputs = [tuple(task.encode_input(prompt)) for prompt in prompts]
-    nearness = [_nearness(task, edit, tokens) for tokens in inputs]
+    # What stands there as a target does not count, but an action has as many numbers as the policy has outputs.
+    targets = [(0,)] * len(prompts) if task.generates else task.predict(prompts, 1)
+    inputs = [Example(task.encode_input(p), target) for p, target in zip(prompts, targets, strict=True)]
+    nearness = [_nearness(task, edit, example) for example in inputs]
     own = max(nearness[0], 1e-6)
     effects = _effects(task, edit, inputs)
     return [
@@ -132,11 +134,11 @@ def _common(task: Task, request: EditRequest, subject: str) -> list[Prompt]:
 
 
 @torch.no_grad()
-def _nearness(task: Task, edit: Edit, tokens: tuple[int, ...]) -> float:
+def _nearness(task: Task, edit: Edit, example: Example) -> float:
     """Return how much of what an edit listens to is in a text: the greatest |u·x| of its tokens, over all pairs."""
     names = {name: change.reads or name for name, change in edit.changes.items()}
     modules = find_modules(task.model, list(dict.fromkeys(names.values())))
-    batch = task.collate([Example(tokens, (0,))])
+    batch = task.collate([example])
     inputs = record_inputs(task.model, modules, batch.rows, partial(task.outputs, batch))
     found = 0.0
     for name, change in edit.changes.items():
@@ -149,10 +151,10 @@ def _nearness(task: Task, edit: Edit, tokens: tuple[int, ...]) -> float:
 
 
 @torch.no_grad()
-def _effects(task: Task, edit: Edit, inputs: Sequence[tuple[int, ...]]) -> list[float]:
+def _effects(task: Task, edit: Edit, inputs: Sequence[Example]) -> list[float]:
     """Return the divergence of what follows each text first."""
     found: list[float] = []
-    for part in in_batches([Example(tokens, (0,)) for tokens in inputs]):
+    for part in in_batches(inputs):
         batch = task.collate(part)
         with frozen(task.model):
             before = task.outputs(batch)
