@@ -27,7 +27,7 @@ def test_it_is_the_dense_solution(rows, d_in, d_out, seed):
     for metric in (None, random_metric(d_in, generator)):
         m = torch.eye(d_in, dtype=torch.float64) if metric is None else metric.inner
         answers = keys @ m @ keys.T
-        system = answers + 0.05 * answers.diagonal().mean() * torch.eye(rows)
+        system = answers + 0.05 * answers.diagonal().mean() * torch.eye(rows, dtype=torch.float64)
         dense = moves.T @ torch.linalg.inv(system) @ keys @ m
         torch.testing.assert_close(least_squares(keys, moves, metric).dense(), dense, rtol=1e-6, atol=1e-8)
 
