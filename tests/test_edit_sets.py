@@ -104,3 +104,26 @@ def test_an_item_without_a_request_is_refused_and_a_key_of_ones_own_is_kept(tmp_
         read(tmp_path, {"item": "near", "prompt": "p"})
     (request,) = read(tmp_path, {"prompt": "p", "target": "t", "item": "a lamp"})
     assert request.model_extra == {"item": "a lamp"}
+
+
+def test_the_requests_own_prompt_cannot_stay(tmp_path):
+    rows = [REQUEST.to_json(), {"item": "near", "prompt": REQUEST.prompt}]
+    with pytest.raises(RequestError, match="is the request's own prompt, so its answer cannot stay"):
+        read(tmp_path, *rows)
+
+
+def test_a_wrong_item_is_answered_with_one_of_its_role(tmp_path):
+    for row, said in (
+        (
+            {"item": "near", "prompt": "Peru is in", "anwser": "Asia"},
+            "anwser: no key of an item; did you mean 'answer'?",
+        ),
+        (
+            {"item": "near", "prompt": "Peru is in", "zzz": "Asia"},
+            "zzz: no key of an item. An item of a set is an object",
+        ),
+        ({"item": "implication", "prompt": "Cusco is in"}, 'such as {"item": "implication", "prompt": "Cusco is'),
+    ):
+        with pytest.raises(RequestError) as error:
+            read(tmp_path, REQUEST.to_json(), row)
+        assert said in str(error.value)

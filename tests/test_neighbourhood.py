@@ -9,7 +9,8 @@ import remend
 from remend.cli import run
 from remend.core.low_rank import LowRank
 from remend.edit import Edit
-from remend.evaluation.neighbourhood import PLACES, measure_neighbourhood
+from remend.evaluation.before_after import AnswerComparison
+from remend.evaluation.neighbourhood import PLACES, Neighbour, measure_neighbourhood
 from remend.evaluation.reports.neighbourhood_page import write_neighbourhood_page
 from remend.fingerprint import ModelFingerprint
 from remend.request import EditRequest, Probe
@@ -104,3 +105,9 @@ def test_the_page_is_asked_for_with_an_edit(tmp_path, capsys):
     assert "is no folder" in capsys.readouterr().err
     assert run([*command, "--html", str(tmp_path / "page.html")]) == 0
     assert "The same subject" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_an_answer_that_is_written_as_before_has_stayed():
+    answer = AnswerComparison("others", "A", None, "", "", False)
+    assert Neighbour("others", answer, 1.0, 0.1).outcome == "stayed"
+    assert Neighbour("what follows", answer, 1.0, 0.1).outcome == "did not follow"

@@ -63,8 +63,8 @@ def expand(
 ) -> None:
     """Make a set from one request: other ways to ask, what follows from it, and what must stay.
 
-    Strike or mend its lines, then make the edit: remend edit MODEL --requests FILE --out DIR. Sets of many requests are
-    what an editor can be trained on: remend train MODEL --data FILE.
+    Strike or mend its lines, then make the edit: remend edit MODEL --editor fit --requests FILE --out DIR. Sets of many
+    requests are what an editor can be trained on: remend train MODEL --data FILE.
     """
     edit_requests = _read_requests(prompt or [], target, subject, requests, chat)
     if out.exists() and not overwrite:
@@ -109,8 +109,8 @@ def expand(
         unfinished.remove()
         _print_counts(console, unfinished.sets)
     console.print(
-        f"written to [bold]{plain(out)}[/]; review it, then: remend edit {plain(model)} --requests {plain(out)} "
-        "--out DIR",
+        f"written to [bold]{plain(out)}[/]; review it, then: remend edit {plain(model)} --editor fit "
+        f"--requests {plain(out)} --out DIR",
         soft_wrap=True,
     )
 

@@ -36,7 +36,11 @@ ROLES: tuple[Role, ...] = get_args(Role)
 ALIAS = "alias"
 """The kind of an implication whose subject is another name of the request's."""
 
-EXAMPLE = '{"item": "phrasing", "prompt": "Peru is governed from"}'
+EXAMPLES = {
+    "phrasing": '{"item": "phrasing", "prompt": "Peru is governed from"}',
+    "implication": '{"item": "implication", "prompt": "Cusco is the capital of", "target": "Peru", "subject": "Cusco"}',
+    "near": '{"item": "near", "prompt": "The capital of Chile is"}',
+}
 
 
 class SetItem(BaseModel):
@@ -171,8 +175,12 @@ def parse_item(row: dict[str, Any], where: str) -> SetItem:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ", ".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            meant = intended_name(key, tuple(SetItem.model_fields))
+            message = "no key of an item" + (f"; did you mean {meant!r}?" if meant else "")
         what = f"{key}: {message}" if key else message
-        raise RequestError(f"{where}: {what}. An item of a set is an object such as {EXAMPLE}") from None
+        example = EXAMPLES[row[ITEM]] if row.get(ITEM) in EXAMPLES else EXAMPLES["phrasing"]
+        raise RequestError(f"{where}: {what}. An item of a set is an object such as {example}") from None
 
 
 def _without_twins(request: EditRequest, items: Sequence[SetItem]) -> list[SetItem]:
@@ -180,6 +188,10 @@ def _without_twins(request: EditRequest, items: Sequence[SetItem]) -> list[SetIt
     found: dict[Prompt, SetItem] = {}
     for each in items:
         prompt = in_form_of(request.prompt, each.prompt)
+        if prompt == request.prompt and each.item == "near":
+            raise ValueError(
+                f"{str(prompt)[:60]!r} is the request's own prompt, so its answer cannot stay: strike the item"
+            )
         if prompt != request.prompt:
             found.setdefault(prompt, each.model_copy(update={"prompt": prompt}))
     return list(found.values())

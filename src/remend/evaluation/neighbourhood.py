@@ -59,11 +59,16 @@ class Neighbour:
         return self.place in ("the pair", "other ways to ask", "what follows")
 
     @property
+    def ok(self) -> bool:
+        """Whether the answer is as it should be; one that is written as before has not changed."""
+        return bool(self.answer.ok) or (not self.moves and self.answer.before == self.answer.after)
+
+    @property
     def outcome(self) -> str:
         """What the answer did, in a word or two."""
         if self.moves:
-            return "followed" if self.answer.ok else "did not follow"
-        return "stayed" if self.answer.ok else "changed"
+            return "followed" if self.ok else "did not follow"
+        return "stayed" if self.ok else "changed"
 
 
 def measure_neighbourhood(task: Task, edit: Edit, request: EditRequest, max_new_tokens: int = 12) -> list[Neighbour]:
@@ -160,5 +165,6 @@ def _effects(task: Task, edit: Edit, inputs: Sequence[Example]) -> list[float]:
             before = task.outputs(batch)
             with edit.applied(task.model):
                 after = task.outputs(batch)
-        found += task.divergence(before, after, batch).tolist()
+        # Rounding can make a divergence of nothing slightly negative.
+        found += task.divergence(before, after, batch).clamp(min=0).tolist()
     return found

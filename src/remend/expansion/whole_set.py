@@ -127,6 +127,8 @@ def _distinct(premise: Premise, items: Sequence[SetItem]) -> tuple[SetItem, ...]
 def _missing(premise: Premise, edit_set: EditSet) -> list[str]:
     """Return what could not be made, in sentences."""
     missing = []
+    if premise.old and premise.old.casefold() == premise.request.target.strip().casefold():
+        missing.append("the model gives this answer already: there may be nothing to edit")
     if not edit_set.of("phrasing"):
         missing.append("no other way to ask was found: the model completes no common statement alike")
     if premise.statement is None:

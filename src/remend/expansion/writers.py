@@ -110,7 +110,8 @@ class RemoteWriter:
             said = error.read(200).decode(errors="replace")
             raise ModelError(f"the writer at {place} answers {error.code}: {said!r}") from None
         except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, or no address
-            raise ModelError(f"the writer at {place} cannot be asked: {error}") from None
+            reason = getattr(error, "reason", error)
+            raise ModelError(f"the writer at {place} cannot be asked ({reason}): is it running, and there?") from None
         try:
             found: Any = json.loads(body)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError):

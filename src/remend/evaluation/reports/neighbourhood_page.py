@@ -15,8 +15,11 @@ from remend.evaluation.reports.html_report import visible
 from remend.request import EditRequest
 from remend.saved_folders import write_text
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 420, 60, 880, 16, 366
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 420, 76, 876, 16, 366
 """The picture's size and the edges of its axes, in pixels."""
+
+BESIDE = 4
+"""How far points that would lie on each other are apart, in pixels."""
 
 EFFECTS = (0.01, 0.1, 1.0, 10.0)
 """Effects at which the picture has a line, in nats."""
@@ -69,7 +72,7 @@ def _page(request: EditRequest, neighbours: Sequence[Neighbour]) -> dict[str, An
                     "rows": rows,
                     "moves": rows[0].moves,
                     "done": "followed" if rows[0].moves else "stayed",
-                    "right": sum(bool(each.answer.ok) for each in rows),
+                    "right": sum(each.ok for each in rows),
                 }
             )
     return {
@@ -79,16 +82,17 @@ def _page(request: EditRequest, neighbours: Sequence[Neighbour]) -> dict[str, An
         "groups": groups,
         "points": [
             {
-                "x": x(each.distance),
+                # Prompts about one subject are all as near: beside each other they can be told apart.
+                "x": x(each.distance) + (number % 9 - 4) * BESIDE * (each is not pair),
                 "y": y(each.effect),
                 "place": PLACES.index(each.place),
-                "ok": each.answer.ok,
+                "ok": each.ok,
                 "prompt": each.answer.prompt,
                 "before": each.answer.before,
                 "after": each.answer.after,
                 "outcome": each.outcome,
             }
-            for each in reversed(neighbours)  # the pair is drawn last, on top
+            for number, each in reversed(list(enumerate(neighbours)))  # the pair is drawn last, on top
         ],
         "x_ticks": [{"at": x(value), "label": f"{value:g}"} for value in (0.0, 0.25, 0.5, 0.75, 1.0)],
         "y_ticks": [{"at": y(value), "label": f"{value:g}"} for value in (0.0, *EFFECTS) if value <= most],
