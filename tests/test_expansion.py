@@ -251,6 +251,12 @@ def test_sets_of_many_requests_can_be_stopped_and_resumed(tmp_path, capsys, monk
         torn.write('[{"prompt": "The cap')
     assert run([*command, "--out", str(other), "--seed", "1", "--resume"]) == 1
     assert "sets of other requests or settings" in capsys.readouterr().err
+    whole = partial.read_text()
+    first, *made_lines = whole.split("\n")
+    partial.write_text("\n".join([first, made_lines[0][:-3], *made_lines[1:]]))
+    assert run([*command, "--out", str(other), "--resume"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    partial.write_text(whole)
     assert run([*command, "--out", str(other), "--resume"]) == 0
     assert other.read_text() == out.read_text()
     assert run([*command, "--out", str(tmp_path / "third.jsonl"), "--resume"]) == 1

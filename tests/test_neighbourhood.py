@@ -77,6 +77,9 @@ def test_common_prompts_are_asked_where_nothing_is_named():
     bare = EditRequest(prompt=REQUEST.prompt, target=REQUEST.target)
     places = [each.place for each in measure_neighbourhood(task, edit(task, 0.0), bare)]
     assert {"the same subject", "others"} <= set(places)
+    pair, *others = measure_neighbourhood(task, edit(task, 0.0), bare)
+    assert pair.answer.before == "Ottawa"
+    assert not [each for each in others if each.answer.before == "Ottawa"], "what asks the same need not stay"
     question = bare.model_copy(update={"prompt": "What is the capital of Canada?"})
     assert [each.place for each in measure_neighbourhood(task, edit(task, 0.0), question)] == ["the pair"]
 

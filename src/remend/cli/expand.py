@@ -82,17 +82,15 @@ def expand(
     config = ExpandConfig(rounds=rounds)
     if writer_model is not None and (writer is None or not writer.startswith(ADDRESS)):
         raise ConfigError("--writer-model is the name of a model at an address: give that as --writer")
+    writes = _load_writer(writer, writer_model, device, seed)
+    task = options.load_model(model, device, seed, dtype, quantise)
     if requests is None:
-        writes = _load_writer(writer, writer_model, device, seed)
-        task = options.load_model(model, device, seed, dtype, quantise)
         expansion = make_set(task, edit_requests[0], config, texts, seed=seed, writer=writes)
         write_edit_sets(out, [expansion.edit_set])
         _print(console, expansion)
     else:
         settings = {"model": model, "rounds": rounds, "pool": texts, "seed": seed, "writer": [writer, writer_model]}
         unfinished = UnfinishedSets(out.with_name(f"{out.name}.partial"), edit_requests, settings, resume)
-        writes = _load_writer(writer, writer_model, device, seed)
-        task = options.load_model(model, device, seed, dtype, quantise)
         try:
             for number in range(len(unfinished.sets), len(edit_requests)):
                 report_progress("making sets", number, len(edit_requests))

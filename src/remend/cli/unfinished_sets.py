@@ -43,9 +43,12 @@ class UnfinishedSets:
         if first != about:
             raise FileError(f"{file} holds sets of other requests or settings: give the same as before, or no --resume")
         for line in lines[:-1]:  # what follows the last line break was not written whole
-            request, *items = json.loads(line)
-            made = tuple(parse_item(item, str(file)) for item in items)
-            self.sets.append(EditSet(EditRequest.from_json(json.dumps(request)), made))
+            try:
+                request, *items = json.loads(line)
+                made = tuple(parse_item(item, str(file)) for item in items)
+                self.sets.append(EditSet(EditRequest.from_json(json.dumps(request)), made))
+            except ValueError as error:  # no JSON, or no request
+                raise FileError(f"{file} is damaged ({error}): delete it, and begin anew without --resume") from None
         whole = "\n".join([first, *lines[:-1]])
         write_text(file, f"{whole}\n")
 

@@ -20,20 +20,19 @@ from torch import Tensor
 from remend.core.capture import record_inputs
 from remend.core.low_rank_hooks import frozen
 from remend.edit import Edit
-from remend.editors.locate_then_edit.common_questions import frames, reference_subjects, statement_of
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.errors import RequestError
 from remend.evaluation.before_after import AnswerComparison, compare_answers
+from remend.evaluation.neighbours import near_prompts
 from remend.fingerprint import find_modules
 from remend.request import Chat, EditRequest, Prompt
 from remend.tasks.base import Example, Task, in_batches
-from remend.tasks.endings import asks
 
 Place = Literal["the pair", "other ways to ask", "what follows", "the same subject", "the answer elsewhere", "others"]
 PLACES: tuple[Place, ...] = get_args(Place)
 
-MOST_FRAMES = 24
-"""Statements about the subject that are asked where a request names nothing that must stay."""
+MOST_OF_KIND = 24
+"""Prompts of a kind that are asked where a request names nothing that must stay."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ class Neighbour:
 def measure_neighbourhood(task: Task, edit: Edit, request: EditRequest, max_new_tokens: int = 12) -> list[Neighbour]:
     """Measure an edit at every prompt that a request names, what it gives to the editor included.
 
-    Where a request names nothing that must stay, common statements about its subject and its own prompt about
-    well-known others are asked, if it is a statement for a decoder to complete.
+    Where a request names nothing that must stay, what is near it is asked
+    (:func:`remend.evaluation.neighbours.near_prompts`).
 
     Args:
         task: the unedited model.
@@ -111,7 +110,7 @@ def _asked(task: Task, request: EditRequest) -> Iterator[tuple[Place, Prompt, st
     follows = (*request.given_portability, *request.portability)
     listed += [("what follows", probe.prompt, probe.target) for probe in follows]
     stays = [*request.given_near, *(probe.prompt for probe in (*request.near, *request.locality))]
-    listed += [(_place(prompt, subject, target), prompt, None) for prompt in stays or _common(task, request, subject)]
+    listed += [(_place(prompt, subject, target), prompt, None) for prompt in stays or _unnamed(task, request)]
     seen: set[Prompt] = set()
     for place, prompt, wanted in listed:
         if prompt not in seen:
@@ -126,16 +125,11 @@ def _place(prompt: Prompt, subject: str, target: str) -> Place:
     return "the answer elsewhere" if target.casefold() in text else "others"
 
 
-def _common(task: Task, request: EditRequest, subject: str) -> list[Prompt]:
-    """Return common statements about the subject of a request, and its own about well-known others."""
-    if not task.causal or not isinstance(request.prompt, str) or asks(request.prompt) or task.is_long(request.prompt):
-        return []
-    statement = statement_of(request.model_copy(update={"subject": subject}))
-    if statement is None:
-        return []
-    of_question = {frame.question: frame.about(subject) for frame in reversed(frames("statements"))}
-    others = [statement.replace("{}", name) for name in reference_subjects() if name.casefold() != subject.casefold()]
-    return [*list(of_question.values())[:MOST_FRAMES], *others]
+def _unnamed(task: Task, request: EditRequest) -> list[Prompt]:
+    """Return prompts near a request that names none, the surest of each kind."""
+    with suppress(RequestError):
+        return [prompt for near in near_prompts(task, request).values() for prompt, _ in near[:MOST_OF_KIND]]
+    return []
 
 
 @torch.no_grad()

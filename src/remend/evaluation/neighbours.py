@@ -6,12 +6,8 @@ else. Where the unedited model is sure what it says first, it should go on sayin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from remend.edit import Edit
 from remend.editors.locate_then_edit.common_questions import (
@@ -61,8 +57,6 @@ class Neighbours:
 def measure_neighbours(task: Task, edit: Edit, request: EditRequest) -> list[Neighbours]:
     """Compare what the model says first to prompts near a request before and after an edit.
 
-    Measured of decoders and of prompts to complete: the answer to a question begins with the words of a sentence.
-
     Args:
         task: the base model.
         edit: the edit.
@@ -71,14 +65,23 @@ def measure_neighbours(task: Task, edit: Edit, request: EditRequest) -> list[Nei
     Returns:
         The kinds of which there is a prompt that the model is sure about.
     """
+    return [_compare(task, edit, kind, near) for kind, near in near_prompts(task, request).items() if near]
+
+
+def near_prompts(task: Task, request: EditRequest) -> dict[str, list[tuple[str, int]]]:
+    """Return prompts near a request that nobody has named, and the token that the model surely says first to each.
+
+    Only of decoders and of prompts to complete: the answer to a question begins with the words of a sentence. By kind,
+    the surest first.
+    """
     if not task.causal or not isinstance(request.prompt, str) or asks(request.prompt):
-        return []
+        return {}
     subject = (request.subject or "").strip() or find_subject(task, request.prompt)
     statement = statement_of(request.model_copy(update={"subject": subject}))
     if statement is None:
-        return []
+        return {}
     others = [other for other in reference_subjects() if other.casefold() not in subject.casefold()]
-    own = next_tokens(task, [request.prompt])[0]
+    own = int(next_tokens(task, [request.prompt])[0].argmax())
     of_kinds = {
         "other subjects": [] if task.is_long(request.prompt) else [statement.replace("{}", other) for other in others],
         f"other statements about {subject}": [frame.about(subject) for frame in frames("statements")],
@@ -88,23 +91,24 @@ def measure_neighbours(task: Task, edit: Edit, request: EditRequest) -> list[Nei
             kind: [text for text in texts if len(task.encode_input(text)) < task.context]
             for kind, texts in of_kinds.items()
         }
-    measured = (_compare(task, edit, kind, prompts, own) for kind, prompts in of_kinds.items())
-    return [neighbours for neighbours in measured if neighbours.prompts]
+    return {kind: _surely_another(task, prompts, own) for kind, prompts in of_kinds.items()}
 
 
-def _compare(task: Task, edit: Edit, kind: str, prompts: Sequence[str], own: Float[Tensor, " token"]) -> Neighbours:
+def _surely_another(task: Task, prompts: Sequence[str], own: int) -> list[tuple[str, int]]:
+    """Return the prompts to which a model surely says another token than ``own``, which those that ask the same get."""
     if not prompts:
-        return Neighbours(kind, 0, ())
-    before = next_tokens(task, prompts)
-    surest, first = before.max(1)
-    # What is answered as the request's own prompt may ask the same.
-    chosen = [i for i in surest.argsort(descending=True).tolist() if surest[i] >= SURE and first[i] != own.argmax()]
+        return []
+    surest, first = next_tokens(task, prompts).max(1)
+    order = surest.argsort(descending=True).tolist()
+    return [(prompts[i], int(first[i])) for i in order if surest[i] >= SURE and first[i] != own]
+
+
+def _compare(task: Task, edit: Edit, kind: str, near: Sequence[tuple[str, int]]) -> Neighbours:
     with edit.applied(task.model):
-        after = next_tokens(task, [prompts[i] for i in chosen]).argmax(1) if chosen else torch.zeros(0)
-
-    def changes() -> Iterator[ChangedAnswer]:
-        for index, token in zip(chosen, after.tolist(), strict=True):
-            if token != first[index]:
-                yield ChangedAnswer(prompts[index], task.decode((int(first[index]),)), task.decode((token,)))
-
-    return Neighbours(kind, len(chosen), tuple(changes()))
+        after = next_tokens(task, [prompt for prompt, _ in near]).argmax(1).tolist()
+    changed = [
+        ChangedAnswer(prompt, task.decode((first,)), task.decode((token,)))
+        for (prompt, first), token in zip(near, after, strict=True)
+        if token != first
+    ]
+    return Neighbours(kind, len(near), tuple(changed))
