@@ -37,9 +37,11 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import remend
 from common import HERE, parser, start, write
@@ -51,7 +53,7 @@ from remend.editors import Editor, editor_class, load_editor, make
 from remend.editors.locate_then_edit.common_questions import frames, statements_of
 from remend.evaluation.interventions import Intervention, shared_intervention
 from remend.evaluation.ordinary_text import OrdinaryText
-from remend.expansion import ExpandConfig, expand
+from remend.expansion import ExpandConfig, expand, implications
 from remend.request import Chat, EditRequest, Prompt
 from remend.tasks import as_the_model_says
 from remend.tasks.base import Answer, Task
@@ -144,10 +146,14 @@ def make_editor(task: Task, variant: Mapping[str, Any], text: Sequence[str]) -> 
 
 
 def with_set(task: Task, bare: EditRequest, sizes: Mapping[str, Any], text: Sequence[str]) -> EditRequest:
-    """Return a request with the set that is made from it, without the kinds of items that a variant leaves out."""
-    left_out = sizes.get("without", ())
-    config = ExpandConfig(**{name: value for name, value in sizes.items() if name != "without"})
-    made = expand(task, bare, config, text=text).edit_set
+    """Return a request with the set that is made from it, without the kinds of items that a variant leaves out.
+
+    Without ``rules``, it is made as if its relation were none of those that rules know.
+    """
+    left_out, rules = sizes.get("without", ()), sizes.get("rules", True)
+    config = ExpandConfig(**{name: value for name, value in sizes.items() if name not in ("without", "rules")})
+    with nullcontext() if rules else patch.object(implications, "relations", dict):
+        made = expand(task, bare, config, text=text).edit_set
     return EditSet(made.request, tuple(item for item in made.items if item.kind not in left_out)).as_request()
 
 

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import remend
 from remend.cli import run
@@ -12,13 +13,15 @@ from remend.data.request_files import read_requests
 from remend.editors import make_or_load
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, frames, frames_that_ask
 from remend.errors import ModelError, RequestError
-from remend.expansion import ExpandConfig, add_probes, expand
+from remend.expansion import ExpandConfig, add_probes, derived_relations, expand
 from remend.expansion.aliases import aliases
-from remend.expansion.implications import moved_questions, relations
+from remend.expansion.derived_relations import kind_of, phrases
+from remend.expansion.implications import moved_questions, relation_of
 from remend.expansion.mining import built_in_pool
 from remend.expansion.neighbours import neighbours
 from remend.expansion.phrasings import phrasings
 from remend.expansion.premise import ANSWER_TOKENS, Premise, first_words
+from remend.expansion.relations import relations
 from remend.expansion.well_known import asked_of, names_asked, well_known
 from remend.request import Chat, EditRequest, Probe, TextPair
 
@@ -326,3 +329,56 @@ def test_an_alias_is_fitted_with_the_subject_and_no_unit_of_its_own():
     with edit.applied(task.model):
         answers = [task.decode(answer) for answer in task.predict([prompt.format("Canada"), prompt.format(alias)], 4)]
     assert all(answer.startswith("Toronto") for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("{} worked in the city of", ("the city that {} worked in", "the city in which {} worked")),
+        ("{}, in", ("the city that {} is in", "the city in which {} is")),
+        ("{}, which is located in", ("the city that {} is located in", "the city in which {} is located")),
+        ("{}, produced by", ("the city that {} is produced by", "the city by which {} is produced")),
+        (
+            "{}, whose headquarters are in",
+            ("the city that {}'s headquarters are in", "the city in which {}'s headquarters are"),
+        ),
+        ("The mother tongue of {} is", ("the mother tongue of {}",)),
+        ("{}'s capital is the", ("{}'s capital",)),
+        ("The office of {} is in", ("the city that the office of {} is in", "the city in which the office of {} is")),
+        ("{} is", ()),
+        ("In {}, people speak", ()),
+        ("What does {} play? They play", ()),
+    ],
+)
+def test_a_statement_is_made_a_phrase_for_its_answer(statement, expected):
+    assert phrases(statement, "city") == expected
+
+
+def test_of_what_kind_a_target_is(monkeypatch):
+    kinds = list(derived_relations.EXAMPLES.values())
+    vocabulary = {kind: index for index, kind in enumerate(kinds)}
+    words = SimpleNamespace(
+        context=None, encode_input=str.split, encode=lambda _, kind: SimpleNamespace(target=(vocabulary[kind],))
+    )
+    answers = torch.zeros(1, len(kinds) + 1)
+    answers[0, vocabulary["country"]], answers[0, vocabulary["city"]] = 0.2, 0.1
+    answers[0, -1] = 0.7  # another word, of no kind that is known
+    asked: list[str] = []
+    monkeypatch.setattr(derived_relations, "next_tokens", lambda _, texts: (asked.extend(texts), answers)[1])
+    assert kind_of(words, "Brazil") == "country"
+    assert asked[0].count("Brazil") == 1, "the answer is not told"
+    answers[0, vocabulary["city"]] = 0.19
+    assert kind_of(words, "Brazil") is None, "neither kind is sure"
+    words.context = 20
+    assert kind_of(words, "Brazil") is None, "no room for the examples"
+
+
+def test_what_follows_from_a_relation_without_a_rule(monkeypatch):
+    request = EditRequest(prompt="The Louvre can be found in", target="Brazil", subject="The Louvre")
+    premise = Premise(None, None, request, request, "{} can be found in", None, frozenset(), "Paris")
+    monkeypatch.setattr(derived_relations, "kind_of", lambda task, name: "country")
+    relation = relation_of(premise)
+    assert relation.nouns == ("the country that {} can be found in", "the country in which {} can be found")
+    assert {hop.question for hop in relation.hops} >= {"capital", "continent"}
+    monkeypatch.setattr(derived_relations, "kind_of", lambda task, name: "language")
+    assert relation_of(premise) is None

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from itertools import islice
 
 from remend.data.edit_sets import ALIAS, SetItem
 from remend.editors.locate_then_edit.common_questions import frames, next_tokens, statements_of, text_of
 from remend.expansion.aliases import with_alias
-from remend.expansion.premise import ANSWER_TOKENS, Premise, short_answers
-from remend.tasks.base import Task
+from remend.expansion.derived_relations import derived_relation
+from remend.expansion.premise import Premise, short_answers
+from remend.expansion.relations import Hop, Relation, relations
 from remend.tasks.endings import asks
 
 KNOWN_FROM = 0.5
@@ -23,86 +20,15 @@ PROMPTS_OF_HOP, MOST_ALIASES = 2, 2
 """Prompts that ask one fact about the target, of the subject by a phrase, and other names of the subject."""
 
 
-@dataclass(frozen=True)
-class Hop:
-    """A fact about answers of one kind.
-
-    Attributes:
-        question: what it asks, in a word or two.
-        statement: the statement that it completes, with ``{}`` for the answer that it is about.
-        examples: well-known answers with it. A small model that knows a fact says it after some of the same kind.
-    """
-
-    question: str
-    statement: str
-    examples: tuple[tuple[str, str], ...]
-
-    def after_examples(self, name: str, task: Task | None = None) -> str:
-        """Return the statement about a name after those about the examples, without the name's own.
-
-        Of a task, after as many of them as its context has room for.
-        """
-        told = [f"{self.statement.replace('{}', of)} {fact}." for of, fact in self.examples if of != name]
-        asked = self.statement.replace("{}", name)
-        while told and task is not None and task.context is not None:
-            if len(task.encode_input(" ".join([*told, asked]))) + ANSWER_TOKENS <= task.context:
-                break
-            told.pop()
-        return " ".join([*told, asked])
-
-
-@dataclass(frozen=True)
-class Relation:
-    """What rules know of a relation between a subject and its answer.
-
-    Attributes:
-        nouns: the answer as phrases, with ``{}`` for the subject.
-        hops: facts about such answers.
-        direct: what of them holds of the subject itself: where a country is, there is what lies in it.
-        inverse: the statement about the answer that the subject completes, and
-        inverse_question: the question; both are empty where many subjects have one answer.
-    """
-
-    nouns: tuple[str, ...]
-    hops: tuple[Hop, ...]
-    direct: frozenset[str] = frozenset()
-    inverse: str = ""
-    inverse_question: str = ""
-
-
-@cache
-def relations() -> dict[str, Relation]:
-    """Return the relations that rules know, by the name of the question."""
-    text = resources.files(__package__).joinpath("relations.json").read_text(encoding="utf-8")
-    content = json.loads(text)
-    hops = {
-        kind: tuple(
-            Hop(question, entry["statement"], tuple((of, fact) for of, fact in entry["examples"]))
-            for question, entry in entries.items()
-        )
-        for kind, entries in content["hops"].items()
-    }
-    return {
-        name: Relation(
-            tuple(entry["nouns"]),
-            tuple(hop for kind in entry["answers"] for hop in hops[kind]),
-            frozenset(entry.get("direct", ())),
-            entry.get("inverse", ""),
-            entry.get("inverse_question", ""),
-        )
-        for name, entry in content["relations"].items()
-    }
-
-
 def relation_of(premise: Premise) -> Relation | None:
-    """Return the relation that a request asks for, where rules know it."""
-    return relations().get(premise.question or "")
+    """Return the relation that a request asks for: that of a rule, or else one of its own words, if they make one."""
+    return relations().get(premise.question or "") or derived_relation(premise)
 
 
 def moved_questions(premise: Premise) -> frozenset[str]:
     """Return the common questions about a request's subject that an edit may change: its own, and what follows."""
-    relation = relation_of(premise)
-    return premise.near if relation is None else premise.near | relation.direct
+    asked = [relations()[question] for question in premise.near if question in relations()]
+    return premise.near.union(*(relation.direct for relation in asked))
 
 
 def implications(premise: Premise, most: int) -> list[SetItem]:

@@ -134,5 +134,5 @@ def _missing(premise: Premise, edit_set: EditSet) -> list[str]:
     if premise.statement is None:
         missing.append("the model's answer does not restate the question, so nothing was asked of other subjects")
     if not [item for item in edit_set.of("implication") if item.kind != "choice"]:
-        missing.append("no rule knows what follows from this answer")
+        missing.append("nothing is known to follow from this answer")
     return missing
