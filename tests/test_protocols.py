@@ -140,6 +140,7 @@ def test_every_metric_of_single_edits(world):
             "kl_near_same_object": 0.0,
             "kl_adversarial": divergence(size) / 4,
             "portability_negated": 0.5,
+            "negated_before": 1.0,
             "outdated": 0.5,
             "outdated_reverse": 0.5,
             "target_probability": scripted.SURE,
@@ -161,6 +162,13 @@ def test_every_metric_of_single_edits(world):
     assert answers["negated", "capital of A is not"] == (None, "green", "red", False)
     assert answers["outdated", "capital of A is not"] == (None, "green", "red", False)
     assert answers["generation", "z A"][2] == "x y x y x y x"
+
+
+def test_denial_is_compared_with_the_unedited_models(world):
+    denied = REQUESTS[1].model_copy(update={"negated": ("capital of A is not", "capital of A is")})
+    (case,) = evaluate(world, scripted.Numbered(), [denied], baselines=False, text_tokens=0).cases
+    assert case.values["negated_before"] == {"value": 0.5}, "of B it says green, and where that is denied, too"
+    assert case.values["portability_negated"] == {"value": 0.5}
 
 
 def test_baselines_are_the_unedited_model_and_the_fact_in_the_prompt(world):

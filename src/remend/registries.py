@@ -317,6 +317,12 @@ METRICS = Registry(
             fields=("negated",),
         ),
         Metric(
+            name="negated_before",
+            target="remend.evaluation.metrics.success:negated_before",
+            help="the unedited model does not answer prompts that deny the fact as it answers the prompt",
+            fields=("negated",),
+        ),
+        Metric(
             name="outdated",
             target="remend.evaluation.metrics.success:outdated",
             help="prompts that the old fact answered are not answered with it any more",
@@ -383,6 +389,12 @@ METRICS = Registry(
             name="perplexity_drawdown",
             target="remend.evaluation.metrics.elsewhere:perplexity_drawdown",
             help="perplexity that an edit adds on a text that is given",
+            higher_is_better=False,
+        ),
+        Metric(
+            name="readability",
+            target="remend.evaluation.metrics.elsewhere:readability",
+            help="the edit's numbers tell which of ten names it is about",
             higher_is_better=False,
         ),
         Metric(

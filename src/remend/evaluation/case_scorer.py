@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Sequence
 
 from remend.edit import Edit
@@ -20,6 +21,7 @@ from remend.evaluation.metrics.query_measurements import RequestMeasurements, me
 from remend.evaluation.metrics.scorer import Scorer
 from remend.evaluation.ordinary_text import Elsewhere, OrdinaryText
 from remend.evaluation.perturbed_edits import PERTURBATIONS
+from remend.evaluation.readability import DECOYS, singles_out
 from remend.evaluation.reports.report import Case
 from remend.request import EditRequest
 from remend.tasks.base import Task
@@ -64,7 +66,8 @@ class CaseScorer:
             for perturb in PERTURBATIONS.values() if perturbed else ():
                 inexact = [perturb(edit, start + index) for index, edit in enumerate(low_rank)]
                 interventions.append(SeparateEdits(self.task, inexact, on_text=False))
-            return self.score(requests, start, interventions)
+            singled_out = self._singled_out(requests, low_rank) if perturbed else ()
+            return self.score(requests, start, interventions, singled_out)
         # Other edits change the whole model or its prompts, so that each needs a pass of its own.
         if list(strengths) != [1.0]:
             raise ConfigError(f"a {type(edits[0]).__name__} has no strength: omit the strengths (--no-frontier)")
@@ -79,20 +82,45 @@ class CaseScorer:
         return [[case for cases in column for case in cases] for column in zip(*rows, strict=True)]
 
     def score(
-        self, requests: Sequence[EditRequest], start: int, interventions: Sequence[Intervention]
+        self,
+        requests: Sequence[EditRequest],
+        start: int,
+        interventions: Sequence[Intervention],
+        singled_out: Sequence[bool | None] = (),
     ) -> list[list[Case]]:
-        """Return the cases after each intervention; ``start`` numbers requests that have no id."""
+        """Return the cases after each intervention.
+
+        Args:
+            requests: the requests.
+            start: the number of the first one, for those that have no id.
+            interventions: what is measured.
+            singled_out: whether the numbers of each request's edit single out its subject, for the first intervention.
+        """
         queries = [self.scorer.queries(request) for request in requests]
         measured = measure(self.task, interventions, queries, self.scorer.max_new_tokens)
+        unknown: list[bool | None] = [None] * len(requests)
+        listed = [singled_out or unknown, *[unknown] * (len(interventions) - 1)]
         return [
             [
-                self._case(request, start + index, measurements, elsewhere)
-                for index, (request, measurements, elsewhere) in enumerate(
-                    zip(requests, by_request, self._elsewhere(intervention, len(requests)), strict=True)
+                self._case(request, start + index, measurements, elsewhere, found)
+                for index, (request, measurements, elsewhere, found) in enumerate(
+                    zip(requests, by_request, self._elsewhere(intervention, len(requests)), of_edits, strict=True)
                 )
             ]
-            for intervention, by_request in zip(interventions, measured, strict=True)
+            for intervention, by_request, of_edits in zip(interventions, measured, listed, strict=True)
         ]
+
+    def _singled_out(self, requests: Sequence[EditRequest], edits: Sequence[Edit]) -> list[bool | None]:
+        """Return whether each edit's numbers single out its subject among those of other requests, where they can."""
+        found: list[bool | None] = []
+        for request, edit in zip(requests, edits, strict=True):
+            others = [subject for subject in self.scorer.subjects if subject != request.subject]
+            if not request.subject or len(others) < DECOYS:
+                found.append(None)
+            else:
+                decoys = random.Random(request.subject).sample(others, DECOYS)
+                found.append(singles_out(self.task, edit, request.subject, decoys))
+        return found
 
     def _elsewhere(self, intervention: Intervention, requests: int) -> list[Elsewhere | None]:
         """Measure what each request's edit changes on ordinary text, where there is some."""
@@ -104,7 +132,12 @@ class CaseScorer:
         return measured + [None] * (requests - len(measured))
 
     def _case(
-        self, request: EditRequest, number: int, measurements: RequestMeasurements, elsewhere: Elsewhere | None
+        self,
+        request: EditRequest,
+        number: int,
+        measurements: RequestMeasurements,
+        elsewhere: Elsewhere | None,
+        singled_out: bool | None,
     ) -> Case:
         scorer = self.scorer
         about: dict[str, str | float] = {"target_tokens": scorer.target_length(request)}
@@ -118,7 +151,7 @@ class CaseScorer:
             prompt=str(request.prompt),
             target=request.target,
             before=self.task.decode(scorer.base_answers[request.prompt]),
-            values=scorer.values(request, measurements, elsewhere),
+            values=scorer.values(request, measurements, elsewhere, singled_out),
             about=about,
             answers=scorer.answers(request, measurements),
             intervals={} if elsewhere is None else elsewhere.intervals,

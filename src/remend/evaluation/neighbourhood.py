@@ -10,21 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from remend.core.capture import record_inputs
 from remend.core.low_rank_hooks import frozen
 from remend.edit import Edit
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.errors import RequestError
 from remend.evaluation.before_after import AnswerComparison, compare_answers
 from remend.evaluation.neighbours import near_prompts
-from remend.fingerprint import find_modules
+from remend.evaluation.readability import heard
 from remend.request import Chat, EditRequest, Prompt
 from remend.tasks.base import Example, Task, in_batches
 
@@ -88,7 +84,7 @@ def measure_neighbourhood(task: Task, edit: Edit, request: EditRequest, max_new_
     # What stands there as a target does not count, but an action has as many numbers as the policy has outputs.
     targets = [(0,)] * len(prompts) if task.generates else task.predict(prompts, 1)
     inputs = [Example(task.encode_input(p), target) for p, target in zip(prompts, targets, strict=True)]
-    nearness = [_nearness(task, edit, example) for example in inputs]
+    nearness = [heard(task, edit, example) for example in inputs]
     own = max(nearness[0], 1e-6)
     effects = _effects(task, edit, inputs)
     return [
@@ -130,23 +126,6 @@ def _unnamed(task: Task, request: EditRequest) -> list[Prompt]:
     with suppress(RequestError):
         return [prompt for near in near_prompts(task, request).values() for prompt, _ in near[:MOST_OF_KIND]]
     return []
-
-
-@torch.no_grad()
-def _nearness(task: Task, edit: Edit, example: Example) -> float:
-    """Return how much of what an edit listens to is in a text: the greatest |u·x| of its tokens, over all pairs."""
-    names = {name: change.reads or name for name, change in edit.changes.items()}
-    modules = find_modules(task.model, list(dict.fromkeys(names.values())))
-    batch = task.collate([example])
-    inputs = record_inputs(task.model, modules, batch.rows, partial(task.outputs, batch))
-    found = 0.0
-    for name, change in edit.changes.items():
-        x = inputs[names[name]].x
-        answers: Float[Tensor, "token pair"] = x.reshape(-1, x.shape[-1]) @ change.u.to(x).mT
-        # Of changes of several weights each counts as far as its pairs add to the output.
-        weights = change.delta.to(x).norm(dim=-1) if len(edit.changes) > 1 else torch.ones(change.rank, device=x.device)
-        found = max(found, float((answers.abs() * weights).max()))
-    return found
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ UNRELATED = {
 }
 """What has nothing to do with any edit and follows its words, as a statement and as a question."""
 
-_VERB_AT_END = re.compile(r"\b(?:is|are|was|were)$")
+_SENTENCE_END = re.compile(r"[.?!]\s")
+_VERB = re.compile(r"\b(?:is|are|was|were|can|has been|have been)\b")
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,15 @@ def _with_the_words_of_the_edit(premise: Premise) -> Iterator[SetItem]:
 
 
 def denials(premise: Premise) -> Iterator[SetItem]:
-    """Yield the request's statement denied, where it is one and ends with a form of *to be*."""
-    if premise.statement is None or asks(premise.request.prompt):
+    """Yield the request's statement denied, where it is one sentence with a verb that *not* can follow."""
+    if premise.statement is None or asks(premise.request.prompt) or _SENTENCE_END.search(premise.statement):
         return
-    own = premise.statement.replace("{}", premise.subject)
-    if _VERB_AT_END.search(own):
-        yield SetItem(item="near", kind="denial", made="the statement denied", prompt=f"{own} not")
+    denied, changed = _VERB.subn(_denied, premise.statement, count=1)
+    if changed:
+        prompt = denied.replace("{}", premise.subject)
+        yield SetItem(item="near", kind="denial", made="the statement denied", prompt=prompt)
+
+
+def _denied(verb: re.Match[str]) -> str:
+    first, *rest = verb[0].split()
+    return " ".join([first, "not", *rest])

@@ -50,6 +50,7 @@ class EditOutcome:
         measurements: what was measured at its prompts.
         base_answers: the unedited model's free answer to every prompt.
         elsewhere: what the edit changes on ordinary text; None where it was not measured.
+        singled_out: whether the edit's numbers single out its subject among decoys; None where that was not measured.
     """
 
     task: Task
@@ -57,6 +58,7 @@ class EditOutcome:
     measurements: RequestMeasurements
     base_answers: Mapping[Prompt, Answer] = field(repr=False)
     elsewhere: Elsewhere | None = None
+    singled_out: bool | None = None
 
     # -- queries -------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Metrics of what an edit changes on ordinary text (:mod:`remend.evaluation.ordinary_text`), where it was measured."""
+"""Metrics of an edit as a whole: on ordinary text (:mod:`remend.evaluation.ordinary_text`), and of its numbers."""
 
 from __future__ import annotations
 
@@ -30,3 +30,9 @@ def perplexity_drawdown(outcome: EditOutcome) -> Iterator[PromptScore]:
     found = outcome.elsewhere
     if found is not None and found.given and found.perplexity is not None and found.perplexity_ratio is not None:
         yield PromptScore({VALUE: found.perplexity * (found.perplexity_ratio.mean - 1)})
+
+
+def readability(outcome: EditOutcome) -> Iterator[PromptScore]:
+    """Score an edit by whether its numbers single out its subject (:mod:`remend.evaluation.readability`), 1 if so."""
+    if outcome.singled_out is not None:
+        yield PromptScore({VALUE: float(outcome.singled_out)})

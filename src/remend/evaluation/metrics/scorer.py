@@ -44,6 +44,7 @@ class Scorer:
 
     Attributes:
         base_answers: the unedited model's free answer to every prompt.
+        subjects: what the requests are about, each once, where they say it.
 
     Raises:
         RequestError: a request does not fit the model.
@@ -62,6 +63,7 @@ class Scorer:
         self._metrics: list[tuple[Metric, MetricFunction]] = [
             (entry, METRICS.load(entry.name)) for entry in entries if _suits(entry, task)
         ]
+        self.subjects = list(dict.fromkeys(request.subject for request in requests if request.subject))
         prompts: dict[Prompt, None] = {}
         task.choose_answer_forms(prompt for request in requests for prompt in self._prompts(request))
         for number, request in enumerate(requests, start=1):
@@ -123,6 +125,7 @@ class Scorer:
         request: EditRequest,
         measurements: RequestMeasurements,
         elsewhere: Elsewhere | None = None,
+        singled_out: bool | None = None,
     ) -> MetricValues:
         """Compute every metric that the request has data for, by mode, and by kind where its prompts have kinds.
 
@@ -132,11 +135,12 @@ class Scorer:
             request: the request.
             measurements: what was measured for it.
             elsewhere: what its edit changes on ordinary text, where it was measured.
+            singled_out: whether its edit's numbers single out its subject, where that was measured.
 
         Raises:
             RegistryError: a metric gives a value of a mode that its registry entry does not list.
         """
-        outcome = self._outcome(request, measurements, elsewhere)
+        outcome = self._outcome(request, measurements, elsewhere, singled_out)
         values: MetricValues = {}
         for entry, metric in self._metrics:
             if entry.fields and not any(getattr(request, name, ()) for name in entry.fields):
@@ -162,8 +166,9 @@ class Scorer:
         request: EditRequest,
         measurements: RequestMeasurements,
         elsewhere: Elsewhere | None = None,
+        singled_out: bool | None = None,
     ) -> EditOutcome:
-        return EditOutcome(self.task, request, measurements, self.base_answers, elsewhere)
+        return EditOutcome(self.task, request, measurements, self.base_answers, elsewhere, singled_out)
 
     # -- answers in words ----------------------------------------------------------------------------------------
 

@@ -53,6 +53,16 @@ def portability_negated(outcome: EditOutcome) -> Iterator[PromptScore]:
             yield PromptScore({VALUE: 1 - contains(outcome.task.decode(answer), outcome.request.target)})
 
 
+def negated_before(outcome: EditOutcome) -> Iterator[PromptScore]:
+    """Score how the unedited model answers each prompt that denies the fact: 1 where not as it answers the prompt.
+
+    What ``portability_negated`` is to be compared with: a model that does not understand denial says so itself.
+    """
+    old = outcome.task.decode(outcome.base_query(outcome.request.prompt).expected)
+    for prompt in outcome.request.negated:
+        yield PromptScore({VALUE: 1 - contains(outcome.task.decode(outcome.base_answer(prompt)), old)})
+
+
 def outdated(outcome: EditOutcome) -> Iterator[PromptScore]:
     """Score each prompt that the old fact answered: 1 where its answer does not hold that any more, by kind."""
     for probe in outcome.request.outdated:
