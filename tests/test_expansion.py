@@ -8,12 +8,13 @@ import torch
 
 import remend
 from remend.cli import run
+from remend.data.edit_sets import EditSet
 from remend.data.question_rewrites import families
 from remend.data.request_files import read_requests
 from remend.editors import make_or_load
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, frames, frames_that_ask
 from remend.errors import ModelError, RequestError
-from remend.expansion import ExpandConfig, add_probes, derived_relations, expand
+from remend.expansion import ExpandConfig, add_probes, derived_relations, expand, whole_set
 from remend.expansion.aliases import aliases
 from remend.expansion.derived_relations import kind_of, phrases
 from remend.expansion.implications import moved_questions, relation_of
@@ -382,3 +383,14 @@ def test_what_follows_from_a_relation_without_a_rule(monkeypatch):
     assert {hop.question for hop in relation.hops} >= {"capital", "continent"}
     monkeypatch.setattr(derived_relations, "kind_of", lambda task, name: "language")
     assert relation_of(premise) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "doubt"), [("purple", "is a city, and the target a field: is that meant?"), ("Toronto", None)]
+)
+def test_a_target_of_another_kind_than_the_answer_is_doubted(monkeypatch, target, doubt):
+    request = EditRequest(prompt="The capital of Canada is", target=target, subject="Canada")
+    premise = Premise(None, None, request, request, "The capital of {} is", "capital", frozenset(), "Ottawa")
+    monkeypatch.setattr(whole_set, "kind_of", lambda task, name: "field" if name == "purple" else "city")
+    doubts = [sentence for sentence in whole_set._missing(premise, EditSet(request, ())) if "is that meant" in sentence]
+    assert [sentence.endswith(doubt) for sentence in doubts] == ([True] if doubt else [])

@@ -107,7 +107,12 @@ def test_the_page_is_asked_for_with_an_edit(tmp_path, capsys):
     assert run([*command, "--html", str(tmp_path / "no folder" / "page.html")]) == 1
     assert "is no folder" in capsys.readouterr().err
     assert run([*command, "--html", str(tmp_path / "page.html")]) == 0
-    assert "The same subject" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "The same subject" in page
+    assert "not saved" not in page
+    weak = ["--scale", "0.001", "--out", str(tmp_path / "weak"), "--html", str(tmp_path / "weak.html")]
+    assert run([*command[:-2], *weak]) == 1
+    assert "This edit was not saved." in (tmp_path / "weak.html").read_text(encoding="utf-8")
 
 
 def test_an_answer_that_is_written_as_before_has_stayed():

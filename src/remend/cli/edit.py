@@ -143,21 +143,20 @@ def edit(
         }
         write_json(json, content)
     if html is not None:
-        _write_page(console, html, task, result, edit_requests, max_new_tokens)
+        _write_page(console, html, task, made, max_new_tokens)
     if not made.saved:
         raise typer.Exit(1)
 
 
-def _write_page(
-    console: Console, html: Path, task: Task, result: Edit, edit_requests: Sequence[EditRequest], max_new_tokens: int
-) -> None:
+def _write_page(console: Console, html: Path, task: Task, made: _MadeEdit, max_new_tokens: int) -> None:
     """Write what an edit did around its requests as a page."""
     from remend.evaluation.neighbourhood import measure_neighbourhood
     from remend.evaluation.reports.neighbourhood_page import write_neighbourhood_page
     from remend.fingerprint import model_name
 
-    found = [(request, measure_neighbourhood(task, result, request, max_new_tokens)) for request in edit_requests]
-    write_neighbourhood_page(found, html, model_name(task.model))
+    found = [(request, measure_neighbourhood(task, made.edit, request, max_new_tokens)) for request in made.requests]
+    note = "" if made.saved else "This edit was not saved."
+    write_neighbourhood_page(found, html, model_name(task.model), note)
     console.print(f"what followed and what stayed is in [bold]{plain(html)}[/]", soft_wrap=True)
 
 

@@ -13,6 +13,7 @@ from remend.data.edit_sets import EditSet, SetItem
 from remend.editors import make_or_load
 from remend.editors.locate_then_edit.fit import Fit, FitConfig
 from remend.errors import ModelError
+from remend.expansion.derived_relations import kind_of
 from remend.expansion.implications import implications
 from remend.expansion.mining import Round, built_in_pool, mine
 from remend.expansion.neighbours import neighbours
@@ -49,7 +50,7 @@ class Expansion:
     Attributes:
         edit_set: the set.
         rounds: what each trial edit did to the pool.
-        missing: what could not be made, in sentences.
+        missing: what could not be made, and what is doubtful about the request, in sentences.
         seconds: the CPU time of each step, by name.
     """
 
@@ -125,10 +126,16 @@ def _distinct(premise: Premise, items: Sequence[SetItem]) -> tuple[SetItem, ...]
 
 
 def _missing(premise: Premise, edit_set: EditSet) -> list[str]:
-    """Return what could not be made, in sentences."""
+    """Return what could not be made, and what is doubtful about the request, in sentences."""
     missing = []
     if premise.old and premise.old.casefold() == premise.request.target.strip().casefold():
         missing.append("the model gives this answer already: there may be nothing to edit")
+    elif premise.old:
+        old, new = (kind_of(premise.task, name) for name in (premise.old, premise.request.target.strip()))
+        if old is not None and new is not None and old != new:
+            missing.append(
+                f"to the model its own answer, {premise.old!r}, is a {old}, and the target a {new}: is that meant?"
+            )
     if not edit_set.of("phrasing"):
         missing.append("no other way to ask was found: the model completes no common statement alike")
     if premise.statement is None:

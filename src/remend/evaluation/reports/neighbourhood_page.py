@@ -26,7 +26,7 @@ EFFECTS = (0.01, 0.1, 1.0, 10.0)
 
 
 def write_neighbourhood_page(
-    found: Sequence[tuple[EditRequest, Sequence[Neighbour]]], path: str | Path, model: str = ""
+    found: Sequence[tuple[EditRequest, Sequence[Neighbour]]], path: str | Path, model: str = "", note: str = ""
 ) -> None:
     """Write a page that needs no network and no other file: the pair, a picture, and every prompt by what it is.
 
@@ -34,6 +34,7 @@ def write_neighbourhood_page(
         found: each request with its neighbourhood (:func:`remend.evaluation.neighbourhood.measure_neighbourhood`).
         path: where.
         model: the model's name.
+        note: what to know of the edit, in a sentence, above everything.
 
     Raises:
         FileError: the file cannot be written.
@@ -43,7 +44,7 @@ def write_neighbourhood_page(
     )
     template = resources.files("remend.evaluation.reports").joinpath("neighbourhood_page.html.j2")
     page = environment.from_string(template.read_text(encoding="utf-8")).render(
-        pages=[_page(request, neighbours) for request, neighbours in found], model=model
+        pages=[_page(request, neighbours) for request, neighbours in found], model=model, note=note
     )
     write_text(path, page)
 
