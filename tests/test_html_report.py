@@ -51,7 +51,10 @@ def test_the_page_holds_plots_and_every_edit(tmp_path, protocol):
     embedded = text[text.index('id="cases">') + len('id="cases">') :]
     cases = json.loads(embedded[: embedded.index("</script>")])
     assert len(cases) == 60
-    assert cases[0]["answers"][1][1] == "A </script><b>bold</b> prompt"
+    pair, stays = cases[0]["groups"]
+    assert (pair["title"], pair["right"], pair["judged"]) == ("the pair", 0, 1)
+    assert (stays["title"], stays["right"], stays["judged"], stays["done"]) == ("what should stay", 2, 2, "stayed")
+    assert stays["answers"][0][1] == "A </script><b>bold</b> prompt"
     assert "3 requests" in text
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from remend.evaluation.before_after import AnswerComparison
 from remend.evaluation.metrics.lm_eval import edits_of_scores
+from remend.evaluation.metrics.scorer import MUST_STAY
 from remend.evaluation.reports.figure_style import as_svg, check_matplotlib
 from remend.evaluation.reports.metric_titles import help_of, main_value, title_of
 from remend.evaluation.reports.plots import available_plots
-from remend.evaluation.reports.report import Report, Run
+from remend.evaluation.reports.report import Case, Report, Run
 from remend.registries import METRICS
 from remend.saved_folders import write_text
 from remend.visible_text import mark_invisible
@@ -77,6 +81,19 @@ def _table(report: Report, run: Run, title: str) -> dict[str, Any]:
     return {"title": title, "rows": rows, "baselines": [name.replace("_", " ") for name in baselines]}
 
 
+GROUPS: Mapping[str, str] = MappingProxyType(
+    {
+        "the pair": "followed",
+        "other ways to ask": "followed",
+        "what follows": "followed",
+        "what should stay": "stayed",
+        "what should no longer be said": "is not said",
+        "free text": "",
+    }
+)
+"""What prompts are to an edit, in the order in which they are shown, and what those did that are right."""
+
+
 def _columns(report: Report) -> list[dict[str, Any]]:
     """Return the metrics that have a column in the table of edits."""
     measured = report.metrics()
@@ -97,10 +114,41 @@ def _cases(report: Report) -> list[dict[str, Any]]:
             "before": case.before,
             "about": dict(case.about),
             "values": {name: main_value(modes) for name, modes in case.values.items()},
-            "answers": [[a.kind, a.prompt, a.wanted, a.before, a.after, a.ok] for a in case.answers],
+            "groups": _groups(case),
         }
         for case in report.cases
     ]
+
+
+def _groups(case: Case) -> list[dict[str, Any]]:
+    """Return the answers to an edit's prompts by what the prompts are to it, with how many are as they should be."""
+    groups: dict[str, list[AnswerComparison]] = {title: [] for title in GROUPS}
+    for answer in case.answers:
+        groups[_group(answer.kind)].append(answer)
+    return [
+        {
+            "title": title,
+            "right": sum(bool(answer.ok) for answer in answers),
+            "judged": sum(answer.ok is not None for answer in answers),
+            "done": GROUPS[title],
+            "answers": [[a.kind, a.prompt, a.wanted, a.before, a.after, a.ok] for a in answers],
+        }
+        for title, answers in groups.items()
+        if answers
+    ]
+
+
+def _group(kind: str) -> str:
+    """Return to which of :data:`GROUPS` a kind of prompt belongs."""
+    if kind == "prompt":
+        return "the pair"
+    if kind in ("paraphrase", "unseen paraphrase") or kind.startswith("as a "):
+        return "other ways to ask"
+    if kind in MUST_STAY:
+        return "what should stay"
+    if kind in ("negated", "outdated"):
+        return "what should no longer be said"
+    return "free text" if kind == "generation" else "what follows"  # probes say of what kind they are in any words
 
 
 def visible(value: Any) -> Any:
