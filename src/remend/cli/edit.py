@@ -13,7 +13,8 @@ from rich.console import Console
 
 from remend.cli import options
 from remend.cli.escaping import plain
-from remend.errors import ConfigError, FileError, RequestError
+from remend.cli.request_options import read_edit_requests
+from remend.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     from remend.edit import Edit
@@ -79,11 +80,7 @@ def edit(
     All requests of a file become one edit. The base model is not changed: use the edit with remend ask, or in Python.
     Exits with 0 if it was saved, 1 if the model does not take it or answers so already, and 2 for wrong use.
     """
-    edit_requests = _read_requests(prompt or [], target, requests, chat, pair)
-    if separator is not None:
-        edit_requests = _with_separator(separator, edit_requests, requests)
-    if subject is not None:
-        edit_requests = _with_subject(subject, edit_requests, requests)
+    edit_requests = read_edit_requests(prompt or [], target, requests, subject, separator, chat, pair)
     factor = _parse_scale(scale)
     from remend.cli.answer_tables import as_json
     from remend.edit import Edit
@@ -304,33 +301,6 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise FileError(f"{out} holds an edit or an editor already: choose another folder, or give --overwrite")
 
 
-def _with_separator(name: str, edit_requests: list[EditRequest], file: Path | None) -> list[EditRequest]:
-    """Return the request of the command line with what stands between its prompt and its target."""
-    from remend.request import EditRequest
-
-    separators = {"none": "", "space": " ", "newline": "\n"}
-    if file is not None:
-        raise RequestError("--separator belongs to --prompt; in a file, give separator in each request")
-    if name not in separators:
-        raise RequestError(f"--separator is none, space or newline, not {name!r}")
-    try:
-        return [
-            EditRequest.model_validate({"prompt": r.prompt, "target": r.target, "separator": separators[name]})
-            for r in edit_requests
-        ]
-    except ValueError as error:
-        raise RequestError(f"--separator: {error}") from None
-
-
-def _with_subject(subject: str, edit_requests: list[EditRequest], file: Path | None) -> list[EditRequest]:
-    """Return the request of the command line with its subject."""
-    if file is not None:
-        raise RequestError("--subject belongs to --prompt; in a file, give subject in each request")
-    if not subject.strip():
-        raise RequestError("--subject: must not be empty")
-    return [request.model_copy(update={"subject": subject}) for request in edit_requests]
-
-
 def _print_robustness(
     console: Console, robustness: Robustness, unfollowed: Sequence[str], editor: str, model: str
 ) -> None:
@@ -402,30 +372,3 @@ def _choose_scale(
             soft_wrap=True,
         )
     return unscaled.scaled(best.strength)
-
-
-def _read_requests(
-    prompts: Sequence[str], target: str | None, file: Path | None, chat: bool, pair: bool
-) -> list[EditRequest]:
-    """Return the requests of a command line: one prompt with its target, or those of a file."""
-    from pydantic import ValidationError
-
-    from remend.data.request_files import read_requests
-    from remend.request import EditRequest
-
-    if file is not None and not prompts and target is None:
-        if chat:
-            raise RequestError("--chat belongs to --prompt; in a file, give messages in place of a prompt")
-        if pair:
-            raise RequestError("--pair belongs to --prompt; in a file, give a list of two texts as prompt")
-        return read_requests(file)
-    if not prompts or target is None or file is not None:
-        raise RequestError("give --prompt and --target, or --requests FILE")
-    parsed = options.parse_prompts(prompts, chat, pair)
-    if len(parsed) > 1:
-        raise RequestError(f"one edit at a time, not {len(parsed)}: give one prompt (for several, --requests FILE)")
-    try:
-        return [EditRequest(prompt=parsed[0], target=target)]
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RequestError(f"--{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from None

@@ -12,13 +12,13 @@ from rich.console import Console
 
 from remend.cli import options
 from remend.cli.escaping import plain
+from remend.cli.request_options import read_edit_requests
 from remend.errors import ConfigError, FileError, RequestError
 
 if TYPE_CHECKING:
     from remend.data.edit_sets import EditSet
     from remend.expansion import Expansion
     from remend.expansion.writers import Writer
-    from remend.request import EditRequest
 
 ROLE_WORDS = {"phrasing": "ask the same", "implication": "follow from it", "near": "must stay"}
 """What the prompts of each role do, in words."""
@@ -66,7 +66,7 @@ def expand(
     Strike or mend its lines, then make the edit: remend edit MODEL --editor fit --requests FILE --out DIR. Sets of many
     requests are what an editor can be trained on: remend train MODEL --data FILE.
     """
-    edit_requests = _read_requests(prompt or [], target, subject, requests, chat)
+    edit_requests = read_edit_requests(prompt or [], target, requests, subject, chat=chat)
     if out.exists() and not overwrite:
         raise FileError(f"{out} exists already: choose another file, or give --overwrite")
     if not out.parent.is_dir():
@@ -122,28 +122,6 @@ def _load_writer(writer: str | None, name: str | None, device: str, seed: int) -
     if writer.startswith(ADDRESS):
         return remote_writer(writer, name)
     return LocalWriter(options.load_model(writer, device, seed), Path(writer).name)
-
-
-def _read_requests(
-    prompts: Sequence[str], target: str | None, subject: str | None, file: Path | None, chat: bool
-) -> list[EditRequest]:
-    """Return the requests of a command line: one prompt with its target, or those of a file."""
-    from pydantic import ValidationError
-
-    from remend.data.request_files import read_requests
-    from remend.request import EditRequest
-
-    if file is not None:
-        if prompts or target is not None or subject is not None or chat:
-            raise RequestError("give --prompt and --target, or --requests FILE, which says what each is about")
-        return read_requests(file)
-    if len(prompts) != 1 or target is None:
-        raise RequestError("give one --prompt and --target, or --requests FILE")
-    (parsed,) = options.parse_prompts(prompts, chat, False)
-    try:
-        return [EditRequest(prompt=parsed, target=target, subject=subject)]
-    except ValidationError as error:
-        raise RequestError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
 def _read_pool(file: Path | None) -> list[str]:
