@@ -241,7 +241,10 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 def run(config: Mapping[str, Any], out: Path, only: Sequence[str]) -> None:
     """Measure the variants that are asked for; what was measured of a request is kept, and not measured again."""
     task = remend.load(str(HERE.parent / config["model"]))
-    requests = read_requests(HERE.parent / config["requests"].format(split=config["split"]))[: config["count"]]
+    requests = read_requests(HERE.parent / config["requests"].format(split=config["split"]))
+    if having := set(config.get("having", ())):
+        requests = [request for request in requests if having & {name for name, _, _ in asked_of(request, ())}]
+    requests = requests[: config["count"]]
     lines = [
         (HERE.parent / config[name]).read_text(encoding="utf-8").splitlines() for name in ("text", "perplexity_text")
     ]
@@ -280,9 +283,12 @@ def main() -> None:
     arguments.add_argument("--split", choices=("validation", "test"))
     arguments.add_argument("--count", type=int)
     arguments.add_argument("--only", action="append", default=[], metavar="NAME", help="a variant's name")
+    arguments.add_argument(
+        "--having", action="append", choices=KINDS, help="only requests with prompts of one of these kinds"
+    )
     parsed = arguments.parse_args()
     config = start(parsed)
-    config |= {name: value for name in ("split", "count") if (value := getattr(parsed, name)) is not None}
+    config |= {name: value for name in ("split", "count", "having") if (value := getattr(parsed, name)) is not None}
     run(config, parsed.out, parsed.only)
 
 
