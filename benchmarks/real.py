@@ -20,6 +20,8 @@ means over requests of the shares of their prompts, with 95 % bootstrap interval
 - generality: phrasings that the unedited model answers with the true object, too; "all phrasings" counts the others;
 - composition, chain, reverse, alias: what follows, which the editor was not told (benchmarks/real_compositions.py,
   benchmarks/real_knowedit.py);
+- denied: "It is not true that …" before the prompt, answered with the target; "denied before", by the unedited model with
+  its own answer to the prompt;
 - near, far: other prompts of each kind (benchmarks/real_requests.py);
 - text, of every fourth edit: choices on WikiText-2 that stay, and the model's perplexity over the unedited one's.
 
@@ -33,6 +35,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import time
 from collections import defaultdict
@@ -57,11 +60,15 @@ from remend.expansion import ExpandConfig, expand, implications
 from remend.request import Chat, EditRequest, Prompt
 from remend.tasks import as_the_model_says
 from remend.tasks.base import Answer, Task
+from remend.tasks.endings import asks
 
-RIGHT = ("reliability", "generality", "all_phrasings", "composition", "chain", "reverse", "alias")
-"""The columns that are shares of prompts that must be answered with a target."""
+RIGHT = ("reliability", "generality", "all_phrasings", "composition", "chain", "reverse", "alias", "denied")
+"""The columns that are shares of prompts that are answered with a target."""
 
-KINDS = (*RIGHT, "same_object", "same_relation", "same_subject", "far")
+DENIED = ("It is not true that {}", "It is wrong to say that {}")
+"""What denies a statement, in words that stand in no set."""
+
+KINDS = (*RIGHT, "denied_before", "same_object", "same_relation", "same_subject", "far")
 """The columns that are shares of prompts."""
 
 Row = dict[str, float]
@@ -95,6 +102,9 @@ def asked_of(request: EditRequest, given: Sequence[Prompt]) -> list[tuple[str, P
     asked = [("reliability", request.prompt, target)]
     asked += [("generality", prompt, target) for prompt in request.paraphrases if _text(prompt) not in fitted_to]
     other = [prompt for prompt in request.unseen_paraphrases if _text(prompt) not in fitted_to]
+    if isinstance(request.prompt, str) and not asks(request.prompt):
+        statement = re.sub(r"^(The|In|On|At)\b", lambda word: word[0].lower(), request.prompt)
+        asked += [("denied", text.format(statement), target) for text in DENIED]
     drawn = random.Random(str(request.id)).sample(other, min(OTHER_PHRASINGS, len(other)))
     asked += [("other_phrasings", prompt, target) for prompt in drawn]
     asked += [(str(probe.kind), probe.prompt, probe.target) for probe in (*request.portability, *request.near)]
@@ -197,6 +207,9 @@ def measure(
         else:
             right = task.gives(prompt, answer, task.answer_span(prompt, base.answers[prompt]))
         of_kind[name].append(right)
+    own = task.answer_span(request.prompt, base.answers[request.prompt])
+    denied = [prompt for name, prompt, _ in asked if name == "denied"]
+    of_kind["denied_before"] = [task.gives(prompt, base.answers[prompt], own) for prompt in denied]
     of_kind["all_phrasings"] = of_kind["generality"] + of_kind["other_phrasings"]
     row = {name: sum(of_kind[name]) / len(of_kind[name]) for name in KINDS if of_kind[name]}
     if with_text:
