@@ -20,8 +20,8 @@ means over requests of the shares of their prompts, with 95 % bootstrap interval
 - generality: phrasings that the unedited model answers with the true object, too; "all phrasings" counts the others;
 - composition, chain, reverse, alias: what follows, which the editor was not told (benchmarks/real_compositions.py,
   benchmarks/real_knowedit.py);
-- denied: "It is not true that …" before the prompt, answered with the target; "denied before", by the unedited model with
-  its own answer to the prompt;
+- denied: "It is not true that …" before the prompt, answered with the target; "denied before", by the unedited model,
+  with its own answer to the prompt;
 - near, far: other prompts of each kind (benchmarks/real_requests.py);
 - text, of every fourth edit: choices on WikiText-2 that stay, and the model's perplexity over the unedited one's.
 
