@@ -1,6 +1,7 @@
 """What mined negatives do: how many prompts that should stay an edit disturbs, with drawn and with mined ones kept.
 
     python benchmarks/mining.py
+    python benchmarks/mining.py --kind low-rank --out build/mining_low_rank.json
 
 Of each validation request the built-in pool (other questions about the subject and the answer, the same of others) is
 split in two. From one half, prompts are drawn at random, or mined in rounds of trial edits (``remend.expansion``), and
@@ -113,9 +114,10 @@ def run(config: Mapping[str, Any], out: Path) -> None:
     requests = read_requests(HERE.parent / config["requests"])[: config["count"]]
     lines = (HERE.parent / config["text"]).read_text(encoding="utf-8").splitlines()
     text = [line.strip() for line in lines if len(line) > 200]
-    editor = make_or_load(Fit.info.name, task, text, config["seed"])
+    kind = config["kind"]
+    editor = make_or_load(Fit.info.name, task, text, config["seed"], FitConfig(kind=kind))
     assert isinstance(editor, Fit)
-    trial = make_or_load(Fit.info.name, task, text, config["seed"], FitConfig(further=0))
+    trial = make_or_load(Fit.info.name, task, text, config["seed"], FitConfig(further=0, kind=kind))
     base = Base(task, text, 0, config["new_tokens"])
     kept = out.with_suffix(".rows.jsonl")
     done: dict[str, dict[str, Row]] = {}
@@ -141,8 +143,13 @@ def run(config: Mapping[str, Any], out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parsed = parser(__doc__, "mining").parse_args(arguments)
-    run(start(parsed), parsed.out)
+    options = parser(__doc__, "mining")
+    options.add_argument("--kind", choices=("units", "low-rank"), help="what the edits are made of")
+    options.add_argument("--count", type=int)
+    parsed = options.parse_args(arguments)
+    config = start(parsed)
+    config |= {name: value for name in ("kind", "count") if (value := getattr(parsed, name)) is not None}
+    run(config, parsed.out)
 
 
 if __name__ == "__main__":
