@@ -33,11 +33,14 @@ from remend.editors.locate_then_edit.common_questions import next_tokens
 from remend.editors.locate_then_edit.fit import Fit, FitConfig
 from remend.evaluation.interventions import shared_intervention
 from remend.expansion.mining import built_in_pool, mine
-from remend.expansion.neighbours import SURE_FROM
 from remend.expansion.phrasings import phrasings
 from remend.expansion.premise import Premise
 from remend.request import EditRequest
 from remend.tasks.base import Task
+
+SURE_FROM = 0.2
+"""The least probability with which the unedited model answers the prompts that count, as in ``real_requests.py``: lower
+than what sets hold, since what it is less sure of is disturbed more often."""
 
 PHRASINGS = 8
 """Phrasings that every variant is given, so that they differ in what is kept only."""
