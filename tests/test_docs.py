@@ -13,6 +13,7 @@ import pytest
 import remend
 from remend.apps.acceptance import AcceptanceCriteria
 from remend.cli import run
+from remend.data.request_files import read_requests
 from remend.registries import METRICS
 from remend.request import parse_request
 
@@ -27,7 +28,7 @@ PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page(page, tmp_path, monkeypatch):
-    """In order, in one folder; Python blocks share their names, and a JSON block is a request or acceptance.json."""
+    """In order, in one folder; Python blocks share their names, and a JSON block is a request, a set or acceptance.json."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for language, block in re.findall(r"```(\w+)\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL):
@@ -36,6 +37,10 @@ def test_the_blocks_of_a_page(page, tmp_path, monkeypatch):
         elif language == "json" and "must_stay" in block:
             (tmp_path / "acceptance.json").write_text(block)
             assert AcceptanceCriteria.read(tmp_path / "acceptance.json").must_stay
+        elif language == "json" and '"item"' in block:
+            (tmp_path / "example.jsonl").write_text(block, encoding="utf-8")
+            (request,) = read_requests(tmp_path / "example.jsonl")
+            assert all((request.given_paraphrases, request.given_near, request.given_portability))
         elif language == "json":
             assert parse_request(json.dumps(json.loads(block)), page)
         elif language == "bash":
