@@ -28,7 +28,7 @@ PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page(page, tmp_path, monkeypatch):
-    """In order, in one folder; Python blocks share their names, and a JSON block is a request, a set or acceptance.json."""
+    """In order, in one folder; Python blocks share their names; a JSON block is a request, a set or acceptance.json."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for language, block in re.findall(r"```(\w+)\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL):
