@@ -14,10 +14,10 @@ from remend.data.request_files import read_requests
 from remend.editors import make_or_load
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, frames, frames_that_ask
 from remend.errors import ModelError, RequestError
-from remend.expansion import ExpandConfig, add_probes, derived_relations, expand, whole_set
+from remend.expansion import ExpandConfig, add_probes, expand, kinds, whole_set
 from remend.expansion.aliases import aliases
-from remend.expansion.derived_relations import kind_of, phrases
-from remend.expansion.implications import moved_questions, relation_of
+from remend.expansion.derived_relations import phrases
+from remend.expansion.implications import implications, moved_questions, relation_of
 from remend.expansion.mining import built_in_pool
 from remend.expansion.neighbours import neighbours
 from remend.expansion.phrasings import phrasings
@@ -355,42 +355,68 @@ def test_a_statement_is_made_a_phrase_for_its_answer(statement, expected):
     assert phrases(statement, "city") == expected
 
 
-def test_of_what_kind_a_target_is(monkeypatch):
-    kinds = list(derived_relations.EXAMPLES.values())
-    vocabulary = {kind: index for index, kind in enumerate(kinds)}
+def test_of_what_kind_a_name_is(monkeypatch):
+    names = list(kinds.EXAMPLES.values())
+    vocabulary = {kind: index for index, kind in enumerate(names)}
     words = SimpleNamespace(
         context=None, encode_input=str.split, encode=lambda _, kind: SimpleNamespace(target=(vocabulary[kind],))
     )
-    answers = torch.zeros(1, len(kinds) + 1)
-    answers[0, vocabulary["country"]], answers[0, vocabulary["city"]] = 0.2, 0.1
-    answers[0, -1] = 0.7  # another word, of no kind that is known
-    asked: list[str] = []
-    monkeypatch.setattr(derived_relations, "next_tokens", lambda _, texts: (asked.extend(texts), answers)[1])
-    assert kind_of(words, "Brazil") == "country"
-    assert asked[0].count("Brazil") == 1, "the answer is not told"
-    answers[0, vocabulary["city"]] = 0.19
-    assert kind_of(words, "Brazil") is None, "neither kind is sure"
+    told: list[str] = []
+    said = {"Brazil": {"country": 0.2, "city": 0.1}, "Rome": {"city": 0.9}, "purple": {"city": 0.01, "person": 0.005}}
+
+    def answer(_, texts):
+        told.extend(texts)
+        answers = torch.zeros(1, len(names) + 1)
+        name = texts[0].removesuffix(" is the name of a").rpartition(". ")[2]
+        for kind, probability in said[name].items():
+            answers[0, vocabulary[kind]] = probability
+        return answers
+
+    monkeypatch.setattr(kinds, "next_tokens", answer)
+    assert kinds.kind_of(words, "Brazil") == "country"
+    assert told[0].count("Brazil") == 1, "the answer is not told"
+    assert kinds.kind_of(words, "purple") is None, "a colour is no city, although it is none of the others either"
+    assert kinds.kind_missed(words, "Rome", "purple") == "city"
+    assert kinds.kind_missed(words, "Rome", "Brazil") is None, "it may be one"
+    assert kinds.kind_missed(words, "purple", "Rome") is None
+    said["Brazil"]["city"] = 0.19
+    assert kinds.kind_of(words, "Brazil") is None, "neither kind is sure"
     words.context = 20
-    assert kind_of(words, "Brazil") is None, "no room for the examples"
+    assert kinds.kind_of(words, "Rome") is None, "no room for the examples"
 
 
-def test_what_follows_from_a_relation_without_a_rule(monkeypatch):
-    request = EditRequest(prompt="The Louvre can be found in", target="Brazil", subject="The Louvre")
-    premise = Premise(None, None, request, request, "{} can be found in", None, frozenset(), "Paris")
-    monkeypatch.setattr(derived_relations, "kind_of", lambda task, name: "country")
+def premise_of(prompt, target, subject, **known):
+    """Return what a set is made from, with what the model would be asked for."""
+    request = EditRequest(prompt=prompt, target=target, subject=subject)
+    statement = prompt.replace(subject, "{}")
+    premise = Premise(None, None, request, request, statement, None, frozenset(), known.pop("old", ""))
+    premise.__dict__.update({"kind": None, "target_kind": None, "kind_missed": None} | known)
+    return premise
+
+
+def test_what_follows_from_a_relation_without_a_rule():
+    premise = premise_of("The Louvre can be found in", "Brazil", "The Louvre", target_kind="country")
     relation = relation_of(premise)
     assert relation.nouns == ("the country that {} can be found in", "the country in which {} can be found")
     assert {hop.question for hop in relation.hops} >= {"capital", "continent"}
-    monkeypatch.setattr(derived_relations, "kind_of", lambda task, name: "language")
-    assert relation_of(premise) is None
+    assert relation_of(premise_of("The Louvre can be found in", "Brazil", "The Louvre", target_kind="language")) is None
 
 
-@pytest.mark.parametrize(
-    ("target", "doubt"), [("purple", "is a city, and the target a field: is that meant?"), ("Toronto", None)]
-)
-def test_a_target_of_another_kind_than_the_answer_is_doubted(monkeypatch, target, doubt):
-    request = EditRequest(prompt="The capital of Canada is", target=target, subject="Canada")
-    premise = Premise(None, None, request, request, "The capital of {} is", "capital", frozenset(), "Ottawa")
-    monkeypatch.setattr(whole_set, "kind_of", lambda task, name: "field" if name == "purple" else "city")
-    doubts = [sentence for sentence in whole_set._missing(premise, EditSet(request, ())) if "is that meant" in sentence]
-    assert [sentence.endswith(doubt) for sentence in doubts] == ([True] if doubt else [])
+def test_nothing_follows_from_a_target_of_another_kind_than_the_answer():
+    premise = premise_of("The capital of Canada is", "purple", "Canada", old="Ottawa", kind_missed="city")
+    assert not implications(premise, 12)
+    (doubt,) = [sentence for sentence in whole_set._missing(premise, EditSet(premise.request)) if "meant" in sentence]
+    assert "'Ottawa', is a city, and the target is none" in doubt
+    fine = premise_of("The capital of Canada is", "Toronto", "Canada", old="Ottawa")
+    assert not [text for text in whole_set._missing(fine, EditSet(fine.request)) if "meant" in text]
+
+
+def test_a_subject_is_asked_what_suits_its_kind():
+    person = premise_of("Ada Lovelace worked in", "Paris", "Ada Lovelace", kind="person", target_kind="city")
+    pool = built_in_pool(person)
+    assert "Ada Lovelace is married to" in pool
+    assert "Ada Lovelace was founded in the year" not in pool
+    assert "Isaac Newton worked in" in pool or "Albert Einstein worked in" in pool
+    assert "Istanbul worked in" not in pool
+    unknown = built_in_pool(premise_of("Ada Lovelace worked in", "Paris", "Ada Lovelace"))
+    assert {"Ada Lovelace was founded in the year", "Istanbul worked in"} <= set(unknown)

@@ -1,11 +1,14 @@
 """Whether an edit's numbers tell whom it is about."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import remend
 import worlds
 from remend.core.low_rank import LowRank
+from remend.core.response import Response
 from remend.edit import Edit
 from remend.evaluation import evaluate
 from remend.evaluation.readability import DECOYS, heard, singles_out
@@ -41,6 +44,22 @@ def test_the_name_that_an_edit_listens_to_stands_out():
     assert max(loud, key=loud.get) == "Kenya"
     assert singles_out(task, edit, "Kenya", [name for name in NAMES if name != "Kenya"])
     assert not singles_out(task, edit, "Norway", [name for name in NAMES if name != "Norway"])
+
+
+def test_a_unit_hears_one_sign_only():
+    task = remend.load("atlas")
+    edit = listening_to(task, "Kenya")
+    (change,) = edit.changes.values()
+    example = Example(task.encode_input("Kenya"), (0,))
+    against = replace(edit, changes={NAME: replace(change, u=-change.u)})
+    assert heard(task, against, example) == heard(task, edit, example), "a linear change answers to both"
+    unit = Response("silu", beta=20.0)
+    one, other = (
+        replace(each, changes={NAME: replace(each.changes[NAME], response=unit, reads=NAME)})
+        for each in (edit, against)
+    )
+    assert heard(task, one, example) == heard(task, edit, example)
+    assert heard(task, other, example) < heard(task, one, example)
 
 
 class Listening:

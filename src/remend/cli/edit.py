@@ -140,20 +140,24 @@ def edit(
         }
         write_json(json, content)
     if html is not None:
-        _write_page(console, html, task, made, max_new_tokens)
+        all_doubts = [*([] if robustness is None else robustness.doubts), *doubts]
+        _write_page(console, html, task, made, all_doubts, max_new_tokens)
     if not made.saved:
         raise typer.Exit(1)
 
 
-def _write_page(console: Console, html: Path, task: Task, made: _MadeEdit, max_new_tokens: int) -> None:
+def _write_page(
+    console: Console, html: Path, task: Task, made: _MadeEdit, doubts: Sequence[str], max_new_tokens: int
+) -> None:
     """Write what an edit did around its requests as a page."""
     from remend.evaluation.neighbourhood import measure_neighbourhood
     from remend.evaluation.reports.neighbourhood_page import write_neighbourhood_page
     from remend.fingerprint import model_name
 
     found = [(request, measure_neighbourhood(task, made.edit, request, max_new_tokens)) for request in made.requests]
-    note = "" if made.saved else "This edit was not saved."
-    write_neighbourhood_page(found, html, model_name(task.model), note)
+    notes = [] if made.saved else ["This edit was not saved."]
+    notes += [f"Doubtful, since {' and '.join(doubts)}."] if doubts else []
+    write_neighbourhood_page(found, html, model_name(task.model), " ".join(notes))
     console.print(f"what followed and what stayed is in [bold]{plain(html)}[/]", soft_wrap=True)
 
 

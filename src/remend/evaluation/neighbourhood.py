@@ -38,15 +38,17 @@ class Neighbour:
     Attributes:
         place: what the prompt is to the request.
         answer: the answers before and after, the wanted one, and whether it is given.
-        distance: how far the prompt is from the request's own where the edit acts: 0 as near, 1 and more where nothing
-            of what the edit listens to is in it.
+        distance: how far the prompt is from the request's own where the edit acts: 0 as near, 1 where nothing of what
+            the edit listens to is in it, and more where it is below what a unit answers.
         effect: KL(unedited ‖ edited) of what follows the prompt first, in nats.
+        given: whether the editor was given the prompt, so that its answer says nothing of others.
     """
 
     place: Place
     answer: AnswerComparison
     distance: float
     effect: float
+    given: bool = False
 
     @property
     def moves(self) -> bool:
@@ -87,9 +89,11 @@ def measure_neighbourhood(task: Task, edit: Edit, request: EditRequest, max_new_
     nearness = [heard(task, edit, example) for example in inputs]
     own = max(nearness[0], 1e-6)
     effects = _effects(task, edit, inputs)
+    given = {request.prompt, *request.given_paraphrases, *request.given_near}
+    given |= {probe.prompt for probe in request.given_portability}
     return [
-        Neighbour(place, answer, max(0.0, 1 - near / own), effect)
-        for (place, _, _), answer, near, effect in zip(asked, answers, nearness, effects, strict=True)
+        Neighbour(place, answer, max(0.0, 1 - near / own), effect, prompt in given)
+        for (place, prompt, _), answer, near, effect in zip(asked, answers, nearness, effects, strict=True)
     ]
 
 

@@ -6,6 +6,7 @@ the edit listens the most. A file with an edit is then as confidential as what i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -37,16 +38,21 @@ def singles_out(task: Task, edit: Edit, subject: str, decoys: Sequence[str]) -> 
 
 @torch.no_grad()
 def heard(task: Task, edit: Edit, example: Example) -> float:
-    """Return how much of what an edit listens to is in a text: the greatest |u·x| of its tokens, over all pairs."""
+    """Return how much of what an edit listens to is in a text: the greatest u·x of its tokens, over all pairs.
+
+    Of a linear change the size counts, since it answers to both signs; a unit answers to one. What it does not answer
+    at all may be far below 0, where a threshold is part of u.
+    """
     names = {name: change.reads or name for name, change in edit.changes.items()}
     modules = find_modules(task.model, list(dict.fromkeys(names.values())))
     batch = task.collate([example])
     inputs = record_inputs(task.model, modules, batch.rows, partial(task.outputs, batch))
-    found = 0.0
+    found = -math.inf
     for name, change in edit.changes.items():
         x = inputs[names[name]].x
         answers: Float[Tensor, "token pair"] = x.reshape(-1, x.shape[-1]) @ change.u.to(x).mT
         # Of changes of several weights each counts as far as its pairs add to the output.
         weights = change.delta.to(x).norm(dim=-1) if len(edit.changes) > 1 else torch.ones(change.rank, device=x.device)
-        found = max(found, float((answers.abs() * weights).max()))
+        heard = answers.abs() if change.response.linear else answers
+        found = max(found, float((heard * weights).max()))
     return found

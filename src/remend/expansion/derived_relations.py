@@ -6,35 +6,13 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from remend.editors.locate_then_edit.common_questions import next_tokens
-from remend.expansion.premise import ANSWER_TOKENS, Premise
+from remend.expansion.premise import Premise
 from remend.expansion.relations import Relation, facts_about
-from remend.tasks.base import Task
-
-EXAMPLES: Mapping[str, str] = MappingProxyType(
-    {
-        "Madrid": "city",
-        "Brazil": "country",
-        "Asia": "continent",
-        "Isaac Newton": "person",
-        "Toyota": "company",
-        "Spanish": "language",
-        "Hamlet": "book",
-        "physics": "field",
-        "piano": "instrument",
-        "Catholicism": "religion",
-        "lawyer": "profession",
-    }
-)
-"""A name of each kind, for the model to go on from."""
 
 FACTS_OF: Mapping[str, str] = MappingProxyType(
     {"city": "city", "country": "country", "continent": "continent", "person": "person", "company": "organization"}
 )
 """Kinds of which facts are known to ask (``relations.json``)."""
-
-SURE_FROM = 0.6
-"""The least share of all kinds' probability with which a model knows of what kind a name is."""
 
 _RELATIVE = re.compile(r",?\s+(?:who|which|that)\s+(?=\w)")
 _WHOSE = re.compile(r",?\s+whose\s+")
@@ -55,28 +33,11 @@ def derived_relation(premise: Premise) -> Relation | None:
     """
     if premise.statement is None:
         return None
-    kind = kind_of(premise.task, premise.request.target.strip())
+    kind = premise.target_kind
     if kind is None or kind not in FACTS_OF:
         return None
     nouns = phrases(premise.statement, kind)
     return Relation(nouns, facts_about()[FACTS_OF[kind]]) if nouns else None
-
-
-def kind_of(task: Task, name: str) -> str | None:
-    """Return of what kind a name is, as a model goes on after a name of each; None where it is not sure.
-
-    None, too, if the model's context has no room for the names, or two kinds begin with the same token.
-    """
-    told = [f"{example} is the name of a {kind}." for example, kind in EXAMPLES.items() if example != name]
-    asked, kinds = " ".join([*told, f"{name} is the name of a"]), list(EXAMPLES.values())
-    if task.context is not None and len(task.encode_input(asked)) + ANSWER_TOKENS > task.context:
-        return None
-    first = [task.encode(asked, kind).target[0] for kind in kinds]
-    if len(set(first)) < len(first):
-        return None
-    probabilities = next_tokens(task, [asked])[0, first]
-    best = int(probabilities.argmax())
-    return kinds[best] if float(probabilities[best]) >= SURE_FROM * float(probabilities.sum()) else None
 
 
 def phrases(statement: str, kind: str) -> tuple[str, ...]:

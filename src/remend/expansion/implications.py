@@ -38,8 +38,11 @@ def implications(premise: Premise, most: int) -> list[SetItem]:
         premise: what is asked.
         most: the most prompts.
     """
+    found = list(_aliases(premise))
+    if premise.kind_missed is not None:  # what holds of a city is not asked of a colour
+        return found[:most]
     relation = relation_of(premise)
-    found = [*_aliases(premise), *_choices(premise)]
+    found += _choices(premise)
     if relation is not None:
         found += [*_hops(premise, relation), *_reverse(premise, relation)]
     return found[:most]

@@ -18,7 +18,7 @@ from remend.editors.locate_then_edit.common_questions import frames, reference_s
 from remend.expansion.implications import moved_questions
 from remend.expansion.neighbours import SURE_FROM
 from remend.expansion.premise import Premise, first_words
-from remend.expansion.well_known import names_asked
+from remend.expansion.well_known import names_asked, suits
 from remend.progress import report_progress
 from remend.request import EditRequest
 from remend.tasks.base import Example, Task, in_batches
@@ -52,11 +52,12 @@ def built_in_pool(premise: Premise) -> list[str]:
     asking = asks(premise.request.prompt)
     moved = moved_questions(premise)
     common = [frame for frame in frames("questions" if asking else "statements") if frame.question not in moved]
-    text, names = text_of(premise.request), reference_subjects() if asking else names_asked(premise.question)
+    text = text_of(premise.request)
+    names = reference_subjects() if asking else names_asked(premise.question, premise.kind)
     others = [name for name in names if name.casefold() not in premise.subject.casefold()]
     return [
-        *(frame.about(premise.subject) for frame in common),
-        *(frame.about(premise.request.target) for frame in common),
+        *(frame.about(premise.subject) for frame in common if suits(frame.question, premise.kind)),
+        *(frame.about(premise.request.target) for frame in common if suits(frame.question, premise.target_kind)),
         *(text.replace(premise.subject, name) for name in others),
     ]
 

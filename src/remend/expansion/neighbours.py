@@ -11,7 +11,7 @@ from remend.data.edit_sets import SetItem
 from remend.editors.locate_then_edit.common_questions import Frame, frames, next_tokens, text_of
 from remend.expansion.implications import moved_questions
 from remend.expansion.premise import Premise, short_answers
-from remend.expansion.well_known import names_asked
+from remend.expansion.well_known import names_asked, suits
 from remend.tasks.endings import asks
 
 SURE_FROM = 0.2
@@ -64,28 +64,35 @@ def _same_relation(premise: Premise) -> Iterator[_Candidate]:
         return
     text, subject = text_of(premise.request), premise.subject
     slot = re.compile(re.escape(subject), re.IGNORECASE)
-    for name in names_asked(premise.question):
+    for name in names_asked(premise.question, premise.kind):
         if name.casefold() not in subject.casefold() and subject.casefold() not in name.casefold():
             asked = slot.sub(lambda _, name=name: name, text)  # type: ignore[misc]
-            yield _Candidate("same relation", "another subject", premise.statement.replace("{}", name), asked)
+            statement = premise.statement.replace("{}", name)
+            yield _Candidate("same relation", "another subject", _begun(statement), _begun(asked))
+
+
+def _begun(text: str) -> str:
+    """Return a text with a capital at its beginning, where names begin with "the"."""
+    return text[:1].upper() + text[1:] if text.startswith("the ") else text
 
 
 def _same_subject(premise: Premise) -> Iterator[_Candidate]:
     """Yield what else is asked of the subject."""
-    yield from _common(premise, premise.subject, "same subject", "a common question")
+    yield from _common(premise, premise.subject, premise.kind, "same subject")
 
 
 def _target_elsewhere(premise: Premise) -> Iterator[_Candidate]:
     """Yield what is asked of the target."""
-    yield from _common(premise, premise.request.target, "about the target", "a common question")
+    yield from _common(premise, premise.request.target, premise.target_kind, "about the target")
 
 
-def _common(premise: Premise, name: str, kind: str, made: str) -> Iterator[_Candidate]:
+def _common(premise: Premise, name: str, of_kind: str | None, kind: str) -> Iterator[_Candidate]:
+    """Yield what is commonly asked of a name of some kind."""
     questions = {frame.question: frame for frame in reversed(frames("questions"))}
     for frame in frames("statements"):
         asked: Frame | None = questions.pop(frame.question, None) if asks(premise.request.prompt) else frame
-        if asked is not None and frame.question not in moved_questions(premise):
-            yield _Candidate(kind, made, frame.about(name), asked.about(name))
+        if asked is not None and frame.question not in moved_questions(premise) and suits(frame.question, of_kind):
+            yield _Candidate(kind, "a common question", frame.about(name), asked.about(name))
 
 
 def _surest(premise: Premise, candidates: Sequence[_Candidate], most: int) -> list[SetItem]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from remend.data.question_rewrites import families_of, template_of
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, statement_of, text_of
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.errors import RequestError
+from remend.expansion.kinds import kind_missed, kind_of
 from remend.request import Chat, EditRequest, Prompt, in_form_of
 from remend.tasks.base import Task
 from remend.tasks.endings import asks
@@ -84,6 +86,21 @@ class Premise:
     def subject(self) -> str:
         """What the request is about."""
         return str(self.request.subject)
+
+    @cached_property
+    def kind_missed(self) -> str | None:
+        """The kind of thing that the model answers now, where the target is none; None where that is not known."""
+        return kind_missed(self.task, self.old, self.request.target.strip()) if self.old else None
+
+    @cached_property
+    def kind(self) -> str | None:
+        """Of what kind the subject is; None where the model is not sure."""
+        return kind_of(self.task, self.subject)
+
+    @cached_property
+    def target_kind(self) -> str | None:
+        """Of what kind the target is; None where the model is not sure."""
+        return kind_of(self.task, self.request.target.strip())
 
     def in_form(self, text: str) -> Prompt:
         """Return a text in the form of the request's prompt: of a conversation, as its last message."""

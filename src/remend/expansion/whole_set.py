@@ -13,7 +13,6 @@ from remend.data.edit_sets import EditSet, SetItem
 from remend.editors import make_or_load
 from remend.editors.locate_then_edit.fit import Fit, FitConfig
 from remend.errors import ModelError
-from remend.expansion.derived_relations import kind_of
 from remend.expansion.implications import implications
 from remend.expansion.mining import Round, built_in_pool, mine
 from remend.expansion.neighbours import neighbours
@@ -130,14 +129,16 @@ def _missing(premise: Premise, edit_set: EditSet) -> list[str]:
     missing = []
     if premise.old and premise.old.casefold() == premise.request.target.strip().casefold():
         missing.append("the model gives this answer already: there may be nothing to edit")
-    elif premise.old:
-        old, new = (kind_of(premise.task, name) for name in (premise.old, premise.request.target.strip()))
-        if old is not None and new is not None and old != new:
-            missing.append(
-                f"to the model its own answer, {premise.old!r}, is a {old}, and the target a {new}: is that meant?"
-            )
+    elif premise.kind_missed is not None:
+        missing.append(
+            f"to the model its own answer, {premise.old!r}, is a {premise.kind_missed}, and the target is none: is "
+            "that meant? Nothing is said to follow from it"
+        )
     if not edit_set.of("phrasing"):
-        missing.append("no other way to ask was found: the model completes no common statement alike")
+        missing.append(
+            "no other way to ask was found: the model completes no common statement alike. Add some to the set (items "
+            '"phrasing"), or name a --writer: other ways to ask are what carries an edit over'
+        )
     if premise.statement is None:
         missing.append("the model's answer does not restate the question, so nothing was asked of other subjects")
     if not [item for item in edit_set.of("implication") if item.kind != "choice"]:

@@ -21,6 +21,9 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 420, 76, 876, 16, 366
 BESIDE = 4
 """How far points that would lie on each other are apart, in pixels."""
 
+DISTANCES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)
+"""Distances at which the picture has a line, as far as there are points."""
+
 EFFECTS = (0.01, 0.1, 1.0, 10.0)
 """Effects at which the picture has a line, in nats."""
 
@@ -74,6 +77,7 @@ def _page(request: EditRequest, neighbours: Sequence[Neighbour]) -> dict[str, An
                     "moves": rows[0].moves,
                     "done": "followed" if rows[0].moves else "stayed",
                     "right": sum(each.ok for each in rows),
+                    "given": sum(each.given for each in rows),
                 }
             )
     return {
@@ -95,7 +99,7 @@ def _page(request: EditRequest, neighbours: Sequence[Neighbour]) -> dict[str, An
             }
             for number, each in reversed(list(enumerate(neighbours)))  # the pair is drawn last, on top
         ],
-        "x_ticks": [{"at": x(value), "label": f"{value:g}"} for value in (0.0, 0.25, 0.5, 0.75, 1.0)],
+        "x_ticks": [{"at": x(value), "label": f"{value:g}"} for value in DISTANCES if value <= farthest],
         "y_ticks": [{"at": y(value), "label": f"{value:g}"} for value in (0.0, *EFFECTS) if value <= most],
         "width": WIDTH,
         "height": HEIGHT,
