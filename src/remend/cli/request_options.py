@@ -28,11 +28,11 @@ def read_edit_requests(
     """Return the requests of a command line.
 
     Args:
-        prompts: the values of ``--prompt``, and of ``target`` …
-        target: the value of ``--target``,
-        file: of ``--requests``,
-        subject: of ``--subject``,
-        separator: of ``--separator``, one of :data:`SEPARATORS`.
+        prompts: the values of ``--prompt``; a pair of texts has two.
+        target: the value of ``--target``.
+        file: the value of ``--requests``.
+        subject: the value of ``--subject``.
+        separator: the value of ``--separator``, one of :data:`SEPARATORS`.
         chat: whether the prompt is a conversation.
         pair: whether it is a pair of texts.
 
