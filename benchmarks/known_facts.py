@@ -19,8 +19,8 @@ import remend
 from common import HERE, parser, start, write
 from real_requests import SOURCE
 from remend.editors.locate_then_edit.common_questions import next_tokens
-from remend.expansion.implications import relations
 from remend.expansion.premise import short_answers
+from remend.expansion.relations import relations
 from remend.tasks.base import Task
 
 ASKED: Mapping[str, tuple[str, str, str]] = {

@@ -35,19 +35,23 @@ ANOTHER_BELOW = 0.1
 
 def kind_of(task: Task, name: str) -> str | None:
     """Return of what kind a name is; None where the model is not sure."""
-    kinds = _probabilities(task, name)
-    best = max(kinds, key=lambda kind: kinds[kind], default=None)
-    together = sum(kinds.values())
-    return best if best and together >= LEAST_OF_ALL and kinds[best] >= SURE_FROM * together else None
+    return _surest(_probabilities(task, name))
 
 
 def kind_missed(task: Task, name: str, other: str) -> str | None:
     """Return the kind of a name that another one is not of; None where the model knows of none."""
-    kind = kind_of(task, name)
-    if kind is None:
+    kinds = _probabilities(task, name)
+    kind = _surest(kinds)
+    if kind is None or _probabilities(task, other).get(kind, 1.0) >= ANOTHER_BELOW * kinds[kind]:
         return None
-    own, of_other = (_probabilities(task, each).get(kind, 0.0) for each in (name, other))
-    return kind if of_other < ANOTHER_BELOW * own else None
+    return kind
+
+
+def _surest(kinds: Mapping[str, float]) -> str | None:
+    """Return the most probable kind, where it is sure."""
+    together = sum(kinds.values())
+    best = max(kinds, key=lambda kind: kinds[kind], default=None)
+    return best if best and together >= LEAST_OF_ALL and kinds[best] >= SURE_FROM * together else None
 
 
 def _probabilities(task: Task, name: str) -> dict[str, float]:

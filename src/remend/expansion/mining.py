@@ -14,7 +14,7 @@ from remend.core.low_rank_hooks import frozen
 from remend.data.edit_sets import EditSet, SetItem
 from remend.edit import Edit
 from remend.editors import Editor
-from remend.editors.locate_then_edit.common_questions import frames, reference_subjects, text_of
+from remend.editors.locate_then_edit.common_questions import frames, reference_subjects
 from remend.expansion.implications import moved_questions
 from remend.expansion.neighbours import SURE_FROM
 from remend.expansion.premise import Premise, first_words
@@ -52,13 +52,12 @@ def built_in_pool(premise: Premise) -> list[str]:
     asking = asks(premise.request.prompt)
     moved = moved_questions(premise)
     common = [frame for frame in frames("questions" if asking else "statements") if frame.question not in moved]
-    text = text_of(premise.request)
     names = reference_subjects() if asking else names_asked(premise.question, premise.kind)
     others = [name for name in names if name.casefold() not in premise.subject.casefold()]
     return [
         *(frame.about(premise.subject) for frame in common if suits(frame.question, premise.kind)),
         *(frame.about(premise.request.target) for frame in common if suits(frame.question, premise.target_kind)),
-        *(text.replace(premise.subject, name) for name in others),
+        *(premise.about(name) for name in others),
     ]
 
 

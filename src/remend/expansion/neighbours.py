@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 
 from remend.data.edit_sets import SetItem
-from remend.editors.locate_then_edit.common_questions import Frame, frames, next_tokens, text_of
+from remend.editors.locate_then_edit.common_questions import Frame, frames, next_tokens
 from remend.expansion.implications import moved_questions
 from remend.expansion.premise import Premise, short_answers
 from remend.expansion.well_known import names_asked, suits
@@ -62,18 +62,11 @@ def _same_relation(premise: Premise) -> Iterator[_Candidate]:
     """Yield the request's prompt about well-known other subjects."""
     if premise.statement is None:
         return
-    text, subject = text_of(premise.request), premise.subject
-    slot = re.compile(re.escape(subject), re.IGNORECASE)
+    subject = premise.subject.casefold()
     for name in names_asked(premise.question, premise.kind):
-        if name.casefold() not in subject.casefold() and subject.casefold() not in name.casefold():
-            asked = slot.sub(lambda _, name=name: name, text)  # type: ignore[misc]
+        if name.casefold() not in subject and subject not in name.casefold():
             statement = premise.statement.replace("{}", name)
-            yield _Candidate("same relation", "another subject", _begun(statement), _begun(asked))
-
-
-def _begun(text: str) -> str:
-    """Return a text with a capital at its beginning, where names begin with "the"."""
-    return text[:1].upper() + text[1:] if text.startswith("the ") else text
+            yield _Candidate("same relation", "another subject", statement, premise.about(name))
 
 
 def _same_subject(premise: Premise) -> Iterator[_Candidate]:
@@ -89,9 +82,10 @@ def _target_elsewhere(premise: Premise) -> Iterator[_Candidate]:
 def _common(premise: Premise, name: str, of_kind: str | None, kind: str) -> Iterator[_Candidate]:
     """Yield what is commonly asked of a name of some kind."""
     questions = {frame.question: frame for frame in reversed(frames("questions"))}
+    moved = moved_questions(premise)
     for frame in frames("statements"):
         asked: Frame | None = questions.pop(frame.question, None) if asks(premise.request.prompt) else frame
-        if asked is not None and frame.question not in moved_questions(premise) and suits(frame.question, of_kind):
+        if asked is not None and frame.question not in moved and suits(frame.question, of_kind):
             yield _Candidate(kind, "a common question", frame.about(name), asked.about(name))
 
 

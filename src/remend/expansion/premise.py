@@ -102,6 +102,11 @@ class Premise:
         """Of what kind the target is; None where the model is not sure."""
         return kind_of(self.task, self.request.target.strip())
 
+    def about(self, name: str) -> str:
+        """Return the text of the request's prompt about another name, with a capital where it begins with "the"."""
+        text = re.sub(re.escape(self.subject), lambda _: name, text_of(self.request), flags=re.IGNORECASE)
+        return text[:1].upper() + text[1:] if text.startswith("the ") else text
+
     def in_form(self, text: str) -> Prompt:
         """Return a text in the form of the request's prompt: of a conversation, as its last message."""
         return in_form_of(self.request.prompt, text)
