@@ -32,7 +32,7 @@ from remend.editors import Editor, make_or_load
 from remend.editors.locate_then_edit.common_questions import next_tokens
 from remend.editors.locate_then_edit.fit import Fit, FitConfig
 from remend.evaluation.interventions import shared_intervention
-from remend.expansion.mining import built_in_pool, mine
+from remend.expansion.mining import TRIAL_EDITS, built_in_pool, mine
 from remend.expansion.phrasings import phrasings
 from remend.expansion.premise import Premise
 from remend.request import EditRequest
@@ -120,7 +120,7 @@ def run(config: Mapping[str, Any], out: Path) -> None:
     kind = config["kind"]
     editor = make_or_load(Fit.info.name, task, text, config["seed"], FitConfig(kind=kind))
     assert isinstance(editor, Fit)
-    trial = make_or_load(Fit.info.name, task, text, config["seed"], FitConfig(further=0, kind=kind))
+    trial = make_or_load(Fit.info.name, task, text, config["seed"], TRIAL_EDITS.model_copy(update={"kind": kind}))
     base = Base(task, text, 0, config["new_tokens"])
     kept = out.with_suffix(".rows.jsonl")
     done: dict[str, dict[str, Row]] = {}

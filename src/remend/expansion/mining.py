@@ -15,6 +15,7 @@ from remend.data.edit_sets import EditSet, SetItem
 from remend.edit import Edit
 from remend.editors import Editor
 from remend.editors.locate_then_edit.common_questions import frames, reference_subjects
+from remend.editors.locate_then_edit.fit import FitConfig
 from remend.expansion.implications import moved_questions
 from remend.expansion.neighbours import SURE_FROM
 from remend.expansion.premise import Premise, first_words
@@ -27,9 +28,11 @@ from remend.tasks.endings import asks
 ANSWER_TOKENS = 4
 """Tokens of an answer to a question that are compared; of a statement it is the next one."""
 
-
 TRIAL_PHRASINGS = 3
 """Phrasings to which a trial edit is fitted."""
+
+TRIAL_EDITS = FitConfig(steps=30, further=0, settle=0)
+"""Settings of trial edits: they tell what is disturbed, and need not answer the last phrasing nor disturb the least."""
 
 
 @dataclass(frozen=True)

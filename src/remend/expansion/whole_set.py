@@ -11,10 +11,10 @@ from pydantic import NonNegativeInt
 from remend.config import Config
 from remend.data.edit_sets import EditSet, SetItem
 from remend.editors import make_or_load
-from remend.editors.locate_then_edit.fit import Fit, FitConfig
+from remend.editors.locate_then_edit.fit import Fit
 from remend.errors import ModelError
 from remend.expansion.implications import implications
-from remend.expansion.mining import Round, built_in_pool, mine
+from remend.expansion.mining import TRIAL_EDITS, Round, built_in_pool, mine
 from remend.expansion.neighbours import neighbours
 from remend.expansion.phrasings import phrasings
 from remend.expansion.premise import Premise
@@ -95,8 +95,7 @@ def expand(
         now = time.process_time()
         seconds[name], clock = now - clock, now
 
-    # Trial edits tell what is disturbed, and need not answer the last phrasing.
-    editor = make_or_load(Fit.info.name, task, text, seed, FitConfig(further=0))
+    editor = make_or_load(Fit.info.name, task, text, seed, TRIAL_EDITS)
     assert isinstance(editor, Fit)
     assert editor.questions is not None
     lap("measuring the model")
