@@ -16,24 +16,32 @@ _STYLE = {"prompt": "bold cyan", "paraphrase": "cyan", "unseen paraphrase": "cya
 
 
 def answers_table(title: str, answers: Sequence[AnswerComparison]) -> Table:
-    """Return a table with a row for each prompt: its kind, the answers before and after, and whether that is right."""
+    """Return a table with a row for each prompt: its kind, the answers before and after, and whether that is right.
+
+    Where no prompt has a right answer (what :func:`remend.evaluation.before_after.ask` gives), neither is told.
+    """
+    judged = any(answer.ok is not None for answer in answers)
     table = Table(title=title, title_justify="left", title_style="bold", expand=False, pad_edge=False)
-    table.add_column("", no_wrap=True)
+    if judged:
+        table.add_column("asked as", no_wrap=True)
     table.add_column("prompt")
     table.add_column("before")
     table.add_column("after")
-    table.add_column("", no_wrap=True)
+    if judged:
+        table.add_column("right", no_wrap=True)
     for previous, answer in zip([None, *answers], answers, strict=False):
         section = previous is not None and (answer.kind in ("near", "far")) and previous.kind != answer.kind
         if section:
             table.add_section()
-        table.add_row(
-            f"[{_STYLE.get(answer.kind, 'default')}]{answer.kind}[/]",
+        cells = [
             plain(answer.prompt),
             plain(answer.before),
             f"[bold]{plain(answer.after)}[/]" if answer.after != answer.before else plain(answer.after),
-            "" if answer.ok is None else "[green]✓[/]" if answer.ok else "[red]✗[/]",
-        )
+        ]
+        if judged:
+            mark = "" if answer.ok is None else "[green]✓[/]" if answer.ok else "[red]✗[/]"
+            cells = [f"[{_STYLE.get(answer.kind, 'default')}]{answer.kind}[/]", *cells, mark]
+        table.add_row(*cells)
     return table
 
 

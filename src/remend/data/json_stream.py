@@ -225,7 +225,7 @@ def _decode(text: str, start: int, where: str) -> tuple[Any, int]:
         check_writable(value)
     except json.JSONDecodeError as error:
         rest = text[error.pos :]
-        place = f"at {shorten(rest[:20])}" if rest.strip() else "at the end of the file"
+        place = f"at {shorten(rest[:20])}" if rest.strip() else "where it ends"
         broken = _BrokenJsonError(f"{where}: broken JSON ({error.msg}) {place}")
         broken.may_be_incomplete = error.pos >= len(text) - _TAIL_CHARACTERS or "Unterminated" in error.msg
         raise broken from None

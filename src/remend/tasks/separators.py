@@ -66,7 +66,8 @@ class Separators:
         # A prompt that fills the context is refused elsewhere; its end is enough here.
         missing = sorted({p for p in prompts if p not in self._chosen}, key=len)
         for start in range(0, len(missing), BATCH_SIZE):
-            report_progress("finding what stands before answers", start, len(missing))
+            if len(missing) > BATCH_SIZE:  # else no work of its own: what it is part of tells how far it is
+                report_progress("finding what stands before answers", start, len(missing))
             batch = missing[start : start + BATCH_SIZE]
             read = [Example(prompt[-(self.task.context or len(prompt)) :], (0,)) for prompt in batch]
             with frozen(self.task.model):
