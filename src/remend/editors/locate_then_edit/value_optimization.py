@@ -26,6 +26,7 @@ from remend.core.response import Response
 from remend.editors.locate_then_edit.subject_prompts import Located, PromptContexts
 from remend.errors import NonFiniteError
 from remend.models.frozen_prefix import FrozenPrefix, run_as_far_as
+from remend.progress import report_progress
 from remend.tasks.base import Batch, Task
 from remend.tasks.bfloat16_products import bfloat16_products
 from remend.tasks.cached_prefix import CachedPrefix
@@ -472,6 +473,7 @@ def optimize_values(
             values.mul_((config.largest * stream_norm / norms).clamp(max=1))
 
         for step in range(config.steps + further):
+            report_progress("fitting what an edit adds", step, config.steps + further)
             hard = step >= config.steps
             if step == config.steps:
                 optimizer = config.further_optimizer(values, further)

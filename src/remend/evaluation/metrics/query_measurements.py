@@ -18,6 +18,7 @@ from torch import Tensor
 from remend.core.low_rank_hooks import frozen
 from remend.evaluation.continuations import Asked, Continuation, measure_continuations
 from remend.evaluation.interventions import Intervention
+from remend.progress import report_progress
 from remend.request import Prompt
 from remend.tasks.base import Answer, Example, Task
 
@@ -113,16 +114,18 @@ def measure(
         # The outputs before an intervention are compared batch by batch: over a large vocabulary, all of them together
         # would not fit into memory.
         for start in range(0, len(pairs), size):
+            report_progress("measuring prompts before and after edits", start, len(pairs))
             batch_rows = [row for row, _ in pairs[start : start + size]]
             examples = [example for _, example in pairs[start : start + size]]
             before = task.outputs(task.collate(examples))
             for intervention, by_request in zip(interventions, results, strict=True):
                 for row, measurement in _compare(task, intervention, batch_rows, examples, before):
                     by_request[row.number][row.query] = measurement
-    return [
-        _with_answers(task, intervention, by_request, max_new_tokens)
-        for intervention, by_request in zip(interventions, results, strict=True)
-    ]
+    measurements = []
+    for done, (intervention, by_request) in enumerate(zip(interventions, results, strict=True)):
+        report_progress("reading free answers", done, len(interventions))
+        measurements.append(_with_answers(task, intervention, by_request, max_new_tokens))
+    return measurements
 
 
 def _compare(
