@@ -294,6 +294,33 @@ def frontier(result: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
+def mining(result: Mapping[str, Any]) -> Figure:
+    """Plot the share of prompts that an edit disturbs over rounds of mining, for mined and for drawn ones kept."""
+    figure, columns = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    titles = {"own half": "Prompts among which was looked", "other half": "Other prompts"}
+    rounds = range(result["config"]["rounds"] + 1)
+    for axes, (column, title) in zip(columns, titles.items(), strict=True):
+        for name, color in (("drawn", GRAY), ("mined", ORANGE)):
+            of_rounds = [result["results"][f"{name}, {n} rounds" if n else "none"] for n in rounds]
+            shares = [row[column] for row in of_rounds]
+            axes.plot(rounds, [share["mean"] for share in shares], "o-", color=color, markersize=4)
+            low, high = ([share[end] for share in shares] for end in ("low", "high"))
+            axes.fill_between(rounds, low, high, color=color, alpha=0.15, linewidth=0)
+            kept = of_rounds[-1]["kept"]["mean"]
+            text = f"{name}, {kept:.3g} kept"
+            axes.annotate(
+                text, (rounds[-1], shares[-1]["mean"]), (6, 0), textcoords="offset points", va="center", color=color
+            )
+        axes.set_xlim(-0.1, rounds[-1] + 0.9)
+        axes.set_xticks(list(rounds))
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_xlabel("rounds")
+        axes.set_title(title)
+    columns[0].set_ylabel("share whose answer changes")
+    return figure
+
+
 PLOTS: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
     "training_speed": training_speed,
     "scaling": scaling,
@@ -302,6 +329,7 @@ PLOTS: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
     "kill_and_resume": kill_and_resume,
     "gpu": gpu,
     "frontier": frontier,
+    "mining": mining,
 }
 
 
