@@ -18,6 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def run(config: Mapping[str, Any], out: Path) -> None:
     kind = config["kind"]
     editor = make_or_load(Fit.info.name, task, text, config["seed"], FitConfig(kind=kind))
     assert isinstance(editor, Fit)
-    trial = make_or_load(Fit.info.name, task, text, config["seed"], TRIAL_EDITS.model_copy(update={"kind": kind}))
+    trial = make_or_load(Fit.info.name, task, text, config["seed"], replace(TRIAL_EDITS, kind=kind))
     base = Base(task, text, 0, config["new_tokens"])
     kept = out.with_suffix(".rows.jsonl")
     done: dict[str, dict[str, Row]] = {}

@@ -10,9 +10,11 @@ import torch
 
 import worlds
 from remend.cli import run
+from remend.cli.answer_tables import answers_table
 from remend.data import read_source
 from remend.edit import Edit
 from remend.editors import Mend
+from remend.evaluation.before_after import AnswerComparison
 from remend.request import write_requests
 from remend.tasks import load
 from remend.training import PRESETS, Trainer
@@ -113,6 +115,15 @@ def test_edit_show_and_ask(folder, capsys):
     assert remend("ask", folder / "model", "--prompt", "Oslo is", "--json", folder / "ask.json", "--device", "cpu") == 0
     (plain,) = json.loads((folder / "ask.json").read_text())["answers"]
     assert plain["before"] == plain["after"]
+
+
+def test_answers_are_told_with_what_they_were_asked_as_where_one_can_be_right():
+    asked = AnswerComparison("asked", "Oslo is", None, "a city", "Rome", None)
+    judged = AnswerComparison("prompt", "Oslo is", "Rome", "a city", "Rome", True)
+    assert [column.header for column in answers_table("", [asked]).columns] == ["prompt", "before", "after"]
+    columns = answers_table("", [judged, asked]).columns
+    assert [column.header for column in columns] == ["asked as", "prompt", "before", "after", "right"]
+    assert list(columns[-1].cells) == ["[green]✓[/]", ""]
 
 
 def test_an_editor_that_learnt_too_little_is_warned_of(folder, capsys):
