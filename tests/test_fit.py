@@ -18,12 +18,8 @@ from remend.editors.locate_then_edit.fit import KEPT_TOKENS, Fit, FitConfig
 from remend.editors.locate_then_edit.subject_finder import find_subject
 from remend.editors.locate_then_edit.subject_mentions import lookalikes
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts, encode_contexts, join_contexts
-from remend.editors.locate_then_edit.value_optimization import (
-    BestValues,
-    NormalizedDescent,
-    add_at_subject,
-    subject_batches,
-)
+from remend.editors.locate_then_edit.value_optimization import add_at_subject, subject_batches
+from remend.editors.locate_then_edit.value_solver import AIM, SolverConfig, _Search
 from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.errors import ConfigError, FileError, RequestError
 from remend.models.frozen_prefix import FrozenPrefix
@@ -321,41 +317,73 @@ def test_names_that_end_alike_are_not_answered(world):
     assert (unlike @ against).square().mean() < (unlike @ plain).square().mean()
 
 
-def test_normalized_descent_takes_steps_of_one_length():
-    values = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
-    optimizer = NormalizedDescent(values, length=0.5, momentum=0.5)
-    for gradient, expected in (
-        ([[300.0, 400.0], [1e-9, 0.0]], [[2.7, 3.6], [0.5, 0.0]]),
-        ([[-30.0, -40.0], [-1e-9, 0.0]], [[2.4, 3.2], [1.0, 0.0]]),  # half of the direction before outweighs the first
-    ):
-        values.grad = torch.tensor(gradient)
-        optimizer.step()
-        torch.testing.assert_close(values, torch.tensor(expected))
+def search(**settings) -> _Search:
+    """A search in four dimensions, whose metric shortens the third one."""
+    metric = torch.tensor([1.0, 1.0, 0.1, 1.0])
+    return _Search(SolverConfig(**settings), lambda rows: rows * metric, torch.zeros(4))
 
 
-def test_steps_become_shorter_until_they_end():
-    values = torch.zeros(1, 1)
-    optimizer = NormalizedDescent(values, length=1.0, momentum=0.0, shrinking_over=4)
+def losses_and_gradients(rows, value, odds):
+    """Return −log p of prompts whose log-odds are linear in a value, and the gradients."""
+    value = value.clone().requires_grad_()
+    losses = torch.nn.functional.softplus(-(rows @ value + odds))
+    gradients = torch.stack([torch.autograd.grad(loss, value, retain_graph=True)[0] for loss in losses])
+    return losses.detach(), gradients
+
+
+def test_a_step_gives_every_prompt_what_it_lacks():
+    """Log-odds that are linear in the value become what they should in one step, the hard one's as the easy one's."""
+    rows, odds = torch.tensor([[1.0, 0, 0, 0], [0.1, 0.2, 0, 0], [0, 0, 1, 1]]), torch.tensor([-2.0, -3.0, 6.0])
+    found = search(longest=1000.0, largest=1000.0, enough=0.3)
+    for _ in range(6):  # the ridge leaves a little
+        found.move(*losses_and_gradients(rows, found.value, odds))
+    losses, _ = losses_and_gradients(rows, found.value, odds)
+    assert losses[:2].tolist() == pytest.approx([AIM * 0.3] * 2, rel=0.1)
+    assert losses[2] < 0.01  # answered already: it is held and not moved further
+    assert float((rows @ found.value)[2]) == pytest.approx(0, abs=0.05)
+
+
+def test_a_step_is_not_longer_and_a_value_not_larger_than_they_may_be():
+    rows, odds = torch.eye(4), torch.full((4,), -30.0)
+    found = search(longest=0.5, largest=1.2)
     lengths = []
-    for _ in range(5):
-        values.grad, before = torch.tensor([[-3.0]]), values.clone()
-        optimizer.step()
-        lengths.append(float(values - before))
-    assert lengths == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+    for _ in range(6):
+        found.move(*losses_and_gradients(rows, found.value, odds))
+        lengths.append(float(found.value.norm()))
+    assert all(0.5 < after - before <= 1 + 1e-6 for before, after in zip([0.0, *lengths], lengths[:2], strict=False))
+    assert lengths[4:] == pytest.approx([2.4, 2.4])  # shares of a size of √4
+
+
+def test_texts_that_should_stay_hold_a_value_back_where_they_have_moved():
+    rows, odds = torch.tensor([[1.0, 1.0, 0, 0]]), torch.tensor([-3.0])
+    sizes = []
+    for weight in (0.0, 0.001, 0.01):
+        found = search(longest=1000.0, largest=1000.0)
+        for _ in range(6):  # a text that changes with the first dimension: KL = ½ (3 v₀)²
+            v = found.value[0]
+            found.keep(0, (4.5 * v.square())[None], (9 * v * torch.eye(4)[0])[None], weight)
+            found.move(*losses_and_gradients(rows, found.value, odds))
+        losses, _ = losses_and_gradients(rows, found.value, odds)
+        assert float(losses) < SolverConfig().enough
+        sizes.append(float(found.value[0].abs()))
+    assert sizes[0] > 2 * sizes[1] > 4 * sizes[2]
+
+
+def judged(found, *rows):
+    """Judge values 1, 2, 3 … with these steps, losses and answers."""
+    for value, (step, losses, said) in enumerate(rows, start=1):
+        found.value = torch.full((4,), float(value))
+        found.judge(step, torch.tensor(losses), said)
+    return float(found.best[0])
 
 
 def test_a_request_that_the_model_does_not_say_is_not_good_enough():
     """A mean over many tokens may be small where one of them is wrong."""
-    best = BestValues(torch.zeros(2, 1), FitConfig(enough=0.5))
-    best.update(torch.ones(2, 1), torch.full((2, 2), 0.1), said=torch.tensor([True, False]))
-    assert best.reached.tolist() == [True, False]
+    found = search(enough=0.5)
     # One that it says is better than one with less loss that it does not say.
-    for value, loss, said in ((2.0, 3.0, True), (3.0, 0.1, False), (4.0, 2.0, True), (5.0, 2.5, True)):
-        best.update(torch.full((2, 1), value), torch.full((2, 2), loss), said=torch.tensor([said, said]))
-    assert best.values.flatten().tolist() == [1.0, 4.0]
-    for value, loss, expected in ((6.0, 1.9, 4.0), (7.0, 1.8, 7.0)):
-        best.update(torch.full((2, 1), value), torch.full((2, 2), loss), torch.tensor([True, True]), gain=0.06)
-        assert best.values.flatten().tolist() == [1.0, expected]
+    rows = [(0, [0.1, 0.1], False), (1, [3.0, 3.0], True), (2, [0.1, 0.1], False), (3, [2.0, 2.0], True)]
+    assert judged(found, *rows, (4, [2.5, 2.5], True)) == 4.0
+    assert not found.reached
     task = families.taught("llama")
     taught, other = families.requests("llama", 2)
     said = task.decode(task.predict([taught.prompt])[0])
@@ -378,34 +406,32 @@ def test_answers_to_other_questions_count_less_than_statements():
     assert whole > 0
 
 
-def test_the_first_values_that_are_good_enough_are_the_best_or_else_those_that_come_nearest():
-    best = BestValues(torch.zeros(2, 1), FitConfig(enough=0.5))
-    for value, losses in (
-        (1.0, [[0.1, 0.6], [1.0, 2.0]]),
-        (2.0, [[0.4, 0.5], [0.1, 3.0]]),
-        (3.0, [[0.1, 0.1], [4.0, 4.0]]),
-    ):
-        best.update(torch.full((2, 1), value), torch.tensor(losses))
-    assert best.values.flatten().tolist() == [2.0, 1.0]
-    assert best.reached.tolist() == [True, False]
+def test_values_that_are_good_enough_are_taken_while_they_settle_or_else_those_that_come_nearest():
+    found = search(enough=0.5, settle=2)
+    assert judged(found, (0, [1.0, 2.0], True), (1, [0.1, 3.0], True), (2, [4.0, 4.0], True)) == 1.0
+    assert not found.reached
+    assert not found.done
+    assert judged(found, (3, [0.4, 0.5], True)) == 1.0
+    assert found.reached
+    assert judged(found, (3, [9.0, 9.0], True), (4, [0.4, 0.6], True), (5, [0.5, 0.3], True)) == 3.0
+    assert found.done  # after two steps more
 
 
-def test_in_further_steps_prompts_are_good_enough_together():
+def test_in_the_second_half_of_the_steps_prompts_are_good_enough_together():
     """The request's own prompt, which is the first, has to be by itself."""
-    best = BestValues(torch.zeros(3, 1), FitConfig(enough=0.5))
-    losses = torch.tensor([[0.4, 0.9, 0.1], [0.6, 0.1, 0.1], [0.4, 0.9, 0.3]])
-    best.update(torch.ones(3, 1), losses)
-    assert best.reached.tolist() == [False, False, False]
-    best.update(torch.ones(3, 1), losses, on_average=True)
-    assert best.reached.tolist() == [True, False, False]
+    for losses, enough in (([0.4, 0.9, 0.1], True), ([0.6, 0.1, 0.1], False), ([0.4, 0.9, 0.3], False)):
+        early, late = search(enough=0.5, steps=20), search(enough=0.5, steps=20)
+        judged(early, (9, losses, True))
+        judged(late, (10, losses, True))
+        assert (early.reached, late.reached) == (False, enough)
 
 
-def test_requests_that_are_hard_get_further_steps():
+def test_requests_that_are_hard_get_more_steps():
     task, requests = families.taught("llama"), families.requests("llama", 5)
-    few = FitConfig(steps=2, further=0, beginnings=0)
+    few = FitConfig(steps=2, settle=0, beginnings=0)
     after = [
         families.losses(task, requests, Fit.create(task, config, text=families.TEXT).edit(task, requests)).mean()
-        for config in (few, replace(few, further=30))
+        for config in (few, replace(few, steps=30))
     ]
     assert after[1] < 0.7 * after[0]
 

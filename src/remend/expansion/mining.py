@@ -31,7 +31,7 @@ ANSWER_TOKENS = 4
 TRIAL_PHRASINGS = 3
 """Phrasings to which a trial edit is fitted."""
 
-TRIAL_EDITS = FitConfig(steps=30, further=0, settle=0)
+TRIAL_EDITS = FitConfig(steps=25, settle=0)
 """Settings of trial edits: they tell what is disturbed, and need not answer the last phrasing nor disturb the least."""
 
 

@@ -2,8 +2,8 @@
 
 Where: at the subject's last token, in a block before the middle of the model. There a model has heard whom a prompt is
 about, and not yet what it will say: keys of other subjects are far from the edit's own, also where they have the same
-answer (:mod:`remend.editors.locate_then_edit.site_survey` draws it). What: one value, by some steps along the
-normalized natural gradient (:mod:`remend.editors.locate_then_edit.answer_sensitivity`), for the request's own prompt,
+answer (:mod:`remend.editors.locate_then_edit.site_survey` draws it). What: one value, by Gauss–Newton steps in the
+metric of the natural gradient (:mod:`remend.editors.locate_then_edit.value_solver`), for the request's own prompt,
 others that ask the same and random beginnings before them, while what the model says to other prompts about the subject
 should stay.
 
@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from remend.config import Config, Factor
@@ -48,12 +48,8 @@ from remend.editors.locate_then_edit.subject_prompts import (
     join_contexts,
     phrasings_of,
 )
-from remend.editors.locate_then_edit.value_optimization import (
-    LocateConfig,
-    NormalizedDescent,
-    optimize_values,
-    subject_batches,
-)
+from remend.editors.locate_then_edit.value_optimization import subject_batches
+from remend.editors.locate_then_edit.value_solver import SolverConfig, solve_values
 from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.editors.saved_editor import SavedEditor
 from remend.errors import FileError, RequestError
@@ -84,64 +80,29 @@ KEPT_TOKENS = 4
 QUESTION_WEIGHT = 0.25
 """How much answers to other questions count, against next tokens after statements, where they should stay."""
 
-FURTHER_LONGER = 2.0
-"""How much longer the first of the further steps is, to leave the place around which those before it circle."""
-
-SETTLING_LENGTH = 0.5
-"""How long the first of the last steps is, against those before."""
-
 SUM_RIDGE = 0.01
 """λ of the system that the values of several edits solve together: two spellings of a subject have one key."""
 
 
 @dataclass(frozen=True)
-class FitConfig(LocateConfig):
+class FitConfig(SolverConfig):
     """Settings of the editor.
 
     Attributes:
         kind: what the edit is made of: a hidden unit more in the MLP (``units``), or a change of its narrowing matrix
             (``low-rank``), which can be exported as a LoRA adapter.
-        further: for units, the most steps after those, along the gradient itself and shorter and shorter, while a
-            prompt is not answered.
-        learning_rate: the length of a step, as a share of that of the block's output.
-        momentum: the share of a step's direction that the next one keeps.
         damping: λ of the natural gradient, as a share of the mean eigenvalue of F.
         threshold: a unit answers inputs whose q is above this, with the edit's own key at 1.
         beta: the sharpness of a unit.
     """
 
-    steps: PositiveInt = 40
-    further: NonNegativeInt = 40
-    learning_rate: PositiveFloat = 0.12
-    momentum: Factor = 0.5
     damping: PositiveFloat = 0.1
-    enough: NonNegativeFloat = 0.35
-    kl_weight: NonNegativeFloat = 4.0
+    kl_weight: NonNegativeFloat = 0.07
     largest: PositiveFloat = 4.0
-    settle: NonNegativeInt = 10
     beginnings: NonNegativeInt = 4
     kind: Literal["units", "low-rank"] = "units"
     threshold: Factor = 0.7
     beta: PositiveFloat = 20.0
-    every_prompt: ClassVar[bool] = True
-    satisfied: ClassVar[float] = 0.5
-
-    def optimizer(self, values: Float[Tensor, "request d"]) -> NormalizedDescent:
-        """Return what moves the offsets, whose unit is the root mean square of the block's output."""
-        return NormalizedDescent(values, self._length(values), self.momentum)
-
-    def further_optimizer(self, values: Float[Tensor, "request d"], steps: int) -> NormalizedDescent:
-        """Return what moves the offsets in further steps, for requests that the first ones did not suffice for."""
-        return NormalizedDescent(values, FURTHER_LONGER * self._length(values), self.momentum, shrinking_over=steps)
-
-    def settling_optimizer(self, values: Float[Tensor, "request d"]) -> NormalizedDescent:
-        """Return what moves the offsets in the last steps, while values that are good enough remain so."""
-        length = SETTLING_LENGTH * self._length(values)
-        return NormalizedDescent(values, length, self.momentum, shrinking_over=self.settle)
-
-    def _length(self, values: Float[Tensor, "request d"]) -> float:
-        length: float = self.learning_rate * values.shape[1] ** 0.5
-        return length
 
 
 class Fit(LocateThenEdit):
@@ -328,7 +289,7 @@ class Fit(LocateThenEdit):
         order = sorted(range(len(contexts)), key=lambda index: contexts[index].shape)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for part in in_prompt_batches([contexts[index] for index in order]):
-            batch, kept = subject_batches(task, part, prefix, from_subject=True)
+            batch, kept = subject_batches(task, part, prefix, from_subject=not response.linear)
             batches = [batch, *kept]
             inputs = [of_batch.inputs(self.key_layer, modules[self.key_layer]) for of_batch in batches]
             read = list(zip(batches, inputs, strict=True))
@@ -336,11 +297,8 @@ class Fit(LocateThenEdit):
             found = [self.direction(task, k, c, response) for k, c in zip(torch.cat(by_request, 1), part, strict=True)]
             key, u = (torch.stack(vectors) for vectors in zip(*found, strict=True))
             responses = [of_batch.responses(x, u, response) for of_batch, x in read]
-            directions = [self.natural_gradient(of_request.near) for of_request in part]
-            changed = modules[self.changed_layer]
-            # A linear change acts at all tokens, the more the larger it is, so it is not made larger than it must be.
-            further = self.config.further if self.config.kind == "units" else 0
-            values = optimize_values(batch, kept, changed, block, self.config, responses, directions, further)
+            metrics = [self.natural_gradient(of_request.near) for of_request in part]
+            values = solve_values(batch, kept, modules[self.changed_layer], block, self.config, responses, metrics)
             parts.append((key, u, values))
         keys, u, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         place = torch.tensor(order, device=keys.device).argsort()

@@ -19,7 +19,7 @@ from remend.editors.info import EditorInfo
 from remend.editors.locate_then_edit.base import TASK_REQUIREMENTS, LocateThenEdit, in_prompt_batches
 from remend.editors.locate_then_edit.subject_prompts import PromptContexts
 from remend.editors.locate_then_edit.value_optimization import (
-    LocateConfig,
+    DescentConfig,
     SubjectBatch,
     add_at_subject,
     optimize_values,
@@ -31,7 +31,7 @@ from remend.tasks.base import Task
 
 
 @dataclass(frozen=True)
-class MemitConfig(LocateConfig):
+class MemitConfig(DescentConfig):
     """Settings of MEMIT; chosen on the atlas's validation split.
 
     Attributes:
@@ -117,7 +117,7 @@ class Memit(LocateThenEdit):
 
 
 def _goals(
-    batch: SubjectBatch, kept: Sequence[SubjectBatch], module: nn.Module, block: nn.Module, config: LocateConfig
+    batch: SubjectBatch, kept: Sequence[SubjectBatch], module: nn.Module, block: nn.Module, config: DescentConfig
 ) -> Float[Tensor, "request d"]:
     """Return z: the output that the last block should have at the subject of each prompt by itself (Eq. 16)."""
     offsets = optimize_values(batch, kept, module, block, config)

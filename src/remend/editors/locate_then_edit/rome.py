@@ -10,14 +10,14 @@ from remend.config import Config
 from remend.core.low_rank import LowRank
 from remend.editors.info import EditorInfo
 from remend.editors.locate_then_edit.base import TASK_REQUIREMENTS, LocateThenEdit, in_prompt_batches
-from remend.editors.locate_then_edit.value_optimization import LocateConfig, optimize_values, subject_batches
+from remend.editors.locate_then_edit.value_optimization import DescentConfig, optimize_values, subject_batches
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import EditRequest
 from remend.tasks.base import Task
 
 
 @dataclass(frozen=True)
-class RomeConfig(LocateConfig):
+class RomeConfig(DescentConfig):
     """Settings of ROME; chosen on the atlas's validation split."""
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,10 +31,7 @@ from remend.tasks.base import Batch, Task
 from remend.tasks.bfloat16_products import bfloat16_products
 from remend.tasks.cached_prefix import CachedPrefix
 
-NOTABLE_GAIN = 0.05
-"""The share by which further steps must lower a loss for their values to be taken: else they only move about."""
-
-LEAST_RESPONSE = 1e-4
+LEAST_RESPONSE = 1e-5
 """The share of a value below which what a change adds is left out while the value is searched for."""
 
 KEPT_AT_ONCE, KEPT_TOKENS_AT_ONCE = 16, 96
@@ -43,153 +40,38 @@ KEPT_AT_ONCE, KEPT_TOKENS_AT_ONCE = 16, 96
 
 @dataclass(frozen=True)
 class LocateConfig(Config):
-    """Settings that ROME and MEMIT share.
+    """Settings that all editors of this kind share.
 
     Sizes are shares of the block's output at the subject, so that one setting suits models of any scale.
 
     Attributes:
         steps: the most steps on the offsets.
-        learning_rate: the size of a step, as a share of the root mean square of the block's output.
         enough: the −log p(target), in nats a token, below which a request is not optimized further.
-        kl_weight: weight of KL(p_edited ‖ p_base) of what follows the subject alone: what the model takes it to be.
-        decay: weight of the offset's squared size.
+        kl_weight: weight of KL(p_edited ‖ p_base) of what follows the texts that should stay.
         largest: the size to which an offset is limited.
-        settle: where texts should stay, the steps after those, shorter and shorter, in which values that are good
-            enough remain so and the texts are disturbed less.
         beginnings: the number of random stretches of text behind each of which the prompt is read, beside by itself.
         floor: the least that is added to every eigenvalue of the keys' second moment, as a share of their mean.
     """
 
     steps: PositiveInt = 25
-    learning_rate: PositiveFloat = 0.5
     enough: NonNegativeFloat = 0.05
     kl_weight: NonNegativeFloat = 0.0625
-    decay: NonNegativeFloat = 0.002
     largest: PositiveFloat = 2.0
-    settle: NonNegativeInt = 0
     beginnings: NonNegativeInt = 5
     floor: PositiveFloat = 0.01
-    every_prompt: ClassVar[bool] = False  # whether each prompt must be good enough; else their mean
-    satisfied: ClassVar[float] = 0.0  # the share of ``enough`` below which a prompt's loss is lowered no further
-
-    def optimizer(self, values: Float[Tensor, "request d"]) -> torch.optim.Adam | NormalizedDescent:
-        """Return what moves the offsets, whose unit is the root mean square of the block's output."""
-        return torch.optim.Adam([values], lr=self.learning_rate)
-
-    def further_optimizer(self, values: Float[Tensor, "request d"], steps: int) -> torch.optim.Adam | NormalizedDescent:
-        """Return what moves the offsets in further steps, for requests that the first ones did not suffice for."""
-        return self.optimizer(values)
-
-    def settling_optimizer(self, values: Float[Tensor, "request d"]) -> torch.optim.Adam | NormalizedDescent:
-        """Return what moves the offsets in the last steps, while values that are good enough remain so."""
-        return self.optimizer(values)
 
 
-class NormalizedDescent:
-    """Gradient descent with momentum whose steps have one length in each row, whatever the size of the gradient.
-
-    Adam moves every coordinate alike, so that after some steps most of an offset is noise; the gradient of an edit has
-    few large coordinates.
-
-    Args:
-        values: what is moved, row by row.
-        length: the length of a step.
-        momentum: the share of the direction before that is kept.
-        shrinking_over: the steps over which the length falls to nothing, evenly; by default it stays. Steps of one
-            length circle around the best values and never arrive.
-    """
-
-    def __init__(
-        self, values: Float[Tensor, "row d"], length: float, momentum: float, shrinking_over: int | None = None
-    ) -> None:
-        self.values, self.length, self.momentum = values, length, momentum
-        self._shrinking = length / shrinking_over if shrinking_over else 0.0
-        self._direction = torch.zeros_like(values)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Move each row against its gradient, ``values.grad``."""
-        assert self.values.grad is not None
-        self._direction = self.momentum * self._direction + self.values.grad
-        self.values -= self.length * self._direction / self._direction.norm(dim=-1, keepdim=True).clamp(min=1e-30)
-        self.length = max(self.length - self._shrinking, 0.0)
-
-
-class BestValues:
-    """The values of each request when it was good enough first, or else those with the least loss on average.
-
-    Of the latter, those with which the model says the target after the prompt by itself come before all others.
-
-    Args:
-        values: the values to begin with.
-        config: the settings.
+@dataclass(frozen=True)
+class DescentConfig(LocateConfig):
+    """Settings that ROME and MEMIT share.
 
     Attributes:
-        values: the best values.
-        reached: the requests that were good enough.
-        averaged: those of them of which the prompts were so on average only.
+        learning_rate: the size of a step, as a share of the root mean square of the block's output.
+        decay: weight of the offset's squared size.
     """
 
-    def __init__(self, values: Float[Tensor, "request d"], config: LocateConfig) -> None:
-        self._config = config
-        self._loss = torch.full_like(values[:, 0], torch.inf)
-        self.values = values.clone()
-        self._said = torch.zeros_like(self._loss, dtype=torch.bool)
-        self.reached = torch.zeros_like(self._loss, dtype=torch.bool)
-        self.averaged = torch.zeros_like(self.reached)
-
-    def update(
-        self,
-        values: Float[Tensor, "request d"],
-        losses: Float[Tensor, "request prompt"],
-        said: Bool[Tensor, " request"] | None = None,
-        gain: float = 0.0,
-        on_average: bool = False,
-    ) -> None:
-        """Take over the values of the requests that have not been good enough, where they are the best.
-
-        Args:
-            values: the present values.
-            losses: −log p(target) after each prompt.
-            said: with ``every_prompt``, whether the model says the target of each request after its prompt by itself;
-                by default it does. Else the request is not good enough: a mean over many tokens may be small where one
-                of them is wrong.
-            gain: the share by which the loss must become less for other values to be better.
-            on_average: with ``every_prompt``, whether the request's own prompt must be good enough by itself, and the
-                others together with it on average: one that is hard to move would cost all of them.
-        """
-        loss = losses.mean(1).to(self._loss)
-        if said is None or not self._config.every_prompt:
-            said = torch.ones_like(self._said)
-        says = said.to(self._said.device)
-        enough = self._good_enough(losses, on_average) & says & ~self.reached
-        less = loss < (1 - gain) * self._loss
-        better = (enough | (says & ~self._said) | ((says == self._said) & less)) & ~self.reached
-        self._said = torch.where(better, says, self._said)
-        self.values = torch.where(better[:, None], values, self.values)
-        self._loss = torch.where(better, loss, self._loss)
-        self.reached |= enough
-        if on_average:
-            self.averaged |= enough
-
-    def settle(
-        self,
-        values: Float[Tensor, "request d"],
-        losses: Float[Tensor, "request prompt"],
-        said: Bool[Tensor, " request"],
-    ) -> None:
-        """Take over the values of the requests that were good enough, where these are good enough, too."""
-        good = torch.where(self.averaged, self._good_enough(losses, True), self._good_enough(losses, False))
-        if self._config.every_prompt:
-            good = good & said.to(good.device)
-        self.values = torch.where((good & self.reached)[:, None], values, self.values)
-
-    def _good_enough(self, losses: Float[Tensor, "request prompt"], on_average: bool) -> Bool[Tensor, " request"]:
-        """Tell of each request whether its prompts are good enough."""
-        hardest = losses.mean(1)
-        if self._config.every_prompt:
-            hardest = torch.maximum(losses[:, 0], hardest) if on_average else losses.amax(1)
-        return (hardest <= self._config.enough).to(self._loss.device)
+    learning_rate: PositiveFloat = 0.5
+    decay: NonNegativeFloat = 0.002
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,12 +80,12 @@ class Responses:
 
     Attributes:
         place: the index of each such token among all tokens of all rows.
-        request: the request whose change answers there.
+        text: the text that it is of.
         response: the share of its value that it adds.
     """
 
     place: Int[Tensor, " place"]
-    request: Int[Tensor, " place"]
+    text: Int[Tensor, " place"]
     response: Float[Tensor, " place"]
 
 
@@ -299,14 +181,15 @@ class SubjectBatch:
             u: the direction that each request's change reads.
             response: how much it answers.
         """
-        text = self.text_of_token.flatten()
-        at_subjects_only = response.linear or not self.task.causal
-        place = self.places if at_subjects_only else (text >= 0).nonzero().flatten()
-        request = text[place] // self.rows_per_request
+        text_of_token = self.text_of_token.flatten()
+        at_subjects_only = not self.task.causal
+        place = self.places if at_subjects_only else (text_of_token >= 0).nonzero().flatten()
+        text = text_of_token[place]
+        request = text // self.rows_per_request
         x = inputs.x.view(len(self.text_of_token), self.length, -1, inputs.x.shape[-1])[:, :, 0].flatten(0, 1)
         found = response((x[place.to(x.device)] * u.to(x.device)[request.to(x.device)]).sum(-1)).to(place.device)
         acts = found.abs() >= LEAST_RESPONSE
-        return Responses(place[acts], request[acts], found[acts])
+        return Responses(place[acts], text[acts], found[acts])
 
     def at_subject(self, output: Float[Tensor, "*row_token d"]) -> Float[Tensor, "row d"]:
         """Return a module's output at the subject of each row; some models flatten rows and tokens into one axis."""
@@ -364,14 +247,17 @@ def subject_batches(
 def add_at_subject(
     module: nn.Module,
     batch: SubjectBatch,
-    offsets: Float[Tensor, "request d"] | None,
+    offsets: Float[Tensor, "text_or_request d"] | None,
     responses: Responses | None = None,
 ) -> Iterator[list[Tensor]]:
     """Within the context, add an offset to a module's output at each subject, or as much of it where ``responses`` say.
 
-    Yields the list to which each forward pass appends the module's output there, before the offset is added.
+    There is one offset for each text, or for all texts of each request. Yields the list to which each forward pass
+    appends the module's output at each subject, before the offset is added.
     """
     recorded: list[Tensor] = []
+    if offsets is not None and len(offsets) != len(batch.places):
+        offsets = offsets.repeat_interleave(batch.rows_per_request, 0)
 
     def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -379,9 +265,9 @@ def add_at_subject(
         if offsets is None:
             return None
         if responses is None:
-            index, added = batch.places, offsets.to(hidden.device).repeat_interleave(batch.rows_per_request, 0)
+            index, added = batch.places, offsets.to(hidden.device)
         else:
-            index, added = responses.place, offsets.to(hidden.device)[responses.request.to(hidden.device)]
+            index, added = responses.place, offsets.to(hidden.device)[responses.text.to(hidden.device)]
             added = added * responses.response.to(added)[:, None]
         # In one axis of rows and tokens, since some models flatten them and index_add needs one index.
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -396,20 +282,13 @@ def add_at_subject(
 
 
 def optimize_values(
-    batch: SubjectBatch,
-    kept: Sequence[SubjectBatch],
-    module: nn.Module,
-    block: nn.Module,
-    config: LocateConfig,
-    responses: Sequence[Responses] | None = None,
-    directions: Sequence[Callable[[Tensor], Tensor]] | None = None,
-    further: int = 0,
+    batch: SubjectBatch, kept: Sequence[SubjectBatch], module: nn.Module, block: nn.Module, config: DescentConfig
 ) -> Float[Tensor, "request d_out"]:
     """Return δ of each request: added to the output of ``module`` at the subject, it makes the model say the target.
 
     Minimizes, for each request, −log p(target) averaged over its prompts, plus ``kl_weight`` times the divergence of
-    what follows the texts that should stay (ROME, Eq. 4: the subject alone), plus ``decay`` ‖δ‖² / ‖h‖², with h the
-    output of the module's ``block`` there.
+    what follows the subject alone (ROME, Eq. 4), plus ``decay`` ‖δ‖² / ‖h‖², with h the output of the module's
+    ``block`` there. The values are those with which a request was good enough first, or else those with the least loss.
 
     Args:
         batch: the prompts of the requests, with targets.
@@ -417,87 +296,71 @@ def optimize_values(
         module: the module whose output is changed.
         block: its block.
         config: the settings.
-        responses: where δ is added in the prompts, and in each batch of texts that should stay, and how much of it; by
-            default all of it at the subject.
-        directions: what gives the direction of a step from a gradient, for each request; by default itself.
-        further: the most steps after those of ``config``, along the gradient itself, while a request is not good
-            enough.
 
     Raises:
         NonFiniteError: the model's loss is NaN or infinite.
     """
     with torch.inference_mode(False), torch.no_grad(), frozen(batch.task.model), bfloat16_products(batch.task) as task:
         batch, kept = batch.on(task), [part.on(task) for part in kept]
-        with add_at_subject(block, batch, None) as recorded:
-            run_as_far_as(batch.task.model, [block], batch.outputs_resumed)
-        unedited = [part.outputs_resumed() for part in kept]
-        everywhere: Sequence[Responses | None] = responses or [None] * (1 + len(kept))
-        of_prompts, *of_kept = everywhere
         # The size of the prompt by itself counts: all prompts of a request get the same offset.
-        stream = batch.prompts_alone(recorded[0])
+        stream = block_outputs(batch, block)
+        unedited = [part.outputs_resumed() for part in kept]
         stream_norm = stream.norm(dim=1, keepdim=True).clamp(min=1e-6)
         unit = stream_norm / stream.shape[1] ** 0.5
         # In units of the stream's root mean square, so that one learning rate of Adam suits models of any scale.
         values = torch.zeros_like(stream)
-        optimizer = config.optimizer(values)
-        best = BestValues(values, config)
-
-        def losses(step: int) -> tuple[Float[Tensor, "request prompt"], Bool[Tensor, " request"]]:
-            """Compute the gradient of the present values; return the loss of each prompt, and who says its target."""
+        optimizer = torch.optim.Adam([values], lr=config.learning_rate)
+        best, least = values.clone(), torch.full_like(values[:, 0], torch.inf)
+        reached = torch.zeros_like(least, dtype=torch.bool)
+        for step in range(config.steps):
+            report_progress("fitting what an edit adds", step, config.steps)
             values.requires_grad_()
             with torch.enable_grad():
                 offsets = values * unit
-                with add_at_subject(module, batch, offsets, of_prompts):
-                    outputs = batch.outputs_resumed()
-                by_prompt = batch.losses(outputs)
-                # Prompts that are good enough leave the others, and those that should stay, to decide.
-                objective = (by_prompt - config.satisfied * config.enough).clamp(min=0).mean(1)
-                objective = objective + config.decay * (offsets / stream_norm).square().sum(1).to(objective.device)
+                with add_at_subject(module, batch, offsets):
+                    losses = batch.losses(batch.outputs_resumed()).mean(1)
+                objective = losses + config.decay * (offsets / stream_norm).square().sum(1).to(losses.device)
                 if kept:
                     turn = step % len(kept)
-                    with add_at_subject(module, kept[turn], offsets, of_kept[turn]):
+                    with add_at_subject(module, kept[turn], offsets):
                         objective = objective + config.kl_weight * _divergences(kept[turn], unedited[turn])
                 (values.grad,) = torch.autograd.grad(objective.sum(), [values])
             values.requires_grad_(False)
             if not objective.isfinite().all():
                 raise NonFiniteError("the loss of an edit is not finite: the model's weights or activations are not")
-            return by_prompt.detach(), batch.says_targets(outputs.detach())
-
-        def move(optimizer: Any, natural: bool) -> None:
-            """Move the values against their gradient."""
-            if natural and directions is not None:
-                assert values.grad is not None
-                values.grad = torch.stack([turn(row) for turn, row in zip(directions, values.grad, strict=True)])
+            loss = losses.detach().to(least)
+            better = (loss < least) & ~reached
+            best, least = torch.where(better[:, None], values, best), torch.where(better, loss, least)
+            reached |= loss <= config.enough
+            if reached.all():
+                break
             optimizer.step()
             norms = (values * unit).norm(dim=1, keepdim=True).clamp(min=1e-30)
             values.mul_((config.largest * stream_norm / norms).clamp(max=1))
-
-        for step in range(config.steps + further):
-            report_progress("fitting what an edit adds", step, config.steps + further)
-            hard = step >= config.steps
-            if step == config.steps:
-                optimizer = config.further_optimizer(values, further)
-            by_prompt, said = losses(step)
-            best.update(values, by_prompt, said, NOTABLE_GAIN if hard else 0.0, on_average=hard)
-            if best.reached.all():
-                break
-            move(optimizer, natural=not hard)
-        if kept and config.settle and best.reached.any():
-            values.copy_(best.values)
-            optimizer = config.settling_optimizer(values)
-            for step in range(config.settle):
-                best.settle(values, *losses(step))
-                move(optimizer, natural=True)
-            best.settle(values, *losses(config.settle))
-        found: Tensor = best.values * unit
+        found: Tensor = best * unit
         return found
 
 
-def _divergences(kept: SubjectBatch, base: Float[Tensor, "target answer"]) -> Float[Tensor, " request"]:
-    """Return KL(p_edited ‖ p_base) of each request: the mean of its texts, each the mean over its targets, weighed."""
+def block_outputs(batch: SubjectBatch, block: nn.Module) -> Float[Tensor, "request d"]:
+    """Return the output of a block at the subject of each request's prompt by itself."""
+    with add_at_subject(block, batch, None) as recorded:
+        run_as_far_as(batch.task.model, [block], batch.outputs_resumed)
+    return batch.prompts_alone(recorded[0])
+
+
+def divergences_of_texts(
+    kept: SubjectBatch, outputs: Float[Tensor, "target answer"], base: Float[Tensor, "target answer"]
+) -> Float[Tensor, " text"]:
+    """Return KL(p_edited ‖ p_base) of each text, the mean over its targets, of edited and unedited outputs."""
     # Distribution.divergence has the arguments the other way round, and only its second one is differentiable.
-    edited, unedited = (outputs.float().log_softmax(-1) for outputs in (kept.outputs_resumed(), base))
+    edited, unedited = (each.float().log_softmax(-1) for each in (outputs, base))
     by_target = (edited.exp() * (edited - unedited)).sum(1)
     text = kept.text_of_target.to(by_target.device)
     texts = by_target.new_zeros(kept.requests * kept.rows_per_request).index_add(0, text, by_target)
-    return kept.weights.to(texts) * (texts / text.bincount()).view(kept.requests, -1).mean(1)
+    return texts / text.bincount()
+
+
+def _divergences(kept: SubjectBatch, base: Float[Tensor, "target answer"]) -> Float[Tensor, " request"]:
+    """Return KL(p_edited ‖ p_base) of each request: the mean of its texts, weighed."""
+    by_request = divergences_of_texts(kept, kept.outputs_resumed(), base).view(kept.requests, -1).mean(1)
+    return kept.weights.to(by_request) * by_request
