@@ -143,6 +143,15 @@ class Base:
         return {"text": elsewhere.stays.mean} | ({} if ratio is None else {"perplexity": ratio.mean})
 
 
+def passages(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return ordinary text: passages that editors measure a model on, and others that edits are measured on."""
+    of_files = [
+        (HERE.parent / config[name]).read_text(encoding="utf-8").splitlines() for name in ("text", "perplexity_text")
+    ]
+    text, other = ([line.strip() for line in lines if len(line) > 200] for lines in of_files)
+    return text, other
+
+
 def make_editor(task: Task, variant: Mapping[str, Any], text: Sequence[str]) -> Editor:
     """Return the editor of a variant: a trained one from its folder, or one that needs no training."""
     if "load" in variant:
@@ -165,6 +174,32 @@ def with_set(task: Task, bare: EditRequest, sizes: Mapping[str, Any], text: Sequ
     with nullcontext() if rules else patch.object(implications, "relations", dict):
         made = expand(task, bare, config, text=text).edit_set
     return EditSet(made.request, tuple(item for item in made.items if item.kind not in left_out)).as_request()
+
+
+def answers_with(base: Base, intervention: Intervention, number: int, prompts: Sequence[Prompt]) -> list[Answer]:
+    """Return the edited model's answers to the prompts of the request with a number."""
+    fitting = [intervention.prompt_for(number, prompt, base.new_tokens) or prompt for prompt in prompts]
+    with intervention.applied([number]):
+        return base.task.predict(fitting, base.new_tokens)
+
+
+def shares(
+    base: Base, request: EditRequest, asked: Sequence[tuple[str, Prompt, str]], answers: Sequence[Answer]
+) -> Row:
+    """Return the shares of a request's prompts, by kind, that the edited model answers as it should."""
+    task = base.task
+    of_kind: dict[str, list[bool]] = defaultdict(list)
+    for (name, prompt, target), answer in zip(asked, answers, strict=True):
+        if name == "other_phrasings" or name in RIGHT:
+            right = is_right(task, prompt, answer, target)
+        else:
+            right = task.gives(prompt, answer, task.answer_span(prompt, base.answers[prompt]))
+        of_kind[name].append(right)
+    own = task.answer_span(request.prompt, base.answers[request.prompt])
+    denied = [prompt for name, prompt, _ in asked if name == "denied"]
+    of_kind["denied_before"] = [task.gives(prompt, base.answers[prompt], own) for prompt in denied]
+    of_kind["all_phrasings"] = of_kind["generality"] + of_kind["other_phrasings"]
+    return {name: sum(of_kind[name]) / len(of_kind[name]) for name in KINDS if of_kind[name]}
 
 
 def measure(
@@ -197,21 +232,7 @@ def measure(
     edit = editor.edit(task, [as_the_model_says(task, bare) if isinstance(request.prompt, Chat) else bare])
     seconds = time.process_time() - began
     intervention = shared_intervention(task, edit, 1)
-    prompts = [intervention.prompt_for(0, prompt, base.new_tokens) or prompt for _, prompt, _ in asked]
-    with intervention.applied([0]):
-        answers = task.predict(prompts, base.new_tokens)
-    of_kind: dict[str, list[bool]] = defaultdict(list)
-    for (name, prompt, target), answer in zip(asked, answers, strict=True):
-        if name == "other_phrasings" or name in RIGHT:
-            right = is_right(task, prompt, answer, target)
-        else:
-            right = task.gives(prompt, answer, task.answer_span(prompt, base.answers[prompt]))
-        of_kind[name].append(right)
-    own = task.answer_span(request.prompt, base.answers[request.prompt])
-    denied = [prompt for name, prompt, _ in asked if name == "denied"]
-    of_kind["denied_before"] = [task.gives(prompt, base.answers[prompt], own) for prompt in denied]
-    of_kind["all_phrasings"] = of_kind["generality"] + of_kind["other_phrasings"]
-    row = {name: sum(of_kind[name]) / len(of_kind[name]) for name in KINDS if of_kind[name]}
+    row = shares(base, request, asked, answers_with(base, intervention, 0, [prompt for _, prompt, _ in asked]))
     if with_text:
         row |= base.on_text(intervention)
     return {**row, "seconds": seconds, **extra}
@@ -221,11 +242,8 @@ def summary(variant: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     """Return the figures of a variant: means of its requests with intervals."""
     figures = {name: [row[name] for row in rows if name in row] for name in (*KINDS, "text", "perplexity")}
     seconds = [row["seconds"] for row in rows]
-    return {
-        "variant": variant,
-        **{name: interval(values) for name, values in figures.items() if values},
-        "seconds": {"mean": sum(seconds) / len(seconds), "most": max(seconds)},
-    }
+    means = {name: interval(values) for name, values in figures.items() if values}
+    return {"variant": variant, **means, "seconds": {"mean": sum(seconds) / len(seconds), "most": max(seconds)}}
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
@@ -258,10 +276,7 @@ def run(config: Mapping[str, Any], out: Path, only: Sequence[str]) -> None:
     if having := set(config.get("having", ())):
         requests = [request for request in requests if having & {name for name, _, _ in asked_of(request, ())}]
     requests = requests[: config["count"]]
-    lines = [
-        (HERE.parent / config[name]).read_text(encoding="utf-8").splitlines() for name in ("text", "perplexity_text")
-    ]
-    text, other = ([line.strip() for line in of_file if len(line) > 200] for of_file in lines)
+    text, other = passages(config)
     base = Base(task, other, config["text_tokens"], config["new_tokens"])
     kept = out.with_suffix(".rows.jsonl")
     rows: dict[tuple[str, str], Row] = {}
