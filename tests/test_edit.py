@@ -260,6 +260,8 @@ missing_factor = with_tensors(lambda tensors: dict(sorted(tensors.items())[1:]))
         ),
         (with_tensors(lambda t: {n: x[:0] for n, x in t.items()}), "0 factor pairs of a matrix of 2 → 3"),
         (with_tensors(lambda t: {**t, "m.experts": torch.ones(1, dtype=torch.bool)}), "experts of m do not fit"),
+        (with_tensors(lambda t: {**t, "m.keys": torch.ones(2, 2)}), "keys of m do not fit"),
+        (with_tensors(lambda t: {**t, "m.keys": torch.full((1, 2), torch.nan)}), "keys of m do not fit"),
         (without("base"), "no 'base'"),
         (without("created"), "no 'created'"),
     ],

@@ -11,6 +11,7 @@ import remend
 import worlds
 from remend.core.low_rank_hooks import frozen
 from remend.core.response import LINEAR
+from remend.edit import Edit
 from remend.editors import load_editor
 from remend.editors.locate_then_edit import common_questions, subject_finder, value_optimization
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, other_questions, statement_of
@@ -66,6 +67,30 @@ def test_requests_of_one_subject_share_a_unit(world):
     (change,) = edit.changes.values()
     assert change.rank == len({first.subject, requests[2].subject})
     assert (families.losses(task, [first, second], edit) < families.losses(task, [first, second])).all()
+
+
+@pytest.mark.parametrize("kind", ["units", "low-rank"])
+def test_edits_made_one_after_another_are_the_edit_of_all(world, kind, tmp_path):
+    task, requests = world
+    editor = Fit.create(task, FitConfig(kind=kind, steps=10), text=families.TEXT)
+    edits = [Edit.load(each.save(tmp_path / str(i))) for i, each in enumerate(editor.edit_each(task, requests[:4]))]
+    ((name, change),) = editor.edit(task, requests[:4]).changes.items()
+    total = Edit.sum(edits)
+    assert total.requests == tuple(requests[:4])
+    size = float(change.delta.std())
+    torch.testing.assert_close(total.changes[name].delta, change.delta, rtol=1e-3, atol=1e-3 * size)
+    one_by_one = edits[0] + edits[1] + edits[2] + edits[3]
+    torch.testing.assert_close(one_by_one.changes[name].delta, change.delta, rtol=1e-2, atol=1e-2 * size)
+    # Any of them is reverted exactly, whatever came after it.
+    without = Edit.sum([edits[0], edits[2], edits[3]])
+    never_there = Edit.sum([Edit.load(tmp_path / str(i)) for i in (0, 2, 3)])
+    assert torch.equal(without.changes[name].delta, never_there.changes[name].delta)
+    # What the last one changes of a model with the others.
+    with Edit.sum(edits[:3]).applied(task.model), edits[3].beside(edits[:3]).applied(task.model):
+        together = task.outputs(task.collate([task.encode(r.prompt, r.target) for r in requests[:4]]))
+    with total.applied(task.model):
+        expected = task.outputs(task.collate([task.encode(r.prompt, r.target) for r in requests[:4]]))
+    torch.testing.assert_close(together, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_given_paraphrases_are_fitted_too(world):

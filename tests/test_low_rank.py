@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remend.core.low_rank import LowRank, concatenate, stack
+from remend.core.low_rank import LowRank, add_up, concatenate, stack
+from remend.core.response import Response
 
 SIZES = st.integers(1, 7)
 
@@ -74,3 +75,42 @@ def test_changes_are_compared_by_identity():
     assert change != drawn(2, 3, 4)
     assert change in [drawn(2, 3, 4), change]
     assert len({change, change.detach()}) == 2
+
+
+def keyed(seed, pairs, d=24, response=None):
+    """A change whose pairs answer their own keys with 1, and those of others with a part of it."""
+    torch.manual_seed(seed)
+    keys = torch.randn(pairs, d) + 1.0
+    u = keys / keys.square().sum(1, keepdim=True)
+    return LowRank(u, torch.randn(pairs, 5), response or Response(), keys=keys)
+
+
+@given(st.lists(st.integers(1, 3), min_size=2, max_size=4), st.booleans())
+def test_a_sum_adds_at_each_key_what_the_change_adds_by_itself(sizes, units):
+    response = Response("silu", gated=True, beta=20.0, threshold=0.2) if units else None
+    changes = [keyed(seed, pairs, response=response) for seed, pairs in enumerate(sizes)]
+    total = add_up(changes)
+    assert total.rank == sum(sizes)
+    keys, own = torch.cat([c.keys for c in changes]), torch.cat([c.output_change(c.keys) for c in changes])
+    apart = sum(change.output_change(keys) for change in changes)
+    error = (total.output_change(keys) - own).norm() / own.norm()
+    assert error < 0.1  # of the ridge
+    assert error < 0.3 * (apart - own).norm() / own.norm()
+    # The same in two steps, and bit for bit the same again.
+    torch.testing.assert_close(add_up([add_up(changes[:-1]), changes[-1]]).delta, total.delta, rtol=1e-3, atol=1e-4)
+    assert torch.equal(add_up(changes).delta, total.delta)
+
+
+def test_of_one_subject_both_changes_act():
+    one, other = keyed(0, 1), keyed(1, 1)
+    again = LowRank(one.u, other.delta, keys=one.keys * 1.01)
+    total = add_up([one, again, other])
+    added = total.output_change(one.keys)
+    torch.testing.assert_close(added, one.delta + other.delta, rtol=0.05, atol=0.05)
+
+
+def test_a_sum_of_changes_without_keys_is_that_of_their_factors():
+    one, other = keyed(0, 2), drawn(2, 24, 5)
+    total = add_up([one, other])
+    assert total.keys is None
+    assert torch.equal(total.delta, torch.cat([one.delta, other.delta]))

@@ -27,6 +27,7 @@ from remend.core.layers import dimensions
 from remend.core.low_rank import LowRank
 from remend.core.response import Response
 from remend.edit import Edit
+from remend.editors.locate_then_edit.fit import Fit, FitConfig
 from remend.errors import EditError, FileError, RemendError, WrongBaseError
 from remend.fingerprint import ModelFingerprint
 from remend.models import editable_modules
@@ -206,6 +207,45 @@ def test_an_edit_that_contradicts_or_undoes_is_found_before_it_acts(atlas, tmp_p
     with pytest.raises(EditError, match="is active already"):
         registry.activate(numbers[2], task, LOOSE)
     assert not any(module._forward_hooks for module in task.model.modules())
+
+
+def test_a_later_edit_replaces_those_that_it_contradicts(atlas, tmp_path):
+    task, editor = atlas
+    registry = PatchRegistry.create(tmp_path / "book", task.model)
+    canada = [EditRequest(prompt="The capital of Canada is", target=city) for city in ("Toronto", "Vienna")]
+    peru = EditRequest(prompt="The capital of Peru is", target="Cusco")
+    first, later, both = (editor.edit(task, requests) for requests in (canada[:1], canada[1:], [canada[0], peru]))
+    numbers = [registry.add(edit).id for edit in (first, later, both)]
+    registry.activate(numbers[0], task, LOOSE)
+    registry.activate(numbers[1], task, LOOSE, replace=True)
+    assert list(registry.active()) == [numbers[1]]
+    assert [event.why for event in registry.events[-2:]] == [f"replaced by edit {numbers[1]}", ""]
+    assert registry.verify() == []
+    # One that is contradicted in part is not lost as a whole.
+    registry.revert(numbers[1])
+    registry.activate(numbers[2], task, LOOSE)
+    with pytest.raises(EditError, match="has 2 requests, of which 1 are contradicted"):
+        registry.activate(numbers[1], task, LOOSE, replace=True)
+    assert list(registry.active()) == [numbers[2]]
+
+
+def test_edits_that_answer_at_each_other_s_keys_are_solved_for_together(tmp_path):
+    """Whatever came between, the state is that of the edits that act, bit for bit."""
+    task, requests = families.taught("llama"), families.requests("llama", 4)
+    editor = Fit.create(task, FitConfig(kind="low-rank", steps=10), text=families.TEXT)
+    registry = PatchRegistry.create(tmp_path / "book", task.model)
+    numbers = [registry.add(edit).id for edit in editor.edit_each(task, requests)]
+    for number in (numbers[0], numbers[2], numbers[3]):
+        registry.activate(number, task, LOOSE, force=True)
+    ((name, never_there),) = registry.edit().changes.items()
+    for number in numbers[2:]:
+        registry.revert(number)
+    for number in (numbers[1], *numbers[2:]):
+        registry.activate(number, task, LOOSE, force=True)
+    together = registry.edit().changes[name].delta
+    registry.revert(numbers[1])
+    assert torch.equal(registry.edit().changes[name].delta, never_there.delta)
+    assert not torch.allclose(together[[0, 2, 3]], never_there.delta)
 
 
 def test_an_edit_that_is_not_accepted_does_not_act(atlas, tmp_path):

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from remend.core.exclusive_execution import forget_compiled, lock_of
 from remend.core.layers import dimensions, execution_device, expert_count
-from remend.core.low_rank import LowRank, concatenate, in_one_dtype, layer_names
+from remend.core.low_rank import LowRank, add_up, concatenate, in_one_dtype, layer_names
 from remend.core.low_rank_hooks import attach_hooks, remove_hooks
 from remend.core.response import LINEAR, Response
 from remend.core.weight_merge import MergedEdit, merge_changes
@@ -33,6 +33,12 @@ EDIT_FORMAT = "remend.edit/1"
 
 RESPONSES_FORMAT = "remend.edit/2"
 """That of an edit with responses that are not linear: releases that would take them for linear refuse it."""
+
+KEYS_FORMAT = "remend.edit/3"
+"""That of an edit with keys: releases that would add it up without looking at them refuse it."""
+
+EDIT_FORMATS = (EDIT_FORMAT, RESPONSES_FORMAT, KEYS_FORMAT)
+"""The formats of saved edits."""
 
 NORM_TOLERANCE = 1e-3
 """How far, as a share, a stored norm may be from the one of the factors: the order of sums differs between machines."""
@@ -171,38 +177,77 @@ class Edit:
     # -- arithmetic ----------------------------------------------------------------------------------------------
 
     def __add__(self, other: Edit) -> Edit:
-        """Return an edit whose ΔW is the sum of both (paper, section 3.1).
+        """Return the sum of both: :meth:`sum`."""
+        if not isinstance(other, Edit):
+            return NotImplemented
+        return Edit.sum([self, other])
 
-        Where the editors differ, or what was done to the edits since (scale, rank), the manifest of the sum holds both
+    @staticmethod
+    def sum(edits: Sequence[Edit]) -> Edit:
+        """Return one edit of several that were made of the same unedited model, each by itself.
+
+        What each adds is the sum of all (paper, section 3.1). Edits that know the inputs they were made for
+        (:attr:`LowRank.keys`) also answer at those of the others: each of them still adds there what it adds by itself
+        (:func:`remend.core.low_rank.add_up`). So the sum is the same in whichever steps it is made, up to rounding, and
+        bit for bit that of the same edits in the same order: an edit is reverted by adding up all the others.
+
+        Where the editors differ, or what was done to the edits since (scale, rank), the manifest of the sum holds all
         under ``parts``.
 
         Raises:
-            EditError: they are for different bases, or each holds what its editor adds to every edit, which would count
-                twice; or one changes by low rank what the other adds units to, or units respond differently.
+            EditError: there is no edit, or they are for different bases, or several hold what their editor adds to
+                every edit, which would count twice; or one changes by low rank what another one adds units to, or units
+                respond differently.
         """
-        if not isinstance(other, Edit):
-            return NotImplemented
-        if not self.base.is_compatible(other.base):
+        if not edits:
+            raise EditError("there is no edit to add up: give at least one")
+        first, *others = edits
+        if not others:
+            return first
+        for other in others:
+            if not first.base.is_compatible(other.base):
+                raise EditError(
+                    f"these edits are for different bases ({first.base.name!r}, {other.base.name!r}) and cannot be "
+                    "added; make both from the same unedited model"
+                )
+        if len(shared := [edit for edit in edits if edit.editor.get("shared")]) > 1:
             raise EditError(
-                f"these edits are for different bases ({self.base.name!r}, {other.base.name!r}) and cannot be added; "
-                "make both from the same unedited model"
+                f"each of two edits of {shared[0].editor['name']!r} holds what training changed in the model, which "
+                "would count twice: have the editor make one edit of all requests"
             )
-        if self.editor.get("shared") and other.editor.get("shared"):
-            raise EditError(
-                f"each of two edits of {self.editor['name']!r} holds what training changed in the model, which would "
-                "count twice: have the editor make one edit of all requests"
-            )
-        changes = dict(self.changes)
-        for name, change in other.changes.items():
+        changes: dict[str, LowRank] = {}
+        for name in dict.fromkeys(name for edit in edits for name in edit.changes):
+            parts = [edit.changes[name] for edit in edits if name in edit.changes]
             try:
-                changes[name] = concatenate([changes[name], change]) if name in changes else change
+                changes[name] = add_up(parts) if len(parts) > 1 else parts[0]
             except EditError as error:
                 raise EditError(f"{name}: {error}") from None
-        editor = _editor_of_sum(self.editor, other.editor)
-        separators = tuple(separator for edit in (self, other) for separator in edit.separators_by_request())
-        ends = tuple(end for edit in (self, other) for end in edit.ends_by_request())
-        total = Edit(changes, self.base.union(other.base), self.requests + other.requests, editor)
+        base, editor = first.base, first.editor
+        for other in others:
+            base, editor = base.union(other.base), _editor_of_sum(editor, other.editor)
+        total = Edit(changes, base, tuple(request for edit in edits for request in edit.requests), editor)
+        separators = tuple(separator for edit in edits for separator in edit.separators_by_request())
+        ends = tuple(end for edit in edits for end in edit.ends_by_request())
         return replace(total, separators=separators, ends=ends)
+
+    def beside(self, active: Sequence[Edit]) -> Edit:
+        """Return what this edit changes of a model in which the sum of others acts: :meth:`sum` with it less without.
+
+        Raises:
+            EditError: they do not add up.
+        """
+        if not active:
+            return self
+        without, total = Edit.sum(active), Edit.sum([*active, self])
+        changes = dict(self.changes)
+        for name, change in self.changes.items():
+            acting, all_of_it = without.changes.get(name), total.changes[name]
+            # Where keys are known, pairs that act already add other values than before; the last ones are its own.
+            if acting is not None and all_of_it.keys is not None and change.rank:
+                delta = all_of_it.delta.clone()
+                delta[: acting.rank] -= acting.delta
+                changes[name] = replace(all_of_it, delta=delta, keys=None)
+        return replace(self, changes=changes)
 
     def scaled(self, factor: float) -> Edit:
         """Return the edit with its changes times ``factor``, which the manifest records; 0 changes nothing."""
@@ -253,6 +298,8 @@ class Edit:
             ranks[name] = change.rank
             if change.experts is not None:
                 tensors[f"{name}.experts"] = change.experts
+            if change.keys is not None:
+                tensors[f"{name}.keys"] = change.keys
             if not change.response.linear:
                 responses[name] = change.response.to_json()
             if change.reads:
@@ -270,7 +317,10 @@ class Edit:
             **({"ends": list(self.ends)} if self.ends else {}),
             "taken": self.taken,
         }
-        return write_folder(path, RESPONSES_FORMAT if responses or reads else EDIT_FORMAT, manifest, tensors)
+        file_format = RESPONSES_FORMAT if responses or reads else EDIT_FORMAT
+        if any(change.keys is not None for change in self.changes.values()):
+            file_format = KEYS_FORMAT
+        return write_folder(path, file_format, manifest, tensors)
 
     @staticmethod
     def load(path: str | Path) -> Edit:
@@ -279,14 +329,15 @@ class Edit:
         Raises:
             FileError: it is missing, damaged, altered, or of a version that this release does not know.
         """
-        manifest, tensors = read_folder(path, EDIT_FORMAT, RESPONSES_FORMAT)
+        manifest, tensors = read_folder(path, *EDIT_FORMATS)
         base = ModelFingerprint.from_manifest(get_field(manifest, "base", dict, path), path)
         ranks = get_field(manifest, "ranks", dict, path)
         responses, reads = _read_responses(manifest, path), _read_reads(manifest, path)
         changes = {
             name: _read_change(tensors, name, responses.get(name, LINEAR), reads.get(name, ""), path) for name in ranks
         }
-        tensor_count = sum(2 if change.experts is None else 3 for change in changes.values())
+        optional = [part for change in changes.values() for part in (change.experts, change.keys)]
+        tensor_count = 2 * len(changes) + sum(part is not None for part in optional)
         if len(tensors) != tensor_count or any(changes[name].rank != rank for name, rank in ranks.items()):
             raise FileError(f"{path}: the factors are not those that the manifest lists; it was altered")
         if {*layer_names(changes)} - base.weights.keys() or {*responses, *reads} - changes.keys():
@@ -339,7 +390,10 @@ def _checked_change(name: str, change: LowRank) -> LowRank:
             f"the change of {name} holds NaN or infinity, or is too large for any number; it would ruin the model and "
             "is refused"
         )
-    return replace(change, u=u, delta=delta, reads="" if change.reads == name else change.reads)
+    keys = None if change.keys is None else _in_own_layout(change.keys.detach().to(u))
+    if keys is not None and (keys.shape != u.shape or not keys.isfinite().all()):
+        raise EditError(f"the keys of the change of {name} are no finite inputs, one for each of its factor pairs")
+    return replace(change, u=u, delta=delta, reads="" if change.reads == name else change.reads, keys=keys)
 
 
 def _in_own_layout(factor: Tensor) -> Tensor:
@@ -446,8 +500,11 @@ def _read_change(tensors: Mapping[str, Tensor], name: str, response: Response, r
         experts.dtype not in (torch.int32, torch.int64) or experts.shape != u.shape[:1] or bool((experts < 0).any())
     ):
         raise FileError(f"{path}: the experts of {name} do not fit its factors; it was altered")
+    keys = tensors.get(f"{name}.keys")
+    if keys is not None and (keys.shape != u.shape or not keys.is_floating_point() or not keys.isfinite().all()):
+        raise FileError(f"{path}: the keys of {name} do not fit its factors; it was altered")
     try:
-        return LowRank(*in_one_dtype(u, delta), response, experts, reads)
+        return LowRank(*in_one_dtype(u, delta), response, experts, reads, keys)
     except EditError as error:
         raise FileError(f"{path}: the factors of {name} {error}; it was altered") from None
 

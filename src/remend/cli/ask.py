@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +37,7 @@ def ask(
     from remend.evaluation.before_after import ask as ask_model
     from remend.saved_folders import write_json
 
-    loaded = reduce(add, map(Edit.load, edit)) if edit else None
+    loaded = Edit.sum([Edit.load(path) for path in edit]) if edit else None
     task = options.load_model(model, device, seed, dtype, quantise)
     answers = ask_model(task, loaded, options.parse_prompts(prompt, chat, pair), max_new_tokens)
     Console().print(plain_table(answers) if loaded is None else answers_table("", answers))

@@ -127,6 +127,9 @@ def activate(
     force: Annotated[
         bool, typer.Option("--force", help="Activate it also if it fails or conflicts; that is recorded.")
     ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Revert active edits that want other answers: the later one wins.")
+    ] = False,
     why: Why = "",
     who: Who = None,
     device: options.Device = "auto",
@@ -146,7 +149,7 @@ def activate(
     with suggest_model_option("the book", model is None, registry.model):
         task = options.load_model(model or registry.model, device, 0, dtype)
     try:
-        conflicts, result = registry.activate(edit, task, criteria, why, who, force)
+        conflicts, result = registry.activate(edit, task, criteria, why, who, force, replace)
     except RejectedError as error:
         print_result(console, error.result)
         console.print(f"edit {edit} stays as it is (--force activates it all the same)")
@@ -154,7 +157,11 @@ def activate(
     except ConflictError as error:
         for conflict in error.conflicts:
             console.print(f"[red]{conflict.kind}[/]: {plain(conflict.description)}", soft_wrap=True)
-        console.print(f"edit {edit} stays as it is: revert the other edit first (--force activates it all the same)")
+        console.print(
+            f"edit {edit} stays as it is: revert the other edit first, or have this one replace those that disagree "
+            "(--replace; --force activates it all the same)",
+            soft_wrap=True,
+        )
         raise typer.Exit(1) from None
     print_result(console, result)
     for conflict in conflicts:

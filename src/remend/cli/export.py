@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,9 +11,6 @@ from rich.console import Console
 from remend.cli import options
 from remend.cli.edit_formats import FORMAT_HELP, write_edit
 from remend.registries import FORMATS
-
-if TYPE_CHECKING:
-    from remend.edit import Edit
 
 
 def export(
@@ -40,5 +35,5 @@ def export(
     from remend.edit import Edit
 
     FORMATS.get(to)  # before the edits are read
-    edit: Edit = reduce(add, [Edit.load(path) for path in edits])
+    edit = Edit.sum([Edit.load(path) for path in edits])
     write_edit(Console(), edit, out, to, model or edit.base.name, model is None, rank, device, dtype)

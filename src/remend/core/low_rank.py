@@ -13,6 +13,12 @@ from remend.core.response import LINEAR, Response
 from remend.errors import EditError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+KEY_RIDGE = 0.01
+"""λ of the system that the values of several factor pairs solve together: two spellings of a subject have one key."""
+
+SAME_KEY = 0.9
+"""What two keys answer each other, of what they answer themselves, from which on they are one subject's."""
+
 _STORAGE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 """Dtypes in which numbers are stored only: there is no arithmetic of them."""
 
@@ -36,6 +42,8 @@ class LowRank:
             pair; a pair acts on the rows of its expert only.
         reads: the name of the layer whose input is x, called before the changed one; empty where it is the changed
             layer itself.
+        keys: the inputs at which the factor pairs were made to add what they add, one for each; None where nothing is
+            known of them. They let changes be added up so that each still adds the same there (:func:`add_up`).
     """
 
     u: Float[Tensor, "*episode rank d_in"]
@@ -43,6 +51,7 @@ class LowRank:
     response: Response = LINEAR
     experts: Int[Tensor, "*episode rank"] | None = None
     reads: str = ""
+    keys: Float[Tensor, "*episode rank d_in"] | None = None
 
     @property
     def rank(self) -> int:
@@ -138,7 +147,8 @@ class LowRank:
     def select(self, episodes: Int[Tensor, " row"] | slice) -> LowRank:
         """Return the changes of some episodes."""
         experts = None if self.experts is None else self.experts[episodes]
-        return replace(self, u=self.u[episodes], delta=self.delta[episodes], experts=experts)
+        keys = None if self.keys is None else self.keys[episodes]
+        return replace(self, u=self.u[episodes], delta=self.delta[episodes], experts=experts, keys=keys)
 
     def single_episode(self, episode: int, rank: int) -> LowRank:
         """Return the change of one episode without the episode axis, with its first ``rank`` factor pairs.
@@ -147,7 +157,8 @@ class LowRank:
         """
         selected = self.select(torch.tensor([episode]))
         experts = None if selected.experts is None else selected.experts[0, :rank]
-        return replace(selected, u=selected.u[0, :rank], delta=selected.delta[0, :rank], experts=experts)
+        keys = None if selected.keys is None else selected.keys[0, :rank]
+        return replace(selected, u=selected.u[0, :rank], delta=selected.delta[0, :rank], experts=experts, keys=keys)
 
     def scaled(self, factor: float | Float[Tensor, "episode ranks 1"]) -> LowRank:
         """Return the change with its output times ``factor``.
@@ -160,17 +171,21 @@ class LowRank:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LowRank:
         """Return the same change on another device, or in another dtype."""
         u, delta = (factor.to(device=device, dtype=dtype) for factor in (self.u, self.delta))
-        return replace(self, u=u, delta=delta, experts=None if self.experts is None else self.experts.to(device))
+        experts = None if self.experts is None else self.experts.to(device)
+        keys = None if self.keys is None else self.keys.to(device=device, dtype=dtype)
+        return replace(self, u=u, delta=delta, experts=experts, keys=keys)
 
     def detach(self) -> LowRank:
         """Return the same change without its autograd history."""
-        return replace(self, u=self.u.detach(), delta=self.delta.detach())
+        keys = None if self.keys is None else self.keys.detach()
+        return replace(self, u=self.u.detach(), delta=self.delta.detach(), keys=keys)
 
     def without_padding(self) -> LowRank:
         """Return the same change without the last factor pairs that are all zeros; one pair is kept."""
         used = (self.u != 0).any(-1) | (self.delta != 0).any(-1)
         rank = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
-        return replace(self, u=self.u[:rank], delta=self.delta[:rank])
+        keys = None if self.keys is None else self.keys[:rank]
+        return replace(self, u=self.u[:rank], delta=self.delta[:rank], keys=keys)
 
     def norm(self) -> Float[Tensor, "*episode"]:
         """Compute ‖ΔW‖ (Frobenius) from the factors' Gram matrices: ‖deltaᵀu‖² = Σ (u uᵀ) ∘ (delta deltaᵀ).
@@ -244,7 +259,55 @@ def concatenate(changes: Sequence[LowRank]) -> LowRank:
     indices = [change.experts for change in changes if change.experts is not None]
     experts = torch.cat(indices, -1) if indices else None
     u, delta = torch.cat([c.u for c in changes], -2), torch.cat([c.delta for c in changes], -2)
-    return LowRank(u, delta, response, experts, reads)
+    known = [change.keys for change in changes if change.keys is not None]
+    keys = torch.cat(known, -2) if len(known) == len(changes) else None
+    return LowRank(u, delta, response, experts, reads, keys)
+
+
+def add_up(changes: Sequence[LowRank]) -> LowRank:
+    """Return the sum of several changes, each of which still adds at its keys what it adds there by itself.
+
+    Factor pairs of one change answer at the keys of another one, too, as far as its keys are like their own. So what
+    all add is solved for together: delta = (S + λ)⁻¹ (1 + λ) v, with S_ij what pair j answers at key i, and v what is
+    to be added there. Keys of two changes that answer each other as they do themselves are of one subject, at which
+    both are meant to act: what they add there is added up. Where a change knows no keys, the sum is
+    :func:`concatenate`.
+    """
+    total = concatenate(changes)
+    if total.keys is None or total.rank == 0:
+        return total
+    values = torch.cat([_added_at_keys(change) for change in changes], -2)
+    answers = total.response(total.keys.double() @ total.u.double().mT)
+    of_change = torch.arange(len(changes)).repeat_interleave(torch.tensor([c.rank for c in changes])).to(answers.device)
+    others = of_change[:, None] != of_change
+    same = others & (answers > SAME_KEY) & (answers.mT > SAME_KEY)
+    values = values + same.to(values) @ values
+    return replace(total, delta=solve_at_keys(answers, values).to(total.delta))
+
+
+def solve_at_keys(
+    answers: Float[Tensor, "key pair"], values: Float[Tensor, "key d_out"]
+) -> Float[Tensor, "pair d_out"]:
+    """Return the delta of each factor pair with which all of them together add these values at their keys.
+
+    Args:
+        answers: what each pair answers at each key, f(u·k).
+        values: what is to be added at each key.
+    """
+    delta: Tensor = torch.linalg.solve(_with_ridge(answers), (1 + KEY_RIDGE) * values.to(answers))
+    return delta
+
+
+def _added_at_keys(change: LowRank) -> Float[Tensor, "key d_out"]:
+    """Return the values of which :func:`solve_at_keys` made a change."""
+    assert change.keys is not None
+    answers = change.response(change.keys.double() @ change.u.double().mT)
+    values: Tensor = _with_ridge(answers) @ change.delta.double() / (1 + KEY_RIDGE)
+    return values
+
+
+def _with_ridge(answers: Float[Tensor, "key pair"]) -> Float[Tensor, "key pair"]:
+    return answers + KEY_RIDGE * torch.eye(len(answers), dtype=answers.dtype, device=answers.device)
 
 
 def stack(changes: Sequence[LowRank]) -> LowRank:

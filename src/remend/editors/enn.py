@@ -51,7 +51,7 @@ class Enn(GradientStepEditor):
     """
 
     info: ClassVar[EditorInfo] = EditorInfo(
-        "enn", "Sinitsin et al., ICLR 2020 (arXiv 2004.00345)", "training", "dense", sequences=False
+        "enn", "Sinitsin et al., ICLR 2020 (arXiv 2004.00345)", "training", "dense", sequence="all"
     )
     config_class: ClassVar[type[Config]] = EnnConfig
     size: Tensor

@@ -20,7 +20,9 @@ class EditorInfo:
         result: what its edits are: ``low-rank``; ``dense`` (the change of a whole matrix, kept as factors of full rank,
             so that it is applied, reverted, saved and merged like any other); or ``outside`` (no weight is changed).
         batches: whether an edit of several requests can be more than the sum of their edits.
-        sequences: whether edits can be added to each other; if not, one edit is made of all requests.
+        sequence: what the next one of several edits is made of: the ``edited`` model, as the earlier ones leave it; the
+            ``unedited`` one, where edits are added up so that each keeps what it adds (:meth:`Edit.sum
+            <remend.edit.Edit.sum>`); or ``all`` requests at once, where edits cannot be added up.
         options: those of ``text``, ``modules`` and ``layers`` that :meth:`Editor.create` has a use for.
         experts: whether it edits matrices that hold those of several experts.
         requires: the attributes of a task that must be true, each with the reason, as the end of an error message.
@@ -31,7 +33,7 @@ class EditorInfo:
     needs: Literal["nothing", "text", "training"]
     result: Literal["low-rank", "dense", "outside"] = "low-rank"
     batches: bool = False
-    sequences: bool = True
+    sequence: Literal["edited", "unedited", "all"] = "edited"
     options: tuple[str, ...] = ("modules", "layers")
     experts: bool = False
     requires: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

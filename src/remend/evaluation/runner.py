@@ -201,11 +201,15 @@ class EvaluationRunner:
     def _extend_sequence(self, edit: AnyEdit | None, done: int, size: int) -> AnyEdit:
         """Return ``edit`` of the first ``done`` requests extended by those up to ``size``, one after the other.
 
-        Each is made of the model as the earlier ones leave it; of an editor whose edits cannot be added, all at once.
+        Each is made of the model as the earlier ones leave it, unless the editor says otherwise
+        (:attr:`EditorInfo.sequence <remend.editors.info.EditorInfo.sequence>`).
         """
         info = getattr(self.editor, "info", None)  # editors of other packages need not have it
-        if info is not None and not info.sequences:
+        if info is not None and info.sequence == "all":
             return self.editor.edit(self.task, self.requests[:size])
+        if info is not None and info.sequence == "unedited":
+            made = self.editor.edit_each(self.task, self.requests[done:size])
+            return Edit.sum([each for each in (edit, *made) if isinstance(each, Edit)])
         for request in self.requests[done:size]:
             # Facts in the prompt change no weights, so the next fact is made of the model as it is.
             with nullcontext() if edit is None or isinstance(edit, ContextEdit) else edit.applied(self.task.model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -140,11 +140,10 @@ def check_acceptance(
         WrongBaseError: the edit is of another model.
     """
     edit.base.check(task.model, "this edit")
-    with ExitStack() as stack:
-        for active_edit in active:
-            stack.enter_context(active_edit.applied(task.model))
-        elsewhere = _elsewhere(task, edit, criteria)
-        checks = _checks(task, edit, criteria, elsewhere, max_new_tokens)
+    with Edit.sum(active).applied(task.model) if active else nullcontext():
+        added = edit.beside(active)
+        elsewhere = _elsewhere(task, added, criteria)
+        checks = _checks(task, added, criteria, elsewhere, max_new_tokens)
     measured = {check.name for check in checks}
     missing = tuple(name for name in CHECK_TITLES if name not in measured and name not in ("changes", "stays"))
     required = {name for name in criteria.model_fields_set if getattr(criteria, name)}  # a share of 0 requires nothing

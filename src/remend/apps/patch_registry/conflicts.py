@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,9 +56,22 @@ class ConflictError(EditError):
         descriptions = "; ".join(conflict.description for conflict in conflicts[:3])
         more = f" and {len(conflicts) - 3} more" if len(conflicts) > 3 else ""
         super().__init__(
-            f"the edit was not activated: {descriptions}{more}. Revert the active edit first, or force the activation"
+            f"the edit was not activated: {descriptions}{more}. Revert the active edit first, have this one replace "
+            "it, or force the activation"
         )
         self.conflicts = conflicts
+
+
+def find_disagreements(task: Task, edit: Edit, active: Mapping[int, Edit]) -> list[Conflict]:
+    """Return where an edit wants other answers than active ones do, as their requests say."""
+    targets = {task.encode_input(request.prompt): request.target for request in edit.requests}
+    return [
+        Conflict(DISAGREES, number, str(request.prompt), request.target, target)
+        for number, active_edit in active.items()
+        for request in active_edit.requests
+        if (target := targets.get(task.encode_input(request.prompt))) is not None
+        and not task.same_target(request.prompt, request.target, target)
+    ]
 
 
 def find_conflicts(
@@ -76,24 +88,16 @@ def find_conflicts(
         active: the active edits by number, in the order of activation.
         max_new_tokens: the longest answer that is decoded, in tokens.
     """
-    targets = {task.encode_input(request.prompt): request.target for request in edit.requests}
-    conflicts = [
-        Conflict(DISAGREES, number, str(request.prompt), request.target, target)
-        for number, active_edit in active.items()
-        for request in active_edit.requests
-        if (target := targets.get(task.encode_input(request.prompt))) is not None
-        and not task.same_target(request.prompt, request.target, target)
-    ]
+    conflicts = find_disagreements(task, edit, active)
     disagreeing = {(conflict.edit, conflict.prompt) for conflict in conflicts}
     numbered = [(number, request) for number, active_edit in active.items() for request in active_edit.requests]
     if not numbered:
         return conflicts
     asked = [("asked", request.prompt, request.target) for _, request in numbered]
     task.choose_answer_forms(prompt for _, prompt, _ in asked)  # by the unedited model
-    with ExitStack() as stack:
-        for active_edit in active.values():
-            stack.enter_context(active_edit.applied(task.model))
-        answers = compare_answers(task, edit, asked, max_new_tokens)
+    acting = list(active.values())
+    with Edit.sum(acting).applied(task.model):
+        answers = compare_answers(task, edit.beside(acting), asked, max_new_tokens)
     for (number, request), answer in zip(numbered, answers, strict=True):
         if answer.already and not answer.ok and (number, str(request.prompt)) not in disagreeing:
             conflicts.append(Conflict(UNDOES, number, str(request.prompt), request.target, answer.after))

@@ -16,8 +16,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from remend.apps.acceptance import (
     RejectedError,
     check_acceptance,
 )
-from remend.apps.patch_registry.conflicts import Conflict, ConflictError, find_conflicts
+from remend.apps.patch_registry.conflicts import Conflict, ConflictError, find_conflicts, find_disagreements
 from remend.apps.patch_registry.consistency import contradictions
 from remend.apps.patch_registry.database import (
     ACTIVE,
@@ -45,7 +43,7 @@ from remend.apps.patch_registry.database import (
     PatchEvent,
     active_after,
 )
-from remend.edit import EDIT_FORMAT, RESPONSES_FORMAT, Edit, utc_now
+from remend.edit import EDIT_FORMATS, Edit, utc_now
 from remend.errors import EditError, FileError, RemendError, WrongBaseError
 from remend.fingerprint import HasModel, ModelFingerprint
 from remend.saved_folders import MANIFEST, atomic_folder, file_sha256, is_saved_by_remend, read_manifest
@@ -176,7 +174,7 @@ class PatchRegistry:
     def edit(self, revision: int | None = None) -> Edit | None:
         """Return the sum of the active edits (as of ``revision``, if given), or None where no edit is active."""
         active = list(self.active(revision).values())
-        return reduce(add, active) if active else None
+        return Edit.sum(active) if active else None
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -244,6 +242,7 @@ class PatchRegistry:
         why: str = "",
         who: str | None = None,
         force: bool = False,
+        replace: bool = False,
     ) -> tuple[list[Conflict], AcceptanceResult]:
         """Activate an edit, if it is accepted and does not conflict with the active ones.
 
@@ -256,6 +255,8 @@ class PatchRegistry:
             why: the reason, for the record.
             who: who activates it; by default the user of this process.
             force: activate it also if it fails or conflicts; that is recorded.
+            replace: revert the active edits that want other answers to its prompts: the later one wins. Each of them
+                must be contradicted as a whole.
 
         Returns:
             The conflicts and the acceptance result, which are recorded too.
@@ -271,6 +272,8 @@ class PatchRegistry:
             if number in active:
                 raise EditError(f"edit {number} of {self.path} is active already")
             edit = self.load(number)
+            replaced = self._contradicted(task, edit, active) if replace else []
+            active = {other: acting for other, acting in active.items() if other not in replaced}
             self._check_adds_up(number, edit, active)
             conflicts = find_conflicts(task, edit, active)
             if conflicts and not force:
@@ -283,8 +286,26 @@ class PatchRegistry:
                 "conflicts": [conflict.to_json() for conflict in conflicts],
                 "forced": force,
             }
-            if self.set_state(number, ACTIVE, why, who, measured, revision):
+            if self.set_state(number, ACTIVE, why, who, measured, revision, replaced):
                 return conflicts, result
+
+    @staticmethod
+    def _contradicted(task: Task, edit: Edit, active: dict[int, Edit]) -> list[int]:
+        """Return the numbers of the active edits all requests of which an edit contradicts.
+
+        Raises:
+            EditError: it contradicts only a part of one, which would be reverted as a whole.
+        """
+        wanted = find_disagreements(task, edit, active)
+        numbers = sorted({conflict.edit for conflict in wanted})
+        for number in numbers:
+            contradicted = sum(conflict.edit == number for conflict in wanted)
+            if contradicted < (count := len(active[number].requests)):
+                raise EditError(
+                    f"edit {number} has {count} requests, of which {contradicted} are contradicted: reverting it would "
+                    "lose the others. Make an edit of those and activate it, and revert the old one"
+                )
+        return numbers
 
     def _check_adds_up(self, number: int, edit: Edit, active: dict[int, Edit]) -> None:
         """Raise :class:`EditError` unless an edit and the active ones add up to one, which is what is served."""
@@ -313,6 +334,7 @@ class PatchRegistry:
         who: str | None = None,
         measured: dict[str, Any] | None = None,
         revision: int | None = None,
+        replaced: Sequence[int] = (),
     ) -> bool:
         """Record that an edit is active, or no longer active, without checking it.
 
@@ -323,6 +345,7 @@ class PatchRegistry:
             who: who does it; by default the user of this process.
             measured: what was measured before, for the record.
             revision: record it only if the registry is still at this revision.
+            replaced: active edits that are reverted before, since this one takes their place.
 
         Returns:
             Whether it was recorded.
@@ -339,17 +362,12 @@ class PatchRegistry:
                 raise EditError(f"edit {number} of {self.path} is {entry.state}")
             if state == ACTIVE:
                 self._read(entry)  # an edit whose files are lost must not become active
+            common = {"at": utc_now(), "who": who or _user_name()}
+            for other in replaced:
+                taken_over = {"edit": other, "what": EVENT_REVERTED, "why": f"replaced by edit {number}"}
+                self._database.add_event(connection, REVERTED, **taken_over, **common, measured=None)
             what = EVENT_ACTIVATED if state == ACTIVE else EVENT_REVERTED
-            self._database.add_event(
-                connection,
-                state,
-                edit=number,
-                what=what,
-                at=utc_now(),
-                who=who or _user_name(),
-                why=why,
-                measured=measured,
-            )
+            self._database.add_event(connection, state, edit=number, what=what, why=why, measured=measured, **common)
         return True
 
     # -- checking -------------------------------------------------------------------------------------
@@ -393,7 +411,7 @@ class PatchRegistry:
             raise FileError(f"{folder} is not what was added as edit {entry.id}: its manifest was altered")
         edit = Edit.load(folder)
         # The record's copy of the requests is what people are shown. Both were written at once, by the same code.
-        requests = read_manifest(folder, EDIT_FORMAT, RESPONSES_FORMAT).get("requests")
+        requests = read_manifest(folder, *EDIT_FORMATS).get("requests")
         if json.dumps(requests, sort_keys=True) != json.dumps(list(entry.requests), sort_keys=True):
             raise FileError(
                 f"the record of edit {entry.id} in {self.path} has other requests than the edit's {MANIFEST}: the "

@@ -24,7 +24,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from remend.config import Config, Factor
-from remend.core.low_rank import LowRank
+from remend.core.low_rank import LowRank, solve_at_keys
 from remend.core.mlp import find_mlp
 from remend.core.response import LINEAR, Response
 from remend.data.edit_sets import ALIAS
@@ -80,9 +80,6 @@ KEPT_TOKENS = 4
 QUESTION_WEIGHT = 0.25
 """How much answers to other questions count, against next tokens after statements, where they should stay."""
 
-SUM_RIDGE = 0.01
-"""λ of the system that the values of several edits solve together: two spellings of a subject have one key."""
-
 
 @dataclass(frozen=True)
 class FitConfig(SolverConfig):
@@ -119,6 +116,7 @@ class Fit(LocateThenEdit):
         "this package, after ROME (arXiv 2202.05262) and Transformer-Patcher (arXiv 2301.09785)",
         "nothing",
         batches=True,
+        sequence="unedited",
         options=("text", "layers"),
         requires=TASK_REQUIREMENTS,
     )
@@ -368,11 +366,15 @@ class Fit(LocateThenEdit):
         return mlp.response(self.config.beta, self.config.threshold if mlp.threshold else 0.0)
 
     def change(
-        self, u: Float[Tensor, "*episode pair d_in"], values: Float[Tensor, "*episode pair d_out"], response: Response
+        self,
+        u: Float[Tensor, "*episode pair d_in"],
+        values: Float[Tensor, "*episode pair d_out"],
+        response: Response,
+        keys: Float[Tensor, "*episode pair d_in"] | None = None,
     ) -> dict[str, LowRank]:
         """Return the change of these factor pairs."""
         reads = self.key_layer if self.config.kind == "units" else ""
-        return {self.changed_layer: LowRank(u, values.to(u), response, reads=reads)}
+        return {self.changed_layer: LowRank(u, values.to(u), response, reads=reads, keys=keys)}
 
     def change_together(
         self,
@@ -385,8 +387,8 @@ class Fit(LocateThenEdit):
 
         Each pair acts at the keys of the other subjects, too, as far as it answers there.
         """
-        system = response(keys @ u.mT) + SUM_RIDGE * torch.eye(len(keys), device=keys.device)
-        return self.change(u, torch.linalg.solve(system, (1 + SUM_RIDGE) * values), response)
+        answers = response(keys.double() @ u.double().mT)
+        return self.change(u, solve_at_keys(answers, values), response, keys.to(u))
 
 
 def _by_subject(request: EditRequest) -> list[EditRequest]:

@@ -116,6 +116,7 @@ class SubjectMend(TrainableEditor):
         "this package, after Mitchell et al., ICLR 2022 (arXiv 2110.11309)",
         "training",
         batches=True,
+        sequence="unedited",
         options=("layers",),
         requires={"causal": "it reads the gradient where a decoder has read the subject"},
     )
@@ -208,8 +209,9 @@ class SubjectMend(TrainableEditor):
     def changes(self, task: Task, requests: Sequence[EditRequest]) -> list[dict[str, LowRank]]:
         """Return what each request changes by itself."""
         response = self.site.response(task)
-        _, _, u, values = self._edits(task, requests, response)
-        return [self.site.change(u[i : i + 1], values[i : i + 1], response) for i in range(len(requests))]
+        _, keys, u, values = self._edits(task, requests, response)
+        parts = [slice(number, number + 1) for number in range(len(requests))]
+        return [self.site.change(u[part], values[part], response, keys[part].to(u)) for part in parts]
 
     def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
         """Return what all requests change together: the values of those about one subject are added up."""
