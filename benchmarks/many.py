@@ -17,20 +17,24 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+from unittest.mock import patch
 
 import remend
 from common import HERE, parser, start, write
 from real import RIGHT, Base, Row, answers_with, asked_of, make_editor, passages, shares, summary, table
 from remend.data.request_files import read_requests
 from remend.edit import Edit
+from remend.editors.edit_in_parts import edit_in_parts
 from remend.evaluation.conflicting_probes import SubjectIndex
 from remend.evaluation.interventions import Intervention, shared_intervention
 from remend.request import EditRequest
 from remend.tasks.base import Task
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 REPORTED_EVERY = 20
 """Requests after which the benchmark says how far it is."""
@@ -51,18 +55,62 @@ def teach(requests: Sequence[EditRequest], given: int) -> list[EditRequest]:
 
 
 def make(task: Task, variant: Mapping[str, Any], told: Sequence[EditRequest], text: Sequence[str], kept: Path) -> Edit:
-    """Return the edit of a variant, from the folder ``kept`` if it is there; its editor notes the CPU seconds."""
+    """Return the edit of a variant, from the folder ``kept`` if it is there; its editor notes the CPU seconds.
+
+    One that is made in parts goes on where it was stopped.
+    """
     if not kept.exists():
         editor = make_editor(task, variant, text)
-        began = time.process_time()
-        if variant.get("summed"):
-            first, *others = editor.edit_each(task, told)
-            edit = sum(others, first)
+        seconds = Seconds(kept.with_name("seconds.txt"))
+        if editor.info.sequence == "unedited" and not variant.get("summed"):
+            with patch.object(editor, "edit", seconds.of(editor.edit)):
+                edit = edit_in_parts(editor, task, told, kept.with_name("parts"), resume=True)
+        elif variant.get("summed"):
+            edit = without_keys(seconds.of(editor.edit_each)(task, told))
         else:
-            edit = editor.edit(task, told)
+            edit = seconds.of(editor.edit)(task, told)
         assert isinstance(edit, Edit)
-        replace(edit, editor={**edit.editor, "seconds": time.process_time() - began}).save(kept)
+        replace(edit, editor={**edit.editor, "seconds": seconds.total}).save(kept)
     return Edit.load(kept)
+
+
+class Seconds:
+    """The CPU seconds of calls, kept in a file so that those before a stop count, too.
+
+    Args:
+        file: the file, a line for each call.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    @property
+    def total(self) -> float:
+        """The sum of all calls."""
+        return sum(map(float, self.file.read_text().split()))
+
+    def of(self, call: Callable[P, T]) -> Callable[P, T]:
+        """Return the same function, whose calls count."""
+
+        def counted(*args: P.args, **kwargs: P.kwargs) -> T:
+            began = time.process_time()
+            result = call(*args, **kwargs)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
+                file.write(f"{time.process_time() - began}\n")
+            print(f"{len(self.file.read_text().split())} calls of the editor", file=sys.stderr, flush=True)
+            return result
+
+        return counted
+
+
+def without_keys(edits: Sequence[Edit]) -> Edit:
+    """Return the sum of edits as if nothing were known of the inputs that they were made for: the former sum."""
+    plain = [
+        replace(edit, changes={name: replace(change, keys=None) for name, change in edit.changes.items()})
+        for edit in edits
+    ]
+    return Edit.sum(plain)
 
 
 def score(

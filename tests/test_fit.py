@@ -13,6 +13,7 @@ from remend.core.low_rank_hooks import frozen
 from remend.core.response import LINEAR
 from remend.edit import Edit
 from remend.editors import load_editor
+from remend.editors.edit_in_parts import edit_in_parts
 from remend.editors.locate_then_edit import common_questions, subject_finder, value_optimization
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, other_questions, statement_of
 from remend.editors.locate_then_edit.fit import KEPT_TOKENS, Fit, FitConfig
@@ -91,6 +92,36 @@ def test_edits_made_one_after_another_are_the_edit_of_all(world, kind, tmp_path)
     with total.applied(task.model):
         expected = task.outputs(task.collate([task.encode(r.prompt, r.target) for r in requests[:4]]))
     torch.testing.assert_close(together, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_edit_of_many_requests_is_made_in_parts_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    task, requests = families.taught("llama"), families.requests("llama", 10)
+    again = requests[0].model_copy(update={"prompt": requests[0].paraphrases[0]})
+    requests.append(again)  # about a subject of the first part
+    editor = Fit.create(task, FitConfig(steps=3, settle=0, beginnings=0), text=families.TEXT)
+    folder, made = tmp_path / "edit.partial", []
+    edit_all = editor.edit
+
+    def edit(task, part):
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(part)
+        return edit_all(task, part)
+
+    monkeypatch.setattr(editor, "edit", edit)
+    with pytest.raises(KeyboardInterrupt):
+        edit_in_parts(editor, task, requests, folder)
+    assert again in made[0]
+    other = [*requests[:4], requests[4].model_copy(update={"target": "Nowhere"}), *requests[5:]]
+    with pytest.raises(FileError, match="a part of an edit of other requests"):
+        edit_in_parts(editor, task, other, folder, resume=True)
+    made.append("the second part may be made")
+    total = edit_in_parts(editor, task, requests, folder, resume=True)
+    assert [len(part) for part in (made[0], made[2])] == [8, 3]
+    assert not folder.exists()
+    assert sorted(request.key for request in total.requests) == sorted(request.key for request in requests)
+    ((name, change),) = edit_all(task, requests).changes.items()
+    assert total.changes[name].rank == change.rank == 10
 
 
 def test_given_paraphrases_are_fitted_too(world):

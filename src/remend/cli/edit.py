@@ -18,6 +18,7 @@ from remend.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     from remend.edit import Edit
+    from remend.editors import Editor
     from remend.evaluation.before_after import AnswerComparison
     from remend.evaluation.robustness import Robustness
     from remend.request import EditRequest, Prompt
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 SAVED = {True: "saved all the same", False: "nothing was saved (--keep-failed saves it all the same)"}
 """How messages say whether an edit was saved that does not do what was asked, or does nothing."""
+TABLES = 10
+"""Requests of which the answers are shown; of more than these, those that the model does not take."""
 CHANGED_SHOWN = 4
 """Prompts near an edit that are shown, of those that it changes."""
 
@@ -61,6 +64,9 @@ def edit(
         str, typer.Option(metavar="NUMBER", help="Multiply the edit; 'auto' chooses on the requests' own probes.")
     ] = "1",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the edit that DIR holds.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an edit of many requests that was stopped (DIR.partial).")
+    ] = False,
     keep_failed: Annotated[
         bool, typer.Option(help="Save the edit even if the model does not take it, or nothing changes.")
     ] = False,
@@ -83,7 +89,6 @@ def edit(
     edit_requests = read_edit_requests(prompt or [], target, requests, subject, separator, chat, pair)
     factor = _parse_scale(scale)
     from remend.cli.answer_tables import as_json
-    from remend.edit import Edit
     from remend.evaluation.before_after import before_after
     from remend.evaluation.ordinary_text import OrdinaryText
     from remend.evaluation.robustness import measure_robustness
@@ -106,8 +111,7 @@ def edit(
         edit_requests = as_the_model_says_each(task, edit_requests)
         _print_own_words(console, edit_requests)
     chosen_editor = choice.make(task)
-    result = chosen_editor.edit(task, edit_requests)
-    assert isinstance(result, Edit)
+    result = _make(chosen_editor, task, edit_requests, out.with_name(f"{out.name}.partial"), resume)
     if factor is None:
         result = _choose_scale(console, task, result, edit_requests, max_new_tokens)
     elif factor != 1:
@@ -144,6 +148,27 @@ def edit(
         _write_page(console, html, task, made, all_doubts, max_new_tokens)
     if not made.saved:
         raise typer.Exit(1)
+
+
+def _make(editor: Editor, task: Task, requests: Sequence[EditRequest], partial: Path, resume: bool) -> Edit:
+    """Make the edit; of many requests in parts that are kept in a folder, if the editor's edits are added up."""
+    from remend.edit import Edit
+    from remend.editors.edit_in_parts import REQUESTS_PER_PART, edit_in_parts
+
+    if editor.info.sequence == "unedited" and len(requests) > REQUESTS_PER_PART:
+        try:
+            return edit_in_parts(editor, task, requests, partial, resume)
+        except KeyboardInterrupt:
+            Console(stderr=True).print("stopped; go on with the same command and --resume")
+            raise typer.Exit(130) from None
+    if resume:
+        raise ConfigError(
+            f"--resume goes on with edits of more than {REQUESTS_PER_PART} requests that are added up; {len(requests)} "
+            f"of {editor.info.name} are made at once: omit it"
+        )
+    result = editor.edit(task, requests)
+    assert isinstance(result, Edit)
+    return result
 
 
 def _write_page(
@@ -208,7 +233,13 @@ def _print_answers(console: Console, made: _MadeEdit) -> None:
     from remend.cli.answer_tables import answers_table
     from remend.request import SEPARATOR_NAMES
 
-    for request, row in zip(made.requests, made.answers, strict=True):
+    rows = list(zip(made.requests, made.answers, strict=True))
+    shown = rows
+    if len(rows) > TABLES:
+        failed = [(request, row) for request, row in rows if not row[0].ok]
+        console.print(f"{len(rows) - len(failed)} of {len(rows)} targets are what the edited model answers")
+        shown = failed[:TABLES]
+    for request, row in shown:
         console.print(answers_table(f"{plain(request.prompt)} → {plain(request.target)}", row))
     if named := {SEPARATOR_NAMES[between]: None for between in made.result.separators if between is not None}:
         console.print(f"between prompt and target: {' or '.join(named)}")
