@@ -8,6 +8,9 @@ edit of its own: all of them for their own prompts, and the first ``scored`` for
 prompts about a subject that is edited are left out: they are meant to change. Columns are means over requests of the
 shares of their prompts, with 95 % bootstrap intervals; text is measured once, with an interval over its windows.
 
+Of an edit that knows what of it each request is, ``removed`` requests are left out one at a time: ``restored`` is the share
+of which the old answer is back, ``others_changed`` the share of other requests' answers that change.
+
 ``given`` phrasings of each request are taught with it and are not scored. An edit is kept in ``build/real/many`` and
 not made again.
 """
@@ -15,6 +18,7 @@ not made again.
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +29,7 @@ from unittest.mock import patch
 
 import remend
 from common import HERE, parser, start, write
-from real import RIGHT, Base, Row, answers_with, asked_of, make_editor, passages, shares, summary, table
+from real import RIGHT, Base, Row, answers_with, asked_of, interval, make_editor, passages, shares, summary, table
 from remend.data.request_files import read_requests
 from remend.edit import Edit
 from remend.editors.edit_in_parts import edit_in_parts
@@ -38,6 +42,9 @@ P, T = ParamSpec("P"), TypeVar("T")
 
 REPORTED_EVERY = 20
 """Requests after which the benchmark says how far it is."""
+
+OTHERS = 50
+"""Other requests that are asked once one is left out."""
 
 
 def teach(requests: Sequence[EditRequest], given: int) -> list[EditRequest]:
@@ -160,6 +167,26 @@ class Rows(dict[str, Row]):
             file.write(json.dumps([identifier, row]) + "\n")
 
 
+def removals(base: Base, requests: Sequence[EditRequest], edit: Edit, count: int) -> dict[str, dict[str, float]]:
+    """Return in what share of cases leaving one request out restores its old answer, and changes those of others."""
+    if any(change.owners is None for change in edit.changes.values()):
+        return {}
+    task, prompts = base.task, [request.prompt for request in requests]
+    base.ask(prompts)
+    with edit.applied(task.model):
+        edited = task.predict(prompts, base.new_tokens)
+    restored, changed = [], []
+    for number in range(0, len(requests), max(1, len(requests) // count)):
+        others = random.Random(number).sample(range(len(requests)), min(OTHERS, len(requests)))
+        asked = [number, *(other for other in others if other != number)]
+        with edit.without(number).applied(task.model):
+            own, *rest = task.predict([prompts[index] for index in asked], base.new_tokens)
+        before = task.answer_span(prompts[number], base.answers[prompts[number]])
+        restored.append(float(task.gives(prompts[number], own, before)))
+        changed.append(sum(edited[i] != answer for i, answer in zip(asked[1:], rest, strict=True)) / len(rest))
+    return {"restored": interval(restored), "others_changed": interval(changed)}
+
+
 def on_text(base: Base, intervention: Intervention) -> dict[str, dict[str, float]]:
     """Return the share of choices that stay and the ratio of perplexities, with intervals over windows of text."""
     (elsewhere,) = base.text.measure(intervention)
@@ -192,6 +219,7 @@ def run(config: Mapping[str, Any], out: Path, only: Sequence[str]) -> None:
             {
                 **summary(variant, [row | {"seconds": edit.editor["seconds"] / len(told)} for row in rows.values()]),
                 **on_text(base, intervention),
+                **removals(base, requests, edit, config["removed"]),
             }
         )
         write(out, config, {"requests": len(requests), "results": results})

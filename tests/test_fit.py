@@ -23,7 +23,7 @@ from remend.editors.locate_then_edit.subject_prompts import PromptContexts, enco
 from remend.editors.locate_then_edit.value_optimization import add_at_subject, subject_batches
 from remend.editors.locate_then_edit.value_solver import AIM, SolverConfig, _Search
 from remend.editors.locate_then_edit.word_end import with_word_end
-from remend.errors import ConfigError, FileError, RequestError
+from remend.errors import ConfigError, EditError, FileError, RequestError
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import Chat, EditRequest, as_completion
 from remend.tasks import cached_prefix, wrap
@@ -122,6 +122,36 @@ def test_an_edit_of_many_requests_is_made_in_parts_and_goes_on_where_it_was_stop
     assert sorted(request.key for request in total.requests) == sorted(request.key for request in requests)
     ((name, change),) = edit_all(task, requests).changes.items()
     assert total.changes[name].rank == change.rank == 10
+
+
+@pytest.mark.parametrize("kind", ["units", "low-rank"])
+def test_any_request_can_be_left_out_of_an_edit_of_many(world, kind, tmp_path):
+    task, requests = world
+    editor = Fit.create(task, FitConfig(kind=kind, steps=10), text=families.TEXT)
+    again = requests[0].model_copy(update={"prompt": requests[0].paraphrases[0]})
+    edit = Edit.load(editor.edit(task, [*requests[:4], again]).save(tmp_path / "edit"))
+    ((name, change),) = edit.changes.items()
+    assert change.owners == ((0, 4), (1,), (2,), (3,))
+    left = edit.without(2)
+    assert left.requests == (requests[0], requests[1], requests[3], again)
+    assert left.changes[name].owners == ((0, 3), (1,), (2,))
+    expected = editor.edit(task, [requests[0], requests[1], requests[3], again]).changes[name]
+    torch.testing.assert_close(
+        left.changes[name].delta, expected.delta, rtol=1e-2, atol=1e-2 * float(expected.delta.std())
+    )
+    total = Edit.sum([left, *editor.edit_each(task, requests[2:3])])
+    assert total.changes[name].owners == ((0, 3), (1,), (2,), (4,))
+    with pytest.raises(EditError, match=r"request 0 shares what it adds with '.*'"):
+        edit.without(0)
+    with pytest.raises(EditError, match="has 5 requests, of which request 5"):
+        edit.without(5)
+    unknown = replace(edit, changes={name: replace(change, owners=None)})
+    with pytest.raises(EditError, match="not known what each request changes"):
+        unknown.without(1)
+    manifest = tmp_path / "edit" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"owners"', '"owners_"').replace("{", '{"owners": {"x": []},', 1))
+    with pytest.raises(FileError, match="owners"):
+        Edit.load(tmp_path / "edit")
 
 
 def test_given_paraphrases_are_fitted_too(world):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from remend.core.exclusive_execution import forget_compiled, lock_of
 from remend.core.layers import dimensions, execution_device, expert_count
-from remend.core.low_rank import LowRank, add_up, concatenate, in_one_dtype, layer_names
+from remend.core.low_rank import LowRank, add_up, concatenate, in_one_dtype, layer_names, without_pairs
 from remend.core.low_rank_hooks import attach_hooks, remove_hooks
 from remend.core.response import LINEAR, Response
 from remend.core.weight_merge import MergedEdit, merge_changes
@@ -216,8 +219,13 @@ class Edit:
                 "would count twice: have the editor make one edit of all requests"
             )
         changes: dict[str, LowRank] = {}
+        before = list(itertools.accumulate((len(edit.requests) for edit in edits), initial=0))
         for name in dict.fromkeys(name for edit in edits for name in edit.changes):
-            parts = [edit.changes[name] for edit in edits if name in edit.changes]
+            parts = [
+                _renumbered(edit.changes[name], partial(operator.add, first))
+                for edit, first in zip(edits, before, strict=False)
+                if name in edit.changes
+            ]
             try:
                 changes[name] = add_up(parts) if len(parts) > 1 else parts[0]
             except EditError as error:
@@ -229,6 +237,38 @@ class Edit:
         separators = tuple(separator for edit in edits for separator in edit.separators_by_request())
         ends = tuple(end for edit in edits for end in edit.ends_by_request())
         return replace(total, separators=separators, ends=ends)
+
+    def without(self, number: int) -> Edit:
+        """Return the edit without one of its requests: all others still add what they did, as :meth:`sum` has it.
+
+        Args:
+            number: which of :attr:`requests`, counted from 0.
+
+        Raises:
+            EditError: there is no such request or no other one, it is not known what of the edit is of it, or that is
+                of other requests, too, such as those about the same subject.
+        """
+        if not 0 <= number < len(self.requests) or len(self.requests) == 1:
+            raise EditError(f"the edit has {len(self.requests)} requests, of which request {number} cannot be left out")
+        changes = {}
+        for name, change in self.changes.items():
+            if change.owners is None or change.keys is None:
+                raise EditError(
+                    f"of {name} it is not known what each request changes: make an edit of all the other requests"
+                )
+            own = [pair for pair, owners in enumerate(change.owners) if number in owners]
+            if shared := sorted({other for pair in own for other in change.owners[pair]} - {number}):
+                prompts = ", ".join(repr(str(self.requests[other].prompt)[:60]) for other in shared[:3])
+                raise EditError(
+                    f"request {number} shares what it adds with {prompts}: make an edit of all the other requests"
+                )
+            left = without_pairs(change, own)
+            changes[name] = _renumbered(left, lambda other: other - (other > number))
+        rest: dict[str, Any] = {
+            key: tuple(value for index, value in enumerate(of_requests) if index != number)
+            for key, of_requests in (("requests", self.requests), ("separators", self.separators), ("ends", self.ends))
+        }
+        return replace(self, changes=changes, taken=None, created=utc_now(), **rest)
 
     def beside(self, active: Sequence[Edit]) -> Edit:
         """Return what this edit changes of a model in which the sum of others acts: :meth:`sum` with it less without.
@@ -246,7 +286,7 @@ class Edit:
             if acting is not None and all_of_it.keys is not None and change.rank:
                 delta = all_of_it.delta.clone()
                 delta[: acting.rank] -= acting.delta
-                changes[name] = replace(all_of_it, delta=delta, keys=None)
+                changes[name] = replace(all_of_it, delta=delta, keys=None, owners=None)
         return replace(self, changes=changes)
 
     def scaled(self, factor: float) -> Edit:
@@ -292,7 +332,7 @@ class Edit:
 
     def save(self, path: str | Path) -> Path:
         """Write the edit to a folder, as factors (safetensors) and a readable manifest (JSON); return the folder."""
-        tensors, ranks, responses, reads = {}, {}, {}, {}
+        tensors, ranks, responses, reads, owners = {}, {}, {}, {}, {}
         for name, change in self.changes.items():
             tensors[f"{name}.u"], tensors[f"{name}.delta"] = change.u, change.delta
             ranks[name] = change.rank
@@ -300,6 +340,8 @@ class Edit:
                 tensors[f"{name}.experts"] = change.experts
             if change.keys is not None:
                 tensors[f"{name}.keys"] = change.keys
+            if change.owners is not None:
+                owners[name] = [list(of_pair) for of_pair in change.owners]
             if not change.response.linear:
                 responses[name] = change.response.to_json()
             if change.reads:
@@ -313,6 +355,7 @@ class Edit:
             "norms": self.norms(),
             **({"responses": responses} if responses else {}),
             **({"reads": reads} if reads else {}),
+            **({"owners": owners} if owners else {}),
             **({"separators": list(self.separators)} if self.separators else {}),
             **({"ends": list(self.ends)} if self.ends else {}),
             "taken": self.taken,
@@ -351,6 +394,11 @@ class Edit:
             raise FileError(f"{path}: a request in the manifest is malformed ({error.errors()[0]['msg']})") from None
         except RequestError as error:
             raise FileError(f"{path}: a request in the manifest is malformed ({error})") from None
+        if "owners" in manifest:
+            for name, listed in get_field(manifest, "owners", dict, path).items():
+                if name not in changes:
+                    raise FileError(f"{path}: 'owners' lists {name!r}, which is not changed; it was altered")
+                changes[name] = _read_owners(listed, changes[name], len(requests), str(path))
         created = get_field(manifest, "created", str, path)
         separators = tuple(get_field(manifest, "separators", list, path)) if "separators" in manifest else ()
         if separators and (len(separators) != len(requests) or not set(separators) <= {None, "", " ", "\n"}):
@@ -364,6 +412,25 @@ class Edit:
         edit = Edit(changes, base, requests, _read_editor(manifest, path), created, separators, ends, taken)
         _check_norms(edit, manifest, path)
         return edit
+
+
+def _renumbered(change: LowRank, new: Callable[[int], int]) -> LowRank:
+    """Return a change whose owners have other numbers."""
+    if change.owners is None:
+        return change
+    return replace(change, owners=tuple(tuple(map(new, owners)) for owners in change.owners))
+
+
+def _read_owners(listed: object, change: LowRank, requests: int, where: str) -> LowRank:
+    """Return a change with the requests that its factor pairs are of, as a manifest lists them."""
+    if not (
+        isinstance(listed, list)
+        and len(listed) == change.rank
+        and all(isinstance(of_pair, list) and of_pair for of_pair in listed)
+        and all(type(n) is int and 0 <= n < requests for of_pair in listed for n in of_pair)
+    ):
+        raise FileError(f"{where}: 'owners' should list the requests of each factor pair, by number; it was altered")
+    return replace(change, owners=tuple(map(tuple, listed)))
 
 
 def _checked_change(name: str, change: LowRank) -> LowRank:

@@ -44,6 +44,7 @@ class LowRank:
             layer itself.
         keys: the inputs at which the factor pairs were made to add what they add, one for each; None where nothing is
             known of them. They let changes be added up so that each still adds the same there (:func:`add_up`).
+        owners: the requests that each factor pair is of, by number; None where nothing is known of them.
     """
 
     u: Float[Tensor, "*episode rank d_in"]
@@ -52,6 +53,7 @@ class LowRank:
     experts: Int[Tensor, "*episode rank"] | None = None
     reads: str = ""
     keys: Float[Tensor, "*episode rank d_in"] | None = None
+    owners: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -185,7 +187,8 @@ class LowRank:
         used = (self.u != 0).any(-1) | (self.delta != 0).any(-1)
         rank = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
         keys = None if self.keys is None else self.keys[:rank]
-        return replace(self, u=self.u[:rank], delta=self.delta[:rank], keys=keys)
+        owners = None if self.owners is None else self.owners[:rank]
+        return replace(self, u=self.u[:rank], delta=self.delta[:rank], keys=keys, owners=owners)
 
     def norm(self) -> Float[Tensor, "*episode"]:
         """Compute ‖ΔW‖ (Frobenius) from the factors' Gram matrices: ‖deltaᵀu‖² = Σ (u uᵀ) ∘ (delta deltaᵀ).
@@ -261,7 +264,9 @@ def concatenate(changes: Sequence[LowRank]) -> LowRank:
     u, delta = torch.cat([c.u for c in changes], -2), torch.cat([c.delta for c in changes], -2)
     known = [change.keys for change in changes if change.keys is not None]
     keys = torch.cat(known, -2) if len(known) == len(changes) else None
-    return LowRank(u, delta, response, experts, reads, keys)
+    of_each = [change.owners for change in changes if change.owners is not None]
+    owners = tuple(of_pair for owned in of_each for of_pair in owned) if len(of_each) == len(changes) else None
+    return LowRank(u, delta, response, experts, reads, keys, owners)
 
 
 def add_up(changes: Sequence[LowRank]) -> LowRank:
@@ -283,6 +288,16 @@ def add_up(changes: Sequence[LowRank]) -> LowRank:
     same = others & (answers > SAME_KEY) & (answers.mT > SAME_KEY)
     values = values + same.to(values) @ values
     return replace(total, delta=solve_at_keys(answers, values).to(total.delta))
+
+
+def without_pairs(change: LowRank, left_out: Sequence[int]) -> LowRank:
+    """Return a change without some of its factor pairs; the others still add at their keys what they did there."""
+    assert change.keys is not None
+    kept = [pair for pair in range(change.rank) if pair not in set(left_out)]
+    values, u, keys = _added_at_keys(change)[kept], change.u[kept], change.keys[kept]
+    delta = solve_at_keys(change.response(keys.double() @ u.double().mT), values).to(change.delta)
+    owners = None if change.owners is None else tuple(change.owners[pair] for pair in kept)
+    return replace(change, u=u, delta=delta, keys=keys, owners=owners)
 
 
 def solve_at_keys(

@@ -219,17 +219,19 @@ class Fit(LocateThenEdit):
         contexts = self.encode(task, [part for of_request in parts for part in of_request])
         fitted = self._fit(task, contexts, response)
         by_request = zip(*(tensor.split([len(of_request) for of_request in parts]) for tensor in fitted), strict=True)
-        return [self.change_together(keys, u, values, response) for keys, u, values in by_request]
+        return [self.change_together(keys, u, values, response, [[0]] * len(u)) for keys, u, values in by_request]
 
     def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
         """Return what all requests change together: those about one subject share a value."""
         by_subject: dict[str, list[PromptContexts]] = {}
-        parts = [part for request in requests for part in _by_subject(_with_subject(task, request))]
-        for part, contexts in zip(parts, self.encode(task, parts), strict=True):
+        owners: dict[str, list[int]] = {}
+        parts = [(n, part) for n, request in enumerate(requests) for part in _by_subject(_with_subject(task, request))]
+        for (number, part), contexts in zip(parts, self.encode(task, [part for _, part in parts]), strict=True):
             by_subject.setdefault(part.key, []).append(contexts)
+            owners.setdefault(part.key, []).append(number)
         response = self.response(task)
-        keys, u, values = self._fit(task, [join_contexts(parts) for parts in by_subject.values()], response)
-        return self.change_together(keys, u, values, response)
+        keys, u, values = self._fit(task, [join_contexts(of_subject) for of_subject in by_subject.values()], response)
+        return self.change_together(keys, u, values, response, list(owners.values()))
 
     def encode(self, task: Task, requests: Sequence[EditRequest]) -> list[PromptContexts]:
         """Return the prompts that each request is fitted to, and those about its subject that should stay."""
@@ -370,11 +372,10 @@ class Fit(LocateThenEdit):
         u: Float[Tensor, "*episode pair d_in"],
         values: Float[Tensor, "*episode pair d_out"],
         response: Response,
-        keys: Float[Tensor, "*episode pair d_in"] | None = None,
     ) -> dict[str, LowRank]:
         """Return the change of these factor pairs."""
         reads = self.key_layer if self.config.kind == "units" else ""
-        return {self.changed_layer: LowRank(u, values.to(u), response, reads=reads, keys=keys)}
+        return {self.changed_layer: LowRank(u, values.to(u), response, reads=reads)}
 
     def change_together(
         self,
@@ -382,13 +383,15 @@ class Fit(LocateThenEdit):
         u: Float[Tensor, "subject d_in"],
         values: Float[Tensor, "subject d_out"],
         response: Response,
+        owners: Sequence[Collection[int]],
     ) -> dict[str, LowRank]:
-        """Return the change that adds each subject's value at its key.
+        """Return the change that adds each subject's value at its key; ``owners`` are the requests about each subject.
 
         Each pair acts at the keys of the other subjects, too, as far as it answers there.
         """
         answers = response(keys.double() @ u.double().mT)
-        return self.change(u, solve_at_keys(answers, values), response, keys.to(u))
+        ((name, change),) = self.change(u, solve_at_keys(answers, values), response).items()
+        return {name: replace(change, keys=keys.to(u), owners=tuple(tuple(sorted(set(each))) for each in owners))}
 
 
 def _by_subject(request: EditRequest) -> list[EditRequest]:

@@ -211,7 +211,7 @@ class SubjectMend(TrainableEditor):
         response = self.site.response(task)
         _, keys, u, values = self._edits(task, requests, response)
         parts = [slice(number, number + 1) for number in range(len(requests))]
-        return [self.site.change(u[part], values[part], response, keys[part].to(u)) for part in parts]
+        return [self.site.change_together(keys[part], u[part], values[part], response, [[0]]) for part in parts]
 
     def combine(self, task: Task, requests: Sequence[EditRequest]) -> dict[str, LowRank]:
         """Return what all requests change together: the values of those about one subject are added up."""
@@ -222,7 +222,7 @@ class SubjectMend(TrainableEditor):
             of_subject.setdefault(edit.request.key, []).append(number)
         summed = torch.stack([values[numbers].sum(0) for numbers in of_subject.values()])
         first = [numbers[0] for numbers in of_subject.values()]
-        return self.site.change_together(keys[first], u[first], summed, response)
+        return self.site.change_together(keys[first], u[first], summed, response, list(of_subject.values()))
 
     def _edits(
         self, task: Task, requests: Sequence[EditRequest], response: Response
