@@ -8,8 +8,8 @@ edit of its own: all of them for their own prompts, and the first ``scored`` for
 prompts about a subject that is edited are left out: they are meant to change. Columns are means over requests of the
 shares of their prompts, with 95 % bootstrap intervals; text is measured once, with an interval over its windows.
 
-Of an edit that knows what of it each request is, ``removed`` requests are left out one at a time: ``restored`` is the share
-of which the old answer is back, ``others_changed`` the share of other requests' answers that change.
+Of an edit that knows what of it each request is, ``removed`` requests are left out one at a time: ``restored`` is the
+share of which the old answer is back, ``others_changed`` the share of other requests' answers that change.
 
 ``given`` phrasings of each request are taught with it and are not scored. An edit is kept in ``build/real/many`` and
 not made again.
