@@ -106,11 +106,15 @@ def encode_contexts(
         if phrasings is None:
             phrasings = phrasings_of(request, request.given_paraphrases)
         asked = [request, *phrasings]
+        behind = [
+            _with_beginning(beginning, asked[number % len(asked)].prompt)
+            for number, beginning in enumerate(beginnings if task.generates else ())
+        ]
+        task.choose_answer_forms([*(each.prompt for each in asked), *behind])  # together, in few passes
         located = [located_subject(task, each.prompt, str(each.subject), each.target) for each in asked]
         openings = [_opening(task, each) for each in asked]
-        for number, beginning in enumerate(beginnings if task.generates else ()):
+        for number, prompt in enumerate(behind):
             own = number % len(asked)
-            prompt = _with_beginning(beginning, asked[own].prompt)
             try:
                 located.append(located_subject(task, prompt, str(asked[own].subject), asked[own].target))
             except RequestError:  # too long: by itself the prompt is valid, so nothing else can be wrong

@@ -14,6 +14,7 @@ longest step for a trust region.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,6 +22,7 @@ import torch
 from jaxtyping import Float
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from remend.core.low_rank_hooks import frozen
 from remend.editors.locate_then_edit.value_optimization import (
@@ -184,7 +186,13 @@ def solve_values(
     Raises:
         NonFiniteError: the model's loss is NaN or infinite.
     """
-    with torch.inference_mode(False), torch.no_grad(), frozen(batch.task.model), bfloat16_products(batch.task) as task:
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        frozen(batch.task.model),
+        bfloat16_products(batch.task) as task,
+        plain_attention(batch.task.device),
+    ):
         batch, kept = batch.on(task), [part.on(task) for part in kept]
         stream = block_outputs(batch, block)
         unit = stream.norm(dim=1, keepdim=True).clamp(min=1e-6) / stream.shape[1] ** 0.5
@@ -231,6 +239,15 @@ def solve_values(
                     search.move(of_request, along_it)
         best: Tensor = torch.stack([search.best for search in searches]) * unit
         return best
+
+
+def plain_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which attention on a processor is products and a softmax.
+
+    The fused kernel saves memory, which texts of a few tokens do not need, and its backward pass takes several times as
+    long there.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def _losses(batch: SubjectBatch, outputs: Float[Tensor, "target answer"]) -> Float[Tensor, " text"]:
