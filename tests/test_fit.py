@@ -514,7 +514,7 @@ def test_in_the_second_half_of_the_steps_prompts_are_good_enough_together():
 
 def test_requests_that_are_hard_get_more_steps():
     task, requests = families.taught("llama"), families.requests("llama", 5)
-    few = FitConfig(steps=2, settle=0, beginnings=0)
+    few = FitConfig(steps=1, settle=0, beginnings=0)
     after = [
         families.losses(task, requests, Fit.create(task, config, text=families.TEXT).edit(task, requests)).mean()
         for config in (few, replace(few, steps=30))

@@ -158,6 +158,6 @@ def _stack_changes(edits: Sequence[Edit]) -> dict[str, LowRank]:
     for name in dict.fromkeys(name for edit in edits for name in edit.changes):
         example = next(edit.changes[name] for edit in edits if name in edit.changes)
         # An edit that leaves the module alone takes part with a change of rank 0.
-        nothing = replace(example, u=example.u[:0], delta=example.delta[:0])
+        nothing = replace(example, u=example.u[:0], delta=example.delta[:0], keys=None, owners=None)
         stacked[name] = stack([edit.changes.get(name, nothing) for edit in edits])
     return stacked

@@ -46,8 +46,8 @@ CAP = 2.0
 RIDGE = 0.01
 """The ridge of a step's system, as a share of what the prompts' log-odds are on average in its metric."""
 
-RIDGES = 48
-"""Ridges that are tried, each twice the one before."""
+OCTAVES, HALVINGS = 48, 40
+"""Doublings of that ridge within which that of a step that is not too long is looked for, and the halvings of these."""
 
 LEAST_LOSS, LEAST_DIVERGENCE = 1e-4, 1e-6
 """Nats below which a prompt's loss is taken for this, and below which a divergence has no direction."""
@@ -151,16 +151,26 @@ class _Search:
         gram = (stacked @ turned.mT).double()
         least = RIDGE * gram.diagonal()[: len(losses)].mean().clamp(min=torch.finfo(torch.float32).eps)
         eigenvalues, basis = torch.linalg.eigh((gram + gram.mT) / 2)
-        # Of these ridges, the least one with which the step is not too long: a step that is cut short would have the
-        # direction of the whole one, in which what should stay is held as firmly as it must be far away.
-        ridges = least * 2.0 ** torch.arange(RIDGES, device=gram.device)
-        along = (torch.cat(wanted).double() @ basis) / (eigenvalues.clamp(min=0) + ridges[:, None])
-        steps = (along @ basis.mT).to(turned) @ turned
-        root = len(self.value) ** 0.5
-        short = (steps.norm(dim=1) <= self.config.longest * root).nonzero().flatten()
-        step = steps[int(short[0]) if len(short) else -1]
-        value = self.value + _no_longer_than(step, self.config.longest * root)
-        self.value = _no_longer_than(value, self.config.largest * root)
+        along = torch.cat(wanted).double() @ basis
+
+        def step_with(ridge: Tensor) -> Float[Tensor, " d"]:
+            coefficients = basis @ (along / (eigenvalues.clamp(min=0) + ridge))
+            found: Tensor = coefficients.to(turned) @ turned
+            return found
+
+        # With the least ridge with which it is not too long: a step that is cut short would have the direction of the
+        # whole one, in which what should stay is held as firmly as it must be far away. By bisection rather than from a
+        # list of ridges, so that rounding does not decide between two steps.
+        most = self.config.longest * len(self.value) ** 0.5
+        step = step_with(least)
+        if step.norm() > most:
+            low, high = least, least * 2.0**OCTAVES
+            for _ in range(HALVINGS):
+                middle = (low * high).sqrt()
+                low, high = (middle, high) if step_with(middle).norm() > most else (low, middle)
+            step = step_with(high)
+        value = self.value + _no_longer_than(step, most)
+        self.value = _no_longer_than(value, self.config.largest * len(self.value) ** 0.5)
 
 
 def solve_values(
