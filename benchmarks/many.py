@@ -29,10 +29,10 @@ from unittest.mock import patch
 
 import remend
 from common import HERE, parser, start, write
-from real import RIGHT, Base, Row, answers_with, asked_of, interval, make_editor, passages, shares, summary, table
+from real import RIGHT, Base, Row, answers_of, asked_of, interval, make_editor, passages, shares, summary, table
 from remend.data.request_files import read_requests
 from remend.edit import Edit
-from remend.editors.edit_in_parts import edit_in_parts
+from remend.editors.edit_in_parts import edit_in_parts, remove_parts
 from remend.evaluation.conflicting_probes import SubjectIndex
 from remend.evaluation.interventions import Intervention, shared_intervention
 from remend.request import EditRequest
@@ -78,6 +78,7 @@ def make(task: Task, variant: Mapping[str, Any], told: Sequence[EditRequest], te
             edit = seconds.of(editor.edit)(task, told)
         assert isinstance(edit, Edit)
         replace(edit, editor={**edit.editor, "seconds": seconds.total}).save(kept)
+        remove_parts(kept.with_name("parts"))
     return Edit.load(kept)
 
 
@@ -141,7 +142,7 @@ def score(
         ]
         prompts = [prompt for _, prompt, _ in asked]
         base.ask(prompts)
-        answers = answers_with(base, intervention, number, prompts)
+        answers = answers_of(base, intervention, number, prompts)
         rows.add(str(request.id), shares(base, request, asked, answers))
         if number % REPORTED_EVERY == 0:
             print(f"{number + 1} of {len(requests)} requests are scored", file=sys.stderr, flush=True)

@@ -176,7 +176,7 @@ def with_set(task: Task, bare: EditRequest, sizes: Mapping[str, Any], text: Sequ
     return EditSet(made.request, tuple(item for item in made.items if item.kind not in left_out)).as_request()
 
 
-def answers_with(base: Base, intervention: Intervention, number: int, prompts: Sequence[Prompt]) -> list[Answer]:
+def answers_of(base: Base, intervention: Intervention, number: int, prompts: Sequence[Prompt]) -> list[Answer]:
     """Return the edited model's answers to the prompts of the request with a number."""
     fitting = [intervention.prompt_for(number, prompt, base.new_tokens) or prompt for prompt in prompts]
     with intervention.applied([number]):
@@ -232,7 +232,7 @@ def measure(
     edit = editor.edit(task, [as_the_model_says(task, bare) if isinstance(request.prompt, Chat) else bare])
     seconds = time.process_time() - began
     intervention = shared_intervention(task, edit, 1)
-    row = shares(base, request, asked, answers_with(base, intervention, 0, [prompt for _, prompt, _ in asked]))
+    row = shares(base, request, asked, answers_of(base, intervention, 0, [prompt for _, prompt, _ in asked]))
     if with_text:
         row |= base.on_text(intervention)
     return {**row, "seconds": seconds, **extra}

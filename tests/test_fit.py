@@ -13,7 +13,7 @@ from remend.core.low_rank_hooks import frozen
 from remend.core.response import LINEAR
 from remend.edit import Edit
 from remend.editors import load_editor
-from remend.editors.edit_in_parts import edit_in_parts
+from remend.editors.edit_in_parts import edit_in_parts, remove_parts
 from remend.editors.locate_then_edit import common_questions, subject_finder, value_optimization
 from remend.editors.locate_then_edit.common_questions import CommonQuestions, other_questions, statement_of
 from remend.editors.locate_then_edit.fit import KEPT_TOKENS, Fit, FitConfig
@@ -24,6 +24,7 @@ from remend.editors.locate_then_edit.value_optimization import add_at_subject, s
 from remend.editors.locate_then_edit.value_solver import AIM, SolverConfig, _Search
 from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.errors import ConfigError, EditError, FileError, RequestError
+from remend.evaluation.runner import sum_of_latest
 from remend.models.frozen_prefix import FrozenPrefix
 from remend.request import Chat, EditRequest, as_completion
 from remend.tasks import cached_prefix, wrap
@@ -118,10 +119,26 @@ def test_an_edit_of_many_requests_is_made_in_parts_and_goes_on_where_it_was_stop
     made.append("the second part may be made")
     total = edit_in_parts(editor, task, requests, folder, resume=True)
     assert [len(part) for part in (made[0], made[2])] == [8, 3]
-    assert not folder.exists()
+    assert folder.exists()  # until the edit is saved
+    (folder / "notes.txt").write_text("mine")
+    remove_parts(folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
     assert sorted(request.key for request in total.requests) == sorted(request.key for request in requests)
     ((name, change),) = edit_all(task, requests).changes.items()
     assert total.changes[name].rank == change.rank == 10
+
+
+def test_of_two_edits_of_one_prompt_the_later_one_counts_in_a_sequence(world):
+    task, requests = world
+    editor = Fit.create(task, FitConfig(steps=5), text=families.TEXT)
+    again = requests[0].model_copy(update={"target": requests[2].target})
+    first, second, later = editor.edit_each(task, [requests[0], requests[1], again])
+    expected = Edit.sum([second, later])
+    for edits in ([first, second, later], [Edit.sum([first, second]), later], [first, first, second, later]):
+        total = sum_of_latest(edits)
+        assert total.requests == (requests[1], again)
+        ((name, change),) = total.changes.items()
+        torch.testing.assert_close(change.delta, expected.changes[name].delta, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["units", "low-rank"])

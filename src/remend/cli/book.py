@@ -157,11 +157,8 @@ def activate(
     except ConflictError as error:
         for conflict in error.conflicts:
             console.print(f"[red]{conflict.kind}[/]: {plain(conflict.description)}", soft_wrap=True)
-        console.print(
-            f"edit {edit} stays as it is: revert the other edit first, or have this one replace those that disagree "
-            "(--replace; --force activates it all the same)",
-            soft_wrap=True,
-        )
+        advice = "revert the other edit first (--replace does so with those that disagree"
+        console.print(f"edit {edit} stays as it is: {advice}; --force activates it all the same)", soft_wrap=True)
         raise typer.Exit(1) from None
     print_result(console, result)
     for conflict in conflicts:

@@ -89,6 +89,7 @@ def edit(
     edit_requests = read_edit_requests(prompt or [], target, requests, subject, separator, chat, pair)
     factor = _parse_scale(scale)
     from remend.cli.answer_tables import as_json
+    from remend.editors.edit_in_parts import remove_parts
     from remend.evaluation.before_after import before_after
     from remend.evaluation.ordinary_text import OrdinaryText
     from remend.evaluation.robustness import measure_robustness
@@ -111,7 +112,8 @@ def edit(
         edit_requests = as_the_model_says_each(task, edit_requests)
         _print_own_words(console, edit_requests)
     chosen_editor = choice.make(task)
-    result = _make(chosen_editor, task, edit_requests, out.with_name(f"{out.name}.partial"), resume)
+    partial = out.with_name(f"{out.name}.partial")
+    result = _make(chosen_editor, task, edit_requests, partial, resume)
     if factor is None:
         result = _choose_scale(console, task, result, edit_requests, max_new_tokens)
     elif factor != 1:
@@ -121,6 +123,7 @@ def edit(
     if made.saved:
         _check_free(out, overwrite)  # another process may have written there meanwhile
         made.edit.save(out)
+        remove_parts(partial)
     _print_answers(console, made)
     if made.saved:
         hint = f"remend ask {plain(model)} --edit {plain(out)} {options.prompt_options(edit_requests[0].prompt)}"
@@ -147,6 +150,8 @@ def edit(
         all_doubts = [*([] if robustness is None else robustness.doubts), *doubts]
         _write_page(console, html, task, made, all_doubts, max_new_tokens)
     if not made.saved:
+        if partial.exists():
+            console.print(f"its parts are kept in {plain(partial)}: --resume goes on from them", soft_wrap=True)
         raise typer.Exit(1)
 
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from remend.core.response import LINEAR, Response
 from remend.errors import EditError
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KEY_RIDGE = 0.01
 """λ of the system that the values of several factor pairs solve together: two spellings of a subject have one key."""
 
 SAME_KEY = 0.9
-"""What two keys answer each other, of what they answer themselves, from which on they are one subject's."""
+"""The share of its own answer that each of two factor pairs gives at the other's key, from which on both are of one
+subject."""
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STORAGE_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 """Dtypes in which numbers are stored only: there is no arithmetic of them."""
 

@@ -1,9 +1,10 @@
-"""``edit_in_parts``: one edit of many requests, whose parts are kept on disk as they are made."""
+"""``edit_in_parts``: one edit of many requests, whose parts are kept on disk until the edit is saved."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def edit_in_parts(
     """Return the edit of all ``requests``, as :meth:`Editor.edit`, of an editor whose edits are added up.
 
     Each part is saved as soon as it is made, so that the work can be stopped, and nothing but the finished edits is
-    held in memory. The folder is removed when all is done.
+    held in memory. The parts stay where they are: :func:`remove_parts` removes them once the edit is saved.
 
     Args:
         editor: the editor, whose :attr:`EditorInfo.sequence <remend.editors.info.EditorInfo.sequence>` is ``unedited``.
@@ -64,11 +65,15 @@ def edit_in_parts(
             made.save(kept)
             edit = made
         edits.append(edit)
-    total = Edit.sum(edits)
-    for number in range(len(parts)):
-        remove_saved(folder / f"{number:05d}")
-    folder.rmdir()
-    return total
+    return Edit.sum(edits)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the parts that a folder holds, and the folder if it holds nothing else; what cannot be removed is left."""
+    for part in folder.glob("[0-9]" * 5):
+        remove_saved(part)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _description(requests: Sequence[EditRequest], editor: Mapping[str, Any]) -> str:

@@ -209,7 +209,7 @@ class EvaluationRunner:
             return self.editor.edit(self.task, self.requests[:size])
         if info is not None and info.sequence == "unedited":
             made = self.editor.edit_each(self.task, self.requests[done:size])
-            return Edit.sum([each for each in (edit, *made) if isinstance(each, Edit)])
+            return sum_of_latest([each for each in (edit, *made) if isinstance(each, Edit)])
         for request in self.requests[done:size]:
             # Facts in the prompt change no weights, so the next fact is made of the model as it is.
             with nullcontext() if edit is None or isinstance(edit, ContextEdit) else edit.applied(self.task.model):
@@ -241,6 +241,23 @@ def _timed(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple
     start = time.perf_counter()
     result = function(*args, **kwargs)
     return time.perf_counter() - start, result
+
+
+def sum_of_latest(edits: Sequence[Edit]) -> Edit:
+    """Return the sum of edits that were made one after another of the unedited model.
+
+    Of several requests with one prompt the last one counts, as if each had been made of the edited model.
+    """
+    numbered = [(place, number) for place, edit in enumerate(edits) for number in range(len(edit.requests))]
+    latest = {edits[place].requests[number].prompt: (place, number) for place, number in numbered}
+    kept: list[Edit] = []
+    for place, edit in enumerate(edits):
+        replaced = [n for n, request in enumerate(edit.requests) if latest[request.prompt] != (place, n)]
+        if len(replaced) < len(edit.requests):
+            for number in reversed(replaced):
+                edit = edit.without(number)
+            kept.append(edit)
+    return Edit.sum(kept)
 
 
 def _compress(edit: AnyEdit) -> AnyEdit:

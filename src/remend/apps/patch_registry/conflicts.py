@@ -55,9 +55,10 @@ class ConflictError(EditError):
     def __init__(self, conflicts: list[Conflict]) -> None:
         descriptions = "; ".join(conflict.description for conflict in conflicts[:3])
         more = f" and {len(conflicts) - 3} more" if len(conflicts) > 3 else ""
+        disagree = all(conflict.kind == DISAGREES for conflict in conflicts)
         super().__init__(
-            f"the edit was not activated: {descriptions}{more}. Revert the active edit first, have this one replace "
-            "it, or force the activation"
+            f"the edit was not activated: {descriptions}{more}. Revert the active edit first, "
+            f"{'have this one replace it, ' if disagree else ''}or force the activation"
         )
         self.conflicts = conflicts
 

@@ -96,7 +96,7 @@ class _Search:
     done: bool = False
     kept: dict[int, tuple[Tensor, Tensor, float, Tensor]] = field(default_factory=dict)
     _rank: tuple[bool, bool, float] = (True, True, float("inf"))
-    _plain: float = float("inf")
+    _unedited: float = float("inf")
     _left: int = 0
 
     def __post_init__(self) -> None:
@@ -118,8 +118,9 @@ class _Search:
         hardest = losses.max() if step < self.config.steps // 2 else torch.maximum(losses[0], losses.mean())
         good = said and float(hardest) <= self.config.enough
         if step == 0:
-            self._plain = float(losses[0])
-        rank = (not said, float(losses[0]) > self._plain, float(losses.mean()))
+            self._unedited = float(losses[0])
+        # A value with which the request's own prompt is further from its target than before is worse than none.
+        rank = (not said, float(losses[0]) > self._unedited, float(losses.mean()))
         if good or (not self.reached and rank < self._rank):
             self.best, self._rank = self.value, rank
         if self.reached or good:
