@@ -8,6 +8,9 @@ by subject, and every subject of the world has one: the subjects of near and of 
 
 ``paraphrases`` are the phrasings that the unedited model completes with the true object as well: to it, they mean the
 same. ``unseen_paraphrases`` are all others. Written to ``build/real/requests/MODEL-SPLIT.jsonl``.
+
+Where more requests are asked for than the model knows facts of the split, facts that it does not know follow: all of
+their phrasings are ``unseen_paraphrases``, and no other questions on their subjects are near prompts.
 """
 
 from __future__ import annotations
@@ -163,7 +166,7 @@ def begins_with(text: str, answer: str) -> bool:
 
 
 def build(task: Task, world: World, split: str, count: int) -> list[EditRequest]:
-    """Return requests on facts that the model knows."""
+    """Return requests on facts that the model knows; on others, once these are used up."""
     requests: list[EditRequest] = []
     of_relation: Counter[str] = Counter()
     facts = world.facts(split)
@@ -176,15 +179,22 @@ def build(task: Task, world: World, split: str, count: int) -> list[EditRequest]
                 requests.append(make_request(task, world, split, fact))
         print(f"{len(requests)} of {count} after {start + 256} facts", file=sys.stderr, flush=True)
         if len(requests) >= count:
-            break
-    return requests
+            return requests
+    return [*requests, *unknown(world, split, count - len(requests), requests)]
 
 
-def make_request(task: Task, world: World, split: str, fact: Fact) -> EditRequest:
-    """Return the request of a fact with its probes."""
+def unknown(world: World, split: str, count: int, known: Sequence[EditRequest]) -> list[EditRequest]:
+    """Return requests on facts of which the model need not know anything, on other subjects than those it knows."""
+    subjects = {request.subject for request in known}
+    facts = [fact for fact in world.facts(split) if fact.subject not in subjects]
+    return [make_request(None, world, split, fact) for fact in facts[:count]]
+
+
+def make_request(task: Task | None, world: World, split: str, fact: Fact) -> EditRequest:
+    """Return the request of a fact with its probes; without a model, of one that it does not know."""
     rng = random.Random(f"{split} {fact.subject} {fact.relation}")
     others = [phrasing.format(fact.subject) for phrasing in world.phrasings[fact.relation] if phrasing != fact.phrasing]
-    same = answers_with(task, others, [fact.object] * len(others)) if others else []
+    same = answers_with(task, others, [fact.object] * len(others)) if others and task else [False] * len(others)
     subjects = {s: o for s, o in world.objects[fact.relation].items() if split_of(s) == split and s != fact.subject}
     near: list[Probe] = []
     for kind, chosen in (
@@ -193,7 +203,7 @@ def make_request(task: Task, world: World, split: str, fact: Fact) -> EditReques
     ):
         for subject in rng.sample(chosen, min(PROBES, len(chosen))):
             near.append(probe(fact.phrasing.format(subject), subjects[subject], kind))
-    near += known_otherwise(task, world, fact, rng)
+    near += known_otherwise(task, world, fact, rng) if task else []
     far: list[Probe] = []
     relations = [r for r in sorted(world.objects) if r != fact.relation]
     while len(far) < PROBES:
