@@ -1,5 +1,6 @@
 """The training-free editor: edits take as units and as low rank, answer only their subject, and find a subject."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 import families
 import remend
 import worlds
+from remend.cli import run
 from remend.core.low_rank_hooks import frozen
 from remend.core.response import LINEAR
 from remend.edit import Edit
@@ -24,9 +26,10 @@ from remend.editors.locate_then_edit.value_optimization import add_at_subject, s
 from remend.editors.locate_then_edit.value_solver import AIM, SolverConfig, _Search
 from remend.editors.locate_then_edit.word_end import with_word_end
 from remend.errors import ConfigError, EditError, FileError, RequestError
+from remend.evaluation import before_after
 from remend.evaluation.runner import sum_of_latest
 from remend.models.frozen_prefix import FrozenPrefix
-from remend.request import Chat, EditRequest, as_completion
+from remend.request import Chat, EditRequest, as_completion, write_requests
 from remend.tasks import cached_prefix, wrap
 from remend.tasks.base import Example
 from remend.tasks.cached_prefix import CachedPrefix
@@ -665,3 +668,49 @@ def test_a_subject_of_what_follows_is_a_text(subject):
     given = EditRequest(prompt=request.prompt, target=request.target, given_portability=(probe,))
     with pytest.raises(RequestError, match="in given_portability is a text"):
         Fit.create(task, text=families.TEXT).edit(task, [given])
+
+
+def test_requests_that_are_not_taken_are_left_out_by_name_and_any_other_one_later(tmp_path, monkeypatch, capsys):
+    task, requests = families.taught("llama"), families.requests("llama", 4)
+    task.model.save_pretrained(tmp_path / "model")
+    task.processor.save_pretrained(tmp_path / "model")
+    write_requests(tmp_path / "requests.jsonl", [EditRequest(prompt=r.prompt, target=r.target) for r in requests])
+    real, hard = before_after.before_after, {requests[1].prompt}
+
+    def answers(task, edit, asked, *rest):
+        rows = real(task, edit, asked, *rest)
+        return [[replace(c, ok=c.prompt not in hard) for c in row] for row in rows]
+
+    monkeypatch.setattr(before_after, "before_after", answers)
+    monkeypatch.setenv("COLUMNS", "200")
+    command = ["edit", tmp_path / "model", "--requests", tmp_path / "requests.jsonl", "--out", tmp_path / "edit"]
+    command += ["--editor", "fit", "--device", "cpu", "--json", tmp_path / "edit.json"]
+    assert run([str(part) for part in command]) == 1
+    assert "--leave-out-failed leaves it out and saves the others" in capsys.readouterr().out
+    assert not (tmp_path / "edit").exists()
+    assert run([str(part) for part in [*command, "--leave-out-failed"]]) == 0
+    assert f"left out 1 of 4 requests, which the model does not take: {requests[1].prompt}" in capsys.readouterr().out
+    edit, told = Edit.load(tmp_path / "edit"), json.loads((tmp_path / "edit.json").read_text())
+    assert [request.prompt for request in edit.requests] == [requests[n].prompt for n in (0, 2, 3)]
+    assert (edit.taken, told["left_out"], len(told["answers"])) == (True, [requests[1].prompt], 3)
+    export = [
+        "export",
+        tmp_path / "edit",
+        "--to",
+        "native",
+        "--without",
+        requests[2].prompt,
+        "--out",
+        tmp_path / "less",
+    ]
+    assert run([str(part) for part in export]) == 0
+    assert [request.prompt for request in Edit.load(tmp_path / "less").requests] == [
+        requests[0].prompt,
+        requests[3].prompt,
+    ]
+    export[-3] = f"{requests[2].prompt}?"
+    assert run([str(part) for part in export]) == 2
+    assert "no request of the edit has the prompt" in capsys.readouterr().err
+    hard |= {request.prompt for request in requests}
+    assert run([str(part) for part in [*command, "--leave-out-failed", "--overwrite"]]) == 1
+    assert "4 of 4 targets are not what the edited model answers" in capsys.readouterr().out

@@ -238,34 +238,43 @@ class Edit:
         ends = tuple(end for edit in edits for end in edit.ends_by_request())
         return replace(total, separators=separators, ends=ends)
 
-    def without(self, number: int) -> Edit:
-        """Return the edit without one of its requests: all others still add what they did, as :meth:`sum` has it.
+    def without(self, *numbers: int) -> Edit:
+        """Return the edit without some of its requests: all others still add what they did, as :meth:`sum` has it.
 
         Args:
-            number: which of :attr:`requests`, counted from 0.
+            numbers: which of :attr:`requests`, counted from 0.
 
         Raises:
-            EditError: there is no such request or no other one, it is not known what of the edit is of it, or that is
+            EditError: there is no such request or no other one, it is not known what of the edit is of them, or that is
                 of other requests, too, such as those about the same subject.
         """
-        if not 0 <= number < len(self.requests) or len(self.requests) == 1:
-            raise EditError(f"the edit has {len(self.requests)} requests, of which request {number} cannot be left out")
+        count, left_out = len(self.requests), set(numbers)
+        if unknown := sorted(number for number in left_out if not 0 <= number < count):
+            raise EditError(f"the edit has {count} requests, of which request {unknown[0]} cannot be left out")
+        if len(left_out) == count:
+            raise EditError(f"the edit has {count} request{'s' * (count > 1)}, which cannot all be left out")
+        if not left_out:
+            return self
+        new_number = {old: new for new, old in enumerate(n for n in range(count) if n not in left_out)}
         changes = {}
         for name, change in self.changes.items():
             if change.owners is None or change.keys is None:
                 raise EditError(
                     f"of {name} it is not known what each request changes: make an edit of all the other requests"
                 )
-            own = [pair for pair, owners in enumerate(change.owners) if number in owners]
-            if shared := sorted({other for pair in own for other in change.owners[pair]} - {number}):
+            own = [pair for pair, owners in enumerate(change.owners) if left_out.intersection(owners)]
+            if shared := sorted({other for pair in own for other in change.owners[pair]} - left_out):
                 prompts = ", ".join(repr(str(self.requests[other].prompt)[:60]) for other in shared[:3])
-                raise EditError(
-                    f"request {number} shares what it adds with {prompts}: make an edit of all the other requests"
+                listed = ", ".join(
+                    str(n) for n in sorted({n for pair in own for n in change.owners[pair]} & left_out)[:3]
                 )
-            left = without_pairs(change, own)
-            changes[name] = _renumbered(left, lambda other: other - (other > number))
+                raise EditError(
+                    f"request {listed} shares what it adds with {prompts}: leave that out, too, or make an edit of all "
+                    "the other requests"
+                )
+            changes[name] = _renumbered(without_pairs(change, own), new_number.__getitem__)
         rest: dict[str, Any] = {
-            key: tuple(value for index, value in enumerate(of_requests) if index != number)
+            key: tuple(value for index, value in enumerate(of_requests) if index not in left_out)
             for key, of_requests in (("requests", self.requests), ("separators", self.separators), ("ends", self.ends))
         }
         return replace(self, changes=changes, taken=None, created=utc_now(), **rest)

@@ -70,6 +70,13 @@ def edit(
     keep_failed: Annotated[
         bool, typer.Option(help="Save the edit even if the model does not take it, or nothing changes.")
     ] = False,
+    leave_out_failed: Annotated[
+        bool,
+        typer.Option(
+            "--leave-out-failed",
+            help="Of many requests, leave out those that the model does not take; save the others.",
+        ),
+    ] = False,
     max_new_tokens: options.NewTokens = 32,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
@@ -120,6 +127,10 @@ def edit(
         result = result.scaled(factor)
     answers = before_after(task, result, edit_requests, max_new_tokens)
     made = _MadeEdit(edit_requests, result, answers, keep_failed)
+    left_out: list[Prompt] = []
+    if leave_out_failed:
+        made, left_out = _leave_out_failed(console, task, made, max_new_tokens)
+        edit_requests, result, answers = list(made.requests), made.result, [list(row) for row in made.answers]
     if made.saved:
         _check_free(out, overwrite)  # another process may have written there meanwhile
         made.edit.save(out)
@@ -137,6 +148,7 @@ def edit(
     if json is not None:
         content: dict[str, Any] = {
             "taken": not made.failed,
+            "left_out": [str(prompt) for prompt in left_out],
             "out": str(out) if made.saved else None,
             "scale": result.editor.get("scale", 1.0),
             "editor": chosen_editor.info.name,
@@ -174,6 +186,33 @@ def _make(editor: Editor, task: Task, requests: Sequence[EditRequest], partial: 
     result = editor.edit(task, requests)
     assert isinstance(result, Edit)
     return result
+
+
+def _leave_out_failed(
+    console: Console, task: Task, made: _MadeEdit, max_new_tokens: int
+) -> tuple[_MadeEdit, list[Prompt]]:
+    """Return what was made without the requests that the model does not take, and their prompts.
+
+    The others are asked again: each still does what it did, and a model may answer otherwise all the same.
+    """
+    from remend.evaluation.before_after import before_after
+
+    left_out: list[Prompt] = []
+    while made.failed and len(made.failed) < len(made.requests):
+        left_out += made.failed
+        failed = [number for number, row in enumerate(made.answers) if not row[0].ok]
+        kept = [request for number, request in enumerate(made.requests) if number not in set(failed)]
+        result = made.result.without(*failed)
+        made = replace(made, requests=kept, result=result, answers=before_after(task, result, kept, max_new_tokens))
+    if left_out:
+        shown = ", ".join(plain(prompt) for prompt in left_out[:TABLES])
+        more = f" and {len(left_out) - TABLES} more" if len(left_out) > TABLES else ""
+        console.print(
+            f"[yellow]left out {len(left_out)} of {len(left_out) + len(made.requests)} requests[/], which the model "
+            f"does not take: {shown}{more}",
+            soft_wrap=True,
+        )
+    return made, left_out
 
 
 def _write_page(
@@ -223,6 +262,12 @@ class _MadeEdit:
         return self.result.is_zero or len(self.already) == len(self.requests)
 
     @property
+    def separable(self) -> bool:
+        """Whether requests that failed can be left out of the edit."""
+        known = all(change.owners is not None and change.keys is not None for change in self.result.changes.values())
+        return known and not self.saved and 0 < len(self.failed) < len(self.requests)
+
+    @property
     def saved(self) -> bool:
         """Whether it is saved."""
         return self.keep_failed or not (self.failed or self.needless)
@@ -266,6 +311,8 @@ def _print_failure(console: Console, made: _MadeEdit, task: Task) -> None:
         reworded = all(TARGET_AS_GIVEN in (request.model_extra or {}) for request in made.requests)
         advice = ". A target in words that the model itself would use is learned more easily"
         advice = "" if reworded or not task.generates else advice
+        if made.separable:
+            advice = f". --leave-out-failed leaves {'them' if len(made.failed) > 1 else 'it'} out and saves the others"
         console.print(
             f"[red]{len(made.failed)} of {len(made.requests)} targets are not what the edited model answers[/] "
             f"({plain(made.failed[0])}); {SAVED[made.saved]}{advice}",

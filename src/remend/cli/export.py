@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from remend.cli import options
 from remend.cli.edit_formats import FORMAT_HELP, write_edit
+from remend.errors import ConfigError, nearest
 from remend.registries import FORMATS
+
+if TYPE_CHECKING:
+    from remend.edit import Edit
 
 
 def export(
@@ -21,6 +26,10 @@ def export(
         str | None,
         typer.Option(help="The model that the edit is for; without it, the one that the edit names. Of an adapter, a "
         "folder with its config.json will do."),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PROMPT", help="Leave out the request with this prompt; all others still act as they do."),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="The most factor pairs of a matrix: servers of adapters limit ranks.")
@@ -35,5 +44,19 @@ def export(
     from remend.edit import Edit
 
     FORMATS.get(to)  # before the edits are read
-    edit = Edit.sum([Edit.load(path) for path in edits])
+    edit = _leave_out(Edit.sum([Edit.load(path) for path in edits]), without or [])
     write_edit(Console(), edit, out, to, model or edit.base.name, model is None, rank, device, dtype)
+
+
+def _leave_out(edit: Edit, prompts: Sequence[str]) -> Edit:
+    """Return an edit without its requests of some prompts."""
+    numbers = []
+    for prompt in prompts:
+        of_prompt = [number for number, request in enumerate(edit.requests) if str(request.prompt) == prompt]
+        if not of_prompt:
+            asked = [str(request.prompt) for request in edit.requests]
+            raise ConfigError(
+                f"no request of the edit has the prompt {prompt!r}; {nearest(prompt, asked)} (remend show lists them)"
+            )
+        numbers += of_prompt
+    return edit.without(*numbers)

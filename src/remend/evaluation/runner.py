@@ -254,9 +254,7 @@ def sum_of_latest(edits: Sequence[Edit]) -> Edit:
     for place, edit in enumerate(edits):
         replaced = [n for n, request in enumerate(edit.requests) if latest[request.prompt] != (place, n)]
         if len(replaced) < len(edit.requests):
-            for number in reversed(replaced):
-                edit = edit.without(number)
-            kept.append(edit)
+            kept.append(edit.without(*replaced))
     return Edit.sum(kept)
 
 
