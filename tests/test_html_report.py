@@ -8,6 +8,7 @@ import pytest
 from remend.evaluation.before_after import AnswerComparison
 from remend.evaluation.reports.html_report import _embed, write_html_report
 from remend.evaluation.reports.report import Case, Report, Run
+from remend.evaluation.summary import Summary
 
 pytest.importorskip("matplotlib")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -33,7 +34,8 @@ def case(number, success, near, answer="Rome"):
 
 def report(protocol="single"):
     cases = [case(n, float(n % 5 > 0), n % 4 / 4, "Rome" if n % 5 else "Oslo") for n in range(60)]
-    runs = [Run(count, cases[:count], 0.01) for count in ((60,) if protocol == "single" else (1, 10, 60))]
+    kept = {} if protocol == "single" else {"in_context": Summary(0.75, (0.5, 1.0), 40)}
+    runs = [Run(count, cases[:count], 0.01, kept) for count in ((60,) if protocol == "single" else (1, 10, 60))]
     return Report(
         "tiny", "some.jsonl", runs, {"torch": "2"}, "mend", protocol,
         baselines={name: [case(n, 0.0, 1.0) for n in range(60)] for name in ("unedited", "in_context")},
@@ -56,6 +58,7 @@ def test_the_page_holds_plots_and_every_edit(tmp_path, protocol):
     assert (stays["title"], stays["right"], stays["judged"], stays["done"]) == ("what should stay", 2, 2, "stayed")
     assert stays["answers"][0][1] == "A </script><b>bold</b> prompt"
     assert "3 requests" in text
+    assert ("<th>in context (40)</th>" in text and 'id="picture-abilities"' in text) is (protocol == "sequential")
 
 
 @pytest.fixture(scope="module")

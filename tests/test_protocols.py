@@ -15,7 +15,7 @@ from remend.editors import MendConfig, make
 from remend.editors.enn import Enn
 from remend.editors.ridge import RidgeConfig
 from remend.errors import ConfigError, FileError, NonFiniteError
-from remend.evaluation import evaluate, evaluate_checkpoints
+from remend.evaluation import abilities, evaluate, evaluate_checkpoints
 from remend.evaluation.checkpoint import evaluation_fingerprint
 from remend.evaluation.conflicting_probes import filter_probes
 from remend.evaluation.metrics import fluency, query_measurements, word_overlap
@@ -489,3 +489,47 @@ def test_text_matches_ranks_divergence_perplexity_and_entropy_by_hand():
     assert fluency.ngram_entropy([1, 2, 3, 4]) == pytest.approx((2 / 3 * math.log2(3) + 4 / 3 * 1) / 2)
     assert fluency.repeated_trigrams([1, 2, 3, 4]) == 0
     assert fluency.repeated_trigrams([1, 1, 1, 1, 1]) == pytest.approx(2 / 3)
+
+
+def test_abilities_are_what_the_unedited_model_gets_right_and_keeps(world, tmp_path, monkeypatch):
+    asked = [("capital of A is", "blue"), ("the capital of A is", "green"), ("capital of B is", world_answer(world))]
+    monkeypatch.setattr(abilities, "sums", lambda: iter(asked))
+    monkeypatch.setattr(abilities, "facts_in_context", lambda: iter(asked[1:2]))  # wrong before any edit
+    monkeypatch.setattr(abilities.AbilityPanel, "_known", lambda self: [])
+    options = {"protocol": "sequential", "edits": [1, 2], "baselines": False, "abilities": True}
+    measured = evaluate(world, scripted.Numbered(), REQUESTS, **options, checkpoint=tmp_path / "kept")
+    assert [set(run.abilities) for run in measured.runs] == [{"arithmetic"}] * 2
+    found = [(run.abilities["arithmetic"].mean, run.abilities["arithmetic"].n) for run in measured.runs]
+    assert found[0] == (0.5, 2)  # "capital of A is" is edited first, and the wrong one does not count
+    measured.save(tmp_path / "report.json")
+    assert [run.abilities for run in read_report(tmp_path / "report.json").runs] == [r.abilities for r in measured.runs]
+    # A part that is loaded has its abilities.
+    stop = lambda report: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    kept = {"checkpoint": tmp_path / "again"}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(world, scripted.Numbered(), REQUESTS, **options, **kept, on_report=stop)
+    monkeypatch.setattr(abilities.AbilityPanel, "measure", lambda *_: pytest.fail("it was measured"))
+    again = evaluate(world, scripted.Numbered(), REQUESTS, **options, **kept, resume=True)
+    assert [run.abilities for run in again.runs] == [run.abilities for run in measured.runs]
+    for wrong, message in (
+        ({**options, "protocol": "single", "edits": []}, "several edits at work"),
+        ({**options, "editor": make("in-context", world)}, "does not change the model"),
+    ):
+        editor = wrong.pop("editor", scripted.Numbered())
+        with pytest.raises(ConfigError, match=message):
+            evaluate(world, editor, REQUESTS, **wrong)
+
+
+def world_answer(world):
+    return world.decode(world.predict(["capital of B is"])[0])
+
+
+def test_common_facts_of_the_panel_are_those_that_a_model_is_sure_of_and_nobody_edits(monkeypatch):
+    task = families.taught("llama")
+    monkeypatch.setattr(abilities, "reference_subjects", lambda: ["France", "Italy", "Norway"])
+    edited = [EditRequest(prompt="The capital of Italy is", target="Oslo", subject="Italy")]
+    items = abilities.AbilityPanel(task, edited).items
+    assert items["facts"]
+    for prompt, answer in items["facts"]:
+        assert "Italy" not in prompt
+        assert task.gives(prompt, task.predict([prompt], 8)[0], answer)

@@ -42,6 +42,12 @@ def evaluate(
     edits: Annotated[
         str | None, typer.Option(metavar="1,5,25,…", help="batched, sequential: how many edits are applied at once.")
     ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="sequential: evaluate all edits so far after every N, and after the last."
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Evaluate only this many requests, drawn with the seed.")
     ] = None,
@@ -69,6 +75,13 @@ def evaluate(
     text_tokens: Annotated[
         int, typer.Option(min=0, help="The number of tokens of ordinary text; 0 to leave it out.")
     ] = 1024,
+    abilities: Annotated[
+        bool,
+        typer.Option(
+            "--abilities",
+            help="batched, sequential: also measure whether sums, facts in the prompt and common facts stay right.",
+        ),
+    ] = False,
     lm_eval: Annotated[
         str | None,
         typer.Option(
@@ -116,12 +129,13 @@ def evaluate(
     if suite not in SUITES:
         raise ConfigError(f"there is no suite {suite!r}; it is one of {', '.join(SUITES)}")
     if edited_model is not None and (
-        editor or statistics or settings or layers or edits or resume or protocol != "single"
+        editor or statistics or settings or layers or edits or every or abilities or resume or protocol != "single"
     ):
         raise ConfigError(
-            "the edits are in --edited-model already: omit --editor, --statistics, --set, --protocol, --edits and "
-            "--resume"
+            "the edits are in --edited-model already: omit --editor, --statistics, --set, --protocol, --edits, "
+            "--every, --abilities and --resume"
         )
+    sizes = _sizes(protocol, edits, every, len(requests))
     console = Console()
     chosen = (
         None if edited_model is not None else options.find_editor(editor, model, statistics, seed, settings, layers)
@@ -167,7 +181,7 @@ def evaluate(
             made = chosen.make(task)
             report = evaluate_edits(
                 task, made, requests,
-                protocol=protocol, edits=_numbers(edits), strengths=FRONTIER_STRENGTHS if frontier else (),
+                protocol=protocol, edits=sizes, abilities=abilities, strengths=FRONTIER_STRENGTHS if frontier else (),
                 perturbed=suite == "full" and protocol == "single" and made.info.result != "outside",
                 name=Path(editor or made.info.name).name, checkpoint=partial, resume=resume,
                 on_report=finish, **common,
@@ -209,6 +223,17 @@ def _announce_resume(partial: Path | None, resume: bool) -> Iterator[None]:
         else:
             console.print(f"stopped; resume with the same command and --resume ({plain(partial)})", soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+def _sizes(protocol: str, edits: str | None, every: int | None, requests: int) -> list[int]:
+    """Return after how many edits an evaluation is made, by the options; nothing for the default."""
+    if every is None:
+        return _numbers(edits)
+    if protocol != "sequential":
+        raise ConfigError("--every is for edits one after another: give --protocol sequential")
+    if edits is not None:
+        raise ConfigError("--every and --edits both say after how many edits an evaluation is made: give one of them")
+    return sorted({*range(every, requests + 1, every), requests})
 
 
 def _numbers(text: str | None) -> list[int]:

@@ -28,6 +28,10 @@ def print_report(report: Report, console: Console) -> None:
     if retention := report.retention():
         counts = ", ".join(f"{sum(row):.0f} of {len(row)}" for row in retention)
         console.print(f"retained edits (their prompt is still answered with the target): {counts}")
+    for run in report.runs:
+        if run.abilities:
+            kept = ", ".join(f"{plain(n.replace('_', ' '))} {s.mean:.3f} of {s.n}" for n, s in run.abilities.items())
+            console.print(f"what stays right after {run.edits} edits: {kept}", soft_wrap=True)
     if report.frontier:
         console.print(_frontier_table(report))
     if report.general:

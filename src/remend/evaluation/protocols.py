@@ -8,6 +8,7 @@ from pathlib import Path
 from remend.editors.base import EditorLike
 from remend.editors.request_checks import refuse_conflicts, refuse_unreadable
 from remend.errors import ConfigError, RequestError
+from remend.evaluation.abilities import AbilityPanel
 from remend.evaluation.checkpoint import EvaluationCheckpoint, evaluation_fingerprint
 from remend.evaluation.metrics.lm_eval import LmEvalTasks, TaskScores, pair_scores
 from remend.evaluation.metrics.scorer import Scorer
@@ -36,6 +37,7 @@ def evaluate(
     text: Sequence[str] = (),
     text_tokens: int = TEXT_TOKENS,
     lm_eval: LmEvalTasks | None = None,
+    abilities: bool = False,
     data: str = "",
     name: str = "",
     max_new_tokens: int = 32,
@@ -69,6 +71,9 @@ def evaluate(
         text_tokens: how many tokens of it; 0 to leave this out.
         lm_eval: tasks of lm-evaluation-harness in which the model is evaluated without any edit and after all of a
             sequence, after the last batch (of the largest number of edits), or, of ``single``, after the first edit.
+        abilities: of ``batched`` and ``sequential``, whether to measure at each number of edits how much of what the
+            unedited model gets right stays right, of sums, facts in the prompt and common facts
+            (:mod:`remend.evaluation.abilities`).
         data: where the requests come from, for the report.
         name: of the editor, for the report.
         max_new_tokens: the longest free answer.
@@ -87,8 +92,11 @@ def evaluate(
     if not requests:
         raise RequestError("there is no request to evaluate: give at least one")
     sizes = _check_sizes(protocol, edits, strengths, perturbed, len(requests))
+    _check_abilities(task, editor, protocol, abilities)
     settings = {"protocol": protocol, "edits": sizes, "scales": list(strengths), "limit": max_new_tokens}
     settings |= {"baselines": baselines, "perturbed": perturbed, "text": list(text), "text_tokens": text_tokens}
+    if abilities:
+        settings["abilities"] = True
     if lm_eval is not None:
         settings["ability"] = [list(lm_eval.tasks), str(lm_eval.folder), lm_eval.limit]
     fingerprint = evaluation_fingerprint(task.model, editor, requests, settings) if checkpoint else ""
@@ -99,7 +107,10 @@ def evaluate(
     ordinary_text = OrdinaryText(task, text, text_tokens) if text_tokens else None
     _check_edits(task, requests, sizes if protocol == "batched" else ())
     scorer = Scorer(task, requests, max_new_tokens)
-    runner = EvaluationRunner(task, editor, requests, scorer, ordinary_text, parts, advance)
+    panel = AbilityPanel(task, requests) if abilities else None
+    if panel is not None and not panel.items:
+        raise ConfigError("the unedited model gets no sum, fact in the prompt or common fact right: omit abilities")
+    runner = EvaluationRunner(task, editor, requests, scorer, ordinary_text, parts, advance, panel)
     scores_before = {} if lm_eval is None else _scores(parts, "general-before", lambda: lm_eval.measure(task))
     of_baselines = runner.evaluate_baselines() if baselines_first else {}
     frontier: dict[float, list[Case]] = {}
@@ -237,6 +248,19 @@ def _check_sizes(
             f"there are {requests} requests, so from 1 to {requests} edits can be applied at once, not {wrong[0]}"
         )
     return sorted(set(edits)) or [requests]
+
+
+def _check_abilities(task: Task, editor: EditorLike, protocol: str, abilities: bool) -> None:
+    """Check that abilities can be measured, if they shall be."""
+    if not abilities:
+        return
+    if protocol == "single":
+        raise ConfigError("abilities are measured with several edits at work: use the protocol batched or sequential")
+    if not (task.generates and task.causal):
+        raise ConfigError("abilities are those of models that go on with a text, and this one does not: omit them")
+    info = getattr(editor, "info", None)
+    if info is not None and info.name == "in-context":
+        raise ConfigError("in-context does not change the model, nor its abilities: omit them")
 
 
 def _check_edits(task: Task, requests: Sequence[EditRequest], sizes: Sequence[int]) -> None:

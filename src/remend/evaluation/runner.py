@@ -14,19 +14,24 @@ from remend.edit import Edit
 from remend.editors.base import EditorLike
 from remend.editors.context_edit import ContextEdit
 from remend.editors.edit_types import AnyEdit
+from remend.evaluation.abilities import AbilityPanel
 from remend.evaluation.case_scorer import BASELINES, CaseScorer
 from remend.evaluation.checkpoint import EvaluationCheckpoint
 from remend.evaluation.conflicting_probes import filter_probes
-from remend.evaluation.interventions import Intervention, shared_intervention
+from remend.evaluation.interventions import Intervention, SharedEdit, shared_intervention
 from remend.evaluation.metrics.scorer import Scorer
 from remend.evaluation.ordinary_text import OrdinaryText
 from remend.evaluation.perturbed_edits import PERTURBATIONS
-from remend.evaluation.reports.report import Case, Run
+from remend.evaluation.reports.report import Case, Run, summaries_as_json, summaries_from_json
+from remend.evaluation.summary import Summary
 from remend.request import EditRequest
 from remend.tasks.base import Task
 
 REQUESTS_PER_PART = 32
 """Requests whose single edits are evaluated together and then stored; does not change the result."""
+
+Part = tuple[float, list[list[Case]], dict[str, Summary]]
+"""A finished part: the seconds that edits took, the cases after each intervention, and abilities."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -43,6 +48,7 @@ class EvaluationRunner:
         text: the ordinary text on which edits are measured, if they are.
         checkpoint: where finished parts are stored.
         on_progress: called with the number of edits that were evaluated.
+        panel: the abilities that are measured with several edits applied, if they are.
 
     Attributes:
         left_out: how many requests or prompts were not evaluated, by reason.
@@ -58,10 +64,11 @@ class EvaluationRunner:
         text: OrdinaryText | None,
         checkpoint: EvaluationCheckpoint,
         on_progress: Callable[[int], None],
+        panel: AbilityPanel | None = None,
     ) -> None:
         self.task, self.requests = task, requests
         self._cases = CaseScorer(task, scorer, text)
-        self._editor = editor
+        self._editor, self._panel = editor, panel
         self.text, self.checkpoint, self.on_progress = text, checkpoint, on_progress
         self.left_out: Counter[str] = Counter()
         self.sequence: AnyEdit | None = None
@@ -117,6 +124,7 @@ class EvaluationRunner:
             if rest := len(self.requests) - whole:
                 self.left_out[f"requests that do not fill a batch of {size}"] += rest
             cases: list[Case] = []
+            abilities: dict[str, Summary] = {}
             total = 0.0
             for start in range(0, whole, size):
                 chunk = self.requests[start : start + size]
@@ -124,12 +132,15 @@ class EvaluationRunner:
                 part = self._load_part(f"batched-{size}-{start}")
                 if part is None:
                     seconds, edit = _timed(self.editor.edit, self.task, chunk)
-                    scored = self._cases.score(filtered, start, [shared_intervention(self.task, edit, size)])
-                    part = self._save_part(f"batched-{size}-{start}", seconds, scored)
+                    intervention = shared_intervention(self.task, edit, size)
+                    scored = self._cases.score(filtered, start, [intervention])
+                    last = start + size == whole  # one batch tells of the model's abilities
+                    part = self._save_part(f"batched-{size}-{start}", seconds, scored, intervention if last else None)
                 total += part[0]
                 cases += part[1][0]
+                abilities = part[2]
                 self.on_progress(size)
-            runs.append(Run(size, cases, total / whole))
+            runs.append(Run(size, cases, total / whole, abilities))
         return runs
 
     def evaluate_sequential(self, sizes: Sequence[int]) -> list[Run]:
@@ -146,13 +157,14 @@ class EvaluationRunner:
                 seconds, extended = _timed(self._extend_sequence, edit, done, size)
                 # Stored before its part: a part that can be loaded always has an edit to go on from.
                 self.checkpoint.save_edit(size, extended)
-                scored = self._cases.score(filtered, 0, [shared_intervention(self.task, extended, size)])
+                intervention = shared_intervention(self.task, extended, size)
+                scored = self._cases.score(filtered, 0, [intervention])
                 edit = extended
-                part = self._save_part(f"after-{size}", seconds, scored)
+                part = self._save_part(f"after-{size}", seconds, scored, intervention)
             else:
                 edit = self.checkpoint.load_edit(size)
             total += part[0]
-            runs.append(Run(size, part[1][0], total / size))
+            runs.append(Run(size, part[1][0], total / size, part[2]))
             self.on_progress(size - done)
             done = size
         self.sequence = edit
@@ -227,14 +239,24 @@ class EvaluationRunner:
 
     # -- checkpoint ----------------------------------------------------------------------------------------------
 
-    def _load_part(self, name: str) -> tuple[float, list[list[Case]]] | None:
+    def _load_part(self, name: str) -> Part | None:
         part = self.checkpoint.load_part(name)
-        return part and (part["seconds"], [[Case.from_json(case) for case in cases] for cases in part["cases"]])
+        if part is None:
+            return None
+        cases = [[Case.from_json(case) for case in listed] for listed in part["cases"]]
+        return part["seconds"], cases, summaries_from_json(part.get("abilities", {}))
 
-    def _save_part(self, name: str, seconds: float, cases: list[list[Case]]) -> tuple[float, list[list[Case]]]:
+    def _save_part(
+        self, name: str, seconds: float, cases: list[list[Case]], intervention: Intervention | None = None
+    ) -> Part:
+        """Store a part, with the abilities that an intervention leaves, where these are measured."""
+        abilities: dict[str, Summary] = {}
+        if self._panel is not None and isinstance(intervention, SharedEdit):
+            abilities = self._panel.measure(intervention)
         as_json = [[case.to_json() for case in listed] for listed in cases]
-        self.checkpoint.save_part(name, {"seconds": seconds, "cases": as_json})
-        return seconds, cases
+        part = {"seconds": seconds, "cases": as_json, "abilities": summaries_as_json(abilities)}
+        self.checkpoint.save_part(name, part)
+        return seconds, cases, abilities
 
 
 def _timed(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[float, T]:

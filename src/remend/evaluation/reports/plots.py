@@ -45,6 +45,8 @@ def available_plots(report: Report) -> dict[str, Callable[[], Figure]]:
         plots["frontier"] = lambda: frontier({report.editor or "edits": report})
     if len(report.runs) > 1:
         plots["growth"] = lambda: growth(report)
+    if len(report.runs) > 1 and report.runs[0].abilities:
+        plots["abilities"] = lambda: abilities(report)
     if report.retention():
         plots["retention"] = lambda: retention(report)
     return plots
@@ -213,6 +215,21 @@ def growth(report: Report) -> Figure:
         axes.set_xticks([run.edits for run in report.runs], [str(run.edits) for run in report.runs])
         axes.minorticks_off()
         axes.set_title(f"{report.protocol.capitalize()} edits")
+        axes.legend(fontsize=8)
+    return figure
+
+
+def abilities(report: Report) -> Figure:
+    """Draw how much of what the unedited model gets right stays right, by the number of edits at work."""
+    counts = [0, *(run.edits for run in report.runs)]
+    with new_axes("abilities") as (figure, axes):
+        for name in report.runs[0].abilities:
+            points = [run.abilities[name] for run in report.runs]
+            (line,) = axes.plot(counts, [1.0, *(p.mean for p in points)], marker="o", label=name.replace("_", " "))
+            low, high = ([1.0, *(p.ci95[side] for p in points)] for side in (0, 1))
+            axes.fill_between(counts, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.set(ylim=(-0.02, 1.02), xlabel="edits at work", ylabel="still right, with 95 % intervals")
+        axes.set_title("Abilities: is what the unedited model gets right still right?")
         axes.legend(fontsize=8)
     return figure
 

@@ -76,11 +76,14 @@ class Run:
         edits: how many are applied.
         cases: the case of each edit.
         seconds_per_edit: wall time of making an edit, without its evaluation.
+        abilities: of what the unedited model gets right, the share that stays right, by ability
+            (:mod:`remend.evaluation.abilities`), if it was measured.
     """
 
     edits: int
     cases: Sequence[Case]
     seconds_per_edit: float
+    abilities: Mapping[str, Summary] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, dict[str, Summary]]:
         """Return each metric that has data, by mode. One without data is absent, never 0."""
@@ -172,6 +175,7 @@ class Report:
                     "seconds_per_edit": run.seconds_per_edit,
                     "metrics": _as_json(run.metrics()),
                     "cases": [case.to_json() for case in run.cases],
+                    **({"abilities": summaries_as_json(run.abilities)} if run.abilities else {}),
                 }
                 for run in self.runs
             ],
@@ -217,10 +221,17 @@ def metrics_of(cases: Sequence[Case]) -> dict[str, dict[str, Summary]]:
 
 
 def _as_json(metrics: Mapping[str, Mapping[str, Summary]]) -> dict[str, dict[str, dict[str, Any]]]:
-    return {
-        name: {mode: {"mean": s.mean, "ci95": list(s.ci95), "n": s.n} for mode, s in modes.items()}
-        for name, modes in metrics.items()
-    }
+    return {name: summaries_as_json(modes) for name, modes in metrics.items()}
+
+
+def summaries_as_json(summaries: Mapping[str, Summary]) -> dict[str, dict[str, Any]]:
+    """Return summaries as an object of the report."""
+    return {name: {"mean": s.mean, "ci95": list(s.ci95), "n": s.n} for name, s in summaries.items()}
+
+
+def summaries_from_json(content: Mapping[str, Mapping[str, Any]]) -> dict[str, Summary]:
+    """Make the summaries of such an object, which must have been validated."""
+    return {name: Summary(s["mean"], (s["ci95"][0], s["ci95"][1]), s["n"]) for name, s in content.items()}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

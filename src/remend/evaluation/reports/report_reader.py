@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
 
 from remend.errors import FileError
-from remend.evaluation.reports.report import SCHEMA, Case, Report, Run
+from remend.evaluation.reports.report import SCHEMA, Case, Report, Run, summaries_from_json
 
 Numbers = dict[str, FiniteFloat]
 
@@ -55,6 +55,7 @@ class _Run(_Object):
     seconds_per_edit: FiniteFloat
     metrics: _Metrics
     cases: Annotated[list[_Case], Field(min_length=1)]
+    abilities: dict[str, _Summary] = Field(default_factory=dict)  # older reports lack it
 
 
 class _Baseline(_Object):
@@ -117,7 +118,10 @@ def read_report(path: str | Path) -> Report:
         data=content.data,
         editor=content.editor,
         protocol=content.protocol,
-        runs=[Run(run.edits, _cases(run.cases), run.seconds_per_edit) for run in content.runs],
+        runs=[
+            Run(run.edits, _cases(run.cases), run.seconds_per_edit, summaries_from_json(_dump(run.abilities)))
+            for run in content.runs
+        ],
         baselines={name: _cases(baseline.cases) for name, baseline in content.baselines.items()},
         text=content.text,
         left_out=content.left_out,
@@ -128,6 +132,10 @@ def read_report(path: str | Path) -> Report:
         },
         environment=content.environment,
     )
+
+
+def _dump(summaries: dict[str, _Summary]) -> dict[str, dict[str, Any]]:
+    return {name: summary.model_dump() for name, summary in summaries.items()}
 
 
 def _cases(cases: list[_Case]) -> list[Case]:
