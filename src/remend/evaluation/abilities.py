@@ -81,7 +81,7 @@ class AbilityPanel:
         """Return common statements about well-known subjects with the answers that the model is sure of."""
         texts = [frame.about(subject) for subject in reference_subjects() for frame in frames("statements")]
         texts = [text for text in texts if not self._edited.mentioned_in(text)]
-        drawn = random.Random("facts").sample(texts, min(4 * ITEMS, len(texts)))
+        drawn = random.Random("facts").sample(texts, min(12 * ITEMS, len(texts)))
         sure: list[str] = []
         for start in range(0, len(drawn), ITEMS):
             part = drawn[start : start + ITEMS]
@@ -90,6 +90,8 @@ class AbilityPanel:
                 likeliest = self.task.outputs(batch).float().softmax(-1).amax(-1)
             first = dict(zip(batch.row.tolist(), likeliest.tolist(), strict=True))
             sure += [text for row, text in enumerate(part) if first[row] >= SURE]
+            if len(sure) >= ITEMS:
+                break
         given = self.task.predict(sure[:ITEMS], NEW_TOKENS) if sure else []
         spans = [(text, self.task.answer_span(text, ids)) for text, ids in zip(sure, given, strict=False)]
         return [(text, answer) for text, answer in spans if self.task.decode(answer).strip()]
@@ -105,10 +107,17 @@ def sums() -> Iterator[tuple[str, str]]:
 
 
 def facts_in_context() -> Iterator[tuple[str, str]]:
-    """Yield facts about two people, and a statement about one of them to be completed."""
+    """Yield facts about two people and a question on one of them, after two that are answered."""
     rng = random.Random("facts in context")
-    for _ in range(ITEMS):
+
+    def question() -> tuple[str, str]:
         (first, second), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
         one, other = rng.sample(COLOURS, 2)
         name, colour = rng.choice([(first, one), (second, other)])
-        yield f"{first} has a {one} {thing}. {second} has a {other} {thing}. The {thing} of {name} is", colour
+        told = f"{first} has a {one} {thing}. {second} has a {other} {thing}."
+        return f"{told}\nWhat colour is the {thing} of {name}? It is", colour
+
+    for _ in range(ITEMS):
+        *shown, (asked, colour) = [question() for _ in range(3)]
+        examples = "".join(f"{text} {answer}.\n\n" for text, answer in shown)
+        yield examples + asked, colour
