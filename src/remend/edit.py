@@ -251,10 +251,10 @@ class Edit:
         count, left_out = len(self.requests), set(numbers)
         if unknown := sorted(number for number in left_out if not 0 <= number < count):
             raise EditError(f"the edit has {count} requests, of which request {unknown[0]} cannot be left out")
-        if len(left_out) == count:
-            raise EditError(f"the edit has {count} request{'s' * (count > 1)}, which cannot all be left out")
         if not left_out:
             return self
+        if len(left_out) == count:
+            raise EditError(f"the edit has {count} request{'s' * (count > 1)}, which cannot all be left out")
         new_number = {old: new for new, old in enumerate(n for n in range(count) if n not in left_out)}
         changes = {}
         for name, change in self.changes.items():
