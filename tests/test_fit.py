@@ -714,3 +714,27 @@ def test_requests_that_are_not_taken_are_left_out_by_name_and_any_other_one_late
     hard |= {request.prompt for request in requests}
     assert run([str(part) for part in [*command, "--leave-out-failed", "--overwrite"]]) == 1
     assert "4 of 4 targets are not what the edited model answers" in capsys.readouterr().out
+
+
+def test_requests_about_one_subject_are_left_out_together(tmp_path, monkeypatch, capsys):
+    task, requests = families.taught("llama"), families.requests("llama", 3)
+    task.model.save_pretrained(tmp_path / "model")
+    task.processor.save_pretrained(tmp_path / "model")
+    asked = [EditRequest(prompt=r.prompt, target=r.target, subject=r.subject) for r in requests]
+    asked.append(asked[0].model_copy(update={"prompt": requests[0].paraphrases[0]}))
+    write_requests(tmp_path / "requests.jsonl", asked)
+    real = before_after.before_after
+
+    def answers(*arguments):
+        rows = real(*arguments)
+        return [[replace(c, ok=c.prompt != asked[0].prompt) for c in row] for row in rows]
+
+    monkeypatch.setattr(before_after, "before_after", answers)
+    monkeypatch.setenv("COLUMNS", "300")
+    command = ["edit", tmp_path / "model", "--requests", tmp_path / "requests.jsonl", "--out", tmp_path / "edit"]
+    command += ["--device", "cpu", "--leave-out-failed", "--editor"]
+    assert run([str(part) for part in [*command, "memit"]]) == 2
+    assert "it is not known what each request changes" in capsys.readouterr().err
+    assert run([str(part) for part in [*command, "fit"]]) == 0
+    assert "left out 2 of 4 requests, which the model does not take or which share" in capsys.readouterr().out
+    assert [request.prompt for request in Edit.load(tmp_path / "edit").requests] == [r.prompt for r in asked[1:3]]

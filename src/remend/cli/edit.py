@@ -114,6 +114,11 @@ def edit(
             f"{editor} changes no weight, so there is no edit to save: measure it with remend evaluate, or use it in "
             "Python"
         )
+    if leave_out_failed and choice.info.sequence != "unedited":
+        raise ConfigError(
+            f"of an edit by {choice.info.name} it is not known what each request changes: omit --leave-out-failed, or "
+            "use fit"
+        )
     task = options.load_model(model, device, seed, dtype, quantise)
     if not target_as_is:
         edit_requests = as_the_model_says_each(task, edit_requests)
@@ -193,23 +198,26 @@ def _leave_out_failed(
 ) -> tuple[_MadeEdit, list[Prompt]]:
     """Return what was made without the requests that the model does not take, and their prompts.
 
-    The others are asked again: each still does what it did, and a model may answer otherwise all the same.
+    Those that share what they add with one, since they are about the same subject, are left out with it. The others are
+    asked again: each still does what it did, and a model may answer otherwise all the same.
     """
     from remend.evaluation.before_after import before_after
 
     left_out: list[Prompt] = []
-    while made.failed and len(made.failed) < len(made.requests):
-        left_out += made.failed
-        failed = [number for number, row in enumerate(made.answers) if not row[0].ok]
-        kept = [request for number, request in enumerate(made.requests) if number not in set(failed)]
+    failed_alone = 0
+    while made.failed and len(failed := made.failed_together) < len(made.requests):
+        failed_alone += len(made.failed)
+        left_out += [request.prompt for number, request in enumerate(made.requests) if number in failed]
+        kept = [request for number, request in enumerate(made.requests) if number not in failed]
         result = made.result.without(*failed)
         made = replace(made, requests=kept, result=result, answers=before_after(task, result, kept, max_new_tokens))
     if left_out:
         shown = ", ".join(plain(prompt) for prompt in left_out[:TABLES])
+        together = " or which share a subject with such" if len(left_out) > failed_alone else ""
         more = f" and {len(left_out) - TABLES} more" if len(left_out) > TABLES else ""
         console.print(
             f"[yellow]left out {len(left_out)} of {len(left_out) + len(made.requests)} requests[/], which the model "
-            f"does not take: {shown}{more}",
+            f"does not take{together}: {shown}{more}",
             soft_wrap=True,
         )
     return made, left_out
@@ -250,6 +258,15 @@ class _MadeEdit:
     def failed(self) -> list[Prompt]:
         """The prompts whose targets the edited model does not answer."""
         return [r.prompt for r, row in zip(self.requests, self.answers, strict=True) if not row[0].ok]
+
+    @property
+    def failed_together(self) -> set[int]:
+        """The numbers of the requests that failed, with those that share what they add with one."""
+        together = {number for number, row in enumerate(self.answers) if not row[0].ok}
+        owners = [set(of_pair) for change in self.result.changes.values() for of_pair in change.owners or ()]
+        while more := [of_pair for of_pair in owners if together & of_pair and not of_pair <= together]:
+            together = together.union(*more)
+        return together
 
     @property
     def already(self) -> list[str]:

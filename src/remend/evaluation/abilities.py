@@ -49,7 +49,7 @@ class AbilityPanel:
     @cached_property
     def items(self) -> Mapping[str, Sequence[tuple[str, Answer]]]:
         """What the unedited model gets right, of each ability: prompts with their answers."""
-        asked = {"arithmetic": sums(), "in_context": facts_in_context()}
+        asked = {"arithmetic": sums(), "reading": facts_in_context()}
         right = {name: self._right(list(items)) for name, items in asked.items()}
         right["facts"] = self._known()
         return {name: items for name, items in right.items() if items}
@@ -92,8 +92,9 @@ class AbilityPanel:
             sure += [text for row, text in enumerate(part) if first[row] >= SURE]
             if len(sure) >= ITEMS:
                 break
-        given = self.task.predict(sure[:ITEMS], NEW_TOKENS) if sure else []
-        spans = [(text, self.task.answer_span(text, ids)) for text, ids in zip(sure, given, strict=False)]
+        sure = sure[:ITEMS]
+        given = self.task.predict(sure, NEW_TOKENS) if sure else []
+        spans = [(text, self.task.answer_span(text, ids)) for text, ids in zip(sure, given, strict=True)]
         return [(text, answer) for text, answer in spans if self.task.decode(answer).strip()]
 
 
